@@ -1,0 +1,161 @@
+"""Bounds of one network by every method, as records of plain data.
+
+A record is what JSON can hold. Rows of kind `upper`, `lower` and `estimate` are kept in different lists, so
+that no script can take one for another. Numbers are not rounded here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+import lipbounds as lb
+from lipbounds.compare import METHODS
+
+Json = dict[str, Any]
+Progress = Callable[[str], None]
+
+NORMS: tuple[float, ...] = (2, math.inf, 1)
+KINDS = ("upper", "lower", "estimate", "refused")
+GRID = 121
+LABELS = {
+    "naive": "naive",
+    "liplt": "LipLT",
+    "liplt-aol": "LipLT, AOL scaling",
+    "liplt-sll": "LipLT, SLL scaling",
+    "liplt-optimized": "LipLT, optimised scaling",
+    "liplt-estimate": "LipLT by power iteration",
+    "empirical": "largest slope found",
+}
+_ORDER = ("naive", "liplt", "liplt-aol", "liplt-sll", "liplt-optimized", "liplt-estimate", "empirical")
+
+
+def method_names() -> tuple[str, ...]:
+    """Every method of `lb.compare`, those we have words for first: from the oldest bound to the tightest."""
+    known = [name for name in _ORDER if name in METHODS]
+    return (*known, *(name for name in METHODS if name not in known))
+
+
+def norm_key(norm: float) -> str:
+    """The norm as the command line and JSON write it: "1", "2" or "inf"."""
+    return "inf" if math.isinf(norm) else str(int(norm))
+
+
+def result_kind(result: Any) -> str:
+    """ "upper", "lower" or "estimate"; TypeError for anything else."""
+    for kind, cls in (("upper", lb.UpperBound), ("lower", lb.LowerBound), ("estimate", lb.Estimate)):
+        if isinstance(result, cls):
+            return kind
+    raise TypeError(f"not a result of this library: {type(result).__name__}")
+
+
+def result_record(label: str, result: Any) -> Json:
+    """One result as plain data, with its parts and, where there are pairs, all of them."""
+    record: Json = {
+        "label": label,
+        "method": result.method,
+        "norm": norm_key(result.norm),
+        "value": result.value,
+        "seconds": result.seconds,
+        "notes": list(result.notes),
+    }
+    if result.pairwise is not None:
+        pair = result.worst_pair
+        record["pairs"] = {
+            "worst": None if pair is None else list(pair),
+            "worst_value": None if pair is None else float(result.pairwise[pair]),
+            "values": result.pairwise.tolist(),
+        }
+    if isinstance(result, lb.LowerBound):
+        return record
+    record["guarantee"] = result.guarantee
+    record["failure_probability"] = result.failure_probability
+    record["parts"] = [dataclasses.asdict(part) | {"shape": list(part.shape)} for part in result.parts]
+    if result.pairwise is not None and len(result.pairwise) > 1:
+        record["pairs"]["average"] = result.average_pair()
+        record["pairs"]["average_sum"] = None if result.per_class is None else result.average_sum()
+    return record
+
+
+def radii_record(radii: Any, grid: Sequence[float]) -> Json:
+    """Certified accuracy on a grid of eps, and the quartiles of the radii (None stands for infinity)."""
+    radius = np.asarray(radii.radius, dtype=np.float64)
+    quartiles = np.quantile(radius, (0.25, 0.5, 0.75), method="lower") if radius.size else ()
+    return {
+        "guarantee": radii.guarantee,
+        "notes": list(radii.notes),
+        "images": int(radius.size),
+        "quartiles": [float(q) if math.isfinite(q) else None for q in quartiles],
+        "eps": [float(eps) for eps in grid],
+        "accuracy": [float(radii.accuracy(float(eps))) for eps in grid],
+    }
+
+
+def without_pairs(bound: Any) -> Any:
+    """The same bound, pairs forgotten: `certified_radius` then uses the constant that holds for any pair."""
+    return dataclasses.replace(bound, pairwise=None, per_class=None)
+
+
+def eps_grid(radii: Sequence[Any]) -> list[float]:
+    """eps from 0 to just beyond the largest finite radius of several `Radii`."""
+    finite = [r[np.isfinite(r)] for r in (np.asarray(item.radius) for item in radii)]
+    top = max((float(r.max()) for r in finite if r.size), default=0.0)
+    return [float(eps) for eps in np.linspace(0.0, 1.02 * top if top > 0 else 1.0, GRID)]
+
+
+def measure(
+    form: Any,
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    norms: Sequence[float] = NORMS,
+    methods: Sequence[str] | None = None,
+    guarantee: str = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, list[Json]]:
+    """Bound `form` by every method in every norm, certify images x (n, *in_shape) with labels y (n,).
+
+    A method that refuses becomes a "refused" row with its reason. GuaranteeError (by `lb.compare`) if a
+    lower bound exceeds an upper bound of the same norm, since then one of the two is wrong.
+    """
+    report = progress or (lambda what: None)
+    rows: dict[str, list[Json]] = {kind: [] for kind in KINDS}
+    for norm in norms:
+        key = norm_key(norm)
+        labels, results = [], []
+        for name in method_names() if methods is None else methods:
+            label = LABELS.get(name, name)
+            report(f"{label}, norm {key}")
+            options = {"norm": norm, "pairwise": True, "guarantee": guarantee, "seed": seed}
+            (row,) = lb.compare(form, x, methods=[name], **options)
+            if row.kind == "none":
+                rows["refused"].append({"label": label, "norm": key, "reason": row.reason})
+            else:
+                labels.append(label)
+                results.append(row.result)
+        report(f"certified radii, norm {key}")
+        compared = lb.compare(form, x, y, methods=results, norm=norm, pairwise=True)
+        certified: list[tuple[Json, Any]] = []
+        for label, row in zip(labels, compared, strict=True):
+            kind = result_kind(row.result)
+            record = result_record(label, row.result)
+            rows[kind].append(record)
+            if kind != "upper":
+                continue
+            if row.radii is None:
+                rows["refused"].append({"label": f"radii by {label}", "norm": key, "reason": row.reason})
+                continue
+            certified.append((record, row.radii))
+            if label == LABELS["liplt"]:
+                radii = lb.certified_radius(form, x, y, bound=without_pairs(row.result))
+                record["without_pairs"] = {}
+                certified.append((record["without_pairs"], radii))
+        grid = eps_grid([radii for _, radii in certified])
+        for record, radii in certified:
+            record["certified"] = radii_record(radii, grid)
+    return rows

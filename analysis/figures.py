@@ -1,0 +1,189 @@
+"""The report's figures, drawn from its records with matplotlib's object interface (no global state)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
+
+from lipbounds._tables import Direction, show
+
+Json = dict[str, Any]
+
+INK, MUTED, RULE = "#1d2530", "#66707d", "#d9dee5"
+# Paul Tol's "bright" colours, which stay apart for colour-blind readers; line styles repeat the distinction.
+LINES = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#66ccee", "#ccbb44", "#222222")
+STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 3)), "-")
+GUARANTEE_COLOURS = {
+    "verified": "#2f7d4f",
+    "probabilistic": "#4477aa",
+    "assumed": "#b8860b",
+    "estimate": "#b9c0c9",
+    "attained": "#c8553d",
+}
+NORM_NAMES = {"1": "l1", "2": "l2", "inf": "l∞"}
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as PNG, 160 dots per inch, without a date, so that equal figures are equal files."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), dpi=160, layout="constrained", facecolor="white")
+
+
+def _dress(ax: Axes, grid: str) -> None:
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_color(RULE)
+    ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=9, length=3)
+    ax.grid(axis=grid, color=RULE, linewidth=0.7)  # type: ignore[arg-type]
+    ax.set_axisbelow(True)
+
+
+def certified_figure(model: Json, norms: Sequence[str]) -> Figure:
+    """Certified accuracy against eps, one panel per norm, one line per bound; clean accuracy as a rule.
+
+    Between two points of the grid the smaller accuracy is drawn.
+    """
+    figure = _figure(7.6 if len(norms) == 1 else 4.9 * len(norms), 4.4 if len(norms) == 1 else 3.9)
+    axes = figure.subplots(1, len(norms), squeeze=False)[0]
+    for ax, norm in zip(axes, norms, strict=True):
+        _dress(ax, "both")
+        curves = certified_curves(model, norm)
+        for number, (label, record) in enumerate(curves):
+            ax.step(
+                record["eps"],
+                record["accuracy"],
+                where="pre",
+                label=label,
+                color=LINES[number % len(LINES)],
+                linestyle=STYLES[number % len(STYLES)],
+                linewidth=1.9,
+            )
+        clean = model["training"]["test_accuracy"]
+        ax.axhline(clean, color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
+        top = max((record["eps"][-1] for _, record in curves), default=1.0)
+        ax.annotate(
+            f"clean accuracy {100 * clean:.1f} %",
+            (top, clean),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            fontsize=8.5,
+            color=MUTED,
+        )
+        ax.set_xlim(0, top)
+        ax.set_ylim(0, 1.06)
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+        ax.set_xlabel(f"ε, {NORM_NAMES[norm]} norm, pixel values in [0, 1]", fontsize=9.5, color=INK)
+        if curves:
+            ax.legend(fontsize=8.5, frameon=False, loc="upper right", bbox_to_anchor=(1.0, 0.92))
+    axes[0].set_ylabel("test images certified", fontsize=9.5, color=INK)
+    return figure
+
+
+def certified_curves(model: Json, norm: str) -> list[tuple[str, Json]]:
+    """(label, certified record) of every upper bound in `norm`; bounds without pairs come last."""
+    rows = [row for row in model["upper"] if row["norm"] == norm]
+    curves = [(row["label"], row["certified"]) for row in rows if "certified" in row]
+    extra = [
+        (f"{row['label']}, no pairs", row["without_pairs"]["certified"])
+        for row in rows
+        if "without_pairs" in row
+    ]
+    return curves + extra
+
+
+def bounds_figure(model: Json) -> Figure:
+    """Bounds side by side, one panel per norm, logarithmic bars coloured by guarantee.
+
+    What is attained is a vertical rule: the constant lies between it and the end of every filled bar.
+    """
+    norms = [norm for norm in ("2", "inf", "1") if any(row["norm"] == norm for row in model["upper"])]
+    counts = [max(1, len(_bars(model, norm))) for norm in norms]
+    figure = _figure(7.6, 0.9 + sum(0.62 + 0.34 * n for n in counts))
+    axes = figure.subplots(
+        max(len(norms), 1), 1, squeeze=False, height_ratios=[n + 0.6 for n in counts] or None
+    )
+    used: dict[str, str] = {}
+    for ax, norm in zip(axes[:, 0], norms, strict=False):
+        _dress(ax, "x")
+        bars = _bars(model, norm)
+        attained = max((r["value"] for r in model["lower"] if r["norm"] == norm), default=0.0)
+        values = [v for v in (attained, *(row["value"] for _, row in bars)) if v > 0] or [1.0]
+        low, high = min(values) / 1.6, max(values) * 2.6
+        for place, (kind, row) in enumerate(bars):
+            word = row["guarantee"]
+            colour = GUARANTEE_COLOURS[word]
+            used[word] = colour
+            estimate = kind == "estimate"
+            look: dict[str, Any] = (
+                {"facecolor": "white", "hatch": "////"} if estimate else {"facecolor": colour}
+            )
+            ax.barh(
+                place,
+                max(row["value"] - low, 0.0),
+                left=low,
+                height=0.62,
+                edgecolor=colour,
+                linewidth=0.8,
+                **look,
+            )
+            way: Direction = "near" if estimate else "up"
+            text = ("≈ " if estimate else "≤ ") + show(row["value"], way, 4)
+            ax.text(max(row["value"], low), place, f" {text}", va="center", fontsize=8.5, color=INK)
+        if attained > 0:
+            used["attained"] = GUARANTEE_COLOURS["attained"]
+            ax.axvline(attained, color=used["attained"], linewidth=1.6)
+            ax.text(
+                attained,
+                -0.72,
+                f"≥ {show(attained, 'down', 4)}",
+                color=used["attained"],
+                fontsize=8.5,
+                ha="center",
+                va="bottom",
+            )
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 100 else (1.0,)))
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.set_xlim(low, high)
+        ax.set_yticks(range(len(bars)), [row["label"] for _, row in bars])
+        ax.set_ylim(len(bars) - 0.4, -0.75)
+        ax.set_title(f"{NORM_NAMES[norm]} norm", fontsize=10, loc="left", color=INK, pad=12)
+    handles = [
+        Patch(
+            label="attained (a lower bound)"
+            if word == "attained"
+            else "estimate (not a bound)"
+            if word == "estimate"
+            else word,
+            facecolor="white" if word == "estimate" else colour,
+            edgecolor=colour,
+            hatch="////" if word == "estimate" else None,
+        )
+        for word, colour in GUARANTEE_COLOURS.items()
+        if word in used
+    ]
+    if handles:
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8.5, frameon=False
+        )
+    return figure
+
+
+def _bars(model: Json, norm: str) -> list[tuple[str, Json]]:
+    return [(kind, row) for kind in ("upper", "estimate") for row in model[kind] if row["norm"] == norm]

@@ -1,0 +1,100 @@
+"""The report: one self-contained HTML page and its figures, made from the results alone."""
+
+from __future__ import annotations
+
+import base64
+import importlib.resources
+import os
+import pathlib
+from typing import Any
+
+import jinja2
+
+from lipbounds._tables import seconds_text, show
+from lipbounds.analysis.figures import NORM_NAMES, bounds_figure, certified_curves, certified_figure, png
+
+Json = dict[str, Any]
+
+MEANINGS = {
+    "verified": "Holds for this network as it is, every rounding error of our own computation included.",
+    "probabilistic": "Holds except with the stated probability over our own random start.",
+    "assumed": "Rests on slopes that the user declared for an activation.",
+    "estimate": "Neither an upper nor a lower bound: power iteration, for training and previews.",
+    "attained": "A slope found between two explicit points: no Lipschitz constant can be smaller.",
+}
+
+
+def write_report(results: Json, folder: pathlib.Path) -> pathlib.Path:
+    """Write `report.html` and one PNG per figure to `folder` (which exists); return the page's path.
+
+    `results` is what `results.json` holds: a page can be made again from the file alone.
+    """
+    figures: dict[str, dict[str, str]] = {}
+    for model in results["models"]:
+        drawn = {"bounds": bounds_figure(model), "certified-l2": certified_figure(model, ["2"])}
+        others = [norm for norm in ("inf", "1") if certified_curves(model, norm)]
+        if others:
+            drawn["certified-others"] = certified_figure(model, others)
+        figures[model["name"]] = {}
+        for what, figure in drawn.items():
+            data = png(figure)
+            (folder / f"{model['name']}-{what}.png").write_bytes(data)
+            figures[model["name"]][what] = base64.b64encode(data).decode("ascii")
+    page = folder / "report.html"
+    temporary = folder / ".report.html.part"
+    temporary.write_text(render(results, figures), encoding="utf-8")
+    os.replace(temporary, page)
+    return page
+
+
+def render(results: Json, figures: dict[str, dict[str, str]]) -> str:
+    """The page as text; every value is escaped, figures are embedded as base64 PNG."""
+    template = importlib.resources.files("lipbounds.analysis").joinpath("templates", "report.html.j2")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "up": lambda value, digits=5: show(value, "up", digits),
+        "down": lambda value, digits=5: show(value, "down", digits),
+        "near": lambda value, digits=5: show(value, "near", digits),
+        "seconds": seconds_text,
+        "percent": lambda share: f"{100 * share:.1f} %",
+    }
+    summaries = [summary(model) for model in results["models"]]
+    return environment.from_string(template.read_text(encoding="utf-8")).render(
+        results=results,
+        figures=figures,
+        summaries=summaries,
+        norm_names=NORM_NAMES,
+        meanings={word: text for word, text in MEANINGS.items() if word in _words(results)},
+    )
+
+
+def summary(model: Json) -> Json:
+    """The headline of one model: the best l2 bound, what is attained, and the best median radius."""
+    upper = min((r for r in model["upper"] if r["norm"] == "2"), key=lambda r: r["value"], default=None)
+    naive = next((r for r in model["upper"] if r["norm"] == "2" and r["label"] == "naive"), None)
+    lower = max((r["value"] for r in model["lower"] if r["norm"] == "2"), default=None)
+    certified = [(label, record) for label, record in certified_curves(model, "2") if record["images"]]
+    best = max(certified, key=lambda item: item[1]["quartiles"][1] or float("inf"), default=None)
+    return {
+        "title": model["title"],
+        "name": model["name"],
+        "upper": upper,
+        "lower": lower,
+        "naive": naive,
+        "ratio": upper["value"] / lower if upper and lower else None,
+        "radius": best[1]["quartiles"][1] if best else None,
+        "radius_by": best[0] if best else None,
+        "radius_guarantee": best[1]["guarantee"] if best else None,
+    }
+
+
+def _words(results: Json) -> set[str]:
+    words = {
+        row["guarantee"]
+        for model in results["models"]
+        for kind in ("upper", "estimate")
+        for row in model[kind]
+    }
+    return words | ({"attained"} if any(model["lower"] for model in results["models"]) else set())

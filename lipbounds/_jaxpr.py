@@ -1,0 +1,291 @@
+"""From a JAX function to a flat list of equations: the only file that knows jax internals.
+
+Facts this file relies on, measured on jax 0.10.2, 0.11.2 and 0.12.0.1 (tests/test_jaxpr_contract.py fails first when one
+of them changes):
+
+* from 0.11 `Jaxpr is ClosedJaxpr`, and `j.jaxpr is j`: unwrapping "while it has .jaxpr" never ends;
+* two calls of one jitted function at one shape share the same sub-jaxpr and the same Var objects, so the environment
+  is kept per call and a tensor is identified by its position in the flat list, never by its Var;
+* `scan` carries `num_consts`, `num_carry` up to 0.11 and a tree `ft_in` from 0.12;
+* binary primitives broadcast dimensions of size one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax._src import source_info_util
+from jax.extend.core import Literal
+
+from lipbounds.errors import Unsupported
+
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "remat": "jaxpr",
+}
+_RANDOM = ("random_", "threefry", "rng_")
+_COMPARE = ("lt", "le", "gt", "ge", "eq", "ne")
+Path = tuple[str, ...]
+
+
+@dataclass(eq=False)
+class Value:
+    """One tensor of the flat program: a constant (perhaps a tracer), or something that depends on x.
+
+    Args:
+        randomness: 0, 1 (computed from random bits), 2 (a random mask: a comparison of such numbers).
+    """
+
+    index: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    const: Any = None
+    depends: bool = False
+    randomness: int = 0
+    producer: Eqn | None = None
+
+
+@dataclass(eq=False)
+class Eqn:
+    """One primitive with at least one operand that depends on x."""
+
+    primitive: str
+    params: dict[str, Any]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    path: str
+    bind: Callable[..., Any] | None = None
+
+
+@dataclass
+class Flat:
+    """The inlined program of one traced function."""
+
+    input: Value
+    outputs: tuple[Value, ...]
+    eqns: list[Eqn]
+    refused: list[Unsupported]
+    values: list[Value] = field(default_factory=list)
+
+
+def is_concrete(value: Any) -> bool:
+    """False for a tracer."""
+    return not isinstance(value, jax.core.Tracer)
+
+
+def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """The open jaxpr and its constants, for open and closed jaxprs of every supported jax."""
+    return getattr(jaxpr, "jaxpr", jaxpr), tuple(getattr(jaxpr, "consts", ()))
+
+
+def flatten(fn: Callable[..., Any], params: Any, x: jax.ShapeDtypeStruct) -> Flat:
+    """Trace `fn(params, x)` and inline every call.
+
+    Everything that does not depend on x is evaluated on the way, equation by equation, in the program's own dtypes.
+
+    Args:
+        fn: a function of two arguments.
+        params: any pytree of arrays; may hold tracers, so that a bound can be differentiated.
+        x: shape and dtype of one input.
+    """
+    leaves, tree = jax.tree.flatten(params)
+    box: list[Any] = []
+
+    def flat_fn(*args: Any) -> Any:
+        out = fn(jax.tree.unflatten(tree, args[:-1]), args[-1])
+        flat, structure = jax.tree.flatten(out)
+        box.append(structure)
+        return flat
+
+    closed = jax.make_jaxpr(flat_fn)(*leaves, x)
+    return _Inliner().run(closed, leaves, x)
+
+
+class _Inliner:
+    """Walks a jaxpr with one environment per call."""
+
+    def __init__(self) -> None:
+        self.values: list[Value] = []
+        self.eqns: list[Eqn] = []
+        self.refused: list[Unsupported] = []
+
+    def run(self, closed: Any, leaves: Sequence[Any], x: jax.ShapeDtypeStruct) -> Flat:
+        source = self.value(tuple(x.shape), np.dtype(x.dtype), depends=True)
+        outputs = self.call(closed, [*map(self.const, leaves), source], ())
+        return Flat(source, tuple(outputs), self.eqns, self.refused, self.values)
+
+    def value(self, shape: tuple[int, ...], dtype: Any, **kwargs: Any) -> Value:
+        value = Value(len(self.values), shape, dtype, **kwargs)
+        self.values.append(value)
+        return value
+
+    def const(self, const: Any, randomness: int = 0) -> Value:
+        dtype = getattr(const, "dtype", None)
+        if dtype is None:
+            const = np.asarray(const)
+            dtype = const.dtype
+        return self.value(tuple(np.shape(const)), dtype, const=const, randomness=randomness)
+
+    def emit(
+        self, primitive: str, params: dict[str, Any], inputs: Sequence[Value], shape: tuple[int, ...], path: Path
+    ) -> Value:
+        """An equation of our own (slices and stacks of an unrolled scan)."""
+        out = self.value(shape, inputs[0].dtype, depends=True)
+        self.eqns.append(Eqn(primitive, params, tuple(inputs), (out,), "/".join(path)))
+        out.producer = self.eqns[-1]
+        return out
+
+    def refuse(self, eqn: Any, path: Path, shape: Any, reason: str, remedy: str) -> None:
+        self.refused.append(Unsupported(eqn.primitive.name, _where(eqn, path), tuple(shape), reason, remedy))
+
+    def call(self, jaxpr: Any, args: Sequence[Value], path: Path) -> list[Value]:
+        inner, consts = opened(jaxpr)
+        env: dict[Any, Value] = {}
+        env.update(zip(inner.constvars, map(self.const, consts), strict=False))
+        env.update(zip(inner.invars, args, strict=True))
+
+        def read(atom: Any) -> Value:
+            if isinstance(atom, Literal):
+                return self.const(_literal(atom))
+            return env[atom]
+
+        for eqn in inner.eqns:
+            inputs = [read(atom) for atom in eqn.invars]
+            outputs = self.equation(eqn, inputs, path)
+            env.update(zip(eqn.outvars, outputs, strict=True))
+        return [read(atom) for atom in inner.outvars]
+
+    def equation(self, eqn: Any, inputs: list[Value], path: Path) -> list[Value]:
+        name = eqn.primitive.name
+        params = eqn.params
+        if name in _CALLS and _CALLS[name] in params:
+            return self.call(params[_CALLS[name]], inputs, (*path, *_stack(eqn), str(params.get("name", name))))
+        dependent = any(value.depends for value in inputs)
+        if name == "cond" and not inputs[0].depends and is_concrete(inputs[0].const):
+            branches = params["branches"]
+            index = int(np.clip(int(inputs[0].const), 0, len(branches) - 1))
+            return self.call(branches[index], inputs[1:], (*path, *_stack(eqn), f"cond[{index}]"))
+        if not dependent:
+            return self.evaluate(eqn, inputs)
+        if name == "scan":
+            return self.scan(eqn, inputs, path)
+        if name in ("while", "cond"):
+            if name == "cond":
+                traced = not inputs[0].depends
+                reason = "the branch taken " + ("is being traced" if traced else "depends on x, so the answer can jump")
+                remedy = "use a constant predicate, or jnp.where with branches that agree where it switches"
+            else:
+                reason = "a while loop has no static length"
+                remedy = "use lax.scan or a fori_loop with constant bounds"
+            shape = eqn.outvars[0].aval.shape if eqn.outvars else ()
+            self.refuse(eqn, path, shape, reason, remedy)
+            return [self.unknown(var) for var in eqn.outvars]
+        outputs = [self.value(tuple(v.aval.shape), v.aval.dtype, depends=True) for v in eqn.outvars]
+        record = Eqn(name, params, tuple(inputs), tuple(outputs), _where(eqn, path), eqn.primitive.bind)
+        for output in outputs:
+            output.producer = record
+        if outputs:
+            self.eqns.append(record)
+        return outputs
+
+    def unknown(self, var: Any) -> Value:
+        """The output of something already refused: depends on x, and is not complained about again."""
+        value = self.value(tuple(var.aval.shape), var.aval.dtype, depends=True)
+        value.producer = Eqn("refused", {}, (), (value,), "")
+        return value
+
+    def evaluate(self, eqn: Any, inputs: list[Value]) -> list[Value]:
+        """A constant equation, evaluated once, as the program does it."""
+        name = eqn.primitive.name
+        randomness = max((value.randomness for value in inputs), default=0)
+        if name.startswith(_RANDOM):
+            randomness = max(randomness, 1)
+        if name in _COMPARE and randomness:
+            randomness = 2
+        out = eqn.primitive.bind(*(value.const for value in inputs), **eqn.primitive.get_bind_params(eqn.params))
+        outs = out if eqn.primitive.multiple_results else [out]
+        return [self.const(value, randomness) for value in outs]
+
+    def scan(self, eqn: Any, inputs: list[Value], path: Path) -> list[Value]:
+        """A scan over x-dependent values, unrolled: its length is static."""
+        params = eqn.params
+        if "ft_in" in params:
+            num_consts, num_carry, _ = (len(part) for part in params["ft_in"].unpack())
+        else:
+            num_consts, num_carry = params["num_consts"], params["num_carry"]
+        consts, carry, xs = inputs[:num_consts], inputs[num_consts : num_consts + num_carry], []
+        xs = inputs[num_consts + num_carry :]
+        length = int(params["length"])
+        order = range(length - 1, -1, -1) if params["reverse"] else range(length)
+        base = (*path, *_stack(eqn))
+        rows: list[list[Value]] = [[] for _ in range(length)]
+        for step in order:
+            where = (*base, f"scan[{step}]")
+            slices = [self.row(value, step, where) for value in xs]
+            outs = self.call(params["jaxpr"], [*consts, *carry, *slices], where)
+            carry, rows[step] = outs[:num_carry], outs[num_carry:]
+        count = len(eqn.outvars) - num_carry
+        if not length:
+            return [*carry, *(self.const(np.zeros(v.aval.shape, v.aval.dtype)) for v in eqn.outvars[num_carry:])]
+        return [*carry, *(self.stack([row[i] for row in rows], (*base, "scan")) for i in range(count))]
+
+    def row(self, value: Value, step: int, path: Path) -> Value:
+        if not value.depends:
+            return self.const(value.const[step], value.randomness)
+        rest = value.shape[1:]
+        window = {
+            "start_indices": (step,) + (0,) * len(rest),
+            "limit_indices": (step + 1, *rest),
+            "strides": None,
+        }
+        sliced = self.emit("slice", window, [value], (1, *rest), path)
+        return self.emit("reshape", {"new_sizes": rest, "dimensions": None}, [sliced], rest, path)
+
+    def stack(self, rows: list[Value], path: Path) -> Value:
+        if not any(row.depends for row in rows):
+            return self.const(jnp.stack([jnp.asarray(row.const) for row in rows]), max(r.randomness for r in rows))
+        shape = (1, *rows[0].shape)
+        lifted = [
+            self.emit("reshape", {"new_sizes": shape, "dimensions": None}, [row], shape, path)
+            if row.depends
+            else self.const(lax.reshape(jnp.asarray(row.const), shape))
+            for row in rows
+        ]
+        return self.emit("concatenate", {"dimension": 0}, lifted, (len(rows), *rows[0].shape), path)
+
+
+def _literal(atom: Any) -> Any:
+    value = atom.val
+    if not is_concrete(value):
+        return value
+    return np.asarray(value, atom.aval.dtype) if not hasattr(value, "dtype") else value
+
+
+def _stack(eqn: Any) -> Path:
+    text = str(getattr(eqn.source_info, "name_stack", ""))
+    return (text,) if text else ()
+
+
+def _where(eqn: Any, path: Path) -> str:
+    """The call path of an equation with the user's line, for messages."""
+    parts = "/".join(part for part in (*path, *_stack(eqn)) if part) or "top level"
+    try:
+        line = source_info_util.summarize(eqn.source_info)
+    except Exception:  # internals of jax: a message must never fail because of them
+        return parts
+    file, _, rest = line.partition(":")
+    return f"{parts} ({file.rsplit('/', 1)[-1]}:{rest.strip()})" if rest else parts

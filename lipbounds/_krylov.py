@@ -1,0 +1,220 @@
+"""Spectral norms of maps that are only known by their products: power iteration and Golub-Kahan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lipbounds._rounding import sqrt_up, up
+
+_ALLOWANCE = 1e-10
+
+
+# ---------------------------------------------------------------------------------------------------- power iteration
+
+
+def _tree_norm(tree: Any) -> jax.Array:
+    """The 2-norm of a pytree; zero, with zero gradient, at zero; no overflow in squares."""
+    leaves = [jnp.ravel(leaf) for leaf in jax.tree.leaves(tree) if leaf.size]
+    if not leaves:
+        return jnp.zeros(())
+    dtype = jnp.result_type(*leaves)
+    leaves = [leaf.astype(dtype) for leaf in leaves]
+    top = jax.lax.stop_gradient(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in leaves]).max())
+    unit = jnp.where(top > 0, top, jnp.ones_like(top))
+    squares = jnp.stack([jnp.sum(jnp.square(leaf / unit)) for leaf in leaves]).sum()
+    safe = jnp.where(squares > 0, squares, jnp.ones_like(squares))
+    return jnp.where(squares > 0, unit * jnp.sqrt(safe), jnp.zeros_like(squares))
+
+
+def _normalised(tree: Any, fallback: Any) -> Any:
+    """tree / ||tree||, or `fallback` where the norm is zero."""
+    norm = _tree_norm(tree)
+    divisor = jnp.where(norm > 0, norm, jnp.ones_like(norm))
+    return jax.tree.map(lambda x, y: jnp.where(norm > 0, x / divisor.astype(x.dtype), y), tree, fallback)
+
+
+def power_iteration(matvec: Callable[[Any], Any], v0: Any, steps: int) -> tuple[jax.Array, Any]:
+    """(sigma, v): an ESTIMATE of ||A||_2 from `steps` rounds of v <- A'A v / ||A'A v||, and the vector for a warm start.
+
+    sigma = ||A v|| with ||v|| = 1 is a lower bound of ||A||_2 up to rounding in the working precision, never an upper
+    one: do not certify with it. `matvec` is a linear map between pytrees of real arrays, `v0` a pytree like its input
+    (start from random normal entries; an all-zero v0 is replaced by equal ones). Runs under jit, vmap and grad. The
+    gradient of sigma takes v as constant, which is the gradient of ||A||_2 itself where v is the top singular vector
+    (Danskin); nothing is differentiated through the iteration. The zero map gives 0 with zero gradient.
+    """
+    frozen, constants = jax.closure_convert(matvec, v0)
+    constants = jax.lax.stop_gradient(constants)
+    size = sum(leaf.size for leaf in jax.tree.leaves(v0))
+    flat = jax.tree.map(lambda x: jnp.full_like(x, 1.0 / math.sqrt(max(size, 1))), v0)
+
+    def step(_: Any, v: Any) -> Any:
+        image, pull = jax.vjp(lambda u: frozen(u, *constants), v)
+        (back,) = pull(_normalised(image, image))
+        return _normalised(back, v)
+
+    v = _normalised(jax.lax.stop_gradient(v0), flat)
+    v = jax.lax.stop_gradient(jax.lax.fori_loop(0, steps, step, v))
+    return _tree_norm(matvec(v)), v
+
+
+# -------------------------------------------------------------------------------------------------------- Golub-Kahan
+
+
+def golub_kahan(
+    matvec: Callable[[np.ndarray], np.ndarray],
+    rmatvec: Callable[[np.ndarray], np.ndarray],
+    n: int,
+    *,
+    seed: int = 0,
+    failure: float = 1e-9,
+    rtol: float = 1e-3,
+    max_steps: int = 300,
+    noise: float = 2.0**-50,
+) -> tuple[float, float, int]:
+    """(upper, lower, steps): bounds of ||A||_2; `upper` holds except with probability at most `failure`.
+
+    `matvec` maps (n,) to (m,), `rmatvec` is its transpose; flat float64 NumPy vectors. Golub-Kahan bidiagonalisation
+    with full reorthogonalisation from v_1 uniform on the unit sphere of R^n, after Hochstenbach (J. Sci. Comput. 57,
+    2013, 10.1007/s10915-013-9716-x; Kuczynski and Wozniakowski, SIMAX 13, 1992).
+
+    *The inequality.* The right vectors are v_{j+1} = p_j(A'A) v_1 with deg p_j = j, p_0 = 1 and the three-term
+    recurrence of T = B'B. Let x be a unit top right singular vector, c = <x, v_1>. The v_j are orthonormal and
+    <x, v_{j+1}> = c p_j(||A||^2), so Bessel's inequality for x gives
+        c^2 sum_{j=0..k} p_j(||A||^2)^2 <= 1.
+    (Hochstenbach keeps only the last term; the sum is never worse.) If |c| >= delta then K(||A||^2) <= delta^-2 with
+    K(t) = sum p_j(t)^2. ||A||^2 is at least the largest Ritz value; right of it all p_j are positive and increase, so
+    ||A||^2 <= t* with K(t*) = delta^-2. Nothing is assumed about gaps or multiplicities.
+    *The probability.* c has density proportional to (1 - c^2)^((n-3)/2), at most Gamma(n/2)/(sqrt(pi) Gamma((n-1)/2))
+    for n >= 3, and Gamma(x + 1/2)/Gamma(x) <= sqrt(x): P(|c| < delta) <= delta sqrt(2 (n-1)/pi). For n = 2 it is
+    (2/pi) arcsin(delta) <= delta. Both are <= delta sqrt(2n/pi); for n = 1 |c| = 1. So
+    delta = failure sqrt(pi / (2n)). With a fixed `seed` the statement is about matrices chosen without looking at it.
+    *Rounding.* Let the computed recurrence hold up to a residual of at most noise ||A||^2 per step. It enters as
+    c_{j+1} = ((||A||^2 - T_jj) c_j - T_{j-1,j} c_{j-1} - eta) / T_{j,j+1}, |eta| <= noise ||A||^2, so with d_j = c_j/c and
+    |c| >= delta each pivot of t I - T loses at most (noise/delta) t / d_j, which is subtracted. This matters: on an
+    orthogonal A the second vector is rounding noise, and a larger singular value could hide behind a c of size delta.
+    `noise` is an assumption about the products (2**-50 suits float64), raised to the largest component that
+    reorthogonalisation removed; what is left, the loss of orthogonality and the rounding of p_j, is covered by 1e-10
+    relative. That part is an allowance, not a proof: one reason why the guarantee is "probabilistic".
+
+    `lower` is the largest singular value of the bidiagonal matrix (a lower bound up to the same allowance). Stops when
+    upper <= (1 + rtol) lower or after min(max_steps, n) steps; a step is one product with A and one with A'. Memory:
+    steps (n + m) doubles.
+
+    Raises:
+        ValueError: products that are not finite or of the wrong length, bad arguments, a `failure` so small that
+            rounding hides the component that it allows (noise/delta above 1/4).
+    """
+    if n < 1 or not 0.0 < failure < 1.0 or not rtol > 0.0 or max_steps < 1:
+        raise ValueError("golub_kahan needs n >= 1, 0 < failure < 1, rtol > 0 and max_steps >= 1")
+    delta = _overlap(failure, n)
+    limit = -2.0 * math.log(delta)
+    start = np.random.default_rng(seed).standard_normal(n)
+    right = [start / np.linalg.norm(start)]
+    left: list[np.ndarray] = []
+    alpha: list[float] = []
+    beta: list[float] = []
+    unit = 1.0  # a power of two near the norm: squares below neither overflow nor underflow
+    upper = lower = 0.0
+    for step in range(min(max_steps, n)):
+        image = _product(matvec, right[step], None)
+        if step == 0:
+            top = float(np.abs(image).max()) if image.size else 0.0
+            if top == 0.0:
+                return 0.0, 0.0, 1
+            unit = math.ldexp(1.0, max(-1000, min(1000, math.frexp(top)[1])))
+        image = image / unit
+        a, u, removed = _orthogonalised(image - beta[-1] * left[-1] if step else image, left)
+        alpha.append(a)
+        b, v = 0.0, right[step]
+        if a > noise * max(alpha):
+            left.append(u)
+            b, v, again = _orthogonalised(_product(rmatvec, u, n) / unit - a * right[step], right)
+            removed = max(removed, again)
+        beta.append(b if step + 1 < n else 0.0)
+        noise = max(noise, removed / max(alpha))
+        if noise / delta > 0.25:
+            raise ValueError(f"failure={failure} is too small for products accurate to {noise:.1e} in dimension {n}")
+        ended = a * b <= noise * max(alpha) ** 2 or step + 1 == n
+        if ended or step % 4 == 3 or step + 1 == min(max_steps, n):
+            lower = _largest_singular_value(alpha, beta[:-1])
+            upper = _largest_root(alpha, beta, limit, lower, noise / delta)
+            if ended or upper <= (1.0 + rtol) * lower:
+                break
+        right.append(v)
+    upper = up(up(upper * (1.0 + _ALLOWANCE)) * unit)
+    return upper, lower * (1.0 - _ALLOWANCE) * unit, len(alpha)
+
+
+def _overlap(failure: float, n: int) -> float:
+    """delta with P(|c| < delta) <= failure for one coordinate c of a uniform unit vector in R^n."""
+    return failure * math.sqrt(math.pi / (2.0 * n)) if n > 1 else 1.0
+
+
+def _product(apply: Callable[[np.ndarray], np.ndarray], v: np.ndarray, size: int | None) -> np.ndarray:
+    result = np.asarray(apply(v), dtype=np.float64)
+    if result.ndim != 1 or (size is not None and result.size != size):
+        raise ValueError(f"a product has shape {result.shape}, expected a flat vector" + (f" of {size}" if size else ""))
+    if not np.all(np.isfinite(result)):
+        raise ValueError("a product has NaN or infinite entries")
+    return result
+
+
+def _orthogonalised(w: np.ndarray, basis: list[np.ndarray]) -> tuple[float, np.ndarray, float]:
+    """(norm, unit vector, what was removed) of w made orthogonal to the basis, twice."""
+    removed = 0.0
+    if basis:
+        before = w
+        for _ in range(2):
+            for q in basis:
+                w = w - (q @ w) * q
+        removed = float(np.linalg.norm(before - w))
+    norm = float(np.linalg.norm(w))
+    return norm, w / norm if norm > 0.0 else w, removed
+
+
+def _largest_singular_value(alpha: list[float], beta: list[float]) -> float:
+    return float(np.linalg.norm(np.diag(alpha) + np.diag(beta, 1), 2))
+
+
+def _log_christoffel(alpha: np.ndarray, beta: np.ndarray, t: float, loss: float) -> float:
+    """A lower bound of log K(t), or -inf where t is not right of the largest Ritz value by the rounding loss.
+
+    T = B'B has diagonal alpha_j^2 + beta_{j-1}^2 and off-diagonal alpha_j beta_j; p_{j+1}/p_j is pivot_j of t I - T
+    over alpha_j beta_j. A lower bound of one ratio gives one of the next, so the loss t/p_j may be taken at each step.
+    """
+    log_p = log_sum = 0.0
+    pivot = 0.0
+    for j in range(len(alpha)):
+        diagonal = alpha[j] ** 2 + (beta[j - 1] ** 2 if j else 0.0)
+        pivot = t - diagonal - ((alpha[j - 1] * beta[j - 1]) ** 2 / pivot if j else 0.0)
+        pivot -= loss * t * math.exp(min(700.0, -0.5 * log_p))
+        if not pivot > 0.0:
+            return -math.inf
+        off = alpha[j] * beta[j]
+        if off == 0.0:
+            return math.inf
+        log_p += 2.0 * math.log(pivot / off)
+        log_sum = float(np.logaddexp(log_sum, log_p))
+    return log_sum
+
+
+def _largest_root(alpha: list[float], beta: list[float], limit: float, lower: float, loss: float) -> float:
+    """sqrt(t*) rounded up, log K(t*) >= limit: bisection on t above the largest Ritz value."""
+    a, b = np.asarray(alpha), np.asarray(beta)
+    lo = lower * lower
+    hi = 2.0 * lo
+    while _log_christoffel(a, b, hi, loss) < limit:
+        hi *= 2.0
+    while hi - lo > 1e-12 * hi:
+        middle = 0.5 * (lo + hi)
+        if _log_christoffel(a, b, middle, loss) < limit:
+            lo = middle
+        else:
+            hi = middle
+    return sqrt_up(hi)

@@ -1,0 +1,518 @@
+"""What each primitive is: linear, an elementwise function, a group, or nothing we can bound. One table.
+
+Linearity is a property of *operands*, not of names: `mul`, `dot_general`, `conv_general_dilated` with one operand that
+depends on x are linear, with two they are not; a gather whose index depends on x is not linear either.
+
+A rule takes an equation and returns what it is:
+
+* `Alias`    the output is an operand (casts between floats, stop_gradient, optimization_barrier, ...);
+* `Linear`   a step of the canonical program: its kind is a key of `KINDS`, which says how to apply it;
+* `Group`    max, min or sort over constant groups of entries;
+* `Refused`  the reason and the remedy.
+
+Elementwise functions have no rule: `ELEMENTWISE` names them, and `_lower.py` looks for the function of one variable
+that they compose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lipbounds._jaxpr import Eqn, Value, is_concrete
+
+
+class StaticArray:
+    """A NumPy array hashed by value, so that index tables and masks can be part of the static program."""
+
+    __slots__ = ("_hash", "array")
+
+    def __init__(self, array: Any):
+        self.array = np.ascontiguousarray(array)
+        self.array.setflags(write=False)
+        self._hash = hash((self.array.shape, self.array.dtype.str, self.array.tobytes()))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, StaticArray)
+            and self._hash == other._hash
+            and self.array.dtype == other.array.dtype
+            and np.array_equal(self.array, other.array)
+        )
+
+    def __repr__(self) -> str:
+        return f"StaticArray(shape={self.array.shape}, dtype={self.array.dtype})"
+
+
+@dataclass(frozen=True)
+class Alias:
+    operand: int
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One output of an equation as a canonical linear step over some of its operands."""
+
+    kind: str
+    params: dict[str, Any]
+    operands: tuple[int, ...]
+    output: int = 0
+
+
+@dataclass(frozen=True)
+class Group:
+    """`mode` is max, min or sort over the rows of `index`, a (groups, width) table into the flattened operand."""
+
+    mode: str
+    index: np.ndarray
+
+
+@dataclass(frozen=True)
+class Refused:
+    reason: str
+    remedy: str
+
+
+Rule = Callable[[Eqn], "Alias | Linear | Group | Refused | Sequence[Alias | Linear] | None"]
+
+PRODUCT = Refused(
+    "the product of two tensors that both depend on x has no Lipschitz constant over the whole space "
+    "(attention, gated units such as GLU, LSTM gates, x * x, normalisation by statistics of x)",
+    "make one factor constant, or bound the part of the network before it; "
+    "for BatchNorm in training mode call model.eval() on a copy",
+)
+DIVISION = Refused(
+    "division by a term that depends on x (LayerNorm, GroupNorm, x/||x||, softmax, BatchNorm in training mode)",
+    "call model.eval() on a copy if this is BatchNorm; trace the logits, not softmax probabilities; "
+    "otherwise replace the normalisation by an affine layer",
+)
+INDEX = Refused(
+    "an index depends on x (argmax, top_k, sorting order): the output jumps when the index changes",
+    "use constant indices, or reduce_max / sort, which are supported as groups",
+)
+JUMP = Refused(
+    "the output takes discrete values, so it jumps as x moves: there is no Lipschitz constant",
+    "remove it from the traced function (trace the logits), or use a continuous function in its place",
+)
+SOFTMAX = Refused(
+    "softmax and logsumexp are not supported inside a network",
+    "drop a final softmax and certify the logits: argmax does not change",
+)
+RANDOM_MASK = Refused(
+    "a random mask multiplies or selects entries of x: this looks like Dropout in training mode",
+    "call model.eval() on a copy (or pass deterministic=True) before tracing",
+)
+TRACED = Refused(
+    "a mask, an index or a predicate is being traced by jit, grad or vmap, so the linear map is not known",
+    "make it a constant (a NumPy array, or a static argument)",
+)
+UNKNOWN = Refused(
+    "there is no rule for this primitive",
+    "rewrite it with supported operations, add a rule in lipbounds/_rules.py, "
+    "or declare an elementwise function with lb.register_activation",
+)
+NOT_FLOAT = Refused(
+    "x becomes an integer, boolean or complex tensor here: the output jumps or is not real",
+    "keep everything that depends on x in floating point",
+)
+
+# --- how to apply each kind of linear step -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How to apply a canonical linear step.
+
+    Args:
+        apply: (params, *arrays) -> array.
+        joint: linear in all operands together; a constant operand is an offset that cancels in differences.
+            Otherwise bilinear: the constant operand is a coefficient.
+        moves: every output entry is one input entry or zero, so the step is known from what it does to an iota.
+    """
+
+    apply: Callable[..., Any]
+    joint: bool = True
+    moves: bool = False
+
+
+def _take(p: dict[str, Any], *arrays: Any) -> Any:
+    flat = jnp.concatenate([*(jnp.ravel(a) for a in arrays), jnp.zeros((1,), arrays[0].dtype)])
+    return flat[p["index"].array]  # index -1 reads the zero at the end
+
+
+def _scatter_add(p: dict[str, Any], operand: Any, updates: Any) -> Any:
+    out = jnp.concatenate([jnp.ravel(operand), jnp.zeros((1,), operand.dtype)])
+    out = out.at[p["target"].array.ravel()].add(jnp.ravel(updates))  # target -1 is dropped with the last entry
+    return out[:-1].reshape(operand.shape)
+
+
+def _dot(p: dict[str, Any], a: Any, b: Any) -> Any:
+    return lax.dot_general(
+        a, b, p["dimension_numbers"], precision=lax.Precision.HIGHEST, preferred_element_type=a.dtype
+    )
+
+
+def _conv(p: dict[str, Any], a: Any, b: Any) -> Any:
+    return lax.conv_general_dilated(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=a.dtype, **p)
+
+
+def _reduce_window_sum(p: dict[str, Any], a: Any) -> Any:
+    zero = jnp.zeros((), a.dtype)
+    return lax.reduce_window(
+        a,
+        zero,
+        lax.add,
+        p["window_dimensions"],
+        p["window_strides"],
+        p["padding"],
+        base_dilation=p["base_dilation"],
+        window_dilation=p["window_dilation"],
+    )
+
+
+KINDS: dict[str, Kind] = {
+    "constant": Kind(lambda p, a: a),
+    "add": Kind(lambda p, a, b: jnp.add(a, b)),
+    "sub": Kind(lambda p, a, b: jnp.subtract(a, b)),
+    "neg": Kind(lambda p, a: -a),
+    "mul": Kind(lambda p, a, b: jnp.multiply(a, b), joint=False),
+    "div": Kind(lambda p, a, b: jnp.divide(a, b), joint=False),
+    "dot_general": Kind(_dot, joint=False),
+    "conv": Kind(_conv, joint=False),
+    "reduce_sum": Kind(lambda p, a: jnp.sum(a, axis=p["axes"])),
+    "cumsum": Kind(lambda p, a: lax.cumsum(a, axis=p["axis"], reverse=p["reverse"])),
+    "reduce_window_sum": Kind(_reduce_window_sum),
+    "scatter_add": Kind(_scatter_add),
+    "take": Kind(_take, moves=True),
+    "reshape": Kind(lambda p, a: lax.reshape(a, p["shape"]), moves=True),
+    "transpose": Kind(lambda p, a: lax.transpose(a, p["permutation"]), moves=True),
+    "broadcast_in_dim": Kind(lambda p, a: lax.broadcast_in_dim(a, p["shape"], p["dims"]), moves=True),
+    "tile": Kind(lambda p, a: jnp.tile(a, p["reps"]), moves=True),
+    "rev": Kind(lambda p, a: lax.rev(a, p["dimensions"]), moves=True),
+    "slice": Kind(lambda p, a: lax.slice(a, p["start"], p["limit"], p["strides"]), moves=True),
+    "pad": Kind(lambda p, a, v: lax.pad(a, v, p["padding_config"]), moves=True),
+    "stack": Kind(lambda p, *a: jnp.stack(a, p["axis"]), moves=True),
+    "concatenate": Kind(lambda p, *a: lax.concatenate(a, p["dimension"]), moves=True),
+}
+
+
+def static(value: Any) -> Any:
+    """Params as hashable plain values."""
+    if isinstance(value, (np.integer, int)) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, np.ndarray):
+        return StaticArray(value)
+    if type(value) in (list, tuple):
+        return tuple(static(v) for v in value)
+    return value
+
+
+# --- rules ---------------------------------------------------------------------------------------------------------
+
+
+def _depends(eqn: Eqn) -> list[bool]:
+    return [value.depends for value in eqn.inputs]
+
+
+def _concrete(*values: Value) -> bool:
+    return all(not v.depends and is_concrete(v.const) for v in values)
+
+
+def _unary(kind: str, convert: Callable[[dict[str, Any], Eqn], dict[str, Any]]) -> Rule:
+    return lambda eqn: Linear(kind, convert(eqn.params, eqn), (0,))
+
+
+def _add(kind: str) -> Rule:
+    return lambda eqn: Linear(kind, {}, (0, 1))
+
+
+def _mul(eqn: Eqn) -> Linear | Refused | None:
+    first, second = _depends(eqn)
+    if first and second:
+        return None
+    other = eqn.inputs[1 if first else 0]
+    if other.randomness == 2:
+        return RANDOM_MASK
+    return Linear("mul", {}, (0, 1) if first else (1, 0))
+
+
+def _div(eqn: Eqn) -> Linear | None:
+    return None if eqn.inputs[1].depends else Linear("div", {}, (0, 1))
+
+
+def _dot_rule(eqn: Eqn) -> Linear | Refused:
+    if all(_depends(eqn)):
+        return PRODUCT
+    return Linear("dot_general", {"dimension_numbers": eqn.params["dimension_numbers"]}, (0, 1))
+
+
+def _conv_rule(eqn: Eqn) -> Linear | Refused:
+    if all(_depends(eqn)):
+        return PRODUCT
+    names = (
+        "window_strides",
+        "padding",
+        "lhs_dilation",
+        "rhs_dilation",
+        "dimension_numbers",
+        "feature_group_count",
+        "batch_group_count",
+    )
+    return Linear("conv", {name: eqn.params[name] for name in names}, (0, 1))
+
+
+def _cast(eqn: Eqn) -> Alias | Refused | None:
+    if not jnp.issubdtype(eqn.outputs[0].dtype, jnp.floating):
+        return NOT_FLOAT
+    if not jnp.issubdtype(eqn.inputs[0].dtype, jnp.floating):
+        return None  # a comparison turned into 0/1: part of an elementwise function
+    return Alias(0)
+
+
+def _aliases(eqn: Eqn) -> Sequence[Alias]:
+    return [Alias(i) for i in range(len(eqn.outputs))]
+
+
+def _iotas(eqn: Eqn, operands: Sequence[int]) -> list[Any]:
+    """Distinct integers for every entry of the operands, counted from 0 over their concatenation."""
+    sizes = [int(np.prod(eqn.inputs[i].shape)) for i in operands]
+    starts = np.cumsum([0, *sizes[:-1]])
+    return [
+        (start + np.arange(size, dtype=np.int32)).astype(np.int32).reshape(eqn.inputs[i].shape)
+        for i, start, size in zip(operands, starts, sizes, strict=True)
+    ]
+
+
+def _moved(eqn: Eqn, operands: Sequence[int], move: Callable[..., Any]) -> Linear:
+    """The step that moves entries as `move` moves integers."""
+    index = np.asarray(move(*(jnp.asarray(i) for i in _iotas(eqn, operands))))
+    return Linear("take", {"index": StaticArray(index)}, tuple(operands))
+
+
+def _gather(eqn: Eqn) -> Linear | Refused:
+    if eqn.inputs[1].depends:
+        return INDEX
+    if not _concrete(eqn.inputs[1]):
+        return TRACED
+    p = eqn.params
+    indices = jnp.asarray(eqn.inputs[1].const)
+    # Out of bounds reads of mode fill are NaN in the program: read the "zero" entry and let the finiteness check,
+    # which runs the program itself, refuse it.
+    return _moved(
+        eqn,
+        (0,),
+        lambda a: lax.gather(a, indices, p["dimension_numbers"], p["slice_sizes"], mode=p["mode"], fill_value=-1),
+    )
+
+
+def _dynamic_slice(eqn: Eqn) -> Linear | Refused:
+    starts = eqn.inputs[1:]
+    if any(s.depends for s in starts):
+        return INDEX
+    if not _concrete(*starts):
+        return TRACED
+    sizes = eqn.params["slice_sizes"]
+    shape = eqn.inputs[0].shape
+    begin = [int(np.clip(int(s.const), 0, n - k)) for s, n, k in zip(starts, shape, sizes, strict=True)]
+    end = [b + k for b, k in zip(begin, sizes, strict=True)]
+    return Linear("slice", {"start": tuple(begin), "limit": tuple(end), "strides": None}, (0,))
+
+
+def _dynamic_update_slice(eqn: Eqn) -> Linear | Refused:
+    starts = eqn.inputs[2:]
+    if any(s.depends for s in starts):
+        return INDEX
+    if not _concrete(*starts):
+        return TRACED
+    begin = [jnp.asarray(s.const) for s in starts]
+    return _moved(eqn, (0, 1), lambda a, b: lax.dynamic_update_slice(a, b, begin))
+
+
+def _scatter(eqn: Eqn) -> Linear | Refused:
+    if eqn.inputs[1].depends:
+        return INDEX
+    if not _concrete(eqn.inputs[1]):
+        return TRACED
+    p, indices = eqn.params, jnp.asarray(eqn.inputs[1].const)
+    return _moved(
+        eqn, (0, 2), lambda a, b: lax.scatter(a, indices, b, p["dimension_numbers"], mode=p["mode"])
+    )
+
+
+def _scatter_add_rule(eqn: Eqn) -> Linear | Refused:
+    if eqn.inputs[1].depends:
+        return INDEX
+    if not _concrete(eqn.inputs[1]):
+        return TRACED
+    p, indices = eqn.params, jnp.asarray(eqn.inputs[1].const)
+    operand, updates = eqn.inputs[0], eqn.inputs[2]
+    size = int(np.prod(operand.shape))
+    if size >= 2**24:
+        return Refused(f"a scatter-add over {size} entries is too large", "split it")
+    _, pull = jax.vjp(
+        lambda b: lax.scatter_add(
+            jnp.zeros(operand.shape, jnp.float32), indices, b, p["dimension_numbers"], mode=p["mode"]
+        ),
+        jnp.zeros(updates.shape, jnp.float32),
+    )
+    # The transpose of scatter-add reads the cotangent where each update lands; 0 where it is dropped.
+    (target,) = pull(jnp.arange(1, size + 1, dtype=jnp.float32).reshape(operand.shape))
+    return Linear("scatter_add", {"target": StaticArray(np.asarray(target).astype(np.int32) - 1)}, (0, 2))
+
+
+def _select(eqn: Eqn) -> Alias | Linear | Refused | None:
+    predicate, *cases = eqn.inputs
+    if predicate.depends:
+        return None
+    if predicate.randomness == 2:
+        return RANDOM_MASK
+    if not _concrete(predicate):
+        return TRACED
+    which = np.asarray(predicate.const)
+    if which.size and (which == which.flat[0]).all() and cases[int(which.flat[0])].depends:
+        return Alias(1 + int(which.flat[0]))
+    return _moved(eqn, range(1, 1 + len(cases)), lambda *a: lax.select_n(jnp.asarray(which), *a))
+
+
+def _split(eqn: Eqn) -> Sequence[Linear]:
+    axis, start, out = eqn.params["axis"], 0, []
+    shape = eqn.inputs[0].shape
+    for i, size in enumerate(eqn.params["sizes"]):
+        begin = tuple(start if d == axis else 0 for d in range(len(shape)))
+        limit = tuple(start + int(size) if d == axis else n for d, n in enumerate(shape))
+        out.append(Linear("slice", {"start": begin, "limit": limit, "strides": None}, (0,), i))
+        start += int(size)
+    return out
+
+
+def windows(shape: tuple[int, ...], p: dict[str, Any]) -> np.ndarray:
+    """(number of windows, window size) table of flat input indices of a pooling window; -1 where it reads padding."""
+    index = np.arange(int(np.prod(shape)), dtype=np.int32).reshape(shape)
+    for axis, dilation in enumerate(p["base_dilation"]):
+        if dilation != 1 and index.shape[axis]:
+            wide = list(index.shape)
+            wide[axis] = (wide[axis] - 1) * dilation + 1
+            spread = np.full(wide, -1, np.int32)
+            spread[tuple(slice(None, None, dilation) if a == axis else slice(None) for a in range(len(wide)))] = index
+            index = spread
+    low = [max(a, 0) for a, _ in p["padding"]]
+    high = [max(b, 0) for _, b in p["padding"]]
+    index = np.pad(index, list(zip(low, high, strict=True)), constant_values=-1)
+    index = index[tuple(slice(max(-a, 0), n - max(-b, 0)) for (a, b), n in zip(p["padding"], index.shape, strict=True))]
+    reach = tuple((w - 1) * d + 1 for w, d in zip(p["window_dimensions"], p["window_dilation"], strict=True))
+    view = np.lib.stride_tricks.sliding_window_view(index, reach)
+    rank = len(shape)
+    view = view[tuple(slice(None, None, s) for s in p["window_strides"])]
+    view = view[(slice(None),) * rank + tuple(slice(None, None, d) for d in p["window_dilation"])]
+    return view.reshape(int(np.prod(view.shape[:rank])), -1)
+
+
+def along(shape: tuple[int, ...], axes: Sequence[int]) -> np.ndarray:
+    """(outputs, size) table of the flat indices reduced over `axes` for each output."""
+    index = np.arange(int(np.prod(shape)), dtype=np.int32).reshape(shape)
+    kept = [a for a in range(len(shape)) if a not in axes]
+    return index.transpose([*kept, *axes]).reshape(int(np.prod([shape[a] for a in kept])), -1)
+
+
+def _pool(mode: str) -> Rule:
+    def rule(eqn: Eqn) -> Group | Refused:
+        table = windows(eqn.inputs[0].shape, eqn.params)
+        if (table.max(axis=1, initial=-1) < 0).any():
+            return Refused("a pooling window reads padding only, so the output is infinite", "use less padding")
+        # A padded entry never wins: repeat another entry of the same window in its place.
+        return Group(mode, np.where(table < 0, table.max(axis=1, keepdims=True), table))
+
+    return rule
+
+
+def _reduce(mode: str) -> Rule:
+    def rule(eqn: Eqn) -> Group | Refused:
+        table = along(eqn.inputs[0].shape, [int(a) for a in eqn.params["axes"]])
+        return Group(mode, table) if table.shape[1] else Refused("a maximum over no entries is infinite", "drop it")
+
+    return rule
+
+
+def _sort(eqn: Eqn) -> Group | Refused:
+    if len(eqn.inputs) != 1:
+        return INDEX
+    return Group("sort", along(eqn.inputs[0].shape, [int(eqn.params["dimension"])]))
+
+
+def _refuse(refused: Refused) -> Rule:
+    return lambda eqn: refused
+
+
+RULES: dict[str, Rule] = {
+    "add": _add("add"),
+    "add_any": _add("add"),
+    "sub": _add("sub"),
+    "neg": _unary("neg", lambda p, e: {}),
+    "mul": _mul,
+    "div": _div,
+    "dot_general": _dot_rule,
+    "conv_general_dilated": _conv_rule,
+    "convert_element_type": _cast,
+    "integer_pow": lambda eqn: Alias(0) if eqn.params["y"] == 1 else None,
+    "reshape": _unary("reshape", lambda p, e: {"shape": e.outputs[0].shape}),
+    "squeeze": _unary("reshape", lambda p, e: {"shape": e.outputs[0].shape}),
+    "expand_dims": _unary("reshape", lambda p, e: {"shape": e.outputs[0].shape}),
+    "transpose": _unary("transpose", lambda p, e: {"permutation": p["permutation"]}),
+    "broadcast_in_dim": _unary(
+        "broadcast_in_dim", lambda p, e: {"shape": e.outputs[0].shape, "dims": p["broadcast_dimensions"]}
+    ),
+    "tile": _unary("tile", lambda p, e: {"reps": p["reps"]}),
+    "rev": _unary("rev", lambda p, e: {"dimensions": p["dimensions"]}),
+    "slice": _unary(
+        "slice", lambda p, e: {"start": p["start_indices"], "limit": p["limit_indices"], "strides": p["strides"]}
+    ),
+    "pad": lambda eqn: Linear("pad", {"padding_config": eqn.params["padding_config"]}, (0, 1)),
+    "concatenate": lambda eqn: Linear(
+        "concatenate", {"dimension": eqn.params["dimension"]}, tuple(range(len(eqn.inputs)))
+    ),
+    "stack": lambda eqn: Linear("stack", {"axis": eqn.params["axis"]}, tuple(range(len(eqn.inputs)))),
+    "reduce_sum": _unary("reduce_sum", lambda p, e: {"axes": p["axes"]}),
+    "cumsum": _unary("cumsum", lambda p, e: {"axis": p["axis"], "reverse": p["reverse"]}),
+    "reduce_window_sum": _unary(
+        "reduce_window_sum",
+        lambda p, e: {
+            k: p[k] for k in ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
+        },
+    ),
+    "gather": _gather,
+    "dynamic_slice": _dynamic_slice,
+    "dynamic_update_slice": _dynamic_update_slice,
+    "scatter": _scatter,
+    "scatter-add": _scatter_add_rule,
+    "scatter_add": _scatter_add_rule,
+    "select_n": _select,
+    "split": _split,
+    "reduce_window_max": _pool("max"),
+    "reduce_window_min": _pool("min"),
+    "reduce_max": _reduce("max"),
+    "reduce_min": _reduce("min"),
+    "sort": _sort,
+    "argmax": _refuse(INDEX),
+    "argmin": _refuse(INDEX),
+    "top_k": _refuse(INDEX),
+    **{name: _aliases for name in ("copy", "copy_p", "stop_gradient", "optimization_barrier", "reduce_precision")},
+    **{name: _aliases for name in ("name", "sharding_constraint", "pvary", "mesh_cast", "reshard", "device_put")},
+}
+
+#: Elementwise primitives: functions of one variable are composed of these, and proved in activations.py.
+ELEMENTWISE = frozenset(
+    """add sub mul div neg abs max min sign floor ceil round exp exp2 expm1 log log1p tanh logistic erf erfc erf_inv
+    sqrt rsqrt cbrt square integer_pow pow sin cos tan atan asinh acosh sinh cosh asin acos atanh select_n lt le gt ge
+    eq ne and or not xor clamp is_finite convert_element_type copy stop_gradient reduce_precision add_any atan2 rem
+    lgamma digamma bessel_i0e bessel_i1e nextafter name optimization_barrier""".split()
+)
+_COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not", "xor", "is_finite"}

@@ -1,0 +1,329 @@
+"""`trace`: any JAX function to its Lur'e form, and the checks that nothing was missed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lipbounds import activations
+from lipbounds._jaxpr import Flat, flatten, is_concrete
+from lipbounds._lower import _Lowering, lower
+from lipbounds._rules import KINDS
+from lipbounds.errors import Unsupported, UnsupportedError
+from lipbounds.lure import LureForm, apply_op
+
+Function = Callable[[Any, Any], Any]
+_FINITE_REMEDY = "check the weights and the domain of the functions used; all of R^n must be allowed as input"
+
+
+def trace(fn: Callable[..., Any], x: Any, *, batched: bool = False) -> LureForm:
+    """The Lur'e form of a network.
+
+    Units: the bounds and radii of the form are in the units of `fn`'s input. Put the normalisation of the data inside
+    `fn` and radii come out in raw pixels.
+
+    Args:
+        fn: one example -> outputs of shape (K,) (with `batched`: a batch -> a batch of outputs, (B, ...) -> (B, K)).
+            A plain function, a flax nnx module (split; never mutated), or anything callable. Parameters it closes over
+            may be tracers.
+        x: an example (with `batched`: a batch): an array, or a `jax.ShapeDtypeStruct`.
+        batched: refuse when the output of one row depends on another row.
+
+    Raises:
+        UnsupportedError: everything that has no Lipschitz bound here, at once, with remedies.
+        TypeError: `fn` is not callable or x is not an array.
+        ValueError: weights that are not finite, or an output that is not one vector.
+    """
+    if not callable(fn):
+        raise TypeError(f"trace needs a function of one example, got {type(fn).__name__}")
+    spec = _spec(x)
+    call, params = _split(fn)
+    if not batched:
+        form, flat = _form(call, params, spec)
+        _check_values(form, flat, lambda v: call(params, v), spec)
+        return form
+    if not spec.shape:
+        raise ValueError("batched=True needs an input with a leading batch axis")
+    one = jax.ShapeDtypeStruct(spec.shape[1:], spec.dtype)
+    form, flat = _form(lambda p, v: _row(call(p, v[None])), params, one)
+    _check_rows(call, params, one)
+    _check_values(form, flat, lambda v: _row(call(params, v[None])), one)
+    return form
+
+
+def from_weights(
+    weights: Sequence[Any],
+    biases: Sequence[Any] | None = None,
+    activation: str | Callable[..., Any] = "relu",
+    slopes: Sequence[tuple[Any, Any]] | None = None,
+) -> LureForm:
+    """The form of z = W_L phi(... phi(W_0 x + b_0) ...) + b_L.
+
+    Args:
+        weights: matrices of shape (out, in), in order.
+        biases: vectors, or None.
+        activation: a function of one tensor, or its name in `jax.nn`.
+        slopes: instead of `activation`, per hidden layer (lower, upper) slopes, scalars or one per neuron: the network
+            certified has phi(y) = lower * y for y < 0 and upper * y for y >= 0.
+
+    Raises:
+        ValueError: shapes that do not chain, or weights that are not finite.
+    """
+    matrices = [w if isinstance(w, jax.Array) else np.asarray(w) for w in weights]
+    if not matrices:
+        raise ValueError("from_weights needs at least one matrix")
+    for i, w in enumerate(matrices):
+        if np.ndim(w) != 2:
+            raise ValueError(f"weights[{i}] must be a matrix (out, in), got shape {np.shape(w)}")
+        if i and np.shape(w)[1] != np.shape(matrices[i - 1])[0]:
+            raise ValueError(
+                f"weights[{i}] has {np.shape(w)[1]} inputs but weights[{i - 1}] has {np.shape(matrices[i - 1])[0]} outputs"
+            )
+        if not jnp.issubdtype(w.dtype, jnp.floating):
+            raise ValueError(f"weights[{i}] must hold floating point numbers, got {w.dtype}")
+    if biases is not None:
+        if len(biases) != len(matrices):
+            raise ValueError(f"{len(matrices)} matrices need {len(matrices)} biases, got {len(biases)}")
+        for i, (w, b) in enumerate(zip(matrices, biases, strict=True)):
+            if np.shape(b) != (np.shape(w)[0],):
+                raise ValueError(f"biases[{i}] must have shape ({np.shape(w)[0]},), got {np.shape(b)}")
+    if slopes is not None and len(slopes) != len(matrices) - 1:
+        raise ValueError(f"{len(matrices) - 1} hidden layers need as many slope pairs, got {len(slopes)}")
+    if isinstance(activation, str):
+        named = getattr(jax.nn, activation, None) or getattr(jnp, activation, None)
+        if not callable(named):
+            raise ValueError(f"no activation called {activation!r} in jax.nn or jax.numpy; pass a function")
+        activation = named
+    dtype = jnp.result_type(*(w.dtype for w in matrices))
+    double = any(np.dtype(w.dtype) == np.float64 for w in matrices)
+
+    def hidden(k: int, y: Any) -> Any:
+        if slopes is None:
+            return activation(y)
+        low, high = (jnp.asarray(s, y.dtype) for s in slopes[k])
+        return jnp.where(y < 0, low * y, high * y)
+
+    def network(params: Any, x: Any) -> Any:
+        for k, (w, b) in enumerate(params):
+            x = w @ x if b is None else w @ x + b
+            x = hidden(k, x) if k < len(params) - 1 else x
+        return x
+
+    offsets = biases if biases is not None else [None] * len(matrices)
+    with jax.enable_x64(True) if double else jax.enable_x64(jax.config.jax_enable_x64):
+        dtype = jnp.result_type(*(w.dtype for w in matrices))
+        params = [
+            (jnp.asarray(w, dtype), None if b is None else jnp.asarray(b, dtype))
+            for w, b in zip(matrices, offsets, strict=True)
+        ]
+        spec = jax.ShapeDtypeStruct((int(np.shape(matrices[0])[1]),), dtype)
+        form, flat = _form(network, params, spec)
+        _check_values(form, flat, lambda v: network(params, v), spec)
+    return form
+
+
+def register_activation(fn: Callable[[Any], Any], slopes: tuple[float, float]) -> Callable[[Any], Any]:
+    """Declare the slope interval of an elementwise function whose range this library cannot prove.
+
+    Bounds that use it carry the guarantee "assumed". The function is recognised by its structure wherever it is traced.
+
+    Args:
+        fn: an elementwise function of one tensor.
+        slopes: (a, b) with a <= (fn(x) - fn(y)) / (x - y) <= b for all real x != y.
+
+    Returns:
+        `fn`, so that this can be used with `functools.partial` as a decorator.
+
+    Raises:
+        ValueError: `fn` is not an elementwise function of one variable, or a > b.
+    """
+    if not callable(fn):
+        raise TypeError(f"register_activation needs a function, got {type(fn).__name__}")
+    low, high = (float(s) for s in slopes)
+    if not (np.isfinite(low) and np.isfinite(high) and low <= high):
+        raise ValueError(f"slopes must be two finite numbers (a, b) with a <= b, got {slopes}")
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
+        with jax.enable_x64(True) if dtype == jnp.float64 else jax.enable_x64(jax.config.jax_enable_x64):
+            flat = flatten(lambda _, v: fn(v), (), jax.ShapeDtypeStruct((3,), dtype))
+            lowering = _Lowering(flat)
+            output = lowering.resolve(flat.outputs[0]) if len(flat.outputs) == 1 else None
+            if output is None or output.shape != (3,) or not output.depends:
+                raise ValueError("register_activation needs an elementwise function of one tensor")
+            found = [region for base, region, _ in lowering.dominators(output) if base is flat.input]
+            if not found:
+                raise ValueError("register_activation needs an elementwise function of one tensor")
+            expr, consts = lowering.expression(output, flat.input, found[-1])
+            activations.register(expr, [np.asarray(c.const) for c in consts], low, high)
+    return fn
+
+
+# --- helpers -------------------------------------------------------------------------------------------------------
+
+
+def _spec(x: Any) -> jax.ShapeDtypeStruct:
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise TypeError(f"x must be an array or a jax.ShapeDtypeStruct, got {type(x).__name__}")
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        kind = "complex" if jnp.issubdtype(dtype, jnp.complexfloating) else "integer or boolean"
+        item = Unsupported(
+            "input", "", tuple(x.shape), f"the input is {kind} ({dtype})", "cast it to a float: x.astype(jnp.float32)"
+        )
+        raise UnsupportedError((item,))
+    return jax.ShapeDtypeStruct(tuple(x.shape), dtype)
+
+
+def _split(fn: Callable[..., Any]) -> tuple[Function, Any]:
+    """(call, params): the state of an nnx module enters as an argument; the user's module is never touched."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(fn, nnx.Module):
+        graph, state = nnx.split(fn)
+        return lambda p, v: nnx.merge(graph, p, copy=True)(v), state
+    return lambda p, v: fn(v), ()
+
+
+def _row(out: Any) -> Any:
+    if not hasattr(out, "shape") or out.ndim < 1 or out.shape[0] != 1:
+        shape = getattr(out, "shape", type(out).__name__)
+        raise ValueError(f"batched=True: a batch of one gave an output of shape {shape}; its first axis must be the batch")
+    return out[0]
+
+
+def _flatten(call: Function, params: Any, spec: jax.ShapeDtypeStruct) -> Flat:
+    try:
+        return flatten(call, params, spec)
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+        reason = str(error).splitlines()[0]
+        remedy = "use jnp.where, lax.select or a tensor operation in place of a Python decision on values of x"
+        item = Unsupported("python control flow", "", spec.shape, f"Python needs the value of x: {reason}", remedy)
+        raise UnsupportedError((item,)) from error
+
+
+def _form(call: Function, params: Any, spec: jax.ShapeDtypeStruct) -> tuple[LureForm, Flat]:
+    flat = _flatten(call, params, spec)
+    if len(flat.outputs) != 1:
+        raise ValueError(f"the function must return one array of shape (K,), it returned {len(flat.outputs)} arrays")
+    (output,) = flat.outputs
+    if len(output.shape) > 1:
+        raise ValueError(f"the function must return one vector of shape (K,), it returned shape {output.shape}")
+    if not jnp.issubdtype(output.dtype, jnp.floating) and not output.depends:
+        raise ValueError(f"the function must return floating point numbers, it returned {output.dtype}")
+    program, leaves, slopes = lower(flat)
+    form = LureForm(program, leaves, slopes)
+    _check_weights(form)
+    return form, flat
+
+
+def _check_weights(form: LureForm) -> None:
+    in_steps = {-1 - i for step in form.program.steps if not isinstance(step, int) for i in step.inputs if i < 0}
+    for place, leaf in enumerate(form.consts):
+        if is_concrete(leaf):
+            values = np.asarray(leaf, np.float64)
+            # Guards of an activation may compare with infinity; NaN is never meant.
+            bad = ~np.isfinite(values) if place in in_steps else np.isnan(values)
+            if bad.any():
+                raise ValueError(
+                    f"the network has weights or constants that are not finite: {int(bad.sum())} of {bad.size} entries "
+                    f"of an array of shape {bad.shape} are NaN or infinite"
+                )
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _evaluate(form: LureForm, x: Any, dtype: Any) -> Any:
+    return form.evaluate(x, dtype)
+
+
+def _check_values(form: LureForm, flat: Flat, fn: Callable[[Any], Any], spec: jax.ShapeDtypeStruct) -> None:
+    """The form agrees with the program at points other than the traced one, and both are finite there."""
+    if form.is_traced or not is_concrete(jnp.zeros(())):
+        return
+    rng = np.random.default_rng(0)
+    floats = [v.dtype for v in flat.values if jnp.issubdtype(v.dtype, jnp.floating)]
+    eps = max(float(jnp.finfo(d).eps) for d in floats)
+    for draw in (rng.standard_normal(spec.shape), rng.uniform(size=spec.shape), 10 * rng.standard_normal(spec.shape)):
+        point = jnp.asarray(draw, spec.dtype)
+        ours = np.asarray(_evaluate(form, point, spec.dtype), np.float64)
+        theirs = np.asarray(fn(point), np.float64).ravel()
+        if not (np.isfinite(theirs).all() and np.isfinite(ours).all()):
+            item = Unsupported(
+                "output", "", theirs.shape, "the function is not finite at a random point", _FINITE_REMEDY
+            )
+            raise UnsupportedError((item,))
+        scale = float(np.abs(theirs).max(initial=0.0)) + float(np.abs(ours).max(initial=0.0)) + 1e-3
+        if np.abs(ours - theirs).max(initial=0.0) > 10 * eps**0.5 * scale:
+            raise RuntimeError(
+                "the traced form does not agree with the function at a random point: either the function is not a pure "
+                f"function of x, or this is a bug of lipbounds (difference {np.abs(ours - theirs).max():.3g})"
+            )
+
+
+def _check_rows(call: Function, params: Any, one: jax.ShapeDtypeStruct) -> None:
+    """Refuse a batch function whose first row's output depends on the second row of the input.
+
+    Exact up to weights that are zero: the form of a batch of two is run on patterns of zeros and ones with absolute
+    values of all coefficients, so that nothing cancels.
+    """
+    pair = jax.ShapeDtypeStruct((2, *one.shape), one.dtype)
+    form, _ = _form(lambda p, v: jnp.reshape(call(p, v), (-1,)), params, pair)
+    if form.is_traced:
+        return
+    mask = np.zeros(pair.shape, np.float32)
+    mask[1] = 1
+    reached = np.asarray(_reach(form, jnp.asarray(mask)))
+    if reached[: reached.size // 2].any():
+        item = Unsupported(
+            "batched function",
+            "",
+            pair.shape,
+            "the output of one row depends on another row of the batch",
+            "call model.eval() on a copy if this is BatchNorm; otherwise trace a function of one example",
+        )
+        raise UnsupportedError((item,))
+
+
+@jax.jit
+def _reach(form: LureForm, mask: jax.Array) -> jax.Array:
+    """1 where an entry of the output depends on the marked entries of the input (structurally)."""
+    program = form.program
+    registers: dict[int, jax.Array] = {0: mask}
+    for step in program.steps:
+        if isinstance(step, int):
+            tap = program.taps[step]
+            y = jnp.concatenate([registers[i].ravel() for i in tap.inputs])
+            if tap.groups is None:
+                v = y
+            else:
+                rows = y[tap.groups.array].max(axis=1)
+                v = rows
+                if tap.kind == "sort":
+                    v = jnp.zeros(tap.size_out, y.dtype).at[tap.groups.array].set(rows[:, None])
+            start = 0
+            for register, shape in zip(tap.outputs, tap.shapes, strict=True):
+                size = int(np.prod(shape))
+                registers[register] = v[start : start + size].reshape(shape)
+                start += size
+            continue
+        joint = KINDS[step.kind].joint
+        args = []
+        for i in step.inputs:
+            if i >= 0:
+                args.append(registers[i])
+            else:
+                const = jnp.asarray(form.consts[-1 - i]).astype(mask.dtype)
+                args.append(jnp.zeros_like(const) if joint else jnp.where(const == 0, 0, 1).astype(mask.dtype))
+        if step.kind == "sub":
+            out = jnp.add(*args)
+        elif step.kind == "neg":
+            out = args[0]
+        elif step.kind == "div":
+            out = jnp.broadcast_to(args[0], jnp.broadcast_shapes(args[0].shape, args[1].shape))
+        else:
+            out = apply_op(step, args)
+        registers[step.output] = (out > 0).astype(mask.dtype)
+    return registers[program.output].ravel()

@@ -1,0 +1,74 @@
+"""Everything this library refuses with, as plain data and a message that says it all at once.
+
+All errors about an input are `ValueError`s, so one `except ValueError` catches every refusal.
+`GuaranteeError` is not: it means that two results contradict each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """One operation that has no bound here.
+
+    primitive  name of the operation as JAX calls it ("mul", "dot_general", "argmax", ...)
+    path       where it is called ("Block/attention/mul"); "" when it is the function itself
+    shape      shape of its result
+    reason     why there is no bound, in words
+    remedy     what to do about it, in words
+    """
+
+    primitive: str
+    path: str
+    shape: tuple[int, ...]
+    reason: str
+    remedy: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+
+    def __str__(self) -> str:
+        where = f" at {self.path}" if self.path else ""
+        return f"{self.primitive}{where}, shape {self.shape}: {self.reason} Remedy: {self.remedy}"
+
+
+class UnsupportedError(ValueError):
+    """The function holds operations without a Lipschitz bound.
+
+    `.items` is the tuple of all of them (`Unsupported` records), in the order of the program; the
+    message lists every one with primitive, call path, shape, reason and remedy.
+    """
+
+    def __init__(self, items: Iterable[Unsupported]) -> None:
+        self.items: tuple[Unsupported, ...] = tuple(items)
+        if not self.items:
+            raise TypeError("UnsupportedError needs at least one item")
+        super().__init__(self.items)  # the constructor's argument, so that pickle and copy work
+
+    def __str__(self) -> str:
+        n = len(self.items)
+        head = "1 operation of this function has" if n == 1 else f"{n} operations of this function have"
+        lines = [f"{head} no Lipschitz bound here:"]
+        for number, item in enumerate(self.items, 1):
+            where = f" at {item.path}" if item.path else ""
+            lines += [
+                f"  {number}. {item.primitive}{where}, shape {item.shape}",
+                f"     why:    {item.reason}",
+                f"     remedy: {item.remedy}",
+            ]
+        return "\n".join(lines)
+
+
+class CertificateError(ValueError):
+    """A stored certificate does not prove what it claims for this form; the message says why."""
+
+
+class GuaranteeError(RuntimeError):
+    """A lower bound exceeds an upper bound: one of them is wrong.
+
+    Either the user declared something false (slopes of a registered activation) or this library
+    has a bug. No result is returned.
+    """

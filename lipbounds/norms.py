@@ -1,0 +1,435 @@
+"""Norms of matrices with a proof, rounding included; estimates and probabilistic bounds for matvecs.
+
+Everything here works on plain matrices (NumPy arrays, scipy.sparse) or on callables; nothing knows about networks.
+
+===================  ==============================================================================================
+`verified_norm`      spectral norm of a matrix, an upper bound in real arithmetic (Gram matrix and shifted Cholesky)
+`induced_norm`       1 and infinity norm, sums rounded up
+`row_norms` etc.     vector norms of rows and of all row differences, rounded up
+`Enclosure`          a matrix with a normwise error; `multiply`, `add`, `scale`, `stack` carry the error along
+`conv_fft_bound`     one zero-padded convolution through the (n+k-1)-point Fourier transform, verified
+`golub_kahan`        matrix-free, holds except with a stated probability
+`power_iteration`    matrix-free, jitted and differentiable, an estimate
+===================  ==============================================================================================
+
+Inputs are taken as exact real numbers; float32 and small integers convert exactly. NaN, infinities, complex numbers and
+results beyond the float64 range raise ValueError. Verified work runs on the host in NumPy/SciPy.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from lipbounds import _gram
+from lipbounds._convfft import conv_fft_bound
+from lipbounds._krylov import golub_kahan, power_iteration
+from lipbounds._rounding import (
+    UNDERFLOW,
+    U,
+    add_up,
+    finite,
+    gamma,
+    mul_up,
+    require_gradual_underflow,
+    sqrt_up,
+    unscale_up,
+    up,
+)
+
+__all__ = [
+    "Enclosure",
+    "add",
+    "conv_fft_bound",
+    "enclosure_norm",
+    "frobenius_norm",
+    "golub_kahan",
+    "induced_norm",
+    "multiply",
+    "pairwise_row_norms",
+    "power_iteration",
+    "row_norms",
+    "scale",
+    "stack",
+    "verified_norm",
+]
+
+_CHUNK = 2**22  # entries of a temporary array
+_NO_SCALING = 100  # |exponent| up to which squares of entries neither overflow nor lose digits
+
+
+def as_matrix(a: Any) -> Any:
+    """`a` as a finite float64 ndarray (2-D) or canonical csr_array, converted exactly; ValueError otherwise."""
+    if sp.issparse(a):
+        if a.ndim != 2:
+            raise ValueError(f"a matrix must have two dimensions, not {a.ndim}")
+        matrix = sp.csr_array(a)
+        values = matrix.data
+    else:
+        matrix = values = np.asarray(a)
+        if matrix.ndim != 2:
+            raise ValueError(f"a matrix must have two dimensions, not {matrix.ndim}")
+    if values.dtype != np.float64:
+        if values.dtype.kind not in "biuf" or (values.dtype.kind == "f" and values.dtype.itemsize > 8):
+            raise ValueError(f"entries of type {values.dtype} do not convert to float64 exactly")
+        if values.dtype.kind in "iu" and values.size and max(abs(int(values.max())), abs(int(values.min()))) > 2**53:
+            raise ValueError("integer entries above 2**53 do not convert to float64 exactly")
+        matrix = matrix.astype(np.float64)
+    if sp.issparse(matrix) and not matrix.has_canonical_format:
+        matrix = matrix.copy()
+        matrix.sum_duplicates()
+    if not np.all(np.isfinite(matrix.data if sp.issparse(matrix) else matrix)):
+        raise ValueError("the matrix has NaN or infinite entries")
+    return matrix
+
+
+def _entries(a: Any) -> np.ndarray:
+    return a.data if sp.issparse(a) else a
+
+
+def _largest(a: Any) -> float:
+    values = _entries(a)
+    return 0.0 if values.size == 0 else max(float(values.max()), -float(values.min()), 0.0)
+
+
+def _scaled(a: Any) -> tuple[Any, int]:
+    """(B, e) with A = 2**e B up to underflow of entries below 2**-1022 max|b|; e = 0 and B = A for usual sizes."""
+    require_gradual_underflow()
+    exponent = math.frexp(_largest(a))[1]
+    if abs(exponent) <= _NO_SCALING:
+        return a, 0
+    with np.errstate(under="ignore"):
+        if sp.issparse(a):
+            return sp.csr_array((np.ldexp(a.data, -exponent), a.indices, a.indptr), shape=a.shape), exponent
+        return np.ldexp(a, -exponent), exponent
+
+
+# ---------------------------------------------------------------------------------------------- vector norms of rows
+
+
+def row_norms(a: Any, q: float) -> np.ndarray:
+    """Upper bounds (m,) of the q-norms of the rows of A (m, n), q in {1, 2, inf}, in real arithmetic.
+
+    A sum of n terms >= 0 in any order is at least (1 - gamma_n) times the exact one (Higham, section 4.2). Rows whose
+    largest entry is outside 2**+-100 are scaled by a power of two first. q = inf is exact.
+    """
+    _check_order(q, (1, 2, math.inf))
+    a = as_matrix(a)
+    require_gradual_underflow()
+    if sp.issparse(a):
+        return _row_norms_sparse(a, q)
+    m, n = a.shape
+    out = np.zeros(m)
+    if n == 0:
+        return out
+    step = max(1, _CHUNK // n)
+    for lo in range(0, m, step):
+        x = np.abs(a[lo : lo + step])
+        top = x.max(axis=1)
+        exponent = _exponents(top)
+        if np.any(exponent):
+            with np.errstate(under="ignore"):
+                x = np.ldexp(x, -exponent[:, None])
+        sums = None if q == math.inf else x.sum(axis=1) if q == 1 else np.einsum("ij,ij->i", x, x)
+        out[lo : lo + step] = _close_rows(top, exponent, sums, n, q)
+    return out
+
+
+def _row_norms_sparse(a: Any, q: float) -> np.ndarray:
+    out = np.zeros(a.shape[0])
+    counts = np.diff(a.indptr)
+    full = counts > 0
+    if not np.any(full):
+        return out
+    starts = a.indptr[:-1][full]
+    x = np.abs(a.data)
+    top = np.maximum.reduceat(x, starts)
+    exponent = _exponents(top)
+    if np.any(exponent):
+        with np.errstate(under="ignore"):
+            x = np.ldexp(x, -np.repeat(exponent, counts[full]))
+    sums = None if q == math.inf else np.add.reduceat(x if q == 1 else x * x, starts)
+    out[full] = _close_rows(top, exponent, sums, int(counts.max()), q)
+    return out
+
+
+def _exponents(top: np.ndarray) -> np.ndarray:
+    exponent = np.frexp(top)[1]
+    return np.where(np.abs(exponent) <= _NO_SCALING, 0, exponent)
+
+
+def _close_rows(top: np.ndarray, exponent: np.ndarray, sums: np.ndarray | None, n: int, q: float) -> np.ndarray:
+    """Round the sums of n terms up; rows of zeros stay exactly zero. Terms lost to underflow fall in the factor 2."""
+    if sums is None:
+        return top
+    if q == 2:
+        sums = np.sqrt(sums)
+    grown = np.nextafter(sums * (1.0 + 2.0 * gamma(n + 8)), np.inf)
+    return np.where(top > 0.0, unscale_up(grown, exponent), 0.0)
+
+
+def frobenius_norm(a: Any) -> float:
+    """An upper bound of the Frobenius norm of A in real arithmetic."""
+    rows = row_norms(a, 2)
+    return float(row_norms(rows[None, :], 2)[0])
+
+
+def induced_norm(a: Any, p: float, error: float = 0.0) -> float:
+    """An upper bound of ||A + E||_p for p in {1, inf} and every E with ||E||_F <= error, in real arithmetic.
+
+    p = 1 is the largest column sum of |A|, p = inf the largest row sum. ||E||_1 <= sqrt(m) ||E||_F and
+    ||E||_inf <= sqrt(n) ||E||_F for E of shape (m, n).
+    """
+    _check_order(p, (1, math.inf))
+    a = as_matrix(a)
+    error = finite(error, "error")
+    if p == 1:
+        a = a.T.tocsr() if sp.issparse(a) else a.T
+    if 0 in a.shape:
+        return 0.0
+    return add_up(float(row_norms(a, 1).max()), mul_up(sqrt_up(a.shape[1]), error))
+
+
+def pairwise_row_norms(rows: Any, q: float, error: float | np.ndarray = 0.0) -> np.ndarray:
+    """Symmetric (K, K) upper bounds of ||(R_i + E_i) - (R_j + E_j)||_q, zero diagonal, q in {1, 2, inf}.
+
+    `rows` R is (K, n); `error` bounds ||E||_F, or, as an array (K,), each ||E_i||_2. For q = 2 and inf it adds
+    e_i + e_j (sqrt(2) error where it is a scalar), for q = 1 sqrt(n) times that. Differences are formed
+    entry by entry, each within one rounding, never through the Gram matrix, which cancels below the truth. Beside R
+    there is a buffer of 2 MB and the result; no (K, K, n) array exists.
+    """
+    _check_order(q, (1, 2, math.inf))
+    matrix = as_matrix(rows)
+    r = matrix.toarray() if sp.issparse(matrix) else matrix
+    count, n = r.shape
+    allowance = _pair_errors(error, count, n, q)
+    scaled, exponent = _scaled(r)
+    out = np.zeros((count, count))
+    width, height = min(max(n, 1), 2048), 128
+    buffer = np.empty((height, width))
+    for i in range(count - 1):
+        for lo in range(i + 1, count, height):
+            hi = min(lo + height, count)
+            total = np.zeros(hi - lo)
+            for c in range(0, n, width):
+                d = buffer[: hi - lo, : min(width, n - c)]
+                np.subtract(scaled[lo:hi, c : c + width], scaled[i, c : c + width], out=d)
+                if q == 2:
+                    total += np.einsum("ij,ij->i", d, d)
+                else:
+                    np.abs(d, out=d)
+                    total = total + d.sum(axis=1) if q == 1 else np.maximum(total, d.max(axis=1))
+            size = np.sqrt(total) if q == 2 else total
+            values = unscale_up(np.nextafter(size * (1.0 + 2.0 * gamma(n + 8)), np.inf), exponent)
+            for j in np.flatnonzero(total < 2.0**-600):  # scaling or squaring may have underflowed: unscaled, alone
+                gap = r[lo + j] - r[i]
+                values[j] = mul_up(float(row_norms(gap[None, :], q)[0]), 1.0 + 4.0 * U) if np.any(gap) else 0.0
+            out[i, lo:hi] = values
+    if np.any(allowance):
+        out = np.nextafter(out + allowance, np.inf)
+        if not np.all(np.isfinite(out)):
+            raise ValueError("the bound is above the range of float64; rescale the problem")
+    out = np.triu(out, 1)
+    return out + out.T
+
+
+def _pair_errors(error: float | np.ndarray, count: int, n: int, q: float) -> np.ndarray:
+    root = sqrt_up(n) if q == 1 else 1.0
+    if np.ndim(error) == 0:
+        return np.full((count, count), mul_up(sqrt_up(2.0), finite(float(error), "error"), root))
+    each = np.asarray(error, dtype=np.float64)
+    if each.shape != (count,):
+        raise ValueError(f"error has shape {each.shape}, expected a number or ({count},)")
+    for e in each:
+        finite(float(e), "error")
+    total = each[:, None] + each[None, :]
+    return np.where(total > 0.0, np.nextafter(np.nextafter(total, np.inf) * root, np.inf), 0.0)
+
+
+def _check_order(q: float, allowed: tuple[float, ...]) -> None:
+    if q not in allowed:
+        raise ValueError(f"norm {q!r} is not one of {allowed}")
+
+
+# ------------------------------------------------------------------------------------------------------ spectral norm
+
+
+def verified_norm(a: Any, error: float = 0.0, start: float | None = None) -> float:
+    """An upper bound s >= ||A + E||_2 in real arithmetic, for every E with ||E||_2 <= error (or ||E||_F <= error).
+
+    A is (m, n), dense or scipy.sparse. It is scaled by a power of two, its Gram matrix G formed on the smaller side,
+    and a completed Cholesky factorisation of s**2 I - G - c I with the shift c of `lipbounds._gram` proves the bound;
+    s is raised until that succeeds, and never exceeds sqrt(||A||_1 ||A||_inf) or ||A||_F. Usually one factorisation
+    is needed. The slack is about (r + k/4) r U relative, r the smaller side and k the most nonzeros in a row of it:
+    1e-9 at r = 3000.
+
+    Args:
+        a: the matrix. Memory beside it: r**2 doubles and a block of 1024 rows.
+        error: bound of the norm of what is missing from A, in the units of A.
+        start: a guess of ||A||_2 (say, from an earlier run); it saves the Lanczos estimate. Any positive value is safe;
+            one that is too large may make the result that large, one too small costs another factorisation.
+
+    Raises:
+        ValueError: NaN, infinite, complex or non-matrix input, a bad `error` or `start`, a bound beyond float64.
+        RuntimeError: the process flushes denormal numbers to zero.
+    """
+    a = as_matrix(a)
+    error = finite(error, "error")
+    if start is not None and not 0.0 < start < math.inf:
+        raise ValueError(f"start is {start}, not a finite number > 0")
+    if 0 in a.shape or _largest(a) == 0.0:
+        return error
+    b, exponent = _scaled(a)
+    if b.shape[0] > b.shape[1]:
+        b = b.T.tocsr() if sp.issparse(b) else b.T
+    column, row, whole = induced_norm(b, 1), induced_norm(b, math.inf), frobenius_norm(b)
+    ceiling = min(mul_up(column, row), mul_up(whole, whole))
+    guess = 0.0
+    if start is not None:
+        with np.errstate(over="ignore", under="ignore"):
+            guess = min(float(np.ldexp(start, -exponent)), 2.0**400) ** 2
+    g = _gram.gram(b)
+    proof = _gram.ShiftedCholesky(g, _gram.nonzeros_per_row(b), b.shape[1], _gram.absolute_gram_norm(b))
+    t = _gram.certify(proof, guess, ceiling, lambda: _gram.estimate_gram_norm(g, b))
+    s = up(sqrt_up(t))  # the second step covers entries lost in the scaling
+    return add_up(float(unscale_up(s, exponent)), error)
+
+
+# --------------------------------------------------------------------------------------------------------- enclosures
+
+
+@dataclass(frozen=True, eq=False)
+class Enclosure:
+    """The set of matrices {M + E : ||E||_F <= error}; M a float64 ndarray or csr_array, error in the units of M.
+
+    A real matrix that is only known by a rounded product lies in it. ValueError where M or error is not finite.
+    """
+
+    matrix: Any
+    error: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "matrix", as_matrix(self.matrix))
+        object.__setattr__(self, "error", finite(self.error, "error"))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.shape
+
+    @property
+    def T(self) -> Enclosure:
+        return Enclosure(self.matrix.T.tocsr() if sp.issparse(self.matrix) else self.matrix.T, self.error)
+
+
+def _cheap_norm(a: Any) -> float:
+    """An upper bound of || |A| ||_2, hence of ||A||_2: min(sqrt(||A||_1 ||A||_inf), ||A||_F)."""
+    return min(sqrt_up(mul_up(induced_norm(a, 1), induced_norm(a, math.inf))), frobenius_norm(a))
+
+
+def multiply(a: Any, m: Enclosure, relerr: float = 0.0, norm: float | None = None) -> Enclosure:
+    """An enclosure of A_true M_true for M_true in `m` and |A_true - A| <= relerr |A| entrywise.
+
+    With k the most nonzero terms of one inner product, e the error of `m` and N >= || |A| ||_2 (`_cheap_norm`),
+        e' = (1 + relerr) N e + (gamma_k + relerr) N ||M||_F + k sqrt(rows cols) 2**-1022,
+    since || |A| |M| ||_F <= || |A| ||_2 ||M||_F. `norm`, a proved bound of ||A_true||_2, replaces (1 + relerr) N in
+    the first term: without it errors grow by N instead of ||A||_2 for each factor. The product is sparse while that is
+    cheaper and its density is at most 1/4.
+    """
+    relerr = finite(relerr, "relerr")
+    a = as_matrix(a)
+    if a.shape[1] != m.shape[0]:
+        raise ValueError(f"cannot multiply {a.shape} by {m.shape}")
+    rows, cols = a.shape[0], m.shape[1]
+    if 0 in (rows, cols, a.shape[1]):
+        return Enclosure(np.zeros((rows, cols)))
+    require_gradual_underflow()
+    transposed = m.matrix.T.tocsr() if sp.issparse(m.matrix) else m.matrix.T
+    k = min(_gram.nonzeros_per_row(a), _gram.nonzeros_per_row(transposed))
+    del transposed
+    cheap = _cheap_norm(a)
+    grown = add_up(1.0, relerr)
+    carried = mul_up(finite(norm, "norm") if norm is not None else mul_up(grown, cheap), m.error)
+    rounding = mul_up(add_up(gamma(k), relerr), cheap, frobenius_norm(m.matrix))
+    underflow = mul_up(float(k), sqrt_up(float(rows) * float(cols)), UNDERFLOW)
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        product = _product(a, m.matrix)
+    return Enclosure(product, add_up(carried, rounding, underflow))
+
+
+def _product(a: Any, b: Any) -> Any:
+    """fl(A B) by the cheaper of the dense and the sparse way; dense only where the operands stay below 2 GB."""
+    if not sp.issparse(a) and not sp.issparse(b):
+        return a @ b
+    (rows, inner), cols = a.shape, b.shape[1]
+    dense = 2.0 * rows * inner * cols / 4e10 + 4e-9 * (rows * inner + inner * cols)
+    if sp.issparse(a) and sp.issparse(b):
+        terms = float(np.bincount(a.indices, minlength=inner).astype(float) @ np.diff(b.indptr).astype(float))
+        sparse = terms / 1.5e8
+    else:
+        sparse = (a.nnz * cols if sp.issparse(a) else b.nnz * rows) / 1e9
+    if dense < sparse and 8 * (rows * inner + inner * cols + rows * cols) < 2**31:
+        a = a.toarray() if sp.issparse(a) else a
+        b = b.toarray() if sp.issparse(b) else b
+    return _tidy(a @ b)
+
+
+def _tidy(a: Any) -> Any:
+    if sp.issparse(a) and (a.shape[0] * a.shape[1] <= 2**16 or a.nnz > 0.25 * a.shape[0] * a.shape[1]):
+        return a.toarray()
+    return a
+
+
+def add(*terms: Enclosure) -> Enclosure:
+    """An enclosure of the sum; each floating-point addition errs by at most U |result| entrywise."""
+    if not terms:
+        raise ValueError("nothing to add")
+    total, error = terms[0].matrix, terms[0].error
+    for term in terms[1:]:
+        if term.shape != total.shape:
+            raise ValueError(f"cannot add {total.shape} and {term.shape}")
+        with np.errstate(over="ignore"):
+            total = as_matrix(_tidy(total + term.matrix))
+        error = add_up(error, term.error, mul_up(U, frobenius_norm(total)))
+    return Enclosure(total, error)
+
+
+def scale(m: Enclosure, rows: Any = None, cols: Any = None) -> Enclosure:
+    """An enclosure of diag(rows) M_true diag(cols), the factors exact: e' = max|d| e + U ||result||_F + underflow."""
+    matrix, error = m.matrix, m.error
+    for axis, factors in enumerate((rows, cols)):
+        if factors is None:
+            continue
+        d = as_matrix(np.atleast_2d(factors))[0]
+        if d.shape != (matrix.shape[axis],):
+            raise ValueError(f"{d.size} factors for a side of {matrix.shape[axis]}")
+        with np.errstate(over="ignore", under="ignore"):
+            if sp.issparse(matrix):
+                matrix = sp.diags_array(d) @ matrix if axis == 0 else matrix @ sp.diags_array(d)
+            else:
+                matrix = matrix * (d[:, None] if axis == 0 else d)
+        matrix = as_matrix(matrix)
+        lost = mul_up(sqrt_up(float(matrix.shape[0]) * float(matrix.shape[1])), UNDERFLOW)
+        error = add_up(mul_up(_largest(np.abs(d)), error), mul_up(U, frobenius_norm(matrix)), lost)
+    return Enclosure(matrix, error)
+
+
+def stack(blocks: list[Enclosure], axis: int = 0) -> Enclosure:
+    """The enclosure of the blocks below (axis 0) or beside (axis 1) each other; errors add in squares."""
+    if not blocks or axis not in (0, 1):
+        raise ValueError("stack needs at least one block and axis 0 or 1")
+    parts = [b.matrix for b in blocks]
+    if all(sp.issparse(p) for p in parts):
+        joined = sp.csr_array(sp.vstack(parts, format="csr") if axis == 0 else sp.hstack(parts, format="csr"))
+    else:
+        joined = np.concatenate([p.toarray() if sp.issparse(p) else p for p in parts], axis=axis)
+    return Enclosure(joined, frobenius_norm(np.array([[b.error for b in blocks]])))
+
+
+def enclosure_norm(m: Enclosure, p: float = 2, start: float | None = None) -> float:
+    """An upper bound of ||M_true||_p, p in {1, 2, inf}, for every M_true in the enclosure."""
+    _check_order(p, (1, 2, math.inf))
+    return verified_norm(m.matrix, m.error, start) if p == 2 else induced_norm(m.matrix, p, m.error)

@@ -1,0 +1,364 @@
+"""Every architecture of the zoo against every property that a bound must have.
+
+The order shown for each net: naive >= LipLT >= LipLT with optimised scalings >= the steepest slope found.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attained import Attained, Search, attained, vector_norm
+from zoo import NETS, example, primitive_set, single
+from zoo_core import Fn, Net, gauss, mlp
+
+import lipbounds as lb
+
+NAMES = sorted(NETS)
+LINEAR = [name for name in NAMES if "linear" in NETS[name].tags]
+SMALL = [name for name in NAMES if 0 < NETS[name].neurons < 100 and NETS[name].depth <= 3]
+NORMS = (2, 1, math.inf)
+
+ROUNDING = 1e-9
+"""Relative rounding of a float64 difference quotient of the search (steps of 1e-5 and longer)."""
+
+
+# --------------------------------------------- one trace and one bound per net, shared by all tests
+@functools.cache
+def made(name: str) -> tuple[Net, Fn, jax.Array]:
+    net = NETS[name]
+    return net, *net.make(0)
+
+
+@functools.cache
+def form_of(name: str) -> Any:
+    net, fn, x = made(name)
+    return lb.trace(fn, x, batched=net.batched)
+
+
+@functools.cache
+def search_of(name: str) -> Search:
+    return Search(form_of(name))
+
+
+@functools.cache
+def attained_of(name: str, norm: float = 2) -> Attained:
+    return attained(search_of(name), norm)
+
+
+@functools.cache
+def naive_of(name: str, norm: float = 2) -> lb.UpperBound:
+    return lb.naive(form_of(name), norm=norm, pairwise=True)
+
+
+@functools.cache
+def liplt_of(name: str, norm: float = 2, scaling: str | None = None) -> lb.UpperBound:
+    return lb.liplt(form_of(name), norm=norm, pairwise=True, scaling=scaling)
+
+
+# ----------------------------------------------------------------------------------- the zoo itself
+def test_zoo_has_at_least_28_different_primitive_sets() -> None:
+    assert len({primitive_set(net) for net in NETS.values()}) >= 28
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nets_are_functions_of_the_seed(name: str) -> None:
+    net, fn, x = made(name)
+    again, same = net.make(0)
+    other, _ = net.make(1)
+    assert np.array_equal(x, same) and np.array_equal(fn(x), again(x))
+    assert not np.array_equal(fn(x), other(x)), "another seed gives the same network"
+
+
+# ----------------------------------------------------------------------------------- the Lur'e form
+@pytest.mark.parametrize("name", NAMES)
+def test_form_evaluates_like_the_function(name: str) -> None:
+    net, fn, x = made(name)
+    form, f = form_of(name), single(net, fn)
+    assert tuple(form.in_shape) == example(net, x).shape
+    assert form.num_outputs == f(example(net, x)).shape[0]
+    assert (len(form.taps) == 0) == (net.depth == 0)
+    tolerance = 3e-2 if "half" in net.tags else 1e-4
+    rng = np.random.default_rng(5)
+    for scale in (0.1, 1.0, 3.0):
+        point = jnp.asarray(scale * rng.normal(size=form.in_shape), jnp.float32)
+        truth = np.asarray(f(point))
+        assert np.abs(np.asarray(form(point)) - truth).max() <= tolerance * max(1.0, np.abs(truth).max())
+
+
+@pytest.mark.parametrize("name", ["relu", "half_precision", "cnn_batch_norm"])
+def test_form_is_more_precise_in_float64(name: str) -> None:
+    """In float64 nothing on x is rounded to 32 or 16 bits: differences of 1e-11 in x stay visible in z."""
+    search = search_of(name)
+    x, v = np.ones((1, search.size)), np.random.default_rng(1).normal(size=(1, search.size))
+    derivative = (search.jacobians(x)[0] @ v[0]).ravel()
+    quotient = (search.values(x + 1e-8 * v) - search.values(x))[0] / 1e-8
+    assert np.allclose(quotient, derivative, rtol=1e-4, atol=1e-6 * np.abs(derivative).max())
+
+
+# ---------------------------------------------------------------------------------- order and truth
+@pytest.mark.parametrize("name", NAMES)
+def test_naive_liplt_optimised_attained_in_this_order(name: str) -> None:
+    naive, liplt, best = naive_of(name), liplt_of(name), liplt_of(name, scaling="optimized")
+    found = attained_of(name).value
+    assert naive.value >= liplt.value >= best.value, "the order of the bounds is broken"
+    assert best.value * (1 + ROUNDING) >= found, "a slope above the bound"
+    assert found > 0, "the search found nothing, so this test shows nothing"
+    for bound in (naive, liplt, best):
+        assert type(bound) is lb.UpperBound and bound.norm == 2
+        assert bound.guarantee == "verified", "small blocks are verified by the size rule of auto"
+        assert bound.seconds >= 0 and bound.method and bound.parts
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("norm", [1, math.inf])
+def test_bounds_in_l1_and_linf(name: str, norm: float) -> None:
+    naive, liplt, found = naive_of(name, norm), liplt_of(name, norm), attained_of(name, norm)
+    assert naive.value >= liplt.value
+    assert liplt.value * (1 + ROUNDING) >= found.value > 0
+    assert naive.norm == liplt.norm == norm
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scaling", ["aol", "sll"])
+def test_other_scalings_hold(name: str, scaling: str) -> None:
+    """AOL and SLL need not beat no scaling, but they are upper bounds and never worse than naive."""
+    bound = liplt_of(name, scaling=scaling)
+    assert naive_of(name).value >= bound.value
+    assert bound.value * (1 + ROUNDING) >= attained_of(name).value
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_liplt_is_within_5_times_of_an_attained_slope(name: str) -> None:
+    assert liplt_of(name).value <= 5.0 * attained_of(name).value
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_bounds_hold_for_the_users_own_function(name: str, norm: float) -> None:
+    """No part of the library between the function and the quotient: float32 values at points far apart."""
+    net, fn, x = made(name)
+    shape = example(net, x).shape
+    f = jax.jit(jax.vmap(single(net, fn)))
+    rng = np.random.default_rng(11)
+    scale = np.array([0.3, 3.0])[np.arange(256) % 2].reshape(-1, *[1] * len(shape))
+    a, b = (jnp.asarray(scale * rng.normal(size=(256, *shape)), jnp.float32) for _ in range(2))
+    change = np.asarray(f(a), np.float64) - np.asarray(f(b), np.float64)
+    distance = vector_norm((np.asarray(a, np.float64) - np.asarray(b, np.float64)).reshape(256, -1), norm)
+    tolerance = 3e-2 if "half" in net.tags else 1e-4
+    slopes = vector_norm(change, norm) / distance
+    bound = liplt_of(name, norm, "optimized" if norm == 2 else None)
+    assert slopes.max() <= bound.value * (1 + tolerance)
+    gaps = (np.abs(change[:, :, None] - change[:, None, :]) / distance[:, None, None]).max(axis=0)
+    assert bound.pairwise is not None
+    assert (gaps <= bound.pairwise * (1 + tolerance) + 1e-5).all()
+
+
+# -------------------------------------------------------------------------------------------- pairs
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_pairs(name: str, norm: float) -> None:
+    naive, liplt, found = naive_of(name, norm), liplt_of(name, norm), attained_of(name, norm)
+    pairs, each = liplt.pairwise, liplt.per_class
+    assert pairs is not None and each is not None and naive.pairwise is not None
+    outputs = form_of(name).num_outputs
+    assert pairs.shape == (outputs, outputs) and each.shape == (outputs,)
+    assert np.isfinite(pairs).all() and np.array_equal(pairs, pairs.T) and not np.diagonal(pairs).any()
+    off = ~np.eye(outputs, dtype=bool)
+    assert (pairs <= naive.pairwise).all()
+    assert (found.pairs <= pairs * (1 + ROUNDING)).all(), "a pair steeper than its constant"
+    assert (pairs <= (each[:, None] + each[None, :]) * (1 + 1e-9))[off].all()
+    factor = {1: 1.0, 2: math.sqrt(2.0)}.get(norm, 2.0)
+    assert (pairs <= factor * liplt.value * (1 + 1e-9)).all(), "pairs worse than any_pair()"
+    i, j = liplt.worst_pair or (0, 0)
+    assert pairs[i, j] == pairs.max() > 0
+    if norm == 2:
+        assert liplt.sqrt2() >= pairs.max() * (1 - 1e-9)
+        assert math.isclose(liplt.average_pair(), pairs[off].mean(), rel_tol=1e-12)
+        assert math.isclose(liplt.average_sum(), 2 * each.mean(), rel_tol=1e-12)
+        assert liplt.average_pair() <= liplt.average_sum() * (1 + 1e-9)
+
+
+# -------------------------------------------------------------------------------------- metamorphic
+@pytest.mark.parametrize("name", NAMES)
+def test_twice_the_function_has_twice_the_bound(name: str) -> None:
+    net, fn, x = made(name)
+    f = single(net, fn)
+    form = lb.trace(lambda x: 2.0 * f(x), example(net, x))
+    assert math.isclose(lb.naive(form).value, 2 * naive_of(name).value, rel_tol=1e-5)
+    assert math.isclose(lb.liplt(form).value, 2 * liplt_of(name).value, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["relu", "gelu_exact", "max_pool_overlapping", "preactivation_resnet", "u_net"]
+)
+def test_units_are_those_of_the_input(name: str) -> None:
+    """f(255 x) is 255 times as steep: normalisation inside the traced function is part of the bound."""
+    net, fn, x = made(name)
+    f = single(net, fn)
+    bound = lb.liplt(lb.trace(lambda x: f(255.0 * x), example(net, x)))
+    assert math.isclose(bound.value, 255 * liplt_of(name).value, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["relu", "tanh", "group_sort", "two_branches", "cnn_batch_norm"])
+def test_constants_added_change_nothing(name: str) -> None:
+    net, fn, x = made(name)
+    f = single(net, fn)
+    bound = lb.liplt(
+        lb.trace(lambda x: f(x) + 1000.0 * jnp.cos(jnp.arange(f(x).shape[0]) * 1.0), example(net, x))
+    )
+    assert math.isclose(bound.value, liplt_of(name).value, rel_tol=1e-9)
+
+
+# ------------------------------------------------------------------------------------ known answers
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_networks_have_their_exact_norm(name: str) -> None:
+    search = search_of(name)
+    matrix = search.jacobians(np.zeros((1, search.size)))[0]
+    exact = float(np.linalg.norm(matrix, 2))
+    for bound in (naive_of(name), liplt_of(name)):
+        assert exact * (1 - 1e-14) <= bound.value <= exact * (1 + 1e-6)
+    for norm in (1, math.inf):
+        exact = float(np.linalg.norm(matrix, norm))
+        assert exact * (1 - 1e-14) <= liplt_of(name, norm).value <= exact * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(7, 7), (3, 40), (40, 3), (1, 9), (9, 1)])
+def test_random_matrices_have_their_exact_norm(shape: tuple[int, int], rng: np.random.Generator) -> None:
+    w = gauss(rng, *shape)
+    exact = float(np.linalg.norm(np.asarray(w, np.float64), 2))
+    bound = lb.liplt(
+        lb.trace(lambda x: w @ x, jax.ShapeDtypeStruct((shape[1],), jnp.float32)), guarantee="verified"
+    )
+    assert exact * (1 - 1e-14) <= bound.value <= exact * (1 + 1e-6)
+
+
+def test_hadamard_matrix_is_not_underestimated() -> None:
+    """The norm of Hadamard(16) is exactly 4; float rounding must not put the bound below it."""
+    h = np.array([[1.0]])
+    for _ in range(4):
+        h = np.kron(h, [[1.0, 1.0], [1.0, -1.0]])
+    w = jnp.asarray(h, jnp.float32)
+    value = lb.liplt(lb.trace(lambda x: w @ x, jnp.zeros(16))).value
+    assert 4.0 <= value <= 4.0 * (1 + 1e-6)
+
+
+def test_orthogonal_maxmin_network_of_depth_8_has_bound_1() -> None:
+    for bound in (naive_of("orthogonal_maxmin"), liplt_of("orthogonal_maxmin")):
+        assert 1.0 <= bound.value <= 1.0 + 1e-6
+    assert abs(attained_of("orthogonal_maxmin").value - 1.0) < 1e-6
+
+
+def test_absolute_value_and_relu_of_a_scalar_are_exact() -> None:
+    x = jnp.ones(1)
+    for f, truth in [
+        (jnp.abs, 1.0),
+        (lambda x: x + jax.nn.relu(x), 2.0),
+        (lambda x: x - jax.nn.relu(x), 1.0),
+    ]:
+        form = lb.trace(f, x)
+        assert truth <= lb.liplt(form).value <= truth * (1 + 1e-9)
+    # naive takes x - relu(x) for 1 + 1: the centre is what makes LipLT better
+    assert math.isclose(lb.naive(lb.trace(lambda x: x - jax.nn.relu(x), x)).value, 2.0, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "windows, norm, truth", [(2, 2, math.sqrt(2)), (3, 2, math.sqrt(3)), (3, 1, 3), (3, math.inf, 1)]
+)
+def test_overlapping_windows_count(windows: int, norm: float, truth: float) -> None:
+    """An input that belongs to n windows of a max-pool counts sqrt(n) in l2, n in l1, 1 in l-inf."""
+
+    def pool(x: jax.Array) -> jax.Array:
+        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (windows,), (1,), "VALID")
+
+    value = lb.naive(lb.trace(pool, jnp.arange(9.0)), norm=norm).value
+    assert truth * (1 - 1e-12) <= value <= truth * (1 + 1e-6)
+
+
+# ------------------------------------------------------------------ one tap or two must be the same
+@pytest.mark.parametrize("cut", [6, 1])
+@pytest.mark.parametrize("norm", NORMS)
+def test_splitting_a_relu_does_not_raise_the_bound(cut: int, norm: float) -> None:
+    def halves(h: jax.Array) -> jax.Array:
+        return jnp.concatenate([jax.nn.relu(h[:cut]), jax.nn.relu(h[cut:])])
+
+    def build(activation: Fn) -> Any:
+        fn, x = mlp(np.random.default_rng(3), activation, activation)
+        return lb.trace(fn, x)
+
+    whole, split = build(jax.nn.relu), build(halves)
+    for method in (lb.naive, lb.liplt):
+        a, b = method(whole, norm=norm, pairwise=True), method(split, norm=norm, pairwise=True)
+        assert b.value <= a.value * (1 + 1e-9)
+        assert (b.pairwise <= a.pairwise * (1 + 1e-9)).all()
+
+
+def test_two_branches_are_no_worse_than_one_wide_tap(rng: np.random.Generator) -> None:
+    wa, wb, w = gauss(rng, 8, 6), gauss(rng, 8, 6), gauss(rng, 4, 16)
+    both = jnp.concatenate([wa, wb])
+    x = jnp.zeros(6)
+    split = lb.trace(lambda x: w @ jnp.concatenate([jnp.tanh(wa @ x), jnp.tanh(wb @ x)]), x)
+    whole = lb.trace(lambda x: w @ jnp.tanh(both @ x), x)
+    assert lb.liplt(split).value <= lb.liplt(whole).value * (1 + 1e-9)
+
+
+# --------------------------------------------------------------------------------------- guarantees
+@pytest.mark.parametrize("name", ["relu", "two_branches", "max_pool_overlapping", "cnn_batch_norm"])
+def test_guarantee_words(name: str) -> None:
+    form, found = form_of(name), attained_of(name).value
+    for method in (lb.naive, lb.liplt):
+        verified = method(form, guarantee="verified")
+        assert verified.guarantee == "verified" and verified.failure_probability == 0
+        likely = method(form, guarantee="probabilistic")
+        assert type(likely) is lb.UpperBound and likely.guarantee == "probabilistic"
+        assert 0 < likely.failure_probability <= 1e-6
+        assert likely.value * (1 + ROUNDING) >= found
+        guess = method(form, guarantee="estimate")
+        assert type(guess) is lb.Estimate and guess.guarantee == "estimate"
+        assert guess.value <= verified.value * (1 + 1e-4), "power iteration lies below the norms"
+        assert {p.guarantee for p in verified.parts} == {"verified"}
+
+
+def test_seed_makes_results_repeatable() -> None:
+    form = form_of("cnn_batch_norm")
+    for guarantee in ("probabilistic", "estimate"):
+        values = [lb.liplt(form, guarantee=guarantee, seed=seed).value for seed in (0, 0, 1)]
+        assert values[0] == values[1]
+        assert math.isclose(values[0], values[2], rel_tol=0.2)
+
+
+def test_lying_rules_do_not_fool_the_bound() -> None:
+    """Autodiff of the user's function says a thousandth of the truth; the bound is above the true slope."""
+    for name in ("lying_custom_jvp", "custom_vjp"):
+        _, fn, x = made(name)
+        claimed = np.linalg.norm(np.asarray(jax.jacrev(fn)(x)), 2)
+        assert claimed < 0.05 * attained_of(name).value, "this rule does not lie enough to test anything"
+        assert lb.empirical(form_of(name)).value > 0.5 * attained_of(name).value
+        assert liplt_of(name, scaling="optimized").value * (1 + ROUNDING) >= attained_of(name).value
+
+
+# -------------------------------------------------------------------- the properties above can fail
+def test_search_catches_a_bound_that_is_a_little_too_small() -> None:
+    """The search reaches the constant of linear and orthogonal nets: 1 % too low would be seen there."""
+    for name in [*LINEAR, "orthogonal_maxmin"]:
+        assert attained_of(name).value > 0.99 * liplt_of(name).value
+
+
+def test_registered_activation_is_assumed_only() -> None:
+    """A declared slope range is used, and the bound says that it rests on the declaration."""
+
+    @jax.jit
+    def wobble(h: jax.Array) -> jax.Array:
+        return jax.lax.lgamma(
+            jnp.abs(h) + 2.0
+        )  # no proof known here: slope digamma(|h| + 2), unbounded in truth
+
+    lb.register_activation(wobble, slopes=(-3.0, 3.0))
+    fn, x = mlp(np.random.default_rng(3), wobble, jnp.tanh)
+    bound = lb.liplt(lb.trace(fn, x))
+    assert bound.guarantee == "assumed" and type(bound) is lb.UpperBound

@@ -1,0 +1,245 @@
+"""Architectures, by name.
+
+Every model maps one image `(height, width, channels)` in raw pixel units, or a batch of them, to logits
+`(..., classes)`. Normalisation `(x - mean) / std` is part of the model, so that a radius computed for it is
+in pixel units. A `ModelSpec` is plain data: with it and the weights a model can be rebuilt anywhere.
+
+The layer tables of 2C2F, 4C3F (MNIST) and 6C2F (CIFAR-10) are those used by Fazlyab et al., NeurIPS 2023
+(arXiv 2310.00116), as in the authors' released code; convolutions are written (channels, kernel, stride) and
+padded by one pixel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Activation = Callable[[jax.Array], jax.Array]
+
+
+def maxmin(x: jax.Array) -> jax.Array:
+    """Sort channel k against channel k + c/2 of the last axis (c even): permutes, so it keeps every norm."""
+    if x.shape[-1] % 2:
+        raise ValueError(f"maxmin needs an even number of channels, got {x.shape[-1]}")
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([jnp.maximum(a, b), jnp.minimum(a, b)], axis=-1)
+
+
+ACTIVATIONS: Mapping[str, Activation] = {"relu": jax.nn.relu, "maxmin": maxmin}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """A model without its weights: `architecture` is a key of `ARCHITECTURES`, `arguments` its keywords."""
+
+    architecture: str
+    input_shape: tuple[int, int, int]
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _activation(name: str) -> Activation:
+    try:
+        return ACTIVATIONS[name]
+    except KeyError:
+        raise ValueError(f"unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}") from None
+
+
+def _flatten_image(x: jax.Array) -> jax.Array:
+    return x.reshape(*x.shape[:-3], -1)
+
+
+def _halve(x: jax.Array) -> jax.Array:
+    """Average over 2x2 windows of (..., height, width, channels), both sizes even."""
+    height, width, channels = x.shape[-3:]
+    return x.reshape(*x.shape[:-3], height // 2, 2, width // 2, 2, channels).mean(axis=(-4, -2))
+
+
+class MLP(nnx.Module):
+    """Dense layers of the given widths: `"64-32-10"` has 64 inputs, one hidden layer of 32 and 10 classes."""
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        *,
+        widths: str,
+        activation: str = "relu",
+        mean: float = 0.0,
+        std: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        sizes = _parse_widths(widths)
+        if sizes[0] != math.prod(input_shape):
+            raise ValueError(
+                f"widths {widths!r} start with {sizes[0]}, but an input has {math.prod(input_shape)} pixels"
+            )
+        self.mean, self.std = mean, std
+        self.activation = _activation(activation)
+        self.layers = nnx.List(
+            [nnx.Linear(n_in, n_out, rngs=rngs) for n_in, n_out in itertools.pairwise(sizes)]
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = _flatten_image((x - self.mean) / self.std)
+        for layer in self.layers[:-1]:
+            h = self.activation(layer(h))
+        return self.layers[-1](h)
+
+
+def _parse_widths(widths: str) -> list[int]:
+    try:
+        sizes = [int(part) for part in widths.split("-")]
+    except ValueError:
+        sizes = []
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise ValueError(f'widths must be at least two positive numbers such as "64-32-10", got {widths!r}')
+    return sizes
+
+
+class ResidualBlock(nnx.Module):
+    """`x + conv(act(conv(act(x))))`, channels and size kept (pre-activation, He et al. 2016)."""
+
+    def __init__(self, channels: int, activation: str, *, rngs: nnx.Rngs):
+        self.first = nnx.Conv(channels, channels, (3, 3), padding=1, rngs=rngs)
+        self.second = nnx.Conv(channels, channels, (3, 3), padding=1, rngs=rngs)
+        self.activation = _activation(activation)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x + self.second(self.activation(self.first(self.activation(x))))
+
+
+class ResidualCNN(nnx.Module):
+    """Convolution with stride 2, residual blocks, activation, average over 2x2 windows, dense."""
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        *,
+        channels: int = 12,
+        blocks: int = 2,
+        classes: int = 10,
+        activation: str = "relu",
+        mean: float = 0.0,
+        std: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        height, width, colours = input_shape
+        if height % 4 or width % 4:
+            raise ValueError(f"height and width must be multiples of 4, got {height} x {width}")
+        self.mean, self.std = mean, std
+        self.stem = nnx.Conv(colours, channels, (3, 3), strides=2, padding=1, rngs=rngs)
+        self.blocks = nnx.List([ResidualBlock(channels, activation, rngs=rngs) for _ in range(blocks)])
+        self.activation = _activation(activation)
+        self.head = nnx.Linear((height // 4) * (width // 4) * channels, classes, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = self.stem((x - self.mean) / self.std)
+        for block in self.blocks:
+            h = block(h)
+        return self.head(_flatten_image(_halve(self.activation(h))))
+
+
+class ConvNet(nnx.Module):
+    """Convolutions `(channels, kernel, stride)` padded by one pixel, then dense layers."""
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        *,
+        convolutions: Sequence[Sequence[int]],
+        dense: Sequence[int],
+        classes: int = 10,
+        activation: str = "relu",
+        mean: float = 0.0,
+        std: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        height, width, channels = input_shape
+        convs = []
+        for n_out, kernel, stride in convolutions:
+            convs.append(nnx.Conv(channels, n_out, (kernel, kernel), strides=stride, padding=1, rngs=rngs))
+            height, width = ((size + 2 - kernel) // stride + 1 for size in (height, width))
+            channels = n_out
+            if min(height, width) < 1:
+                raise ValueError(
+                    f"an input of shape {tuple(input_shape)} is too small for these convolutions"
+                )
+        sizes = (height * width * channels, *dense, classes)
+        self.mean, self.std = mean, std
+        self.activation = _activation(activation)
+        self.convs = nnx.List(convs)
+        self.dense = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(sizes)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = (x - self.mean) / self.std
+        for conv in self.convs:
+            h = self.activation(conv(h))
+        h = _flatten_image(h)
+        for layer in self.dense[:-1]:
+            h = self.activation(layer(h))
+        return self.dense[-1](h)
+
+
+def _convnet(convolutions: Sequence[Sequence[int]], dense: Sequence[int]) -> Callable[..., nnx.Module]:
+    def build_convnet(
+        input_shape: Sequence[int],
+        *,
+        classes: int = 10,
+        activation: str = "relu",
+        mean: float = 0.0,
+        std: float = 1.0,
+        rngs: nnx.Rngs,
+    ) -> nnx.Module:
+        return ConvNet(
+            input_shape,
+            convolutions=convolutions,
+            dense=dense,
+            classes=classes,
+            activation=activation,
+            mean=mean,
+            std=std,
+            rngs=rngs,
+        )
+
+    return build_convnet
+
+
+ARCHITECTURES: Mapping[str, Callable[..., nnx.Module]] = {
+    "mlp": MLP,
+    "residual_cnn": ResidualCNN,
+    "2C2F": _convnet([(16, 4, 2), (32, 4, 2)], [100]),
+    "4C3F": _convnet([(32, 3, 1), (32, 4, 2), (64, 3, 1), (64, 4, 2)], [512, 512]),
+    "6C2F": _convnet([(32, 3, 1), (32, 4, 2), (64, 3, 1), (64, 4, 2), (64, 3, 1), (64, 4, 2)], [512]),
+}
+
+
+def build(spec: ModelSpec, seed: int = 0) -> nnx.Module:
+    """A model with fresh weights. Raises ValueError for an unknown architecture or unsuitable arguments."""
+    try:
+        make = ARCHITECTURES[spec.architecture]
+    except KeyError:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"unknown architecture {spec.architecture!r}; known: {known}") from None
+    signature = inspect.signature(make.__init__ if isinstance(make, type) else make)
+    allowed = set(signature.parameters) - {"input_shape", "rngs", "self"}
+    unknown = set(spec.arguments) - allowed
+    if unknown:
+        raise ValueError(
+            f"{spec.architecture} has no argument {', '.join(sorted(unknown))}; "
+            f"it has {', '.join(sorted(allowed))}"
+        )
+    if len(spec.input_shape) != 3 or not all(isinstance(n, int) and n > 0 for n in spec.input_shape):
+        raise ValueError(f"an input shape is (height, width, channels), got {spec.input_shape!r}")
+    try:
+        return make(tuple(spec.input_shape), **spec.arguments, rngs=nnx.Rngs(seed))
+    except TypeError as error:  # a missing or wrongly typed argument
+        raise ValueError(
+            f"{spec.architecture} cannot be built with {dict(spec.arguments)}: {error}"
+        ) from error
