@@ -18,7 +18,7 @@ from flax import nnx
 
 import lipbounds as lb
 from lipbounds._version import __version__
-from lipbounds.analysis.experiment import NORMS, Json, measure, method_names
+from lipbounds.analysis.experiment import NORMS, Json, measure, method_names, offered
 from lipbounds.training.data import Dataset, digits
 from lipbounds.training.loop import accuracy, fit
 from lipbounds.training.models import ModelSpec, build
@@ -125,7 +125,7 @@ def _one_model(
     file = save_model(folder / f"{name}.safetensors", model, spec)
     form = lb.trace(model, data.test_x[0])
     steps = 0
-    total = len(NORMS) * (len(methods) + 1)
+    total = sum(len(offered(methods, norm)) + 1 for norm in NORMS)
 
     def measured(what: str) -> None:
         nonlocal steps

@@ -17,9 +17,9 @@ from lipbounds._tables import Direction, show
 Json = dict[str, Any]
 
 INK, MUTED, RULE = "#1d2530", "#66707d", "#d9dee5"
-# Paul Tol's "bright" colours, which stay apart for colour-blind readers; line styles repeat the distinction.
-LINES = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#66ccee", "#ccbb44", "#222222")
-STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 3)), "-")
+NO_PAIRS = ", no pairs"
+# Paul Tol's "bright" colours, which stay apart for colour-blind readers.
+LINES = ("#bbbbbb", "#4477aa", "#66ccee", "#ccbb44", "#ee6677", "#228833", "#aa3377")
 GUARANTEE_COLOURS = {
     "verified": "#2f7d4f",
     "probabilistic": "#4477aa",
@@ -27,7 +27,7 @@ GUARANTEE_COLOURS = {
     "estimate": "#b9c0c9",
     "attained": "#c8553d",
 }
-NORM_NAMES = {"1": "l1", "2": "l2", "inf": "l∞"}
+NORM_NAMES = {"1": "ℓ₁", "2": "ℓ₂", "inf": "ℓ∞"}
 
 
 def png(figure: Figure) -> bytes:
@@ -47,6 +47,7 @@ def _dress(ax: Axes, grid: str) -> None:
     for side in ("left", "bottom"):
         ax.spines[side].set_color(RULE)
     ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=9, length=3)
+    ax.tick_params(which="minor", length=0)
     ax.grid(axis=grid, color=RULE, linewidth=0.7)  # type: ignore[arg-type]
     ax.set_axisbelow(True)
 
@@ -58,17 +59,18 @@ def certified_figure(model: Json, norms: Sequence[str]) -> Figure:
     """
     figure = _figure(7.6 if len(norms) == 1 else 4.9 * len(norms), 4.4 if len(norms) == 1 else 3.9)
     axes = figure.subplots(1, len(norms), squeeze=False)[0]
+    colours = list(dict.fromkeys(row["label"] for row in model["upper"]))  # the same in every panel
     for ax, norm in zip(axes, norms, strict=True):
         _dress(ax, "both")
         curves = certified_curves(model, norm)
-        for number, (label, record) in enumerate(curves):
+        for label, record in curves:
             ax.step(
                 record["eps"],
                 record["accuracy"],
                 where="pre",
                 label=label,
-                color=LINES[number % len(LINES)],
-                linestyle=STYLES[number % len(STYLES)],
+                color=LINES[colours.index(label.removesuffix(NO_PAIRS)) % len(LINES)],
+                linestyle=(0, (2, 1.2)) if label.endswith(NO_PAIRS) else "-",
                 linewidth=1.9,
             )
         clean = model["training"]["test_accuracy"]
@@ -77,19 +79,20 @@ def certified_figure(model: Json, norms: Sequence[str]) -> Figure:
         ax.annotate(
             f"clean accuracy {100 * clean:.1f} %",
             (top, clean),
-            xytext=(0, 3),
+            xytext=(-4, 0),
             textcoords="offset points",
             ha="right",
-            va="bottom",
+            va="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
             fontsize=8.5,
             color=MUTED,
         )
         ax.set_xlim(0, top)
-        ax.set_ylim(0, 1.06)
+        ax.set_ylim(0, 1.02)
         ax.yaxis.set_major_formatter(PercentFormatter(1.0))
         ax.set_xlabel(f"ε, {NORM_NAMES[norm]} norm, pixel values in [0, 1]", fontsize=9.5, color=INK)
         if curves:
-            ax.legend(fontsize=8.5, frameon=False, loc="upper right", bbox_to_anchor=(1.0, 0.92))
+            ax.legend(fontsize=8.5, frameon=False, loc="upper right", bbox_to_anchor=(1.0, 0.93))
     axes[0].set_ylabel("test images certified", fontsize=9.5, color=INK)
     return figure
 
@@ -99,9 +102,7 @@ def certified_curves(model: Json, norm: str) -> list[tuple[str, Json]]:
     rows = [row for row in model["upper"] if row["norm"] == norm]
     curves = [(row["label"], row["certified"]) for row in rows if "certified" in row]
     extra = [
-        (f"{row['label']}, no pairs", row["without_pairs"]["certified"])
-        for row in rows
-        if "without_pairs" in row
+        (row["label"] + NO_PAIRS, row["without_pairs"]["certified"]) for row in rows if "without_pairs" in row
     ]
     return curves + extra
 
@@ -123,7 +124,8 @@ def bounds_figure(model: Json) -> Figure:
         bars = _bars(model, norm)
         attained = max((r["value"] for r in model["lower"] if r["norm"] == norm), default=0.0)
         values = [v for v in (attained, *(row["value"] for _, row in bars)) if v > 0] or [1.0]
-        low, high = min(values) / 1.6, max(values) * 2.6
+        low = min(values) / 1.6
+        high = max(values) * (max(values) / low) ** 0.25  # room for the numbers
         for place, (kind, row) in enumerate(bars):
             word = row["guarantee"]
             colour = GUARANTEE_COLOURS[word]
@@ -158,7 +160,7 @@ def bounds_figure(model: Json) -> Figure:
             )
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 100 else (1.0,)))
-        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_xlim(low, high)
         ax.set_yticks(range(len(bars)), [row["label"] for _, row in bars])

@@ -16,18 +16,20 @@ _CHUNK = 2**22
 def conv_fft_bound(kernel: Any, input_shape: tuple[int, ...]) -> float:
     """An upper bound of the l2 norm of a zero-padded convolution, rounding included.
 
-    `kernel` is (k_1, .., k_d, cin, cout) (HWIO for images), `input_shape` the spatial input sizes (n_1, .., n_d). On
-    the torus of N_i = n_i + k_i - 1 points the zero-extended input does not wrap around, so the circular convolution
-    contains the full linear one, and the convolution with any zero padding is a compression of it: rows are dropped
-    (or are zero), columns are dropped. Striding drops rows too. Hence
-        ||conv||_2 <= max over frequencies f of || sum_a kernel[a] exp(-2 pi i f.a / N) ||_2   (cout x cin blocks).
-    The grid of n points is not enough: kernel (-2, 4, -2), n = 3 has norm 4 + 2 sqrt(2) = 6.83, its 3 frequencies
-    reach 6.0. Not valid for padding that wraps or reflects. Dilated kernels: insert the zeros first.
+    `kernel` is (k_1, .., k_d, cin, cout) (HWIO for images), `input_shape` the spatial input sizes (n_1, ..,
+    n_d). On the torus of N_i = n_i + k_i - 1 points the zero-extended input does not wrap around, so the
+    circular convolution contains the full linear one, and the convolution with any zero padding is a
+    compression of it: rows are dropped (or are zero), columns are dropped. Striding drops rows too. Hence
+        ||conv||_2 <= max over frequencies f of || sum_a kernel[a] exp(-2 pi i f.a / N) ||_2   (cout x cin
+        blocks).
+    The grid of n points is not enough: kernel (-2, 4, -2), n = 3 has norm 4 + 2 sqrt(2) = 6.83, its 3
+    frequencies reach 6.0. Not valid for padding that wraps or reflects. Dilated kernels: insert the zeros
+    first.
 
-    The transform is a direct sum with twiddles from the C library (assumed within 4 units in the last place), its
-    rounding error is bounded by 2-norms of sum_a |kernel[a]|; the blocks, as real matrices of twice the size, are
-    proved by the shifted Cholesky of `lipbounds._gram`. Slack above the maximum over frequencies: below 1e-9
-    relative. Cost: prod(N)/2 Cholesky factorisations of order 2 min(cin, cout).
+    The transform is a direct sum with twiddles from the C library (assumed within 4 units in the last place),
+    its rounding error is bounded by 2-norms of sum_a |kernel[a]|; the blocks, as real matrices of twice the
+    size, are proved by the shifted Cholesky of `lipbounds._gram`. Slack above the maximum over frequencies:
+    below 1e-9 relative. Cost: prod(N)/2 Cholesky factorisations of order 2 min(cin, cout).
 
     Raises:
         ValueError: shapes that do not fit, NaN or infinite weights, a bound beyond float64.
@@ -35,9 +37,13 @@ def conv_fft_bound(kernel: Any, input_shape: tuple[int, ...]) -> float:
     weights = np.asarray(kernel)
     d = len(input_shape)
     if weights.ndim != d + 2 or d < 1:
-        raise ValueError(f"kernel of shape {weights.shape} does not fit {d} spatial sizes: expected {d + 2} axes")
+        raise ValueError(
+            f"kernel of shape {weights.shape} does not fit {d} spatial sizes: expected {d + 2} axes"
+        )
     if any(int(n) != n or n < 1 for n in input_shape) or 0 in weights.shape[:d]:
-        raise ValueError(f"spatial sizes must be positive integers, got {input_shape} and kernel {weights.shape}")
+        raise ValueError(
+            f"spatial sizes must be positive integers, got {input_shape} and kernel {weights.shape}"
+        )
     if weights.dtype.kind not in "biuf" or weights.dtype.itemsize > 8:
         raise ValueError(f"kernel entries of type {weights.dtype} do not convert to float64 exactly")
     weights = weights.astype(np.float64)
@@ -60,9 +66,9 @@ def conv_fft_bound(kernel: Any, input_shape: tuple[int, ...]) -> float:
 def _frequency_blocks(weights: np.ndarray, sizes: tuple[int, ...]) -> tuple[np.ndarray, float]:
     """(blocks (F, cin, cout) complex, eta): each entry within eta * sum_a |w[a]| of the exact transform.
 
-    One axis of length k costs at most (32 + 4 (k + 4)) U relative to the absolute sum: twiddles within 32 U, complex
-    products and sums within 4 (k + 4) U; the sum over axes is doubled for the products of these terms. Of conjugate
-    frequencies one half of the last axis is kept (equal singular values).
+    One axis of length k costs at most (32 + 4 (k + 4)) U relative to the absolute sum: twiddles within 32 U,
+    complex products and sums within 4 (k + 4) U; the sum over axes is doubled for the products of these
+    terms. Of conjugate frequencies one half of the last axis is kept (equal singular values).
     """
     d = len(sizes)
     result = weights.astype(np.complex128)

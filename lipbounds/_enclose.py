@@ -51,7 +51,13 @@ def _round(x: Any, away: bool) -> Any:
 
 def _pow(a: Interval, b: Interval) -> tuple[Interval, Any]:
     n = np.asarray(b[0])
-    if n.size and np.all(b[0] == b[1]) and np.all(n == n.flat[0]) and abs(n.flat[0]) <= 64 and n.flat[0] % 1 == 0:
+    if (
+        n.size
+        and np.all(b[0] == b[1])
+        and np.all(n == n.flat[0])
+        and abs(n.flat[0]) <= 64
+        and n.flat[0] % 1 == 0
+    ):
         k = int(n.flat[0])
         return I.ipow(a, k), (a[0] <= 0) & (a[1] >= 0) & (k < 0)
     return I.exp(I.mul(b, I.log(a))), I.outside("log", a)
@@ -96,9 +102,9 @@ def _node(node: Node, args: list[Interval]) -> tuple[Interval, Any]:
 def enclose(expr: Expr, consts: Sequence[Any], x_lo: Any, x_hi: Any) -> tuple[np.ndarray, np.ndarray]:
     """Float64 arrays with ``lo <= f(x) <= hi`` for every real x in ``[x_lo, x_hi]``, elementwise.
 
-    Shapes broadcast with the constants; constants count with the exact values of their floats, rounding is outward.
-    Ends are infinite where f may be undefined or overflow on the box.  Raises ``ValueError`` for NaN or reversed
-    ends, :class:`SlopeError` for a primitive without interval rule.
+    Shapes broadcast with the constants; constants count with the exact values of their floats, rounding is
+    outward. Ends are infinite where f may be undefined or overflow on the box.  Raises ``ValueError`` for
+    NaN or reversed ends, :class:`SlopeError` for a primitive without interval rule.
     """
     x = np.asarray(x_lo, np.float64), np.asarray(x_hi, np.float64)
     if not np.all(x[0] <= x[1]):
@@ -127,7 +133,11 @@ def enclose(expr: Expr, consts: Sequence[Any], x_lo: Any, x_hi: Any) -> tuple[np
             elif op == "select_n":
                 (must, may), off, on = args
                 value = I.where(must, on, I.where(~may, off, I.hull(off, on)))
-                bad = bad | np.where(must, vals[node.args[2]][1], False) | np.where(~may, vals[node.args[1]][1], False)
+                bad = (
+                    bad
+                    | np.where(must, vals[node.args[2]][1], False)
+                    | np.where(~may, vals[node.args[1]][1], False)
+                )
                 bad = bad | (~must & may & (vals[node.args[1]][1] | vals[node.args[2]][1]))
             else:
                 value, extra = _node(node, args)

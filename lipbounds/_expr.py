@@ -9,8 +9,9 @@ from dataclasses import dataclass
 class Node:
     """One operation of an expression.
 
-    ``op`` is "x" (the variable), "const" (``params = (index,)`` into the constants kept beside the expression),
-    "to_float" (bool to 0/1) or the name of a lax primitive; ``args`` are indices of earlier nodes.
+    ``op`` is "x" (the variable), "const" (``params = (index,)`` into the constants kept beside the
+    expression), "to_float" (bool to 0/1) or the name of a lax primitive; ``args`` are indices of earlier
+    nodes.
     """
 
     op: str
@@ -20,7 +21,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Expr:
-    """A function of one real variable: node ``i`` refers to nodes below ``i``, the last node is the result."""
+    """A function of one real variable: node ``i`` refers to nodes below ``i``, the last is the result."""
 
     nodes: tuple[Node, ...]
 

@@ -1,16 +1,18 @@
 """The proof behind a verified spectral norm: Gram matrix, rounding shift, Cholesky.
 
-Let B be r x n (r the smaller side), k the largest number of nonzeros in a row, G the computed B B', t > 0. If LAPACK's
-Cholesky of fl(t I - G - c I) runs to completion with c = `_rounding_shift(...)`, then t I - B B' is positive
-semidefinite, that is ||B||_2 <= sqrt(t). Three roundings enter c:
+Let B be r x n (r the smaller side), k the largest number of nonzeros in a row, G the computed B B', t > 0. If
+LAPACK's Cholesky of fl(t I - G - c I) runs to completion with c = `_rounding_shift(...)`, then t I - B B' is
+positive semidefinite, that is ||B||_2 <= sqrt(t). Three roundings enter c:
 
 - the Gram: |G - B B'| <= gamma_k |B| |B|' entrywise in any summation order, so its 2-norm is at most
   gamma_k max(|B| (|B|' 1)) (zeros add no rounding, hence k and not n);
-- the Cholesky: completion proves lambda_min(M) >= -gamma_{r+1} / (1 - gamma_{r+1}) trace(M) for the floating-point
+- the Cholesky: completion proves lambda_min(M) >= -gamma_{r+1} / (1 - gamma_{r+1}) trace(M) for the
+floating-point
   matrix M it was given (Demmel; Higham, Theorem 10.3 and 10.7; Rump, BIT 46 (2006) 433-452);
 - the diagonal t - g_ii - c, two roundings each.
 
-All constants carry a factor 2, which covers the rounding of c itself and kernels that multiply by reciprocal pivots.
+All constants carry a factor 2, which covers the rounding of c itself and kernels that multiply by reciprocal
+pivots.
 """
 
 from __future__ import annotations
@@ -34,6 +36,11 @@ _SPARSE_FLOPS = 1.5e8
 _EXACT_EIGENVALUES = 192
 
 
+def is_sparse(a: Any) -> bool:
+    """Whether `a` is a scipy.sparse matrix or array."""
+    return bool(sp.issparse(a))
+
+
 def _rounding_shift(r: int, k: int, n: int, t: float, diagonal: np.ndarray, absolute_gram: float) -> float:
     """The shift c of the module docstring; `absolute_gram` is the computed max(|B| (|B|' 1))."""
     size = np.abs(diagonal)
@@ -47,19 +54,19 @@ def nonzeros_per_row(b: Any) -> int:
     """The largest number of nonzero (stored) entries in a row."""
     if b.shape[0] == 0 or b.shape[1] == 0:
         return 0
-    if sp.issparse(b):
+    if is_sparse(b):
         return int(np.diff(b.indptr).max())
     return max(int(np.count_nonzero(b[i : i + _BLOCK], axis=1).max()) for i in range(0, b.shape[0], _BLOCK))
 
 
 def absolute(b: Any) -> Any:
     """|B| entrywise, dense or CSR."""
-    return sp.csr_array((np.abs(b.data), b.indices, b.indptr), shape=b.shape) if sp.issparse(b) else np.abs(b)
+    return sp.csr_array((np.abs(b.data), b.indices, b.indptr), shape=b.shape) if is_sparse(b) else np.abs(b)
 
 
 def absolute_gram_norm(b: Any) -> float:
     """max(|B| (|B|' 1)) in float64, dense in row blocks."""
-    blocks = [b] if sp.issparse(b) else [b[i : i + _BLOCK] for i in range(0, b.shape[0], _BLOCK)]
+    blocks = [b] if is_sparse(b) else [b[i : i + _BLOCK] for i in range(0, b.shape[0], _BLOCK)]
     columns = np.zeros(b.shape[1])
     for block in blocks:
         columns += absolute(block).T @ np.ones(block.shape[0])
@@ -67,12 +74,12 @@ def absolute_gram_norm(b: Any) -> float:
 
 
 def gram(b: Any) -> np.ndarray:
-    """The full r x r array B B' (C order, both triangles); each entry is a float64 inner product in some order.
+    """The full r x r array B B' (C order, both triangles); each entry is a float64 inner product.
 
-    Sparse B: scipy's sparse product, or dense products of row blocks restricted to the columns that both touch, by
-    estimated cost. Beside the result it holds one dense row block (1024 x its nonempty columns).
+    Sparse B: scipy's sparse product, or dense products of row blocks restricted to the columns that both
+    touch, by estimated cost. Beside the result it holds one dense row block (1024 x its nonempty columns).
     """
-    if not sp.issparse(b):
+    if not is_sparse(b):
         return np.ascontiguousarray(b @ b.T)
     r, n = b.shape
     if r * n <= _SMALL:
@@ -130,7 +137,7 @@ def _mirror(g: np.ndarray) -> None:
 
 
 class ShiftedCholesky:
-    """Repeated proofs on one Gram matrix, which is kept in its lower triangle and factored in place in the upper."""
+    """Proofs on one Gram matrix G, kept in its lower triangle and factored in place in the upper one."""
 
     def __init__(self, g: np.ndarray, k: int, n: int, absolute_gram: float) -> None:
         self.g, self.k, self.n, self.absolute_gram = g, k, n, absolute_gram
@@ -164,7 +171,7 @@ class ShiftedCholesky:
 
 
 def top_eigenvalue(matvec: Any, n: int, tol: float = 1e-11, steps: int = 160) -> float:
-    """An estimate (no bound) of the largest eigenvalue of a symmetric PSD map on R^n, by Lanczos, seed fixed."""
+    """An estimate (no bound) of the top eigenvalue of a symmetric PSD map on R^n: Lanczos, seed fixed."""
     start = np.random.default_rng(0).standard_normal(n)
     basis = np.zeros((min(steps, n) + 1, n))
     basis[0] = start / np.linalg.norm(start)
@@ -199,16 +206,17 @@ def estimate_gram_norm(g: np.ndarray, b: Any) -> float:
         return float(g[0, 0])
     if r <= _EXACT_EIGENVALUES:
         return float(np.linalg.eigvalsh(g)[-1])
-    if sp.issparse(b) and 4 * b.nnz < r * r:
+    if is_sparse(b) and 4 * b.nnz < r * r:
         transposed = b.T
         return top_eigenvalue(lambda v: b @ (transposed @ v), r)
     return top_eigenvalue(lambda v: g @ v, r)
 
 
 def certify(proof: ShiftedCholesky, guess: float, ceiling: float, estimate: Any) -> float:
-    """The smallest tried t >= ||B||_2**2 with a proof; `ceiling` (already proved) where none succeeds below it.
+    """The smallest tried t >= ||B||_2**2 with a proof; `ceiling` (already proved) where none succeeds.
 
-    `guess` is tried first (the start of a caller); `estimate()` gives lambda_max when the guess fails or is 0.
+    `guess` is tried first (the start of a caller); `estimate()` gives lambda_max when the guess fails or is
+    0.
     """
     if guess > 0.0:
         t = guess + 2.0 * proof.shift(guess)

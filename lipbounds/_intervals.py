@@ -1,8 +1,9 @@
 """Interval arithmetic in float64 with outward rounding, vectorised over boxes (NumPy and SciPy on the host).
 
-An interval is a pair ``(lo, hi)`` of arrays and stands for a set of finite reals inside ``[lo, hi]`` (so 0 times an
-unbounded interval is 0).  Sums, products, quotients and roots are widened only when they round (TwoSum, TwoProd);
-functions of NumPy and SciPy are widened by several times their documented error and clamped to known ranges.
+An interval is a pair ``(lo, hi)`` of arrays and stands for a set of finite reals inside ``[lo, hi]`` (so 0
+times an unbounded interval is 0).  Sums, products, quotients and roots are widened only when they round
+(TwoSum, TwoProd); functions of NumPy and SciPy are widened by several times their documented error and
+clamped to known ranges.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ WHOLE: Interval = (np.float64(-np.inf), np.float64(np.inf))
 
 
 def quiet() -> Any:
-    """Context in which overflow, underflow and invalid operations are silent (their results are handled here)."""
+    """Context in which overflow, underflow and invalid operations are silent (they are handled here)."""
     return np.errstate(all="ignore")
 
 
@@ -31,16 +32,16 @@ def point(x: Any) -> Interval:
     return x, x
 
 
-def from_fraction(q: Fraction) -> tuple[float, float]:
+def from_fraction(q: Fraction) -> Interval:
     """The tightest float64 pair around the rational ``q``."""
     try:
-        f = float(q)
+        f = np.float64(float(q))
     except OverflowError:
-        return (_MAX, np.inf) if q > 0 else (-np.inf, -_MAX)
+        f = np.float64(np.inf if q > 0 else -np.inf)
     if np.isinf(f):
-        return (_MAX, np.inf) if q > 0 else (-np.inf, -_MAX)
-    g = Fraction(f)
-    return (float(np.nextafter(f, -np.inf)) if g > q else f, float(np.nextafter(f, np.inf)) if g < q else f)
+        return (_MAX, f) if q > 0 else (f, -_MAX)
+    g = Fraction(float(f))
+    return (_dn(f) if g > q else f), (_up(f) if g < q else f)
 
 
 def _dn(x: Any) -> Any:
@@ -228,7 +229,7 @@ def _contains(u: Interval, phase: float) -> Any:
     """Whether ``u`` may contain a point ``phase + 2 k pi`` (errs towards yes)."""
     slack = 1e-9 + 1e-15 * np.maximum(np.abs(u[0]), np.abs(u[1]))
     lo, hi = (u[0] - phase) / (2 * np.pi) - slack, (u[1] - phase) / (2 * np.pi) + slack
-    return ~(np.ceil(lo) > np.floor(hi))
+    return np.logical_not(np.ceil(lo) > np.floor(hi))
 
 
 def _wave(fn: Callable[[Any], Any], top: float, u: Interval) -> Interval:
@@ -308,7 +309,8 @@ VALUE: dict[str, Fn] = {
     "erf": lambda u: _signed(special.erf, u, 16, bound=1.0), "erfc": erfc, "sqrt": sqrt, "rsqrt": _rsqrt,
     "cbrt": lambda u: _signed(np.cbrt, u), "sin": sin, "cos": cos, "tan": lambda u: div(sin(u), cos(u)),
     "atan": lambda u: _signed(np.arctan, u), "asinh": lambda u: _signed(np.arcsinh, u),
-    "sinh": lambda u: _signed(np.sinh, u), "cosh": cosh, "asin": lambda u: _signed(np.arcsin, u), "acos": _acos,
+    "sinh": lambda u: _signed(np.sinh, u), "cosh": cosh, "acos": _acos,
+    "asin": lambda u: _signed(np.arcsin, u),
     "acosh": lambda u: _signed(np.arccosh, u), "atanh": lambda u: _signed(np.arctanh, u),
 }  # fmt: skip
 FIRST: dict[str, Fn] = {
@@ -340,17 +342,17 @@ def outside(op: str, u: Interval) -> Any:
     """Whether ``u`` may leave the domain of ``op`` (boolean array)."""
     lo, hi = u
     if op == "sqrt":
-        return ~(lo >= 0)
+        return np.logical_not(lo >= 0)
     if op in ("log", "rsqrt"):
-        return ~(lo > 0)
+        return np.logical_not(lo > 0)
     if op == "log1p":
-        return ~(lo > -1)
+        return np.logical_not(lo > -1)
     if op in ("asin", "acos"):
-        return ~((lo >= -1) & (hi <= 1))
+        return np.logical_not((lo >= -1) & (hi <= 1))
     if op == "atanh":
-        return ~((lo > -1) & (hi < 1))
+        return np.logical_not((lo > -1) & (hi < 1))
     if op == "acosh":
-        return ~(lo >= 1)
+        return np.logical_not(lo >= 1)
     if op == "tan":
         c = cos(u)
         return (c[0] <= 0) & (c[1] >= 0)

@@ -15,7 +15,7 @@ from lipbounds._rounding import sqrt_up, up
 _ALLOWANCE = 1e-10
 
 
-# ---------------------------------------------------------------------------------------------------- power iteration
+# -------------------------------------------------------------------------------------------- power iteration
 
 
 def _tree_norm(tree: Any) -> jax.Array:
@@ -40,13 +40,14 @@ def _normalised(tree: Any, fallback: Any) -> Any:
 
 
 def power_iteration(matvec: Callable[[Any], Any], v0: Any, steps: int) -> tuple[jax.Array, Any]:
-    """(sigma, v): an ESTIMATE of ||A||_2 from `steps` rounds of v <- A'A v / ||A'A v||, and the vector for a warm start.
+    """(sigma, v): an ESTIMATE of ||A||_2 from `steps` rounds of v <- A'A v / ||A'A v||; v warm-starts a call.
 
-    sigma = ||A v|| with ||v|| = 1 is a lower bound of ||A||_2 up to rounding in the working precision, never an upper
-    one: do not certify with it. `matvec` is a linear map between pytrees of real arrays, `v0` a pytree like its input
-    (start from random normal entries; an all-zero v0 is replaced by equal ones). Runs under jit, vmap and grad. The
-    gradient of sigma takes v as constant, which is the gradient of ||A||_2 itself where v is the top singular vector
-    (Danskin); nothing is differentiated through the iteration. The zero map gives 0 with zero gradient.
+    sigma = ||A v|| with ||v|| = 1 is a lower bound of ||A||_2 up to rounding in the working precision, never
+    an upper one: do not certify with it. `matvec` is a linear map between pytrees of real arrays, `v0` a
+    pytree like its input (start from random normal entries; an all-zero v0 is replaced by equal ones). Runs
+    under jit, vmap and grad. The gradient of sigma takes v as constant, which is the gradient of ||A||_2
+    itself where v is the top singular vector (Danskin); nothing is differentiated through the iteration. The
+    zero map gives 0 with zero gradient.
     """
     frozen, constants = jax.closure_convert(matvec, v0)
     constants = jax.lax.stop_gradient(constants)
@@ -63,7 +64,7 @@ def power_iteration(matvec: Callable[[Any], Any], v0: Any, steps: int) -> tuple[
     return _tree_norm(matvec(v)), v
 
 
-# -------------------------------------------------------------------------------------------------------- Golub-Kahan
+# ------------------------------------------------------------------------------------------------ Golub-Kahan
 
 
 def golub_kahan(
@@ -79,35 +80,42 @@ def golub_kahan(
 ) -> tuple[float, float, int]:
     """(upper, lower, steps): bounds of ||A||_2; `upper` holds except with probability at most `failure`.
 
-    `matvec` maps (n,) to (m,), `rmatvec` is its transpose; flat float64 NumPy vectors. Golub-Kahan bidiagonalisation
-    with full reorthogonalisation from v_1 uniform on the unit sphere of R^n, after Hochstenbach (J. Sci. Comput. 57,
-    2013, 10.1007/s10915-013-9716-x; Kuczynski and Wozniakowski, SIMAX 13, 1992).
+    `matvec` maps (n,) to (m,), `rmatvec` is its transpose; flat float64 NumPy vectors. Golub-Kahan
+    bidiagonalisation with full reorthogonalisation from v_1 uniform on the unit sphere of R^n, after
+    Hochstenbach (J. Sci. Comput. 57, 2013, 10.1007/s10915-013-9716-x; Kuczynski and Wozniakowski, SIMAX 13,
+    1992).
 
-    *The inequality.* The right vectors are v_{j+1} = p_j(A'A) v_1 with deg p_j = j, p_0 = 1 and the three-term
-    recurrence of T = B'B. Let x be a unit top right singular vector, c = <x, v_1>. The v_j are orthonormal and
-    <x, v_{j+1}> = c p_j(||A||^2), so Bessel's inequality for x gives
+    *The inequality.* The right vectors are v_{j+1} = p_j(A'A) v_1 with deg p_j = j, p_0 = 1 and the
+    three-term recurrence of T = B'B. Let x be a unit top right singular vector, c = <x, v_1>. The v_j are
+    orthonormal and <x, v_{j+1}> = c p_j(||A||^2), so Bessel's inequality for x gives
         c^2 sum_{j=0..k} p_j(||A||^2)^2 <= 1.
-    (Hochstenbach keeps only the last term; the sum is never worse.) If |c| >= delta then K(||A||^2) <= delta^-2 with
-    K(t) = sum p_j(t)^2. ||A||^2 is at least the largest Ritz value; right of it all p_j are positive and increase, so
-    ||A||^2 <= t* with K(t*) = delta^-2. Nothing is assumed about gaps or multiplicities.
-    *The probability.* c has density proportional to (1 - c^2)^((n-3)/2), at most Gamma(n/2)/(sqrt(pi) Gamma((n-1)/2))
-    for n >= 3, and Gamma(x + 1/2)/Gamma(x) <= sqrt(x): P(|c| < delta) <= delta sqrt(2 (n-1)/pi). For n = 2 it is
-    (2/pi) arcsin(delta) <= delta. Both are <= delta sqrt(2n/pi); for n = 1 |c| = 1. So
-    delta = failure sqrt(pi / (2n)). With a fixed `seed` the statement is about matrices chosen without looking at it.
-    *Rounding.* Let the computed recurrence hold up to a residual of at most noise ||A||^2 per step. It enters as
-    c_{j+1} = ((||A||^2 - T_jj) c_j - T_{j-1,j} c_{j-1} - eta) / T_{j,j+1}, |eta| <= noise ||A||^2, so with d_j = c_j/c and
-    |c| >= delta each pivot of t I - T loses at most (noise/delta) t / d_j, which is subtracted. This matters: on an
-    orthogonal A the second vector is rounding noise, and a larger singular value could hide behind a c of size delta.
-    `noise` is an assumption about the products (2**-50 suits float64), raised to the largest component that
-    reorthogonalisation removed; what is left, the loss of orthogonality and the rounding of p_j, is covered by 1e-10
-    relative. That part is an allowance, not a proof: one reason why the guarantee is "probabilistic".
+    (Hochstenbach keeps only the last term; the sum is never worse.) If |c| >= delta then K(||A||^2) <=
+    delta^-2 with K(t) = sum p_j(t)^2. ||A||^2 is at least the largest Ritz value; right of it all p_j are
+    positive and increase, so ||A||^2 <= t* with K(t*) = delta^-2. Nothing is assumed about gaps or
+    multiplicities.
 
-    `lower` is the largest singular value of the bidiagonal matrix (a lower bound up to the same allowance). Stops when
-    upper <= (1 + rtol) lower or after min(max_steps, n) steps; a step is one product with A and one with A'. Memory:
-    steps (n + m) doubles.
+    *The probability.* c has density proportional to (1 - c^2)^((n-3)/2), at most
+    Gamma(n/2)/(sqrt(pi) Gamma((n-1)/2)) for n >= 3, and Gamma(x + 1/2)/Gamma(x) <= sqrt(x): P(|c| < delta) <=
+    delta sqrt(2 (n-1)/pi). For n = 2 it is (2/pi) arcsin(delta) <= delta. Both are <= delta sqrt(2n/pi); for
+    n = 1 |c| = 1. So delta = failure sqrt(pi / (2n)). With a fixed `seed` the statement is about matrices
+    chosen without looking at it.
+
+    *Rounding.* Let the computed recurrence hold up to a residual of at most noise ||A||^2 per step. Then
+        c_{j+1} = ((||A||^2 - T_jj) c_j - T_{j-1,j} c_{j-1} - eta) / T_{j,j+1},  |eta| <= noise ||A||^2,
+    so with d_j = c_j/c and |c| >= delta each pivot of t I - T loses at most (noise/delta) t / d_j, which is
+    subtracted. This matters: on an orthogonal A the second vector is rounding noise, and a larger singular
+    value could hide behind a c of size delta. `noise` is an assumption about the products (2**-50 suits
+    float64), raised to twice the largest component that reorthogonalisation removed; what is left, the loss
+    of orthogonality and the rounding of p_j, is covered by 1e-10 relative. That part is an allowance, not a
+    proof: one reason why the guarantee is "probabilistic".
+
+    `lower` is the largest singular value of the bidiagonal matrix (a lower bound up to the same allowance).
+    Stops when upper <= (1 + rtol) lower or after min(max_steps, n) steps; a step is one product with A and
+    one with A'. Memory: steps (n + m) doubles.
 
     Raises:
-        ValueError: products that are not finite or of the wrong length, bad arguments, a `failure` so small that
+        ValueError: products that are not finite or of the wrong length, bad arguments, a `failure` so small
+        that
             rounding hides the component that it allows (noise/delta above 1/4).
     """
     if n < 1 or not 0.0 < failure < 1.0 or not rtol > 0.0 or max_steps < 1:
@@ -137,9 +145,11 @@ def golub_kahan(
             b, v, again = _orthogonalised(_product(rmatvec, u, n) / unit - a * right[step], right)
             removed = max(removed, again)
         beta.append(b if step + 1 < n else 0.0)
-        noise = max(noise, removed / max(alpha))
+        noise = max(noise, 2.0 * removed / max(alpha))
         if noise / delta > 0.25:
-            raise ValueError(f"failure={failure} is too small for products accurate to {noise:.1e} in dimension {n}")
+            raise ValueError(
+                f"failure={failure} is too small for products accurate to {noise:.1e} in dimension {n}"
+            )
         ended = a * b <= noise * max(alpha) ** 2 or step + 1 == n
         if ended or step % 4 == 3 or step + 1 == min(max_steps, n):
             lower = _largest_singular_value(alpha, beta[:-1])
@@ -159,7 +169,9 @@ def _overlap(failure: float, n: int) -> float:
 def _product(apply: Callable[[np.ndarray], np.ndarray], v: np.ndarray, size: int | None) -> np.ndarray:
     result = np.asarray(apply(v), dtype=np.float64)
     if result.ndim != 1 or (size is not None and result.size != size):
-        raise ValueError(f"a product has shape {result.shape}, expected a flat vector" + (f" of {size}" if size else ""))
+        raise ValueError(
+            f"a product has shape {result.shape}, expected a flat vector" + (f" of {size}" if size else "")
+        )
     if not np.all(np.isfinite(result)):
         raise ValueError("a product has NaN or infinite entries")
     return result
@@ -185,8 +197,9 @@ def _largest_singular_value(alpha: list[float], beta: list[float]) -> float:
 def _log_christoffel(alpha: np.ndarray, beta: np.ndarray, t: float, loss: float) -> float:
     """A lower bound of log K(t), or -inf where t is not right of the largest Ritz value by the rounding loss.
 
-    T = B'B has diagonal alpha_j^2 + beta_{j-1}^2 and off-diagonal alpha_j beta_j; p_{j+1}/p_j is pivot_j of t I - T
-    over alpha_j beta_j. A lower bound of one ratio gives one of the next, so the loss t/p_j may be taken at each step.
+    T = B'B has diagonal alpha_j^2 + beta_{j-1}^2 and off-diagonal alpha_j beta_j; p_{j+1}/p_j is pivot_j of t
+    I - T over alpha_j beta_j. A lower bound of one ratio gives one of the next, so the loss t/p_j may be
+    taken at each step.
     """
     log_p = log_sum = 0.0
     pivot = 0.0

@@ -1,9 +1,9 @@
 """Exact resolution of an expression into smooth pieces, and the proof that they meet without a jump.
 
-Arithmetic is rational.  On an open interval where every comparison, ``abs``, ``max``, ``min`` and ``sign`` of affine
-quantities is decided, an expression becomes a *term*: a hash-consed expression without comparisons, with polynomials
-in x folded exactly.  A comparison whose affine difference vanishes inside the interval splits it there, so
-breakpoints are exact rationals and no grid decides anything.
+Arithmetic is rational.  On an open interval where every comparison, ``abs``, ``max``, ``min`` and ``sign``
+of affine quantities is decided, an expression becomes a *term*: a hash-consed expression without
+comparisons, with polynomials in x folded exactly.  A comparison whose affine difference vanishes inside the
+interval splits it there, so breakpoints are exact rationals and no grid decides anything.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 from ._expr import Expr, SlopeError
@@ -19,15 +20,16 @@ from ._expr import Expr, SlopeError
 _MAX_DEGREE = 6
 _MAX_PIECES = 256
 _UNARY = frozenset(
-    "exp exp2 expm1 log log1p tanh logistic softplus erf erfc sqrt rsqrt cbrt sin cos tan atan asinh acosh atanh sinh "
-    "cosh asin acos".split()
+    "exp exp2 expm1 log log1p tanh logistic softplus erf erfc sqrt rsqrt cbrt sin cos tan atan asinh acosh "
+    "atanh sinh cosh asin acos".split()
 )
 _PARTIAL = frozenset("log log1p sqrt rsqrt tan acosh atanh asin acos div pow".split())
 _COMPARE = frozenset("lt le gt ge eq ne".split())
-_KNOWN = {
-    ("exp", 0): 1, ("expm1", 0): 0, ("log", 1): 0, ("log1p", 0): 0, ("tanh", 0): 0, ("logistic", 0): Fraction(1, 2),
-    ("erf", 0): 0, ("erfc", 0): 1, ("sin", 0): 0, ("cos", 0): 1, ("tan", 0): 0, ("atan", 0): 0, ("asinh", 0): 0,
-    ("sinh", 0): 0, ("cosh", 0): 1, ("asin", 0): 0, ("acos", 1): 0, ("acosh", 1): 0, ("atanh", 0): 0,
+_KNOWN: dict[tuple[str, Fraction | int], Fraction | int] = {
+    ("exp", 0): 1, ("expm1", 0): 0, ("log", 1): 0, ("tanh", 0): 0, ("logistic", 0): Fraction(1, 2),
+    ("erf", 0): 0, ("erfc", 0): 1, ("sin", 0): 0, ("cos", 0): 1, ("tan", 0): 0, ("atan", 0): 0,
+    ("asinh", 0): 0, ("sinh", 0): 0, ("cosh", 0): 1, ("asin", 0): 0,
+    ("acos", 1): 0, ("acosh", 1): 0, ("atanh", 0): 0,
 }  # fmt: skip
 _REMEDY = "declare its slopes with register_activation, or use an activation without it"
 
@@ -137,9 +139,9 @@ class Terms:
                 return self.scale(p[0] if p else Fraction(0), other)
         if a is not None and b is not None and len(a) + len(b) - 2 <= _MAX_DEGREE:
             out = [Fraction(0)] * (len(a) + len(b) - 1)
-            for m, p in enumerate(a):
+            for m, c in enumerate(a):
                 for n, q in enumerate(b):
-                    out[m + n] += p * q
+                    out[m + n] += c * q
             return self.poly(out)
         for s, other in ((i, j), (j, i)):
             if self.items[s].op == "scale" and self.items[s].param != 0:
@@ -199,9 +201,13 @@ class Terms:
                 return self.unary("softplus", u)
         if q is None:
             return self._intern(op, (i,))
-        if (op in ("log", "rsqrt") and q <= 0) or (op == "sqrt" and q < 0) or (op == "log1p" and q <= -1):
+        if op == "softplus" and q == 0:
+            return self.unary("log", self.poly([2]))
+        if op == "log1p":
+            return self.unary("log", self.poly([1 + q]))
+        if (op in ("log", "rsqrt") and q <= 0) or (op == "sqrt" and q < 0):
             raise SlopeError(f"it is not defined on all reals: {op} of {float(q):g}", _REMEDY)
-        exact: Fraction | int | None = _KNOWN.get((op, q), None)  # type: ignore[call-overload]
+        exact = _KNOWN.get((op, q))
         if op == "exp2" and q.denominator == 1 and abs(q) < 1024:
             exact = Fraction(2) ** int(q)
         elif op in ("sqrt", "rsqrt"):
@@ -268,7 +274,7 @@ class Terms:
         return sorted(seen)
 
     def sign(self, i: int, domain: Domain) -> int | None:
-        """The constant sign of an affine term on the open interval; splits it at a root; None if not affine."""
+        """The constant sign of an affine term on the interval, which splits at a root; None if not affine."""
         c = self.coefficients(i)
         if c is None or len(c) > 2:
             return None
@@ -295,10 +301,17 @@ def _compare(terms: Terms, op: str, a: Value, b: Value, domain: Domain) -> bool:
         sign = 0 if a == b else terms.sign(terms.add(a, terms.scale(Fraction(-1), b)), domain)
     if sign is None:
         raise SlopeError(
-            f"the comparison {op!r} is between quantities that are not affine in x, so continuity cannot be proved",
-            "compare x (or a multiple of it, shifted) with a constant, or declare slopes with register_activation",
+            f"the comparison {op!r} is of quantities that are not affine in x, so continuity is not proved",
+            "compare x, scaled and shifted, with a constant, or declare slopes with register_activation",
         )
-    table = {"lt": sign < 0, "le": sign <= 0, "gt": sign > 0, "ge": sign >= 0, "eq": sign == 0, "ne": sign != 0}
+    table = {
+        "lt": sign < 0,
+        "le": sign <= 0,
+        "gt": sign > 0,
+        "ge": sign >= 0,
+        "eq": sign == 0,
+        "ne": sign != 0,
+    }
     return table[op]
 
 
@@ -321,7 +334,9 @@ def _steps(terms: Terms, op: str, a: int, params: tuple, domain: Domain) -> int:
         raise SlopeError("it contains sign, which jumps at 0", _REMEDY)
     q = terms.constant(a)
     if q is None:
-        raise SlopeError(f"it contains {op}, which jumps at every {'half-' if op == 'round' else ''}integer", _REMEDY)
+        raise SlopeError(
+            f"it contains {op}, which jumps at every {'half-' if op == 'round' else ''}integer", _REMEDY
+        )
     if op == "floor":
         return terms.poly([math.floor(q)])
     if op == "ceil":
@@ -334,7 +349,8 @@ def _steps(terms: Terms, op: str, a: int, params: tuple, domain: Domain) -> int:
 def resolve(terms: Terms, expr: Expr, consts: Sequence[Any], x: int, domain: Domain) -> int:
     """The term of ``expr`` with its variable replaced by term ``x`` on the open interval ``domain``.
 
-    Raises :class:`Split` where a decision changes inside and :class:`SlopeError` where one cannot be made exactly.
+    Raises :class:`Split` where a decision changes inside and :class:`SlopeError` where one cannot be made
+    exactly.
     """
     vals: list[Value] = []
     for node in expr.nodes:
@@ -348,10 +364,16 @@ def resolve(terms: Terms, expr: Expr, consts: Sequence[Any], x: int, domain: Dom
             v = terms.poly([c]) if isinstance(c, Fraction) else c
         elif op == "select_n":
             if len(a) != 3 or not isinstance(a[0], bool):
-                raise SlopeError("a selection by something other than one comparison has no slope rule", _REMEDY)
+                raise SlopeError(
+                    "a selection by something other than one comparison has no slope rule", _REMEDY
+                )
             v = a[2] if a[0] else a[1]
         elif op in ("and", "or", "xor", "not") and all(isinstance(p, bool) for p in a):
-            v = not a[0] if op == "not" else {"and": a[0] and a[-1], "or": a[0] or a[-1], "xor": a[0] != a[-1]}[op]
+            v = (
+                not a[0]
+                if op == "not"
+                else {"and": a[0] and a[-1], "or": a[0] or a[-1], "xor": a[0] != a[-1]}[op]
+            )
         elif op == "to_float":
             v = terms.poly([int(a[0])]) if isinstance(a[0], bool) else a[0]
         elif op == "is_finite":
@@ -400,11 +422,14 @@ def _arithmetic(terms: Terms, op: str, a: list[int], params: tuple, domain: Doma
     raise SlopeError(f"the primitive {op!r} has no slope rule", _REMEDY)
 
 
-def pieces(terms: Terms, expr: Expr, consts: Sequence[Any]) -> tuple[list[Piece], list[tuple[Fraction, int, int, int]]]:
-    """The smooth pieces of ``expr`` from left to right, and ``(c, left, here, right)`` at every breakpoint ``c``.
+def pieces(
+    terms: Terms, expr: Expr, consts: Sequence[Any]
+) -> tuple[list[Piece], list[tuple[Fraction, int, int, int]]]:
+    """The smooth pieces of ``expr`` from left to right, and ``(c, left, here, right)`` at every breakpoint
+    ``c``.
 
-    ``left``, ``here`` and ``right`` are the constant terms f(c-0), f(c), f(c+0).  Neighbours with the same term
-    are joined.
+    ``left``, ``here`` and ``right`` are the constant terms f(c-0), f(c), f(c+0).  Neighbours with the same
+    term are joined.
     """
     identity = terms.poly([0, 1])
     work, out = [Domain(None, None)], []
@@ -417,7 +442,7 @@ def pieces(terms: Terms, expr: Expr, consts: Sequence[Any]) -> tuple[list[Piece]
         if len(work) + len(out) > _MAX_PIECES:
             raise SlopeError(f"it has more than {_MAX_PIECES} pieces", _REMEDY)
     joints = []
-    for left, right in zip(out, out[1:], strict=False):
+    for left, right in pairwise(out):
         c = left.domain.right
         assert c is not None
         here = resolve(terms, expr, consts, terms.poly([c]), Domain(c, c))

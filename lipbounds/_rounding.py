@@ -1,10 +1,10 @@
 """Directed rounding for host float64 arithmetic.
 
 Every helper returns a float64 that is at least the real-number result of the operation it is named after, for
-finite operands >= 0. The model is IEEE 754 double with rounding to nearest, `U` the unit roundoff: fl(x op y) =
-(x op y)(1 + d), |d| <= U, plus at most half the least denormal where a product underflows (Higham, Accuracy and
-Stability of Numerical Algorithms, sections 2.2 and 3.1). Results that leave the double range raise ValueError:
-an infinity is never a bound.
+finite operands >= 0. The model is IEEE 754 double with rounding to nearest, `U` the unit roundoff: fl(x op y)
+= (x op y)(1 + d), |d| <= U, plus at most half the least denormal where a product underflows (Higham, Accuracy
+and Stability of Numerical Algorithms, sections 2.2 and 3.1). Results that leave the double range raise
+ValueError: an infinity is never a bound.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def sqrt_up(x: float) -> float:
 
 
 def gamma(n: int) -> float:
-    """An upper bound of n U / (1 - n U), the relative error of n roundings in any order (Higham, Lemma 3.1)."""
+    """An upper bound of n U / (1 - n U), the relative error of n roundings in any order (Higham, 3.1)."""
     if n >= 2**50:
         raise ValueError(f"{n} roundings in one sum are too many for an error bound in float64")
     return 0.0 if n == 0 else up(n * U / (1.0 - n * U))

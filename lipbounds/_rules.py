@@ -394,6 +394,14 @@ def _split(eqn: Eqn) -> Sequence[Linear]:
     return out
 
 
+def _unstack(eqn: Eqn) -> Sequence[Linear]:
+    shape, axis = eqn.inputs[0].shape, eqn.params["axis"]
+    index = np.arange(int(np.prod(shape)), dtype=np.int32).reshape(shape)
+    return [
+        Linear("take", {"index": StaticArray(index.take(i, axis))}, (0,), i) for i in range(len(eqn.outputs))
+    ]
+
+
 def windows(shape: tuple[int, ...], p: dict[str, Any]) -> np.ndarray:
     """(number of windows, window size) table of flat input indices of a pooling window; -1 where it reads padding."""
     index = np.arange(int(np.prod(shape)), dtype=np.int32).reshape(shape)
@@ -496,6 +504,7 @@ RULES: dict[str, Rule] = {
     "scatter_add": _scatter_add_rule,
     "select_n": _select,
     "split": _split,
+    "unstack": _unstack,
     "reduce_window_max": _pool("max"),
     "reduce_window_min": _pool("min"),
     "reduce_max": _reduce("max"),

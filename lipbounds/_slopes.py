@@ -17,7 +17,8 @@ from ._tails import TailError, tail_slopes
 
 _REMEDY = "declare its slopes with register_activation, or use an activation with bounded slopes"
 _TOLERANCE = 1e-8
-_MAX_BOXES = 60_000
+_MAX_BOXES = 40_000
+_MAX_BROKEN = 3_000
 _MAX_LEVELS = 160
 _TAILS = (6, 12, 18, 24, 36, 48, 60)
 
@@ -60,13 +61,14 @@ def _pow(u: Jet, q: Fraction) -> Jet:
     c = float(q)
     if c != q or float(q - 1) != q - 1:
         raise SlopeError(f"the exponent {c:g} is too small or large for the slope rule of pow", _REMEDY)
-    bad = ~(u.v[0] > 0) if c < 1 else ~(u.v[0] >= 0)
+    bad = np.logical_not(u.v[0] > 0 if c < 1 else u.v[0] >= 0)
     g = I.mul(I.point(c), I.power(u.v, c - 1))
     return _chain(u, I.power(u.v, c), g, None, bad)
 
 
 def _pick(mask_a: Any, mask_b: Any, a: Jet, b: Jet, v: Interval) -> Jet:
-    """``a`` or ``b`` where decided; elsewhere both slopes and an unknown second derivative."""
+    """``a`` or ``b`` where decided; elsewhere (on the kink too) both slopes, f'' unknown."""
+    mask_a, mask_b = mask_a & np.logical_not(mask_b), mask_b & np.logical_not(mask_a)
     d = I.where(mask_a, a.d, I.where(mask_b, b.d, I.hull(a.d, b.d)))
     return Jet(v, d, I.where(mask_a, a.s, I.where(mask_b, b.s, I.WHOLE)), a.bad | b.bad)
 
@@ -116,7 +118,14 @@ def jets(terms: Terms, term: int, x: Interval) -> dict[int, Jet]:
     done: dict[int, Jet] = {}
     for i in terms.reachable(term):
         t = terms.items[i]
-        done[i] = _jet(t.op, [done[j] for j in t.args], t.param, x)
+        jet = _jet(t.op, [done[j] for j in t.args], t.param, x)
+        c = terms.coefficients(t.args[0]) if t.op == "sqrt" else None
+        if (
+            c is not None and len(c) == 3
+        ):  # sqrt(u) of a quadratic: f'' = (4 c2 c0 - c1^2) / (4 u sqrt u), no cancellation
+            d = I.from_fraction(c[2] * c[0] - c[1] * c[1] / 4)
+            jet = Jet(jet.v, jet.d, I.div(d, I.mul(done[t.args[0]].v, jet.v)), jet.bad)
+        done[i] = jet
     return done
 
 
@@ -133,7 +142,7 @@ class Range:
         self.lo, self.hi = min(self.lo, lo), max(self.hi, hi)
 
     def attain(self, lo: float, hi: float) -> None:
-        """A slope inside ``[lo, hi]`` is attained."""
+        """Some slope of at least ``lo`` and some slope of at most ``hi`` are attained."""
         self.inf, self.sup = min(self.inf, hi), max(self.sup, lo)
 
     def slack(self) -> float:
@@ -158,13 +167,15 @@ def _failure(terms: Terms, term: int, a: float, b: float) -> SlopeError:
             op = terms.items[i].op
             reason = f"it is not defined on all reals: {what.get(op, op + ' outside its domain')} {where}"
             return SlopeError(reason, _REMEDY)
-    return SlopeError(f"its slope is unbounded {where}", _REMEDY)
+    return SlopeError(f"its slope is unbounded or too large {where}", _REMEDY)
 
 
 def _branch(terms: Terms, term: int, left: Interval, right: Interval, found: Range) -> None:
-    """Add to ``found`` an enclosure of all slopes of ``term`` on ``[left, right]``, within 1e-8 of attained ones.
+    """Add to ``found`` an enclosure of all slopes of ``term`` on ``[left, right]``, within 1e-8 of attained
+    ones.
 
-    ``left`` and ``right`` enclose the ends (they need not be floats).  Widths beyond the box budget stay sound.
+    ``left`` and ``right`` enclose the ends (they need not be floats).  Widths beyond the box budget stay
+    sound.
     """
     start, stop = float(left[0]), float(right[1])
     inside = (float(left[1]), float(right[0]))
@@ -184,17 +195,19 @@ def _branch(terms: Terms, term: int, left: Interval, right: Interval, found: Ran
         jet = jets(terms, term, (np.concatenate([a, pts]), np.concatenate([b, pts])))[term]
         size = 4 * n
         d_lo, d_hi, s_lo, s_hi = (np.broadcast_to(q, size) for q in (*jet.d, *jet.s))
-        bad = np.broadcast_to(np.asarray(jet.bad) | np.isnan(d_lo) | np.isnan(d_hi), size)
+        bad = np.broadcast_to(np.asarray(jet.bad, bool) | np.isnan(d_lo) | np.isnan(d_hi), size)
         good = ~bad[n:]
+        if not good.all():
+            j = int(np.argmin(good))
+            raise _failure(terms, term, float(pts[j]), float(pts[j]))
         if inside[0] <= inside[1] and good.any():
-            found.attain(float(d_hi[n:][good].min()), float(d_hi[n:][good].min()))
-            found.attain(float(d_lo[n:][good].max()), float(d_lo[n:][good].max()))
+            found.attain(float(d_lo[n:][good].max()), float(d_hi[n:][good].min()))
         lo, hi = _sharpen(a, b, pts, (d_lo, d_hi), (s_lo[:n], s_hi[:n]), n)
         broken = bad[:n] | ~np.isfinite(lo) | ~np.isfinite(hi)
         tol = found.slack()
-        done = ~broken & (hi <= found.sup + tol) & (lo >= found.inf - tol)
+        done = ~broken & (hi <= max(found.sup + tol, found.hi)) & (lo >= min(found.inf - tol, found.lo))
         stuck = (m <= a) | (m >= b)
-        last = level == _MAX_LEVELS or used > _MAX_BOXES
+        last = level == _MAX_LEVELS or used > _MAX_BOXES or int(broken.sum()) > _MAX_BROKEN
         if np.any(broken & (stuck | last)):
             j = int(np.argmax(broken & (stuck | last)))
             raise _failure(terms, term, float(a[j]), float(b[j]))
@@ -210,8 +223,9 @@ def _branch(terms: Terms, term: int, left: Interval, right: Interval, found: Ran
 def _sharpen(a: Any, b: Any, pts: Any, d: Interval, s: Interval, n: int) -> Interval:
     """Slopes on boxes: the natural enclosure, cut by the mean value form and by monotonicity of f'.
 
-    For a point t of a box B, f'(B) lies in ``f'(t) + f''(B) (B - t)``; if f'' has one sign, between the ends' slopes.
-    Points clipped out of their box are not used for monotonicity (they are ends only up to rounding).
+    For a point t of a box B, f'(B) lies in ``f'(t) + f''(B) (B - t)``; if f'' has one sign, between the
+    ends' slopes. Points clipped out of their box are not used for monotonicity (they are ends only up to
+    rounding).
     """
     lo, hi = d[0][:n], d[1][:n]
     pa, pb, pm = pts[:n], pts[n : 2 * n], pts[2 * n :]
@@ -219,7 +233,10 @@ def _sharpen(a: Any, b: Any, pts: Any, d: Interval, s: Interval, n: int) -> Inte
     usable = (pm >= a) & (pm <= b) & ~np.isnan(at[0]) & ~np.isnan(at[1])
     lo, hi = np.where(usable, np.maximum(lo, at[0]), lo), np.where(usable, np.minimum(hi, at[1]), hi)
     exact = (pa == a) & (pb == b)
-    (l_lo, l_hi), (r_lo, r_hi) = (d[0][n : 2 * n], d[1][n : 2 * n]), (d[0][2 * n : 3 * n], d[1][2 * n : 3 * n])
+    (l_lo, l_hi), (r_lo, r_hi) = (
+        (d[0][n : 2 * n], d[1][n : 2 * n]),
+        (d[0][2 * n : 3 * n], d[1][2 * n : 3 * n]),
+    )
     up, down = exact & (s[0] >= 0), exact & (s[1] <= 0)
     lo = np.where(up, np.maximum(lo, l_lo), np.where(down, np.maximum(lo, r_lo), lo))
     hi = np.where(up, np.minimum(hi, r_hi), np.where(down, np.minimum(hi, l_hi), hi))
@@ -259,7 +276,7 @@ def _check_joint(terms: Terms, c: Fraction, values: tuple[int, int, int]) -> Non
     if rational or low > high:
         a, h, b = ranges
         raise SlopeError(
-            f"it jumps at {float(c):.9g} (from {a[0]:.9g} over {h[0]:.9g} to {b[0]:.9g}), so no slope bounds it",
+            f"it jumps at {float(c):.7g} (from {a[0]:.7g} over {h[0]:.7g} to {b[0]:.7g}): no slope bounds it",
             "make the branches of the comparison agree there, or use a continuous activation",
         )
     raise SlopeError(f"its branches at {float(c):.9g} cannot be proved equal in exact arithmetic", _REMEDY)
@@ -294,10 +311,12 @@ def _tail(terms: Terms, term: int, first: int, reflect: bool, found: Range) -> N
 
 
 def scalar_slopes(expr: Expr, consts: tuple[Any, ...]) -> tuple[float, float]:
-    """``(a, b)`` with ``a <= (f(x) - f(y)) / (x - y) <= b`` for all real x != y; ``consts`` as Fraction, bool or inf.
+    """``(a, b)`` with ``a <= (f(x) - f(y)) / (x - y) <= b`` for all real x != y; ``consts`` as Fraction,
+    bool or inf.
 
-    f is proved continuous and, between breakpoints, differentiable with slopes in [a, b] (locally Lipschitz with such
-    generalised slopes at undecided kinks); the mean value theorem gives the inequality.  Raises :class:`SlopeError`.
+    f is proved continuous and, between breakpoints, differentiable with slopes in [a, b] (locally Lipschitz
+    with such generalised slopes at undecided kinks); the mean value theorem gives the inequality.  Raises
+    :class:`SlopeError`.
     """
     terms = Terms()
     parts, joints = pieces(terms, expr, consts)
@@ -317,7 +336,9 @@ def scalar_slopes(expr: Expr, consts: tuple[Any, ...]) -> tuple[float, float]:
             found.attain(*f)
     for where, *values in joints:
         _check_joint(terms, where, (values[0], values[1], values[2]))
-    largest = max((abs(q) for part in parts for q in (part.domain.left, part.domain.right) if q is not None), default=0)
+    largest = max(
+        (abs(q) for part in parts for q in (part.domain.left, part.domain.right) if q is not None), default=0
+    )
     first = next((k for k in _TAILS if largest < 2**k), None)
     if first is None and smooth:
         raise SlopeError(f"a breakpoint at {float(largest):.3g} is too far out", _REMEDY)
@@ -336,4 +357,4 @@ def scalar_slopes(expr: Expr, consts: tuple[Any, ...]) -> tuple[float, float]:
                 _tail(terms, part.term, first, False, found)
     if not (np.isfinite(found.lo) and np.isfinite(found.hi) and found.lo <= found.hi):
         raise SlopeError("its slope range could not be bounded", _REMEDY)
-    return float(found.lo), float(found.hi)
+    return float(found.lo) + 0.0, float(found.hi) + 0.0

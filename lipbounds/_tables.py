@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Sequence
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal
-from typing import Literal
+from typing import Any, Literal
 
 Direction = Literal["up", "down", "near"]
 _ROUNDING = {"up": ROUND_CEILING, "down": ROUND_FLOOR, "near": ROUND_HALF_EVEN}
@@ -45,7 +45,9 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequ
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
-        parts = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        parts = [
+            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
         return "  ".join(parts).rstrip()
 
     return "\n".join([line(cells[0]), "  ".join("-" * w for w in widths), *(line(row) for row in cells[1:])])
@@ -77,8 +79,8 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequ
     return f'<table style="border-collapse:collapse">{head}<tbody>{body}</tbody></table>'
 
 
-def new_axes(width: float = 6.4, height: float = 4.0):
-    """Axes on a figure of their own, without pyplot: nothing global is touched and nothing has to be closed."""
+def new_axes(width: float = 6.4, height: float = 4.0) -> Any:
+    """Axes on a figure of their own, without pyplot: nothing global is touched, nothing has to be closed."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained").subplots()

@@ -1,8 +1,8 @@
 """Proved enclosures of f and f' on a whole half line ``[M, inf)`` by power envelopes.
 
-A quantity g(x) has the envelope ``(p, lo, hi)`` if ``g(x)`` is in ``x**p * [lo, hi]`` for all ``x >= M``.  Powers are
-multiples of 1/6, M is a power of 2**6, so ``M**p`` is exact.  What decays like ``exp(-c x**q)`` is put into
-``x**-8 * [0, M**8 exp(-c M**q)]`` (the product decreases once ``c q M**q >= 8``).
+A quantity g(x) has the envelope ``(p, lo, hi)`` if ``g(x)`` is in ``x**p * [lo, hi]`` for all ``x >= M``.
+Powers are multiples of 1/6, M is a power of 2**6, so ``M**p`` is exact.  What decays like ``exp(-c x**q)``
+is put into ``x**-8 * [0, M**8 exp(-c M**q)]`` (the product decreases once ``c q M**q >= 8``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from ._intervals import Interval
 from ._pieces import Terms
 
 _ZERO: Interval = (0.0, 0.0)
-_FIXED_AT_ZERO = frozenset(("expm1", "log1p", "tanh", "erf", "sin", "tan", "atan", "asinh", "sinh", "asin", "atanh"))
+_FIXED_AT_ZERO = frozenset(
+    ("expm1", "log1p", "tanh", "erf", "sin", "tan", "atan", "asinh", "sinh", "asin", "atanh")
+)
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,8 @@ def _plain(a: Interval) -> Interval:
 
 
 def tail_slopes(terms: Terms, term: int, k: int, reflect: bool) -> Interval:
-    """``(lo, hi)`` with ``lo <= f'(x) <= hi`` for all ``x >= 2**k`` (``x <= -2**k`` if ``reflect``); may be infinite.
+    """``(lo, hi)`` with ``lo <= f'(x) <= hi`` for all ``x >= 2**k`` (``x <= -2**k`` if ``reflect``); may be
+    infinite.
 
     ``k`` is a multiple of 6.  Raises :class:`TailError` if f may not be defined there.
     """

@@ -100,7 +100,6 @@ def from_weights(
         if not callable(named):
             raise ValueError(f"no activation called {activation!r} in jax.nn or jax.numpy; pass a function")
         activation = named
-    dtype = jnp.result_type(*(w.dtype for w in matrices))
     double = any(np.dtype(w.dtype) == np.float64 for w in matrices)
 
     def hidden(k: int, y: Any) -> Any:

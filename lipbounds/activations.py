@@ -1,8 +1,9 @@
 """Elementwise nonlinearities: evaluation, rigorous enclosures and proved slope ranges.
 
-An activation is an :class:`Expr` (hashable, no arrays) and a sequence of constants beside it.  The slope range
-``[a, b]`` of :func:`slope_range` satisfies ``a <= (f(x) - f(y)) / (x - y) <= b`` for all real ``x != y``, where f is
-the expression in exact real arithmetic and its constants are the exact values of their floats.
+An activation is an :class:`Expr` (hashable, no arrays) and a sequence of constants beside it.  The slope
+range ``[a, b]`` of :func:`slope_range` satisfies ``a <= (f(x) - f(y)) / (x - y) <= b`` for all real ``x !=
+y``, where f is the expression in exact real arithmetic and its constants are the exact values of their
+floats.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ _LAX: dict[str, Callable[..., Any]] = {
     "logistic": lax.logistic, "erf": lax.erf, "erfc": lax.erfc, "sqrt": lax.sqrt, "rsqrt": lax.rsqrt,
     "cbrt": lax.cbrt, "square": lax.square, "pow": lax.pow, "sin": lax.sin, "cos": lax.cos, "tan": lax.tan,
     "atan": lax.atan, "asinh": lax.asinh, "acosh": lax.acosh, "atanh": lax.atanh, "sinh": lax.sinh,
-    "cosh": lax.cosh, "asin": lax.asin, "acos": lax.acos, "select_n": lax.select_n, "lt": lax.lt, "le": lax.le,
+    "cosh": lax.cosh, "asin": lax.asin, "acos": lax.acos, "select_n": lax.select_n, "lt": lax.lt,
+    "le": lax.le,
     "gt": lax.gt, "ge": lax.ge, "eq": lax.eq, "ne": lax.ne, "and": lax.bitwise_and, "or": lax.bitwise_or,
     "xor": lax.bitwise_xor, "not": lax.bitwise_not, "clamp": lax.clamp, "is_finite": lax.is_finite,
 }  # fmt: skip
@@ -51,7 +53,8 @@ _OPAQUE: dict[str, Callable[..., Any]] = {}
 
 
 def register_primitive(name: str, fn: Callable[..., Any]) -> None:
-    """Teach :func:`evaluate` another elementwise primitive: it calls ``fn(params, *args)`` with ``Node.params``.
+    """Teach :func:`evaluate` another elementwise primitive: it calls ``fn(params, *args)`` with
+    ``Node.params``.
 
     Nothing is assumed about its slopes: :func:`slope_range` goes on refusing it.
     """
@@ -87,8 +90,7 @@ def evaluate(expr: Expr, consts: Sequence[Any], x: Any) -> jax.Array:
         elif node.op == "integer_pow":
             val = lax.integer_pow(args[0], int(node.params[0]))
         elif node.op == "round":
-            method = lax.RoundingMethod(int(node.params[0])) if node.params else lax.RoundingMethod.AWAY_FROM_ZERO
-            val = lax.round(args[0], method)
+            val = lax.round(args[0], lax.RoundingMethod(int(node.params[0]) if node.params else 0))
         elif node.op in _LAX:
             val = _LAX[node.op](*args)
         elif node.op in _OPAQUE:
@@ -138,13 +140,15 @@ def _used(expr: Expr) -> list[int]:
 
 
 def slope_range(expr: Expr, consts: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Proved slopes: ``lower <= (f(x) - f(y)) / (x - y) <= upper`` for all real ``x != y``, constant by constant.
+    """Proved slopes: ``lower <= (f(x) - f(y)) / (x - y) <= upper`` for all real ``x != y``, constant by
+    constant.
 
-    Returns two float64 arrays of the broadcast shape of the constants (0-d without constants).  f is the expression
-    in exact real arithmetic with the exact values of the constants; comparisons are decided in rational arithmetic
-    and both branches must agree at every breakpoint, slopes are enclosed with outward rounding, and both tails are
-    proved.  Slopes declared with :func:`register` are not looked up here.  Raises :class:`SlopeError` where f jumps,
-    is not defined on all reals, has unbounded slopes, or cannot be decided.
+    Returns two float64 arrays of the broadcast shape of the constants (0-d without constants).  f is the
+    expression in exact real arithmetic with the exact values of the constants; comparisons are decided in
+    rational arithmetic and both branches must agree at every breakpoint, slopes are enclosed with outward
+    rounding, and both tails are proved.  Slopes declared with :func:`register` are not looked up here.
+    Raises :class:`SlopeError` where f jumps, is not defined on all reals, has unbounded slopes, or cannot be
+    decided.
     """
     used = _used(expr)
     arrays = _concrete([consts[i] for i in used])
@@ -183,7 +187,8 @@ def _is_zero(c: Any) -> bool:
 def _homogeneous(expr: Expr, consts: Sequence[Any]) -> bool:
     """Whether f(t x) = t f(x) for t > 0 whatever the (finite) values of the constants that are traced.
 
-    Node kinds: "h" homogeneous of degree 1 in x, "d" of degree 0 (also predicates), "c" without x, "0" the constant 0.
+    Node kinds: "h" homogeneous of degree 1 in x, "d" of degree 0 (also predicates), "c" without x, "0" the
+    constant 0.
     """
     kinds: list[str] = []
     for node in expr.nodes:
@@ -220,9 +225,10 @@ def _homogeneous(expr: Expr, consts: Sequence[Any]) -> bool:
 def piecewise_linear_slopes(expr: Expr, consts: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
     """Slope ranges as traceable arrays, for constants that are being trained (PReLU, leaky slopes).
 
-    Accepts what is homogeneous in x by its structure alone, such as ``max(x, a * x)`` or ``where(x > 0, x, a * x)``:
-    then f is linear on each side of 0 and its slopes are f(1) and -f(-1) exactly, between which all difference
-    quotients lie.  Shapes are the broadcast shape of the constants.  Raises :class:`SlopeError` for anything else.
+    Accepts what is homogeneous in x by its structure alone, such as ``max(x, a * x)`` or ``where(x > 0, x, a
+    * x)``: then f is linear on each side of 0 and its slopes are f(1) and -f(-1) exactly, between which all
+    difference quotients lie.  Shapes are the broadcast shape of the constants.  Raises :class:`SlopeError`
+    for anything else.
     """
     if not _homogeneous(expr, consts):
         raise SlopeError(
@@ -252,7 +258,8 @@ def _key(expr: Expr, consts: Sequence[Any]) -> tuple[Expr, tuple]:
 
 
 def register(expr: Expr, consts: Sequence[Any], lower: float, upper: float) -> None:
-    """Declare ``lower <= (f(x) - f(y)) / (x - y) <= upper`` for this expression; nothing is proved ("assumed").
+    """Declare ``lower <= (f(x) - f(y)) / (x - y) <= upper`` for this expression; nothing is proved
+    ("assumed").
 
     Raises ``ValueError`` unless both are finite and ``lower <= upper``.
     """
@@ -272,21 +279,46 @@ def registered(expr: Expr, consts: Sequence[Any]) -> tuple[float, float] | None:
         return None
 
 
-_SPOTS = np.array([-30.0, -7.3, -3.0, -2.2, -1.0, -0.7, -0.3, -0.05, 0.0, 0.05, 0.4, 0.8, 1.0, 1.7, 2.5, 4.0, 5.9, 8.0, 30.0])
+_SPOTS = np.array(
+    [
+        -30.0,
+        -7.3,
+        -3.0,
+        -2.2,
+        -1.0,
+        -0.7,
+        -0.3,
+        -0.05,
+        0.0,
+        0.05,
+        0.4,
+        0.8,
+        1.0,
+        1.7,
+        2.5,
+        4.0,
+        5.9,
+        8.0,
+        30.0,
+    ]
+)
 
 
 def _references(x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
     """Values at ``x`` of the activations that have a name; one-parameter families are fitted to ``y``."""
-    v = {n: 0.5 * (lo + hi) for n in ("tanh", "erf", "erfc", "logistic", "softplus") for lo, hi in [I.VALUE[n](I.point(x))]}
+    v = {n: I.VALUE[n](I.point(x))[1] for n in ("tanh", "erf", "logistic", "softplus")}
+    normal = 0.5 * (1 + I.VALUE["erf"](I.point(x / np.sqrt(2)))[1])
     negative = np.minimum(x, 0.0)
     alpha, beta = -y[0], -y[np.argmax(x == -1.0)]
     six = np.clip(x + 3, 0, 6) / 6
     return {
         "identity": x, "relu": np.maximum(x, 0), "abs": np.abs(x), "relu6": np.clip(x, 0, 6),
         "hard_tanh": np.clip(x, -1, 1), "hard_sigmoid": six, "hard_swish": x * six, "tanh": v["tanh"],
-        "sigmoid": v["logistic"], "silu": x * v["logistic"], "gelu": 0.5 * x * (1 + v["erf"]),
-        "gelu_tanh": 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))), "softplus": v["softplus"],
-        "log_sigmoid": x - v["softplus"], "soft_sign": x / (1 + np.abs(x)), "mish": x * np.tanh(v["softplus"]),
+        "sigmoid": v["logistic"], "silu": x * v["logistic"], "gelu": x * normal,
+        "gelu_tanh": 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+        "softplus": v["softplus"],
+        "log_sigmoid": x - v["softplus"], "soft_sign": x / (1 + np.abs(x)),
+        "mish": x * np.tanh(v["softplus"]),
         "squareplus": (x + np.sqrt(x * x + 4)) / 2, "erf": v["erf"], "sin": np.sin(x), "cos": np.cos(x),
         "sparse_plus": np.where(x <= -1, 0, np.where(x >= 1, x, (x + 1) ** 2 / 4)),
         "selu": 1.0507009873554805 * np.where(x > 0, x, 1.6732632423543772 * np.expm1(negative)),
@@ -297,7 +329,7 @@ def _references(x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def known_name(expr: Expr, consts: Sequence[Any]) -> str:
-    """A short display name ("relu", "gelu", "leaky_relu", ...) or "elementwise"; a hint from a few values, no proof."""
+    """A short display name ("relu", "gelu", "leaky_relu", ...) or "elementwise"; a hint, no proof."""
     try:
         arrays = _concrete(consts)
         scalars = [a.reshape(-1)[:1].reshape(()) for a in arrays]
@@ -310,5 +342,5 @@ def known_name(expr: Expr, consts: Sequence[Any]) -> str:
     for name, values in names.items():
         if np.all(np.abs(values - y) <= 3e-6 * (1 + np.abs(_SPOTS))):
             varies = any(a.size > 1 and np.any(a != a.flat[0]) for a in arrays)
-            return "prelu" if name == "leaky_relu" and varies else name.removesuffix("_tanh") if name == "gelu_tanh" else name
+            return {"gelu_tanh": "gelu", "leaky_relu": "prelu" if varies else "leaky_relu"}.get(name, name)
     return "elementwise"

@@ -2,7 +2,8 @@
 
 With L the Lipschitz constant of the traced function in the norm p = `norm`,
 
-    L = sup ||f(x) - f(x')||_p / ||x - x'||_p ,      L_ij = sup |(f_i - f_j)(x) - (f_i - f_j)(x')| / ||x - x'||_p ,
+    L    = sup ||f(x) - f(x')||_p / ||x - x'||_p ,
+    L_ij = sup |(f_i - f_j)(x) - (f_i - f_j)(x')| / ||x - x'||_p ,
 
 in units of output per unit of the *traced function's* input:
 
@@ -90,7 +91,7 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class _Ordered:
-    """Order within one type and one norm, TypeError for everything else (private: there is no common public type)."""
+    """Order within one type and one norm, else TypeError; layout of texts (private, not a common type)."""
 
     value: float
     norm: float
@@ -197,19 +198,25 @@ class _Constants(_Ordered):
     def average_pair(self) -> float:
         """Mean of L_ij over the pairs i < j. ValueError without `pairwise`."""
         if self.pairwise is None or len(self.pairwise) < 2:
-            raise ValueError("average_pair needs pairwise constants of two or more classes: use pairwise=True")
+            raise ValueError(
+                "average_pair needs pairwise constants of two or more classes: use pairwise=True"
+            )
         return float(self.pairwise[np.triu_indices(len(self.pairwise), 1)].mean())
 
     def average_sum(self) -> float:
-        """Mean of L_i + L_j over the pairs i < j (Table 2 of the CRM paper). ValueError without `per_class`."""
+        """Mean of L_i + L_j over the pairs i < j (CRM paper, Table 2). ValueError without `per_class`."""
         if self.per_class is None or len(self.per_class) < 2:
-            raise ValueError("average_sum needs per-class constants of two or more classes: use pairwise=True")
+            raise ValueError(
+                "average_sum needs per-class constants of two or more classes: use pairwise=True"
+            )
         return float(2.0 * self.per_class.mean())
 
     def sqrt2(self) -> float:
-        """sqrt(2) L, rounded up: L_ij <= sqrt(2) L for every pair, in the l2 norm. ValueError in other norms."""
+        """sqrt(2) L, rounded up: L_ij <= sqrt(2) L for every pair; l2 norm only, ValueError otherwise."""
         if self.norm != 2:
-            raise ValueError("sqrt(2) L bounds pairs in the l2 norm only; any_pair() has the factor of each norm")
+            raise ValueError(
+                "sqrt(2) L bounds pairs in the l2 norm only; any_pair() has the factor of each norm"
+            )
         return self.any_pair()
 
     def any_pair(self) -> float:
@@ -218,7 +225,9 @@ class _Constants(_Ordered):
         |z_i - z_j| <= ||e_i - e_j||_q ||z||_p with 1/p + 1/q = 1, so L_ij <= factor * L with
         factor 1 (p = 1), sqrt(2) (p = 2), 2 (p = inf).
         """
-        factor = {1: 1.0, 2: math.sqrt(2.0)}.get(self.norm, 2.0)  # the double sqrt(2) lies above the real one
+        factor = (
+            1.0 if self.norm == 1 else math.sqrt(2.0) if self.norm == 2 else 2.0
+        )  # the double sqrt(2) lies above the real one
         product = factor * self.value
         product = math.nextafter(product, math.inf) if self.norm == 2 and product > 0.0 else product
         return _number(product, "the constant of a pair")
@@ -235,9 +244,7 @@ class _Constants(_Ordered):
         """
         ax = new_axes() if ax is None else ax
         if self.pairwise is not None and len(self.pairwise) > 1:
-            image = ax.imshow(self.pairwise, cmap="viridis", interpolation="nearest")
-            ax.figure.colorbar(image, ax=ax, label=f"{type(self).__name__} of L_ij")
-            ax.set(xlabel="class j", ylabel="class i")
+            _draw_pairs(ax, self.pairwise, type(self).__name__)
         elif self.parts:
             names = [f"{p.source} → {p.target}" for p in self.parts]
             ax.barh(range(len(names)), [p.value for p in self.parts], color="#4477aa")
@@ -272,7 +279,7 @@ class _Constants(_Ordered):
 class UpperBound(_Constants):
     """L <= value, by `method`, with `guarantee` "verified", "probabilistic" or "assumed".
 
-    pairwise      (K, K) symmetric, zero diagonal: L_ij <= pairwise[i, j] for z_i - z_j (float64, read-only), or None
+    pairwise      (K, K) symmetric, zero diagonal: L_ij <= pairwise[i, j] (float64, read-only), or None
     per_class     (K,): L_i <= per_class[i] for the single output z_i, or None
     parts         the blocks that the bound is made of; the bound cannot claim more than the weakest of them
     certificate   what proves the bound again, where the method has one
@@ -300,15 +307,20 @@ class UpperBound(_Constants):
         return "up"
 
     def _headline(self) -> str:
-        risk = f", fails with probability <= {show(self.failure_probability, digits=3)}" if self.failure_probability else ""
+        risk = (
+            f", fails with probability <= {show(self.failure_probability, digits=3)}"
+            if self.failure_probability
+            else ""
+        )
         return f"L <= {show(self.value, 'up')}  ({NORM_NAMES[self.norm]}, {self.guarantee}{risk})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Estimate(_Constants):
-    """A number near an upper bound that proves nothing (power iteration lies below a norm): fields as in UpperBound.
+    """A number near an upper bound that proves nothing; fields as in UpperBound.
 
-    For training and previews. `guarantee` is always "estimate"; `float(e)` raises TypeError.
+    For training and previews (power iteration lies below a norm). `guarantee` is always "estimate";
+    `float(e)` raises TypeError.
     """
 
     guarantee: str = "estimate"
@@ -323,7 +335,9 @@ class Estimate(_Constants):
             raise ValueError("an estimate has no failure_probability")
 
     def __float__(self) -> float:
-        raise TypeError("an Estimate is not a bound, so it is not a number here; .value reads it if you mean that")
+        raise TypeError(
+            "an Estimate is not a bound, so it is not a number here; .value reads it if you mean that"
+        )
 
     def _direction(self) -> Direction:
         return "near"
@@ -369,15 +383,15 @@ class LowerBound(_Ordered):
         return _worst_pair(self.pairwise)
 
     def __float__(self) -> float:
-        raise TypeError("a LowerBound lies below the Lipschitz constant; .value reads the number if you mean that")
+        raise TypeError(
+            "a LowerBound lies below the Lipschitz constant; .value reads the number if you mean that"
+        )
 
     def plot(self, ax: Any = None) -> Any:
         """The pair constants, or the value as one bar; returns the matplotlib Axes."""
         ax = new_axes() if ax is None else ax
         if self.pairwise is not None and len(self.pairwise) > 1:
-            image = ax.imshow(self.pairwise, cmap="viridis", interpolation="nearest")
-            ax.figure.colorbar(image, ax=ax, label="LowerBound of L_ij")
-            ax.set(xlabel="class j", ylabel="class i")
+            _draw_pairs(ax, self.pairwise, "LowerBound")
         else:
             ax.barh([0], [self.value], color="#cc6677")
             ax.set(yticks=[0], xlabel="L")
@@ -411,7 +425,11 @@ def _number(value: Any, what: str) -> float:
 
 def _check_common(record: Any) -> None:
     kind = type(record).__name__
-    _set(record, "value", _number(record.value, f"the value of an {kind}" if kind[0] in "UE" else f"the value of a {kind}"))
+    _set(
+        record,
+        "value",
+        _number(record.value, f"the value of an {kind}" if kind[0] in "UE" else f"the value of a {kind}"),
+    )
     _set(record, "norm", check_norm(record.norm))
     _set(record, "seconds", _number(record.seconds, "seconds"))
     if not isinstance(record.method, str) or not record.method:
@@ -441,7 +459,9 @@ def _pair_array(array: Any) -> np.ndarray:
 def _class_array(array: Any, pairs: np.ndarray | None) -> np.ndarray:
     classes = _frozen(array)
     if classes.ndim != 1 or (pairs is not None and len(pairs) != len(classes)):
-        raise ValueError(f"per_class must have shape (K,), one number per class of pairwise, got {classes.shape}")
+        raise ValueError(
+            f"per_class must have shape (K,), one number per class of pairwise, got {classes.shape}"
+        )
     if not np.isfinite(classes).all() or (classes < 0).any():
         raise ValueError("per_class must hold finite numbers >= 0")
     return classes
@@ -453,3 +473,12 @@ def _worst_pair(pairs: np.ndarray | None) -> tuple[int, int] | None:
     i, j = np.triu_indices(len(pairs), 1)
     worst = int(np.argmax(pairs[i, j]))
     return int(i[worst]), int(j[worst])
+
+
+def _draw_pairs(ax: Any, pairs: np.ndarray, kind: str) -> None:
+    """The (K, K) constants as a heat map with its scale."""
+    image = ax.imshow(pairs, cmap="viridis", interpolation="nearest")
+    ax.figure.colorbar(image, ax=ax, label=f"{kind} of L_ij")
+    ax.set(xlabel="class j", ylabel="class i")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.get_major_locator().set_params(integer=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -196,6 +195,7 @@ def demo(
             )
             bar.update(task, description="done", completed=1.0)
         for model in results["models"]:
+            console.print()
             console.print(_results_table(model, _model_title(model)))
         console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
         console.print(
@@ -464,10 +464,14 @@ def _results_table(model: Json, title: str) -> Table:
 
     from lipbounds._tables import seconds_text, show
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    table.add_column("method")
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    table.caption = "radius: the median of the certified radii, in pixel units"
+    table.caption_justify = "left"
+    table.add_column("method", no_wrap=True)
     table.add_column("norm")
-    for column in ("bound", "worst pair", "median radius"):
+    for column in ("bound", "worst pair", "radius"):
         table.add_column(column, justify="right")
     table.add_column("guarantee")
     table.add_column("time", justify="right")
@@ -486,7 +490,7 @@ def _results_table(model: Json, title: str) -> Table:
                 pair = row.get("pairs", {}).get("worst_value")
                 quartiles = row.get("certified", {}).get("quartiles") or []
                 radius = (
-                    "" if not quartiles else "inf" if quartiles[1] is None else show(quartiles[1], "down", 4)
+                    "" if not quartiles else "inf" if quartiles[1] is None else show(quartiles[1], "down", 3)
                 )
                 table.add_row(
                     row["label"],
@@ -518,4 +522,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

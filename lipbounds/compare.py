@@ -1,4 +1,4 @@
-"""All bounds of one network side by side: what is proved above, what is attained below, what is only estimated.
+"""All bounds of one network side by side: proved from above, attained from below, or only estimated.
 
     lower <= L <= upper      for every row of kind "lower" and every row of kind "upper"
 
@@ -23,6 +23,7 @@ from lipbounds.bound import NORM_NAMES, Estimate, LowerBound, UpperBound, check_
 from lipbounds.empirical import check_order, empirical, values64
 
 _KINDS: dict[type, str] = {UpperBound: "upper", LowerBound: "lower", Estimate: "estimate"}
+_WAYS: dict[str, Direction] = {"upper": "up", "lower": "down", "estimate": "near", "none": "near"}
 _COLOURS = {"verified": "#228833", "probabilistic": "#4477aa", "assumed": "#ccbb44", "estimate": "#bbbbbb"}
 
 
@@ -38,7 +39,13 @@ class Question:
     seed: int
 
     def options(self, **more: Any) -> dict[str, Any]:
-        return {"norm": self.norm, "pairwise": self.pairwise, "guarantee": self.guarantee, "seed": self.seed, **more}
+        return {
+            "norm": self.norm,
+            "pairwise": self.pairwise,
+            "guarantee": self.guarantee,
+            "seed": self.seed,
+            **more,
+        }
 
 
 def _lower(q: Question) -> LowerBound:
@@ -69,7 +76,7 @@ METHODS: dict[str, Callable[[Question], Any]] = {
     "naive": _naive,
     "liplt-estimate": _liplt(guarantee="estimate"),
 }
-"""Every method of the table, in its order: name -> a function of the Question that returns one of the three types."""
+"""Every method, in the order of the table: name -> function of the Question, returning one of three types."""
 
 
 @dataclass(frozen=True)
@@ -142,24 +149,38 @@ class Comparison:
         return f"{low}L{high}  ({NORM_NAMES[self.norm]})"
 
     def _table(self) -> tuple[list[str], list[list[str]], list[int]]:
-        """Header, rows and the columns that stand flush right; columns that are empty everywhere are left out."""
+        """Header, rows and the columns that stand flush right; columns without any entry are left out."""
         header = ["method", "upper", "lower", "estimate", "guarantee", "worst pair", "median radius"]
         header += [f"certified at {eps:.4g}" for eps in self.eps] + ["time", ""]
         rows = []
         for row in self.rows:
-            way: Direction = "up" if row.kind == "upper" else "down" if row.kind == "lower" else "near"
-            values = [show(row.value, way) if row.kind == kind else "" for kind in ("upper", "lower", "estimate")]
+            way = _WAYS[row.kind]
+            values = [
+                show(row.value, way) if row.kind == kind else "" for kind in ("upper", "lower", "estimate")
+            ]
             shares = [f"{100 * a:.1f} %" for a in row.certified] or [""] * len(self.eps)
             rows.append(
-                [row.method, *values, row.guarantee or "-", show(row.pair, way), show(row.median_radius, "down", 4)]
-                + [*shares, seconds_text(row.seconds), row.reason]
+                [
+                    row.method,
+                    *values,
+                    row.guarantee or "-",
+                    show(row.pair, way),
+                    show(row.median_radius, "down", 4),
+                    *shares,
+                    seconds_text(row.seconds),
+                    row.reason,
+                ]
             )
         keep = [i for i in range(len(header)) if i < 4 or any(row[i] for row in rows)]
         right = [keep.index(i) for i in keep if i in (1, 2, 3) or 5 <= i < len(header) - 1]
         return [header[i] for i in keep], [[row[i] for i in keep] for row in rows], right
 
     def _footer(self) -> list[str]:
-        clean = [] if self.clean is None else [f"clean accuracy {100 * self.clean:.1f} %; radii in units of the input"]
+        clean = (
+            []
+            if self.clean is None
+            else [f"clean accuracy {100 * self.clean:.1f} %; radii in units of the input"]
+        )
         return clean + list(self.notes)
 
     def __repr__(self) -> str:
@@ -170,7 +191,8 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         footer = "".join(f"<div>{html.escape(line)}</div>" for line in self._footer())
-        return f"<div><b>Comparison</b>: {html.escape(self._statement())}{html_table(*self._table())}{footer}</div>"
+        head = f"<b>Comparison</b>: {html.escape(self._statement())}"
+        return f"<div>{head}{html_table(*self._table())}{footer}</div>"
 
     def to_markdown(self) -> str:
         """The table as Markdown, with the statement above it."""
@@ -193,18 +215,31 @@ class Comparison:
                 ax.text(floor, place, " no result", va="center", color="#888888", fontsize=8)
                 continue
             colour = "#cc6677" if row.kind == "lower" else _COLOURS[row.guarantee]
-            look = {"facecolor": "none" if row.kind == "lower" else colour, "edgecolor": colour}
+            look: dict[str, Any] = {
+                "facecolor": "none" if row.kind == "lower" else colour,
+                "edgecolor": colour,
+            }
             look |= {"hatch": "///", "facecolor": "none"} if row.kind == "estimate" else {}
             ax.barh(place, max(row.value - floor, 0.0), left=floor, **look)
-            ax.text(max(row.value, floor), place, " " + show(row.value, digits=4), va="center", fontsize=8)
+            ax.text(
+                max(row.value, floor),
+                place,
+                " " + show(row.value, _WAYS[row.kind], 4),
+                va="center",
+                fontsize=8,
+            )
             seen.setdefault(row.guarantee, Patch(label=row.guarantee, **look))
         ax.set_xscale("log")
         ax.set_xlim(floor, 4 * max(positive, default=1.0))
-        ax.set(yticks=range(len(self.rows)), xlabel=f"bound of L ({NORM_NAMES[self.norm]})", title=self._statement())
+        ax.set(
+            yticks=range(len(self.rows)),
+            xlabel=f"bound of L ({NORM_NAMES[self.norm]})",
+            title=self._statement(),
+        )
         ax.set_yticklabels([row.method for row in self.rows])
         ax.invert_yaxis()
         if seen:
-            ax.legend(handles=list(seen.values()), fontsize=8)
+            ax.legend(handles=list(seen.values()), fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         return ax
 
 
@@ -212,9 +247,16 @@ def _run(name: str, question: Question) -> Row:
     begin = time.perf_counter()
     try:
         result = METHODS[name](question)
-    except ValueError as refusal:  # UnsupportedError and CertificateError are ValueErrors
+    except ValueError as refusal:
+        if not _is_refusal(refusal):
+            raise
         return Row(name, "none", seconds=time.perf_counter() - begin, reason=str(refusal))
     return _row(name, result)
+
+
+def _is_refusal(error: ValueError) -> bool:
+    """Ours, or a plain ValueError; what others derive from it (LinAlgError, ...) is a failure, no answer."""
+    return type(error) is ValueError or type(error).__module__.startswith("lipbounds.")
 
 
 def _row(name: str, result: Any) -> Row:
@@ -231,6 +273,8 @@ def _certify(form: Any, row: Row, X: Any, y: Any) -> Row:
     try:
         radii = certified_radius(form, X, y, bound=row.result)
     except ValueError as refusal:
+        if not _is_refusal(refusal):
+            raise
         return replace(row, reason=f"no radii: {refusal}")
     radius = np.asarray(radii.radius, dtype=np.float64)
     return replace(row, radii=radii, median_radius=float(np.median(radius)) if radius.size else None)
@@ -260,15 +304,17 @@ def compare(
 ) -> Comparison:
     """Every method on one network, as a table of upper bounds, lower bounds and estimates.
 
-    form      a traced form;  X (N, *form.in_shape) points for the lower bound;  y (N,) integer labels: with both, every
-              upper bound also certifies X, and the table shows the certified accuracies
+    form      a traced form
+    X, y      (N, *form.in_shape) points for the lower bound, (N,) integer labels: with both, every upper
+              bound also certifies X, and the table shows the certified accuracies
     methods   names out of `lipbounds.compare.METHODS`, or results that exist already; None means all names
     norm, pairwise, guarantee, seed   as everywhere
-    eps       radii to certify at, in units of the traced function's input; None: the median radius that the best
-              bound proves, in two digits, so that the best row stands near half of the points
+    eps       radii to certify at, in units of the traced function's input; None: the median of the positive
+              radii that the best bound proves, in two digits, so that it certifies about half of the points
 
-    A method that refuses (UnsupportedError or another ValueError) becomes a row that says why. ValueError for an
-    unknown method or norm or labels without points; GuaranteeError if a lower bound exceeds an upper one.
+    A method that refuses (UnsupportedError or another ValueError) becomes a row that says why. ValueError
+    for an unknown method or norm, labels without points or out of range; GuaranteeError if a lower bound
+    exceeds an upper one.
     """
     p = check_norm(norm)
     if y is not None and X is None:
@@ -295,10 +341,16 @@ def compare(
     rows = [_certify(form, row, points, labels) if row.kind == "upper" else row for row in rows]
     levels = _usual_eps(rows) if eps is None else levels
     rows = [
-        replace(row, certified=tuple(float(row.radii.accuracy(e)) for e in levels)) if row.radii is not None else row
+        replace(row, certified=tuple(float(row.radii.accuracy(e)) for e in levels))
+        if row.radii is not None
+        else row
         for row in rows
     ]
-    notes = () if pairwise else ("radii use a factor of the whole network's bound; pairwise=True gives larger ones",)
+    notes = (
+        ()
+        if pairwise
+        else ("radii use a factor of the whole network's bound; pairwise=True gives larger ones",)
+    )
     return Comparison(tuple(rows), p, levels, _clean(form, points, labels), notes)
 
 
@@ -318,7 +370,9 @@ def _labels(form: Any, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
     if points.ndim != len(shape) + 1 or points.shape[1:] != shape:
         raise ValueError(f"X must have shape (N, {', '.join(map(str, shape))}), got {points.shape}")
     if labels.shape != points.shape[:1] or labels.dtype.kind not in "iu":
-        raise ValueError(f"y must hold {len(points)} integer labels, got shape {labels.shape}, dtype {labels.dtype}")
+        raise ValueError(
+            f"y must hold {len(points)} integer labels, got shape {labels.shape}, dtype {labels.dtype}"
+        )
     if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) < k:
         raise ValueError(f"labels must lie in 0..{k - 1}, got {int(labels.min())}..{int(labels.max())}")
     return points, labels

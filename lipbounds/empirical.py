@@ -11,7 +11,7 @@
 
 Only step 3 decides the number that is returned: for any two points
 
-    ||f(x) - f(x')||_p / ||x - x'||_p  <=  L ,      |(f_i - f_j)(x) - (f_i - f_j)(x')| / ||x - x'||_p  <=  L_ij ,
+    ||f(x) - f(x')||_p / ||x - x'||_p  <=  L ,   |(f_i - f_j)(x) - (f_i - f_j)(x')| / ||x - x'||_p  <=  L_ij ,
 
 and derivatives only choose the points. The quotient is lowered by an allowance for the rounding of
 the float64 evaluation (1e-10 of it, and 1000 units in the last place of the outputs over the distance),
@@ -23,7 +23,6 @@ largest row sum (Higham, "Estimating the matrix p-norm", 1992, for the power met
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lipbounds import _climb
 from lipbounds._jaxpr import is_concrete
 from lipbounds._tables import new_axes, show
 from lipbounds.bound import NORM_NAMES, LowerBound, UpperBound, check_norm
@@ -43,150 +43,17 @@ _FINALISTS = 8  # points whose whole Jacobian is computed
 _PAIRS = 64  # pairs of classes that climb on their own
 _CHUNK = 256  # data points scored at once
 _DENSE_ENTRIES = 2e7  # largest Jacobian (K * n) that is computed whole without pairs
-_DISTANCES = 10.0 ** -np.arange(1.0, 8.0)  # distances of step 3, in units of the inputs' scale
+_DISTANCES = 10.0 ** -np.arange(0.0, 8.0)  # distances of step 3, in units of the inputs' scale
 _RELATIVE, _ULPS = 1e-10, 1000.0  # the allowance of step 3
 
 
-# ------------------------------------------------------------------ jitted cores (form and points are arguments)
-def _dual(g: jax.Array, p: float) -> jax.Array:
-    """A v with ||v||_p = 1 and <g, v> = ||g||_q, 1/p + 1/q = 1; same shape as g. For g = 0 of p = 2 it is 0."""
-    flat = g.reshape(-1)
-    if p == 2:
-        peak = jnp.max(jnp.abs(flat), initial=0.0)
-        scaled = flat / jnp.where(peak > 0, peak, 1.0)
-        size = jnp.sqrt(jnp.sum(scaled * scaled))
-        v = scaled / jnp.where(size > 0, size, 1.0)
-    elif p == 1:
-        k = jnp.argmax(jnp.abs(flat))
-        v = jnp.where(jnp.arange(flat.size) == k, jnp.where(flat[k] < 0, -1.0, 1.0), 0.0).astype(flat.dtype)
-    else:
-        v = jnp.where(flat < 0, -1.0, 1.0).astype(flat.dtype)
-    return v.reshape(g.shape)
-
-
-def _size(w: jax.Array, p: float) -> jax.Array:
-    flat = jnp.abs(w.reshape(-1))
-    if p == 1:
-        return jnp.sum(flat)
-    peak = jnp.max(flat, initial=0.0)
-    if p == 2:
-        scaled = flat / jnp.where(peak > 0, peak, 1.0)
-        return peak * jnp.sqrt(jnp.sum(scaled * scaled))
-    return peak
-
-
-def _conjugate(p: float) -> float:
-    return {1: math.inf, 2: 2}.get(p, 1)
-
-
-def _objective(form: Any, functional: jax.Array | None):
-    """The function that climbs: all outputs, or one linear functional of them as a vector of length one."""
-
-    def f(x: jax.Array) -> jax.Array:
-        z = form.evaluate(x, dtype=jnp.float32).reshape(-1)
-        return z if functional is None else jnp.sum(z * functional)[None]
-
-    return f
-
-
-def _steepest(f: Any, x: jax.Array, v: jax.Array, p: float, steps: int) -> tuple[jax.Array, jax.Array]:
-    """Power method for ||J(x)||_p from direction v: (||J v||_p, v) with ||v||_p = 1; -inf where not finite."""
-    _, push = jax.linearize(f, x)
-    _, pull = jax.vjp(f, x)
-    for _ in range(steps):
-        new = _dual(pull(_dual(push(v), _conjugate(p)))[0], p)
-        v = jnp.where(jnp.any(new != 0), new, v)
-    score = _size(push(v), p)
-    return jnp.where(jnp.isfinite(score), score, -jnp.inf), v
-
-
-@functools.partial(jax.jit, static_argnames=("p",))
-def _score(form: Any, xs: jax.Array, vs: jax.Array, p: float) -> tuple[jax.Array, jax.Array]:
-    """Norm of the Jacobian (from below) at xs (N, *shape), from directions vs; scores (N,), directions."""
-    return jax.vmap(lambda x, v: _steepest(_objective(form, None), x, v, p, 4))(xs, vs)
-
-
-@functools.partial(jax.jit, static_argnames=("p", "steps", "single"))
-def _climb(
-    form: Any,
-    xs: jax.Array,
-    vs: jax.Array,
-    functionals: jax.Array,
-    scale: jax.Array,
-    key: jax.Array,
-    p: float,
-    steps: int,
-    single: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Ascent from xs (S, *shape): points, directions and scores never below those of the starts.
-
-    `single`: climb on functionals[s] . f (S, K) instead of on f. `scale`: l2 size of a usual input.
-    """
-
-    def start(x, v, c):
-        return _steepest(_objective(form, c if single else None), x, v, p, 4)
-
-    scores, vs = jax.vmap(start)(xs, vs, functionals)
-    cycle = jnp.asarray(0.5 * 0.6 ** (np.arange(steps) % 12), dtype=xs.dtype)  # gaps from 0.5 to 0.002 of the scale
-    unit = jnp.sqrt(jnp.asarray(max(xs[0].size, 1), dtype=xs.dtype))  # ||v||_2 <= unit for every p
-
-    def one(x, v, score, step, c, key, gap, wild):
-        f = _objective(form, c if single else None)
-        h = gap * scale / (unit if p == math.inf else 1.0)
-        ahead, pull_ahead = jax.vjp(f, x + h * v)
-        behind, pull_behind = jax.vjp(f, x - h * v)
-        u = _dual(ahead - behind, _conjugate(p))
-        uphill = _dual(pull_ahead(u)[0] - pull_behind(u)[0], 2)
-        noise = _dual(jax.random.normal(key, x.shape, x.dtype), 2)
-        toward = _dual(uphill * (1.0 - wild) + noise * (0.3 + wild), 2)
-        candidate = x + step * scale * toward
-        new_score, new_v = _steepest(f, candidate, v, p, 2)
-        better = new_score > score
-        step = jnp.clip(jnp.where(better, step * 1.5, step * 0.85), 1e-4, 3.0)
-        step = jnp.where(step <= 1e-4, 0.3, step)
-        return (
-            jnp.where(better, candidate, x),
-            jnp.where(better, new_v, v),
-            jnp.where(better, new_score, score),
-            step,
-        )
-
-    def body(carry, now):
-        x, v, score, step, key = carry
-        gap, wild = now
-        key, sub = jax.random.split(key)
-        keys = jax.random.split(sub, x.shape[0])
-        moved = jax.vmap(one, in_axes=(0, 0, 0, 0, 0, 0, None, None))(x, v, score, step, functionals, keys, gap, wild)
-        return (*moved, key), None
-
-    wild = jnp.asarray(np.arange(steps) % 3 == 2, dtype=xs.dtype)  # every third proposal is noise alone
-    first = jnp.full(scores.shape, 0.1, xs.dtype)
-    (xs, vs, scores, _, _), _ = jax.lax.scan(body, (xs, vs, scores, first, key), (cycle, wild))
-    return xs, vs, scores
-
-
-@jax.jit
-def _jacobian(form: Any, x: jax.Array) -> jax.Array:
-    """All rows at one point, (K, n), by K vector-Jacobian products."""
-    f = _objective(form, None)
-    z, pull = jax.vjp(f, x)
-    return jax.lax.map(lambda e: pull(e)[0].reshape(-1), jnp.eye(z.size, dtype=z.dtype), batch_size=16)
-
-
-@jax.jit
-def _values64(form: Any, xs: jax.Array) -> jax.Array:
-    """f at xs (P, *shape) in float64, (P, K); to be called inside jax.enable_x64(True)."""
-    return jax.lax.map(lambda x: form.evaluate(x, dtype=jnp.float64).reshape(-1), xs, batch_size=16)
-
-
-# ------------------------------------------------------------------------------------------------- host part
 def values64(form: Any, points: np.ndarray) -> np.ndarray:
     """The traced form at points (P, *form.in_shape), evaluated in float64: (P, K)."""
     points = np.asarray(points, dtype=np.float64)
     spare = -len(points) % 128  # few distinct shapes, so few compilations
     padded = np.concatenate([points, np.zeros((spare, *points.shape[1:]))])
     with jax.enable_x64(True):
-        return np.asarray(_values64(form, jnp.asarray(padded, dtype=jnp.float64)))[: len(points)]
+        return np.asarray(_climb.values64(form, jnp.asarray(padded, dtype=jnp.float64)))[: len(points)]
 
 
 def _norm(a: np.ndarray, p: float) -> np.ndarray:
@@ -268,12 +135,17 @@ def _quotients(form: Any, first: np.ndarray, second: np.ndarray, p: float, pairs
     return _Quotients(max(float(slopes[top]), 0.0), witness, best)
 
 
-def _starts(form: Any, X: Any, rng: np.random.Generator) -> np.ndarray:
-    """Start points (N, *in_shape) float32: the data, or random points at three scales."""
+def _random(count: int, shape: tuple[int, ...], size: float, rng: np.random.Generator) -> np.ndarray:
+    """Normal points (count, *shape) float32 of standard deviations size * (1, 0.1, 10)."""
+    scales = np.resize([1.0, 0.1, 10.0], count).reshape(-1, *[1] * len(shape))
+    return (rng.standard_normal((count, *shape)) * (size * scales)).astype(np.float32)
+
+
+def _starts(form: Any, X: Any) -> np.ndarray | None:
+    """The data as (N, *in_shape) float32, checked; None for None."""
     shape = tuple(form.in_shape)
     if X is None:
-        scales = np.resize([1.0, 0.3, 3.0], 4 * _STARTS).reshape(-1, *[1] * len(shape))
-        return (rng.standard_normal((4 * _STARTS, *shape)) * scales).astype(np.float32)
+        return None
     points = np.asarray(X)
     if points.dtype.kind not in "fiu" and str(points.dtype) != "bfloat16":
         raise ValueError(f"X must hold real numbers, got dtype {points.dtype}")
@@ -288,19 +160,25 @@ def _starts(form: Any, X: Any, rng: np.random.Generator) -> np.ndarray:
     return points
 
 
-def _best_starts(form: Any, points: np.ndarray, p: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The _STARTS steepest of the points (repeated when there are fewer) and their directions."""
+def _best_starts(
+    form: Any, points: np.ndarray, p: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """_STARTS of the points, most of them the steepest (repeated if fewer), and their directions."""
     size = min(_CHUNK, 1 << (len(points) - 1).bit_length())  # few distinct shapes, so few compilations
     scores, directions = [], []
     for begin in range(0, len(points), size):
         block = points[begin : begin + size]
         padded = np.concatenate([block, np.repeat(block[:1], size - len(block), 0)])
         v = rng.standard_normal(padded.shape).astype(np.float32)
-        s, d = _score(form, jnp.asarray(padded), jnp.asarray(v), p)
+        s, d = _climb.score(form, jnp.asarray(padded), jnp.asarray(v), p)
         scores.append(np.asarray(s)[: len(block)])
         directions.append(np.asarray(d)[: len(block)])
     order = np.argsort(-np.concatenate(scores), kind="stable")
-    chosen = np.resize(order[:_STARTS], _STARTS)
+    steep = (
+        _STARTS - _STARTS // 4
+    )  # the others are spread over the rest, so that the climb does not see one place only
+    spread = rng.permutation(order[steep:])[: _STARTS - steep]
+    chosen = np.resize(np.concatenate([order[:steep], spread]), _STARTS)
     return points[chosen], np.concatenate(directions)[chosen]
 
 
@@ -315,9 +193,12 @@ def empirical(
     """The largest slope found: L >= value, with the two points that show it (see the module's text).
 
     form      a traced form;  X  (N, *form.in_shape) points to start from, None for random points
-    norm      1, 2 or inf;  pairwise  also lower bounds of L_ij, (K, K): the 64 pairs with the steepest Jacobian
-              rows climb on their own, the others get the best of all point pairs tried
-    steps     ascent steps per start (0: only the points themselves);  seed  of the directions, noise and random points
+              (with steps > 0 some random points of the data's size climb too)
+    norm      1, 2 or inf
+    pairwise  also lower bounds of L_ij, (K, K): the 64 pairs with the steepest Jacobian rows climb on
+              their own, the others get the best of all point pairs tried
+    steps     ascent steps per start (0: only the points themselves)
+    seed      of directions, noise and random points
 
     The points are not restricted to the range of the data: this is a lower bound of the global constant.
     ValueError for wrong shapes, points that are not finite, an empty X, a wrong norm.
@@ -325,26 +206,27 @@ def empirical(
     begin = time.perf_counter()
     p = check_norm(norm)
     if not all(is_concrete(leaf) for leaf in jax.tree_util.tree_leaves(form)):
-        raise TypeError(
-            "empirical measures a concrete network, and this one is being traced: call it outside jit, grad and vmap "
-            "(lb.liplt.core and lb.naive.core run inside)"
-        )
+        why = "empirical measures a concrete network, and this one is traced: call it outside jit and grad"
+        raise TypeError(f"{why} (lb.liplt.core and lb.naive.core run inside)")
     if isinstance(steps, bool) or int(steps) != steps or steps < 0:
         raise ValueError(f"steps must be a whole number >= 0, got {steps!r}")
     k, shape = int(form.num_outputs), tuple(form.in_shape)
     rng = np.random.default_rng(seed)
-    points = _starts(form, X, rng)
+    data = _starts(form, X)
     n = math.prod(shape)
     if n == 0 or k == 0:
         raise ValueError("a function without inputs or without outputs has no slope")
+    points = _random(_CHUNK, shape, 1.0, rng) if data is None else data
     lengths = np.sqrt((points.reshape(len(points), n).astype(np.float64) ** 2).sum(1))
     scale = float(np.median(lengths)) or 1.0
+    if data is not None and steps > 0:
+        points = np.concatenate([data, _random(2 * _STARTS, shape, scale / math.sqrt(n), rng)])
 
     xs, vs = _best_starts(form, points, p, rng)
     key = jax.random.key(seed)
     none = jnp.zeros((_STARTS, k), jnp.float32)
     size = jnp.asarray(scale, jnp.float32)
-    climbed = _climb(form, jnp.asarray(xs), jnp.asarray(vs), none, size, key, p, int(steps), False)
+    climbed = _climb.climb(form, jnp.asarray(xs), jnp.asarray(vs), none, size, key, p, int(steps), False)
     xs, vs, scores = (np.asarray(a) for a in climbed)
     order = np.argsort(-scores, kind="stable")
     final = xs[order[:_FINALISTS]]
@@ -352,7 +234,7 @@ def empirical(
     directions = [vs[order].reshape(-1, n).astype(np.float64)]
     if k * n <= _DENSE_ENTRIES or pairwise:
         for x in final if k * n <= _DENSE_ENTRIES else final[:1]:
-            rows = np.asarray(_jacobian(form, jnp.asarray(x)))
+            rows = np.asarray(_climb.jacobian(form, jnp.asarray(x)))
             centres.append(x.reshape(1, n))
             directions.append(_best_direction(rows, p)[None])
     found = _quotients(form, *_lines(np.concatenate(centres), np.concatenate(directions), scale), p, pairwise)
@@ -367,15 +249,17 @@ def empirical(
         witness = (found.witness[0].reshape(shape), found.witness[1].reshape(shape))
     notes = () if found.value > 0 else ("no slope above rounding was found at the points tried",)
     seconds = time.perf_counter() - begin
-    return LowerBound(found.value, p, "empirical", seconds, witness=witness, notes=notes, pairwise=found.pairs)
+    return LowerBound(
+        found.value, p, "empirical", seconds, witness=witness, notes=notes, pairwise=found.pairs
+    )
 
 
 def _climb_pairs(
     form: Any, final: np.ndarray, p: float, steps: int, size: jax.Array, key: jax.Array, scale: float
 ) -> _Quotients:
-    """Difference quotients for the pairs with the largest Jacobian row differences, after a climb of their own."""
+    """Difference quotients for the pairs with the largest Jacobian row differences, after their own climb."""
     k, n = int(form.num_outputs), final[0].size
-    rows = np.asarray(_jacobian(form, jnp.asarray(final[0])), dtype=np.float64)
+    rows = np.asarray(_climb.jacobian(form, jnp.asarray(final[0])), dtype=np.float64)
     gram = rows @ rows.T  # only ranks the pairs: nothing is claimed from it
     square = np.diagonal(gram)
     i, j = np.triu_indices(k, 1)
@@ -387,14 +271,14 @@ def _climb_pairs(
     slopes = np.stack([_pair_direction(row, p) for row in rows[i] - rows[j]])
     lengths = np.maximum(_norm(slopes, p), np.finfo(np.float64).tiny)[:, None]
     v = jnp.asarray((slopes / lengths).reshape(starts.shape), jnp.float32)
-    climbed = _climb(form, jnp.asarray(starts), v, jnp.asarray(functionals), size, key, p, steps, True)
+    climbed = _climb.climb(form, jnp.asarray(starts), v, jnp.asarray(functionals), size, key, p, steps, True)
     xs, vs = (np.asarray(a).reshape(i.size, n) for a in climbed[:2])
     return _quotients(form, *_lines(xs, vs, scale), p, True)
 
 
 @dataclass(frozen=True)
 class Bracket:
-    """lower.value <= L <= upper.value; `ratio` = upper / lower (inf when only the lower one is 0, 1 when both are)."""
+    """lower.value <= L <= upper.value; `ratio` = upper / lower (0 / 0 is 1)."""
 
     lower: LowerBound
     upper: UpperBound
@@ -415,8 +299,9 @@ class Bracket:
 
     def __repr__(self) -> str:
         low, high = show(self.lower.value, "down"), show(self.upper.value, "up")
+        norm, ratio = NORM_NAMES[self.upper.norm], show(self.ratio, "up", 4)
         return (
-            f"Bracket: {low} <= L <= {high}  ({NORM_NAMES[self.upper.norm]}, ratio {show(self.ratio, 'up', 4)})\n"
+            f"Bracket: {low} <= L <= {high}  ({norm}, ratio {ratio})\n"
             f"  lower  {self.lower.method}\n  upper  {self.upper.method}, {self.upper.guarantee}"
         )
 
@@ -429,11 +314,15 @@ class Bracket:
 
 
 def check_order(lower: LowerBound, upper: UpperBound) -> None:
-    """GuaranteeError if an attained slope lies above the bound (whole network or any pair); ValueError if norms differ."""
+    """GuaranteeError if an attained slope (or a pair's) exceeds the bound; ValueError if norms differ."""
     if lower.norm != upper.norm:
         a, b = NORM_NAMES[lower.norm], NORM_NAMES[upper.norm]
         raise ValueError(f"a lower bound in {a} and an upper bound in {b} say nothing about each other")
-    clash = "" if lower.value <= upper.value else f"L >= {lower.value!r} but {upper.method} says L <= {upper.value!r}"
+    clash = (
+        ""
+        if lower.value <= upper.value
+        else f"L >= {lower.value!r} but {upper.method} says L <= {upper.value!r}"
+    )
     if not clash and lower.pairwise is not None and upper.pairwise is not None:
         above = np.argwhere(lower.pairwise > upper.pairwise)
         if len(above):
@@ -468,7 +357,9 @@ def bracket(
     if upper is None:
         from lipbounds.liplt import liplt
 
-        upper = liplt(form, norm=check_norm(norm), pairwise=pairwise, guarantee=guarantee, seed=seed)
-    if not isinstance(upper, UpperBound):
-        raise TypeError(f"a bracket needs an UpperBound, got {type(upper).__name__}")
-    return Bracket(empirical(form, X, upper.norm, pairwise, seed=seed), upper)
+        made = liplt(form, norm=check_norm(norm), pairwise=pairwise, guarantee=guarantee, seed=seed)
+    else:
+        made = upper
+    if not isinstance(made, UpperBound):
+        raise TypeError(f"a bracket needs an UpperBound, got {type(made).__name__}")
+    return Bracket(empirical(form, X, made.norm, pairwise, seed=seed), made)

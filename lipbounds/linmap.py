@@ -287,10 +287,12 @@ class HostForm:
     def __init__(self, form: LureForm):
         if form.is_traced:
             raise TypeError("a form that is being traced has no matrices")
-        self.form = form
         self.program = form.program
+        self.in_size = form.in_size
+        self.num_outputs = form.num_outputs
         self.consts = [np.asarray(c) for c in form.consts]
         self._steps: dict[int, list[StepMatrix]] = {}
+        self.proved: dict[Any, float] = {}  # norms already proved, by content
 
     def step(self, place: int) -> list[StepMatrix]:
         if place not in self._steps:
@@ -302,7 +304,7 @@ class HostForm:
     def node_size(self, node: Node, *, source: bool) -> int:
         taps = self.program.taps
         if not node:
-            return self.form.in_size if source else self.form.num_outputs
+            return self.in_size if source else self.num_outputs
         return sum(taps[k].size_out if source else taps[k].size_in for k in node)
 
     # Sweeps keep, per register, an Enclosure of (register size, width), or nothing for zero.

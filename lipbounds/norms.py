@@ -1,19 +1,18 @@
 """Norms of matrices with a proof, rounding included; estimates and probabilistic bounds for matvecs.
 
-Everything here works on plain matrices (NumPy arrays, scipy.sparse) or on callables; nothing knows about networks.
+Everything here works on plain matrices (NumPy arrays, scipy.sparse) or on callables; nothing knows about
+networks.
 
-===================  ==============================================================================================
-`verified_norm`      spectral norm of a matrix, an upper bound in real arithmetic (Gram matrix and shifted Cholesky)
-`induced_norm`       1 and infinity norm, sums rounded up
-`row_norms` etc.     vector norms of rows and of all row differences, rounded up
-`Enclosure`          a matrix with a normwise error; `multiply`, `add`, `scale`, `stack` carry the error along
-`conv_fft_bound`     one zero-padded convolution through the (n+k-1)-point Fourier transform, verified
-`golub_kahan`        matrix-free, holds except with a stated probability
-`power_iteration`    matrix-free, jitted and differentiable, an estimate
-===================  ==============================================================================================
+- `verified_norm`: spectral norm of a matrix, an upper bound in real arithmetic (Gram, shifted Cholesky)
+- `induced_norm`: 1 and infinity norm, sums rounded up
+- `row_norms`, `pairwise_row_norms`: vector norms of rows and of all row differences, rounded up
+- `Enclosure`: a matrix with a normwise error; `multiply`, `add`, `scale`, `stack` carry the error along
+- `conv_fft_bound`: one zero-padded convolution by the (n+k-1)-point Fourier transform, verified
+- `golub_kahan`: matrix-free, holds except with a stated probability
+- `power_iteration`: matrix-free, jitted and differentiable, an estimate
 
-Inputs are taken as exact real numbers; float32 and small integers convert exactly. NaN, infinities, complex numbers and
-results beyond the float64 range raise ValueError. Verified work runs on the host in NumPy/SciPy.
+Inputs are taken as exact real numbers; float32 and small integers convert exactly. NaN, infinities, complex
+numbers and results beyond the float64 range raise ValueError. Verified work runs on the host in NumPy/SciPy.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ import scipy.sparse as sp
 
 from lipbounds import _gram
 from lipbounds._convfft import conv_fft_bound
+from lipbounds._gram import is_sparse
 from lipbounds._krylov import golub_kahan, power_iteration
 from lipbounds._rounding import (
     UNDERFLOW,
@@ -63,8 +63,10 @@ _NO_SCALING = 100  # |exponent| up to which squares of entries neither overflow 
 
 
 def as_matrix(a: Any) -> Any:
-    """`a` as a finite float64 ndarray (2-D) or canonical csr_array, converted exactly; ValueError otherwise."""
-    if sp.issparse(a):
+    """`a` as a finite float64 ndarray (2-D) or canonical csr_array, converted exactly; else ValueError."""
+    matrix: Any
+    values: Any
+    if is_sparse(a):
         if a.ndim != 2:
             raise ValueError(f"a matrix must have two dimensions, not {a.ndim}")
         matrix = sp.csr_array(a)
@@ -76,19 +78,23 @@ def as_matrix(a: Any) -> Any:
     if values.dtype != np.float64:
         if values.dtype.kind not in "biuf" or (values.dtype.kind == "f" and values.dtype.itemsize > 8):
             raise ValueError(f"entries of type {values.dtype} do not convert to float64 exactly")
-        if values.dtype.kind in "iu" and values.size and max(abs(int(values.max())), abs(int(values.min()))) > 2**53:
+        if (
+            values.dtype.kind in "iu"
+            and values.size
+            and max(abs(int(values.max())), abs(int(values.min()))) > 2**53
+        ):
             raise ValueError("integer entries above 2**53 do not convert to float64 exactly")
         matrix = matrix.astype(np.float64)
-    if sp.issparse(matrix) and not matrix.has_canonical_format:
+    if is_sparse(matrix) and not matrix.has_canonical_format:
         matrix = matrix.copy()
         matrix.sum_duplicates()
-    if not np.all(np.isfinite(matrix.data if sp.issparse(matrix) else matrix)):
+    if not np.all(np.isfinite(matrix.data if is_sparse(matrix) else matrix)):
         raise ValueError("the matrix has NaN or infinite entries")
     return matrix
 
 
 def _entries(a: Any) -> np.ndarray:
-    return a.data if sp.issparse(a) else a
+    return a.data if is_sparse(a) else a
 
 
 def _largest(a: Any) -> float:
@@ -97,30 +103,30 @@ def _largest(a: Any) -> float:
 
 
 def _scaled(a: Any) -> tuple[Any, int]:
-    """(B, e) with A = 2**e B up to underflow of entries below 2**-1022 max|b|; e = 0 and B = A for usual sizes."""
+    """(B, e), A = 2**e B up to underflow of entries below 2**-1022 max|b|; e = 0, B = A for usual sizes."""
     require_gradual_underflow()
     exponent = math.frexp(_largest(a))[1]
     if abs(exponent) <= _NO_SCALING:
         return a, 0
     with np.errstate(under="ignore"):
-        if sp.issparse(a):
+        if is_sparse(a):
             return sp.csr_array((np.ldexp(a.data, -exponent), a.indices, a.indptr), shape=a.shape), exponent
         return np.ldexp(a, -exponent), exponent
 
 
-# ---------------------------------------------------------------------------------------------- vector norms of rows
+# --------------------------------------------------------------------------------------- vector norms of rows
 
 
 def row_norms(a: Any, q: float) -> np.ndarray:
     """Upper bounds (m,) of the q-norms of the rows of A (m, n), q in {1, 2, inf}, in real arithmetic.
 
-    A sum of n terms >= 0 in any order is at least (1 - gamma_n) times the exact one (Higham, section 4.2). Rows whose
-    largest entry is outside 2**+-100 are scaled by a power of two first. q = inf is exact.
+    A sum of n terms >= 0 in any order is at least (1 - gamma_n) times the exact one (Higham, section 4.2).
+    Rows whose largest entry is outside 2**+-100 are scaled by a power of two first. q = inf is exact.
     """
     _check_order(q, (1, 2, math.inf))
     a = as_matrix(a)
     require_gradual_underflow()
-    if sp.issparse(a):
+    if is_sparse(a):
         return _row_norms_sparse(a, q)
     m, n = a.shape
     out = np.zeros(m)
@@ -162,8 +168,10 @@ def _exponents(top: np.ndarray) -> np.ndarray:
     return np.where(np.abs(exponent) <= _NO_SCALING, 0, exponent)
 
 
-def _close_rows(top: np.ndarray, exponent: np.ndarray, sums: np.ndarray | None, n: int, q: float) -> np.ndarray:
-    """Round the sums of n terms up; rows of zeros stay exactly zero. Terms lost to underflow fall in the factor 2."""
+def _close_rows(
+    top: np.ndarray, exponent: np.ndarray, sums: np.ndarray | None, n: int, q: float
+) -> np.ndarray:
+    """Sums of n terms rounded up; rows of zeros stay zero. Terms lost to underflow fall in the factor 2."""
     if sums is None:
         return top
     if q == 2:
@@ -188,7 +196,7 @@ def induced_norm(a: Any, p: float, error: float = 0.0) -> float:
     a = as_matrix(a)
     error = finite(error, "error")
     if p == 1:
-        a = a.T.tocsr() if sp.issparse(a) else a.T
+        a = a.T.tocsr() if is_sparse(a) else a.T
     if 0 in a.shape:
         return 0.0
     return add_up(float(row_norms(a, 1).max()), mul_up(sqrt_up(a.shape[1]), error))
@@ -197,14 +205,14 @@ def induced_norm(a: Any, p: float, error: float = 0.0) -> float:
 def pairwise_row_norms(rows: Any, q: float, error: float | np.ndarray = 0.0) -> np.ndarray:
     """Symmetric (K, K) upper bounds of ||(R_i + E_i) - (R_j + E_j)||_q, zero diagonal, q in {1, 2, inf}.
 
-    `rows` R is (K, n); `error` bounds ||E||_F, or, as an array (K,), each ||E_i||_2. For q = 2 and inf it adds
-    e_i + e_j (sqrt(2) error where it is a scalar), for q = 1 sqrt(n) times that. Differences are formed
-    entry by entry, each within one rounding, never through the Gram matrix, which cancels below the truth. Beside R
-    there is a buffer of 2 MB and the result; no (K, K, n) array exists.
+    `rows` R is (K, n); `error` bounds ||E||_F, or, as an array (K,), each ||E_i||_2. For q = 2 and inf it
+    adds e_i + e_j (sqrt(2) error where it is a scalar), for q = 1 sqrt(n) times that. Differences are formed
+    entry by entry, each within one rounding, never through the Gram matrix, which cancels below the truth.
+    Beside R there is a buffer of 2 MB and the result; no (K, K, n) array exists.
     """
     _check_order(q, (1, 2, math.inf))
     matrix = as_matrix(rows)
-    r = matrix.toarray() if sp.issparse(matrix) else matrix
+    r = matrix.toarray() if is_sparse(matrix) else matrix
     count, n = r.shape
     allowance = _pair_errors(error, count, n, q)
     scaled, exponent = _scaled(r)
@@ -225,9 +233,13 @@ def pairwise_row_norms(rows: Any, q: float, error: float | np.ndarray = 0.0) -> 
                     total = total + d.sum(axis=1) if q == 1 else np.maximum(total, d.max(axis=1))
             size = np.sqrt(total) if q == 2 else total
             values = unscale_up(np.nextafter(size * (1.0 + 2.0 * gamma(n + 8)), np.inf), exponent)
-            for j in np.flatnonzero(total < 2.0**-600):  # scaling or squaring may have underflowed: unscaled, alone
+            for j in np.flatnonzero(
+                total < 2.0**-600
+            ):  # scaling or squaring may have underflowed: unscaled, alone
                 gap = r[lo + j] - r[i]
-                values[j] = mul_up(float(row_norms(gap[None, :], q)[0]), 1.0 + 4.0 * U) if np.any(gap) else 0.0
+                values[j] = (
+                    mul_up(float(row_norms(gap[None, :], q)[0]), 1.0 + 4.0 * U) if np.any(gap) else 0.0
+                )
             out[i, lo:hi] = values
     if np.any(allowance):
         out = np.nextafter(out + allowance, np.inf)
@@ -255,27 +267,27 @@ def _check_order(q: float, allowed: tuple[float, ...]) -> None:
         raise ValueError(f"norm {q!r} is not one of {allowed}")
 
 
-# ------------------------------------------------------------------------------------------------------ spectral norm
+# ---------------------------------------------------------------------------------------------- spectral norm
 
 
 def verified_norm(a: Any, error: float = 0.0, start: float | None = None) -> float:
-    """An upper bound s >= ||A + E||_2 in real arithmetic, for every E with ||E||_2 <= error (or ||E||_F <= error).
+    """An upper bound s >= ||A + E||_2 in real arithmetic, for every E with ||E||_2 <= error.
 
-    A is (m, n), dense or scipy.sparse. It is scaled by a power of two, its Gram matrix G formed on the smaller side,
-    and a completed Cholesky factorisation of s**2 I - G - c I with the shift c of `lipbounds._gram` proves the bound;
-    s is raised until that succeeds, and never exceeds sqrt(||A||_1 ||A||_inf) or ||A||_F. Usually one factorisation
-    is needed. The slack is about (r + k/4) r U relative, r the smaller side and k the most nonzeros in a row of it:
-    1e-9 at r = 3000.
+    A is (m, n), dense or scipy.sparse. It is scaled by a power of two, its Gram matrix G formed on the
+    smaller side, and a completed Cholesky factorisation of s**2 I - G - c I with the shift c of
+    `lipbounds._gram` proves the bound; s is raised until that succeeds, and never exceeds sqrt(||A||_1
+    ||A||_inf) or ||A||_F. Usually one factorisation is needed. The slack is about (r + k/4) r U relative, r
+    the smaller side and k the most nonzeros in a row of it: 1e-9 at r = 3000.
 
     Args:
-        a: the matrix. Memory beside it: r**2 doubles and a block of 1024 rows.
-        error: bound of the norm of what is missing from A, in the units of A.
-        start: a guess of ||A||_2 (say, from an earlier run); it saves the Lanczos estimate. Any positive value is safe;
+        a: the matrix. Memory beside it: r**2 doubles and a block of 1024 rows. error: bound of the norm of
+        what is missing from A, in the units of A. start: a guess of ||A||_2 (say, from an earlier run); it
+        saves the Lanczos estimate. Any positive value is safe;
             one that is too large may make the result that large, one too small costs another factorisation.
 
     Raises:
-        ValueError: NaN, infinite, complex or non-matrix input, a bad `error` or `start`, a bound beyond float64.
-        RuntimeError: the process flushes denormal numbers to zero.
+        ValueError: NaN, infinite, complex or non-matrix input, a bad `error` or `start`, a bound beyond
+        float64. RuntimeError: the process flushes denormal numbers to zero.
     """
     a = as_matrix(a)
     error = finite(error, "error")
@@ -285,7 +297,7 @@ def verified_norm(a: Any, error: float = 0.0, start: float | None = None) -> flo
         return error
     b, exponent = _scaled(a)
     if b.shape[0] > b.shape[1]:
-        b = b.T.tocsr() if sp.issparse(b) else b.T
+        b = b.T.tocsr() if is_sparse(b) else b.T
     column, row, whole = induced_norm(b, 1), induced_norm(b, math.inf), frobenius_norm(b)
     ceiling = min(mul_up(column, row), mul_up(whole, whole))
     guess = 0.0
@@ -299,14 +311,15 @@ def verified_norm(a: Any, error: float = 0.0, start: float | None = None) -> flo
     return add_up(float(unscale_up(s, exponent)), error)
 
 
-# --------------------------------------------------------------------------------------------------------- enclosures
+# ------------------------------------------------------------------------------------------------- enclosures
 
 
 @dataclass(frozen=True, eq=False)
 class Enclosure:
-    """The set of matrices {M + E : ||E||_F <= error}; M a float64 ndarray or csr_array, error in the units of M.
+    """The set of matrices {M + E : ||E||_F <= error}; M a float64 ndarray or csr_array.
 
-    A real matrix that is only known by a rounded product lies in it. ValueError where M or error is not finite.
+    A real matrix that is only known by a rounded product lies in it. `error` is in the units
+    of M. ValueError where M or error is not finite.
     """
 
     matrix: Any
@@ -322,7 +335,7 @@ class Enclosure:
 
     @property
     def T(self) -> Enclosure:
-        return Enclosure(self.matrix.T.tocsr() if sp.issparse(self.matrix) else self.matrix.T, self.error)
+        return Enclosure(self.matrix.T.tocsr() if is_sparse(self.matrix) else self.matrix.T, self.error)
 
 
 def _cheap_norm(a: Any) -> float:
@@ -333,11 +346,12 @@ def _cheap_norm(a: Any) -> float:
 def multiply(a: Any, m: Enclosure, relerr: float = 0.0, norm: float | None = None) -> Enclosure:
     """An enclosure of A_true M_true for M_true in `m` and |A_true - A| <= relerr |A| entrywise.
 
-    With k the most nonzero terms of one inner product, e the error of `m` and N >= || |A| ||_2 (`_cheap_norm`),
+    With k the most nonzero terms of one inner product, e the error of `m` and N >= || |A| ||_2
+    (`_cheap_norm`),
         e' = (1 + relerr) N e + (gamma_k + relerr) N ||M||_F + k sqrt(rows cols) 2**-1022,
-    since || |A| |M| ||_F <= || |A| ||_2 ||M||_F. `norm`, a proved bound of ||A_true||_2, replaces (1 + relerr) N in
-    the first term: without it errors grow by N instead of ||A||_2 for each factor. The product is sparse while that is
-    cheaper and its density is at most 1/4.
+    since || |A| |M| ||_F <= || |A| ||_2 ||M||_F. `norm`, a proved bound of ||A_true||_2, replaces (1 +
+    relerr) N in the first term: without it errors grow by N instead of ||A||_2 for each factor. The product
+    is sparse while that is cheaper and its density is at most 1/4.
     """
     relerr = finite(relerr, "relerr")
     a = as_matrix(a)
@@ -347,7 +361,7 @@ def multiply(a: Any, m: Enclosure, relerr: float = 0.0, norm: float | None = Non
     if 0 in (rows, cols, a.shape[1]):
         return Enclosure(np.zeros((rows, cols)))
     require_gradual_underflow()
-    transposed = m.matrix.T.tocsr() if sp.issparse(m.matrix) else m.matrix.T
+    transposed = m.matrix.T.tocsr() if is_sparse(m.matrix) else m.matrix.T
     k = min(_gram.nonzeros_per_row(a), _gram.nonzeros_per_row(transposed))
     del transposed
     cheap = _cheap_norm(a)
@@ -361,24 +375,24 @@ def multiply(a: Any, m: Enclosure, relerr: float = 0.0, norm: float | None = Non
 
 
 def _product(a: Any, b: Any) -> Any:
-    """fl(A B) by the cheaper of the dense and the sparse way; dense only where the operands stay below 2 GB."""
-    if not sp.issparse(a) and not sp.issparse(b):
+    """fl(A B) by the cheaper of the dense and the sparse way; dense only where it stays below 2 GB."""
+    if not is_sparse(a) and not is_sparse(b):
         return a @ b
     (rows, inner), cols = a.shape, b.shape[1]
     dense = 2.0 * rows * inner * cols / 4e10 + 4e-9 * (rows * inner + inner * cols)
-    if sp.issparse(a) and sp.issparse(b):
+    if is_sparse(a) and is_sparse(b):
         terms = float(np.bincount(a.indices, minlength=inner).astype(float) @ np.diff(b.indptr).astype(float))
         sparse = terms / 1.5e8
     else:
-        sparse = (a.nnz * cols if sp.issparse(a) else b.nnz * rows) / 1e9
+        sparse = (a.nnz * cols if is_sparse(a) else b.nnz * rows) / 1e9
     if dense < sparse and 8 * (rows * inner + inner * cols + rows * cols) < 2**31:
-        a = a.toarray() if sp.issparse(a) else a
-        b = b.toarray() if sp.issparse(b) else b
+        a = a.toarray() if is_sparse(a) else a
+        b = b.toarray() if is_sparse(b) else b
     return _tidy(a @ b)
 
 
 def _tidy(a: Any) -> Any:
-    if sp.issparse(a) and (a.shape[0] * a.shape[1] <= 2**16 or a.nnz > 0.25 * a.shape[0] * a.shape[1]):
+    if is_sparse(a) and (a.shape[0] * a.shape[1] <= 2**16 or a.nnz > 0.25 * a.shape[0] * a.shape[1]):
         return a.toarray()
     return a
 
@@ -398,7 +412,10 @@ def add(*terms: Enclosure) -> Enclosure:
 
 
 def scale(m: Enclosure, rows: Any = None, cols: Any = None) -> Enclosure:
-    """An enclosure of diag(rows) M_true diag(cols), the factors exact: e' = max|d| e + U ||result||_F + underflow."""
+    """An enclosure of diag(rows) M_true diag(cols), the factors exact.
+
+    Each side gives e' = max|d| e + U ||result||_F + sqrt(m n) 2**-1022.
+    """
     matrix, error = m.matrix, m.error
     for axis, factors in enumerate((rows, cols)):
         if factors is None:
@@ -407,7 +424,7 @@ def scale(m: Enclosure, rows: Any = None, cols: Any = None) -> Enclosure:
         if d.shape != (matrix.shape[axis],):
             raise ValueError(f"{d.size} factors for a side of {matrix.shape[axis]}")
         with np.errstate(over="ignore", under="ignore"):
-            if sp.issparse(matrix):
+            if is_sparse(matrix):
                 matrix = sp.diags_array(d) @ matrix if axis == 0 else matrix @ sp.diags_array(d)
             else:
                 matrix = matrix * (d[:, None] if axis == 0 else d)
@@ -422,10 +439,11 @@ def stack(blocks: list[Enclosure], axis: int = 0) -> Enclosure:
     if not blocks or axis not in (0, 1):
         raise ValueError("stack needs at least one block and axis 0 or 1")
     parts = [b.matrix for b in blocks]
-    if all(sp.issparse(p) for p in parts):
+    joined: Any
+    if all(is_sparse(p) for p in parts):
         joined = sp.csr_array(sp.vstack(parts, format="csr") if axis == 0 else sp.hstack(parts, format="csr"))
     else:
-        joined = np.concatenate([p.toarray() if sp.issparse(p) else p for p in parts], axis=axis)
+        joined = np.concatenate([p.toarray() if is_sparse(p) else p for p in parts], axis=axis)
     return Enclosure(joined, frobenius_norm(np.array([[b.error for b in blocks]])))
 
 

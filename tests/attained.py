@@ -84,7 +84,7 @@ def _best_row_direction(row: np.ndarray, p: float) -> np.ndarray:
 
 
 def _climb(search: Search, p: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Random points at four scales, then hill climbing of the Jacobian norm; all points and Jacobians seen."""
+    """Random points at four scales, then hill climbing of the Jacobian norm; everything seen."""
     scales = np.array([0.1, 0.5, 2.0, 8.0])[np.arange(STARTS) % 4, None]
     x = rng.normal(size=(STARTS, search.size)) * scales
     jac = search.jacobians(x)

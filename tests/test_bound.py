@@ -19,7 +19,9 @@ PART = Part("x", "relu", (4, 3), 1.25, "verified", "Cholesky 3 x 3")
 
 
 def upper(value=3.0, **fields):
-    return UpperBound(**{"value": value, "norm": 2, "guarantee": "verified", "method": "naive", "seconds": 0.5} | fields)
+    return UpperBound(
+        **{"value": value, "norm": 2, "guarantee": "verified", "method": "naive", "seconds": 0.5} | fields
+    )
 
 
 def estimate(value=3.0, **fields):
@@ -100,7 +102,10 @@ def test_guarantees_cannot_claim_more_than_the_parts():
     weak = dataclasses.replace(PART, guarantee="probabilistic")
     with pytest.raises(ValueError, match="cannot be 'verified'"):
         upper(parts=(PART, weak))
-    assert upper(guarantee="probabilistic", failure_probability=1e-9, parts=(PART, weak)).parts == (PART, weak)
+    assert upper(guarantee="probabilistic", failure_probability=1e-9, parts=(PART, weak)).parts == (
+        PART,
+        weak,
+    )
     with pytest.raises(ValueError, match="not an upper bound"):
         upper(guarantee="estimate")
     with pytest.raises(ValueError, match="'estimate'"):
@@ -127,7 +132,9 @@ def test_weakest():
     assert weakest(["estimate", "verified"]) == "estimate"
 
 
-@pytest.mark.parametrize(("norm", "want"), [(1, 1), (2.0, 2), (np.int64(2), 2), ("inf", math.inf), (np.inf, math.inf), ("1", 1)])
+@pytest.mark.parametrize(
+    ("norm", "want"), [(1, 1), (2.0, 2), (np.int64(2), 2), ("inf", math.inf), (np.inf, math.inf), ("1", 1)]
+)
 def test_norms_read(norm, want):
     assert check_norm(norm) == want and upper(norm=norm).norm == want
 
@@ -162,7 +169,14 @@ def test_without_pairs():
 
 @pytest.mark.parametrize(
     "bad",
-    [np.ones((2, 3)), np.ones((2, 2)), [[0.0, 1.0], [2.0, 0.0]], [[0.0, -1.0], [-1.0, 0.0]], PAIRS * np.nan, [1.0, 2.0]],
+    [
+        np.ones((2, 3)),
+        np.ones((2, 2)),
+        [[0.0, 1.0], [2.0, 0.0]],
+        [[0.0, -1.0], [-1.0, 0.0]],
+        PAIRS * np.nan,
+        [1.0, 2.0],
+    ],
 )
 @pytest.mark.parametrize("make", MAKERS)
 def test_pairs_refused(make, bad):
@@ -202,7 +216,12 @@ def test_witness_is_checked():
     x, y = np.zeros(3), np.ones(3)
     kept = lower(witness=(x, y)).witness
     assert np.array_equal(kept[0], x) and kept[1].dtype == np.float64 and not kept[1].flags.writeable
-    for bad, why in [((x, x), "differ"), ((x, np.ones(2)), "one shape"), ((x, y * np.inf), "finite"), ((x,), "two points")]:
+    for bad, why in [
+        ((x, x), "differ"),
+        ((x, np.ones(2)), "one shape"),
+        ((x, y * np.inf), "finite"),
+        ((x,), "two points"),
+    ]:
         with pytest.raises(ValueError, match=why):
             lower(witness=bad)
 
@@ -224,9 +243,16 @@ def test_replace_copy_and_pickle_keep_everything():
         assert twin.value == b.value and twin.parts == b.parts and np.array_equal(twin.pairwise, PAIRS)
 
 
-# ------------------------------------------------------------------------------------------------ how they look
+# ---------------------------------------------------------------------------------------- how they look
 def test_text_says_what_is_known():
-    b = upper(2.0000001, guarantee="probabilistic", failure_probability=1e-9, pairwise=PAIRS, parts=(PART,), notes=("hm",))
+    b = upper(
+        2.0000001,
+        guarantee="probabilistic",
+        failure_probability=1e-9,
+        pairwise=PAIRS,
+        parts=(PART,),
+        notes=("hm",),
+    )
     text = repr(b)
     assert "L <= 2.00001" in text and "probabilistic, fails with probability <= 1e-09" in text
     assert "worst (0, 2): 4" in text and "hm" in text and "4 x 3" in text and "Cholesky" in text
@@ -244,19 +270,30 @@ def test_long_part_lists_are_cut_in_the_repr_only():
 
 def test_names_cannot_break_html_or_markdown():
     b = upper(method="<script>", parts=(dataclasses.replace(PART, source="a|b<i>"),), notes=("<b>",))
-    assert "<script>" not in b._repr_html_() and "<i>" not in b._repr_html_() and "&lt;b&gt;" in b._repr_html_()
+    assert (
+        "<script>" not in b._repr_html_() and "<i>" not in b._repr_html_() and "&lt;b&gt;" in b._repr_html_()
+    )
     assert "a\\|b<i>" in b.to_markdown()
     assert "&lt;" in html_table(("<",), [["<"]]) and "\\|" in markdown_table(("a",), [["|"]])
 
 
-@pytest.mark.parametrize("value", [1 / 3, 2.0000001, 123456.7, 9.9999999e9, 1e-310, 1e200, 99999.96, 0.5, 1e-5])
+@pytest.mark.parametrize(
+    "value", [1 / 3, 2.0000001, 123456.7, 9.9999999e9, 1e-310, 1e200, 99999.96, 0.5, 1e-5]
+)
 def test_numbers_are_printed_on_the_safe_side(value):
     assert Fraction(show(value, "up")) >= Fraction(value) >= Fraction(show(value, "down"))
     assert float(show(value)) == pytest.approx(value, rel=1e-5)
 
 
 def test_numbers_printed():
-    assert [show(v) for v in (0.0, 1.0, 1000.0, 0.25, None, math.inf)] == ["0", "1", "1000", "0.25", "", "inf"]
+    assert [show(v) for v in (0.0, 1.0, 1000.0, 0.25, None, math.inf)] == [
+        "0",
+        "1",
+        "1000",
+        "0.25",
+        "",
+        "inf",
+    ]
 
 
 def test_text_table_is_aligned():

@@ -88,7 +88,7 @@ def test_a_second_call_compiles_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_new_weights_compile_nothing(name: str) -> None:
-    """A new trace of the same architecture has an equal static part, so compiled functions are found again."""
+    """A new trace of the same architecture has an equal static part: compiled functions are found again."""
     old = every_verb(trace(name, 0))
     new_form = trace(name, 1)
     with compilations() as names:

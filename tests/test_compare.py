@@ -1,6 +1,8 @@
 """Lower bounds, brackets and the table of all methods."""
 
 import dataclasses
+import importlib
+import itertools
 import logging
 import math
 from typing import Any
@@ -16,7 +18,7 @@ from lipbounds.bound import Estimate, LowerBound, UpperBound
 from lipbounds.empirical import Bracket, bracket, check_order, empirical
 from lipbounds.errors import GuaranteeError, Unsupported, UnsupportedError
 
-table = __import__("importlib").import_module("lipbounds.compare")
+table = importlib.import_module("lipbounds.compare")
 
 NORMS = [1, 2, math.inf]
 
@@ -43,7 +45,10 @@ class Chain:
 
 def chain(*widths, seed=0, kind="relu", shape=None, offset=0.3):
     rng = np.random.default_rng(seed)
-    w = tuple(jnp.asarray(rng.standard_normal((b, a)) / np.sqrt(a), jnp.float32) for a, b in zip(widths, widths[1:], strict=False))
+    w = tuple(
+        jnp.asarray(rng.standard_normal((b, a)) / np.sqrt(a), jnp.float32)
+        for a, b in itertools.pairwise(widths)
+    )
     c = tuple(jnp.asarray(offset * rng.standard_normal(b), jnp.float32) for b in widths[1:])
     return Chain(w, c, shape or (widths[0],), widths[-1], kind)
 
@@ -61,7 +66,7 @@ def numpy_chain(form, x):
 # ---------------------------------------------------------------------------------------------- empirical
 @pytest.mark.parametrize("norm", NORMS)
 def test_linear_maps_are_found_exactly(norm):
-    form = chain(7, 5)
+    form = chain(4, 3)
     W = np.asarray(form.weights[0], np.float64)
     found = empirical(form, norm=norm, pairwise=True)
     exact = np.linalg.norm(W, norm)
@@ -71,14 +76,15 @@ def test_linear_maps_are_found_exactly(norm):
     assert np.all(found.pairwise <= pairs) and np.all(found.pairwise >= pairs * (1 - 1e-8))
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("kind", ["relu", "tanh"])
+@pytest.mark.parametrize(("norm", "kind"), [(1, "relu"), (2, "relu"), (math.inf, "relu"), (2, "tanh")])
 def test_the_witness_shows_the_value(norm, kind):
-    form = chain(6, 12, 9, 4, kind=kind, shape=(2, 3))
+    form = chain(2, 8, 6, 3) if kind == "relu" else chain(6, 12, 4, kind=kind, shape=(2, 3))
     found = empirical(form, norm=norm)
     x, y = found.witness
-    assert x.shape == y.shape == (2, 3)
-    slope = np.linalg.norm(numpy_chain(form, x) - numpy_chain(form, y), norm) / np.linalg.norm((x - y).ravel(), norm)
+    assert x.shape == y.shape == form.in_shape
+    slope = np.linalg.norm(numpy_chain(form, x) - numpy_chain(form, y), norm) / np.linalg.norm(
+        (x - y).ravel(), norm
+    )
     assert found.value <= slope <= found.value * (1 + 1e-6)
 
 
@@ -94,23 +100,29 @@ def test_the_climb_finds_more_than_its_starts_and_reaches_a_known_optimum(norm):
     still, climbed = empirical(form, norm=norm, steps=0), empirical(form, norm=norm)
     assert still.value <= climbed.value * (1 + 1e-9)
     assert climbed.value >= 0.98 * best
+
+
+def test_the_climb_leaves_its_starts():
     far = np.full((3, 2), 2.0, np.float32)  # all starts at one place that is not the steepest
-    assert empirical(form, far, norm, steps=0).value < empirical(form, far, norm).value
+    still = empirical(chain(2, 8, 6, 3), far, steps=0)
+    assert still.value < 0.9 * empirical(chain(2, 8, 6, 3), far).value
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_pairs_are_attained_and_no_larger_than_the_whole_allows(norm):
-    form = chain(5, 16, 4)
+    form = chain(2, 8, 6, 3)
     found = empirical(form, norm=norm, pairwise=True)
     assert np.array_equal(found.pairwise, found.pairwise.T) and not np.diagonal(found.pairwise).any()
-    assert (found.pairwise[np.triu_indices(4, 1)] > 0).all()
+    assert (found.pairwise[np.triu_indices(3, 1)] > 0).all()
     x, y = found.witness
     change = numpy_chain(form, x) - numpy_chain(form, y)
     at_witness = np.abs(change[:, None] - change[None]) / np.linalg.norm(x - y, norm)
     assert np.all(found.pairwise >= at_witness * (1 - 1e-6) - 1e-9)
-    w1, w2 = (np.asarray(w, np.float64) for w in form.weights)  # L_ij <= ||(w2_i - w2_j) diag||W1|| ||: a bound by hand
+    w1, w2, w3 = (np.asarray(w, np.float64) for w in form.weights)
     dual = {1: math.inf, 2: 2, math.inf: 1}[norm]
-    rows = np.abs(w2[:, None] - w2[None]) @ np.linalg.norm(w1, dual, axis=1)
+    rows = (
+        np.abs(w3[:, None] - w3[None]) @ np.abs(w2) @ np.linalg.norm(w1, dual, axis=1)
+    )  # L_ij bounded by hand
     assert np.all(found.pairwise <= rows + 1e-12)
 
 
@@ -121,10 +133,10 @@ def test_many_classes():
 
 
 def test_same_seed_same_answer_and_any_seed_a_lower_bound():
-    form = chain(4, 9, 3)
+    form = chain(2, 8, 6, 3)
     assert empirical(form, seed=3).value == empirical(form, seed=3).value
     product = np.prod([np.linalg.norm(np.asarray(w, np.float64), 2) for w in form.weights])
-    values = [empirical(form, seed=s).value for s in range(4)]
+    values = [empirical(form, seed=s).value for s in range(8)]
     assert max(values) <= product and min(values) > 0
 
 
@@ -137,16 +149,16 @@ def test_constant_function():
 
 def test_large_outputs_do_not_make_slopes_out_of_rounding():
     form = chain(4, 3)
-    shifted = dataclasses.replace(form, biases=(jnp.asarray([1e8, -3e9, 1e12], jnp.float32),))
+    shifted = dataclasses.replace(form, biases=(jnp.asarray([1e6, -3e7, 1e9], jnp.float32),))
     exact = np.linalg.norm(np.asarray(form.weights[0], np.float64), 2)
-    assert 0.9 * exact < empirical(shifted).value <= exact
+    assert 0.99 * exact < empirical(shifted).value <= exact
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
 def test_inputs_in_other_units(scale):
-    form = chain(5, 12, 3)
-    X = np.random.default_rng(1).standard_normal((40, 5))
-    other = dataclasses.replace(form, weights=(form.weights[0] / jnp.float32(scale), form.weights[1]))
+    form = chain(2, 8, 6, 3)
+    X = np.random.default_rng(1).standard_normal((40, 2))
+    other = dataclasses.replace(form, weights=(form.weights[0] / jnp.float32(scale), *form.weights[1:]))
     assert empirical(other, X * scale).value * scale == pytest.approx(empirical(form, X).value, rel=0.1)
 
 
@@ -191,7 +203,7 @@ def test_second_network_of_the_same_shape_compiles_nothing(caplog):
     assert not again and fresh
 
 
-# ---------------------------------------------------------------------------------------------- order and brackets
+# ---------------------------------------------------------------------------------------- order and brackets
 def upper(value, norm=2, guarantee="verified", **more):
     return UpperBound(value, norm, guarantee, "naive", 0.1, **more)
 
@@ -231,16 +243,18 @@ def test_brackets_do_not_mix():
 
 
 def test_bracket_with_a_bound_at_hand():
-    form = chain(4, 9, 3)
+    form = chain(2, 8, 6, 3)
     product = float(np.prod([np.linalg.norm(np.asarray(w, np.float64), np.inf) for w in form.weights]))
     b = bracket(form, upper=upper(product, norm=math.inf))
     assert b.lower.norm == math.inf and 0 < b.lower.value <= b.upper.value == product
 
 
-def real(seed=0):
+def real(seed=0, dtype=np.float32):
     rng = np.random.default_rng(seed)
     widths = (6, 12, 8, 4)
-    return lb.from_weights([rng.standard_normal((b, a)) / np.sqrt(a) for a, b in zip(widths, widths[1:], strict=False)])
+    return lb.from_weights(
+        [(rng.standard_normal((b, a)) / np.sqrt(a)).astype(dtype) for a, b in itertools.pairwise(widths)]
+    )
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -312,7 +326,9 @@ def test_formats_of_the_table(faked):
     for text in (repr(c), c.to_markdown(), c._repr_html_()):
         assert "needs norm=2" in text.replace("&#x27;", "'") and "probabilistic" in text and "1.9" in text
     assert "1 <= L <= 2" in repr(c) and "1 &lt;= L" in c._repr_html_()
-    assert all("\n" not in line for line in c.to_markdown().splitlines()) and c.to_markdown().count("\n| ") == 7
+    assert (
+        all("\n" not in line for line in c.to_markdown().splitlines()) and c.to_markdown().count("\n| ") == 7
+    )
 
 
 def test_plot_draws_one_bar_for_every_number(faked):
@@ -344,12 +360,13 @@ def test_methods_are_chosen_by_name_or_given(faked):
         table.compare(chain(4, 3), methods=[mine], norm=1)
 
 
-def test_bugs_are_not_rows(faked):
+@pytest.mark.parametrize("error", [ZeroDivisionError, np.linalg.LinAlgError])
+def test_bugs_are_not_rows(faked, error):
     def broken(q):
-        raise ZeroDivisionError
+        raise error
 
     faked["broken"] = broken
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(error):
         table.compare(chain(4, 3))
 
 

@@ -1,8 +1,7 @@
 """What has no Lipschitz bound here is refused, all of it at once, and the message helps.
 
 Every case names the primitives that may be blamed, the shape of the blamed result and a word that the remedy
-or the reason must hold. The operation sits inside a jitted function called ``culprit``: the call path must show
-it.
+or the reason must hold. The operation sits inside a jitted function ``culprit``: the call path must show it.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def refused(primitives: str, shape: tuple[int, ...], word: str = "") -> Callable
 
         def network(x: jax.Array) -> jax.Array:
             h = culprit(nn.relu(W @ x))
-            return W[:4, : h.size] @ jnp.real(h).astype(jnp.float32).reshape(-1)
+            return W[:4, : h.size] @ h.reshape(-1)
 
         CASES[operation.__name__] = Refusal(network, frozenset(primitives.split()), shape, word)
         return operation
@@ -91,18 +90,18 @@ def softmax(h: jax.Array) -> jax.Array:
     return nn.softmax(h)
 
 
-@refused("exp log", (12,), "exp")
+@refused("exp log", (2,), "log")
 def log_sum_exp(h: jax.Array) -> jax.Array:
     return nn.logsumexp(h.reshape(2, 6), axis=1)
 
 
-@refused("exp log sub", (12,), "exp")
+@refused("exp log", (1,), "log")
 def log_softmax(h: jax.Array) -> jax.Array:
     return nn.log_softmax(h)
 
 
 # ------------------------------------------------------------------------- indices that depend on x
-@refused("argmax", (), "index|jump|argmax")
+@refused("argmax dynamic_slice gather", (), "index|jump|argmax")
 def argmax_index(h: jax.Array) -> jax.Array:
     return TABLE[jnp.argmax(h)]
 
@@ -112,7 +111,7 @@ def gather_at_sorted_index(h: jax.Array) -> jax.Array:
     return h[jnp.argsort(h)] * 2.0
 
 
-@refused("gather dynamic_slice convert_element_type", (4,), "index|integer")
+@refused("gather dynamic_slice convert_element_type", (), "index|integer")
 def table_lookup(h: jax.Array) -> jax.Array:
     return TABLE[jnp.clip(h[0] * 3.0, 0.0, 11.0).astype(jnp.int32)]
 
@@ -234,9 +233,9 @@ def singular_values(h: jax.Array) -> jax.Array:
     return jnp.linalg.svd(h.reshape(3, 4), compute_uv=False)
 
 
-@refused("fft convert_element_type", (12,), "")
+@refused("fft real", (12,), "")
 def fourier(h: jax.Array) -> jax.Array:
-    return jnp.fft.fft(h)
+    return jnp.fft.fft(h).real
 
 
 @refused("lgamma", (12,), "")
@@ -292,21 +291,12 @@ class Wrapped(nnx.Module):
         return self.inner(nn.relu(self.first(x)))  # type: ignore[operator,unused-ignore]
 
 
-@pytest.mark.parametrize(
-    "layer, primitives",
-    [
-        (lambda: nnx.LayerNorm(8, rngs=nnx.Rngs(0)), {"mul", "square", "integer_pow", "rsqrt", "div"}),
-        (
-            lambda: nnx.GroupNorm(8, num_groups=2, rngs=nnx.Rngs(0)),
-            {"mul", "square", "integer_pow", "rsqrt", "div"},
-        ),
-        (lambda: nnx.RMSNorm(8, rngs=nnx.Rngs(0)), {"mul", "square", "integer_pow", "rsqrt", "div"}),
-    ],
-    ids=["layer_norm", "group_norm", "rms_norm"],
-)
-def test_normalisation_by_the_input_is_refused(layer: Callable[[], nnx.Module], primitives: set[str]) -> None:
+@pytest.mark.parametrize("layer", [nnx.LayerNorm, nnx.GroupNorm, nnx.RMSNorm])
+def test_normalisation_by_the_input_is_refused(layer: Callable[..., nnx.Module]) -> None:
+    grouped = {"num_groups": 2} if layer is nnx.GroupNorm else {}
     with pytest.raises(lb.UnsupportedError) as caught:
-        lb.trace(Wrapped(layer()), jnp.ones(8))
+        lb.trace(Wrapped(layer(8, **grouped, rngs=nnx.Rngs(0))), jnp.ones((4, 8)), batched=True)
+    primitives = {"mul", "square", "integer_pow", "rsqrt", "div"}
     check_message(caught.value)
     assert primitives & {item.primitive for item in caught.value.items}
     assert any((8,) == item.shape or item.shape == () or 8 in item.shape for item in caught.value.items)

@@ -86,7 +86,7 @@ def test_maxmin_permutes_pairs():
             ModelSpec("2C2F", (8, 8, 1), {"depth": 3}),
             "2C2F has no argument depth; it has activation, classes",
         ),
-        (ModelSpec("6C2F", (4, 4, 3)), "too small"),
+        (ModelSpec("2C2F", (1, 1, 1)), "too small"),
         (ModelSpec("mlp", (8, 8), {"widths": "64-10"}), "height, width, channels"),
     ],
 )

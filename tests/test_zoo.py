@@ -210,7 +210,7 @@ def test_constants_added_change_nothing(name: str) -> None:
     net, fn, x = made(name)
     f = single(net, fn)
     bound = lb.liplt(
-        lb.trace(lambda x: f(x) + 1000.0 * jnp.cos(jnp.arange(f(x).shape[0]) * 1.0), example(net, x))
+        lb.trace(lambda x: f(x) + jnp.linspace(-1e3, 1e3, f(x).shape[0]), example(net, x))
     )
     assert math.isclose(bound.value, liplt_of(name).value, rel_tol=1e-9)
 
@@ -320,7 +320,8 @@ def test_guarantee_words(name: str) -> None:
         assert likely.value * (1 + ROUNDING) >= found
         guess = method(form, guarantee="estimate")
         assert type(guess) is lb.Estimate and guess.guarantee == "estimate"
-        assert guess.value <= verified.value * (1 + 1e-4), "power iteration lies below the norms"
+        if name != "two_branches":  # parallel taps: the estimate does not try to stack them
+            assert 0.9 * verified.value <= guess.value <= verified.value * (1 + 1e-4)
         assert {p.guarantee for p in verified.parts} == {"verified"}
 
 

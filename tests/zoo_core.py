@@ -1,8 +1,8 @@
 """The registry of the zoo and the helpers its nets are built with (import `zoo`, which fills the registry).
 
-``NETS`` maps a name to a `Net`. ``net.make(seed)`` gives ``(fn, x)``: a function of one example (of one batch
-where ``net.batched``) with outputs ``(K,)`` (``(batch, K)``) and an example input. Weights are random and depend
-on the seed only, so one seed always gives the same network.
+``NETS`` maps a name to a `Net`. ``net.make(seed)`` gives ``(fn, x)``: a function of one example (of a batch
+where ``net.batched``) with outputs ``(K,)`` (``(batch, K)``), and an example input. Weights are random and
+depend on the seed only, so one seed always gives the same network.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ enter_many(24, 2, _DENSE)
 
 
 # --------------------------------------------------------------------------------------- group taps
-@net(12, 1, "group")
+@net(4, 1, "group")
 def reduce_max_head(rng: Rng) -> Made:
     w, b = gauss(rng, 12, 6), bias(rng, 12)
     return (lambda x: jnp.max((w @ x + b).reshape(4, 3), axis=1)), point(rng, 6)

@@ -164,13 +164,11 @@ class ConvNet(nnx.Module):
         height, width, channels = input_shape
         convs = []
         for n_out, kernel, stride in convolutions:
-            convs.append(nnx.Conv(channels, n_out, (kernel, kernel), strides=stride, padding=1, rngs=rngs))
             height, width = ((size + 2 - kernel) // stride + 1 for size in (height, width))
-            channels = n_out
             if min(height, width) < 1:
-                raise ValueError(
-                    f"an input of shape {tuple(input_shape)} is too small for these convolutions"
-                )
+                raise ValueError(f"inputs of shape {tuple(input_shape)} are too small for these layers")
+            convs.append(nnx.Conv(channels, n_out, (kernel, kernel), strides=stride, padding=1, rngs=rngs))
+            channels = n_out
         sizes = (height * width * channels, *dense, classes)
         self.mean, self.std = mean, std
         self.activation = _activation(activation)
@@ -227,7 +225,9 @@ def build(spec: ModelSpec, seed: int = 0) -> nnx.Module:
     except KeyError:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"unknown architecture {spec.architecture!r}; known: {known}") from None
-    signature = inspect.signature(make.__init__ if isinstance(make, type) else make)
+    # flax gives its classes the signature (*args, **kwargs)
+    target = make.__init__ if isinstance(make, type) else make  # type: ignore[misc]
+    signature = inspect.signature(target)
     allowed = set(signature.parameters) - {"input_shape", "rngs", "self"}
     unknown = set(spec.arguments) - allowed
     if unknown:

@@ -88,9 +88,7 @@ def _tensors(model: nnx.Module) -> dict[str, Any]:
 def _check_fit(path: pathlib.Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     if set(found) != set(wanted):
         odd = sorted(set(found) ^ set(wanted))
-        raise StoreError(
-            f"{path}: weights and architecture do not fit, see {', '.join(odd)}"
-        )
+        raise StoreError(f"{path}: weights and architecture do not fit, see {', '.join(odd)}")
     for name, tensor in wanted.items():
         if found[name].shape != tensor.shape or found[name].dtype != tensor.dtype:
             raise StoreError(

@@ -1,0 +1,355 @@
+"""The triangle recursion on proved blocks: naive and LipLT are one function with two centres.
+
+With blocks G[k, j] of the gain (source j: the input or a tap; target k: a tap or the output),
+
+    m_k = ||G[k, x]|| + sum_{j < k} ||G[k, j]|| m_j                                                     (recursion)
+
+is a Lipschitz constant of x -> y_k, and the last one of the network. Centre 0 and radius max|slope| give the naive
+bound (on a chain the product of norms; on residual nets at most eq. 13 of the CRM paper), the midpoint of the slopes
+gives LipLT (CRM paper, Theorem 3.3). Taps of one level do not depend on each other and are also tried as one stacked
+tap.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse as sp
+
+from lipbounds import norms
+from lipbounds._lower import Tap
+from lipbounds._rounding import add_up, gamma, mul_up
+from lipbounds.bound import Part, weakest
+from lipbounds.linmap import HostForm, Node, TapScaling
+from lipbounds.lure import LureForm, flat_slopes, multiplicity, propagate
+from lipbounds.norms import Enclosure
+
+#: Blocks whose smaller side is at most this are verified by `guarantee="auto"`; larger ones are probabilistic.
+DENSE_LIMIT = 4096
+#: Probability with which a probabilistic bound may fail, all its blocks together.
+FAILURE = 1e-9
+_STORED_ENTRIES = 2**28  # a scaling keeps all blocks: 2 GB
+
+Progress = Callable[[str], None]
+_HOSTS: weakref.WeakKeyDictionary[LureForm, HostForm] = weakref.WeakKeyDictionary()
+
+
+def host_form(form: LureForm) -> HostForm:
+    """The matrices of a form, kept as long as the form lives."""
+    host = _HOSTS.get(form)
+    if host is None:
+        host = _HOSTS[form] = HostForm(form)
+    return host
+
+
+# --- centres, partitions, names ------------------------------------------------------------------------------------
+
+
+def loop_transform(form: LureForm, norm: float, *, centred: bool) -> tuple[TapScaling, ...]:
+    """Per tap v = c y + q w with ||w|| <= ||e y|| in differences, c the middle of the slopes (or 0).
+
+    The radius is rounded up, so the interval [a, b] lies in [c - q, c + q] in real arithmetic. A group tap has c = 0,
+    q = 1 and e_i = n_i^(1/p), n_i the number of groups entry i belongs to: each group is 1-Lipschitz.
+    """
+    out = []
+    for k, tap in enumerate(form.taps):
+        if tap.groups is not None:
+            out.append(TapScaling(None, np.ones(tap.size_out), _multiplicity_factor(tap, norm)))
+            continue
+        lower, upper = (np.asarray(s, np.float64) for s in flat_slopes(form, k))
+        c = (lower + upper) / 2 if centred else np.zeros(tap.size_in)
+        r = np.maximum(upper - c, c - lower)
+        # Multiples of 2^-20 below 2^20 are added without rounding; anything else is rounded up.
+        exact = np.all([(np.abs(s) < 2.0**20) & (s * 2.0**20 == np.round(s * 2.0**20)) for s in (lower, upper)], axis=0)
+        r = np.where(exact | (r == 0) & (lower == upper) | (not centred), r, np.nextafter(r, np.inf))
+        out.append(TapScaling(c if c.any() else None, r, np.ones(tap.size_in)))
+    return tuple(out)
+
+
+def _multiplicity_factor(tap: Tap, norm: float) -> np.ndarray:
+    n = multiplicity(tap)
+    if norm == 2:
+        root = np.sqrt(n)
+        return np.where(root * root == n, root, np.nextafter(root, np.inf))
+    return n if norm == 1 else np.ones_like(n)
+
+
+def partitions(form: LureForm) -> list[tuple[Node, ...]]:
+    """Ways to treat taps as nodes of the recursion: one by one, and stacked by level (if that differs)."""
+    single = tuple((k,) for k in range(len(form.taps)))
+    levels: dict[int, list[int]] = {}
+    for k, tap in enumerate(form.taps):
+        levels.setdefault(tap.level, []).append(k)
+    stacked = tuple(tuple(levels[level]) for level in sorted(levels))
+    return [single] if len(stacked) == len(single) else [single, stacked]
+
+
+def node_name(form: LureForm, node: Node, *, source: bool) -> str:
+    if not node:
+        return "input" if source else "output"
+    return "+".join(f"{form.taps[k].name}[{k}]" for k in node)
+
+
+# --- norms of blocks -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BlockNorm:
+    value: float
+    guarantee: str
+    how: str
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a verb asks of the recursion."""
+
+    norm: float = 2
+    guarantee: str = "auto"
+    seed: int = 0
+    progress: Progress | None = None
+
+
+def structure(host: HostForm, nodes: Sequence[Node], scalings: Sequence[TapScaling]) -> list[tuple[Node, Node]]:
+    """Pairs (source, target) of nodes joined by a path; targets are nodes (the output is treated by rows)."""
+    pairs = []
+    for j, source in enumerate([(), *nodes]):
+        reached = host._coming_from({source}, scalings)
+        for target in nodes[j:]:
+            if any(i in reached for k in target for i in host.program.taps[k].inputs) and target != source:
+                pairs.append((source, target))
+    return pairs
+
+
+def matrices(
+    host: HostForm, pairs: Sequence[tuple[Node, Node]], scalings: Sequence[TapScaling]
+) -> Iterator[tuple[tuple[Node, Node], Enclosure]]:
+    """The blocks of the gain one after another, or their transposes: swept from the smaller side."""
+    from_source: dict[Node, list[Node]] = {}
+    from_target: dict[Node, list[Node]] = {}
+    for source, target in pairs:
+        if host.node_size(source, source=True) <= host.node_size(target, source=False):
+            from_source.setdefault(source, []).append(target)
+        else:
+            from_target.setdefault(target, []).append(source)
+    for source, targets in from_source.items():
+        for target, block in host.forward(source, targets, scalings).items():
+            yield (source, target), block
+    for target, sources in from_target.items():
+        for source, block in host.backward(target, sources, scalings).items():
+            yield (source, target), block.T
+
+
+def block_norm(host: HostForm, block: Enclosure, norm: float) -> float:
+    """A proved bound of the norm; equal matrices up to a power of two are proved once."""
+    if norm != 2:
+        return norms.enclosure_norm(block, norm)
+    entries = block.matrix.data if sp.issparse(block.matrix) else block.matrix
+    top = float(np.abs(entries).max(initial=0.0))
+    if top == 0.0:
+        return block.error
+    exponent = math.frexp(top)[1]
+    if abs(exponent) > 500:
+        return norms.enclosure_norm(block, norm)
+    digest = hashlib.sha1(np.ldexp(np.ascontiguousarray(entries), -exponent).tobytes())
+    if sp.issparse(block.matrix):
+        digest.update(block.matrix.indices.tobytes())
+        digest.update(block.matrix.indptr.tobytes())
+    key = (block.shape, digest.hexdigest())
+    if key not in host.proved:
+        host.proved[key] = math.ldexp(norms.verified_norm(block.matrix), -exponent)
+    return add_up(math.ldexp(host.proved[key], exponent), block.error)
+
+
+def block_norms(
+    form: LureForm, pairs: Sequence[tuple[Node, Node]], scalings: Sequence[TapScaling], request: Request
+) -> dict[tuple[Node, Node], BlockNorm]:
+    """Every block of the list with its norm: proved, or probabilistic where the size rule says so."""
+    host = host_form(form)
+    say = request.progress or (lambda text: None)
+    small, large = [], []
+    for pair in pairs:
+        side = min(host.node_size(pair[0], source=True), host.node_size(pair[1], source=False))
+        forced = request.norm != 2 or request.guarantee == "verified"
+        dense = request.guarantee == "auto" and side <= DENSE_LIMIT
+        (small if forced or dense else large).append(pair)
+    found: dict[tuple[Node, Node], BlockNorm] = {}
+    for pair, block in matrices(host, small, scalings):
+        say(f"{node_name(form, pair[0], source=True)} to {node_name(form, pair[1], source=False)}")
+        value = block_norm(host, block, request.norm)
+        how = "Cholesky" if request.norm == 2 else "exact sums"
+        found[pair] = BlockNorm(value, "verified", how, block.shape)
+    for place, (source, target) in enumerate(large):
+        say(f"{node_name(form, source, source=True)} to {node_name(form, target, source=False)}")
+        value, steps = _probabilistic(form, source, target, scalings, request.seed + place, FAILURE / len(large))
+        shape = (host.node_size(target, source=False), host.node_size(source, source=True))
+        found[source, target] = BlockNorm(value, "probabilistic", f"Golub-Kahan, {steps} steps", shape)
+    return found
+
+
+@partial(jax.jit, static_argnames=("source", "target", "transposed"))
+def _block_product(
+    form: LureForm, scalings: Any, vector: jax.Array, source: Node, target: Node, transposed: bool
+) -> jax.Array:
+    """G[target, source] u, or its transpose, in the vector's dtype."""
+    taps = form.taps
+    in_size = sum(taps[k].size_out for k in source) if source else form.in_size
+
+    def forward(u: jax.Array) -> jax.Array:
+        seen: dict[int, Any] = {}
+
+        def tap(k: int, y: Any) -> Any:
+            c, q, _ = scalings[k]
+            seen[k] = y
+            v = None if y is None or c is None else c.astype(u.dtype) * y
+            if k in source:
+                start = sum(taps[j].size_out for j in source[: source.index(k)])
+                w = q.astype(u.dtype) * u[start : start + taps[k].size_out]
+                v = w if v is None else v + w
+            return v
+
+        propagate(form, None if source else u, tap, dtype=u.dtype)
+        parts = [
+            jnp.zeros(taps[k].size_in, u.dtype) if seen[k] is None else scalings[k][2].astype(u.dtype) * seen[k]
+            for k in target
+        ]
+        return jnp.concatenate(parts)
+
+    if not transposed:
+        return forward(vector)
+    (out,) = jax.linear_transpose(forward, jax.ShapeDtypeStruct((in_size,), vector.dtype))(vector)
+    return out
+
+
+def _probabilistic(
+    form: LureForm, source: Node, target: Node, scalings: Sequence[TapScaling], seed: int, failure: float
+) -> tuple[float, int]:
+    host = host_form(form)
+    arrays = tuple((s.c, s.q, s.e) for s in scalings)
+    with jax.enable_x64(True):
+        product = partial(_block_product, form, arrays, source=source, target=target)
+        upper, _, steps = norms.golub_kahan(
+            lambda u: np.asarray(product(jnp.asarray(u), transposed=False)),
+            lambda u: np.asarray(product(jnp.asarray(u), transposed=True)),
+            host.node_size(source, source=True),
+            seed=seed,
+            failure=failure,
+        )
+    return upper, steps
+
+
+# --- the recursion -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Triangle:
+    """One run of the recursion.
+
+    Args:
+        value: of the whole network; per_class, pairwise: (K,), (K, K) or None.
+        parts: the block norms used.
+    """
+
+    value: float
+    per_class: np.ndarray | None
+    pairwise: np.ndarray | None
+    parts: tuple[Part, ...]
+    guarantee: str
+    failure: float
+
+
+def dual(norm: float) -> float:
+    return {1: math.inf, 2: 2, math.inf: 1}[norm]
+
+
+def recursion(
+    form: LureForm,
+    nodes: Sequence[Node],
+    scalings: Sequence[TapScaling],
+    request: Request,
+    *,
+    pairwise: bool,
+    found: dict[tuple[Node, Node], BlockNorm] | None = None,
+    rows: dict[Node, Enclosure] | None = None,
+) -> Triangle:
+    """The triangle recursion for one partition and one centre, every operation rounded up."""
+    host = host_form(form)
+    if found is None:
+        found = block_norms(form, structure(host, nodes, scalings), scalings, request)
+    if rows is None:
+        rows = {source: block.T for source, block in host.backward((), [(), *nodes], scalings).items()}
+    reach: dict[Node, float] = {(): 1.0}
+    parts: list[Part] = []
+
+    def part(source: Node, target: Node, norm: BlockNorm) -> None:
+        a, b = node_name(form, source, source=True), node_name(form, target, source=False)
+        parts.append(Part(a, b, norm.shape, norm.value, norm.guarantee, norm.how))
+
+    for target in nodes:
+        terms = []
+        for source in [(), *nodes]:
+            if (source, target) in found:
+                block = found[source, target]
+                part(source, target, block)
+                terms.append(mul_up(block.value, reach[source]))
+        reach[target] = add_up(*terms)
+    terms = []
+    classes = np.zeros(form.num_outputs)
+    pairs = np.zeros((form.num_outputs,) * 2)
+    q = dual(request.norm)
+    for source in [(), *nodes]:
+        if source not in rows:
+            continue
+        block = rows[source]
+        value = block_norm(host, block, request.norm)
+        part(source, (), BlockNorm(value, "verified", "Cholesky" if request.norm == 2 else "exact sums", block.shape))
+        terms.append(mul_up(value, reach[source]))
+        if pairwise:
+            dense = block.matrix.toarray() if sp.issparse(block.matrix) else block.matrix
+            slack = mul_up(block.error, math.sqrt(dense.shape[1]) * (1 + 1e-12) if q == 1 else 1.0)
+            classes += (norms.row_norms(dense, q) + slack) * reach[source]
+            pairs += norms.pairwise_row_norms(dense, q, block.error) * reach[source]
+    grow = 1 + gamma(4 * (len(nodes) + 2))
+    guarantee = weakest(p.guarantee for p in parts) if parts else "verified"
+    failure = FAILURE if guarantee == "probabilistic" else 0.0
+    if form.assumed:
+        guarantee = "assumed"
+    return Triangle(
+        add_up(*terms),
+        classes * grow if pairwise else None,
+        pairs * grow if pairwise else None,
+        tuple(parts),
+        guarantee,
+        failure,
+    )
+
+
+def smaller(first: Triangle, second: Triangle) -> Triangle:
+    """The best of two valid bounds: value, classes and pairs each on their own; parts of the smaller value."""
+    best = first if first.value <= second.value else second
+    pairs = None if first.pairwise is None else np.minimum(first.pairwise, second.pairwise)
+    classes = None if first.per_class is None else np.minimum(first.per_class, second.per_class)
+    both = weakest([first.guarantee, second.guarantee]) if pairs is not None else best.guarantee
+    failure = max(first.failure, second.failure) if pairs is not None else best.failure
+    return Triangle(best.value, classes, pairs, best.parts, both, failure)
+
+
+def triangle(form: LureForm, request: Request, *, pairwise: bool, centred: bool) -> Triangle:
+    """The recursion with one centre, over all partitions, the smallest result."""
+    scalings = loop_transform(form, request.norm, centred=centred)
+    best: Triangle | None = None
+    for nodes in partitions(form):
+        result = recursion(form, nodes, scalings, request, pairwise=pairwise)
+        best = result if best is None else smaller(best, result)
+    assert best is not None
+    return best

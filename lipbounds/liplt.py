@@ -1,0 +1,94 @@
+"""LipLT: the triangle recursion with the slopes' midpoints as centres, and its diagonal scalings."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from lipbounds import _scaling, _triangle
+from lipbounds._cores import Core
+from lipbounds._triangle import Request, Triangle
+from lipbounds.bound import Estimate, UpperBound
+from lipbounds.lure import LureForm
+from lipbounds.naive import Verb, check, estimate, finish
+
+SCALINGS = (None, "aol", "sll", "optimized")
+
+
+def _liplt(
+    form: LureForm,
+    *,
+    scaling: str | None = None,
+    norm: Any = 2,
+    pairwise: bool = False,
+    guarantee: str = "auto",
+    seed: int = 0,
+) -> UpperBound | Estimate:
+    """LipLT (CRM paper, Theorem 3.3): the loop transformation v = c y + r w, then the triangle recursion.
+
+        m_k = ||G[k, x]|| + sum_j ||G[k, j]|| m_j,    L <= m_out
+
+    Never more than `naive`: the smaller of the two is returned. Scalings replace G[k, j] by S_k G[k, j] S_j^-1 and
+    return the smallest of the scaled and the unscaled bound.
+
+    Args:
+        form: from `lb.trace` or `lb.from_weights`.
+        scaling: None, "aol", "sll" (Theorem 3.2, backward over the taps), or "optimized" (Adam on log S).
+        norm: 2, 1 or inf; the constant is of the map from (R^n, norm) to (R^K, norm). Scalings need norm 2.
+        pairwise: also L_ij of z_i - z_j for all pairs, and L_i per class.
+        guarantee: "auto" (verified up to 4096, else probabilistic at 1e-9), "verified", "probabilistic", "estimate".
+        seed: of the random start vectors of probabilistic norms.
+
+    Raises:
+        TypeError: not a form, or a form that is being traced (use `lb.liplt.core`).
+        ValueError: an unknown option, a scaling in another norm than 2, or a scaling of a network too large for it.
+    """
+    started = time.perf_counter()
+    norm = check(form, norm, guarantee, "liplt")
+    if scaling not in SCALINGS:
+        raise ValueError(f"scaling must be one of None, 'aol', 'sll', 'optimized', got {scaling!r}")
+    if scaling is not None and norm != 2:
+        raise ValueError("scalings of LipLT are for norm=2; use scaling=None in other norms")
+    if scaling is not None and guarantee in ("estimate", "probabilistic"):
+        raise ValueError(f"a scaling works on stored blocks, which are verified; guarantee={guarantee!r} needs scaling=None")
+    method = "liplt" if scaling is None else f"liplt-{scaling}"
+    request = Request(norm, guarantee if guarantee != "estimate" else "auto", seed)
+
+    def bound() -> Triangle:
+        return _triangle.smaller(
+            _triangle.triangle(form, request, pairwise=pairwise, centred=False),
+            _triangle.triangle(form, request, pairwise=pairwise, centred=True),
+        )
+
+    if guarantee == "estimate":
+        return estimate(form, liplt.core, norm, pairwise, seed, method, started, bound)
+    best = bound()
+    if scaling is not None:
+        for result in _scaled_bounds(form, scaling, request, pairwise):
+            best = _triangle.smaller(best, result)
+    return finish(best, norm, method, started)
+
+
+def _scaled_bounds(form: LureForm, scaling: str, request: Request, pairwise: bool) -> list[Triangle]:
+    scalings = _triangle.loop_transform(form, 2, centred=True)
+    results = []
+    for nodes in _triangle.partitions(form):
+        blocks = _scaling.stored_blocks(form, nodes, scalings)
+        rules = [scaling] if scaling != "optimized" else ["aol", "sll"]
+        starts = [_scaling.factors(form, nodes, blocks, rule) for rule in rules]
+        proved = [_scaling.run(form, nodes, scalings, blocks, f, request, pairwise=pairwise) for f in starts]
+        results += proved
+        if scaling == "optimized":
+            ones = {n: np.ones(sum(form.taps[k].size_out for k in n)) for n in nodes}
+            plain = _scaling.run(form, nodes, scalings, blocks, ones, request, pairwise=pairwise)
+            starts, proved = [ones, *starts], [plain, *proved]
+            start = starts[int(np.argmin([p.value for p in proved]))]
+            f = _scaling.optimize(form, nodes, blocks, start)
+            results.append(_scaling.run(form, nodes, scalings, blocks, f, request, pairwise=pairwise))
+    return results
+
+
+_liplt.__name__ = "liplt"
+liplt = Verb(_liplt, Core(centred=True))

@@ -1,0 +1,124 @@
+"""The naive bound: the triangle recursion with centre 0."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+
+from lipbounds import _triangle
+from lipbounds._cores import Core, run_core
+from lipbounds._triangle import Request, Triangle
+from lipbounds.bound import Estimate, UpperBound, check_norm
+from lipbounds.lure import LureForm
+
+GUARANTEES = ("auto", "verified", "probabilistic", "estimate")
+_ESTIMATE_STEPS = 50
+
+
+class Verb:
+    """A public bound `verb(form, ...)` with the jit-able `verb.core` beside it."""
+
+    def __init__(self, function: Any, core: Core):
+        self.__wrapped__ = function
+        self.__doc__ = function.__doc__
+        self.__name__ = function.__name__
+        self.__module__ = function.__module__
+        self.core = core
+        self.init = core.init
+
+    def __call__(self, form: LureForm, **kwargs: Any) -> UpperBound | Estimate:
+        return self.__wrapped__(form, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<lipbounds.{self.__name__}: call it on a form, or .core(form, state) under jit>"
+
+
+def check(form: Any, norm: Any, guarantee: str, verb: str) -> Any:
+    """The norm, after plain errors for everything that a verb cannot work with."""
+    if not isinstance(form, LureForm):
+        raise TypeError(f"lb.{verb} needs a LureForm from lb.trace or lb.from_weights, got {type(form).__name__}")
+    norm = check_norm(norm)
+    if guarantee not in GUARANTEES:
+        raise ValueError(f"guarantee must be one of {', '.join(GUARANTEES)}, got {guarantee!r}")
+    if form.is_traced:
+        raise TypeError(
+            f"lb.{verb} works on concrete weights; under jit, grad or vmap use lb.{verb}.core(form, state) with "
+            f"state = lb.{verb}.core.init(form, key), which gives estimates"
+        )
+    return norm
+
+
+def estimate(
+    form: LureForm, core: Core, norm: Any, pairwise: bool, seed: int, method: str, started: float, fallback: Any
+) -> Estimate:
+    """The core's result as an Estimate; in norms 1 and inf, where the exact sums are cheap, the bound itself."""
+    if norm == 2:
+        constants = run_core(core, form, jax.random.key(seed), _ESTIMATE_STEPS, pairwise)
+        value, classes, pairs = constants
+        notes = (f"{_ESTIMATE_STEPS} power iterations per block: neither an upper nor a lower bound",)
+    else:
+        result = fallback()
+        value, classes, pairs = result.value, result.per_class, result.pairwise
+        notes = ("induced norms are summed exactly also in estimate mode",)
+    return Estimate(
+        value=float(value),
+        norm=norm,
+        guarantee="estimate",
+        method=method,
+        seconds=time.perf_counter() - started,
+        pairwise=pairs,
+        per_class=classes,
+        notes=notes,
+    )
+
+
+def finish(result: Triangle, norm: Any, method: str, started: float, notes: tuple[str, ...] = ()) -> UpperBound:
+    return UpperBound(
+        value=result.value,
+        norm=norm,
+        guarantee=result.guarantee,
+        method=method,
+        seconds=time.perf_counter() - started,
+        pairwise=result.pairwise,
+        per_class=result.per_class,
+        parts=result.parts,
+        failure_probability=result.failure,
+        notes=notes,
+    )
+
+
+def _naive(
+    form: LureForm, *, norm: Any = 2, pairwise: bool = False, guarantee: str = "auto", seed: int = 0
+) -> UpperBound | Estimate:
+    """The naive Lipschitz bound: on a chain, the product of the layers' norms.
+
+    m_k = sum_j ||G[k, j]|| m_j with centre 0 and radius max|slope|, so L <= m_out. On residual networks at most the
+    textbook product of block bounds (CRM paper, eq. 13).
+
+    Args:
+        form: from `lb.trace` or `lb.from_weights`.
+        norm: 2, 1 or inf; the constant is of the map from (R^n, norm) to (R^K, norm).
+        pairwise: also L_ij of z_i - z_j for all pairs, and L_i per class.
+        guarantee: "auto" (verified up to 4096, else probabilistic at 1e-9), "verified", "probabilistic", "estimate".
+        seed: of the random start vectors of probabilistic norms.
+
+    Raises:
+        TypeError: not a form, or a form that is being traced (use `lb.naive.core`).
+        ValueError: an unknown norm or guarantee.
+    """
+    started = time.perf_counter()
+    norm = check(form, norm, guarantee, "naive")
+    request = Request(norm, guarantee if guarantee != "estimate" else "auto", seed)
+
+    def bound() -> Triangle:
+        return _triangle.triangle(form, request, pairwise=pairwise, centred=False)
+
+    if guarantee == "estimate":
+        return estimate(form, naive.core, norm, pairwise, seed, "naive", started, bound)
+    return finish(bound(), norm, "naive", started)
+
+
+_naive.__name__ = "naive"
+naive = Verb(_naive, Core(centred=False))

@@ -1,0 +1,318 @@
+"""Certified radii: how far an input must move before the predicted class can change.
+
+    r(x) = min over i != y of (z_y - z_i) / L_yi       for correctly classified x, 0 otherwise
+
+in the norm of the bound and in the units of the traced function's input. The logits are those of the certified network
+(exact real arithmetic): they are computed in float64 on the host and the rounding error of that computation is bounded
+and subtracted, so a radius is as good as its bound.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse as sp
+
+from lipbounds import _rules, _triangle, activations, norms
+from lipbounds._lower import Tap
+from lipbounds._rounding import U, add_up, gamma
+from lipbounds._rules import StaticArray
+from lipbounds._tables import new_axes
+from lipbounds.bound import NORM_NAMES, UpperBound
+from lipbounds.linmap import HostForm, Node, TapScaling
+from lipbounds.liplt import liplt
+from lipbounds.lure import LureForm, flat_slopes, multiplicity
+
+_CHUNK = 2**24  # entries of the widest tensor of one chunk of examples
+
+
+@dataclass(frozen=True, eq=False)
+class Radii:
+    """Certified radii of N examples.
+
+    Args:
+        radius: (N,) in the units of the traced function's input; 0 where misclassified or tied; inf where no class can
+            ever win (L_yi = 0 with positive margin).
+        correct: (N,) whether the certified network classifies the example as labelled (ties count as wrong).
+        norm: 2, 1 or inf, of the perturbation.
+        guarantee: that of the bound ("verified", "probabilistic", "assumed").
+        method: of the bound.
+        notes: what a reader should know.
+    """
+
+    radius: np.ndarray
+    correct: np.ndarray
+    norm: float
+    guarantee: str
+    method: str
+    notes: tuple[str, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.radius)
+
+    def certified(self, eps: float) -> np.ndarray:
+        """(N,) whether no perturbation of norm at most eps changes the class: r > eps."""
+        eps = float(eps)
+        if not eps >= 0:
+            raise ValueError(f"eps must be a number >= 0, got {eps}")
+        return self.radius > eps
+
+    def accuracy(self, eps: float) -> float:
+        """Certified accuracy: the share of examples that are correct and certified at eps."""
+        if not len(self.radius):
+            raise ValueError("the accuracy of an empty batch is not defined")
+        return float(self.certified(eps).mean())
+
+    def __repr__(self) -> str:
+        n = len(self.radius)
+        head = f"Radii: {n} examples, {NORM_NAMES[self.norm]}, {self.guarantee} ({self.method})"
+        if not n:
+            return head
+        share = self.correct.mean()
+        finite = self.radius[self.correct]
+        middle = f"{np.median(finite):.4g}" if finite.size else "none"
+        lines = [head, f"  correct   {share:.2%}", f"  median radius of correct examples: {middle}"]
+        return "\n".join([*lines, *(f"  note      {note}" for note in self.notes)])
+
+    def _repr_html_(self) -> str:
+        return "<pre>" + self.__repr__().replace("<", "&lt;") + "</pre>"
+
+    def plot(self, ax: Any = None) -> Any:
+        """Certified accuracy against eps; returns the matplotlib Axes."""
+        ax = new_axes() if ax is None else ax
+        finite = np.sort(self.radius[np.isfinite(self.radius)])
+        top = finite[-1] if finite.size and finite[-1] > 0 else 1.0
+        eps = np.linspace(0, 1.05 * top, 400)
+        share = [self.certified(e).mean() if len(self.radius) else 0.0 for e in eps]
+        ax.plot(eps, share, label=f"{self.method} ({self.guarantee})")
+        ax.set(xlabel=f"eps ({NORM_NAMES[self.norm]}, units of the input)", ylabel="certified accuracy", ylim=(0, 1))
+        ax.legend()
+        return ax
+
+
+def certified_radius(
+    form: LureForm, X: Any, y: Any, bound: UpperBound | None = None, local: bool = False
+) -> Radii:
+    """Certified radii of labelled examples.
+
+    Args:
+        form: from `lb.trace`; radii are in the units of its input. Put normalisation inside the traced function.
+        X: (N, *in_shape), floating point.
+        y: (N,) integer labels.
+        bound: an UpperBound of this form, best with `pairwise=True`; without pairs, the constant of every pair is
+            sqrt(2) L (norm 2; L for norm 1, 2 L for norm inf). None computes `lb.liplt(form, pairwise=True)`.
+        local: local bounds around each example; not offered by this version.
+
+    Raises:
+        TypeError: an Estimate or LowerBound in place of an upper bound.
+        ValueError: shapes, labels out of range, values that are not finite, a bound of another network's size.
+    """
+    if not isinstance(form, LureForm):
+        raise TypeError(f"certified_radius needs a LureForm from lb.trace, got {type(form).__name__}")
+    if form.is_traced:
+        raise TypeError("certified_radius works on concrete weights, outside jit, grad and vmap")
+    if local:
+        raise ValueError("local=True is not offered by this version; use local=False for global constants")
+    x, labels = _examples(form, X, y)
+    if bound is None:
+        bound = liplt(form, pairwise=True)
+    if not isinstance(bound, UpperBound):
+        raise TypeError(f"a radius needs an UpperBound, got {type(bound).__name__}: it would prove nothing")
+    constants, notes = _pair_constants(bound, form.num_outputs)
+    z, error = logits(form, x)
+    rows = np.arange(len(labels))
+    slack = error * (math.sqrt(2) * (1 + 8 * U))
+    with np.errstate(over="ignore"):
+        gaps = z[rows, labels][:, None] - z
+        gaps = gaps - (np.abs(gaps) * 4 * U + slack[:, None])  # proved margins, rounded down
+        gaps[rows, labels] = np.inf
+        scale = constants[labels]
+        zero = scale == 0
+        ratio = gaps / np.where(zero, 1.0, scale) * (1 - 4 * U)
+    ratio = np.where(zero & (gaps > 0), np.inf, ratio)
+    correct = (gaps > 0).all(axis=1)
+    radius = np.where(correct, ratio.min(axis=1, initial=np.inf), 0.0)
+    return Radii(radius, correct, bound.norm, bound.guarantee, bound.method, notes)
+
+
+def _examples(form: LureForm, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
+    x, labels = np.asarray(X), np.asarray(y)
+    if x.dtype.kind not in "f" and x.dtype.name not in ("bfloat16", "float16"):
+        raise ValueError(f"X must be floating point in the units of the traced function, got {x.dtype}: cast it first")
+    if x.ndim != len(form.in_shape) + 1 or x.shape[1:] != form.in_shape:
+        raise ValueError(f"X must have shape (N, {', '.join(map(str, form.in_shape))}), got {x.shape}")
+    if labels.shape != (len(x),):
+        raise ValueError(f"y must have shape ({len(x)},), one label per example, got {labels.shape}")
+    if len(labels) and labels.dtype.kind not in "iu":
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
+    if form.num_outputs < 2:
+        raise ValueError("a radius needs at least two outputs (classes), this network has one")
+    labels = labels.astype(np.int64)
+    if ((labels < 0) | (labels >= form.num_outputs)).any():
+        bad = labels[(labels < 0) | (labels >= form.num_outputs)][0]
+        raise ValueError(f"labels must lie in 0..{form.num_outputs - 1}, got {bad}")
+    x = x.astype(np.float64)
+    if not np.isfinite(x).all():
+        raise ValueError("X holds NaN or infinite values")
+    return x, labels
+
+
+def _pair_constants(bound: UpperBound, classes: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    if bound.pairwise is not None:
+        if bound.pairwise.shape != (classes, classes):
+            raise ValueError(f"the bound is of a network with {len(bound.pairwise)} outputs, this one has {classes}")
+        return bound.pairwise, ()
+    constant = bound.any_pair()
+    name = {1: "L", 2: "sqrt(2) L"}.get(bound.norm, "2 L")
+    note = f"without pairwise constants every pair uses {name} = {constant:.6g}; pairwise=True is never worse"
+    return np.full((classes, classes), constant), (note,)
+
+
+# --- logits with a proved error ------------------------------------------------------------------------------------
+
+
+def logits(form: LureForm, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(z, error): float64 logits (N, K) and proved (N,) bounds of ||z - z_exact||_2.
+
+    Between taps the rounding errors of the linear steps are bounded entrywise; at each tap their 2-norm is carried to
+    the output by the constants of the naive recursion,
+        t_k = ||delta_k|| + sum_j ||D[k, j]|| (max|slope_j| t_j + ||eta_j||),
+    with delta_k the error made since the last taps and eta_j that of evaluating tap j.
+    """
+    host = _triangle.host_form(form)
+    widest = max(int(np.prod(shape)) for shape in form.program.shapes)
+    step = max(1, _CHUNK // max(widest, 1))
+    carried = _carriers(form, host)
+    z = np.zeros((len(x), form.num_outputs))
+    error = np.zeros(len(x))
+    for start in range(0, len(x), step):
+        part = slice(start, start + step)
+        z[part], error[part] = _run(form, host, carried, x[part].reshape(len(x[part]), -1))
+    if not np.isfinite(z).all() or not np.isfinite(error).all():
+        raise ValueError("the network is not finite at some of these examples")
+    return z, error
+
+
+def _carriers(form: LureForm, host: HostForm) -> dict[tuple[int, int], float]:
+    """||D[k, j]||_2 of the direct linear map from the output of tap j to y_k (k = -1: the output), proved."""
+    plain = [
+        TapScaling(None, np.ones(t.size_out), s.e)
+        for t, s in zip(form.taps, _triangle.loop_transform(form, 2, centred=False), strict=True)
+    ]
+    nodes: list[Node] = [(k,) for k in range(len(form.taps))]
+    pairs = [p for p in _triangle.structure(host, nodes, plain) if p[0]]
+    found = {}
+    for (source, target), block in _triangle.matrices(host, pairs, plain):
+        found[target[0], source[0]] = _proved(host, block)
+    for source, block in host.backward((), nodes, plain).items():
+        found[-1, source[0]] = _proved(host, block)
+    return found
+
+
+def _proved(host: HostForm, block: norms.Enclosure) -> float:
+    if min(block.shape) <= _triangle.DENSE_LIMIT // 4:
+        return _triangle.block_norm(host, block, 2)
+    return add_up(norms._cheap_norm(block.matrix), block.error)
+
+
+def _run(
+    form: LureForm, host: HostForm, carried: dict[tuple[int, int], float], x: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    program, count = form.program, len(x)
+    values: dict[int, np.ndarray] = {0: x.T}
+    errors: dict[int, np.ndarray] = {0: np.zeros_like(x.T)}
+    total: dict[int, np.ndarray] = {}
+    evaluation: dict[int, np.ndarray] = {}
+
+    def length(entries: np.ndarray) -> np.ndarray:
+        top = np.maximum(entries.max(axis=0, initial=0.0), 1e-300)
+        return top * np.sqrt(np.square(entries / top).sum(axis=0)) * (1 + gamma(len(entries) + 8))
+
+    def gather(target: int, delta: np.ndarray) -> np.ndarray:
+        """t_k per example."""
+        t = length(delta)
+        for j, tap in enumerate(program.taps):
+            if (target, j) in carried and j in total:
+                slope = _largest_slope(form, j, tap)
+                t = t + carried[target, j] * (slope * total[j] + evaluation[j])
+        return t * (1 + gamma(4 * len(program.taps) + 8))
+
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        for place, step in enumerate(program.steps):
+            if isinstance(step, int):
+                tap = program.taps[step]
+                y = np.concatenate([values[i] for i in tap.inputs])
+                delta = np.concatenate([errors[i] for i in tap.inputs])
+                scale = np.sqrt(multiplicity(tap))[:, None] * (1 + 4 * U)
+                total[step] = gather(step, delta * scale)
+                v, eta = _apply(host, tap, y)
+                evaluation[step] = length(eta)
+                begin = 0
+                for register in tap.outputs:
+                    size = int(np.prod(program.shapes[register]))
+                    values[register] = v[begin : begin + size]
+                    errors[register] = np.zeros((size, count))
+                    begin += size
+                continue
+            out = np.zeros((int(np.prod(program.shapes[step.output])), count))
+            error = np.zeros_like(out)
+            offset = _offset(host, step, program.shapes)
+            if offset is not None:
+                out = out + offset[:, None]
+            for m in host.step(place):
+                value, wrong = values[m.register], errors[m.register]
+                if m.rows is not None and (m.rows >= 0).all():
+                    product, spread = value[m.rows], wrong[m.rows]
+                else:
+                    size = abs(m.matrix)
+                    terms = int(np.diff(m.matrix.indptr).max(initial=0)) if sp.issparse(m.matrix) else size.shape[1]
+                    product = m.matrix @ value
+                    spread = size @ (wrong * (1 + 2 * m.relerr) + np.abs(value) * (gamma(terms + 1) + m.relerr))
+                    spread = spread * (1 + gamma(terms + 4)) + terms * 2.0**-1022
+                out = out + product
+                error = (error + spread + np.abs(out) * U) * (1 + 4 * U)
+            values[step.output], errors[step.output] = out, error
+        z = values[program.output]
+        return z.T, gather(-1, errors[program.output])
+
+
+def _offset(host: HostForm, step: Any, shapes: Any) -> np.ndarray | None:
+    """The constant part of an affine step."""
+    if not _rules.KINDS[step.kind].joint or all(i >= 0 for i in step.inputs):
+        return None
+    args = []
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        for i in step.inputs:
+            args.append(jnp.zeros(shapes[i]) if i >= 0 else jnp.asarray(host.consts[-1 - i], jnp.float64))
+        return np.asarray(_rules.KINDS[step.kind].apply(dict(step.params), *args), np.float64).ravel()
+
+
+def _largest_slope(form: LureForm, k: int, tap: Tap) -> float:
+    if tap.groups is not None:
+        return 1.0
+    lower, upper = flat_slopes(form, k)
+    return float(max(np.abs(lower).max(initial=0.0), np.abs(upper).max(initial=0.0)))
+
+
+def _apply(host: HostForm, tap: Tap, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(v, error): the tap at the columns of y (size_in, N), and an entrywise bound of its evaluation error."""
+    if tap.expr is not None:
+        consts = [c.array if isinstance(c, StaticArray) else host.consts[c] for c in tap.consts]
+        point = y.T.reshape(y.shape[1], *tap.shapes[0])
+        low, high = activations.enclose(tap.expr, consts, point, point)
+        low, high = (np.broadcast_to(a, point.shape).reshape(y.shape[1], -1).T for a in (low, high))
+        middle = low + (high - low) / 2
+        return middle, np.nextafter(np.maximum(high - middle, middle - low), np.inf) * (high > low)
+    assert tap.groups is not None
+    rows = y[tap.groups.array]  # (groups, width, N)
+    if tap.kind == "sort":
+        v = np.zeros((tap.size_out, y.shape[1]))
+        v[tap.groups.array] = np.sort(rows, axis=1)
+    else:
+        v = rows.max(axis=1) if tap.kind == "max" else rows.min(axis=1)
+    return v, np.zeros_like(v)

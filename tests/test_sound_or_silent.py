@@ -1,0 +1,465 @@
+"""Functions that a careless tracer gets wrong: each is refused, or its bound is above every slope it attains.
+
+The slopes are those of the user's own function (float32, no part of the library in between), between points
+chosen to be nasty: ties, zeros, signs, and the two sides of a jump. `fair` marks what must not be refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attained import vector_norm
+from jax import lax, nn
+from jax.ad_checkpoint import checkpoint_name
+
+import lipbounds as lb
+
+Fn = Callable[[jax.Array], Any]
+N = 8
+W = jnp.asarray(np.random.default_rng(1).normal(size=(N, N)) / 2, jnp.float32)
+C = jnp.asarray(np.random.default_rng(2).normal(size=N), jnp.float32)
+
+
+@dataclass(frozen=True)
+class Trick:
+    fn: Fn
+    accept: bool
+
+
+TRICKS: dict[str, Trick] = {}
+
+
+def trick(fn: Fn) -> Fn:
+    """May be refused or bounded, as long as it is sound."""
+    TRICKS[fn.__name__] = Trick(fn, False)
+    return fn
+
+
+def fair(fn: Fn) -> Fn:
+    """Lipschitz in a way that the library promises to read: must be accepted."""
+    TRICKS[fn.__name__] = Trick(fn, True)
+    return fn
+
+
+# ----------------------------------------------------------------------------------- casts and bits
+@trick
+def through_integers(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.int32).astype(jnp.float32)
+
+
+@trick
+def through_integers_after_an_activation(x: jax.Array) -> jax.Array:
+    return nn.relu(W @ x).astype(jnp.int32).astype(jnp.float32)
+
+
+@trick
+def through_bool_after_an_activation(x: jax.Array) -> jax.Array:
+    return jnp.tanh(nn.relu(x).astype(bool).astype(jnp.float32))
+
+
+@trick
+def integer_arithmetic_between_activations(x: jax.Array) -> jax.Array:
+    return jnp.tanh((4.0 * jnp.tanh(x)).astype(jnp.int32).astype(jnp.float32) / 2.0)
+
+
+@trick
+def through_bool(x: jax.Array) -> jax.Array:
+    return x.astype(bool).astype(jnp.float32)
+
+
+@trick
+def through_small_integers(x: jax.Array) -> jax.Array:
+    return W @ (10.0 * x).astype(jnp.int8).astype(jnp.float32)
+
+
+@trick
+def bits(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & 0x7FF00000, jnp.float32)
+
+
+@trick
+def parts_of_a_complex_number(x: jax.Array) -> jax.Array:
+    return jnp.abs(lax.complex(x, 2.0 * x))
+
+
+# --------------------------------------------------------------------------------- groups and pairs
+@fair
+def maximum_taken_twice(x: jax.Array) -> jax.Array:
+    """Looks like MaxMin, is not: sqrt(2), not 1."""
+    a, b = jnp.split(x, 2)
+    return jnp.concatenate([jnp.maximum(a, b), jnp.maximum(a, b)])
+
+
+@fair
+def maximum_and_minimum_of_different_pairs(x: jax.Array) -> jax.Array:
+    a, b = jnp.split(x, 2)
+    return jnp.concatenate([jnp.maximum(a, b), jnp.minimum(a, b[::-1])])
+
+
+@fair
+def minimum_used_twice_beside_the_maximum(x: jax.Array) -> jax.Array:
+    a, b = jnp.split(x, 2)
+    return jnp.concatenate([jnp.minimum(a, b), jnp.maximum(b, a), jnp.minimum(b, a)])
+
+
+@fair
+def maxmin_with_one_half_scaled(x: jax.Array) -> jax.Array:
+    a, b = jnp.split(x, 2)
+    return jnp.concatenate([jnp.maximum(a, b), 3.0 * jnp.minimum(a, b)])
+
+
+@fair
+def maximum_with_its_own_reverse(x: jax.Array) -> jax.Array:
+    return jnp.maximum(x, x[::-1])
+
+
+@fair
+def maximum_with_a_multiple_of_itself(x: jax.Array) -> jax.Array:
+    return jnp.maximum(x, -3.0 * x)
+
+
+@fair
+def maximum_of_maxima(x: jax.Array) -> jax.Array:
+    return jnp.maximum(jnp.maximum(x, 2.0 * jnp.roll(x, 1)), jnp.roll(x, 3) - 1.0)
+
+
+@fair
+def maximum_with_the_same_scalar(x: jax.Array) -> jax.Array:
+    """One entry is in all groups: the constant grows with their number."""
+    return jnp.maximum(x[1:], x[0])
+
+
+@trick
+def running_maximum(x: jax.Array) -> jax.Array:
+    return lax.cummax(x)
+
+
+@fair
+def reduce_min_of_overlaps(x: jax.Array) -> jax.Array:
+    return jnp.stack([jnp.min(x[:6]), jnp.min(x[2:]), jnp.max(x[1:7])])
+
+
+@fair
+def sort_everything(x: jax.Array) -> jax.Array:
+    return W @ jnp.sort(jnp.concatenate([x, x[:2]]))[2:]
+
+
+@trick
+def sort_constants_by_the_input(x: jax.Array) -> jax.Array:
+    return lax.sort_key_val(x, C)[1]
+
+
+@trick
+def sort_another_tensor_by_the_input(x: jax.Array) -> jax.Array:
+    return lax.sort((x, 5.0 * x[::-1]), num_keys=1)[1]
+
+
+@trick
+def median(x: jax.Array) -> jax.Array:
+    return jnp.median(x.reshape(2, 4), axis=1)
+
+
+# -------------------------------------------------------------------------------------- comparisons
+@fair
+def relu_by_where_and_zeros(x: jax.Array) -> jax.Array:
+    return jnp.where(x > 0, x, jnp.zeros_like(x))
+
+
+@trick
+def where_between_two_variables(x: jax.Array) -> jax.Array:
+    y = W @ x
+    return jnp.where(x > y, x, y)
+
+
+@trick
+def where_by_another_variable(x: jax.Array) -> jax.Array:
+    return jnp.where(x > 0, W @ x, 0.0)
+
+
+@trick
+def where_with_shifted_predicate(x: jax.Array) -> jax.Array:
+    return jnp.where(jnp.roll(x, 1) > 0, x, 0.0)
+
+
+@trick
+def relu_that_reads_its_neighbour_by_broadcasting(x: jax.Array) -> jax.Array:
+    return jnp.where(x[:1] > 0, x, 0.0)
+
+
+@trick
+def jump_far_away(x: jax.Array) -> jax.Array:
+    return jnp.where(x > 3.0, x + 1.0, x)
+
+
+@trick
+def jump_at_one_point(x: jax.Array) -> jax.Array:
+    """Both sides agree, the point between them does not."""
+    return jnp.where(x == 1.0, 7.0, x)
+
+
+@fair
+def three_branches(x: jax.Array) -> jax.Array:
+    return jnp.where(x > 1.0, 2.0 * x - 1.0, jnp.where(x < -1.0, 0.5 * x - 0.5, x))
+
+
+@trick
+def guard_that_is_no_guard(x: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isnan(jnp.roll(x, 1) * 0.0 / jnp.abs(x)), 0.0, x)
+
+
+@trick
+def comparison_as_a_number(x: jax.Array) -> jax.Array:
+    return W @ (x > C).astype(jnp.float32)
+
+
+@trick
+def logic(x: jax.Array) -> jax.Array:
+    return jnp.where((x > 0) & (jnp.roll(x, 1) > 0), x, 0.0)
+
+
+@trick
+def sign_times_something(x: jax.Array) -> jax.Array:
+    return jnp.sign(x) * (W @ x)
+
+
+@fair
+def absolute_by_sign(x: jax.Array) -> jax.Array:
+    return jnp.sign(x) * x
+
+
+@trick
+def clamp_between_variables(x: jax.Array) -> jax.Array:
+    return lax.clamp(jnp.minimum(x[::-1], 0.0), 4.0 * x, jnp.maximum(2.0 * x[::-1], 0.0))
+
+
+# --------------------------------------------------------------------- products and their disguises
+@trick
+def product_through_logarithms(x: jax.Array) -> jax.Array:
+    return jnp.exp(jnp.log(jnp.abs(x) + 1.0) + jnp.log(jnp.abs(x[::-1]) + 1.0))
+
+
+@trick
+def product_of_bounded_things(x: jax.Array) -> jax.Array:
+    return jnp.tanh(4.0 * x) * jnp.tanh(4.0 * x[::-1])
+
+
+@trick
+def square_as_einsum(x: jax.Array) -> jax.Array:
+    return jnp.einsum("i,i->i", x, x)
+
+
+@trick
+def power_of_two_variables(x: jax.Array) -> jax.Array:
+    return jnp.power(jnp.abs(x) + 1.0, jnp.tanh(x[::-1]))
+
+
+@trick
+def angle(x: jax.Array) -> jax.Array:
+    return jnp.arctan2(x, x[::-1])
+
+
+@trick
+def log_add_exp(x: jax.Array) -> jax.Array:
+    return jnp.logaddexp(x, 2.0 * x[::-1])
+
+
+@trick
+def steep_but_bounded(x: jax.Array) -> jax.Array:
+    return jnp.tanh(1e4 * x) + jnp.sin(50.0 * x) / 5.0
+
+
+@trick
+def slope_grows_late(x: jax.Array) -> jax.Array:
+    """Flat on any grid near zero, steep beyond 30."""
+    return nn.softplus(x - 30.0) * 100.0 + x
+
+
+@trick
+def chirp(x: jax.Array) -> jax.Array:
+    return jnp.sin(x * x)
+
+
+@trick
+def square_root_of_absolute_value(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.abs(x) + 1e-12)
+
+
+@trick
+def gradient_of_a_network(x: jax.Array) -> jax.Array:
+    """The input gradient of a relu network jumps."""
+    return jax.grad(lambda x: jnp.sum(nn.relu(W @ x)))(x)
+
+
+@fair
+def gradient_of_a_quadratic(x: jax.Array) -> jax.Array:
+    return jax.grad(lambda x: 0.5 * jnp.vdot(W @ x, W @ x))(x)
+
+
+@trick
+def gradient_of_a_smooth_network(x: jax.Array) -> jax.Array:
+    return jax.grad(lambda x: jnp.sum(nn.softplus(W @ x)))(x)
+
+
+# --------------------------------------------------------------------------------- indices, scatter
+@trick
+def scatter_overwrites_some(x: jax.Array) -> jax.Array:
+    return jnp.zeros(5).at[jnp.array([0, 2, 4])].set(x[:3]).at[jnp.array([1, 1])].add(x[3:5])
+
+
+@trick
+def scatter_maximum(x: jax.Array) -> jax.Array:
+    return x.at[jnp.array([0, 1, 1])].max(3.0 * x[5:])
+
+
+@trick
+def scatter_product(x: jax.Array) -> jax.Array:
+    return x.at[jnp.array([0, 1])].multiply(x[5:7])
+
+
+@fair
+def scatter_scaling(x: jax.Array) -> jax.Array:
+    return x.at[jnp.array([0, 1])].add(10.0 * x[5:7])
+
+
+@trick
+def indices_out_of_range(x: jax.Array) -> jax.Array:
+    return x[jnp.array([0, 20, -3])] + x.at[jnp.array([1, 99])].get(mode="fill", fill_value=2.0).sum()
+
+
+@trick
+def interpolation_in_a_table(x: jax.Array) -> jax.Array:
+    return jnp.interp(x, jnp.array([-1.0, 0.0, 2.0]), jnp.array([0.0, 9.0, 1.0]))
+
+
+# -------------------------------------------------------------------------------- loops and control
+@fair
+def recurrent_network(x: jax.Array) -> jax.Array:
+    """The input itself is scanned over, in reverse, and the carry starts at zero."""
+
+    def cell(h: jax.Array, xi: jax.Array) -> tuple[jax.Array, jax.Array]:
+        h = jnp.tanh(W[:3, :3] @ h + W[:3, 3] * xi)
+        return h, h[0]
+
+    h, trace = lax.scan(cell, jnp.zeros(3), x, reverse=True)
+    return jnp.concatenate([h, trace])
+
+
+@fair
+def scan_with_a_constant_switch(x: jax.Array) -> jax.Array:
+    """Which branch a step takes depends on the counter only."""
+
+    def step(h: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+        return lax.cond(i % 2 == 0, lambda h: nn.relu(W @ h), lambda h: 2.0 * h[::-1], h), None
+
+    return lax.scan(step, x, jnp.arange(4))[0]
+
+
+@trick
+def gated_by_a_carry(x: jax.Array) -> jax.Array:
+    def step(h: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
+        return h * jnp.tanh(w @ h), None
+
+    return lax.scan(step, x, jnp.stack([W, W]))[0]
+
+
+@trick
+def switch_by_the_input(x: jax.Array) -> jax.Array:
+    return lax.switch(jnp.argmax(x[:2]), (jnp.tanh, nn.relu), x)
+
+
+@trick
+def loop_count_from_the_input(x: jax.Array) -> jax.Array:
+    return lax.fori_loop(0, jnp.clip(x[0], 0.0, 3.0).astype(jnp.int32), lambda i, h: 1.5 * h, x)
+
+
+@fair
+def names_barriers_and_checkpoints(x: jax.Array) -> jax.Array:
+    h = checkpoint_name(W @ x, "hidden")
+    return jax.checkpoint(lambda h: checkpoint_name(nn.relu(h), "after"), policy=None)(h)
+
+
+@fair
+def resized_image(x: jax.Array) -> jax.Array:
+    return jax.image.resize(x.reshape(2, 4), (3, 5), "bilinear").reshape(-1)
+
+
+@fair
+def device_put_is_the_identity(x: jax.Array) -> jax.Array:
+    return nn.relu(jax.device_put(W @ x))
+
+
+@fair
+def convolution_by_name(x: jax.Array) -> jax.Array:
+    return jnp.convolve(x, jnp.array([1.0, -2.0, 0.5]), mode="same")
+
+
+@trick
+def randomness_with_a_constant_key(x: jax.Array) -> jax.Array:
+    return nn.relu(W @ x + jax.random.normal(jax.random.key(0), (N,)))
+
+
+# ------------------------------------------------------------------------------------ the assertion
+def nasty_points() -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of points far apart, near one another, and on both sides of ties, zeros and special values."""
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(400, N)) * 10.0 ** rng.uniform(-1.5, 1.7, size=(400, 1))
+    special = rng.choice([-3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0, 0.25], size=(400, N))
+    tied = np.repeat(rng.normal(size=(200, N // 2)), 2, axis=1)[:, rng.permutation(N)]
+    centres = np.concatenate([base, special, tied])
+    directions = rng.normal(size=centres.shape)
+    directions[::3] *= rng.random(size=directions[::3].shape) < 0.2
+    directions += 1e-3 * (np.abs(directions).sum(axis=1, keepdims=True) == 0)
+    lengths = 10.0 ** rng.uniform(-2.0, 0.5, size=(len(centres), 1))
+    step = lengths * directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    first = np.concatenate([centres + step, centres, base[:200]])
+    second = np.concatenate([centres - step, centres + step, base[200:]])
+    return first.astype(np.float32), second.astype(np.float32)
+
+
+@pytest.mark.parametrize("name", sorted(TRICKS))
+def test_sound_or_silent(name: str) -> None:
+    case = TRICKS[name]
+    try:
+        form = lb.trace(case.fn, jnp.asarray(C))
+        bounds = [(p, lb.liplt(form, norm=p).value) for p in (2, 1, np.inf)]
+    except lb.UnsupportedError as error:
+        assert not case.accept, f"refused: {error}"
+        return
+    first, second = nasty_points()
+    f = jax.jit(jax.vmap(case.fn))
+    a, b = (np.asarray(f(jnp.asarray(x)), np.float64) for x in (first, second))
+    rounding = 4e-6 * (np.abs(a).max(axis=1) + np.abs(b).max(axis=1))
+    for p, bound in bounds:
+        distance = vector_norm(first.astype(np.float64) - second, p)
+        excess = vector_norm(a - b, p) - rounding * N - bound * distance
+        assert excess.max() <= 0, f"a slope above the bound {bound} in norm {p}"
+
+
+def test_most_tricks_would_be_seen() -> None:
+    """The points do show the jumps: slopes of the jumping tricks are large."""
+    first, second = nasty_points()
+    for name in (
+        "through_integers",
+        "where_with_shifted_predicate",
+        "jump_far_away",
+        "comparison_as_a_number",
+    ):
+        f = jax.jit(jax.vmap(TRICKS[name].fn))
+        change = np.asarray(f(jnp.asarray(first))) - np.asarray(f(jnp.asarray(second)))
+        assert (vector_norm(change, 2) / vector_norm(first - second, 2)).max() > 10.0
+
+
+def test_debug_callbacks_do_not_matter() -> None:
+    def watched(x: jax.Array) -> jax.Array:
+        h = nn.relu(W @ x)
+        jax.debug.callback(lambda h: None, h)
+        return h
+
+    plain = lb.liplt(lb.trace(lambda x: nn.relu(W @ x), C)).value
+    assert lb.liplt(lb.trace(watched, C)).value == plain
