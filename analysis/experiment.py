@@ -138,7 +138,7 @@ def measure(
             label = LABELS.get(name, name)
             report(f"{label}, norm {key}")
             pairwise = norm == 2 or name != "empirical"  # the search over pairs is slow, one norm shows it
-            options = {"norm": norm, "pairwise": pairwise, "guarantee": guarantee, "seed": seed}
+            options: Json = {"norm": norm, "pairwise": pairwise, "guarantee": guarantee, "seed": seed}
             (row,) = lb.compare(form, x, methods=[name], **options)
             if row.kind == "none":
                 rows["refused"].append({"label": label, "norm": key, "reason": row.reason})

@@ -54,11 +54,11 @@ def render(results: Json, figures: dict[str, dict[str, str]]) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        "up": lambda value, digits=5: show(value, "up", digits),
-        "down": lambda value, digits=5: show(value, "down", digits),
-        "near": lambda value, digits=5: show(value, "near", digits),
+        "up": _up,
+        "down": _down,
+        "near": _near,
         "seconds": seconds_text,
-        "percent": lambda share: f"{100 * share:.1f} %",
+        "percent": _percent,
     }
     summaries = [summary(model) for model in results["models"]]
     return environment.from_string(template.read_text(encoding="utf-8")).render(
@@ -68,6 +68,22 @@ def render(results: Json, figures: dict[str, dict[str, str]]) -> str:
         norm_names=NORM_NAMES,
         meanings={word: text for word, text in MEANINGS.items() if word in _words(results)},
     )
+
+
+def _up(value: float, digits: int = 5) -> str:
+    return show(value, "up", digits)
+
+
+def _down(value: float, digits: int = 5) -> str:
+    return show(value, "down", digits)
+
+
+def _near(value: float, digits: int = 5) -> str:
+    return show(value, "near", digits)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def summary(model: Json) -> Json:

@@ -160,6 +160,8 @@ class _Lowering:
         eqn = value.producer
         if eqn is None or eqn.primitive not in _rules.ELEMENTWISE or len(eqn.outputs) != 1:
             return False
+        if not (jnp.issubdtype(value.dtype, jnp.floating) or value.dtype == np.bool_):
+            return False
         return all(v.shape == value.shape for v in eqn.inputs if v.depends)
 
     def is_linear(self, value: Value) -> bool:
@@ -234,7 +236,9 @@ class _Lowering:
 
     # -- deciding ---------------------------------------------------------------------------------------------------
 
-    def refuse(self, eqn: Eqn, why: Refused) -> None:
+    def refuse(self, eqn: Eqn, why: Refused, needed: set[int], base: Value | None = None) -> None:
+        """Note the refusal, and go on behind it (behind the whole function, if it is one of `base`)."""
+        needed.update(self.resolve(v).index for v in ([base] if base is not None else eqn.inputs) if v.depends)
         shape = eqn.outputs[0].shape
         key = (eqn.primitive, eqn.path, shape, why.reason)
         self.refused[key] = Unsupported(eqn.primitive, eqn.path, shape, why.reason, why.remedy)
@@ -296,7 +300,7 @@ class _Lowering:
             if not jnp.issubdtype(value.dtype, jnp.floating) and eqn.primitive not in _rules.ELEMENTWISE:
                 rule = _rules.RULES.get(eqn.primitive)
                 result = rule(eqn) if rule else _rules.UNKNOWN
-                self.refuse(eqn, result if isinstance(result, Refused) else _rules.NOT_FLOAT)
+                self.refuse(eqn, result if isinstance(result, Refused) else _rules.NOT_FLOAT, needed)
                 return
         rule = _rules.RULES.get(eqn.primitive)
         result = rule(eqn) if rule is not None else None
@@ -307,7 +311,7 @@ class _Lowering:
                 needed.add(found.base.index)
                 return
         if isinstance(result, Refused):
-            self.refuse(eqn, result)
+            self.refuse(eqn, result, needed)
         elif isinstance(result, Group):
             self.taps[eqn.outputs[0].index] = result
             needed.add(self.resolve(eqn.inputs[0]).index)
@@ -326,13 +330,13 @@ class _Lowering:
         elif eqn.primitive in _rules.ELEMENTWISE:
             self.decide_elementwise(eqn, needed)
         else:
-            self.refuse(eqn, _rules.UNKNOWN)
+            self.refuse(eqn, _rules.UNKNOWN, needed)
 
     def decide_elementwise(self, eqn: Eqn, needed: set[int]) -> None:
         value = eqn.outputs[0]
         pair = _is_pair(eqn)
         if not jnp.issubdtype(value.dtype, jnp.floating):
-            self.refuse(eqn, _rules.JUMP)
+            self.refuse(eqn, _rules.JUMP, needed)
             return
         found = self.elementwise(value, eqn)
         if isinstance(found, _Elementwise):
@@ -343,7 +347,8 @@ class _Lowering:
             self.taps[value.index] = Group(eqn.primitive, np.arange(2 * size, dtype=np.int32).reshape(2, size).T)
             needed.update(self.resolve(v).index for v in eqn.inputs)
         else:
-            self.refuse(eqn, found)
+            nearest = next(self.dominators(value), None)
+            self.refuse(eqn, found, needed, nearest[0] if nearest else None)
 
     def run(self) -> tuple[Program, tuple[Any, ...], tuple[Any, ...]]:
         (output,) = self.flat.outputs

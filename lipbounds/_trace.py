@@ -52,7 +52,7 @@ def trace(fn: Callable[..., Any], x: Any, *, batched: bool = False) -> LureForm:
         raise ValueError("batched=True needs an input with a leading batch axis")
     one = jax.ShapeDtypeStruct(spec.shape[1:], spec.dtype)
     form, flat = _form(lambda p, v: _row(call(p, v[None])), params, one)
-    _check_rows(call, params, one)
+    _check_rows(call, params, spec, form)
     _check_values(form, flat, lambda v: _row(call(params, v[None])), one)
     return form
 
@@ -213,6 +213,8 @@ def _form(call: Function, params: Any, spec: jax.ShapeDtypeStruct) -> tuple[Lure
         raise ValueError(f"the function must return one vector of shape (K,), it returned shape {output.shape}")
     if not jnp.issubdtype(output.dtype, jnp.floating) and not output.depends:
         raise ValueError(f"the function must return floating point numbers, it returned {output.dtype}")
+    if 0 in output.shape:
+        raise ValueError("the function must return at least one number, it returned an empty vector")
     program, leaves, slopes = lower(flat)
     form = LureForm(program, leaves, slopes)
     _check_weights(form)
@@ -262,25 +264,37 @@ def _check_values(form: LureForm, flat: Flat, fn: Callable[[Any], Any], spec: ja
             )
 
 
-def _check_rows(call: Function, params: Any, one: jax.ShapeDtypeStruct) -> None:
-    """Refuse a batch function whose first row's output depends on the second row of the input.
+_ROWS = 3  # rows of the batch on which independence is proved
 
-    Exact up to weights that are zero: the form of a batch of two is run on patterns of zeros and ones with absolute
-    values of all coefficients, so that nothing cancels.
+
+def _check_rows(call: Function, params: Any, spec: jax.ShapeDtypeStruct, form: LureForm) -> None:
+    """Refuse a batch function in which the output of one row depends on another row of the input.
+
+    Proved on a batch of three, exact up to weights that are zero: its form is run on patterns of zeros and ones with
+    coefficients replaced by one, so that nothing cancels. Row by row it must also agree with the form of one example.
     """
-    pair = jax.ShapeDtypeStruct((2, *one.shape), one.dtype)
-    form, _ = _form(lambda p, v: jnp.reshape(call(p, v), (-1,)), params, pair)
-    if form.is_traced:
+    shape = jax.eval_shape(call, params, spec).shape
+    if len(shape) not in (1, 2) or shape[0] != spec.shape[0]:
+        raise ValueError(f"batched=True: a batch of {spec.shape[0]} rows gave an output of shape {shape}, not one row each")
+    batch = jax.ShapeDtypeStruct((_ROWS, *spec.shape[1:]), spec.dtype)
+    wide, _ = _form(lambda p, v: jnp.reshape(call(p, v), (-1,)), params, batch)
+    if wide.is_traced:
         return
-    mask = np.zeros(pair.shape, np.float32)
-    mask[1] = 1
-    reached = np.asarray(_reach(form, jnp.asarray(mask)))
-    if reached[: reached.size // 2].any():
+    masks = np.zeros((_ROWS, *batch.shape), np.float32)
+    masks[np.arange(_ROWS), np.arange(_ROWS)] = 1
+    reached = np.stack([np.asarray(_reach(wide, jnp.asarray(m))).reshape(_ROWS, -1).any(axis=1) for m in masks])
+    mixed = (reached & ~np.eye(_ROWS, dtype=bool)).any()
+    if not mixed:
+        point = jnp.asarray(np.random.default_rng(1).standard_normal(batch.shape), batch.dtype)
+        rows = np.asarray(call(params, point), np.float64).reshape(_ROWS, -1)
+        ones = np.stack([np.asarray(_evaluate(form, row, batch.dtype), np.float64) for row in point])
+        mixed = bool(np.abs(rows - ones).max(initial=0.0) > 0.01 * (np.abs(rows).max(initial=0.0) + 1e-3))
+    if mixed:
         item = Unsupported(
             "batched function",
             "",
-            pair.shape,
-            "the output of one row depends on another row of the batch",
+            batch.shape,
+            "the output of one row depends on another row of the batch, or on how many there are",
             "call model.eval() on a copy if this is BatchNorm; otherwise trace a function of one example",
         )
         raise UnsupportedError((item,))

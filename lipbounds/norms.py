@@ -114,6 +114,17 @@ def _scaled(a: Any) -> tuple[Any, int]:
         return np.ldexp(a, -exponent), exponent
 
 
+def _products_stay_normal(a: Any, b: Any) -> bool:
+    """Whether no product of nonzero entries of A and B is below the normal range (zeros are exact)."""
+
+    def smallest(x: Any) -> float:
+        sizes = np.abs(_entries(x))
+        return float(sizes.min(where=sizes > 0, initial=math.inf))
+
+    least = (smallest(a), smallest(b))
+    return math.inf in least or least[0] * least[1] >= 2 * UNDERFLOW
+
+
 # --------------------------------------------------------------------------------------- vector norms of rows
 
 
@@ -368,7 +379,9 @@ def multiply(a: Any, m: Enclosure, relerr: float = 0.0, norm: float | None = Non
     grown = add_up(1.0, relerr)
     carried = mul_up(finite(norm, "norm") if norm is not None else mul_up(grown, cheap), m.error)
     rounding = mul_up(add_up(gamma(k), relerr), cheap, frobenius_norm(m.matrix))
-    underflow = mul_up(float(k), sqrt_up(float(rows) * float(cols)), UNDERFLOW)
+    underflow = 0.0
+    if not _products_stay_normal(a, m.matrix):
+        underflow = mul_up(float(k), sqrt_up(float(rows) * float(cols)), UNDERFLOW)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         product = _product(a, m.matrix)
     return Enclosure(product, add_up(carried, rounding, underflow))
@@ -423,13 +436,14 @@ def scale(m: Enclosure, rows: Any = None, cols: Any = None) -> Enclosure:
         d = as_matrix(np.atleast_2d(factors))[0]
         if d.shape != (matrix.shape[axis],):
             raise ValueError(f"{d.size} factors for a side of {matrix.shape[axis]}")
+        safe = _products_stay_normal(matrix, d)
         with np.errstate(over="ignore", under="ignore"):
             if is_sparse(matrix):
                 matrix = sp.diags_array(d) @ matrix if axis == 0 else matrix @ sp.diags_array(d)
             else:
                 matrix = matrix * (d[:, None] if axis == 0 else d)
         matrix = as_matrix(matrix)
-        lost = mul_up(sqrt_up(float(matrix.shape[0]) * float(matrix.shape[1])), UNDERFLOW)
+        lost = 0.0 if safe else mul_up(sqrt_up(float(matrix.shape[0]) * float(matrix.shape[1])), UNDERFLOW)
         error = add_up(mul_up(_largest(np.abs(d)), error), mul_up(U, frobenius_norm(matrix)), lost)
     return Enclosure(matrix, error)
 

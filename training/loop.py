@@ -46,8 +46,8 @@ def fit(
     if epochs < 1 or batch_size < 1:
         raise ValueError(f"epochs and batch_size must be positive, got {epochs} and {batch_size}")
     batch_size = min(batch_size, len(x))
-    split: tuple[Any, Any, Any] = nnx.split(model, nnx.Param, ...)
-    graph, params, rest = split
+    parts: Any = nnx.split(model, nnx.Param, ...)
+    graph, params, rest = parts
     optimizer = optax.adam(learning_rate)
     images, labels = jnp.asarray(x), jnp.asarray(y, jnp.int32)
 
