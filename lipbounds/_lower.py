@@ -160,8 +160,9 @@ class _Lowering:
         eqn = value.producer
         if eqn is None or eqn.primitive not in _rules.ELEMENTWISE or len(eqn.outputs) != 1:
             return False
-        if not (jnp.issubdtype(value.dtype, jnp.floating) or value.dtype == np.bool_):
-            return False
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            if value.dtype != np.bool_ or eqn.primitive == "convert_element_type":
+                return False
         return all(v.shape == value.shape for v in eqn.inputs if v.depends)
 
     def is_linear(self, value: Value) -> bool:
@@ -342,9 +343,11 @@ class _Lowering:
         if isinstance(found, _Elementwise):
             self.taps[value.index] = found
             needed.add(found.base.index)
-        elif pair and eqn.inputs[0].shape == eqn.inputs[1].shape == value.shape:
-            size = int(np.prod(value.shape))
-            self.taps[value.index] = Group(eqn.primitive, np.arange(2 * size, dtype=np.int32).reshape(2, size).T)
+        elif pair:
+            sizes = [int(np.prod(v.shape)) for v in eqn.inputs]
+            index = [np.arange(n, dtype=np.int32).reshape(v.shape) for n, v in zip(sizes, eqn.inputs, strict=True)]
+            columns = np.broadcast_arrays(index[0], index[1] + np.int32(sizes[0]), np.empty(value.shape))[:2]
+            self.taps[value.index] = Group(eqn.primitive, np.stack([c.ravel() for c in columns], axis=1))
             needed.update(self.resolve(v).index for v in eqn.inputs)
         else:
             nearest = next(self.dominators(value), None)
@@ -440,7 +443,7 @@ class _Emitter:
             return
         sources = tuple(self.registers[self.low.resolve(v).index] for v in eqn.inputs)
         size_in = sum(int(np.prod(self.shapes[s])) for s in sources)
-        if len(sources) == 2:
+        if len(sources) == 2 and found.index.size == size_in:
             twin = self.twin(eqn, sources)
             if twin is not None:  # max and min of one pair are one permutation: 1-Lipschitz together
                 low, high = (twin, value) if eqn.primitive == "max" else (value, twin)

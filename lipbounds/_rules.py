@@ -305,13 +305,14 @@ def _gather(eqn: Eqn) -> Linear | Refused:
         return TRACED
     p = eqn.params
     indices = jnp.asarray(eqn.inputs[1].const)
-    # Out of bounds reads of mode fill are NaN in the program: read the "zero" entry and let the finiteness check,
-    # which runs the program itself, refuse it.
-    return _moved(
+    moved = _moved(
         eqn,
         (0,),
         lambda a: lax.gather(a, indices, p["dimension_numbers"], p["slice_sizes"], mode=p["mode"], fill_value=-1),
     )
+    if (moved.params["index"].array < 0).any():
+        return Refused("an index is out of range, so a fill value is read", "use indices within the tensor")
+    return moved
 
 
 def _dynamic_slice(eqn: Eqn) -> Linear | Refused:

@@ -23,7 +23,7 @@ import scipy.sparse as sp
 
 from lipbounds import _rules, norms
 from lipbounds._lower import Op
-from lipbounds._rounding import U
+from lipbounds._rounding import U, mul_up
 from lipbounds.lure import LureForm
 from lipbounds.norms import Enclosure
 
@@ -73,8 +73,8 @@ class StepMatrix:
             if self.rows.size == m.shape[0] and np.array_equal(self.rows, np.arange(self.rows.size)):
                 return m
             if (self.rows >= 0).all():
-                counts = np.bincount(self.rows)
-                return Enclosure(m.matrix[self.rows], norms.mul_up(norms.sqrt_up(float(counts.max())), m.error))
+                most = int(np.bincount(self.rows).max(initial=0))
+                return Enclosure(m.matrix[self.rows], mul_up(norms.sqrt_up(float(most)), m.error))
         return norms.multiply(self.matrix, m, self.relerr, self.norm if m.error else None)
 
 
@@ -122,7 +122,12 @@ def step_matrices(op: Op, consts: Sequence[np.ndarray], shapes: Sequence[tuple[i
             if op.kind == "div":
                 if (factor == 0).any():
                     raise ValueError("the network divides by a constant that is zero")
-                factor, relerr = 1.0 / factor, 2 * U
+                # below the normal range 1/c is rounded to a multiple of 2^-1074
+                relerr = mul_up(2 * U, max(1.0, float(np.abs(factor).max(initial=0.0)) * 2.0**-1022))
+                with np.errstate(over="ignore", under="ignore"):
+                    factor = 1.0 / factor
+                if not np.isfinite(factor).all():
+                    raise ValueError("the network divides by a constant too close to zero")
             values = np.broadcast_to(factor, out_shape)
             cols = np.broadcast_to(index, out_shape)
             matrix = sp.csr_array((values.ravel(), (np.arange(out_size), cols.ravel())), shape=(out_size, n))

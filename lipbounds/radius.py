@@ -263,7 +263,7 @@ def _run(
             error = np.zeros_like(out)
             offset = _offset(host, step, program.shapes)
             if offset is not None:
-                out = out + offset[:, None]
+                out, error = out + offset[0][:, None], error + offset[1][:, None]
             for m in host.step(place):
                 value, wrong = values[m.register], errors[m.register]
                 if m.rows is not None and (m.rows >= 0).all():
@@ -281,15 +281,27 @@ def _run(
         return z.T, gather(-1, errors[program.output])
 
 
-def _offset(host: HostForm, step: Any, shapes: Any) -> np.ndarray | None:
-    """The constant part of an affine step."""
+def _offset(host: HostForm, step: Any, shapes: Any) -> tuple[np.ndarray, np.ndarray] | None:
+    """The constant part of an affine step, and an entrywise bound of its rounding error (constants that are summed)."""
     if not _rules.KINDS[step.kind].joint or all(i >= 0 for i in step.inputs):
         return None
+    if step.kind == "scatter_add":
+        target = dict(step.params)["target"].array.ravel()
+        base, updates = (
+            np.zeros(int(np.prod(shapes[i]))) if i >= 0 else host.consts[-1 - i].astype(np.float64).ravel()
+            for i in step.inputs
+        )
+        total, size, kept = base.copy(), np.abs(base), target >= 0
+        np.add.at(total, target[kept], updates[kept])
+        np.add.at(size, target[kept], np.abs(updates[kept]))
+        terms = int(np.bincount(target[kept]).max(initial=0))
+        return total, gamma(terms) * size * (1 + gamma(terms + 4))
     args = []
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         for i in step.inputs:
             args.append(jnp.zeros(shapes[i]) if i >= 0 else jnp.asarray(host.consts[-1 - i], jnp.float64))
-        return np.asarray(_rules.KINDS[step.kind].apply(dict(step.params), *args), np.float64).ravel()
+        value = np.asarray(_rules.KINDS[step.kind].apply(dict(step.params), *args), np.float64).ravel()
+    return value, np.zeros_like(value)
 
 
 def _largest_slope(form: LureForm, k: int, tap: Tap) -> float:

@@ -20,7 +20,7 @@ from zoo_core import gauss
 
 import lipbounds as lb
 
-ARCHITECTURES = ["relu", "gelu_exact", "cnn_batch_norm", "nnx_scan", "max_pool_overlapping", "batched_mlp"]
+ARCHITECTURES = ["relu", "cnn_batch_norm", "nnx_scan", "max_pool_overlapping"]
 CORES = {"naive": lb.naive, "liplt": lb.liplt}
 
 
@@ -170,9 +170,9 @@ def test_gradients_through_the_trace(verb: str, rng: np.random.Generator) -> Non
     core, x = CORES[verb].core, jnp.ones(6)
     params = (gauss(rng, 8, 6), gauss(rng, 3, 8))
     form = lb.trace(lambda x: params[1] @ jax.nn.relu(params[0] @ x), x)
-    state = core.init(form, jax.random.key(0))
+    state, step = core.init(form, jax.random.key(0)), jax.jit(core)
     for _ in range(60):
-        _, state = core(form, state)
+        _, state = step(form, state)
     loss = train_bound(core, x)
     value, grads = jax.jit(jax.value_and_grad(loss))(params, state)
     assert float(value) == pytest.approx(CORES[verb](form).value, rel=1e-3)

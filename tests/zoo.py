@@ -35,9 +35,8 @@ def example(built: Net, x: Any) -> Any:
     return x[0] if built.batched else x
 
 
-def primitive_set(built: Net, seed: int = 0) -> frozenset[str]:
+def primitive_set(fn: Fn, x: Any) -> frozenset[str]:
     """Names of all primitives in the jaxpr of a net, sub-jaxprs included (public API only)."""
-    fn, x = built.make(seed)
     found: set[str] = set()
 
     def visit(jaxpr: Any) -> None:

@@ -141,15 +141,15 @@ def max_pool_images(rng: Rng) -> Made:
     )
 
 
-@net(20, 1, "flax")
+@net(12, 1, "flax")
 def batch_norm_after_relu(rng: Rng) -> Made:
     """Per-neuron BatchNorm between the activation and the next layer, negative scales included."""
-    first, last = nnx.Linear(6, 20, rngs=rngs(rng)), nnx.Linear(20, 4, rngs=rngs(rng))
-    norm = batch_norm(rng, 20)
+    first, last = nnx.Linear(12, 12, rngs=rngs(rng)), nnx.Linear(12, 3, rngs=rngs(rng))
+    norm = batch_norm(rng, 12)
     assert norm.scale is not None
-    norm.scale[...] = jnp.asarray(rng.normal(size=20), jnp.float32)
+    norm.scale[...] = jnp.asarray(rng.normal(size=12), jnp.float32)
     norm.eval()
-    return (lambda x: last(norm(nn.relu(first(x))))), point(rng, 6)
+    return (lambda x: last(norm(nn.relu(first(x))))), point(rng, 12)
 
 
 class Residual(nnx.Module):

@@ -46,7 +46,7 @@ def _homemade(rng: Rng) -> Made:
     """A composition nobody has a name for: its slope range has to be proved."""
 
     def activation(h: jax.Array) -> jax.Array:
-        return 0.3 * jnp.tanh(2.0 * h) + 0.4 * jnp.sqrt(1.0 + h * h) - jnp.arctan(h) / 5.0
+        return 0.4 * jnp.sqrt(1.0 + h * h) - jnp.arctan(h) / 5.0
 
     return mlp(rng, activation, activation)
 
@@ -155,10 +155,10 @@ def max_pool_overlapping(rng: Rng) -> Made:
 
 
 # ------------------------------------------------------------------------------------- graph shapes
-@net(20, 1)
+@net(12, 1)
 def two_branches(rng: Rng) -> Made:
-    wa, wb, w, b = gauss(rng, 12, 6), gauss(rng, 8, 6), gauss(rng, 4, 20), bias(rng, 12)
-    return (lambda x: w @ jnp.concatenate([nn.relu(wa @ x + b), jnp.tanh(wb @ x)])), point(rng, 6)
+    wa, wb, w, b = gauss(rng, 7, 12), gauss(rng, 5, 12), gauss(rng, 3, 12), bias(rng, 7)
+    return (lambda x: w @ jnp.concatenate([nn.relu(wa @ x + b), jnp.tanh(wb @ x)])), point(rng, 12)
 
 
 @net(18, 3)
@@ -322,10 +322,10 @@ def constant_control(rng: Rng) -> Made:
 
 
 # --------------------------------------------------------------------------------- index gymnastics
-@net(14, 1)
+@net(12, 1)
 def reshuffle(rng: Rng) -> Made:
     """cumsum, reverse, pad, roll, tile, stack, split, squeeze, transpose around one relu."""
-    w1, w2 = gauss(rng, 14, 9, gain=0.5), gauss(rng, 3, 14)
+    w1, w2 = gauss(rng, 12, 15, gain=0.5), gauss(rng, 3, 12)
 
     def fn(x: jax.Array) -> jax.Array:
         a, b = jnp.split(jnp.tile(jnp.pad(x, (2, 1), constant_values=0.7), 2), 2)
@@ -334,14 +334,14 @@ def reshuffle(rng: Rng) -> Made:
         h = jnp.squeeze(jnp.transpose(h[None], (2, 0, 1)), 1).reshape(-1)[1:]
         return w2 @ nn.relu(w1 @ h - lax.slice(h, (0,), (1,)))
 
-    return fn, point(rng, 6)
+    return fn, point(rng, 12)
 
 
 @net(12, 1)
 def gather_scatter(rng: Rng) -> Made:
     """gather, take_along_axis, dynamic_(update_)slice, at[].set, at[].add: all at constant indices."""
     w1, w2 = gauss(rng, 12, 9), gauss(rng, 3, 12)
-    index = jnp.asarray(rng.integers(0, 8, size=9))
+    index = jnp.asarray(rng.integers(0, 12, size=9))
     rows = jnp.asarray(rng.integers(0, 3, size=(3, 2)))
 
     def fn(x: jax.Array) -> jax.Array:
@@ -351,50 +351,50 @@ def gather_scatter(rng: Rng) -> Made:
         h = jnp.take_along_axis(h.reshape(3, 3), rows, axis=1).sum() * 0.2 + h
         return w2 @ nn.relu(w1 @ h)
 
-    return fn, point(rng, 8)
+    return fn, point(rng, 12)
 
 
 @net(12, 1)
 def nan_guard(rng: Rng) -> Made:
-    w1, w2 = gauss(rng, 12, 6), gauss(rng, 3, 12)
+    w1, w2 = gauss(rng, 12, 12), gauss(rng, 3, 12)
 
     def fn(x: jax.Array) -> jax.Array:
         h = jnp.where(jnp.isnan(x), 0.0, x)
         return w2 @ jnp.nan_to_num(nn.relu(w1 @ h))
 
-    return fn, point(rng, 6)
+    return fn, point(rng, 12)
 
 
-@net(18, 1)
+@net(12, 1)
 def masked(rng: Rng) -> Made:
     """where with a constant mask made of iota, floor and comparisons; a banded matrix; select among three."""
-    w1, w2 = gauss(rng, 18, 18), gauss(rng, 3, 18)
+    w1, w2 = gauss(rng, 12, 12), gauss(rng, 3, 12)
 
     def fn(x: jax.Array) -> jax.Array:
-        i = jnp.arange(18)
+        i = jnp.arange(12)
         mask = jnp.floor(i.astype(jnp.float32) / 4.0) % 2.0 == 0.0
         h = jnp.where(mask, 2.0 * x, 0.25)
         h = nn.relu(jnp.triu(jnp.tril(w1, 3), -3) @ h)
         return w2 @ lax.select_n(i % 3, h, -h, jnp.zeros_like(h))
 
-    return fn, point(rng, 18)
+    return fn, point(rng, 12)
 
 
-@net(20, 1)
+@net(12, 1)
 def einsum(rng: Rng) -> Made:
-    a, b, w = gauss(rng, 5, 4, 2, fan_in=3), gauss(rng, 3, 4), gauss(rng, 3, 20)
+    a, b, w = gauss(rng, 4, 4, 2, fan_in=3), gauss(rng, 3, 3), gauss(rng, 3, 12)
 
     def fn(x: jax.Array) -> jax.Array:
         h = jnp.einsum("ij,ikb,jk->kib", x, a, b)[..., 0] + jnp.einsum("ij,ikb,jk->kib", x, a, b)[..., 1]
         return w @ nn.relu(h).reshape(-1)
 
-    return fn, point(rng, 5, 3)
+    return fn, point(rng, 4, 3)
 
 
-@net(16, 1)
+@net(12, 1)
 def normalised_input(rng: Rng) -> Made:
     """Pixel units at the input, the normalisation inside: (x - mean) / std, then vmapped filters."""
-    w1, w2 = gauss(rng, 4, 3), gauss(rng, 3, 16)
+    w1, w2 = gauss(rng, 3, 3), gauss(rng, 3, 12)
     mean, std = point(rng, 4, 3), jnp.asarray(rng.uniform(0.2, 0.5, size=(4, 3)), jnp.float32)
 
     def fn(x: jax.Array) -> jax.Array:
