@@ -4,6 +4,8 @@ All blocks of the gain are iterated at once: one run of the program carries, at 
 per block (source, target) that passes there, so that a step is one batched convolution or product; its transpose comes
 from `jax.vjp`. Power iteration gives a lower bound of each block's norm, so the result is neither an upper nor a lower
 bound of the network's constant: an estimate.
+
+The output rows are K vector-Jacobian products in chunks small enough for a processor's cache (`_rows.py`).
 """
 
 from __future__ import annotations
@@ -17,13 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipbounds._lower import Program
-from lipbounds.lure import LureForm, apply_op, flat_slopes, multiplicity, propagate
+from lipbounds._rows import Scalings, row_grams
+from lipbounds.lure import LureForm, apply_op, flat_slopes, multiplicity
 
 Pair = tuple[int, int]  # (source, target) taps; source -1 is the input
 
 
 class State(NamedTuple):
-    """Warm start of the power iterations: one vector per block, one (K,) vector per source for the output rows."""
+    """Warm start of the power iterations.
+
+    blocks: per source j with blocks (`Plan.groups`) its vectors, (targets, n_j).
+    rows: per source that reaches the output one (K,) vector.
+    """
 
     blocks: tuple[jax.Array, ...]
     rows: tuple[jax.Array, ...]
@@ -39,9 +46,17 @@ class Constants(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Which blocks exist, and which of them pass each register."""
+    """Which blocks exist, and which of them pass each register.
+
+    Args:
+        pairs: the blocks, by source and then by target.
+        groups: (source, first, last + 1): the range of `pairs` with one source.
+        alive: per register, the indices of the blocks that pass it, ascending.
+        sources: which reach the output.
+    """
 
     pairs: tuple[Pair, ...]
+    groups: tuple[tuple[int, int, int], ...]
     alive: tuple[tuple[int, ...], ...]
     sources: tuple[int, ...]
 
@@ -74,16 +89,23 @@ def plan(program: Program, centred: bool) -> Plan:
     from_ = {j: reached(j) for j in range(-1, len(taps))}
     to = {k: leading(k) for k in range(len(taps))}
     pairs = [
-        (j, k) for k in range(len(taps)) for j in range(-1, k) if any(i in from_[j] and i in to[k] for i in taps[k].inputs)
+        (j, k)
+        for j in range(-1, len(taps))
+        for k in range(max(j, -1) + 1, len(taps))
+        if any(i in from_[j] and i in to[k] for i in taps[k].inputs)
     ]
     alive = tuple(
         tuple(p for p, (j, k) in enumerate(pairs) if r in from_[j] and r in to[k]) for r in range(len(program.shapes))
     )
+    firsts: dict[int, list[int]] = {}
+    for p, (j, _) in enumerate(pairs):
+        firsts.setdefault(j, []).append(p)
+    groups = tuple((j, places[0], places[-1] + 1) for j, places in firsts.items())
     sources = tuple(j for j in range(-1, len(taps)) if program.output in from_[j])
-    return Plan(tuple(pairs), alive, sources)
+    return Plan(tuple(pairs), groups, alive, sources)
 
 
-def _scalings(form: LureForm, centred: bool, dtype: Any) -> list[tuple[Any, Any, Any]]:
+def loop_transform(form: LureForm, centred: bool, dtype: Any) -> Scalings:
     """(c, q, e) per tap as in linmap.TapScaling, on the device and differentiable in the slopes."""
     out: list[tuple[Any, Any, Any]] = []
     for k, tap in enumerate(form.taps):
@@ -95,35 +117,41 @@ def _scalings(form: LureForm, centred: bool, dtype: Any) -> list[tuple[Any, Any,
             out.append(((lower + upper) / 2, (upper - lower) / 2, None))
         else:
             out.append((None, jnp.maximum(jnp.abs(lower), jnp.abs(upper)), None))
-    return out
+    return tuple(out)
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape))
+# --- all blocks at once --------------------------------------------------------------------------------------------
 
 
 def _pick(batch: Any, have: tuple[int, ...], want: tuple[int, ...], shape: tuple[int, ...], dtype: Any) -> Any:
     """Rows `want` of a batch whose rows are `have`; zero where missing."""
     if have == want:
         return batch
-    if not any(p in have for p in want):
+    place = {p: row for row, p in enumerate(have)}
+    rows = [place.get(p, -1) for p in want]
+    found = [row for row in rows if row >= 0]
+    if not found:
         return jnp.zeros((len(want), *shape), dtype)
-    if all(p in have for p in want):
-        return batch[np.array([have.index(p) for p in want])]
+    if len(found) == len(rows):
+        if rows == list(range(rows[0], rows[0] + len(rows))):
+            return batch[rows[0] : rows[0] + len(rows)]
+        return batch[np.array(rows)]
     padded = jnp.concatenate([batch, jnp.zeros((1, *shape), dtype)])
-    return padded[np.array([have.index(p) if p in have else len(have) for p in want])]
+    return padded[np.array(rows)]
 
 
 def all_blocks(
-    form: LureForm, layout: Plan, scalings: list[tuple[Any, Any, Any]], vectors: tuple[jax.Array, ...]
-) -> tuple[jax.Array, ...]:
-    """(G[k, j] u_p) for every block p = (j, k): linear in the vectors, block diagonal."""
+    form: LureForm, layout: Plan, scalings: Scalings, vectors: tuple[jax.Array, ...]
+) -> dict[int, jax.Array]:
+    """{target k: G[k, j] u_p for its blocks p = (j, k), by source, (blocks, n_k)}: linear in the vectors, block diagonal."""
     program = form.program
     dtype = vectors[0].dtype
     shapes, alive, pairs = program.shapes, layout.alive, layout.pairs
+    given = {j: (batch, tuple(range(first, last))) for (j, first, last), batch in zip(layout.groups, vectors, strict=True)}
     batches: dict[int, Any] = {}
     if alive[0]:
-        batches[0] = jnp.stack([vectors[p].reshape(shapes[0]) for p in alive[0]])
+        batch, names = given[-1]
+        batches[0] = _pick(batch, names, alive[0], (form.in_size,), dtype).reshape(len(alive[0]), *shapes[0])
     out: dict[int, jax.Array] = {}
     for step in program.steps:
         if isinstance(step, int):
@@ -136,24 +164,31 @@ def all_blocks(
                     for i in tap.inputs
                 ]
                 y = jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
-                for row, p in enumerate(arriving):
-                    if pairs[p][1] == step:
-                        out[p] = y[row] if e is None else e * y[row]
+                ends = tuple(p for p in arriving if pairs[p][1] == step)
+                if ends:
+                    ended = _pick(y, arriving, ends, (tap.size_in,), dtype)
+                    out[step] = ended if e is None else e * ended
+            begun = None
+            if step in given:
+                batch, names = given[step]
+                begun = batch * q
             start = 0
             for register, shape in zip(tap.outputs, tap.shapes, strict=True):
-                size = _size(shape)
+                size = int(np.prod(shape))
                 want = alive[register]
                 if want:
-                    passing = tuple(p for p in want if pairs[p][0] != step)
                     pieces = []
+                    order: tuple[int, ...] = ()
+                    passing = tuple(p for p in want if pairs[p][0] != step)
                     if passing:
                         assert y is not None and c is not None
-                        pieces.append(_pick(c * y, arriving, passing, (tap.size_in,), dtype)[:, start : start + size])
-                    begun = tuple(p for p in want if pairs[p][0] == step)
-                    if begun:
-                        w = jnp.stack([vectors[p] for p in begun]) * q
-                        pieces.append(w[:, start : start + size])
-                    order = (*passing, *begun)
+                        piece = _pick(y, arriving, passing, (tap.size_in,), dtype)[:, start : start + size]
+                        pieces.append(piece * c[start : start + size])
+                        order = passing
+                    if any(pairs[p][0] == step for p in want):
+                        assert begun is not None
+                        pieces.append(begun[:, start : start + size])
+                        order = (*order, *names)
                     joined = jnp.concatenate(pieces) if len(pieces) > 1 else pieces[0]
                     batches[register] = _pick(joined, order, want, (size,), dtype).reshape(len(want), *shape)
                 start += size
@@ -172,7 +207,7 @@ def all_blocks(
             return apply_op(step, args)
 
         batches[step.output] = jax.vmap(one)(*stacks)
-    return tuple(out[p] for p in range(len(pairs)))
+    return out
 
 
 def _fixed_operands(form: LureForm, step: Any, dtype: Any) -> list[Any]:
@@ -189,53 +224,20 @@ def _fixed_operands(form: LureForm, step: Any, dtype: Any) -> list[Any]:
     return args
 
 
-def output_rows(
-    form: LureForm, layout: Plan, scalings: list[tuple[Any, Any, Any]], dtype: Any
-) -> tuple[jax.Array, ...]:
-    """(K, n_j) rows of G[output, j] for every source j that reaches the output: K vector-Jacobian products in one."""
-    sizes = [form.in_size if j < 0 else form.taps[j].size_out for j in layout.sources]
-
-    def network(*sources: jax.Array) -> jax.Array:
-        given = dict(zip(layout.sources, sources, strict=True))
-
-        def tap(k: int, y: Any) -> Any:
-            c, q, _ = scalings[k]
-            v = None if y is None or c is None else c * y
-            if k in given:
-                w = q * given[k]
-                v = w if v is None else v + w
-            return v
-
-        out = propagate(form, given.get(-1), tap, dtype=dtype)
-        return jnp.zeros(form.num_outputs, dtype) if out is None else out
-
-    if not sizes:
-        return ()
-    _, pull = jax.vjp(network, *(jnp.zeros(n, dtype) for n in sizes))
-    return jax.vmap(pull)(jnp.eye(form.num_outputs, dtype=dtype))
-
-
-def _length(v: jax.Array) -> jax.Array:
-    """l2 norm with gradient 0 at 0, scaled so that squares neither overflow nor vanish."""
-    top = jax.lax.stop_gradient(jnp.max(jnp.abs(v), initial=0.0))
+def _lengths(v: jax.Array) -> jax.Array:
+    """l2 norms of the rows (last axis) with gradient 0 at 0, scaled so that squares neither overflow nor vanish."""
+    top = jax.lax.stop_gradient(jnp.max(jnp.abs(v), axis=-1, initial=0.0))
     scale = jnp.where(top > 0, top, 1)
-    total = jnp.sum(jnp.square(v / scale))
+    total = jnp.sum(jnp.square(v / scale[..., None]), axis=-1)
     return scale * jnp.where(top > 0, jnp.sqrt(jnp.where(top > 0, total, 1)), 0)
 
 
 def _unit(v: jax.Array, fallback: jax.Array) -> jax.Array:
-    length = _length(v)
+    length = _lengths(v)[..., None]
     return jnp.where(length > 0, v / jnp.where(length > 0, length, 1), fallback)
 
 
-def pair_distances(rows: jax.Array) -> jax.Array:
-    """(K, K) Euclidean distances between rows by the Gram matrix: an estimate (it cancels), safe to differentiate."""
-    centred = rows - rows.mean(axis=0)
-    gram = centred @ centred.T
-    squares = jnp.diagonal(gram)
-    distance = squares[:, None] + squares[None, :] - 2 * gram
-    positive = (distance > 0) & ~jnp.eye(rows.shape[0], dtype=bool)
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, distance, 1)), 0)
+# --- the core ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -250,15 +252,19 @@ class Core:
     def init(self, form: LureForm, key: Any, dtype: Any = jnp.float32) -> State:
         """Random unit vectors to start from."""
         layout = plan(form.program, self.centred)
-        sizes = [form.in_size if j < 0 else form.taps[j].size_out for j, _ in layout.pairs]
-        keys = jax.random.split(key, len(sizes) + len(layout.sources) + 1)
+        shapes = [(last - first, self._source_size(form, j)) for j, first, last in layout.groups]
+        keys = jax.random.split(key, len(shapes) + len(layout.sources) + 1)
 
-        def start(n: int, k: Any) -> jax.Array:
-            return _unit(jax.random.normal(k, (n,), dtype), jnp.zeros((n,), dtype))
+        def start(shape: tuple[int, ...], k: Any) -> jax.Array:
+            return _unit(jax.random.normal(k, shape, dtype), jnp.zeros(shape, dtype))
 
-        blocks = tuple(start(n, k) for n, k in zip(sizes, keys, strict=False))
-        rows = tuple(start(form.num_outputs, k) for k in keys[len(sizes) : len(sizes) + len(layout.sources)])
+        blocks = tuple(start(shape, k) for shape, k in zip(shapes, keys, strict=False))
+        rows = tuple(start((form.num_outputs,), k) for k in keys[len(shapes) : len(shapes) + len(layout.sources)])
         return State(blocks, rows)
+
+    @staticmethod
+    def _source_size(form: LureForm, j: int) -> int:
+        return form.in_size if j < 0 else form.taps[j].size_out
 
     def __call__(
         self, form: LureForm, state: State, *, steps: int = 5, pairwise: bool = False
@@ -269,7 +275,7 @@ class Core:
         """
         layout = plan(form.program, self.centred)
         dtype = state.rows[0].dtype if state.rows else jnp.result_type(float)
-        scalings = _scalings(form, self.centred, dtype)
+        scalings = loop_transform(form, self.centred, dtype)
         vectors = tuple(jax.lax.stop_gradient(v) for v in state.blocks)
         frozen, frozen_scalings = jax.lax.stop_gradient((form, scalings))
         sigma: dict[Pair, jax.Array] = {}
@@ -277,13 +283,14 @@ class Core:
 
             def iterate(_: Any, current: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 images, pull = jax.vjp(lambda u: all_blocks(frozen, layout, frozen_scalings, u), current)
-                (back,) = pull(tuple(_unit(y, y) for y in images))
+                (back,) = pull({k: _unit(y, y) for k, y in images.items()})
                 return tuple(_unit(b, u) for b, u in zip(back, current, strict=True))
 
             vectors = jax.lax.fori_loop(0, steps, iterate, vectors)
-            images = all_blocks(form, layout, scalings, vectors)
-            sigma = {pair: _length(y) for pair, y in zip(layout.pairs, images, strict=True)}
-        rows = output_rows(form, layout, scalings, dtype)
+            for target, images in all_blocks(form, layout, scalings, vectors).items():
+                lengths = _lengths(images)
+                for row, source in enumerate(j for j, k in layout.pairs if k == target):
+                    sigma[source, target] = lengths[row]
         reach: dict[int, jax.Array] = {-1: jnp.ones((), dtype)}
         for k in range(len(form.taps)):
             terms = [sigma[j, k] * reach[j] for j in range(-1, k) if (j, k) in sigma]
@@ -292,24 +299,30 @@ class Core:
         classes = jnp.zeros(form.num_outputs, dtype)
         pairs = jnp.zeros((form.num_outputs,) * 2, dtype)
         tops = []
-        for j, block, start in zip(layout.sources, rows, state.rows, strict=True):
-            top, image = _top_of_rows(block, start, 2 * steps)
-            tops.append(top)
-            value = value + _length(image) * reach[j]
+        grams = row_grams(form, layout.sources, scalings, dtype)
+        for j, start, gram in zip(layout.sources, state.rows, grams, strict=True):
+            u = jax.lax.stop_gradient(start)
+            fixed = jax.lax.stop_gradient(gram.whole)
+            u = jax.lax.fori_loop(0, 2 * steps, lambda _, v, fixed=fixed: _unit(fixed @ v, v), u)
+            tops.append(u)
+            value = value + gram.scale * _root(u @ gram.whole @ u) * reach[j]
             if pairwise:
-                classes = classes + jax.vmap(_length)(block) * reach[j]
-                pairs = pairs + pair_distances(block) * reach[j]
+                classes = classes + gram.scale * _root(jnp.diagonal(gram.whole)) * reach[j]
+                pairs = pairs + gram.scale * _distances(gram.centred) * reach[j]
         constants = Constants(value, classes if pairwise else None, pairs if pairwise else None)
         return constants, State(vectors, tuple(tops))
 
 
-def _top_of_rows(rows: jax.Array, start: jax.Array, steps: int) -> tuple[jax.Array, jax.Array]:
-    """Power iteration on the (K, n) rows from the left: (u, rows' u) with u constant."""
-    fixed = jax.lax.stop_gradient(rows)
-    u = jax.lax.fori_loop(
-        0, steps, lambda _, v: _unit(fixed @ _unit(v @ fixed, v @ fixed), v), jax.lax.stop_gradient(start)
-    )
-    return u, u @ rows
+def _root(x: jax.Array) -> jax.Array:
+    """The square root, 0 with gradient 0 where x is not positive."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
+
+
+def _distances(gram: jax.Array) -> jax.Array:
+    """(K, K) Euclidean distances between rows from their Gram matrix: an estimate (it cancels), safe to differentiate."""
+    squares = jnp.diagonal(gram)
+    off = 1 - jnp.eye(gram.shape[0], dtype=gram.dtype)
+    return _root((squares[:, None] + squares[None, :] - 2 * gram) * off)
 
 
 @partial(jax.jit, static_argnames=("core", "steps", "pairwise"))

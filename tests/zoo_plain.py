@@ -382,7 +382,7 @@ def masked(rng: Rng) -> Made:
 
 @net(12, 1)
 def einsum(rng: Rng) -> Made:
-    a, b, w = gauss(rng, 4, 4, 2, fan_in=3), gauss(rng, 3, 3), gauss(rng, 3, 12)
+    a, b, w = gauss(rng, 4, 3, 2, fan_in=3), gauss(rng, 3, 3), gauss(rng, 3, 12)
 
     def fn(x: jax.Array) -> jax.Array:
         h = jnp.einsum("ij,ikb,jk->kib", x, a, b)[..., 0] + jnp.einsum("ij,ikb,jk->kib", x, a, b)[..., 1]
