@@ -1,7 +1,7 @@
 """From a JAX function to a flat list of equations: the only file that knows jax internals.
 
-Facts this file relies on, measured on jax 0.10.2, 0.11.2 and 0.12.0.1 (tests/test_jaxpr_contract.py fails first when one
-of them changes):
+Facts this file relies on, measured on jax 0.10.2 and 0.12.0.1 (tests/test_jaxpr_contract.py fails first when one of
+them changes):
 
 * from 0.11 `Jaxpr is ClosedJaxpr`, and `j.jaxpr is j`: unwrapping "while it has .jaxpr" never ends;
 * two calls of one jitted function at one shape share the same sub-jaxpr and the same Var objects, so the environment

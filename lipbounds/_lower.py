@@ -176,7 +176,9 @@ class _Lowering:
 
     def dominators(self, value: Value) -> Iterator[tuple[Value, list[Value], bool]]:
         """(base, the values between, whether something nonlinear lies between this base and the nearer one)."""
-        frontier, region, nonlinear = {value.index: value}, [], False
+        frontier = {value.index: value}
+        region: list[Value] = []
+        nonlinear = False
         while len(region) < _MOST_EXPANDED:
             last = frontier.pop(max(frontier))
             if not self.expandable(last):
@@ -217,7 +219,8 @@ class _Lowering:
                 places[self.resolve(v).index] if v.depends else constant(v)
                 for v in eqn.inputs
             )
-            name, params = eqn.primitive, ()
+            name = eqn.primitive
+            params: tuple[Any, ...] = ()
             if name == "convert_element_type":
                 name = "to_float"
             elif name == "add_any":
@@ -226,10 +229,10 @@ class _Lowering:
                 params = (int(eqn.params["y"]),)
             elif name == "round":
                 params = (int(eqn.params["rounding_method"]),)
-            elif eqn.params and name not in _PLAIN:
+            elif not activations.knows(name):
                 bind, keywords = eqn.bind, dict(eqn.params)
                 assert bind is not None
-                params = (StaticArray(np.frombuffer(repr(sorted(keywords.items())).encode(), np.uint8)),)
+                params = (repr(sorted(keywords.items())),)
                 activations.register_primitive(name, lambda p, *a, b=bind, k=keywords: b(*a, **k))
             places[inner.index] = len(nodes)
             nodes.append(Node(name, args, params))
@@ -265,7 +268,8 @@ class _Lowering:
         candidates = [(b, r) for i, (b, r, nonlinear) in enumerate(found) if nonlinear or i == 0]
         if not candidates:
             return _no_dominator(eqn)
-        closed, open_ = [], []
+        closed: list[tuple[Value, list[Value]]] = []
+        open_: list[tuple[Value, list[Value]]] = []
         for base, region in candidates:
             inside = {id(v.producer) for v in region}
             between = [v for v in region if v is not value and not self.is_linear(v)]
@@ -489,9 +493,6 @@ _IDENTITIES = frozenset(
     """convert_element_type copy copy_p stop_gradient optimization_barrier reduce_precision name sharding_constraint
     pvary mesh_cast reshard device_put integer_pow""".split()
 )
-_PLAIN = frozenset(
-    "exp exp2 log log1p expm1 tanh logistic sqrt rsqrt cbrt sin cos tan erf erfc select_n is_finite".split()
-)
 
 
 def _is_pair(eqn: Eqn) -> bool:
@@ -515,6 +516,8 @@ def _no_dominator(eqn: Eqn) -> Refused:
     if eqn.primitive == "mul":
         return _rules.PRODUCT
     if both and eqn.primitive == "select_n":
-        return Refused("which branch is taken depends on x, and the branches are different tensors: it can jump",
-                       "use jnp.maximum, jnp.minimum or an activation of one tensor")
+        return Refused(
+            "which branch is taken depends on x, and the branches are different tensors: it can jump",
+            "use jnp.maximum, jnp.minimum or an activation of one tensor",
+        )
     return Refused("it is not a function of one tensor that depends on x", _rules.UNKNOWN.remedy)

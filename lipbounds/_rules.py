@@ -166,7 +166,7 @@ def _conv(p: dict[str, Any], a: Any, b: Any) -> Any:
 
 
 def _reduce_window_sum(p: dict[str, Any], a: Any) -> Any:
-    zero = jnp.zeros((), a.dtype)
+    zero = np.zeros((), a.dtype)  # concrete, so that jax sees a sum and can differentiate it
     return lax.reduce_window(
         a,
         zero,

@@ -36,8 +36,9 @@ def stored_blocks(form: LureForm, nodes: Sequence[Node], scalings: Sequence[TapS
     entries = sum(host.node_size(s, source=True) * host.node_size(t, source=False) for s, t in pairs)
     if entries > _triangle._STORED_ENTRIES:
         raise ValueError(
-            f"a scaling keeps all blocks of the gain in memory; this network needs {8 * entries / 1e9:.1f} GB, more than "
-            f"{8 * _triangle._STORED_ENTRIES / 1e9:.1f} GB: use scaling=None"
+            "a scaling keeps all blocks of the gain in memory; "
+            f"this network needs {8 * entries / 1e9:.1f} GB, more than {8 * _triangle._STORED_ENTRIES / 1e9:.1f} GB: "
+            "use scaling=None"
         )
     blocks = dict(_triangle.matrices(host, pairs, scalings))
     for source, block in host.backward((), [(), *nodes], scalings).items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -83,7 +84,8 @@ def from_weights(
             raise ValueError(f"weights[{i}] must be a matrix (out, in), got shape {np.shape(w)}")
         if i and np.shape(w)[1] != np.shape(matrices[i - 1])[0]:
             raise ValueError(
-                f"weights[{i}] has {np.shape(w)[1]} inputs but weights[{i - 1}] has {np.shape(matrices[i - 1])[0]} outputs"
+                f"weights[{i}] has {np.shape(w)[1]} inputs, "
+                f"but weights[{i - 1}] has {np.shape(matrices[i - 1])[0]} outputs"
             )
         if not jnp.issubdtype(w.dtype, jnp.floating):
             raise ValueError(f"weights[{i}] must hold floating point numbers, got {w.dtype}")
@@ -102,9 +104,11 @@ def from_weights(
         activation = named
     double = any(np.dtype(w.dtype) == np.float64 for w in matrices)
 
+    function: Any = activation
+
     def hidden(k: int, y: Any) -> Any:
         if slopes is None:
-            return activation(y)
+            return function(y)
         low, high = (jnp.asarray(s, y.dtype) for s in slopes[k])
         return jnp.where(y < 0, low * y, high * y)
 
@@ -115,7 +119,7 @@ def from_weights(
         return x
 
     offsets = biases if biases is not None else [None] * len(matrices)
-    with jax.enable_x64(True) if double else jax.enable_x64(jax.config.jax_enable_x64):
+    with jax.enable_x64(True) if double else nullcontext():
         dtype = jnp.result_type(*(w.dtype for w in matrices))
         params = [
             (jnp.asarray(w, dtype), None if b is None else jnp.asarray(b, dtype))
@@ -148,7 +152,7 @@ def register_activation(fn: Callable[[Any], Any], slopes: tuple[float, float]) -
     if not (np.isfinite(low) and np.isfinite(high) and low <= high):
         raise ValueError(f"slopes must be two finite numbers (a, b) with a <= b, got {slopes}")
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
-        with jax.enable_x64(True) if dtype == jnp.float64 else jax.enable_x64(jax.config.jax_enable_x64):
+        with jax.enable_x64(True) if dtype == jnp.float64 else nullcontext():
             flat = flatten(lambda _, v: fn(v), (), jax.ShapeDtypeStruct((3,), dtype))
             lowering = _Lowering(flat)
             output = lowering.resolve(flat.outputs[0]) if len(flat.outputs) == 1 else None
@@ -190,7 +194,9 @@ def _split(fn: Callable[..., Any]) -> tuple[Function, Any]:
 def _row(out: Any) -> Any:
     if not hasattr(out, "shape") or out.ndim < 1 or out.shape[0] != 1:
         shape = getattr(out, "shape", type(out).__name__)
-        raise ValueError(f"batched=True: a batch of one gave an output of shape {shape}; its first axis must be the batch")
+        raise ValueError(
+            f"batched=True: a batch of one gave an output of shape {shape}; its first axis must be the batch"
+        )
     return out[0]
 
 
@@ -275,7 +281,9 @@ def _check_rows(call: Function, params: Any, spec: jax.ShapeDtypeStruct, form: L
     """
     shape = jax.eval_shape(call, params, spec).shape
     if len(shape) not in (1, 2) or shape[0] != spec.shape[0]:
-        raise ValueError(f"batched=True: a batch of {spec.shape[0]} rows gave an output of shape {shape}, not one row each")
+        raise ValueError(
+            f"batched=True: a batch of {spec.shape[0]} rows gave an output of shape {shape}, not one row each"
+        )
     batch = jax.ShapeDtypeStruct((_ROWS, *spec.shape[1:]), spec.dtype)
     wide, _ = _form(lambda p, v: jnp.reshape(call(p, v), (-1,)), params, batch)
     if wide.is_traced:
@@ -283,7 +291,7 @@ def _check_rows(call: Function, params: Any, spec: jax.ShapeDtypeStruct, form: L
     masks = np.zeros((_ROWS, *batch.shape), np.float32)
     masks[np.arange(_ROWS), np.arange(_ROWS)] = 1
     reached = np.stack([np.asarray(_reach(wide, jnp.asarray(m))).reshape(_ROWS, -1).any(axis=1) for m in masks])
-    mixed = (reached & ~np.eye(_ROWS, dtype=bool)).any()
+    mixed = bool((reached & ~np.eye(_ROWS, dtype=bool)).any())
     if not mixed:
         point = jnp.asarray(np.random.default_rng(1).standard_normal(batch.shape), batch.dtype)
         rows = np.asarray(call(params, point), np.float64).reshape(_ROWS, -1)

@@ -177,7 +177,8 @@ def block_norms(
     """Every block of the list with its norm: proved, or probabilistic where the size rule says so."""
     host = host_form(form)
     say = request.progress or (lambda text: None)
-    small, large = [], []
+    small: list[tuple[Node, Node]] = []
+    large: list[tuple[Node, Node]] = []
     for pair in pairs:
         side = min(host.node_size(pair[0], source=True), host.node_size(pair[1], source=False))
         forced = request.norm != 2 or request.guarantee == "verified"
@@ -310,15 +311,15 @@ def recursion(
     for source in [(), *nodes]:
         if source not in rows:
             continue
-        block = rows[source]
-        value = block_norm(host, block, request.norm)
-        part(source, (), BlockNorm(value, "verified", "Cholesky" if request.norm == 2 else "exact sums", block.shape))
+        row = rows[source]
+        value = block_norm(host, row, request.norm)
+        part(source, (), BlockNorm(value, "verified", "Cholesky" if request.norm == 2 else "exact sums", row.shape))
         terms.append(mul_up(value, reach[source]))
         if pairwise:
-            dense = block.matrix.toarray() if sp.issparse(block.matrix) else block.matrix
-            slack = mul_up(block.error, math.sqrt(dense.shape[1]) * (1 + 1e-12) if q == 1 else 1.0)
+            dense = row.matrix.toarray() if sp.issparse(row.matrix) else row.matrix
+            slack = mul_up(row.error, math.sqrt(dense.shape[1]) * (1 + 1e-12) if q == 1 else 1.0)
             classes += (norms.row_norms(dense, q) + slack) * reach[source]
-            pairs += norms.pairwise_row_norms(dense, q, block.error) * reach[source]
+            pairs += norms.pairwise_row_norms(dense, q, row.error) * reach[source]
     grow = 1 + gamma(4 * (len(nodes) + 2))
     guarantee = weakest(p.guarantee for p in parts) if parts else "verified"
     failure = FAILURE if guarantee == "probabilistic" else 0.0
@@ -334,11 +335,14 @@ def recursion(
     )
 
 
+def _least(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
+    return None if first is None or second is None else np.minimum(first, second)
+
+
 def smaller(first: Triangle, second: Triangle) -> Triangle:
     """The best of two valid bounds: value, classes and pairs each on their own; parts of the smaller value."""
     best = first if first.value <= second.value else second
-    pairs = None if first.pairwise is None else np.minimum(first.pairwise, second.pairwise)
-    classes = None if first.per_class is None else np.minimum(first.per_class, second.per_class)
+    pairs, classes = _least(first.pairwise, second.pairwise), _least(first.per_class, second.per_class)
     both = weakest([first.guarantee, second.guarantee]) if pairs is not None else best.guarantee
     failure = max(first.failure, second.failure) if pairs is not None else best.failure
     return Triangle(best.value, classes, pairs, best.parts, both, failure)

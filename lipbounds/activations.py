@@ -52,6 +52,11 @@ _LAX: dict[str, Callable[..., Any]] = {
 _OPAQUE: dict[str, Callable[..., Any]] = {}
 
 
+def knows(name: str) -> bool:
+    """Whether `evaluate` has a rule of its own for this primitive."""
+    return name in _LAX or name in ("x", "const", "to_float", "integer_pow", "round")
+
+
 def register_primitive(name: str, fn: Callable[..., Any]) -> None:
     """Teach :func:`evaluate` another elementwise primitive: it calls ``fn(params, *args)`` with
     ``Node.params``.

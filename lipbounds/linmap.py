@@ -268,7 +268,8 @@ def _probed(
             return _rules.KINDS[op.kind].apply(params, *args).ravel()
 
         columns = np.asarray(jax.lax.map(column, jnp.eye(n)))
-    return StepMatrix(register, _coo(columns.T, *np.indices((out, n)), (out, n)))
+    rows, cols = np.indices((out, n))
+    return StepMatrix(register, _coo(columns.T, rows, cols, (out, n)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -204,8 +204,8 @@ def propagate(
 
 def flat_slopes(form: LureForm, k: int) -> tuple[Any, Any]:
     """(lower, upper) slopes of tap k as vectors of its size (elementwise taps)."""
-    tap, (lower, upper) = form.taps[k], form.slopes[k]
-    shape = tap.shapes[0]
+    lower, upper = form.slopes[k]  # type: ignore[misc]  # () only for groups
+    shape = form.taps[k].shapes[0]
     module = np if is_concrete(lower) and is_concrete(upper) else jnp
 
     def flat(a: Any) -> Any:
@@ -277,8 +277,8 @@ def advance(
 ) -> tuple[Any, list[Any]]:
     """The linear maps of the state sequence: (y_k, s_{k+1}) = (W_k s_k, H_k s_k + G_k v_k).
 
-    `state` and `v` are arrays with the registers' shapes, or None for zero; so are the results. k = -1 is the map from x
-    (given as the one-element state) to s_0.
+    `state` and `v` are arrays with the registers' shapes, or None for zero; so are the results. k = -1 is the map from
+    x (given as the one-element state) to s_0.
     """
     program = form.program
     cuts = state_sequence(program)

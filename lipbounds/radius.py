@@ -119,11 +119,10 @@ def certified_radius(
     if local:
         raise ValueError("local=True is not offered by this version; use local=False for global constants")
     x, labels = _examples(form, X, y)
-    if bound is None:
-        bound = liplt(form, pairwise=True)
-    if not isinstance(bound, UpperBound):
-        raise TypeError(f"a radius needs an UpperBound, got {type(bound).__name__}: it would prove nothing")
-    constants, notes = _pair_constants(bound, form.num_outputs)
+    proof = liplt(form, pairwise=True) if bound is None else bound
+    if not isinstance(proof, UpperBound):
+        raise TypeError(f"a radius needs an UpperBound, got {type(proof).__name__}: it would prove nothing")
+    constants, notes = _pair_constants(proof, form.num_outputs)
     z, error = logits(form, x)
     rows = np.arange(len(labels))
     slack = error * (math.sqrt(2) * (1 + 8 * U))
@@ -137,7 +136,7 @@ def certified_radius(
     ratio = np.where(zero & (gaps > 0), np.inf, ratio)
     correct = (gaps > 0).all(axis=1)
     radius = np.where(correct, ratio.min(axis=1, initial=np.inf), 0.0)
-    return Radii(radius, correct, bound.norm, bound.guarantee, bound.method, notes)
+    return Radii(radius, correct, proof.norm, proof.guarantee, proof.method, notes)
 
 
 def _examples(form: LureForm, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -168,7 +167,7 @@ def _pair_constants(bound: UpperBound, classes: int) -> tuple[np.ndarray, tuple[
             raise ValueError(f"the bound is of a network with {len(bound.pairwise)} outputs, this one has {classes}")
         return bound.pairwise, ()
     constant = bound.any_pair()
-    name = {1: "L", 2: "sqrt(2) L"}.get(bound.norm, "2 L")
+    name = "sqrt(2) L" if bound.norm == 2 else "L" if bound.norm == 1 else "2 L"
     note = f"without pairwise constants every pair uses {name} = {constant:.6g}; pairwise=True is never worse"
     return np.full((classes, classes), constant), (note,)
 

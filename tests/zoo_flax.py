@@ -89,7 +89,7 @@ class PreBlock(nnx.Module):
 class PreActivationResNet(nnx.Module):
     def __init__(self, rng: Rng) -> None:
         self.stem = nnx.Conv(1, 2, (3, 3), rngs=rngs(rng))
-        self.blocks = nnx.List([PreBlock(rng, 2), PreBlock(rng, 2)])
+        self.blocks = nnx.List([PreBlock(rng, 2)])
         self.head = nnx.Linear(2, 3, rngs=rngs(rng))
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -99,7 +99,7 @@ class PreActivationResNet(nnx.Module):
         return self.head(nn.relu(x).mean(axis=(-3, -2)))
 
 
-@net(160, 5, "flax")
+@net(96, 3, "flax")
 def preactivation_resnet(rng: Rng) -> Made:
     model = PreActivationResNet(rng)
     model.eval()
