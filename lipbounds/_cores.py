@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lipbounds._lower import Program
+from lipbounds._batched import apply_batched, fixed_operands
+from lipbounds._program import Program
 from lipbounds._rows import Scalings, row_grams
-from lipbounds.lure import LureForm, apply_op, flat_slopes, multiplicity
+from lipbounds.lure import LureForm, flat_slopes, multiplicity
 
 Pair = tuple[int, int]  # (source, target) taps; source -1 is the input
 
@@ -196,32 +197,11 @@ def all_blocks(
         want = alive[step.output]
         if not want:
             continue
-        places = [j for j, i in enumerate(step.inputs) if i >= 0]
-        stacks = [_pick(batches.get(step.inputs[j]), alive[step.inputs[j]], want, shapes[step.inputs[j]], dtype) for j in places]
-        fixed = _fixed_operands(form, step, dtype)
-
-        def one(*moving: Any, step: Any = step, places: Any = places, fixed: Any = fixed) -> Any:
-            args = list(fixed)
-            for j, value in zip(places, moving, strict=True):
-                args[j] = value
-            return apply_op(step, args)
-
-        batches[step.output] = jax.vmap(one)(*stacks)
+        stacks = [
+            _pick(batches.get(i), alive[i], want, shapes[i], dtype) for i in step.inputs if i >= 0
+        ]
+        batches[step.output] = apply_batched(step, fixed_operands(form, step, dtype), stacks)
     return out
-
-
-def _fixed_operands(form: LureForm, step: Any, dtype: Any) -> list[Any]:
-    from lipbounds._rules import KINDS
-
-    joint = KINDS[step.kind].joint
-    args: list[Any] = []
-    for i in step.inputs:
-        if i >= 0:
-            args.append(None)
-        else:
-            const = jnp.asarray(form.consts[-1 - i])
-            args.append(jnp.zeros(const.shape, dtype) if joint else const.astype(dtype))
-    return args
 
 
 def _lengths(v: jax.Array) -> jax.Array:

@@ -10,83 +10,25 @@ proved. All refusals are collected; `lower` raises once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from lipbounds import _rules, activations
+from lipbounds._emit import Emitter, constant_key
 from lipbounds._jaxpr import Eqn, Flat, Value, is_concrete
-from lipbounds._rules import Alias, Group, Linear, Refused, StaticArray
+from lipbounds._program import Program
+from lipbounds._rules import Alias, Group, Linear, Refused
 from lipbounds.activations import Expr, Node, SlopeError
 from lipbounds.errors import Unsupported, UnsupportedError
 
-Params = tuple[tuple[str, Any], ...]
 _MOST_EXPANDED = 400  # elementwise equations walked back through in search of a dominator
 
 
-@dataclass(frozen=True)
-class Op:
-    """One linear step: `kind` is a key of `_rules.KINDS`. An operand i >= 0 is a register, -1 - j the leaf j."""
-
-    kind: str
-    params: Params
-    inputs: tuple[int, ...]
-    output: int
-
-
-@dataclass(frozen=True)
-class Tap:
-    """One nonlinearity: flat pre-activations y (the registers `inputs`, concatenated) to flat outputs v.
-
-    Args:
-        kind: "elementwise", or "max", "min", "sort" over the rows of `groups`.
-        name: for people only ("relu").
-        path: the call path, for people only; not part of equality.
-        inputs, outputs: registers.
-        shapes: of the outputs.
-        size_in, size_out: lengths of y and v.
-        expr, consts: elementwise only: the function, and its constants (leaf j as j, or a StaticArray).
-        groups: (groups, width) table of indices into y.
-        assumed: the slopes were declared by the user (`register_activation`).
-        level: taps of one level do not depend on each other.
-    """
-
-    kind: str
-    name: str
-    path: str = field(compare=False)
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    size_in: int
-    size_out: int
-    expr: Expr | None = None
-    consts: tuple[int | StaticArray, ...] = ()
-    groups: StaticArray | None = None
-    assumed: bool = False
-    level: int = 0
-
-
-@dataclass(frozen=True)
-class Program:
-    """The static part of a form: a straight list of linear steps and taps over registers; register 0 is x."""
-
-    steps: tuple[Op | int, ...]  # an int k stands for tap k
-    taps: tuple[Tap, ...]
-    shapes: tuple[tuple[int, ...], ...]  # of the registers
-    output: int
-
-    def __hash__(self) -> int:
-        try:
-            return self._hash  # type: ignore[attr-defined]
-        except AttributeError:
-            object.__setattr__(self, "_hash", hash((self.steps, self.taps, self.shapes, self.output)))
-            return self._hash  # type: ignore[attr-defined]
-
-
 @dataclass(eq=False)
-class _Elementwise:
+class Elementwise:
     """A tap to be: `expr` of the tensor `base`."""
 
     base: Value
@@ -102,17 +44,18 @@ def lower(flat: Flat) -> tuple[Program, tuple[Any, ...], tuple[tuple[Any, Any] |
     Raises:
         UnsupportedError: everything that has no bound, at once.
     """
-    return _Lowering(flat).run()
+    return Lowering(flat).run()
 
 
-class _Lowering:
+class Lowering:
     def __init__(self, flat: Flat):
         self.flat = flat
         self.refused: dict[tuple[str, str, tuple[int, ...], str], Unsupported] = {}
         self.aliases: dict[int, Value] = {}
         self.linear: dict[int, Linear] = {}  # by index of the output value
-        self.taps: dict[int, _Elementwise | Group] = {}
+        self.taps: dict[int, Elementwise | Group] = {}
         self.consumers: dict[int, list[Eqn]] = {}
+        self.rules: dict[int, Any] = {}  # what each equation is, by id
         self._find_consumers()
 
     # -- reading the flat program -----------------------------------------------------------------------------------
@@ -126,6 +69,13 @@ class _Lowering:
                     if value.depends:
                         live.add(value.index)
                         self.consumers.setdefault(value.index, []).append(eqn)
+
+    def rule(self, eqn: Eqn) -> Any:
+        """What `_rules` says of an equation (None: nothing), asked once."""
+        if id(eqn) not in self.rules:
+            rule = _rules.RULES.get(eqn.primitive)
+            self.rules[id(eqn)] = rule(eqn) if rule is not None else None
+        return self.rules[id(eqn)]
 
     def resolve(self, value: Value) -> Value:
         """Through casts and other identities."""
@@ -141,10 +91,9 @@ class _Lowering:
             return self.aliases[value.index]
         eqn = value.producer
         assert eqn is not None
-        rule = _rules.RULES.get(eqn.primitive)
-        if eqn.primitive not in _IDENTITIES or rule is None:
+        if eqn.primitive not in _IDENTITIES:
             return None
-        result = rule(eqn)
+        result = self.rule(eqn)
         if isinstance(result, (list, tuple)):
             result = result[eqn.outputs.index(value)]
         if not isinstance(result, Alias):
@@ -172,7 +121,7 @@ class _Lowering:
             return True
         if eqn.primitive not in _rules.RULES:
             return eqn.primitive not in _rules.ELEMENTWISE or _is_pair(eqn)
-        return _rules.RULES[eqn.primitive](eqn) is not None
+        return self.rule(eqn) is not None
 
     def dominators(self, value: Value) -> Iterator[tuple[Value, list[Value], bool]]:
         """(base, the values between, whether something nonlinear lies between this base and the nearer one)."""
@@ -205,7 +154,7 @@ class _Lowering:
         known: dict[tuple[str, Any], int] = {}
 
         def constant(operand: Value) -> int:
-            key = _constant_key(operand)
+            key = constant_key(operand)
             if key not in known:
                 known[key] = len(nodes)
                 nodes.append(Node("const", (), (len(consts),)))
@@ -262,7 +211,7 @@ class _Lowering:
             value = self.resolve(operands[0])
         return self.expandable(value) and not self.is_linear(value)
 
-    def elementwise(self, value: Value, eqn: Eqn, closed_only: bool = False) -> _Elementwise | Refused:
+    def elementwise(self, value: Value, eqn: Eqn, closed_only: bool = False) -> Elementwise | Refused:
         """The tap that makes `value`, or why there is none."""
         found = list(self.dominators(value))
         candidates = [(b, r) for i, (b, r, nonlinear) in enumerate(found) if nonlinear or i == 0]
@@ -287,7 +236,7 @@ class _Lowering:
             return _rules.UNKNOWN
         return Refused(failure.reason, failure.remedy or _rules.UNKNOWN.remedy)
 
-    def prove(self, base: Value, expr: Expr, consts: list[Value]) -> _Elementwise:
+    def prove(self, base: Value, expr: Expr, consts: list[Value]) -> Elementwise:
         values = [v.const for v in consts]
         if any(v.randomness == 2 for v in consts):
             raise SlopeError(_rules.RANDOM_MASK.reason, _rules.RANDOM_MASK.remedy)
@@ -295,23 +244,21 @@ class _Lowering:
             arrays = [np.asarray(v) for v in values]
             declared = activations.registered(expr, arrays)
             if declared is not None:
-                return _Elementwise(base, expr, consts, declared, True)
-            return _Elementwise(base, expr, consts, activations.slope_range(expr, arrays), False)
-        return _Elementwise(base, expr, consts, activations.piecewise_linear_slopes(expr, values), False)
+                return Elementwise(base, expr, consts, declared, True)
+            return Elementwise(base, expr, consts, activations.slope_range(expr, arrays), False)
+        return Elementwise(base, expr, consts, activations.piecewise_linear_slopes(expr, values), False)
 
     def decide(self, eqn: Eqn, needed: set[int]) -> None:
         """Settle one needed equation and mark what it needs."""
         for value in eqn.outputs:
             if not jnp.issubdtype(value.dtype, jnp.floating) and eqn.primitive not in _rules.ELEMENTWISE:
-                rule = _rules.RULES.get(eqn.primitive)
-                result = rule(eqn) if rule else _rules.UNKNOWN
+                result = self.rule(eqn) or _rules.UNKNOWN
                 self.refuse(eqn, result if isinstance(result, Refused) else _rules.NOT_FLOAT, needed)
                 return
-        rule = _rules.RULES.get(eqn.primitive)
-        result = rule(eqn) if rule is not None else None
+        result = self.rule(eqn)
         if self.sums_nonlinearities(eqn):
             found = self.elementwise(eqn.outputs[0], eqn, closed_only=True)
-            if isinstance(found, _Elementwise):
+            if isinstance(found, Elementwise):
                 self.taps[eqn.outputs[0].index] = found
                 needed.add(found.base.index)
                 return
@@ -344,7 +291,7 @@ class _Lowering:
             self.refuse(eqn, _rules.JUMP, needed)
             return
         found = self.elementwise(value, eqn)
-        if isinstance(found, _Elementwise):
+        if isinstance(found, Elementwise):
             self.taps[value.index] = found
             needed.add(found.base.index)
         elif pair:
@@ -367,126 +314,7 @@ class _Lowering:
                 self.decide(eqn, needed)
         if self.refused:
             raise UnsupportedError(tuple(reversed(self.refused.values())))
-        return _Emitter(self, needed).run(output)
-
-
-class _Emitter:
-    """Writes the decided equations in order, with registers and leaves counted from 0."""
-
-    def __init__(self, lowering: _Lowering, needed: set[int]):
-        self.low = lowering
-        self.needed = needed
-        self.registers: dict[int, int] = {lowering.flat.input.index: 0}
-        self.shapes: list[tuple[int, ...]] = [lowering.flat.input.shape]
-        self.levels: list[int] = [0]
-        self.steps: list[Op | int] = []
-        self.taps: list[Tap] = []
-        self.leaves: list[Any] = []
-        self.leaf_places: dict[tuple[str, Any], int] = {}
-        self.slopes: list[Any] = []
-        self.pairs: dict[tuple[int, int], int] = {}
-
-    def register(self, value: Value | None, shape: tuple[int, ...], level: int) -> int:
-        place = len(self.shapes)
-        if value is not None:
-            self.registers[value.index] = place
-        self.shapes.append(shape)
-        self.levels.append(level)
-        return place
-
-    def leaf(self, value: Value) -> int:
-        key = _constant_key(value)
-        if key not in self.leaf_places:
-            self.leaf_places[key] = len(self.leaves)
-            self.leaves.append(value.const)
-        return self.leaf_places[key]
-
-    def operand(self, value: Value) -> int:
-        if value.depends:
-            return self.registers[self.low.resolve(value).index]
-        return -1 - self.leaf(value)
-
-    def run(self, output: Value) -> tuple[Program, tuple[Any, ...], tuple[Any, ...]]:
-        for eqn in self.low.flat.eqns:
-            for value in eqn.outputs:
-                if value.index not in self.needed or value.index in self.registers:
-                    continue
-                if value.index in self.low.linear:
-                    self.emit_linear(self.low.linear[value.index], eqn, value)
-                elif value.index in self.low.taps:
-                    self.emit_tap(self.low.taps[value.index], eqn, value)
-        if output.depends:
-            last = self.registers[self.low.resolve(output).index]
-        else:
-            last = self.register(output, output.shape, 0)
-            self.steps.append(Op("constant", (), (-1 - self.leaf(output),), last))
-        program = Program(tuple(self.steps), tuple(self.taps), tuple(self.shapes), last)
-        return program, tuple(self.leaves), tuple(self.slopes)
-
-    def emit_linear(self, part: Linear, eqn: Eqn, value: Value) -> None:
-        inputs = tuple(self.operand(eqn.inputs[j]) for j in part.operands)
-        level = max((self.levels[i] for i in inputs if i >= 0), default=0)
-        params = tuple(sorted((k, _rules.static(v)) for k, v in part.params.items()))
-        self.steps.append(Op(part.kind, params, inputs, self.register(value, value.shape, level)))
-
-    def emit_tap(self, found: _Elementwise | Group, eqn: Eqn, value: Value) -> None:
-        if isinstance(found, _Elementwise):
-            consts = tuple(self.tap_constant(v) for v in found.consts)
-            source = self.registers[self.low.resolve(found.base).index]
-            concrete = [v.const for v in found.consts]
-            name = activations.known_name(found.expr, concrete) if all(map(is_concrete, concrete)) else "prelu"
-            size = int(np.prod(value.shape))
-            self.add_tap(
-                dict(kind="elementwise", name=name, size_in=size, size_out=size, expr=found.expr, consts=consts)
-                | dict(assumed=found.assumed),
-                (source,),
-                [value],
-                eqn,
-                found.slopes,
-            )
-            return
-        sources = tuple(self.registers[self.low.resolve(v).index] for v in eqn.inputs)
-        size_in = sum(int(np.prod(self.shapes[s])) for s in sources)
-        if len(sources) == 2 and found.index.size == size_in:
-            twin = self.twin(eqn, sources)
-            if twin is not None:  # max and min of one pair are one permutation: 1-Lipschitz together
-                low, high = (twin, value) if eqn.primitive == "max" else (value, twin)
-                fields = dict(kind="sort", name="maxmin", size_in=size_in, size_out=size_in)
-                self.add_tap(fields | dict(groups=StaticArray(found.index)), sources, [low, high], eqn, ())
-                return
-        mode = found.mode
-        size_out = found.index.size if mode == "sort" else found.index.shape[0]
-        fields = dict(kind=mode, name=eqn.primitive, size_in=size_in, size_out=size_out)
-        self.add_tap(fields | dict(groups=StaticArray(found.index)), sources, [value], eqn, ())
-
-    def twin(self, eqn: Eqn, sources: tuple[int, ...]) -> Value | None:
-        """The min beside this max (or the reverse) over the same two tensors."""
-        other = "min" if eqn.primitive == "max" else "max"
-        for candidate in self.low.flat.eqns:
-            if candidate.primitive != other or candidate.outputs[0].index not in self.needed:
-                continue
-            if not isinstance(self.low.taps.get(candidate.outputs[0].index), Group):
-                continue
-            operands = {self.low.resolve(v).index for v in candidate.inputs}
-            if {self.registers.get(i) for i in operands} == set(sources):
-                return candidate.outputs[0]
-        return None
-
-    def tap_constant(self, value: Value) -> int | StaticArray:
-        if is_concrete(value.const) and not jnp.issubdtype(value.dtype, jnp.floating):
-            return StaticArray(np.asarray(value.const))
-        return self.leaf(value)
-
-    def add_tap(
-        self, fields: dict[str, Any], sources: tuple[int, ...], values: list[Value], eqn: Eqn, slopes: Any
-    ) -> None:
-        level = max(self.levels[s] for s in sources)
-        outputs = tuple(self.register(v, v.shape, level + 1) for v in values)
-        self.steps.append(len(self.taps))
-        shapes = tuple(v.shape for v in values)
-        tap = Tap(path=eqn.path, inputs=sources, outputs=outputs, shapes=shapes, level=level, **fields)
-        self.taps.append(tap)
-        self.slopes.append(slopes)
+        return Emitter(self, needed).run(output)
 
 
 _IDENTITIES = frozenset(
@@ -498,14 +326,6 @@ _IDENTITIES = frozenset(
 def _is_pair(eqn: Eqn) -> bool:
     """Maximum or minimum of two tensors that depend on x."""
     return eqn.primitive in ("max", "min") and all(v.depends for v in eqn.inputs)
-
-
-def _constant_key(value: Value) -> tuple[str, Any]:
-    """Equal scalars are one constant; arrays are told apart by identity."""
-    if value.shape == () and is_concrete(value.const) and jnp.issubdtype(value.dtype, jnp.floating):
-        scalar = np.asarray(value.const)
-        return ("scalar", (scalar.dtype.str, scalar.tobytes()))
-    return ("array", id(value.const))
 
 
 def _no_dominator(eqn: Eqn) -> Refused:

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lipbounds.lure import LureForm, propagate
+from lipbounds._batched import apply_batched, fixed_operands
+from lipbounds.lure import LureForm
 
 #: (c, q, e) per tap: v = c y + q w and ||w|| <= ||e y||; None is zero for c and one for e.
 Scalings = tuple[tuple[Any, Any, Any], ...]
@@ -92,10 +93,11 @@ def _rows(
     def rows_of(smooth: Any, other: Any, seeds: jax.Array) -> Any:
         form, scalings = join(smooth, other)
         sizes = [form.in_size if j < 0 else form.taps[j].size_out for j in sources]
-        _, pull = jax.vjp(lambda *w: _network(form, scalings, sources, w), *(jnp.zeros(n, dtype) for n in sizes))
+        zeros = (jnp.zeros((height, n), dtype) for n in sizes)
+        _, pull = jax.vjp(lambda *w: _network(form, scalings, sources, w), *zeros)
 
         def part(seeds: jax.Array) -> Any:
-            rows = jax.vmap(pull)(seeds)
+            rows = pull(seeds)
             tops = [jnp.max(jnp.abs(r), axis=1) for r in rows]
             tops = [jnp.where(top > 0, jnp.maximum(top, _SMALLEST), 1) for top in tops]
             return tuple((r / top[:, None], top) for r, top in zip(rows, tops, strict=True))
@@ -116,7 +118,7 @@ def _rows(
 
             def paired(smooth: Any) -> jax.Array:
                 form, scalings = join(smooth, other)
-                images = jax.vmap(lambda *w: _network(form, scalings, sources, w))(*scaled)
+                images = _network(form, scalings, sources, scaled)
                 return jnp.sum(images * seeds)
 
             return jax.tree.map(jnp.add, total, jax.grad(paired)(smooth)), None
@@ -134,17 +136,41 @@ def _rows(
 
 
 def _network(form: LureForm, scalings: Scalings, sources: tuple[int, ...], vectors: tuple[jax.Array, ...]) -> jax.Array:
-    """sum_j G[output, j] w_j, (K,): the network run forward on its loop transformation."""
+    """sum_j G[output, j] w_j, (batch, K), for vectors w_j (batch, n_j): the loop-transformed network run forward."""
     given = dict(zip(sources, vectors, strict=True))
-    dtype = vectors[0].dtype
-
-    def tap(k: int, y: Any) -> Any:
-        c, q, _ = scalings[k]
-        v = None if y is None or c is None else c * y
-        if k in given:
-            w = q * given[k]
+    batch, dtype = vectors[0].shape[0], vectors[0].dtype
+    program = form.program
+    registers: dict[int, Any] = {}
+    if -1 in given:
+        registers[0] = given[-1].reshape(batch, *program.shapes[0])
+    for step in program.steps:
+        if not isinstance(step, int):
+            if any(i in registers for i in step.inputs if i >= 0):
+                stacks = [
+                    registers[i] if i in registers else jnp.zeros((batch, *program.shapes[i]), dtype)
+                    for i in step.inputs
+                    if i >= 0
+                ]
+                registers[step.output] = apply_batched(step, fixed_operands(form, step, dtype), stacks)
+            continue
+        tap, (c, q, _) = program.taps[step], scalings[step]
+        v = None
+        if c is not None and any(i in registers for i in tap.inputs):
+            parts = [
+                registers[i].reshape(batch, -1)
+                if i in registers
+                else jnp.zeros((batch, int(np.prod(program.shapes[i]))), dtype)
+                for i in tap.inputs
+            ]
+            v = c * (jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0])
+        if step in given:
+            w = q * given[step]
             v = w if v is None else v + w
-        return v
-
-    out = propagate(form, given.get(-1), tap, dtype=dtype)
-    return jnp.zeros(form.num_outputs, dtype) if out is None else out
+        if v is not None:
+            start = 0
+            for register, shape in zip(tap.outputs, tap.shapes, strict=True):
+                size = int(np.prod(shape))
+                registers[register] = v[:, start : start + size].reshape(batch, *shape)
+                start += size
+    out = registers.get(program.output)
+    return jnp.zeros((batch, form.num_outputs), dtype) if out is None else out.reshape(batch, -1)

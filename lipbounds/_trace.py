@@ -14,8 +14,8 @@ import numpy as np
 
 from lipbounds import activations
 from lipbounds._jaxpr import Flat, flatten, is_concrete
-from lipbounds._lower import _Lowering, lower
-from lipbounds._rules import KINDS
+from lipbounds._kinds import KINDS
+from lipbounds._lower import Lowering, lower
 from lipbounds.errors import Unsupported, UnsupportedError
 from lipbounds.lure import LureForm, apply_op
 
@@ -154,9 +154,9 @@ def register_activation(fn: Callable[[Any], Any], slopes: tuple[float, float]) -
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
         with jax.enable_x64(True) if dtype == jnp.float64 else nullcontext():
             flat = flatten(lambda _, v: fn(v), (), jax.ShapeDtypeStruct((3,), dtype))
-            lowering = _Lowering(flat)
+            lowering = Lowering(flat)
             output = lowering.resolve(flat.outputs[0]) if len(flat.outputs) == 1 else None
-            if output is None or output.shape != (3,) or not output.depends:
+            if output is None or output.shape != (3,) or not output.depends or output.dtype == np.bool_:
                 raise ValueError("register_activation needs an elementwise function of one tensor")
             found = [region for base, region, _ in lowering.dominators(output) if base is flat.input]
             if not found:

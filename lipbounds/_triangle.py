@@ -26,7 +26,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from lipbounds import norms
-from lipbounds._lower import Tap
+from lipbounds._program import Tap
 from lipbounds._rounding import add_up, gamma, mul_up
 from lipbounds.bound import Part, weakest
 from lipbounds.linmap import HostForm, Node, TapScaling

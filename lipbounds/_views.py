@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from lipbounds._lower import Op, Program, Tap
-from lipbounds._rules import StaticArray
+from lipbounds._kinds import StaticArray
+from lipbounds._program import Op, Program, Tap
 from lipbounds.activations import Expr, Node
 from lipbounds.lure import LureForm
 

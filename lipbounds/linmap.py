@@ -22,7 +22,8 @@ import numpy as np
 import scipy.sparse as sp
 
 from lipbounds import _rules, norms
-from lipbounds._lower import Op
+from lipbounds._kinds import KINDS
+from lipbounds._program import Op
 from lipbounds._rounding import U, mul_up
 from lipbounds.lure import LureForm
 from lipbounds.norms import Enclosure
@@ -69,6 +70,9 @@ class StepMatrix:
 
     def apply(self, m: Enclosure) -> Enclosure:
         """matrix @ m, with its error."""
+        if _is_identity(m):
+            wrong = norms.frobenius_norm(self.matrix) if self.relerr else 0.0
+            return Enclosure(self.matrix, mul_up(self.relerr, wrong))
         if self.rows is not None:
             if self.rows.size == m.shape[0] and np.array_equal(self.rows, np.arange(self.rows.size)):
                 return m
@@ -76,6 +80,15 @@ class StepMatrix:
                 most = int(np.bincount(self.rows).max(initial=0))
                 return Enclosure(m.matrix[self.rows], mul_up(norms.sqrt_up(float(most)), m.error))
         return norms.multiply(self.matrix, m, self.relerr, self.norm if m.error else None)
+
+
+def _is_identity(m: Enclosure) -> bool:
+    """Exactly the identity, where a sweep starts: a product with it is not rounded."""
+    matrix = m.matrix
+    if m.error or not sp.issparse(matrix) or matrix.shape[0] != matrix.shape[1] or matrix.nnz != matrix.shape[0]:
+        return False
+    ones = np.arange(matrix.shape[0])
+    return bool((matrix.data == 1).all() and (matrix.indices == ones).all() and (matrix.indptr[:-1] == ones).all())
 
 
 def _selection(register: int, rows: np.ndarray, n: int) -> StepMatrix:
@@ -105,7 +118,7 @@ def step_matrices(op: Op, consts: Sequence[np.ndarray], shapes: Sequence[tuple[i
     params = dict(op.params)
     out_shape = shapes[op.output]
     places = [(j, i) for j, i in enumerate(op.inputs) if i >= 0]
-    if _rules.KINDS[op.kind].moves:
+    if KINDS[op.kind].moves:
         return [_moves(op, params, place, register, consts, shapes) for place, register in places]
     out_size = _size(out_shape)
     result = []
@@ -169,7 +182,7 @@ def _moves(
         iota = np.arange(1, n + 1, dtype=np.int32).reshape(shape) if j == place else np.zeros(shape, np.int32)
         args.append(jnp.asarray(iota))
     with jax.default_device(jax.devices("cpu")[0]):
-        moved = np.asarray(_rules.KINDS[op.kind].apply(params, *args))
+        moved = np.asarray(KINDS[op.kind].apply(params, *args))
     return _selection(register, moved.astype(np.int64) - 1, n)
 
 
@@ -265,7 +278,7 @@ def _probed(
                 unit.reshape(shapes[i]) if j == place else jnp.zeros(shapes[i]) if i >= 0 else jnp.asarray(others[j])
                 for j, i in enumerate(op.inputs)
             ]
-            return _rules.KINDS[op.kind].apply(params, *args).ravel()
+            return KINDS[op.kind].apply(params, *args).ravel()
 
         columns = np.asarray(jax.lax.map(column, jnp.eye(n)))
     rows, cols = np.indices((out, n))

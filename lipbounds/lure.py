@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lipbounds import _rules, activations
+from lipbounds import activations
 from lipbounds._jaxpr import is_concrete
-from lipbounds._lower import Op, Program, Tap
-from lipbounds._rules import StaticArray
+from lipbounds._kinds import KINDS, StaticArray
+from lipbounds._program import Op, Program, Tap
 
 Slopes = tuple[Any, Any] | tuple[()]
 
@@ -142,12 +142,12 @@ def apply_tap(tap: Tap, consts: Sequence[Any], y: jax.Array) -> jax.Array:
 
 def apply_op(op: Op, args: Sequence[Any]) -> Any:
     """One linear step on arrays."""
-    return _rules.KINDS[op.kind].apply(dict(op.params), *args)
+    return KINDS[op.kind].apply(dict(op.params), *args)
 
 
 def operands(op: Op, registers: dict[int, Any], consts: Sequence[Any], shapes: Any, dtype: Any, affine: bool) -> Any:
     """The arrays an op reads; offsets become zero unless `affine`. None when everything it depends on is zero."""
-    joint = _rules.KINDS[op.kind].joint
+    joint = KINDS[op.kind].joint
     if all(registers.get(i) is None for i in op.inputs if i >= 0) and not affine:
         return None
     args = []

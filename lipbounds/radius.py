@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
 
-from lipbounds import _rules, _triangle, activations, norms
-from lipbounds._lower import Tap
+from lipbounds import _triangle, activations, norms
+from lipbounds._kinds import KINDS, StaticArray
+from lipbounds._program import Tap
 from lipbounds._rounding import U, add_up, gamma
-from lipbounds._rules import StaticArray
 from lipbounds._tables import new_axes
 from lipbounds.bound import NORM_NAMES, UpperBound
 from lipbounds.linmap import HostForm, Node, TapScaling
@@ -282,7 +282,7 @@ def _run(
 
 def _offset(host: HostForm, step: Any, shapes: Any) -> tuple[np.ndarray, np.ndarray] | None:
     """The constant part of an affine step, and an entrywise bound of its rounding error (constants that are summed)."""
-    if not _rules.KINDS[step.kind].joint or all(i >= 0 for i in step.inputs):
+    if not KINDS[step.kind].joint or all(i >= 0 for i in step.inputs):
         return None
     if step.kind == "scatter_add":
         target = dict(step.params)["target"].array.ravel()
@@ -299,7 +299,7 @@ def _offset(host: HostForm, step: Any, shapes: Any) -> tuple[np.ndarray, np.ndar
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         for i in step.inputs:
             args.append(jnp.zeros(shapes[i]) if i >= 0 else jnp.asarray(host.consts[-1 - i], jnp.float64))
-        value = np.asarray(_rules.KINDS[step.kind].apply(dict(step.params), *args), np.float64).ravel()
+        value = np.asarray(KINDS[step.kind].apply(dict(step.params), *args), np.float64).ravel()
     return value, np.zeros_like(value)
 
 

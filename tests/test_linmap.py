@@ -18,11 +18,13 @@ import pytest
 import scipy.sparse as sp
 from gain import dense_gain, form_of, random_scalings
 from jax import lax
+from zoo_core import gauss
 
 import lipbounds as lb
-from lipbounds import _rules, linmap
+from lipbounds import linmap
+from lipbounds._kinds import KINDS
 from lipbounds._jaxpr import flatten
-from lipbounds._lower import Op, lower
+from lipbounds._program import Op, lower
 from lipbounds.linmap import HostForm, Node
 from lipbounds.lure import LureForm, multiplicity
 from lipbounds.norms import Enclosure
@@ -431,9 +433,9 @@ def test_views_of_a_step_agree(name: str) -> None:
 
 
 def test_cases_use_every_kind_of_step() -> None:
-    """A new kind in `_rules.KINDS` needs a case here."""
+    """A new kind in `KINDS` needs a case here."""
     used = {step.kind for name in CASES for step in traced(name).program.steps if isinstance(step, Op)}
-    assert used | {"stack"} == set(_rules.KINDS)  # stack is a primitive from jax 0.12 on, and has a test below
+    assert used | {"stack"} == set(KINDS)  # stack is a primitive from jax 0.12 on, and has a test below
 
 
 def test_stack_step() -> None:
@@ -574,7 +576,15 @@ def test_blocks_of_the_gain(name: str, centred: bool) -> None:
 
 def test_stacked_nodes_are_stacked_blocks() -> None:
     """A node of several taps is their rows below, or columns beside, each other."""
-    form = form_of("homemade")
+    rng = np.random.default_rng(0)
+    a, b, c, d = gauss(rng, 5, 4), gauss(rng, 6, 4), gauss(rng, 7, 11), gauss(rng, 3, 7)
+
+    def fn(x: jax.Array) -> jax.Array:
+        h = jnp.concatenate([jnp.tanh(a @ x), jax.nn.relu(b @ x)])
+        return d @ jnp.concatenate([jax.nn.relu(c[:2] @ h), jnp.tanh(c[2:] @ h)])
+
+    form = lowered(fn, (4,))
+    assert [tap.level for tap in form.taps] == [0, 0, 1, 1]
     scalings = random_scalings(form, 5)
     truth, host = dense_gain(form, scalings), HostForm(form)
     first, second = (0, 1), (2, 3)

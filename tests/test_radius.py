@@ -280,12 +280,12 @@ def test_without_its_rounding_term_the_error_is_wrong(monkeypatch: pytest.Monkey
 def test_an_error_made_early_is_carried_to_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layer 1 cancels (error about 1e-8 of a result near 1), the later ones are exact: only the carried part of the
     error covers that. Without it the same check fails."""
-    first, second = np.array([[2.0**30, 1.0, 0.1], [1.0, 2.0, 3.0]]), np.array([[1.0, 0.0], [0.0, 1.0]])
+    first, second = np.array([[1e9 / 7, 1e9 / 3, 1.0], [1.0, 2.0, 0.0]]), np.eye(2)
     zero = [np.zeros(2), np.zeros(2)]
     form = lb.from_weights([first, second], biases=zero)
     rng = np.random.default_rng(0)
-    x = np.stack([rng.normal(size=40), np.zeros(40), np.zeros(40)], axis=1)
-    x[:, 1] = -(2.0**30) * x[:, 0] + rng.uniform(1, 2, 40)
+    x = rng.normal(size=(40, 3))
+    x[:, 2] = rng.uniform(1, 2, 40) - x[:, :2] @ first[0, :2]
     exact = [rational_relu([first, second], zero, v) for v in x]
     z, error = radius.logits(form, x)
     assert all(within(z[k], error[k], exact[k]) for k in range(40))
@@ -365,7 +365,7 @@ def test_smooth_logits_hold_in_60_digits(name: str) -> None:
             gap = mpmath.sqrt(mpmath.fsum([(mpmath.mpf(float(a)) - b) ** 2 for a, b in zip(z[k], exact, strict=True)]))
             assert gap <= mpmath.mpf(float(error[k]))
             assert gap > 0, "exact by chance: this point shows nothing"
-    assert (error <= 1e-11 * (1 + np.abs(z).max(axis=1))).all(), "the bound is so wide that it shows nothing"
+    assert (error <= 1e-10 * (1 + np.abs(z).max(axis=1))).all(), "the bound is so wide that it shows nothing"
 
 
 @pytest.mark.parametrize("name", ["group_sort", "max_pool_overlapping", "u_net", "dense_net", "reshuffle"])

@@ -1,0 +1,70 @@
+"""The static part of a form: linear steps and taps over registers, hashable by value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lipbounds._expr import Expr
+from lipbounds._kinds import StaticArray
+
+Params = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Op:
+    """One linear step: `kind` is a key of `KINDS`. An operand i >= 0 is a register, -1 - j the leaf j."""
+
+    kind: str
+    params: Params
+    inputs: tuple[int, ...]
+    output: int
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One nonlinearity: flat pre-activations y (the registers `inputs`, concatenated) to flat outputs v.
+
+    Args:
+        kind: "elementwise", or "max", "min", "sort" over the rows of `groups`.
+        name: for people only ("relu").
+        path: the call path, for people only; not part of equality.
+        inputs, outputs: registers.
+        shapes: of the outputs.
+        size_in, size_out: lengths of y and v.
+        expr, consts: elementwise only: the function, and its constants (leaf j as j, or a StaticArray).
+        groups: (groups, width) table of indices into y.
+        assumed: the slopes were declared by the user (`register_activation`).
+        level: taps of one level do not depend on each other.
+    """
+
+    kind: str
+    name: str
+    path: str = field(compare=False)
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    size_in: int
+    size_out: int
+    expr: Expr | None = None
+    consts: tuple[int | StaticArray, ...] = ()
+    groups: StaticArray | None = None
+    assumed: bool = False
+    level: int = 0
+
+
+@dataclass(frozen=True)
+class Program:
+    """The static part of a form: a straight list of linear steps and taps over registers; register 0 is x."""
+
+    steps: tuple[Op | int, ...]  # an int k stands for tap k
+    taps: tuple[Tap, ...]
+    shapes: tuple[tuple[int, ...], ...]  # of the registers
+    output: int
+
+    def __hash__(self) -> int:
+        try:
+            return self._hash  # type: ignore[attr-defined]
+        except AttributeError:
+            object.__setattr__(self, "_hash", hash((self.steps, self.taps, self.shapes, self.output)))
+            return self._hash  # type: ignore[attr-defined]
