@@ -28,6 +28,7 @@ from lipbounds.linmap import HostForm, Node, TapScaling
 from lipbounds.liplt import liplt
 from lipbounds.lure import LureForm, flat_slopes, multiplicity
 
+_DECLARED_ACCURACY = 1e-9  # of float64 values of a declared activation that interval arithmetic does not know
 _CHUNK = 2**24  # entries of the widest tensor of one chunk of examples
 
 
@@ -123,6 +124,8 @@ def certified_radius(
     if not isinstance(proof, UpperBound):
         raise TypeError(f"a radius needs an UpperBound, got {type(proof).__name__}: it would prove nothing")
     constants, notes = _pair_constants(proof, form.num_outputs)
+    if not all(_enclosable(_triangle.host_form(form), tap) for tap in form.taps):
+        notes = (*notes, f"a declared activation is evaluated in float64, assumed right to {_DECLARED_ACCURACY:g}")
     z, error = logits(form, x)
     rows = np.arange(len(labels))
     slack = error * (math.sqrt(2) * (1 + 8 * U))
@@ -310,11 +313,30 @@ def _largest_slope(form: LureForm, k: int, tap: Tap) -> float:
     return float(max(np.abs(lower).max(initial=0.0), np.abs(upper).max(initial=0.0)))
 
 
+def _enclosable(host: HostForm, tap: Tap) -> bool:
+    """False for a declared activation made of a primitive that interval arithmetic does not know."""
+    if not tap.assumed:
+        return True
+    assert tap.expr is not None
+    consts = [c.array if isinstance(c, StaticArray) else host.consts[c] for c in tap.consts]
+    zero = np.zeros(tap.shapes[0])
+    try:
+        activations.enclose(tap.expr, consts, zero, zero)
+    except activations.SlopeError:
+        return False
+    return True
+
+
 def _apply(host: HostForm, tap: Tap, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(v, error): the tap at the columns of y (size_in, N), and an entrywise bound of its evaluation error."""
     if tap.expr is not None:
         consts = [c.array if isinstance(c, StaticArray) else host.consts[c] for c in tap.consts]
         point = y.T.reshape(y.shape[1], *tap.shapes[0])
+        if not _enclosable(host, tap):
+            with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+                v = np.asarray(activations.evaluate(tap.expr, consts, jnp.asarray(point)), np.float64)
+            v = np.broadcast_to(v, point.shape).reshape(y.shape[1], -1).T
+            return v, _DECLARED_ACCURACY * (1 + np.abs(v))
         low, high = activations.enclose(tap.expr, consts, point, point)
         low, high = (np.broadcast_to(a, point.shape).reshape(y.shape[1], -1).T for a in (low, high))
         middle = low + (high - low) / 2

@@ -16,6 +16,7 @@ import pytest
 from zoo_core import gauss
 
 import lipbounds as lb
+from lipbounds.radius import logits
 
 
 def digamma_like(shift: float) -> Any:
@@ -63,6 +64,11 @@ def test_the_word_reaches_radii_and_every_method(rng: np.random.Generator) -> No
     assert lb.liplt(form, guarantee="estimate").guarantee == "estimate"
     radii = lb.certified_radius(form, np.ones((2, 4), np.float32), np.array([0, 1]))
     assert radii.guarantee == "assumed" and "assumed" in repr(radii)
+    assert any("float64, assumed right to 1e-09" in note for note in radii.notes), "lgamma has no interval rule"
+    z, error = logits(form, np.ones((2, 4)))
+    with jax.enable_x64(True):
+        exact = np.asarray(form.evaluate(jnp.ones(4), jnp.float64))
+    assert np.allclose(z, exact, rtol=1e-12) and (1e-10 < error).all() and (error < 1e-7).all()
 
 
 def test_a_network_without_it_is_verified(rng: np.random.Generator) -> None:
