@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipbounds._batched import apply_batched, fixed_operands
+from lipbounds._jaxpr import is_concrete
 from lipbounds._program import Program
 from lipbounds._rows import Scalings, row_grams
 from lipbounds.lure import LureForm, flat_slopes, multiplicity
@@ -111,14 +112,31 @@ def loop_transform(form: LureForm, centred: bool, dtype: Any) -> Scalings:
     out: list[tuple[Any, Any, Any]] = []
     for k, tap in enumerate(form.taps):
         if tap.groups is not None:
-            out.append((None, jnp.ones((), dtype), jnp.asarray(np.sqrt(multiplicity(tap)).astype(dtype))))
+            out.append((None, np.ones((), dtype), np.sqrt(multiplicity(tap)).astype(dtype)))
             continue
-        lower, upper = (jnp.asarray(s).astype(dtype) for s in flat_slopes(form, k))
+        lower, upper = (_single(s.astype(dtype)) for s in flat_slopes(form, k))
         if centred:
             out.append(((lower + upper) / 2, (upper - lower) / 2, None))
         else:
-            out.append((None, jnp.maximum(jnp.abs(lower), jnp.abs(upper)), None))
+            out.append((None, _larger(lower, upper), None))
     return tuple(out)
+
+
+def _single(slopes: Any) -> Any:
+    """A constant as a number, so that it is neither stored nor read as an array."""
+    if is_concrete(slopes) and slopes.size and (slopes == slopes[0]).all():
+        return slopes[0]
+    return slopes
+
+
+def _larger(a: Any, b: Any) -> Any:
+    if is_concrete(a) and is_concrete(b):
+        return np.maximum(np.abs(a), np.abs(b))
+    return jnp.maximum(jnp.abs(a), jnp.abs(b))
+
+
+def _section(a: Any, start: int, size: int) -> Any:
+    return a[start : start + size] if a.ndim else a
 
 
 # --- all blocks at once --------------------------------------------------------------------------------------------
@@ -184,7 +202,7 @@ def all_blocks(
                     if passing:
                         assert y is not None and c is not None
                         piece = _pick(y, arriving, passing, (tap.size_in,), dtype)[:, start : start + size]
-                        pieces.append(piece * c[start : start + size])
+                        pieces.append(piece * _section(c, start, size))
                         order = passing
                     if any(pairs[p][0] == step for p in want):
                         assert begun is not None

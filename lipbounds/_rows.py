@@ -1,8 +1,11 @@
-"""The output rows of the gain, K vector-Jacobian products, and their Gram matrices, on the device. Estimates.
+"""The output rows of the gain, K vector-Jacobian products, as Gram matrices on the device. Estimates.
 
 The rows of G[output, j] are wanted twice: for the norm of the block and for the distances between its rows, which are
 the pairwise constants. Both follow from Gram matrices. Rows are taken of the centred outputs z_k - mean(z), which costs
 nothing and keeps the digits of the distances, with one row more for the mean.
+
+The program is run backward for a few rows at a time, small enough for a processor's cache, and its derivative runs it
+forward once, on the cotangents.
 """
 
 from __future__ import annotations
@@ -14,11 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipbounds._batched import apply_batched, fixed_operands
+from lipbounds._jaxpr import is_concrete
+from lipbounds._kinds import KINDS
 from lipbounds.lure import LureForm
 
 #: (c, q, e) per tap: v = c y + q w and ||w|| <= ||e y||; None is zero for c and one for e.
 Scalings = tuple[tuple[Any, Any, Any], ...]
-_CHUNK = 24  # rows at a time: a register of all of them should stay in the cache
+Batch = dict[int, jax.Array]  # register -> (rows, *shape); absent is zero
+_CHUNK = 16  # rows at a time
 _SMALLEST = 1e-30  # rows are divided by their largest entry, but not by less
 
 
@@ -34,143 +40,235 @@ class RowGram(NamedTuple):
 
 
 def row_grams(form: LureForm, sources: tuple[int, ...], scalings: Scalings, dtype: Any) -> list[RowGram]:
-    """One `RowGram` per source; -1 is the input."""
+    """One `RowGram` per source; -1 is the input. Differentiable in the form and the scalings, in reverse mode."""
     if not sources:
         return []
     count = form.num_outputs
-    seeds = np.concatenate([np.eye(count) - 1 / count, np.full((1, count), 1 / count)])
+    seeds = np.concatenate([np.eye(count) - 1 / count, np.full((1, count), 1 / count)]).astype(dtype)
     out = []
-    for rows, size in _rows(form, sources, scalings, jnp.asarray(seeds.astype(dtype))):
-        scale = jnp.max(size)
-        relative = size / scale
-        gram = _gram(rows)[: count + 1, : count + 1] * relative[:, None] * relative[None, :]
+    for gram, sizes in _grams(form, sources, scalings, seeds):
+        sizes = jax.lax.stop_gradient(sizes)
+        scale = jnp.max(sizes)
+        relative = sizes / scale
+        gram = gram * relative[:, None] * relative[None, :]
         centred, cross = gram[:count, :count], gram[:count, count]
         whole = centred + cross[:, None] + cross[None, :] + gram[count, count]
         out.append(RowGram(whole, centred, scale))
     return out
 
 
-@jax.custom_vjp
-def _gram(rows: jax.Array) -> jax.Array:
-    """R R'; its derivative is one product, not two."""
-    return rows @ rows.T
-
-
-_gram.defvjp(lambda rows: (_gram(rows), rows), lambda rows, g: ((g + g.T) @ rows,))
-
-
-def _rows(
-    form: LureForm, sources: tuple[int, ...], scalings: Scalings, seeds: jax.Array
+def _grams(
+    form: LureForm, sources: tuple[int, ...], scalings: Scalings, seeds: np.ndarray
 ) -> list[tuple[jax.Array, jax.Array]]:
-    """Per source j (R, s) with diag(s) R = seeds G[output, j], every row of R with largest entry 1 (or zero).
+    """Per source j (R R', s) with diag(s) R = seeds G[output, j], every row of R with largest entry 1 (or zero).
 
-    R has rows of zeros at the end, to fill the last chunk; s has as many entries as there are seeds. Differentiable in
-    the form and the scalings, with s constant: the derivative is that of sum_k seed_k' G[output, j] g_k / s_k for the
-    cotangents g_k, that is, of the network run forward.
+    s is taken as constant, so the derivative for a cotangent A of R R' is that of sum_k seed_k' G[output, j] g_k with
+    g = diag(1/s) (A + A') R: forward through the network with g, and at every step the product with the registers that
+    were kept on the way back.
     """
-    dtype = seeds.dtype
-    count = seeds.shape[0]
+    count, dtype = seeds.shape[0], seeds.dtype
     chunks = -(-count // _CHUNK)
     height = -(-count // chunks)
-    seeds = jnp.concatenate([seeds, jnp.zeros((chunks * height - count, seeds.shape[1]), dtype)])
+    padded = np.concatenate([seeds, np.zeros((chunks * height - count, seeds.shape[1]), dtype)])
     leaves, tree = jax.tree.flatten((form, scalings))
-    leaves = [jnp.asarray(leaf) for leaf in leaves]
-    moving = tuple(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves)
+    moving = [not is_concrete(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
 
-    def join(smooth: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> tuple[LureForm, Scalings]:
+    def join(smooth: tuple[Any, ...], other: tuple[Any, ...]) -> tuple[LureForm, Scalings]:
         a, b = iter(smooth), iter(other)
         return jax.tree.unflatten(tree, [next(a) if m else next(b) for m in moving])
 
-    def chunked(f: Any, *rows: jax.Array) -> Any:
-        """f over chunks of rows, results stacked."""
+    kept = _places(*jax.tree.unflatten(tree, range(len(leaves))), {n for n, m in enumerate(moving) if m})
+
+    def split(tree: Any) -> Any:
+        return jax.tree.map(lambda r: r.reshape(chunks, height, *r.shape[1:]), tree)
+
+    def rows(form: LureForm, scalings: Scalings, places: Places) -> Any:
+        def part(seeds: jax.Array) -> Any:
+            found, registers = _run_back(form, scalings, sources, places, seeds)
+            tops = [jnp.max(jnp.abs(r), axis=1) for r in found]
+            tops = [jnp.where(top > 0, jnp.maximum(top, _SMALLEST), 1) for top in tops]
+            return [r / top[:, None] for r, top in zip(found, tops, strict=True)], tops, registers
+
         if chunks == 1:
-            return f(*rows)
-        split = tuple(r.reshape(chunks, height, *r.shape[1:]) for r in rows)
-        results = jax.lax.map(lambda part: f(*part), split)
+            return part(jnp.asarray(padded))
+        results = jax.lax.map(part, split(jnp.asarray(padded)))
         return jax.tree.map(lambda r: r.reshape(chunks * height, *r.shape[2:]), results)
 
+    def outputs(found: Any, tops: Any) -> Any:
+        return [(r @ r.T)[:count, :count] for r in found], [top[:count] for top in tops]
+
     @jax.custom_vjp
-    def rows_of(smooth: Any, other: Any, seeds: jax.Array) -> Any:
+    def grams(smooth: Any, other: Any) -> Any:
+        found, tops, _ = rows(*join(smooth, other), Places({}, {}))
+        return outputs(found, tops)
+
+    def forward(smooth: Any, other: Any) -> Any:
+        found, tops, registers = rows(*join(smooth, other), kept)
+        return outputs(found, tops), (smooth, other, found, tops, registers)
+
+    def backward(residuals: Any, cotangents: Any) -> Any:
+        smooth, other, found, tops, registers = residuals
         form, scalings = join(smooth, other)
-        sizes = [form.in_size if j < 0 else form.taps[j].size_out for j in sources]
-        zeros = (jnp.zeros((height, n), dtype) for n in sizes)
-        _, pull = jax.vjp(lambda *w: _network(form, scalings, sources, w), *zeros)
-
-        def part(seeds: jax.Array) -> Any:
-            rows = pull(seeds)
-            tops = [jnp.max(jnp.abs(r), axis=1) for r in rows]
-            tops = [jnp.where(top > 0, jnp.maximum(top, _SMALLEST), 1) for top in tops]
-            return tuple((r / top[:, None], top) for r, top in zip(rows, tops, strict=True))
-
-        return chunked(part, seeds)
-
-    def forward(smooth: Any, other: Any, seeds: jax.Array) -> Any:
-        out = rows_of(smooth, other, seeds)
-        return out, (smooth, other, seeds, tuple(top for _, top in out))
-
-    def backward(kept: Any, cotangents: Any) -> Any:
-        smooth, other, seeds, tops = kept
-        split = (chunks, height)
+        vectors = []
+        for r, top, g in zip(found, tops, cotangents[0], strict=True):
+            mixing = jnp.pad(g + g.T, (0, r.shape[0] - count)) / top[:, None]
+            vectors.append(mixing @ r)
+        zero = {n: jnp.zeros_like(leaf) for n, leaf in zip(np.flatnonzero(moving), smooth, strict=True)}
 
         def part(total: Any, given: Any) -> Any:
-            seeds, tops, vectors = given
-            scaled = tuple(v / top[:, None] for v, top in zip(vectors, tops, strict=True))
+            slopes = _run_forward(form, scalings, sources, kept, *given)
+            return {n: total[n] + slopes[n] if n in slopes else total[n] for n in total}, None
 
-            def paired(smooth: Any) -> jax.Array:
-                form, scalings = join(smooth, other)
-                images = _network(form, scalings, sources, scaled)
-                return jnp.sum(images * seeds)
+        if chunks == 1:
+            total, _ = part(zero, (vectors, registers))
+        else:
+            total, _ = jax.lax.scan(part, zero, split((vectors, registers)))
+        return tuple(total[n] for n in zero), None
 
-            return jax.tree.map(jnp.add, total, jax.grad(paired)(smooth)), None
-
-        given = (seeds, tops, tuple(g for g, _ in cotangents))
-        given = jax.tree.map(lambda r: r.reshape(*split, *r.shape[1:]), given)
-        zero = jax.tree.map(jnp.zeros_like, smooth)
-        total, _ = jax.lax.scan(part, zero, given)
-        return total, None, None
-
-    rows_of.defvjp(forward, backward)
-    smooth = tuple(leaf for leaf, m in zip(leaves, moving, strict=True) if m)
+    grams.defvjp(forward, backward)
+    smooth = tuple(jnp.asarray(leaf) for leaf, m in zip(leaves, moving, strict=True) if m)
     other = tuple(leaf for leaf, m in zip(leaves, moving, strict=True) if not m)
-    return [(rows, jax.lax.stop_gradient(top)[:count]) for rows, top in rows_of(smooth, other, seeds)]
+    return list(zip(*grams(smooth, other), strict=True))
 
 
-def _network(form: LureForm, scalings: Scalings, sources: tuple[int, ...], vectors: tuple[jax.Array, ...]) -> jax.Array:
-    """sum_j G[output, j] w_j, (batch, K), for vectors w_j (batch, n_j): the loop-transformed network run forward."""
+# --- the program backward and forward ------------------------------------------------------------------------------
+
+
+class Places(NamedTuple):
+    """Where a coefficient that is differentiated enters, by the number of its leaf.
+
+    ops: register -> leaf of the coefficient of the step that writes it; taps: tap -> leaves of (c, q), None if constant.
+    """
+
+    ops: dict[int, int]
+    taps: dict[int, tuple[int | None, int | None]]
+
+
+def _places(form: LureForm, scalings: Scalings, moving: set[int]) -> Places:
+    """`form` and `scalings` hold the numbers of their leaves. Offsets cancel, so steps linear in all operands have none."""
+    ops = {}
+    for step in form.program.steps:
+        if not isinstance(step, int) and not KINDS[step.kind].joint:
+            for i in step.inputs:
+                if i < 0 and form.consts[-1 - i] in moving:
+                    ops[step.output] = form.consts[-1 - i]
+    taps = {}
+    for k, (c, q, _) in enumerate(scalings):
+        leaves = (c if c in moving else None, q if q in moving else None)
+        if leaves != (None, None):
+            taps[k] = leaves
+    return Places(ops, taps)
+
+
+def _join(registers: Batch, names: tuple[int, ...], form: LureForm, batch: int, dtype: Any) -> Any:
+    """The registers side by side, (batch, entries); None if all are zero."""
+    if not any(i in registers for i in names):
+        return None
+    parts = [
+        registers[i].reshape(batch, -1) if i in registers else jnp.zeros((batch, size), dtype)
+        for i, size in ((i, int(np.prod(form.program.shapes[i]))) for i in names)
+    ]
+    return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+
+
+def _split(v: Any, names: tuple[int, ...], form: LureForm) -> Batch:
+    out, start = {}, 0
+    for i in names:
+        shape = form.program.shapes[i]
+        size = int(np.prod(shape))
+        out[i] = v[:, start : start + size].reshape(v.shape[0], *shape)
+        start += size
+    return out
+
+
+def _run_back(
+    form: LureForm, scalings: Scalings, sources: tuple[int, ...], places: Places, seeds: jax.Array
+) -> tuple[list[jax.Array], Any]:
+    """(seeds G[output, j] for every source j, the registers at `places`) by the program run backward."""
+    program, (batch, dtype) = form.program, (seeds.shape[0], seeds.dtype)
+    registers: Batch = {program.output: seeds.reshape(batch, *program.shapes[program.output])}
+    found: dict[int, jax.Array] = {}
+    kept_ops: Batch = {}
+    kept_taps: Batch = {}
+
+    def accumulate(parts: Batch) -> None:
+        for i, part in parts.items():
+            registers[i] = registers[i] + part if i in registers else part
+
+    for step in reversed(program.steps):
+        if isinstance(step, int):
+            tap, (c, q, _) = program.taps[step], scalings[step]
+            v = _join(registers, tap.outputs, form, batch, dtype)
+            if v is None:
+                continue
+            if step in places.taps:
+                kept_taps[step] = v
+            if step in sources:
+                found[step] = q * v
+            if c is not None:
+                accumulate(_split(c * v, tap.inputs, form))
+        elif step.output in registers:
+            out = registers.pop(step.output)
+            if step.output in places.ops:
+                kept_ops[step.output] = out
+            names = [i for i in step.inputs if i >= 0]
+            zeros = [jnp.zeros((batch, *program.shapes[i]), dtype) for i in names]
+            fixed = fixed_operands(form, step, dtype)
+            _, pull = jax.vjp(lambda *m, step=step, fixed=fixed: apply_batched(step, fixed, m), *zeros)
+            for i, part in zip(names, pull(out), strict=True):
+                accumulate({i: part})
+    if 0 in registers:
+        found[-1] = registers[0].reshape(batch, -1)
+    sizes = {j: form.in_size if j < 0 else program.taps[j].size_out for j in sources}
+    rows = [found[j] if j in found else jnp.zeros((batch, sizes[j]), dtype) for j in sources]
+    return rows, (kept_ops, kept_taps)
+
+
+def _run_forward(
+    form: LureForm, scalings: Scalings, sources: tuple[int, ...], places: Places, vectors: Any, kept: Any
+) -> dict[int, jax.Array]:
+    """The derivatives of sum_k seed_k' G[output, j] g_k in the coefficients at `places`, by leaf; `vectors` are the g."""
     given = dict(zip(sources, vectors, strict=True))
-    batch, dtype = vectors[0].shape[0], vectors[0].dtype
-    program = form.program
-    registers: dict[int, Any] = {}
+    program, (batch, dtype) = form.program, (vectors[0].shape[0], vectors[0].dtype)
+    kept_ops, kept_taps = kept
+    registers: Batch = {}
+    slopes: dict[int, jax.Array] = {}
+
+    def add(leaf: int, slope: jax.Array) -> None:
+        slopes[leaf] = slopes[leaf] + slope if leaf in slopes else slope
+
     if -1 in given:
         registers[0] = given[-1].reshape(batch, *program.shapes[0])
     for step in program.steps:
-        if not isinstance(step, int):
-            if any(i in registers for i in step.inputs if i >= 0):
-                stacks = [
-                    registers[i] if i in registers else jnp.zeros((batch, *program.shapes[i]), dtype)
-                    for i in step.inputs
-                    if i >= 0
-                ]
-                registers[step.output] = apply_batched(step, fixed_operands(form, step, dtype), stacks)
-            continue
-        tap, (c, q, _) = program.taps[step], scalings[step]
-        v = None
-        if c is not None and any(i in registers for i in tap.inputs):
-            parts = [
-                registers[i].reshape(batch, -1)
-                if i in registers
-                else jnp.zeros((batch, int(np.prod(program.shapes[i]))), dtype)
-                for i in tap.inputs
+        if isinstance(step, int):
+            tap, (c, q, _) = program.taps[step], scalings[step]
+            y = None if c is None else _join(registers, tap.inputs, form, batch, dtype)
+            w = given.get(step)
+            if step in kept_taps:
+                for leaf, factor, value in zip(places.taps[step], (y, w), (c, q), strict=True):
+                    if leaf is not None and factor is not None:
+                        slope = jnp.sum(factor * kept_taps[step], axis=0)
+                        add(leaf, slope if value.shape else jnp.sum(slope))
+            terms = [] if y is None else [c * y]
+            if w is not None:
+                terms.append(q * w)
+            if terms:
+                registers.update(_split(sum(terms[1:], terms[0]), tap.outputs, form))
+        elif any(i in registers for i in step.inputs if i >= 0):
+            stacks = [
+                registers[i] if i in registers else jnp.zeros((batch, *program.shapes[i]), dtype)
+                for i in step.inputs
+                if i >= 0
             ]
-            v = c * (jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0])
-        if step in given:
-            w = q * given[step]
-            v = w if v is None else v + w
-        if v is not None:
-            start = 0
-            for register, shape in zip(tap.outputs, tap.shapes, strict=True):
-                size = int(np.prod(shape))
-                registers[register] = v[:, start : start + size].reshape(batch, *shape)
-                start += size
-    out = registers.get(program.output)
-    return jnp.zeros((batch, form.num_outputs), dtype) if out is None else out.reshape(batch, -1)
+            fixed = fixed_operands(form, step, dtype)
+            registers[step.output] = apply_batched(step, fixed, stacks)
+            if step.output in kept_ops:
+                place = next(j for j, i in enumerate(step.inputs) if i < 0)
+                coefficient = jnp.asarray(form.consts[-1 - step.inputs[place]])
+
+                def applied(a: Any, step: Any = step, stacks: Any = stacks, place: int = place) -> Any:
+                    return apply_batched(step, [a.astype(dtype) if j == place else None for j in range(2)], stacks)
+
+                _, pull = jax.vjp(applied, coefficient)
+                add(places.ops[step.output], pull(kept_ops[step.output])[0])
+    return slopes

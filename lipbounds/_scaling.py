@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -126,82 +126,111 @@ def run(
 # --- optimised -----------------------------------------------------------------------------------------------------
 
 
+class _Batch(NamedTuple):
+    """All blocks of one shape (m, n): relative matrices (B, m, n); rows of the logarithms' tables; which pair each is."""
+
+    matrices: jax.Array
+    cols: np.ndarray
+    rows: np.ndarray
+    pairs: np.ndarray
+
+
 def optimize(
     form: LureForm, nodes: Sequence[Node], blocks: Blocks, start: Mapping[Node, np.ndarray]
 ) -> dict[Node, np.ndarray]:
-    """log S by Adam on the recursion with power-iterated norms, in float32 on scaled blocks; the last iterate."""
+    """f = 1/S from `start` by Adam on log f, on the recursion with power-iterated norms in float32.
+
+    Blocks of one shape are one batch and the recursion is a scan, so that deep networks compile as fast as shallow ones.
+    """
     free = [node for node in nodes if not _grouped(form, node)]
     if not free:
         return dict(start)
-    order = tuple(sorted(blocks, key=lambda p: (nodes.index(p[1]) if p[1] else len(nodes), len(p[0]), p[0])))
-    # Blocks relative to their norms, and the norms apart, so that float32 holds networks of any scale.
-    sizes = [max(float(np.linalg.norm(blocks[p].matrix)), 1e-300) for p in order]
-    arrays = tuple(jnp.asarray(blocks[p].matrix / s, jnp.float32) for p, s in zip(order, sizes, strict=True))
-    logs = tuple(
-        jnp.asarray(np.log(np.where(start[n] > 0, start[n], np.max(start[n], initial=1.0))), jnp.float32) for n in free
-    )
+    places: dict[Node, tuple[int, int]] = {}  # node -> (size, row in the table of that size)
+    tables: dict[int, list[np.ndarray]] = {}
+    for node in free:
+        f = start[node]
+        rows = tables.setdefault(f.size, [])
+        places[node] = (f.size, len(rows))
+        rows.append(np.log(np.where(f > 0, f, np.max(f, initial=0.0) or 1.0)))
+    logs = {size: jnp.asarray(np.stack(rows), jnp.float32) for size, rows in tables.items()}
+
+    # Blocks are held relative to their norms, and the norms apart, so that float32 holds networks of any scale.
+    order = list(blocks)
+    sizes = np.array([max(float(np.linalg.norm(blocks[p].matrix)), 1e-300) for p in order])
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for i, pair in enumerate(order):
+        shapes.setdefault(blocks[pair].shape, []).append(i)
+    batches = [
+        _Batch(
+            jnp.asarray(np.stack([blocks[order[i]].matrix / sizes[i] for i in members]), jnp.float32),
+            np.array([places.get(order[i][0], (0, -1))[1] for i in members]),
+            np.array([places.get(order[i][1], (0, -1))[1] for i in members]),
+            np.array(members),
+        )
+        for members in shapes.values()
+    ]
+    index = {node: i for i, node in enumerate(nodes)}
+    table = np.full((len(nodes) + 1, len(nodes) + 1), -1)  # [target, source]: input first, output last
+    for i, (source, target) in enumerate(order):
+        table[index[target] if target else len(nodes), 1 + index[source] if source else 0] = i
     with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
-        result = _descend(arrays, jnp.log(jnp.asarray(sizes)).astype(jnp.float32), logs, order, tuple(free))
+        result = _descend(logs, batches, table, jnp.asarray(np.log(sizes), jnp.float32))
     out = dict(start)
-    for node, log in zip(free, result, strict=True):
-        f = np.exp(np.asarray(log, np.float64))
+    for node in free:
+        size, row = places[node]
+        f = np.exp(np.asarray(result[size][row], np.float64))
         out[node] = np.where(start[node] > 0, f, 0.0) if np.isfinite(f).all() else start[node]
     return out
 
 
-def _objective(logs: Any, vectors: Any, arrays: Any, sizes: Any, order: Any, free: Any) -> tuple[Any, Any]:
+def _objective(logs: Any, vectors: Any, batches: Any, table: Any, sizes: Any) -> tuple[Any, Any]:
     """log of the recursion's value, with two power steps per block from `vectors`; and the new vectors."""
-    place = {node: i for i, node in enumerate(free)}
-    terms: dict[Node | None, list[Any]] = {}
+    norms_ = sizes
     fresh = []
-    for i, (source, target) in enumerate(order):  # by target: the terms of a source are complete when it is read
-        col = logs[place[source]] if source in place else None
-        row = logs[place[target]] if target in place else None
-        top_col = 0.0 if col is None else jax.lax.stop_gradient(col.max())
-        low_row = 0.0 if row is None else jax.lax.stop_gradient(row.min())
-        matrix = arrays[i]
-        if col is not None:
-            matrix = matrix * jnp.exp(col - top_col)
-        if row is not None:
-            matrix = matrix * jnp.exp(low_row - row)[:, None]
-        fixed = jax.lax.stop_gradient(matrix)
-        u = vectors[i]
+    for batch, u in zip(batches, vectors, strict=True):
+        _, m, n = batch.matrices.shape
+        cols = jnp.concatenate([logs.get(n, jnp.zeros((0, n))), jnp.zeros((1, n))])[batch.cols]
+        rows = jnp.concatenate([logs.get(m, jnp.zeros((0, m))), jnp.zeros((1, m))])[batch.rows]
+        top = jax.lax.stop_gradient(cols.max(axis=1, initial=-1e30))
+        low = jax.lax.stop_gradient(rows.min(axis=1, initial=1e30))
+        matrices = batch.matrices * jnp.exp(cols - top[:, None])[:, None, :] * jnp.exp(low[:, None] - rows)[:, :, None]
+        fixed = jax.lax.stop_gradient(matrices)
         for _ in range(2):
-            v = fixed.T @ (fixed @ u)
-            u = v / jnp.maximum(jnp.linalg.norm(v), 1e-30)
+            v = jnp.einsum("bmn,bm->bn", fixed, jnp.einsum("bmn,bn->bm", fixed, u))
+            u = v / jnp.maximum(jnp.linalg.norm(v, axis=1, keepdims=True), 1e-30)
         fresh.append(u)
-        image = matrix @ u
-        size = 0.5 * jnp.log(jnp.sum(image * image) + 1e-30)
-        reach = jax.nn.logsumexp(jnp.stack(terms[source])) if source in terms else 0.0 if not source else -1e9
-        terms.setdefault(target or None, []).append(size + sizes[i] + top_col - low_row + reach)
-    return jax.nn.logsumexp(jnp.stack(terms[None])) if None in terms else jnp.zeros(()), tuple(fresh)
+        image = jnp.einsum("bmn,bn->bm", matrices, u)
+        size = 0.5 * jnp.log(jnp.sum(image * image, axis=1) + 1e-30)
+        norms_ = norms_.at[batch.pairs].add(size + top - low)
+    logarithms = jnp.where(table >= 0, norms_[table], -1e30)
+
+    def reach(known: Any, row_and_place: Any) -> Any:
+        row, place = row_and_place
+        return known.at[place].set(jax.nn.logsumexp(row + known)), None
+
+    count = table.shape[0]
+    known = jnp.full(count, -1e30).at[0].set(0.0)
+    known, _ = jax.lax.scan(reach, known, (logarithms[:-1], jnp.arange(1, count)))
+    return jax.nn.logsumexp(logarithms[-1] + known), fresh
 
 
-@partial(jax.jit, static_argnames=("order", "free"))
-def _descend(arrays: Any, sizes: Any, logs: Any, order: Any, free: Any) -> Any:
+@jax.jit
+def _descend(logs: Any, batches: Any, table: Any, sizes: Any) -> Any:
     tool = optax.adam(optax.cosine_decay_schedule(_RATE, _STEPS, alpha=0.02))
-    keys = jax.random.split(jax.random.key(0), len(arrays))
-    vectors = tuple(
-        jax.random.normal(k, (a.shape[1],), jnp.float32) for k, a in zip(keys, arrays, strict=True)
-    )
-    vectors = tuple(v / jnp.linalg.norm(v) for v in vectors)
+    keys = jax.random.split(jax.random.key(0), len(batches))
+    vectors = [
+        jax.random.normal(key, (b.matrices.shape[0], b.matrices.shape[2])) for key, b in zip(keys, batches, strict=True)
+    ]
 
     def step(carry: Any, _: Any) -> Any:
-        logs, vectors, state, best, best_value = carry
-        (value, vectors), grad = jax.value_and_grad(_objective, has_aux=True)(
-            logs, vectors, arrays, sizes, order, free
-        )
-        better = value < best_value
-        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), logs, best)
-        best_value = jnp.minimum(value, best_value)
+        logs, vectors, state = carry
+        grad, vectors = jax.grad(_objective, has_aux=True)(logs, vectors, batches, table, sizes)
         updates, state = tool.update(grad, state)
-        return (optax.apply_updates(logs, updates), vectors, state, best, best_value), value
+        return (optax.apply_updates(logs, updates), vectors, state), None
 
-    # Warm the vectors up before the values are compared.
     def warm(_: Any, current: Any) -> Any:
-        return _objective(logs, current, arrays, sizes, order, free)[1]
+        return _objective(logs, current, batches, table, sizes)[1]
 
     vectors = jax.lax.fori_loop(0, 20, warm, vectors)
-    carry = (logs, vectors, tool.init(logs), logs, jnp.asarray(jnp.inf, jnp.float32))
-    carry, _ = jax.lax.scan(step, carry, None, length=_STEPS)
+    carry, _ = jax.lax.scan(step, (logs, vectors, tool.init(logs)), None, length=_STEPS)
     return carry[0]

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from zoo import NETS
 
 import lipbounds as lb
 from lipbounds.linmap import Node, TapScaling
 from lipbounds.lure import LureForm, propagate
-from zoo import NETS
 
 
 @functools.cache

@@ -22,9 +22,10 @@ from zoo_core import gauss
 
 import lipbounds as lb
 from lipbounds import linmap
-from lipbounds._kinds import KINDS
 from lipbounds._jaxpr import flatten
-from lipbounds._program import Op, lower
+from lipbounds._kinds import KINDS
+from lipbounds._lower import lower
+from lipbounds._program import Op
 from lipbounds.linmap import HostForm, Node
 from lipbounds.lure import LureForm, multiplicity
 from lipbounds.norms import Enclosure

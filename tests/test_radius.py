@@ -125,7 +125,9 @@ def test_an_empty_batch(rng: np.random.Generator) -> None:
         radii.accuracy(0.1)
 
 
-@pytest.mark.parametrize(("norm", "factor", "said"), [(2, math.sqrt(2), "sqrt(2) L"), (1, 1.0, " L ="), (math.inf, 2.0, "2 L")])
+@pytest.mark.parametrize(
+    ("norm", "factor", "said"), [(2, math.sqrt(2), "sqrt(2) L"), (1, 1.0, " L ="), (math.inf, 2.0, "2 L")]
+)
 def test_without_pairs(norm: float, factor: float, said: str, rng: np.random.Generator) -> None:
     """Every pair gets sqrt(2) L (norm 2), L (1) or 2 L (inf); the radii say so, and pairs are never worse."""
     form, *_ = chain(rng, (6, 10, 4))
@@ -303,7 +305,7 @@ def test_sums_of_constants_are_part_of_the_error() -> None:
     for k in range(2):
         assert within(z[k], error[k], [Fraction(float(x[k, 0])) + 1, Fraction(float(x[k, 1])) + Fraction(1, 4)])
     radii = lb.certified_radius(form, x, np.array([1, 1]), bound=lb.liplt(form))
-    assert (radii.radius == 0).all(), "class 0 wins by 3/4 and ties with 3/2 + ... in truth: class 1 is never certain"
+    assert (radii.radius == 0).all(), "z is (1, 1/4) and (3/2, 5/4) in truth: class 1 never wins"
 
 
 def test_an_answer_that_rounding_decides_is_not_certified() -> None:

@@ -150,6 +150,34 @@ def sort_everything(x: jax.Array) -> jax.Array:
     return W @ jnp.sort(jnp.concatenate([x, x[:2]]))[2:]
 
 
+@fair
+def sort_columns_downwards(x: jax.Array) -> jax.Array:
+    return jnp.sort(x.reshape(4, 2), axis=0, descending=True).reshape(-1) * jnp.arange(1.0, 9.0)
+
+
+@trick
+def max_pool_that_starts_at_zero(x: jax.Array) -> jax.Array:
+    """lax.reduce_window with 0 in place of -inf: a common way to write it, and another function."""
+    return lax.reduce_window(x, 0.0, lax.max, (3,), (1,), "SAME")
+
+
+@trick
+def max_pool_with_holes(x: jax.Array) -> jax.Array:
+    return lax.reduce_window(
+        x.reshape(2, 4), -jnp.inf, lax.max, (2, 2), (1, 1), ((0, 0), (1, 1)), (2, 1), (1, 2)
+    ).reshape(-1)
+
+
+@trick
+def running_minimum(x: jax.Array) -> jax.Array:
+    return lax.cummin(x, reverse=True)
+
+
+@trick
+def top_values(x: jax.Array) -> jax.Array:
+    return lax.top_k(x, 3)[0] * 2.0
+
+
 @trick
 def sort_constants_by_the_input(x: jax.Array) -> jax.Array:
     return lax.sort_key_val(x, C)[1]
@@ -306,10 +334,76 @@ def gradient_of_a_smooth_network(x: jax.Array) -> jax.Array:
     return jax.grad(lambda x: jnp.sum(nn.softplus(W @ x)))(x)
 
 
+@trick
+def softplus_by_hand(x: jax.Array) -> jax.Array:
+    return jnp.log(1.0 + jnp.exp(x))
+
+
+@trick
+def bell_curves(x: jax.Array) -> jax.Array:
+    return jnp.exp(-4.0 * x * x) + 1.0 / (1.0 + x * x) - x * jnp.exp(-jnp.abs(x))
+
+
+@trick
+def squares_of_bounded_functions(x: jax.Array) -> jax.Array:
+    return jnp.tanh(3.0 * x) ** 2 - nn.sigmoid(x) * nn.sigmoid(-5.0 * x)
+
+
+@trick
+def sine_with_growing_amplitude(x: jax.Array) -> jax.Array:
+    return jnp.sin(x) * x
+
+
+@trick
+def triangle_wave(x: jax.Array) -> jax.Array:
+    return jnp.abs(x - jnp.round(x))
+
+
+@trick
+def swish_with_a_steep_gate(x: jax.Array) -> jax.Array:
+    return x * nn.sigmoid(100.0 * x - 30.0)
+
+
+@fair
+def difference_of_relus(x: jax.Array) -> jax.Array:
+    return nn.relu(x) - 2.0 * nn.relu(-x) + 0.5 * nn.relu(x - 1.0)
+
+
+@fair
+def thresholds_per_channel(x: jax.Array) -> jax.Array:
+    return jnp.where(x > C, 3.0 * (x - C), jnp.maximum(0.1 * (x - C), -5.0))
+
+
+@trick
+def one_channel_jumps(x: jax.Array) -> jax.Array:
+    """Continuous in every entry but one."""
+    return jnp.where(x > 0, x + jnp.zeros(N).at[5].set(0.1), x)
+
+
+@trick
+def slopes_per_channel_of_any_size(x: jax.Array) -> jax.Array:
+    return jnp.where(x < 0, x * jnp.linspace(-40.0, 7.0, N), x)
+
+
+@trick
+def branch_that_overflows(x: jax.Array) -> jax.Array:
+    return jnp.where(x > 0, 0.5 * x, 1.7 * jnp.expm1(x))
+
+
+@trick
+def length_of_pairs(x: jax.Array) -> jax.Array:
+    return jnp.hypot(x, 2.0 * x[::-1])
+
+
 # --------------------------------------------------------------------------------- indices, scatter
 @trick
 def scatter_overwrites_some(x: jax.Array) -> jax.Array:
     return jnp.zeros(5).at[jnp.array([0, 2, 4])].set(x[:3]).at[jnp.array([1, 1])].add(x[3:5])
+
+
+@trick
+def scatter_sets_one_place_twice(x: jax.Array) -> jax.Array:
+    return x.at[jnp.array([0, 0])].set(5.0 * x[3:5])
 
 
 @trick

@@ -120,12 +120,12 @@ def test_without_the_rounding_term_composite_blocks_are_wrong(monkeypatch: pytes
 def test_the_recursion_itself_rounds_up() -> None:
     """value >= the recursion in exact rationals on the block norms that were used."""
     for seed in range(20):
-        weights = relu_chain(np.random.default_rng(seed), (3, 4, 4, 4, 2), "gauss")
+        weights = relu_chain(np.random.default_rng(seed), (2,) * 13 if seed % 2 else (3, 4, 4, 4, 2), "gauss")
         form = lb.from_weights(weights, activation="relu")
         for centred in (True, False):
             result = _triangle.triangle(form, Request(), pairwise=True, centred=centred)
             reach = {"input": Fraction(1)}
-            for target in ("relu[0]", "relu[1]", "relu[2]", "output"):
+            for target in (*(f"relu[{k}]" for k in range(len(weights) - 1)), "output"):
                 reach[target] = sum(
                     (Fraction(p.value) * reach[p.source] for p in result.parts if p.target == target), Fraction(0)
                 )
@@ -362,8 +362,8 @@ def test_a_neuron_that_reaches_nothing_is_dropped() -> None:
     form = lb.from_weights([w0, w1], activation="relu")
     alive = lb.from_weights([w0[::2], w1[:, ::2]], activation="relu")
     for scaling in ("aol", "sll", "optimized"):
-        rel = 0.05 if scaling == "optimized" else 1e-12
-        assert lb.liplt(form, scaling=scaling).value == pytest.approx(lb.liplt(alive, scaling=scaling).value, rel=rel)
+        # not equal: without the dead neuron the unscaled bound takes part in the minimum
+        assert lb.liplt(form, scaling=scaling).value == pytest.approx(lb.liplt(alive, scaling=scaling).value, rel=0.05)
     assert lb.liplt(form).value > 1e5, "without scaling the dead neuron costs a lot"
     jacobians = np.einsum("ij,pj,jk->pik", w1, patterns(3), w0)
     assert steepest(jacobians, 2) <= lb.liplt(form, scaling="optimized").value < 10
@@ -383,7 +383,8 @@ def test_cores_reach_the_public_verb(name: str, verb: Any) -> None:
     for guess, proof in (
         (constants.value, proved.value), (constants.per_class, proved.per_class), (constants.pairwise, proved.pairwise)
     ):
-        assert np.allclose(guess, proof, rtol=1e-3, atol=1e-4) and (np.asarray(guess) <= proof * (1 + 1e-4) + 1e-4).all()
+        assert np.allclose(guess, proof, rtol=1e-3, atol=1e-4)
+        assert (np.asarray(guess) <= proof * (1 + 1e-4) + 1e-4).all()
 
 
 def test_warm_starts_make_up_for_few_steps() -> None:
@@ -429,9 +430,11 @@ def test_gradients_are_difference_quotients_in_float64(verb: Any) -> None:
 
 def test_cores_under_vmap_and_jit_at_once() -> None:
     """A batch of networks as one pytree, mapped over its leaves."""
-    forms = [lb.trace((lambda w: lambda x: w[1] @ jnp.tanh(w[0] @ x))(w), jnp.ones(4)) for w in (
-        (gauss(np.random.default_rng(s), 6, 4), gauss(np.random.default_rng(s + 9), 3, 6)) for s in range(3)
-    )]
+    rng = np.random.default_rng(0)
+    forms = [
+        lb.from_weights([np.asarray(gauss(rng, 6, 4)), np.asarray(gauss(rng, 3, 6))], activation="tanh")
+        for _ in range(3)
+    ]
     stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *forms)
     state = lb.liplt.core.init(forms[0], jax.random.key(0))
     run = functools.partial(lb.liplt.core, steps=60, pairwise=True)
