@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -57,9 +58,10 @@ def _liplt(
     request = Request(norm, guarantee if guarantee != "estimate" else "auto", seed)
 
     def bound() -> Triangle:
+        half = replace(request, failure=request.failure / 2)
         return _triangle.smaller(
-            _triangle.triangle(form, request, pairwise=pairwise, centred=False),
-            _triangle.triangle(form, request, pairwise=pairwise, centred=True),
+            _triangle.triangle(form, half, pairwise=pairwise, centred=False),
+            _triangle.triangle(form, half, pairwise=pairwise, centred=True),
         )
 
     if guarantee == "estimate":

@@ -1,0 +1,39 @@
+"""Where rounding error is not small beside a block's norm, the block is bounded by shorter ones: still a bound."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from zoo import NETS
+
+import lipbounds as lb
+from lipbounds import _triangle
+
+
+@pytest.mark.parametrize("name", ["relu", "preactivation_resnet", "max_pool_overlapping", "dense_net", "fori_loop"])
+def test_shorter_blocks_are_above_the_blocks_they_replace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fn, x = NETS[name].make(0)
+    form = lb.trace(fn, x)
+    host = _triangle.host_form(form)
+    scalings = _triangle.loop_transform(form, 2, centred=True)
+    nodes = _triangle.partitions(form)[0]
+    pairs = _triangle.structure(host, nodes, scalings)
+    plain = _triangle.block_norms(form, pairs, scalings, _triangle.Request())
+    huge = {p: _triangle.BlockNorm(1e300, "verified", "Cholesky", b.shape) for p, b in plain.items()}
+    _triangle._shorten(host, pairs, scalings, pairs, huge, 2)
+    assert all(huge[p].value >= plain[p].value * (1 - 1e-9) for p in pairs)
+    assert all(huge[p].how == "shorter blocks" for p in pairs)
+    # Blocks with nothing between source and target are not made larger.
+    naive = lb.naive(form).value
+    monkeypatch.setattr(_triangle, "_LOOSE", -1.0)
+    again = lb.trace(fn, x)
+    assert lb.liplt(again).value == pytest.approx(lb.liplt(form).value, rel=1e-9)
+    assert lb.liplt(again).value <= naive
+
+
+def test_a_deep_network_keeps_its_digits() -> None:
+    """Thirty layers: blocks far apart are products of thirty matrices, and LipLT is far below the product of norms."""
+    rng = np.random.default_rng(0)
+    weights = [(1.4 * rng.standard_normal((16, 16)) / 4).astype(np.float32) for _ in range(30)]
+    form = lb.from_weights(weights, slopes=[(0.1, 1.0)] * 29)
+    assert lb.liplt(form).value < 0.01 * lb.naive(form).value
