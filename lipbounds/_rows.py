@@ -95,7 +95,7 @@ def _grams(
         return jax.tree.map(lambda r: r.reshape(chunks * height, *r.shape[2:]), results)
 
     def outputs(found: Any, tops: Any) -> Any:
-        return [(r @ r.T)[:count, :count] for r in found], [top[:count] for top in tops]
+        return [_products(r)[:count, :count] for r in found], [top[:count] for top in tops]
 
     @jax.custom_vjp
     def grams(smooth: Any, other: Any) -> Any:
@@ -129,6 +129,17 @@ def _grams(
     smooth = tuple(jnp.asarray(leaf) for leaf, m in zip(leaves, moving, strict=True) if m)
     other = tuple(leaf for leaf, m in zip(leaves, moving, strict=True) if not m)
     return list(zip(*grams(smooth, other), strict=True))
+
+
+def _products(r: jax.Array) -> jax.Array:
+    """R R' from its blocks on and below the diagonal."""
+    count, height = r.shape[0], -(-r.shape[0] // 4) if r.shape[0] >= 128 else r.shape[0]
+    starts = range(0, count, height)
+    cut = [r[lo : lo + height] for lo in starts]
+    blocks = [[a @ b.T for b in cut[: k + 1]] for k, a in enumerate(cut)]
+    return jnp.block(
+        [[blocks[a][b] if b <= a else blocks[b][a].T for b in range(len(cut))] for a in range(len(cut))]
+    )
 
 
 # --- the program backward and forward ------------------------------------------------------------------------------

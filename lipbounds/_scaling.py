@@ -8,7 +8,6 @@ nothing here needs a proof; the blocks are scaled by the exact floats and proved
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -127,7 +126,7 @@ def run(
 
 
 class _Batch(NamedTuple):
-    """All blocks of one shape (m, n): relative matrices (B, m, n); rows of the logarithms' tables; which pair each is."""
+    """The B blocks of one shape: relative matrices (B, m, n), rows in the tables of logarithms, index of each pair."""
 
     matrices: jax.Array
     cols: np.ndarray
@@ -140,7 +139,7 @@ def optimize(
 ) -> dict[Node, np.ndarray]:
     """f = 1/S from `start` by Adam on log f, on the recursion with power-iterated norms in float32.
 
-    Blocks of one shape are one batch and the recursion is a scan, so that deep networks compile as fast as shallow ones.
+    Blocks of one shape are one batch and the recursion is a scan: deep networks compile as fast as shallow ones.
     """
     free = [node for node in nodes if not _grouped(form, node)]
     if not free:

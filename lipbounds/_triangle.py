@@ -199,7 +199,8 @@ def block_norms(
         _shorten(host, pairs, scalings, loose, found, request.norm)
     for place, (source, target) in enumerate(large):
         say(f"{node_name(form, source, source=True)} to {node_name(form, target, source=False)}")
-        value, steps = _probabilistic(form, source, target, scalings, request.seed + place, request.failure / len(large))
+        share = request.failure / len(large)
+        value, steps = _probabilistic(form, source, target, scalings, request.seed + place, share)
         shape = (host.node_size(target, source=False), host.node_size(source, source=True))
         found[source, target] = BlockNorm(value, "probabilistic", f"Golub-Kahan, {steps} steps", shape)
     return found
@@ -215,8 +216,8 @@ def _shorten(
 ) -> None:
     """Blocks whose rounding error is not small beside their norm, bounded by shorter ones instead.
 
-    Without rounding G[k, j] = D[k, j] q_j + sum_m D[k, m] c_m G[m, j] over the taps m between, D the direct linear maps, so
-    ||G[k, j]|| <= ||D[k, j] q_j|| + sum_m ||D[k, m] c_m|| ||G[m, j]||. The smaller bound is kept.
+    Without rounding G[k, j] = D[k, j] q_j + sum_m D[k, m] c_m G[m, j] over the taps m between, D the direct linear
+    maps, so ||G[k, j]|| <= ||D[k, j] q_j|| + sum_m ||D[k, m] c_m|| ||G[m, j]||. The smaller bound is kept.
     """
     plain = [TapScaling(None, s.q, s.e) for s in scalings]
     through = [TapScaling(None, np.zeros_like(s.q) if s.c is None else s.c, s.e) for s in scalings]

@@ -53,7 +53,7 @@ def _liplt(
     if scaling is not None and norm != 2:
         raise ValueError("scalings of LipLT are for norm=2; use scaling=None in other norms")
     if scaling is not None and guarantee in ("estimate", "probabilistic"):
-        raise ValueError(f"a scaling works on stored blocks, which are verified; guarantee={guarantee!r} needs scaling=None")
+        raise ValueError(f"scaled blocks are stored and verified; guarantee={guarantee!r} needs scaling=None")
     method = "liplt" if scaling is None else f"liplt-{scaling}"
     request = Request(norm, guarantee if guarantee != "estimate" else "auto", seed)
 

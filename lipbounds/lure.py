@@ -171,8 +171,8 @@ def propagate(
 ) -> Any:
     """Run the program: linear steps as they are, taps by the callback `tap(k, y) -> v` on flat vectors.
 
-    Without `affine` offsets are dropped and None stands for zero throughout: what does not depend on a nonzero source is
-    not computed. Returns the flat output, or None.
+    Without `affine` offsets are dropped and None stands for zero throughout: what does not depend on a nonzero source
+    is not computed. Returns the flat output, or None.
     """
     program = form.program
     registers: dict[int, Any] = {0: None if x is None else x.reshape(program.shapes[0])}

@@ -73,6 +73,23 @@ def test_most_tricks_would_be_seen() -> None:
         assert (vector_norm(change, 2) / vector_norm(first - second, 2)).max() > 10.0
 
 
+@pytest.mark.parametrize("name", sorted(TRICKS))
+def test_what_is_refused_is_refused_with_traced_weights_too(name: str) -> None:
+    """Inside jit no values can be checked against the function: the tracer alone has to see the trick."""
+    fn = TRICKS[name].fn
+
+    def accepted(scale: jax.Array | float) -> bool:
+        try:
+            lb.trace(lambda x: fn(scale * x), C)
+        except lb.UnsupportedError:
+            return False
+        return True
+
+    seen: list[bool] = []
+    jax.eval_shape(lambda scale: seen.append(accepted(scale)) or scale, jnp.float32(1.25))
+    assert accepted(jnp.float32(1.25)) or not seen[0]
+
+
 def test_debug_callbacks_do_not_matter() -> None:
     def watched(x: jax.Array) -> jax.Array:
         h = nn.relu(W @ x)
