@@ -35,9 +35,13 @@ def fixed_operands(form: LureForm, step: Any, dtype: Any) -> list[Any]:
 
 
 def apply_batched(step: Any, fixed: Sequence[Any], stacks: Sequence[Any]) -> Any:
-    """The step on stacks (batch, *shape), one for every None among the fixed operands. Not for forward-mode derivatives."""
+    """The step on stacks (batch, *shape), one for every None among the fixed operands; for reverse mode only."""
     params = dict(step.params)
-    if step.kind == "conv" and fixed[0] is None and params["feature_group_count"] == params["batch_group_count"] == 1:
+    if (
+        step.kind == "conv"
+        and fixed[0] is None
+        and params["feature_group_count"] == params["batch_group_count"] == 1
+    ):
         return _convolution(params, stacks[0], fixed[1])
     places = [place for place, value in enumerate(fixed) if value is None]
 
@@ -61,7 +65,9 @@ def _convolution(params: dict[str, Any], stack: Any, kernel: Any) -> Any:
         return [spec[0], *spec[2:], spec[1]]
 
     into = last(numbers.lhs_spec)
-    x = stack.transpose([0, *(1 + d for d in into)]).reshape(batch * size[into[0]], *(size[d] for d in into[1:]))
+    x = stack.transpose([0, *(1 + d for d in into)]).reshape(
+        batch * size[into[0]], *(size[d] for d in into[1:])
+    )
     weights = kernel.transpose([*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0]])
     geometry = tuple(
         tuple(params[name]) for name in ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
@@ -73,7 +79,9 @@ def _convolution(params: dict[str, Any], stack: Any, kernel: Any) -> Any:
 
 
 def _plain(x: Any, w: Any, strides: Any, padding: Any, dilation: Any, kernel_dilation: Any) -> Any:
-    space = "DHW"[3 - (x.ndim - 2) :] if x.ndim <= 5 else "".join(chr(ord("a") + d) for d in range(x.ndim - 2))
+    space = (
+        "DHW"[3 - (x.ndim - 2) :] if x.ndim <= 5 else "".join(chr(ord("a") + d) for d in range(x.ndim - 2))
+    )
     return lax.conv_general_dilated(
         x,
         w,
@@ -89,7 +97,7 @@ def _plain(x: Any, w: Any, strides: Any, padding: Any, dilation: Any, kernel_dil
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _channels_last(geometry: Any, x: Any, w: Any) -> Any:
-    """x (batch, *space, channels), w (*window, channels, features); geometry: strides, padding, dilations of x and w."""
+    """x (batch, *space, channels), w (*window, channels, features); geometry: strides, padding, two dilations."""
     strides, padding, dilation, kernel_dilation = geometry
     return _plain(x, w, strides, padding, dilation, kernel_dilation)
 
@@ -118,7 +126,12 @@ def _backward(geometry: Any, kept: Any, g: Any) -> Any:
     dx = _plain(g, turned, dilation, list(zip(before, after, strict=True)), strides, kernel_dilation)
     # The weights: channels play the batch, the batch plays the channels.
     dw = _plain(
-        jnp.moveaxis(x, (0, -1), (-1, 0)), jnp.moveaxis(g, 0, -2), kernel_dilation, weights_padding, dilation, strides
+        jnp.moveaxis(x, (0, -1), (-1, 0)),
+        jnp.moveaxis(g, 0, -2),
+        kernel_dilation,
+        weights_padding,
+        dilation,
+        strides,
     )
     return dx, jnp.moveaxis(dw, 0, -2)
 

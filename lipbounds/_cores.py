@@ -97,7 +97,8 @@ def plan(program: Program, centred: bool) -> Plan:
         if any(i in from_[j] and i in to[k] for i in taps[k].inputs)
     ]
     alive = tuple(
-        tuple(p for p, (j, k) in enumerate(pairs) if r in from_[j] and r in to[k]) for r in range(len(program.shapes))
+        tuple(p for p, (j, k) in enumerate(pairs) if r in from_[j] and r in to[k])
+        for r in range(len(program.shapes))
     )
     firsts: dict[int, list[int]] = {}
     for p, (j, _) in enumerate(pairs):
@@ -142,7 +143,9 @@ def _section(a: Any, start: int, size: int) -> Any:
 # --- all blocks at once --------------------------------------------------------------------------------------------
 
 
-def _pick(batch: Any, have: tuple[int, ...], want: tuple[int, ...], shape: tuple[int, ...], dtype: Any) -> Any:
+def _pick(
+    batch: Any, have: tuple[int, ...], want: tuple[int, ...], shape: tuple[int, ...], dtype: Any
+) -> Any:
     """Rows `want` of a batch whose rows are `have`; zero where missing."""
     if have == want:
         return batch
@@ -162,11 +165,14 @@ def _pick(batch: Any, have: tuple[int, ...], want: tuple[int, ...], shape: tuple
 def all_blocks(
     form: LureForm, layout: Plan, scalings: Scalings, vectors: tuple[jax.Array, ...]
 ) -> dict[int, jax.Array]:
-    """{target k: G[k, j] u_p for its blocks p = (j, k), by source, (blocks, n_k)}: linear in the vectors, block diagonal."""
+    """{target k: G[k, j] u_p for its blocks p = (j, k), by source, (blocks, n_k)}: linear in the vectors."""
     program = form.program
     dtype = vectors[0].dtype
     shapes, alive, pairs = program.shapes, layout.alive, layout.pairs
-    given = {j: (batch, tuple(range(first, last))) for (j, first, last), batch in zip(layout.groups, vectors, strict=True)}
+    given = {
+        j: (batch, tuple(range(first, last)))
+        for (j, first, last), batch in zip(layout.groups, vectors, strict=True)
+    }
     batches: dict[int, Any] = {}
     if alive[0]:
         batch, names = given[-1]
@@ -215,9 +221,7 @@ def all_blocks(
         want = alive[step.output]
         if not want:
             continue
-        stacks = [
-            _pick(batches.get(i), alive[i], want, shapes[i], dtype) for i in step.inputs if i >= 0
-        ]
+        stacks = [_pick(batches.get(i), alive[i], want, shapes[i], dtype) for i in step.inputs if i >= 0]
         batches[step.output] = apply_batched(step, fixed_operands(form, step, dtype), stacks)
     return out
 
@@ -257,7 +261,9 @@ class Core:
             return _unit(jax.random.normal(k, shape, dtype), jnp.zeros(shape, dtype))
 
         blocks = tuple(start(shape, k) for shape, k in zip(shapes, keys, strict=False))
-        rows = tuple(start((form.num_outputs,), k) for k in keys[len(shapes) : len(shapes) + len(layout.sources)])
+        rows = tuple(
+            start((form.num_outputs,), k) for k in keys[len(shapes) : len(shapes) + len(layout.sources)]
+        )
         return State(blocks, rows)
 
     @staticmethod
@@ -317,7 +323,7 @@ def _root(x: jax.Array) -> jax.Array:
 
 
 def _distances(gram: jax.Array) -> jax.Array:
-    """(K, K) Euclidean distances between rows from their Gram matrix: an estimate (it cancels), safe to differentiate."""
+    """(K, K) distances between rows from their Gram matrix: an estimate (it cancels), safe to differentiate."""
     squares = jnp.diagonal(gram)
     off = 1 - jnp.eye(gram.shape[0], dtype=gram.dtype)
     return _root((squares[:, None] + squares[None, :] - 2 * gram) * off)

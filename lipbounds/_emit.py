@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,7 +22,7 @@ def constant_key(value: Value) -> tuple[str, Any]:
     """Equal scalars are one constant; arrays are told apart by identity."""
     if value.shape == () and is_concrete(value.const) and jnp.issubdtype(value.dtype, jnp.floating):
         scalar = np.asarray(value.const)
-        return ("scalar", (scalar.dtype.str, scalar.tobytes()))
+        return ("scalar", (scalar.dtype.name, scalar.tobytes()))
     return ("array", id(value.const))
 
 
@@ -53,7 +54,10 @@ class Emitter:
         key = constant_key(value)
         if key not in self.leaf_places:
             self.leaf_places[key] = len(self.leaves)
-            self.leaves.append(value.const)
+            const = value.const
+            if is_concrete(const) and not isinstance(const, jax.Array):
+                const = np.array(const)  # the caller may go on writing to its array
+            self.leaves.append(const)
         return self.leaf_places[key]
 
     def operand(self, value: Value) -> int:
@@ -61,7 +65,8 @@ class Emitter:
             return self.registers[self.low.resolve(value).index]
         return -1 - self.leaf(value)
 
-    def run(self, output: Value) -> tuple[Program, tuple[Any, ...], tuple[Any, ...]]:
+    def run(self, output: Value) -> tuple[Program, tuple[Any, ...], tuple[Any, ...], dict[int, int]]:
+        """Program, leaves, slopes, and the register of each flat value that has one."""
         for eqn in self.low.flat.eqns:
             for value in eqn.outputs:
                 if value.index not in self.needed or value.index in self.registers:
@@ -76,7 +81,7 @@ class Emitter:
             last = self.register(output, output.shape, 0)
             self.steps.append(Op("constant", (), (-1 - self.leaf(output),), last))
         program = Program(tuple(self.steps), tuple(self.taps), tuple(self.shapes), last)
-        return program, tuple(self.leaves), tuple(self.slopes)
+        return program, tuple(self.leaves), tuple(self.slopes), self.registers
 
     def emit_linear(self, part: Linear, eqn: Eqn, value: Value) -> None:
         inputs = tuple(self.operand(eqn.inputs[j]) for j in part.operands)

@@ -69,6 +69,7 @@ class Eqn:
     outputs: tuple[Value, ...]
     path: str
     bind: Callable[..., Any] | None = None
+    many: bool = False
 
 
 @dataclass
@@ -175,6 +176,10 @@ class _Inliner:
         if name in _CALLS and _CALLS[name] in params:
             return self.call(params[_CALLS[name]], inputs, (*path, *_stack(eqn), str(params.get("name", name))))
         dependent = any(value.depends for value in inputs)
+        if _mutates(eqn):
+            reason = "it reads or writes mutable state, so what it returns is not a function of its operands"
+            self.refuse(eqn, path, _shape(eqn), reason, "pass the state in and out as values")
+            return [self.unknown(var) for var in eqn.outvars]
         if name == "cond" and not inputs[0].depends and is_concrete(inputs[0].const):
             branches = params["branches"]
             index = int(np.clip(int(inputs[0].const), 0, len(branches) - 1))
@@ -191,11 +196,11 @@ class _Inliner:
             else:
                 reason = "a while loop has no static length"
                 remedy = "use lax.scan or a fori_loop with constant bounds"
-            shape = eqn.outvars[0].aval.shape if eqn.outvars else ()
-            self.refuse(eqn, path, shape, reason, remedy)
+            self.refuse(eqn, path, _shape(eqn), reason, remedy)
             return [self.unknown(var) for var in eqn.outvars]
         outputs = [self.value(tuple(v.aval.shape), v.aval.dtype, depends=True) for v in eqn.outvars]
         record = Eqn(name, params, tuple(inputs), tuple(outputs), _where(eqn, path), eqn.primitive.bind)
+        record.many = eqn.primitive.multiple_results
         for output in outputs:
             output.producer = record
         if outputs:
@@ -204,7 +209,8 @@ class _Inliner:
 
     def unknown(self, var: Any) -> Value:
         """The output of something already refused: depends on x, and is not complained about again."""
-        value = self.value(tuple(var.aval.shape), var.aval.dtype, depends=True)
+        shape = tuple(getattr(var.aval, "shape", ()))
+        value = self.value(shape, getattr(var.aval, "dtype", np.dtype(np.float32)), depends=True)
         value.producer = Eqn("refused", {}, (), (value,), "")
         return value
 
@@ -268,6 +274,20 @@ class _Inliner:
         return self.emit("concatenate", {"dimension": 0}, lifted, (len(rows), *rows[0].shape), path)
 
 
+_HARMLESS = ("debug_callback", "debug_print")
+
+
+def _mutates(eqn: Any) -> bool:
+    """Touches a mutable reference, or has another effect than printing."""
+    if any("Ref" in type(v.aval).__name__ for v in (*eqn.invars, *eqn.outvars)):
+        return True
+    return bool(getattr(eqn, "effects", ())) and eqn.primitive.name not in (*_HARMLESS, *_CALLS, "scan", "while", "cond")
+
+
+def _shape(eqn: Any) -> tuple[int, ...]:
+    return tuple(getattr(eqn.outvars[0].aval, "shape", ())) if eqn.outvars else ()
+
+
 def _literal(atom: Any) -> Any:
     value = atom.val
     if not is_concrete(value):
@@ -289,3 +309,25 @@ def _where(eqn: Any, path: Path) -> str:
         return parts
     file, _, rest = line.partition(":")
     return f"{parts} ({file.rsplit('/', 1)[-1]}:{rest.strip()})" if rest else parts
+
+
+def run(flat: Flat, x: Any) -> dict[int, Any]:
+    """The flat program at one concrete input, equation by equation as jax executes it: {value index: tensor}."""
+    found: dict[int, Any] = {flat.input.index: x}
+
+    def read(value: Value) -> Any:
+        return found[value.index] if value.depends else value.const
+
+    for eqn in flat.eqns:
+        inputs = [read(v) for v in eqn.inputs]
+        if eqn.bind is not None:
+            out = eqn.bind(*inputs, **eqn.params)
+            results = out if eqn.many else [out]
+        elif eqn.primitive == "concatenate":
+            results = [lax.concatenate([jnp.asarray(v) for v in inputs], eqn.params["dimension"])]
+        elif eqn.primitive == "slice":
+            results = [lax.slice(inputs[0], eqn.params["start_indices"], eqn.params["limit_indices"])]
+        else:
+            results = [lax.reshape(inputs[0], eqn.params["new_sizes"])]
+        found.update((value.index, result) for value, result in zip(eqn.outputs, results, strict=True))
+    return found

@@ -38,8 +38,8 @@ class Elementwise:
     assumed: bool
 
 
-def lower(flat: Flat) -> tuple[Program, tuple[Any, ...], tuple[tuple[Any, Any] | tuple[()], ...]]:
-    """Program, leaves and slopes of a flat program with one output.
+def lower(flat: Flat) -> tuple[Program, tuple[Any, ...], tuple[Any, ...], dict[int, int]]:
+    """Program, leaves and slopes of a flat program with one output; and the register of each value that has one.
 
     Raises:
         UnsupportedError: everything that has no bound, at once.
@@ -304,7 +304,7 @@ class Lowering:
             nearest = next(self.dominators(value), None)
             self.refuse(eqn, found, needed, nearest[0] if nearest else None)
 
-    def run(self) -> tuple[Program, tuple[Any, ...], tuple[Any, ...]]:
+    def run(self) -> tuple[Program, tuple[Any, ...], tuple[Any, ...], dict[int, int]]:
         (output,) = self.flat.outputs
         needed = {self.resolve(output).index} if output.depends else set()
         for item in self.flat.refused:

@@ -10,6 +10,7 @@ forward once, on the cotangents.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from lipbounds.lure import LureForm
 Scalings = tuple[tuple[Any, Any, Any], ...]
 Batch = dict[int, jax.Array]  # register -> (rows, *shape); absent is zero
 _CHUNK = 16  # rows at a time
-_SMALLEST = 1e-30  # rows are divided by their largest entry, but not by less
+_SMALLEST = 1e-30  # rows are divided by their size, but not by less
 
 
 class RowGram(NamedTuple):
@@ -46,25 +47,20 @@ def row_grams(form: LureForm, sources: tuple[int, ...], scalings: Scalings, dtyp
     count = form.num_outputs
     seeds = np.concatenate([np.eye(count) - 1 / count, np.full((1, count), 1 / count)]).astype(dtype)
     out = []
-    for gram, sizes in _grams(form, sources, scalings, seeds):
-        sizes = jax.lax.stop_gradient(sizes)
-        scale = jnp.max(sizes)
-        relative = sizes / scale
-        gram = gram * relative[:, None] * relative[None, :]
+    for gram, scale in _grams(form, sources, scalings, seeds):
         centred, cross = gram[:count, :count], gram[:count, count]
         whole = centred + cross[:, None] + cross[None, :] + gram[count, count]
-        out.append(RowGram(whole, centred, scale))
+        out.append(RowGram(whole, centred, jax.lax.stop_gradient(scale)))
     return out
 
 
 def _grams(
     form: LureForm, sources: tuple[int, ...], scalings: Scalings, seeds: np.ndarray
 ) -> list[tuple[jax.Array, jax.Array]]:
-    """Per source j (R R', s) with diag(s) R = seeds G[output, j], every row of R with largest entry 1 (or zero).
+    """Per source j (R R', s) with s R = seeds G[output, j]; s is a number of the size of the rows, taken as constant.
 
-    s is taken as constant, so the derivative for a cotangent A of R R' is that of sum_k seed_k' G[output, j] g_k with
-    g = diag(1/s) (A + A') R: forward through the network with g, and at every step the product with the registers that
-    were kept on the way back.
+    So the derivative for a cotangent A of R R' is that of sum_k seed_k' G[output, j] g_k with g = (A + A') R / s:
+    forward through the network with g, and at every step the product with the registers kept on the way back.
     """
     count, dtype = seeds.shape[0], seeds.dtype
     chunks = -(-count // _CHUNK)
@@ -83,36 +79,35 @@ def _grams(
         return jax.tree.map(lambda r: r.reshape(chunks, height, *r.shape[1:]), tree)
 
     def rows(form: LureForm, scalings: Scalings, places: Places) -> Any:
-        def part(seeds: jax.Array) -> Any:
-            found, registers = _run_back(form, scalings, sources, places, seeds)
-            tops = [jnp.max(jnp.abs(r), axis=1) for r in found]
-            tops = [jnp.where(top > 0, jnp.maximum(top, _SMALLEST), 1) for top in tops]
-            return [r / top[:, None] for r, top in zip(found, tops, strict=True)], tops, registers
-
         if chunks == 1:
-            return part(jnp.asarray(padded))
-        results = jax.lax.map(part, split(jnp.asarray(padded)))
-        return jax.tree.map(lambda r: r.reshape(chunks * height, *r.shape[2:]), results)
+            found, registers = _run_back(form, scalings, sources, places, jnp.asarray(padded))
+            sizes = [_size(r) for r in found]
+            return [r / size for r, size in zip(found, sizes, strict=True)], registers, sizes
+        mixed = np.random.default_rng(0).standard_normal((1, count)).astype(dtype) @ seeds
+        sizes = [_size(r) for r in _run_back(form, scalings, sources, Places({}, {}), jnp.asarray(mixed))[0]]
+        found, registers = jax.lax.map(
+            lambda part: _run_back(form, scalings, sources, places, part, sizes), split(jnp.asarray(padded))
+        )
+        return *jax.tree.map(lambda r: r.reshape(chunks * height, *r.shape[2:]), (found, registers)), sizes
 
-    def outputs(found: Any, tops: Any) -> Any:
-        return [_products(r)[:count, :count] for r in found], [top[:count] for top in tops]
+    def outputs(found: Any, sizes: Any) -> Any:
+        return [(r @ r.T)[:count, :count] for r in found], sizes
 
     @jax.custom_vjp
     def grams(smooth: Any, other: Any) -> Any:
-        found, tops, _ = rows(*join(smooth, other), Places({}, {}))
-        return outputs(found, tops)
+        found, _, sizes = rows(*join(smooth, other), Places({}, {}))
+        return outputs(found, sizes)
 
     def forward(smooth: Any, other: Any) -> Any:
-        found, tops, registers = rows(*join(smooth, other), kept)
-        return outputs(found, tops), (smooth, other, found, tops, registers)
+        found, registers, sizes = rows(*join(smooth, other), kept)
+        return outputs(found, sizes), (smooth, other, found, registers, sizes)
 
     def backward(residuals: Any, cotangents: Any) -> Any:
-        smooth, other, found, tops, registers = residuals
+        smooth, other, found, registers, sizes = residuals
         form, scalings = join(smooth, other)
         vectors = []
-        for r, top, g in zip(found, tops, cotangents[0], strict=True):
-            mixing = jnp.pad(g + g.T, (0, r.shape[0] - count)) / top[:, None]
-            vectors.append(mixing @ r)
+        for r, size, g in zip(found, sizes, cotangents[0], strict=True):
+            vectors.append(jnp.pad((g + g.T) / size, (0, r.shape[0] - count)) @ r)
         zero = {n: jnp.zeros_like(leaf) for n, leaf in zip(np.flatnonzero(moving), smooth, strict=True)}
 
         def part(total: Any, given: Any) -> Any:
@@ -131,15 +126,10 @@ def _grams(
     return list(zip(*grams(smooth, other), strict=True))
 
 
-def _products(r: jax.Array) -> jax.Array:
-    """R R' from its blocks on and below the diagonal."""
-    count, height = r.shape[0], -(-r.shape[0] // 4) if r.shape[0] >= 128 else r.shape[0]
-    starts = range(0, count, height)
-    cut = [r[lo : lo + height] for lo in starts]
-    blocks = [[a @ b.T for b in cut[: k + 1]] for k, a in enumerate(cut)]
-    return jnp.block(
-        [[blocks[a][b] if b <= a else blocks[b][a].T for b in range(len(cut))] for a in range(len(cut))]
-    )
+def _size(rows: jax.Array) -> jax.Array:
+    """The largest entry, or 1 where nothing is there to be scaled."""
+    top = jnp.max(jnp.abs(rows), initial=0.0)
+    return jnp.where(top > 0, jnp.maximum(top, _SMALLEST), 1)
 
 
 # --- the program backward and forward ------------------------------------------------------------------------------
@@ -148,7 +138,7 @@ def _products(r: jax.Array) -> jax.Array:
 class Places(NamedTuple):
     """Where a coefficient that is differentiated enters, by the number of its leaf.
 
-    ops: register -> leaf of the coefficient of the step that writes it; taps: tap -> leaves of (c, q), None if constant.
+    ops: register -> leaf of the coefficient of the step that writes it; taps: tap -> leaves of (c, q), or None.
     """
 
     ops: dict[int, int]
@@ -156,7 +146,7 @@ class Places(NamedTuple):
 
 
 def _places(form: LureForm, scalings: Scalings, moving: set[int]) -> Places:
-    """`form` and `scalings` hold the numbers of their leaves. Offsets cancel, so steps linear in all operands have none."""
+    """`form` and `scalings` hold the numbers of their leaves. Offsets cancel, so joint steps have none."""
     ops = {}
     for step in form.program.steps:
         if not isinstance(step, int) and not KINDS[step.kind].joint:
@@ -193,9 +183,15 @@ def _split(v: Any, names: tuple[int, ...], form: LureForm) -> Batch:
 
 
 def _run_back(
-    form: LureForm, scalings: Scalings, sources: tuple[int, ...], places: Places, seeds: jax.Array
+    form: LureForm,
+    scalings: Scalings,
+    sources: tuple[int, ...],
+    places: Places,
+    seeds: jax.Array,
+    sizes: Sequence[Any] | None = None,
 ) -> tuple[list[jax.Array], Any]:
-    """(seeds G[output, j] for every source j, the registers at `places`) by the program run backward."""
+    """(seeds G[output, j] / s_j for every source j, the registers at `places`) by the program run backward."""
+    divisors = dict(zip(sources, sizes, strict=True)) if sizes is not None else {}
     program, (batch, dtype) = form.program, (seeds.shape[0], seeds.dtype)
     registers: Batch = {program.output: seeds.reshape(batch, *program.shapes[program.output])}
     found: dict[int, jax.Array] = {}
@@ -215,7 +211,7 @@ def _run_back(
             if step in places.taps:
                 kept_taps[step] = v
             if step in sources:
-                found[step] = q * v
+                found[step] = (q / divisors[step] if divisors else q) * v
             if c is not None:
                 accumulate(_split(c * v, tap.inputs, form))
         elif step.output in registers:
@@ -229,16 +225,17 @@ def _run_back(
             for i, part in zip(names, pull(out), strict=True):
                 accumulate({i: part})
     if 0 in registers:
-        found[-1] = registers[0].reshape(batch, -1)
-    sizes = {j: form.in_size if j < 0 else program.taps[j].size_out for j in sources}
-    rows = [found[j] if j in found else jnp.zeros((batch, sizes[j]), dtype) for j in sources]
+        v = registers[0].reshape(batch, -1)
+        found[-1] = v / divisors[-1] if -1 in divisors else v
+    widths = {j: form.in_size if j < 0 else program.taps[j].size_out for j in sources}
+    rows = [found[j] if j in found else jnp.zeros((batch, widths[j]), dtype) for j in sources]
     return rows, (kept_ops, kept_taps)
 
 
 def _run_forward(
     form: LureForm, scalings: Scalings, sources: tuple[int, ...], places: Places, vectors: Any, kept: Any
 ) -> dict[int, jax.Array]:
-    """The derivatives of sum_k seed_k' G[output, j] g_k in the coefficients at `places`, by leaf; `vectors` are the g."""
+    """Derivatives of sum_k seed_k' G[output, j] g_k in the coefficients at `places`, by leaf; the g are `vectors`."""
     given = dict(zip(sources, vectors, strict=True))
     program, (batch, dtype) = form.program, (vectors[0].shape[0], vectors[0].dtype)
     kept_ops, kept_taps = kept
@@ -278,7 +275,9 @@ def _run_forward(
                 coefficient = jnp.asarray(form.consts[-1 - step.inputs[place]])
 
                 def applied(a: Any, step: Any = step, stacks: Any = stacks, place: int = place) -> Any:
-                    return apply_batched(step, [a.astype(dtype) if j == place else None for j in range(2)], stacks)
+                    return apply_batched(
+                        step, [a.astype(dtype) if j == place else None for j in range(2)], stacks
+                    )
 
                 _, pull = jax.vjp(applied, coefficient)
                 add(places.ops[step.output], pull(kept_ops[step.output])[0])

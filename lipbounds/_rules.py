@@ -213,13 +213,21 @@ def _dynamic_slice(eqn: Eqn) -> Linear | Refused:
     return Linear("slice", {"start": tuple(begin), "limit": tuple(end), "strides": None}, (0,))
 
 
+def _reshape(eqn: Eqn) -> Linear:
+    shape, order = eqn.outputs[0].shape, eqn.params.get("dimensions")
+    if order is None or tuple(order) == tuple(range(len(order))):
+        return Linear("reshape", {"shape": shape}, (0,))
+    return _moved(eqn, (0,), lambda a: lax.reshape(lax.transpose(a, order), shape))
+
+
 def _dynamic_update_slice(eqn: Eqn) -> Linear | Refused:
     starts = eqn.inputs[2:]
     if any(s.depends for s in starts):
         return INDEX
     if not _concrete(*starts):
         return TRACED
-    begin = [jnp.asarray(s.const) for s in starts]
+    room = [n - k for n, k in zip(eqn.inputs[0].shape, eqn.inputs[1].shape, strict=True)]
+    begin = [int(np.clip(int(s.const), 0, most)) for s, most in zip(starts, room, strict=True)]
     return _moved(eqn, (0, 1), lambda a, b: lax.dynamic_update_slice(a, b, begin))
 
 
@@ -264,6 +272,8 @@ def _select(eqn: Eqn) -> Alias | Linear | Refused | None:
     if not _concrete(predicate):
         return TRACED
     which = np.asarray(predicate.const)
+    if which.dtype != np.bool_:
+        which = np.clip(which, 0, len(cases) - 1)
     if which.size and (which == which.flat[0]).all() and cases[int(which.flat[0])].depends:
         return Alias(1 + int(which.flat[0]))
     return _moved(eqn, range(1, 1 + len(cases)), lambda *a: lax.select_n(jnp.asarray(which), *a))
@@ -357,7 +367,7 @@ RULES: dict[str, Rule] = {
     "conv_general_dilated": _conv_rule,
     "convert_element_type": _cast,
     "integer_pow": lambda eqn: Alias(0) if eqn.params["y"] == 1 else None,
-    "reshape": _unary("reshape", lambda p, e: {"shape": e.outputs[0].shape}),
+    "reshape": _reshape,
     "squeeze": _unary("reshape", lambda p, e: {"shape": e.outputs[0].shape}),
     "expand_dims": _unary("reshape", lambda p, e: {"shape": e.outputs[0].shape}),
     "transpose": _unary("transpose", lambda p, e: {"permutation": p["permutation"]}),

@@ -24,6 +24,7 @@ from lipbounds.norms import Enclosure
 
 Blocks = dict[tuple[Node, Node], Enclosure]
 _GRAM_LIMIT = 3000  # up to this size |B'B| is formed; above it |B|'(|B| 1) stands in
+_ZERO_COLUMN = 2.0**27
 _STEPS = 400
 _RATE = 0.03
 
@@ -50,16 +51,26 @@ def _dense(matrix: Any) -> np.ndarray:
 
 
 def factors(form: LureForm, nodes: Sequence[Node], blocks: Blocks, rule: str) -> dict[Node, np.ndarray]:
-    """f_j = 1/S_j per node by AOL or SLL, backward over the taps; 0 where a neuron reaches nothing."""
+    """f_j = 1/S_j > 0 per node by AOL or SLL, backward over the taps; 0 where a neuron provably reaches nothing."""
     found: dict[Node, np.ndarray] = {}
     for node in reversed(nodes):
         column = []
+        exact = True
         for (source, target), block in blocks.items():
             if source == node:
                 rows = 1.0 if not target else _rows(form, target, found[target])[:, None]
-                column.append(rows * block.matrix)
+                with np.errstate(over="ignore", invalid="ignore"):
+                    column.append(rows * block.matrix)
+                exact = exact and block.error == 0.0
         size = sum(form.taps[k].size_out for k in node)
         b = np.concatenate(column) if column else np.zeros((1, size))
+        if not np.isfinite(b).all():
+            found[node] = np.ones(size)
+            continue
+        zero = ~b.any(axis=0)
+        dead = zero & exact  # without error a zero column is zero, and the neuron is dropped
+        top = float(np.abs(b).max(initial=0.0)) or 1.0
+        b = b / top
         if _grouped(form, node):
             found[node] = np.ones(size)
             continue
@@ -73,8 +84,12 @@ def factors(form: LureForm, nodes: Sequence[Node], blocks: Blocks, rule: str) ->
             weight = np.sqrt(np.einsum("ij,ij->j", b, b))
             safe = np.where(weight > 0, weight, 1.0)
             t = (gram @ weight if gram is not None else np.abs(b).T @ (np.abs(b) @ weight)) / safe
-        with np.errstate(divide="ignore"):
-            found[node] = np.where(t > 0, 1 / np.sqrt(t), 0.0)
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            f = 1 / (np.sqrt(t) * top)
+        usable = np.isfinite(f) & (f > 1e-290) & (f < 1e290)
+        spare = float(np.median(f[usable])) if usable.any() else 1.0  # any positive scaling is valid
+        # A column that is zero up to the blocks' error weighs little as a target; the error it has grows as much.
+        found[node] = np.where(dead, 0.0, np.where(zero, spare * _ZERO_COLUMN, np.where(usable, f, spare)))
     return found
 
 
@@ -87,6 +102,8 @@ def _rows(form: LureForm, target: Node, f: np.ndarray) -> np.ndarray:
     """S of a target's rows, at least 1/f in real arithmetic; f = 0 drops the neuron."""
     if _grouped(form, target):
         return np.ones(sum(form.taps[k].size_in for k in target))
+    if not (np.isfinite(f).all() and (f >= 0).all()):
+        raise ValueError("a scaling must be finite and not negative")
     with np.errstate(divide="ignore"):
         return np.where(f > 0, np.nextafter(1 / f, np.inf), 0.0)
 
@@ -155,7 +172,7 @@ def optimize(
 
     # Blocks are held relative to their norms, and the norms apart, so that float32 holds networks of any scale.
     order = list(blocks)
-    sizes = np.array([max(float(np.linalg.norm(blocks[p].matrix)), 1e-300) for p in order])
+    sizes = np.array([max(_frobenius(blocks[p].matrix), 1e-300) for p in order])
     shapes: dict[tuple[int, int], list[int]] = {}
     for i, pair in enumerate(order):
         shapes.setdefault(blocks[pair].shape, []).append(i)
@@ -172,14 +189,20 @@ def optimize(
     table = np.full((len(nodes) + 1, len(nodes) + 1), -1)  # [target, source]: input first, output last
     for i, (source, target) in enumerate(order):
         table[index[target] if target else len(nodes), 1 + index[source] if source else 0] = i
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+    with jax.numpy_dtype_promotion("standard"), jax.enable_x64(False):  # optax mixes dtypes
         result = _descend(logs, batches, table, jnp.asarray(np.log(sizes), jnp.float32))
     out = dict(start)
     for node in free:
         size, row = places[node]
         f = np.exp(np.asarray(result[size][row], np.float64))
-        out[node] = np.where(start[node] > 0, f, 0.0) if np.isfinite(f).all() else start[node]
+        usable = np.isfinite(f) & (f > 1e-290)
+        out[node] = np.where(start[node] > 0, np.where(usable, f, start[node]), 0.0)
     return out
+
+
+def _frobenius(matrix: np.ndarray) -> float:
+    top = float(np.abs(matrix).max(initial=0.0)) or 1.0
+    return top * float(np.linalg.norm(matrix / top))
 
 
 def _objective(logs: Any, vectors: Any, batches: Any, table: Any, sizes: Any) -> tuple[Any, Any]:

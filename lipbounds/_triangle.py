@@ -30,13 +30,14 @@ from lipbounds._program import Tap
 from lipbounds._rounding import add_up, gamma, mul_up
 from lipbounds.bound import Part, weakest
 from lipbounds.linmap import HostForm, Node, TapScaling
-from lipbounds.lure import LureForm, flat_slopes, multiplicity, propagate
+from lipbounds.lure import LureForm, multiplicity, propagate, proved_slopes
 from lipbounds.norms import Enclosure
 
 #: Blocks whose smaller side is at most this are verified by `guarantee="auto"`; larger ones are probabilistic.
 DENSE_LIMIT = 4096
 #: Probability with which a probabilistic bound may fail, all its blocks together.
 FAILURE = 1e-9
+_TINY = 1e-100  # matrix-free norms below this may have lost parts to underflow
 _LOOSE = 1e-6  # rounding error of a block, relative to its norm, above which shorter blocks are tried
 _STORED_ENTRIES = 2**28  # a scaling keeps all blocks: 2 GB
 
@@ -66,7 +67,7 @@ def loop_transform(form: LureForm, norm: float, *, centred: bool) -> tuple[TapSc
         if tap.groups is not None:
             out.append(TapScaling(None, np.ones(tap.size_out), _multiplicity_factor(tap, norm)))
             continue
-        lower, upper = (np.asarray(s, np.float64) for s in flat_slopes(form, k))
+        lower, upper = proved_slopes(form, k)
         c = (lower + upper) / 2 if centred else np.zeros(tap.size_in)
         r = np.maximum(upper - c, c - lower)
         # Multiples of 2^-20 below 2^20 are added without rounding; anything else is rounded up.
@@ -80,7 +81,8 @@ def _multiplicity_factor(tap: Tap, norm: float) -> np.ndarray:
     n = multiplicity(tap)
     if norm == 2:
         root = np.sqrt(n)
-        return np.where(root * root == n, root, np.nextafter(root, np.inf))
+        square = np.array([math.isqrt(int(i)) ** 2 == int(i) for i in n.ravel()]).reshape(n.shape)
+        return np.where(square, root, np.nextafter(root, np.inf))
     return n if norm == 1 else np.ones_like(n)
 
 
@@ -201,6 +203,11 @@ def block_norms(
         say(f"{node_name(form, source, source=True)} to {node_name(form, target, source=False)}")
         share = request.failure / len(large)
         value, steps = _probabilistic(form, source, target, scalings, request.seed + place, share)
+        if value < _TINY:
+            # The device flushes what underflows to zero, so a vanishing product proves nothing: multiply it out.
+            for _, block in matrices(host, [(source, target)], scalings):
+                found[source, target] = BlockNorm(block_norm(host, block, 2), "verified", "Cholesky", block.shape)
+            continue
         shape = (host.node_size(target, source=False), host.node_size(source, source=True))
         found[source, target] = BlockNorm(value, "probabilistic", f"Golub-Kahan, {steps} steps", shape)
     return found

@@ -70,7 +70,7 @@ def _liplt(
     if scaling is not None:
         for result in _scaled_bounds(form, scaling, request, pairwise):
             best = _triangle.smaller(best, result)
-    return finish(best, norm, method, started)
+    return finish(form, best, norm, method, started)
 
 
 def _scaled_bounds(form: LureForm, scaling: str, request: Request, pairwise: bool) -> list[Triangle]:

@@ -13,6 +13,7 @@ identity). The interpreter below carries x in any wanted dtype.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -168,14 +169,16 @@ def propagate(
     *,
     dtype: Any,
     affine: bool = False,
+    registers: dict[int, Any] | None = None,
 ) -> Any:
     """Run the program: linear steps as they are, taps by the callback `tap(k, y) -> v` on flat vectors.
 
     Without `affine` offsets are dropped and None stands for zero throughout: what does not depend on a nonzero source
-    is not computed. Returns the flat output, or None.
+    is not computed. Returns the flat output, or None; a dict given as `registers` holds all registers afterwards.
     """
     program = form.program
-    registers: dict[int, Any] = {0: None if x is None else x.reshape(program.shapes[0])}
+    registers = {} if registers is None else registers
+    registers[0] = None if x is None else x.reshape(program.shapes[0])
     for step in program.steps:
         if isinstance(step, int):
             record = program.taps[step]
@@ -212,6 +215,49 @@ def flat_slopes(form: LureForm, k: int) -> tuple[Any, Any]:
         return module.broadcast_to(module.asarray(a), shape).reshape(-1)
 
     return flat(lower), flat(upper)
+
+
+def proved_slopes(form: LureForm, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """(lower, upper) slopes of an elementwise tap with concrete constants, proved again from them, as flat vectors.
+
+    Public verbs use these: the slope leaves of a form may have been changed (by a gradient step, by float32 arithmetic
+    under jit). Slopes that the user declared are looked up again.
+    """
+    tap = form.taps[k]
+    assert tap.expr is not None
+    values = [c.array if isinstance(c, StaticArray) else np.asarray(form.consts[c]) for c in tap.consts]
+    if tap.assumed:
+        declared = activations.registered(tap.expr, values)
+        if declared is None:
+            raise ValueError(f"the slopes of {tap.name} at {tap.path} were declared for other constants: declare these")
+        lower, upper = (np.asarray(s, np.float64) for s in declared)
+    else:
+        lower, upper = activations.slope_range(tap.expr, values)
+    return tuple(np.broadcast_to(s, tap.shapes[0]).reshape(-1) for s in (lower, upper))  # type: ignore[return-value]
+
+
+def check_weights(form: LureForm) -> None:
+    in_steps = {-1 - i for step in form.program.steps if not isinstance(step, int) for i in step.inputs if i < 0}
+    for place, leaf in enumerate(form.consts):
+        if is_concrete(leaf):
+            values = np.asarray(leaf, np.float64)
+            # Guards of an activation may compare with infinity; NaN is never meant.
+            bad = ~np.isfinite(values) if place in in_steps else np.isnan(values)
+            if bad.any():
+                raise ValueError(
+                    f"the network has weights or constants that are not finite: {int(bad.sum())} of {bad.size} entries "
+                    f"of an array of shape {bad.shape} are NaN or infinite"
+                )
+
+
+def fingerprint(form: LureForm) -> str:
+    """A digest of a concrete form: equal for equal networks in this process. Nothing sound rests on it."""
+    digest = hashlib.sha256(str(hash(form.program)).encode())
+    for leaf in form.consts:
+        array = np.asarray(leaf)
+        digest.update(f"{array.shape}{array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def multiplicity(tap: Tap) -> np.ndarray:

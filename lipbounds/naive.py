@@ -11,7 +11,7 @@ from lipbounds import _triangle
 from lipbounds._cores import Core, run_core
 from lipbounds._triangle import Request, Triangle
 from lipbounds.bound import Estimate, UpperBound, check_norm
-from lipbounds.lure import LureForm
+from lipbounds.lure import LureForm, check_weights, fingerprint
 
 GUARANTEES = ("auto", "verified", "probabilistic", "estimate")
 _ESTIMATE_STEPS = 50
@@ -47,6 +47,7 @@ def check(form: Any, norm: Any, guarantee: str, verb: str) -> Any:
             f"lb.{verb} works on concrete weights; under jit, grad or vmap use lb.{verb}.core(form, state) with "
             f"state = lb.{verb}.core.init(form, key), which gives estimates"
         )
+    check_weights(form)
     return norm
 
 
@@ -74,7 +75,7 @@ def estimate(
     )
 
 
-def finish(result: Triangle, norm: Any, method: str, started: float, notes: tuple[str, ...] = ()) -> UpperBound:
+def finish(form: LureForm, result: Triangle, norm: Any, method: str, started: float, notes: tuple[str, ...] = ()) -> UpperBound:
     return UpperBound(
         value=result.value,
         norm=norm,
@@ -86,6 +87,7 @@ def finish(result: Triangle, norm: Any, method: str, started: float, notes: tupl
         parts=result.parts,
         failure_probability=result.failure,
         notes=notes,
+        network=fingerprint(form),
     )
 
 
@@ -117,7 +119,7 @@ def _naive(
 
     if guarantee == "estimate":
         return estimate(form, naive.core, norm, pairwise, seed, "naive", started, bound)
-    return finish(bound(), norm, "naive", started)
+    return finish(form, bound(), norm, "naive", started)
 
 
 _naive.__name__ = "naive"

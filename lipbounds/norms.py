@@ -427,7 +427,8 @@ def add(*terms: Enclosure) -> Enclosure:
 def scale(m: Enclosure, rows: Any = None, cols: Any = None) -> Enclosure:
     """An enclosure of diag(rows) M_true diag(cols), the factors exact.
 
-    Each side gives e' = max|d| e + U ||result||_F + sqrt(m n) 2**-1022.
+    Each side gives e' = max|d| e + U ||result||_F + sqrt(m n) 2**-1022; factors that are zero or powers of two
+    (slopes of 1/2) are not rounded, and the last two terms are left out.
     """
     matrix, error = m.matrix, m.error
     for axis, factors in enumerate((rows, cols)):
@@ -444,7 +445,9 @@ def scale(m: Enclosure, rows: Any = None, cols: Any = None) -> Enclosure:
                 matrix = matrix * (d[:, None] if axis == 0 else d)
         matrix = as_matrix(matrix)
         lost = 0.0 if safe else mul_up(sqrt_up(float(matrix.shape[0]) * float(matrix.shape[1])), UNDERFLOW)
-        error = add_up(mul_up(_largest(np.abs(d)), error), mul_up(U, frobenius_norm(matrix)), lost)
+        exact = safe and bool(np.isin(np.abs(np.frexp(d)[0]), (0.0, 0.5)).all())
+        rounding = 0.0 if exact else mul_up(U, frobenius_norm(matrix))
+        error = add_up(mul_up(_largest(np.abs(d)), error), rounding, lost)
     return Enclosure(matrix, error)
 
 

@@ -26,7 +26,7 @@ from lipbounds._tables import new_axes
 from lipbounds.bound import NORM_NAMES, UpperBound
 from lipbounds.linmap import HostForm, Node, TapScaling
 from lipbounds.liplt import liplt
-from lipbounds.lure import LureForm, flat_slopes, multiplicity
+from lipbounds.lure import LureForm, fingerprint, multiplicity, proved_slopes
 
 _DECLARED_ACCURACY = 1e-9  # of float64 values of a declared activation that interval arithmetic does not know
 _CHUNK = 2**24  # entries of the widest tensor of one chunk of examples
@@ -123,6 +123,8 @@ def certified_radius(
     proof = liplt(form, pairwise=True) if bound is None else bound
     if not isinstance(proof, UpperBound):
         raise TypeError(f"a radius needs an UpperBound, got {type(proof).__name__}: it would prove nothing")
+    if proof.network is not None and proof.network != fingerprint(form):
+        raise ValueError("this bound was computed from another network: bound this form, or leave `bound` out")
     constants, notes = _pair_constants(proof, form.num_outputs)
     if not all(_enclosable(_triangle.host_form(form), tap) for tap in form.taps):
         notes = (*notes, f"a declared activation is evaluated in float64, assumed right to {_DECLARED_ACCURACY:g}")
@@ -309,7 +311,7 @@ def _offset(host: HostForm, step: Any, shapes: Any) -> tuple[np.ndarray, np.ndar
 def _largest_slope(form: LureForm, k: int, tap: Tap) -> float:
     if tap.groups is not None:
         return 1.0
-    lower, upper = flat_slopes(form, k)
+    lower, upper = proved_slopes(form, k)
     return float(max(np.abs(lower).max(initial=0.0), np.abs(upper).max(initial=0.0)))
 
 

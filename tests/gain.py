@@ -6,14 +6,18 @@ Nothing of linmap is used here, so it can be an oracle for the blocks that linma
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.sparse as sp
 from zoo import NETS
 
 import lipbounds as lb
+from lipbounds._jaxpr import flatten
+from lipbounds._lower import lower
 from lipbounds.linmap import Node, TapScaling
 from lipbounds.lure import LureForm, propagate
 
@@ -24,6 +28,16 @@ def form_of(name: str) -> LureForm:
     net = NETS[name]
     fn, x = net.make(0)
     return lb.trace(fn, x, batched=net.batched)
+
+
+def lowered(fn: Callable[[Any], Any], shape: tuple[int, ...]) -> LureForm:
+    """The form without the checks of `lb.trace` at random points, which would take most of the time here."""
+    flat = flatten(lambda _, x: jnp.ravel(fn(x)), (), jax.ShapeDtypeStruct(shape, jnp.float32))
+    return LureForm(*lower(flat)[:3])
+
+
+def dense(matrix: Any) -> np.ndarray:
+    return matrix.toarray() if sp.issparse(matrix) else np.asarray(matrix)
 
 
 def random_scalings(form: LureForm, seed: int, *, centred: bool = True) -> tuple[TapScaling, ...]:

@@ -266,8 +266,8 @@ def test_params_that_the_rules_read() -> None:
     params_of(lambda x: lax.dot_general(jnp.ones((3, 4)), x, (((1,), (0,)), ((), ()))), "dot_general",
               "dimension_numbers precision preferred_element_type")
     params_of(lambda x: lax.conv(x, kernel, (1, 1), "SAME"), "conv_general_dilated",
-              "window_strides padding lhs_dilation rhs_dilation dimension_numbers feature_group_count batch_group_count",
-              image)
+              "window_strides padding lhs_dilation rhs_dilation dimension_numbers feature_group_count "
+              "batch_group_count", image)
     params_of(lambda x: x[None, ::2, None][:, :, 0], "squeeze", "dimensions")
     params_of(lambda x: x.reshape(2, 2), "reshape", "new_sizes")
     params_of(lambda x: lax.transpose(x, (1, 0)), "transpose", "permutation", jnp.ones((2, 3)))

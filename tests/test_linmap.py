@@ -1,4 +1,4 @@
-"""Every linear step as a matrix against the Jacobian of the user's function, and the blocks of the gain.
+"""Every linear step as a matrix against the Jacobian of the user's function.
 
 Weights are small integers here: float64 Jacobians of the function are then exact, and so must the matrices be.
 """
@@ -15,19 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.sparse as sp
-from gain import dense_gain, form_of, random_scalings
+from gain import dense, lowered
 from jax import lax
-from zoo_core import gauss
 
 import lipbounds as lb
 from lipbounds import linmap
-from lipbounds._jaxpr import flatten
 from lipbounds._kinds import KINDS
-from lipbounds._lower import lower
 from lipbounds._program import Op
-from lipbounds.linmap import HostForm, Node
-from lipbounds.lure import LureForm, multiplicity
+from lipbounds.linmap import HostForm
+from lipbounds.lure import LureForm
 from lipbounds.norms import Enclosure
 
 Case = tuple[Callable[[Any], Any], tuple[int, ...], set[str]]
@@ -361,19 +357,9 @@ def constant_output(x: Any) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------- the tests
-def lowered(fn: Callable[[Any], Any], shape: tuple[int, ...]) -> LureForm:
-    """The form without the checks of `lb.trace` at random points, which would take most of the time here."""
-    flat = flatten(lambda _, x: jnp.ravel(fn(x)), (), jax.ShapeDtypeStruct(shape, jnp.float32))
-    return LureForm(*lower(flat))
-
-
 @functools.cache
 def traced(name: str) -> LureForm:
     return lowered(*CASES[name][:2])
-
-
-def dense(matrix: Any) -> np.ndarray:
-    return matrix.toarray() if sp.issparse(matrix) else np.asarray(matrix)
 
 
 def jacobian(name: str) -> np.ndarray:
@@ -477,123 +463,3 @@ def test_a_form_that_is_traced_has_no_matrices() -> None:
         return w
 
     jax.jit(inside)(jnp.ones((2, 3)))
-
-
-# ------------------------------------------------------------------------------------------------- groups
-def minimum_and_maximum(a: Any, b: Any) -> Any:
-    return jnp.concatenate([jnp.minimum(a, b), jnp.maximum(b, a)])
-
-
-GROUPS: dict[str, tuple[Callable[[Any], Any], tuple[int, ...]]] = {
-    **{
-        f"max_pool_{name}": (
-            lambda x, s=s: lax.reduce_window(x, np.asarray(-np.inf, x.dtype), lax.max, *s[1:]),
-            s[0],
-        )
-        for name, s in WINDOWS.items()
-        if name not in ("padded", "window_of_padding_only", "dilated_base", "both")
-    },
-    "min_pool": (
-        lambda x: lax.reduce_window(x, np.asarray(np.inf, x.dtype), lax.min, (2, 2), (1, 2), "SAME"),
-        (5, 5),
-    ),
-    "max_pool_dilated_base": (
-        lambda x: lax.reduce_window(
-            x, np.asarray(-np.inf, x.dtype), lax.max, (3, 2), (2, 1), ((1, 1), (1, 0)), (2, 2), (1, 1)
-        ),
-        (4, 3),
-    ),
-    "reduce_max": (lambda x: jnp.max(x, axis=(0, 2)), (3, 2, 4)),
-    "reduce_min": (lambda x: jnp.min(x, axis=1), (3, 4)),
-    "sort": (lambda x: jnp.sort(x, axis=1), (2, 5, 3)),
-    "max_pool_padded": (
-        lambda x: lax.reduce_window(x, np.asarray(-np.inf, x.dtype), lax.max, (3, 2), (2, 1), ((1, 2), (1, 0))),
-        (5, 4),
-    ),
-    "maximum": (lambda x: jnp.maximum(x[:3], x[3:]), (6, 2)),
-    "max_and_min": (lambda x: minimum_and_maximum(x[:2], x[2:]), (4,)),
-}
-
-
-@pytest.mark.parametrize("name", sorted(GROUPS))
-def test_groups_read_the_entries_that_the_function_reads(name: str) -> None:
-    """The outputs are inputs: at random orders of distinct numbers each output shows which entry it read."""
-    fn, shape = GROUPS[name]
-    form, n = lowered(fn, shape), int(np.prod(shape))
-    (tap,) = form.taps
-    assert tap.groups is not None
-    rng = np.random.default_rng(7)
-    orders = np.stack([rng.permutation(n) for _ in range(1500)]).astype(np.float32)
-    values = np.asarray(jax.jit(jax.vmap(lambda x: jnp.ravel(fn(x))))(orders.reshape(-1, *shape)))
-    seen = set()
-    for order, row in zip(orders, values, strict=True):
-        seen |= set(enumerate(np.argsort(order)[row.astype(int)].tolist()))
-    ones = (linmap.TapScaling(None, np.ones(tap.size_out), np.ones(tap.size_in)),)
-    host = HostForm(form)
-    into, out_of = host.forward((), [(0,)], ones)[0,], host.forward((0,), [()], ones)[()]
-    through = np.zeros((tap.size_out, tap.size_in))
-    for g, row in enumerate(tap.groups.array):
-        through[np.ix_(row if tap.kind == "sort" else [g], row)] = 1
-    reads = dense(out_of.matrix) @ through @ dense(into.matrix)
-    assert seen == {(int(i), int(j)) for i, j in np.argwhere(reads)}
-    # and n_j, the number of groups an input belongs to, is what the constant sqrt(n_j) needs
-    if tap.kind != "sort" and form.program.output == tap.outputs[0]:
-        assert np.array_equal((reads > 0).sum(axis=0), multiplicity(tap) @ dense(into.matrix))
-
-
-# ---------------------------------------------------------------------------------------- the gain of nets
-ZOO = [
-    "two_branches", "dense_net", "shared_block", "u_net", "max_min_of_branches", "maxmin_mlp", "group_sort",
-    "max_pool_overlapping", "reshuffle", "postactivation_resnet", "homemade", "normalised_input",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ZOO)
-@pytest.mark.parametrize("centred", [True, False])
-def test_blocks_of_the_gain(name: str, centred: bool) -> None:
-    """forward, backward and an independent dense gain agree for every source and target, within the stated error."""
-    form = form_of(name)
-    scalings = random_scalings(form, 3, centred=centred)
-    truth, host = dense_gain(form, scalings), HostForm(form)
-    sources: list[Node] = [(), *((k,) for k in range(len(form.taps)))]
-    targets: list[Node] = [*sources[1:], ()]
-    nonzero = 0
-    up = {source: host.forward(source, targets, scalings) for source in sources}
-    down = {target: host.backward(target, sources, scalings) for target in targets}
-    for source, target in itertools.product(sources, targets):
-        block = truth[source, target]
-        size = np.linalg.norm(block)
-        one, two = up[source].get(target), down[target].get(source)
-        if one is None or two is None:
-            assert not block.any(), f"the block from {source} to {target} is missing"
-            continue
-        nonzero += 1
-        for got, error in ((dense(one.matrix), one.error), (dense(two.matrix).T, two.error)):
-            assert got.shape == block.shape
-            assert np.linalg.norm(got - block) <= error + 1e-12 * size
-            assert error <= 1e-11 * size
-    assert nonzero > len(form.taps)
-
-
-def test_stacked_nodes_are_stacked_blocks() -> None:
-    """A node of several taps is their rows below, or columns beside, each other."""
-    rng = np.random.default_rng(0)
-    a, b, c, d = gauss(rng, 5, 4), gauss(rng, 6, 4), gauss(rng, 7, 11), gauss(rng, 3, 7)
-
-    def fn(x: jax.Array) -> jax.Array:
-        h = jnp.concatenate([jnp.tanh(a @ x), jax.nn.relu(b @ x)])
-        return d @ jnp.concatenate([jax.nn.relu(c[:2] @ h), jnp.tanh(c[2:] @ h)])
-
-    form = lowered(fn, (4,))
-    assert [tap.level for tap in form.taps] == [0, 0, 1, 1]
-    scalings = random_scalings(form, 5)
-    truth, host = dense_gain(form, scalings), HostForm(form)
-    first, second = (0, 1), (2, 3)
-    columns = np.concatenate([truth[(), (0,)], truth[(), (1,)]])
-    block = np.block([[truth[(j,), (k,)] for j in first] for k in second])
-    out = np.concatenate([truth[(j,), ()] for j in second], axis=1)
-    up = host.forward((), [first], scalings)[first]
-    assert np.allclose(dense(up.matrix), columns, rtol=1e-13, atol=1e-13)
-    assert np.allclose(dense(host.forward(first, [second], scalings)[second].matrix), block, rtol=1e-13, atol=1e-13)
-    assert np.allclose(dense(host.backward(second, [first], scalings)[first].matrix).T, block, rtol=1e-13, atol=1e-13)
-    assert np.allclose(dense(host.backward((), [second], scalings)[second].matrix).T, out, rtol=1e-13, atol=1e-13)

@@ -1,0 +1,149 @@
+"""Group taps read what the function reads, and the blocks of the gain of whole networks, from either side."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gain import dense, dense_gain, form_of, lowered, random_scalings
+from jax import lax
+from zoo import NETS
+from zoo_core import gauss
+
+from lipbounds import linmap
+from lipbounds.linmap import HostForm, Node
+from lipbounds.lure import LureForm, multiplicity
+
+
+# ------------------------------------------------------------------------------------------------- groups
+def minimum_and_maximum(a: Any, b: Any) -> Any:
+    return jnp.concatenate([jnp.minimum(a, b), jnp.maximum(b, a)])
+
+
+WINDOWS = {  # shape, window, strides, padding, base dilation, window dilation
+    "plain": ((6, 5), (2, 3), (1, 1), ((0, 0), (0, 0)), (1, 1), (1, 1)),
+    "padded": ((5, 4), (3, 2), (2, 1), ((1, 2), (1, 0)), (1, 1), (1, 1)),
+    "dilated_window": ((7, 6), (2, 3), (1, 2), ((1, 0), (0, 2)), (1, 1), (3, 2)),
+    "dilated_base": ((4, 3), (3, 2), (2, 1), ((1, 1), (1, 0)), (2, 2), (1, 1)),
+    "negative_padding": ((7, 6), (2, 2), (1, 1), ((-1, 1), (1, -2)), (1, 1), (1, 1)),
+}
+GROUPS: dict[str, tuple[Callable[[Any], Any], tuple[int, ...]]] = {
+    **{
+        f"max_pool_{name}": (
+            lambda x, s=s: lax.reduce_window(x, np.asarray(-np.inf, x.dtype), lax.max, *s[1:]),
+            s[0],
+        )
+        for name, s in WINDOWS.items()
+    },
+    "min_pool": (
+        lambda x: lax.reduce_window(x, np.asarray(np.inf, x.dtype), lax.min, (2, 2), (1, 2), "SAME"),
+        (5, 5),
+    ),
+    "reduce_max": (lambda x: jnp.max(x, axis=(0, 2)), (3, 2, 4)),
+    "reduce_min": (lambda x: jnp.min(x, axis=1), (3, 4)),
+    "sort": (lambda x: jnp.sort(x, axis=1), (2, 5, 3)),
+    "maximum": (lambda x: jnp.maximum(x[:3], x[3:]), (6, 2)),
+    "max_and_min": (lambda x: minimum_and_maximum(x[:2], x[2:]), (4,)),
+}
+
+
+@pytest.mark.parametrize("name", sorted(GROUPS))
+def test_groups_read_the_entries_that_the_function_reads(name: str) -> None:
+    """The outputs are inputs: at random orders of distinct numbers each output shows which entry it read."""
+    fn, shape = GROUPS[name]
+    form, n = lowered(fn, shape), int(np.prod(shape))
+    (tap,) = form.taps
+    assert tap.groups is not None
+    rng = np.random.default_rng(7)
+    orders = np.stack([rng.permutation(n) for _ in range(1500)]).astype(np.float32)
+    values = np.asarray(jax.jit(jax.vmap(lambda x: jnp.ravel(fn(x))))(orders.reshape(-1, *shape)))
+    seen = set()
+    for order, row in zip(orders, values, strict=True):
+        seen |= set(enumerate(np.argsort(order)[row.astype(int)].tolist()))
+    ones = (linmap.TapScaling(None, np.ones(tap.size_out), np.ones(tap.size_in)),)
+    host = HostForm(form)
+    into, out_of = host.forward((), [(0,)], ones)[0,], host.forward((0,), [()], ones)[()]
+    through = np.zeros((tap.size_out, tap.size_in))
+    for g, row in enumerate(tap.groups.array):
+        through[np.ix_(row if tap.kind == "sort" else [g], row)] = 1
+    reads = dense(out_of.matrix) @ through @ dense(into.matrix)
+    assert seen == {(int(i), int(j)) for i, j in np.argwhere(reads)}
+    # and n_j, the number of groups an input belongs to, is what the constant sqrt(n_j) needs
+    if tap.kind != "sort" and form.program.output == tap.outputs[0]:
+        assert np.array_equal((reads > 0).sum(axis=0), multiplicity(tap) @ dense(into.matrix))
+
+
+# ---------------------------------------------------------------------------------------- the gain of nets
+def skips_around_taps(rng: np.random.Generator) -> LureForm:
+    """Pre-activations that are also read by something else, before and after the tap that reads them."""
+    a, b, c = gauss(rng, 6, 4), gauss(rng, 6, 6), gauss(rng, 3, 6)
+
+    def fn(x: jax.Array) -> jax.Array:
+        h = a @ x
+        h = h + b @ jax.nn.relu(h) - jnp.tanh(h)
+        return c @ (jnp.maximum(h, b @ h) + h[::-1] + jax.nn.relu(h))
+
+    return lowered(fn, (4,))
+
+
+ZOO = [
+    "skips_around_taps", "two_branches", "dense_net", "shared_block", "u_net", "max_min_of_branches", "maxmin_mlp",
+    "group_sort",
+    "max_pool_overlapping", "reshuffle", "postactivation_resnet", "homemade", "normalised_input",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("centred", [True, False])
+def test_blocks_of_the_gain(name: str, centred: bool) -> None:
+    """forward, backward and an independent dense gain agree for every source and target, within the stated error."""
+    form = form_of(name) if name in NETS else skips_around_taps(np.random.default_rng(0))
+    scalings = random_scalings(form, 3, centred=centred)
+    truth, host = dense_gain(form, scalings), HostForm(form)
+    sources: list[Node] = [(), *((k,) for k in range(len(form.taps)))]
+    targets: list[Node] = [*sources[1:], ()]
+    nonzero = 0
+    up = {source: host.forward(source, targets, scalings) for source in sources}
+    down = {target: host.backward(target, sources, scalings) for target in targets}
+    for source, target in itertools.product(sources, targets):
+        block = truth[source, target]
+        size = np.linalg.norm(block)
+        one, two = up[source].get(target), down[target].get(source)
+        if one is None or two is None:
+            assert not block.any(), f"the block from {source} to {target} is missing"
+            continue
+        nonzero += 1
+        for got, error in ((dense(one.matrix), one.error), (dense(two.matrix).T, two.error)):
+            assert got.shape == block.shape
+            assert np.linalg.norm(got - block) <= error + 1e-12 * size
+            assert error <= 1e-11 * size
+    assert nonzero > len(form.taps)
+
+
+def test_stacked_nodes_are_stacked_blocks() -> None:
+    """A node of several taps is their rows below, or columns beside, each other."""
+    rng = np.random.default_rng(0)
+    a, b, c, d = gauss(rng, 5, 4), gauss(rng, 6, 4), gauss(rng, 7, 11), gauss(rng, 3, 7)
+
+    def fn(x: jax.Array) -> jax.Array:
+        h = jnp.concatenate([jnp.tanh(a @ x), jax.nn.relu(b @ x)])
+        return d @ jnp.concatenate([jax.nn.relu(c[:2] @ h), jnp.tanh(c[2:] @ h)])
+
+    form = lowered(fn, (4,))
+    assert [tap.level for tap in form.taps] == [0, 0, 1, 1]
+    scalings = random_scalings(form, 5)
+    truth, host = dense_gain(form, scalings), HostForm(form)
+    first, second = (0, 1), (2, 3)
+    columns = np.concatenate([truth[(), (0,)], truth[(), (1,)]])
+    block = np.block([[truth[(j,), (k,)] for j in first] for k in second])
+    out = np.concatenate([truth[(j,), ()] for j in second], axis=1)
+    up = host.forward((), [first], scalings)[first]
+    assert np.allclose(dense(up.matrix), columns, rtol=1e-13, atol=1e-13)
+    assert np.allclose(dense(host.forward(first, [second], scalings)[second].matrix), block, rtol=1e-13, atol=1e-13)
+    assert np.allclose(dense(host.backward(second, [first], scalings)[first].matrix).T, block, rtol=1e-13, atol=1e-13)
+    assert np.allclose(dense(host.backward((), [second], scalings)[second].matrix).T, out, rtol=1e-13, atol=1e-13)

@@ -1,0 +1,142 @@
+"""Mistakes that were found once: each of these gave a bound too small, or would have been silent."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import lipbounds as lb
+from lipbounds import _triangle
+from lipbounds.lure import multiplicity
+
+S = jax.ShapeDtypeStruct
+VECTOR = S((2,), jnp.float32)
+
+
+@pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="this jax has no mutable references")
+def test_mutable_references_are_refused() -> None:
+    def fn(x: jax.Array) -> jax.Array:
+        ref = jax.new_ref(jnp.zeros(1))
+        ref[...] = 100 * jax.nn.relu(x[:1] - 50)
+        return jnp.concatenate([jnp.ones(1) + 0 * x[:1], ref[...]])
+
+    with pytest.raises(lb.UnsupportedError, match="mutable state"):
+        lb.trace(fn, VECTOR)
+
+
+@pytest.mark.parametrize("scaling", ["aol", "sll", "optimized"])
+def test_a_column_that_cancels_in_floating_point_is_not_dropped(scaling: str) -> None:
+    a, b = jnp.float32(1 - 2.0**-14), jnp.float32(1 + 2.0**-14)
+    c, e = jnp.float32(511 * 2.0**-9), jnp.float32(262657 * 2.0**-18)
+    eye, large = jnp.eye(2, dtype=jnp.float32), jnp.float32(2.0**56)
+
+    def fn(x: jax.Array) -> jax.Array:  # its exact slopes are +-1
+        h = jnp.abs(x - 1e6) - 1e6
+        return large * ((b * eye) @ ((a * eye) @ ((b * eye) @ ((a * eye) @ h))) - (e * eye) @ ((c * eye) @ h))
+
+    assert lb.liplt(lb.trace(fn, VECTOR), scaling=scaling).value >= 1
+
+
+@pytest.mark.parametrize("scaling", ["aol", "sll", "optimized"])
+def test_scalings_of_huge_weights(scaling: str) -> None:
+    with jax.enable_x64(True):
+        form = lb.trace(lambda x: jax.nn.relu(x) * 1e160, S((2,), jnp.float64))
+    assert lb.liplt(form, scaling=scaling).value >= 1e160
+
+
+def test_reshape_with_an_order_of_dimensions() -> None:
+    def fn(x: jax.Array) -> jax.Array:
+        y = lax.reshape(x, (6,), dimensions=(1, 0))
+        return jnp.stack([1e4 * jnp.sum(x), y[1] - x[0, 1]])
+
+    classes = lb.liplt(lb.trace(fn, S((2, 3), jnp.float32)), pairwise=True).per_class
+    assert classes[1] == pytest.approx(math.sqrt(2), rel=1e-6)
+
+
+def test_updates_and_selections_clamp_as_the_program_does() -> None:
+    form = lb.trace(lambda x: jax.nn.relu(lax.dynamic_update_slice(jnp.zeros(5), x, (-8,))[:2] - 1000), VECTOR)
+    assert lb.liplt(form).value == pytest.approx(1, rel=1e-6)
+    which = jnp.full((2,), -2, jnp.int32)
+    form = lb.trace(lambda x: lax.select_n(which, 5 * x, 2 * x, x), VECTOR)
+    assert lb.liplt(form).value == pytest.approx(5, rel=1e-6)
+
+
+def test_failure_probabilities_add_up() -> None:
+    w, v = jnp.ones((8, 6)), jnp.ones((3, 8))
+
+    def fn(x: jax.Array) -> jax.Array:
+        y = w @ x
+        return v @ jnp.concatenate([jax.nn.relu(y[:4]), jnp.tanh(y[4:])])
+
+    form = lb.trace(fn, S((6,), jnp.float32))
+    bound = lb.liplt(form, guarantee="probabilistic")
+    assert 0 < bound.failure_probability <= 1.0000001e-9
+    request = _triangle.Request(guarantee="probabilistic")
+    once = _triangle.triangle(form, request, pairwise=True, centred=True)
+    assert _triangle.smaller(once, once).failure == pytest.approx(2 * once.failure)
+
+
+def test_slopes_are_proved_again_from_the_constants() -> None:
+    w, alpha = jnp.ones((2, 2)), jnp.float32(0.5)
+    form = lb.trace(lambda x: w @ jnp.where(x > 0, x, alpha * x), VECTOR)
+    halved = jax.tree.map(lambda leaf: leaf * jnp.asarray(0.5, leaf.dtype), form)  # a weight decay step on the form
+    assert lb.liplt(halved).value >= 1  # the branch of slope one is not a constant
+    rounded = jax.jit(lambda a, b: lb.trace(lambda x: jnp.where(x > 0, x * a * b, 0 * x), VECTOR))
+    exact = float(np.float32(0.1)) * float(np.float32(0.3))
+    assert lb.liplt(rounded(np.float32(0.1), np.float32(0.3))).value >= exact
+
+
+def test_products_that_underflow_on_the_device_are_not_zero() -> None:
+    factors = [jnp.float32(1e-30)] * 11 + [jnp.float32(1e30)] * 11
+
+    def fn(x: jax.Array) -> jax.Array:
+        h = x.reshape(1, 2)
+        for factor in factors:
+            h = h * jnp.full((1, 2), factor)
+        return jax.nn.relu(h.reshape(2))
+
+    assert lb.naive(lb.trace(fn, VECTOR), guarantee="probabilistic").value >= 0.99
+
+
+def test_batches_are_checked_at_their_own_size() -> None:
+    with pytest.raises(lb.UnsupportedError, match="row"):
+        lb.trace(lambda x: x + jnp.roll(x, 1, axis=0) if x.shape[0] % 4 == 0 else x, jnp.zeros((8, 2)), batched=True)
+    with pytest.raises(lb.UnsupportedError, match="row"):
+        lb.trace(
+            lambda x: jnp.stack([1000 * x[:, 0], x[:, 1] * x.shape[0]], 1), jnp.zeros((10, 2)), batched=True
+        )
+
+
+def test_the_form_keeps_its_own_copy_of_the_weights() -> None:
+    weights = np.ones((4, 4), np.float32)
+    form = lb.trace(lambda x: weights @ jax.nn.relu(x), S((4,), jnp.float32))
+    before = lb.liplt(form).value
+    weights *= 100
+    assert lb.liplt(form).value == before and float(form(jnp.ones(4))[0]) == 4
+
+
+def test_a_bound_of_another_network_is_refused() -> None:
+    small, large = (lb.trace(lambda x, k=k: k * x, VECTOR) for k in (1e-3, 1e3))
+    with pytest.raises(ValueError, match="another network"):
+        lb.certified_radius(large, np.ones((1, 2), np.float32), [0], bound=lb.liplt(small))
+    again = lb.trace(lambda x: 1e3 * x, VECTOR)
+    assert len(lb.certified_radius(large, np.eye(2, dtype=np.float32), [0, 1], bound=lb.liplt(again))) == 2
+
+
+def test_group_factors_are_rounded_up() -> None:
+    for n in range(1, 100):
+        index = np.tile(np.arange(3), (n, 1))
+        form = lb.trace(lambda x, index=index: jnp.max(x[index], axis=1), S((3,), jnp.float32))
+        (tap,) = form.taps
+        assert (multiplicity(tap) == n).all()
+        factor = _triangle.loop_transform(form, 2, centred=False)[0].e[0]
+        numerator, denominator = float(factor).as_integer_ratio()
+        assert numerator**2 >= n * denominator**2
+        if n > 12 and n % 10:
+            continue
+        assert factor == pytest.approx(math.sqrt(n), rel=1e-15)
