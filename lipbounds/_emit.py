@@ -94,10 +94,14 @@ class Emitter:
             consts = tuple(self.tap_constant(v) for v in found.consts)
             source = self.registers[self.low.resolve(found.base).index]
             concrete = [v.const for v in found.consts]
-            name = activations.known_name(found.expr, concrete) if all(map(is_concrete, concrete)) else "prelu"
+            name = (
+                activations.known_name(found.expr, concrete) if all(map(is_concrete, concrete)) else "prelu"
+            )
             size = int(np.prod(value.shape))
             self.add_tap(
-                dict(kind="elementwise", name=name, size_in=size, size_out=size, expr=found.expr, consts=consts)
+                dict(
+                    kind="elementwise", name=name, size_in=size, size_out=size, expr=found.expr, consts=consts
+                )
                 | dict(assumed=found.assumed),
                 (source,),
                 [value],

@@ -142,7 +142,12 @@ class _Inliner:
         return self.value(tuple(np.shape(const)), dtype, const=const, randomness=randomness)
 
     def emit(
-        self, primitive: str, params: dict[str, Any], inputs: Sequence[Value], shape: tuple[int, ...], path: Path
+        self,
+        primitive: str,
+        params: dict[str, Any],
+        inputs: Sequence[Value],
+        shape: tuple[int, ...],
+        path: Path,
     ) -> Value:
         """An equation of our own (slices and stacks of an unrolled scan)."""
         out = self.value(shape, inputs[0].dtype, depends=True)
@@ -174,7 +179,9 @@ class _Inliner:
         name = eqn.primitive.name
         params = eqn.params
         if name in _CALLS and _CALLS[name] in params:
-            return self.call(params[_CALLS[name]], inputs, (*path, *_stack(eqn), str(params.get("name", name))))
+            return self.call(
+                params[_CALLS[name]], inputs, (*path, *_stack(eqn), str(params.get("name", name)))
+            )
         dependent = any(value.depends for value in inputs)
         if _mutates(eqn):
             reason = "it reads or writes mutable state, so what it returns is not a function of its operands"
@@ -191,7 +198,9 @@ class _Inliner:
         if name in ("while", "cond"):
             if name == "cond":
                 traced = not inputs[0].depends
-                reason = "the branch taken " + ("is being traced" if traced else "depends on x, so the answer can jump")
+                reason = "the branch taken " + (
+                    "is being traced" if traced else "depends on x, so the answer can jump"
+                )
                 remedy = "use a constant predicate, or jnp.where with branches that agree where it switches"
             else:
                 reason = "a while loop has no static length"
@@ -222,7 +231,9 @@ class _Inliner:
             randomness = max(randomness, 1)
         if name in _COMPARE and randomness:
             randomness = 2
-        out = eqn.primitive.bind(*(value.const for value in inputs), **eqn.primitive.get_bind_params(eqn.params))
+        out = eqn.primitive.bind(
+            *(value.const for value in inputs), **eqn.primitive.get_bind_params(eqn.params)
+        )
         outs = out if eqn.primitive.multiple_results else [out]
         return [self.const(value, randomness) for value in outs]
 
@@ -246,7 +257,10 @@ class _Inliner:
             carry, rows[step] = outs[:num_carry], outs[num_carry:]
         count = len(eqn.outvars) - num_carry
         if not length:
-            return [*carry, *(self.const(np.zeros(v.aval.shape, v.aval.dtype)) for v in eqn.outvars[num_carry:])]
+            return [
+                *carry,
+                *(self.const(np.zeros(v.aval.shape, v.aval.dtype)) for v in eqn.outvars[num_carry:]),
+            ]
         return [*carry, *(self.stack([row[i] for row in rows], (*base, "scan")) for i in range(count))]
 
     def row(self, value: Value, step: int, path: Path) -> Value:
@@ -263,7 +277,9 @@ class _Inliner:
 
     def stack(self, rows: list[Value], path: Path) -> Value:
         if not any(row.depends for row in rows):
-            return self.const(jnp.stack([jnp.asarray(row.const) for row in rows]), max(r.randomness for r in rows))
+            return self.const(
+                jnp.stack([jnp.asarray(row.const) for row in rows]), max(r.randomness for r in rows)
+            )
         shape = (1, *rows[0].shape)
         lifted = [
             self.emit("reshape", {"new_sizes": shape, "dimensions": None}, [row], shape, path)
@@ -281,7 +297,13 @@ def _mutates(eqn: Any) -> bool:
     """Touches a mutable reference, or has another effect than printing."""
     if any("Ref" in type(v.aval).__name__ for v in (*eqn.invars, *eqn.outvars)):
         return True
-    return bool(getattr(eqn, "effects", ())) and eqn.primitive.name not in (*_HARMLESS, *_CALLS, "scan", "while", "cond")
+    return bool(getattr(eqn, "effects", ())) and eqn.primitive.name not in (
+        *_HARMLESS,
+        *_CALLS,
+        "scan",
+        "while",
+        "cond",
+    )
 
 
 def _shape(eqn: Any) -> tuple[int, ...]:

@@ -70,7 +70,9 @@ def _take(p: dict[str, Any], *arrays: Any) -> Any:
 
 def _scatter_add(p: dict[str, Any], operand: Any, updates: Any) -> Any:
     out = jnp.concatenate([jnp.ravel(operand), jnp.zeros((1,), operand.dtype)])
-    out = out.at[p["target"].array.ravel()].add(jnp.ravel(updates))  # target -1 is dropped with the last entry
+    out = out.at[p["target"].array.ravel()].add(
+        jnp.ravel(updates)
+    )  # target -1 is dropped with the last entry
     return out[:-1].reshape(operand.shape)
 
 
@@ -81,7 +83,9 @@ def _dot(p: dict[str, Any], a: Any, b: Any) -> Any:
 
 
 def _conv(p: dict[str, Any], a: Any, b: Any) -> Any:
-    return lax.conv_general_dilated(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=a.dtype, **p)
+    return lax.conv_general_dilated(
+        a, b, precision=lax.Precision.HIGHEST, preferred_element_type=a.dtype, **p
+    )
 
 
 def _reduce_window_sum(p: dict[str, Any], a: Any) -> Any:

@@ -164,10 +164,7 @@ class Lowering:
         for inner in sorted(region, key=lambda v: v.index):
             eqn = inner.producer
             assert eqn is not None
-            args = tuple(
-                places[self.resolve(v).index] if v.depends else constant(v)
-                for v in eqn.inputs
-            )
+            args = tuple(places[self.resolve(v).index] if v.depends else constant(v) for v in eqn.inputs)
             name = eqn.primitive
             params: tuple[Any, ...] = ()
             if name == "convert_element_type":
@@ -191,7 +188,9 @@ class Lowering:
 
     def refuse(self, eqn: Eqn, why: Refused, needed: set[int], base: Value | None = None) -> None:
         """Note the refusal, and go on behind it (behind the whole function, if it is one of `base`)."""
-        needed.update(self.resolve(v).index for v in ([base] if base is not None else eqn.inputs) if v.depends)
+        needed.update(
+            self.resolve(v).index for v in ([base] if base is not None else eqn.inputs) if v.depends
+        )
         shape = eqn.outputs[0].shape
         key = (eqn.primitive, eqn.path, shape, why.reason)
         self.refused[key] = Unsupported(eqn.primitive, eqn.path, shape, why.reason, why.remedy)
@@ -296,7 +295,9 @@ class Lowering:
             needed.add(found.base.index)
         elif pair:
             sizes = [int(np.prod(v.shape)) for v in eqn.inputs]
-            index = [np.arange(n, dtype=np.int32).reshape(v.shape) for n, v in zip(sizes, eqn.inputs, strict=True)]
+            index = [
+                np.arange(n, dtype=np.int32).reshape(v.shape) for n, v in zip(sizes, eqn.inputs, strict=True)
+            ]
             columns = np.broadcast_arrays(index[0], index[1] + np.int32(sizes[0]), np.empty(value.shape))[:2]
             self.taps[value.index] = Group(eqn.primitive, np.stack([c.ravel() for c in columns], axis=1))
             needed.update(self.resolve(v).index for v in eqn.inputs)

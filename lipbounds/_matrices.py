@@ -77,10 +77,17 @@ class StepMatrix:
 def _is_identity(m: Enclosure) -> bool:
     """Exactly the identity, where a sweep starts: a product with it is not rounded."""
     matrix = m.matrix
-    if m.error or not sp.issparse(matrix) or matrix.shape[0] != matrix.shape[1] or matrix.nnz != matrix.shape[0]:
+    if (
+        m.error
+        or not sp.issparse(matrix)
+        or matrix.shape[0] != matrix.shape[1]
+        or matrix.nnz != matrix.shape[0]
+    ):
         return False
     ones = np.arange(matrix.shape[0])
-    return bool((matrix.data == 1).all() and (matrix.indices == ones).all() and (matrix.indptr[:-1] == ones).all())
+    return bool(
+        (matrix.data == 1).all() and (matrix.indices == ones).all() and (matrix.indptr[:-1] == ones).all()
+    )
 
 
 def _selection(register: int, rows: np.ndarray, n: int) -> StepMatrix:
@@ -105,7 +112,9 @@ def size_of(shape: Sequence[int]) -> int:
     return int(np.prod(shape))
 
 
-def step_matrices(op: Op, consts: Sequence[np.ndarray], shapes: Sequence[tuple[int, ...]]) -> list[StepMatrix]:
+def step_matrices(
+    op: Op, consts: Sequence[np.ndarray], shapes: Sequence[tuple[int, ...]]
+) -> list[StepMatrix]:
     """One `StepMatrix` per operand of a linear step that is a register."""
     params = dict(op.params)
     out_shape = shapes[op.output]
@@ -186,7 +195,11 @@ def _table(register: int, table: np.ndarray, n: int) -> StepMatrix:
 def _cumsum(register: int, params: dict[str, Any], shape: tuple[int, ...]) -> StepMatrix:
     lines = _rules.along(shape, [params["axis"]])  # (lines, length)
     length, n = lines.shape[1], size_of(shape)
-    keep = np.triu(np.ones((length, length), bool)) if params["reverse"] else np.tril(np.ones((length, length), bool))
+    keep = (
+        np.triu(np.ones((length, length), bool))
+        if params["reverse"]
+        else np.tril(np.ones((length, length), bool))
+    )
     out, into = np.nonzero(keep)
     return StepMatrix(register, _coo(1.0, lines[:, out], lines[:, into], (n, n)))
 
@@ -215,11 +228,15 @@ def _dot_matrix(dimension_numbers: Any, place: int, index: np.ndarray, other: np
     return _coo(values[:, None], row[..., None], cols[:, :, None], (nb * f * g, index.size))
 
 
-def _conv_matrix(p: dict[str, Any], shape: tuple[int, ...], kernel: np.ndarray, out_shape: tuple[int, ...]) -> Any:
+def _conv_matrix(
+    p: dict[str, Any], shape: tuple[int, ...], kernel: np.ndarray, out_shape: tuple[int, ...]
+) -> Any:
     """Matrix of lax.conv_general_dilated in its first operand."""
     numbers = p["dimension_numbers"]
     index = np.arange(size_of(shape)).reshape(shape).transpose(numbers.lhs_spec)  # (batch, channel, *space)
-    row = np.arange(size_of(out_shape)).reshape(out_shape).transpose(numbers.out_spec)  # (batch, feature, *space)
+    row = (
+        np.arange(size_of(out_shape)).reshape(out_shape).transpose(numbers.out_spec)
+    )  # (batch, feature, *space)
     weights = kernel.transpose(numbers.rhs_spec)  # (feature, channel in group, *window)
     groups = p["feature_group_count"]
     features, channels = weights.shape[:2]
@@ -258,7 +275,9 @@ def _probed(
     """A step's matrix by unit vectors: each output is one product plus zeros, so nothing is rounded."""
     n, out = size_of(shapes[register]), size_of(shapes[op.output])
     if n * out > 2**28:
-        raise ValueError(f"a {op.kind} step of size {out} x {n} is too large to verify; use guarantee='probabilistic'")
+        raise ValueError(
+            f"a {op.kind} step of size {out} x {n} is too large to verify; use guarantee='probabilistic'"
+        )
     others = [None if i >= 0 else consts[-1 - i].astype(np.float64) for i in op.inputs]
     for const in others:
         if const is not None and ((const != 0) & (np.abs(const) < np.finfo(np.float64).tiny)).any():
@@ -267,7 +286,11 @@ def _probed(
 
         def column(unit: Any) -> Any:
             args = [
-                unit.reshape(shapes[i]) if j == place else jnp.zeros(shapes[i]) if i >= 0 else jnp.asarray(others[j])
+                unit.reshape(shapes[i])
+                if j == place
+                else jnp.zeros(shapes[i])
+                if i >= 0
+                else jnp.asarray(others[j])
                 for j, i in enumerate(op.inputs)
             ]
             return KINDS[op.kind].apply(params, *args).ravel()

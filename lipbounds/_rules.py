@@ -193,7 +193,9 @@ def _gather(eqn: Eqn) -> Linear | Refused:
     moved = _moved(
         eqn,
         (0,),
-        lambda a: lax.gather(a, indices, p["dimension_numbers"], p["slice_sizes"], mode=p["mode"], fill_value=-1),
+        lambda a: lax.gather(
+            a, indices, p["dimension_numbers"], p["slice_sizes"], mode=p["mode"], fill_value=-1
+        ),
     )
     if (moved.params["index"].array < 0).any():
         return Refused("an index is out of range, so a fill value is read", "use indices within the tensor")
@@ -306,12 +308,16 @@ def windows(shape: tuple[int, ...], p: dict[str, Any]) -> np.ndarray:
             wide = list(index.shape)
             wide[axis] = (wide[axis] - 1) * dilation + 1
             spread = np.full(wide, -1, np.int32)
-            spread[tuple(slice(None, None, dilation) if a == axis else slice(None) for a in range(len(wide)))] = index
+            spread[
+                tuple(slice(None, None, dilation) if a == axis else slice(None) for a in range(len(wide)))
+            ] = index
             index = spread
     low = [max(a, 0) for a, _ in p["padding"]]
     high = [max(b, 0) for _, b in p["padding"]]
     index = np.pad(index, list(zip(low, high, strict=True)), constant_values=-1)
-    index = index[tuple(slice(max(-a, 0), n - max(-b, 0)) for (a, b), n in zip(p["padding"], index.shape, strict=True))]
+    index = index[
+        tuple(slice(max(-a, 0), n - max(-b, 0)) for (a, b), n in zip(p["padding"], index.shape, strict=True))
+    ]
     reach = tuple((w - 1) * d + 1 for w, d in zip(p["window_dimensions"], p["window_dilation"], strict=True))
     view = np.lib.stride_tricks.sliding_window_view(index, reach)
     rank = len(shape)
@@ -331,7 +337,9 @@ def _pool(mode: str) -> Rule:
     def rule(eqn: Eqn) -> Group | Refused:
         table = windows(eqn.inputs[0].shape, eqn.params)
         if (table.max(axis=1, initial=-1) < 0).any():
-            return Refused("a pooling window reads padding only, so the output is infinite", "use less padding")
+            return Refused(
+                "a pooling window reads padding only, so the output is infinite", "use less padding"
+            )
         # A padded entry never wins: repeat another entry of the same window in its place.
         return Group(mode, np.where(table < 0, table.max(axis=1, keepdims=True), table))
 
@@ -341,7 +349,11 @@ def _pool(mode: str) -> Rule:
 def _reduce(mode: str) -> Rule:
     def rule(eqn: Eqn) -> Group | Refused:
         table = along(eqn.inputs[0].shape, [int(a) for a in eqn.params["axes"]])
-        return Group(mode, table) if table.shape[1] else Refused("a maximum over no entries is infinite", "drop it")
+        return (
+            Group(mode, table)
+            if table.shape[1]
+            else Refused("a maximum over no entries is infinite", "drop it")
+        )
 
     return rule
 
@@ -377,7 +389,8 @@ RULES: dict[str, Rule] = {
     "tile": _unary("tile", lambda p, e: {"reps": p["reps"]}),
     "rev": _unary("rev", lambda p, e: {"dimensions": p["dimensions"]}),
     "slice": _unary(
-        "slice", lambda p, e: {"start": p["start_indices"], "limit": p["limit_indices"], "strides": p["strides"]}
+        "slice",
+        lambda p, e: {"start": p["start_indices"], "limit": p["limit_indices"], "strides": p["strides"]},
     ),
     "pad": lambda eqn: Linear("pad", {"padding_config": eqn.params["padding_config"]}, (0, 1)),
     "concatenate": lambda eqn: Linear(
@@ -389,7 +402,8 @@ RULES: dict[str, Rule] = {
     "reduce_window_sum": _unary(
         "reduce_window_sum",
         lambda p, e: {
-            k: p[k] for k in ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
+            k: p[k]
+            for k in ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
         },
     ),
     "gather": _gather,
@@ -409,8 +423,14 @@ RULES: dict[str, Rule] = {
     "argmax": _refuse(INDEX),
     "argmin": _refuse(INDEX),
     "top_k": _refuse(INDEX),
-    **{name: _aliases for name in ("copy", "copy_p", "stop_gradient", "optimization_barrier", "reduce_precision")},
-    **{name: _aliases for name in ("name", "sharding_constraint", "pvary", "mesh_cast", "reshard", "device_put")},
+    **{
+        name: _aliases
+        for name in ("copy", "copy_p", "stop_gradient", "optimization_barrier", "reduce_precision")
+    },
+    **{
+        name: _aliases
+        for name in ("name", "sharding_constraint", "pvary", "mesh_cast", "reshard", "device_put")
+    },
 }
 
 #: Elementwise primitives: functions of one variable are composed of these, and proved in activations.py.

@@ -215,7 +215,11 @@ def _objective(logs: Any, vectors: Any, batches: Any, table: Any, sizes: Any) ->
         rows = jnp.concatenate([logs.get(m, jnp.zeros((0, m))), jnp.zeros((1, m))])[batch.rows]
         top = jax.lax.stop_gradient(cols.max(axis=1, initial=-1e30))
         low = jax.lax.stop_gradient(rows.min(axis=1, initial=1e30))
-        matrices = batch.matrices * jnp.exp(cols - top[:, None])[:, None, :] * jnp.exp(low[:, None] - rows)[:, :, None]
+        matrices = (
+            batch.matrices
+            * jnp.exp(cols - top[:, None])[:, None, :]
+            * jnp.exp(low[:, None] - rows)[:, :, None]
+        )
         fixed = jax.lax.stop_gradient(matrices)
         for _ in range(2):
             v = jnp.einsum("bmn,bm->bn", fixed, jnp.einsum("bmn,bn->bm", fixed, u))
@@ -241,7 +245,8 @@ def _descend(logs: Any, batches: Any, table: Any, sizes: Any) -> Any:
     tool = optax.adam(optax.cosine_decay_schedule(_RATE, _STEPS, alpha=0.02))
     keys = jax.random.split(jax.random.key(0), len(batches))
     vectors = [
-        jax.random.normal(key, (b.matrices.shape[0], b.matrices.shape[2])) for key, b in zip(keys, batches, strict=True)
+        jax.random.normal(key, (b.matrices.shape[0], b.matrices.shape[2]))
+        for key, b in zip(keys, batches, strict=True)
     ]
 
     def step(carry: Any, _: Any) -> Any:

@@ -176,7 +176,11 @@ def _spec(x: Any) -> jax.ShapeDtypeStruct:
     if not jnp.issubdtype(dtype, jnp.floating):
         kind = "complex" if jnp.issubdtype(dtype, jnp.complexfloating) else "integer or boolean"
         item = Unsupported(
-            "input", "", tuple(x.shape), f"the input is {kind} ({dtype})", "cast it to a float: x.astype(jnp.float32)"
+            "input",
+            "",
+            tuple(x.shape),
+            f"the input is {kind} ({dtype})",
+            "cast it to a float: x.astype(jnp.float32)",
         )
         raise UnsupportedError((item,))
     return jax.ShapeDtypeStruct(tuple(x.shape), dtype)
@@ -205,8 +209,12 @@ def _flatten(call: Function, params: Any, spec: jax.ShapeDtypeStruct) -> Flat:
         return flatten(call, params, spec)
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
         reason = str(error).splitlines()[0]
-        remedy = "use jnp.where, lax.select or a tensor operation in place of a Python decision on values of x"
-        item = Unsupported("python control flow", "", spec.shape, f"Python needs the value of x: {reason}", remedy)
+        remedy = (
+            "use jnp.where, lax.select or a tensor operation in place of a Python decision on values of x"
+        )
+        item = Unsupported(
+            "python control flow", "", spec.shape, f"Python needs the value of x: {reason}", remedy
+        )
         raise UnsupportedError((item,)) from error
 
 
@@ -220,10 +228,14 @@ class Traced(NamedTuple):
 def _form(call: Function, params: Any, spec: jax.ShapeDtypeStruct) -> tuple[LureForm, Traced]:
     flat = _flatten(call, params, spec)
     if len(flat.outputs) != 1:
-        raise ValueError(f"the function must return one array of shape (K,), it returned {len(flat.outputs)} arrays")
+        raise ValueError(
+            f"the function must return one array of shape (K,), it returned {len(flat.outputs)} arrays"
+        )
     (output,) = flat.outputs
     if len(output.shape) > 1:
-        raise ValueError(f"the function must return one vector of shape (K,), it returned shape {output.shape}")
+        raise ValueError(
+            f"the function must return one vector of shape (K,), it returned shape {output.shape}"
+        )
     if not jnp.issubdtype(output.dtype, jnp.floating) and not output.depends:
         raise ValueError(f"the function must return floating point numbers, it returned {output.dtype}")
     if 0 in output.shape:
@@ -244,11 +256,15 @@ def _registers(form: LureForm, x: Any, dtype: Any) -> dict[int, Any]:
     """Every register of the form at x."""
     found: dict[int, Any] = {}
     taps = form.taps
-    propagate(form, x, lambda k, y: apply_tap(taps[k], form.consts, y), dtype=dtype, affine=True, registers=found)
+    propagate(
+        form, x, lambda k, y: apply_tap(taps[k], form.consts, y), dtype=dtype, affine=True, registers=found
+    )
     return found
 
 
-def _check_values(form: LureForm, traced: Traced, fn: Callable[[Any], Any], spec: jax.ShapeDtypeStruct) -> None:
+def _check_values(
+    form: LureForm, traced: Traced, fn: Callable[[Any], Any], spec: jax.ShapeDtypeStruct
+) -> None:
     """The form agrees with the program at points other than the traced one, in every register, and both are finite.
 
     Every linear step and every tap is compared where it is made, so that nothing hides behind a dead neuron or beside a
@@ -259,7 +275,11 @@ def _check_values(form: LureForm, traced: Traced, fn: Callable[[Any], Any], spec
     rng = np.random.default_rng(0)
     floats = [v.dtype for v in traced.flat.values if jnp.issubdtype(v.dtype, jnp.floating)]
     tolerance = min(10 * max(float(jnp.finfo(d).eps) for d in floats) ** 0.5, 0.25)
-    points = [rng.standard_normal(spec.shape), rng.uniform(size=spec.shape), 10 * rng.standard_normal(spec.shape)]
+    points = [
+        rng.standard_normal(spec.shape),
+        rng.uniform(size=spec.shape),
+        10 * rng.standard_normal(spec.shape),
+    ]
     for turn, draw in enumerate(points):
         point = jnp.asarray(draw, spec.dtype)
         ours = _registers(form, point, spec.dtype)
@@ -302,7 +322,9 @@ def _check_rows(call: Function, params: Any, spec: jax.ShapeDtypeStruct, form: L
         return
     masks = np.zeros((_ROWS, *batch.shape), np.float32)
     masks[np.arange(_ROWS), np.arange(_ROWS)] = 1
-    reached = np.stack([np.asarray(_reach(wide, jnp.asarray(m))).reshape(_ROWS, -1).any(axis=1) for m in masks])
+    reached = np.stack(
+        [np.asarray(_reach(wide, jnp.asarray(m))).reshape(_ROWS, -1).any(axis=1) for m in masks]
+    )
     mixed = bool((reached & ~np.eye(_ROWS, dtype=bool)).any())
     for count in (_ROWS, spec.shape[0]) if not mixed else ():
         shape = (count, *spec.shape[1:])
@@ -351,7 +373,9 @@ def _reach(form: LureForm, mask: jax.Array) -> jax.Array:
                 args.append(registers[i])
             else:
                 const = jnp.asarray(form.consts[-1 - i]).astype(mask.dtype)
-                args.append(jnp.zeros_like(const) if joint else jnp.where(const == 0, 0, 1).astype(mask.dtype))
+                args.append(
+                    jnp.zeros_like(const) if joint else jnp.where(const == 0, 0, 1).astype(mask.dtype)
+                )
         if step.kind == "sub":
             out = jnp.add(*args)
         elif step.kind == "neg":

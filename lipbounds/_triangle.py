@@ -71,7 +71,9 @@ def loop_transform(form: LureForm, norm: float, *, centred: bool) -> tuple[TapSc
         c = (lower + upper) / 2 if centred else np.zeros(tap.size_in)
         r = np.maximum(upper - c, c - lower)
         # Multiples of 2^-20 below 2^20 are added without rounding; anything else is rounded up.
-        exact = np.all([(np.abs(s) < 2.0**20) & (s * 2.0**20 == np.round(s * 2.0**20)) for s in (lower, upper)], axis=0)
+        exact = np.all(
+            [(np.abs(s) < 2.0**20) & (s * 2.0**20 == np.round(s * 2.0**20)) for s in (lower, upper)], axis=0
+        )
         r = np.where(exact | (r == 0) & (lower == upper) | (not centred), r, np.nextafter(r, np.inf))
         out.append(TapScaling(c if c.any() else None, r, np.ones(tap.size_in)))
     return tuple(out)
@@ -124,7 +126,9 @@ class Request:
     progress: Progress | None = None
 
 
-def structure(host: HostForm, nodes: Sequence[Node], scalings: Sequence[TapScaling]) -> list[tuple[Node, Node]]:
+def structure(
+    host: HostForm, nodes: Sequence[Node], scalings: Sequence[TapScaling]
+) -> list[tuple[Node, Node]]:
     """Pairs (source, target) of nodes joined by a path; targets are nodes (the output is treated by rows)."""
     pairs = []
     for j, source in enumerate([(), *nodes]):
@@ -206,7 +210,9 @@ def block_norms(
         if value < _TINY:
             # The device flushes what underflows to zero, so a vanishing product proves nothing: multiply it out.
             for _, block in matrices(host, [(source, target)], scalings):
-                found[source, target] = BlockNorm(block_norm(host, block, 2), "verified", "Cholesky", block.shape)
+                found[source, target] = BlockNorm(
+                    block_norm(host, block, 2), "verified", "Cholesky", block.shape
+                )
             continue
         shape = (host.node_size(target, source=False), host.node_size(source, source=True))
         found[source, target] = BlockNorm(value, "probabilistic", f"Golub-Kahan, {steps} steps", shape)
@@ -267,7 +273,9 @@ def _block_product(
 
         propagate(form, None if source else u, tap, dtype=u.dtype)
         parts = [
-            jnp.zeros(taps[k].size_in, u.dtype) if seen[k] is None else scalings[k][2].astype(u.dtype) * seen[k]
+            jnp.zeros(taps[k].size_in, u.dtype)
+            if seen[k] is None
+            else scalings[k][2].astype(u.dtype) * seen[k]
             for k in target
         ]
         return jnp.concatenate(parts)
@@ -359,7 +367,11 @@ def recursion(
             continue
         row = rows[source]
         value = block_norm(host, row, request.norm)
-        part(source, (), BlockNorm(value, "verified", "Cholesky" if request.norm == 2 else "exact sums", row.shape))
+        part(
+            source,
+            (),
+            BlockNorm(value, "verified", "Cholesky" if request.norm == 2 else "exact sums", row.shape),
+        )
         terms.append(mul_up(value, reach[source]))
         if pairwise:
             dense = row.matrix.toarray() if sp.issparse(row.matrix) else row.matrix

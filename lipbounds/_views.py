@@ -149,7 +149,9 @@ class _Rewriter:
             small = self.op("sub", (a, won), (count, low.size))
             large = self.op("add", (b, won), (count, low.size))
             # Columns that were exchanged come from (small, large), the others stay.
-            where = np.arange(2 * count * low.size, 2 * count * low.size + count * width).reshape(count, width)
+            where = np.arange(2 * count * low.size, 2 * count * low.size + count * width).reshape(
+                count, width
+            )
             pairs = np.arange(count * low.size).reshape(count, low.size)
             where[:, low] = pairs
             where[:, low + 1] = count * low.size + pairs

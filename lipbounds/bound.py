@@ -176,7 +176,9 @@ class _Constants(_Ordered):
     certificate: Any = None
     failure_probability: float = 0.0
     notes: tuple[str, ...] = ()
-    network: str | None = None  # digest of the form it was computed from, so that it is not used for another one
+    network: str | None = (
+        None  # digest of the form it was computed from, so that it is not used for another one
+    )
 
     def __post_init__(self) -> None:
         _check_common(self)

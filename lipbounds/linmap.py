@@ -86,7 +86,9 @@ class HostForm:
         for place, step in enumerate(self.program.steps):
             if isinstance(step, int):
                 tap = taps[step]
-                y = self._joined([registers.get(i) for i in tap.inputs], [self._rows(i) for i in tap.inputs], width)
+                y = self._joined(
+                    [registers.get(i) for i in tap.inputs], [self._rows(i) for i in tap.inputs], width
+                )
                 if y is not None:
                     seen[step] = y
                 if any(r in alive for r in tap.outputs):
@@ -177,7 +179,8 @@ class HostForm:
                     result[source] = registers[0]
             elif any(k in seen for k in source):
                 parts = [
-                    seen[k] if k in seen else Enclosure(sp.csr_array((taps[k].size_out, width))) for k in source
+                    seen[k] if k in seen else Enclosure(sp.csr_array((taps[k].size_out, width)))
+                    for k in source
                 ]
                 result[source] = norms.stack(parts) if len(parts) > 1 else parts[0]
         return result
@@ -202,7 +205,10 @@ class HostForm:
         if len(parts) == 1:
             return parts[0]
         return norms.stack(
-            [Enclosure(sp.csr_array((n, width))) if part is None else part for part, n in zip(parts, rows, strict=True)]
+            [
+                Enclosure(sp.csr_array((n, width))) if part is None else part
+                for part, n in zip(parts, rows, strict=True)
+            ]
         )
 
     def _split(self, v: Enclosure | None, outputs: Sequence[int], registers: dict[int, Enclosure]) -> None:

@@ -94,7 +94,9 @@ class LureForm:
         dtype = jnp.result_type(float) if dtype is None else dtype
         x = jnp.asarray(x, dtype)
         if x.shape != self.in_shape:
-            raise ValueError(f"one example has shape {self.in_shape}, got {x.shape}; use jax.vmap for a batch")
+            raise ValueError(
+                f"one example has shape {self.in_shape}, got {x.shape}; use jax.vmap for a batch"
+            )
         taps = self.taps
         out = propagate(
             self, x.ravel(), lambda k, y: apply_tap(taps[k], self.consts, y), dtype=dtype, affine=True
@@ -146,7 +148,9 @@ def apply_op(op: Op, args: Sequence[Any]) -> Any:
     return KINDS[op.kind].apply(dict(op.params), *args)
 
 
-def operands(op: Op, registers: dict[int, Any], consts: Sequence[Any], shapes: Any, dtype: Any, affine: bool) -> Any:
+def operands(
+    op: Op, registers: dict[int, Any], consts: Sequence[Any], shapes: Any, dtype: Any, affine: bool
+) -> Any:
     """The arrays an op reads; offsets become zero unless `affine`. None when everything it depends on is zero."""
     joint = KINDS[op.kind].joint
     if all(registers.get(i) is None for i in op.inputs if i >= 0) and not affine:
@@ -229,7 +233,9 @@ def proved_slopes(form: LureForm, k: int) -> tuple[np.ndarray, np.ndarray]:
     if tap.assumed:
         declared = activations.registered(tap.expr, values)
         if declared is None:
-            raise ValueError(f"the slopes of {tap.name} at {tap.path} were declared for other constants: declare these")
+            raise ValueError(
+                f"the slopes of {tap.name} at {tap.path} were declared for other constants: declare these"
+            )
         lower, upper = (np.asarray(s, np.float64) for s in declared)
     else:
         lower, upper = activations.slope_range(tap.expr, values)
@@ -237,7 +243,9 @@ def proved_slopes(form: LureForm, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_weights(form: LureForm) -> None:
-    in_steps = {-1 - i for step in form.program.steps if not isinstance(step, int) for i in step.inputs if i < 0}
+    in_steps = {
+        -1 - i for step in form.program.steps if not isinstance(step, int) for i in step.inputs if i < 0
+    }
     for place, leaf in enumerate(form.consts):
         if is_concrete(leaf):
             values = np.asarray(leaf, np.float64)

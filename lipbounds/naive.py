@@ -38,7 +38,9 @@ class Verb:
 def check(form: Any, norm: Any, guarantee: str, verb: str) -> Any:
     """The norm, after plain errors for everything that a verb cannot work with."""
     if not isinstance(form, LureForm):
-        raise TypeError(f"lb.{verb} needs a LureForm from lb.trace or lb.from_weights, got {type(form).__name__}")
+        raise TypeError(
+            f"lb.{verb} needs a LureForm from lb.trace or lb.from_weights, got {type(form).__name__}"
+        )
     norm = check_norm(norm)
     if guarantee not in GUARANTEES:
         raise ValueError(f"guarantee must be one of {', '.join(GUARANTEES)}, got {guarantee!r}")
@@ -52,7 +54,14 @@ def check(form: Any, norm: Any, guarantee: str, verb: str) -> Any:
 
 
 def estimate(
-    form: LureForm, core: Core, norm: Any, pairwise: bool, seed: int, method: str, started: float, fallback: Any
+    form: LureForm,
+    core: Core,
+    norm: Any,
+    pairwise: bool,
+    seed: int,
+    method: str,
+    started: float,
+    fallback: Any,
 ) -> Estimate:
     """The core's result as an Estimate; in norms 1 and inf, where the exact sums are cheap, the bound itself."""
     if norm == 2:
@@ -75,7 +84,9 @@ def estimate(
     )
 
 
-def finish(form: LureForm, result: Triangle, norm: Any, method: str, started: float, notes: tuple[str, ...] = ()) -> UpperBound:
+def finish(
+    form: LureForm, result: Triangle, norm: Any, method: str, started: float, notes: tuple[str, ...] = ()
+) -> UpperBound:
     return UpperBound(
         value=result.value,
         norm=norm,

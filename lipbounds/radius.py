@@ -91,7 +91,11 @@ class Radii:
         eps = np.linspace(0, 1.05 * top, 400)
         share = [self.certified(e).mean() if len(self.radius) else 0.0 for e in eps]
         ax.plot(eps, share, label=f"{self.method} ({self.guarantee})")
-        ax.set(xlabel=f"eps ({NORM_NAMES[self.norm]}, units of the input)", ylabel="certified accuracy", ylim=(0, 1))
+        ax.set(
+            xlabel=f"eps ({NORM_NAMES[self.norm]}, units of the input)",
+            ylabel="certified accuracy",
+            ylim=(0, 1),
+        )
         ax.legend()
         return ax
 
@@ -124,10 +128,15 @@ def certified_radius(
     if not isinstance(proof, UpperBound):
         raise TypeError(f"a radius needs an UpperBound, got {type(proof).__name__}: it would prove nothing")
     if proof.network is not None and proof.network != fingerprint(form):
-        raise ValueError("this bound was computed from another network: bound this form, or leave `bound` out")
+        raise ValueError(
+            "this bound was computed from another network: bound this form, or leave `bound` out"
+        )
     constants, notes = _pair_constants(proof, form.num_outputs)
     if not all(_enclosable(_triangle.host_form(form), tap) for tap in form.taps):
-        notes = (*notes, f"a declared activation is evaluated in float64, assumed right to {_DECLARED_ACCURACY:g}")
+        notes = (
+            *notes,
+            f"a declared activation is evaluated in float64, assumed right to {_DECLARED_ACCURACY:g}",
+        )
     z, error = logits(form, x)
     rows = np.arange(len(labels))
     slack = error * (math.sqrt(2) * (1 + 8 * U))
@@ -147,7 +156,9 @@ def certified_radius(
 def _examples(form: LureForm, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
     x, labels = np.asarray(X), np.asarray(y)
     if x.dtype.kind not in "f" and x.dtype.name not in ("bfloat16", "float16"):
-        raise ValueError(f"X must be floating point in the units of the traced function, got {x.dtype}: cast it first")
+        raise ValueError(
+            f"X must be floating point in the units of the traced function, got {x.dtype}: cast it first"
+        )
     if x.ndim != len(form.in_shape) + 1 or x.shape[1:] != form.in_shape:
         raise ValueError(f"X must have shape (N, {', '.join(map(str, form.in_shape))}), got {x.shape}")
     if labels.shape != (len(x),):
@@ -169,7 +180,9 @@ def _examples(form: LureForm, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
 def _pair_constants(bound: UpperBound, classes: int) -> tuple[np.ndarray, tuple[str, ...]]:
     if bound.pairwise is not None:
         if bound.pairwise.shape != (classes, classes):
-            raise ValueError(f"the bound is of a network with {len(bound.pairwise)} outputs, this one has {classes}")
+            raise ValueError(
+                f"the bound is of a network with {len(bound.pairwise)} outputs, this one has {classes}"
+            )
         return bound.pairwise, ()
     constant = bound.any_pair()
     name = "sqrt(2) L" if bound.norm == 2 else "L" if bound.norm == 1 else "2 L"
@@ -274,9 +287,15 @@ def _run(
                     product, spread = value[m.rows], wrong[m.rows]
                 else:
                     size = abs(m.matrix)
-                    terms = int(np.diff(m.matrix.indptr).max(initial=0)) if sp.issparse(m.matrix) else size.shape[1]
+                    terms = (
+                        int(np.diff(m.matrix.indptr).max(initial=0))
+                        if sp.issparse(m.matrix)
+                        else size.shape[1]
+                    )
                     product = m.matrix @ value
-                    spread = size @ (wrong * (1 + 2 * m.relerr) + np.abs(value) * (gamma(terms + 1) + m.relerr))
+                    spread = size @ (
+                        wrong * (1 + 2 * m.relerr) + np.abs(value) * (gamma(terms + 1) + m.relerr)
+                    )
                     spread = spread * (1 + gamma(terms + 4)) + terms * 2.0**-1022
                 out = out + product
                 error = (error + spread + np.abs(out) * U) * (1 + 4 * U)

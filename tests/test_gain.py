@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jax import lax
 from zoo import NETS
 from zoo_core import gauss
 
-from lipbounds import linmap
+from lipbounds import linmap, norms
 from lipbounds.linmap import HostForm, Node
 from lipbounds.lure import LureForm, multiplicity
 
@@ -144,6 +145,32 @@ def test_stacked_nodes_are_stacked_blocks() -> None:
     out = np.concatenate([truth[(j,), ()] for j in second], axis=1)
     up = host.forward((), [first], scalings)[first]
     assert np.allclose(dense(up.matrix), columns, rtol=1e-13, atol=1e-13)
-    assert np.allclose(dense(host.forward(first, [second], scalings)[second].matrix), block, rtol=1e-13, atol=1e-13)
-    assert np.allclose(dense(host.backward(second, [first], scalings)[first].matrix).T, block, rtol=1e-13, atol=1e-13)
-    assert np.allclose(dense(host.backward((), [second], scalings)[second].matrix).T, out, rtol=1e-13, atol=1e-13)
+    assert np.allclose(
+        dense(host.forward(first, [second], scalings)[second].matrix), block, rtol=1e-13, atol=1e-13
+    )
+    assert np.allclose(
+        dense(host.backward(second, [first], scalings)[first].matrix).T, block, rtol=1e-13, atol=1e-13
+    )
+    assert np.allclose(
+        dense(host.backward((), [second], scalings)[second].matrix).T, out, rtol=1e-13, atol=1e-13
+    )
+
+
+def test_factors_that_are_powers_of_two_are_not_rounded() -> None:
+    """`norms.scale` by slopes of 1/2 keeps an exact block exact (so equal class rows stay equal, dead neurons dead);
+    whatever underflows or is not a power of two has an error that holds in rationals."""
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        m = rng.normal(size=(3, 4)) * 2.0 ** rng.integers(-540, 480, (3, 4))
+        d = rng.choice([-1.0, 0.0, 1.0], 3) * 2.0 ** rng.integers(-540, 480, 3)
+        d[rng.integers(3)] *= rng.choice([1.0, 1.5])
+        scaled = norms.scale(norms.Enclosure(m), rows=d)
+        gaps = (
+            Fraction(float(scaled.matrix[i, j])) - Fraction(float(m[i, j])) * Fraction(float(d[i]))
+            for i, j in np.ndindex(3, 4)
+        )
+        assert sum((gap**2 for gap in gaps), Fraction(0)) <= Fraction(scaled.error) ** 2
+    ordinary = norms.Enclosure(rng.normal(size=(3, 4)))
+    assert norms.scale(ordinary, rows=np.array([0.5, -2.0, 0.0])).error == 0.0
+    assert norms.scale(ordinary, rows=np.array([0.5, 0.3, 0.0])).error > 0.0
+    assert norms.scale(norms.Enclosure(ordinary.matrix, 1.0), rows=np.array([0.5, -2.0, 0.0])).error >= 2.0

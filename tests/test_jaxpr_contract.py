@@ -72,12 +72,16 @@ def test_arrays_that_are_closed_over_are_found() -> None:
     flat = _jaxpr.flatten(lambda p, x: jax.jit(lambda h: w @ h + v)(x), (), X)
     values = [np.asarray(value.const) for value in flat.values if not value.depends]
     for array in (w, v):
-        assert any(np.array_equal(array, value) for value in values), "FACT: constants sit in constvars or literals"
+        assert any(np.array_equal(array, value) for value in values), (
+            "FACT: constants sit in constvars or literals"
+        )
 
 
 def test_calls_of_one_jitted_function_share_their_jaxpr() -> None:
     f = jax.jit(lambda h: jnp.tanh(h) + 1.0)
-    calls = [e for e in opened(jax.make_jaxpr(lambda x: f(f(x)))(X)).eqns if e.primitive.name in ("jit", "pjit")]
+    calls = [
+        e for e in opened(jax.make_jaxpr(lambda x: f(f(x)))(X)).eqns if e.primitive.name in ("jit", "pjit")
+    ]
     assert len(calls) == 2, "FACT: a jitted call is one equation named jit (or pjit)"
     one, two = (opened(e.params["jaxpr"]) for e in calls)
     assert one is two and one.invars[0] is two.invars[0], (
@@ -101,7 +105,9 @@ def test_calls_of_one_jitted_function_share_their_jaxpr() -> None:
 def test_call_primitives_and_where_they_keep_their_jaxpr(call: Any, name: str, key: str) -> None:
     eqn = next(e for e in equations(jax.make_jaxpr(lambda x: call(x))(X)))
     names = {name, "pjit"} if name == "jit" else {name, "checkpoint", "remat"} if name == "remat2" else {name}
-    assert eqn.primitive.name in names, f"FACT: this call is the primitive {name}, it is {eqn.primitive.name} now"
+    assert eqn.primitive.name in names, (
+        f"FACT: this call is the primitive {name}, it is {eqn.primitive.name} now"
+    )
     assert hasattr(opened(eqn.params[key]), "eqns"), f"FACT: {name} keeps its jaxpr in params[{key!r}]"
     assert eqn.primitive.name in _jaxpr._CALLS, f"{eqn.primitive.name} is missing from _jaxpr._CALLS"
 
@@ -123,7 +129,9 @@ def test_custom_vjp_is_inlined_to_its_primal() -> None:
 def test_jit_carries_a_name_and_custom_jvp_does_not() -> None:
     eqns = list(equations(jax.make_jaxpr(jax.nn.relu)(X)))
     assert [e.primitive.name for e in eqns] == ["custom_jvp_call", "jit", "max"], (
-        "FACT: relu is custom_jvp_call > jit > max; it is " + " > ".join(e.primitive.name for e in eqns) + " now"
+        "FACT: relu is custom_jvp_call > jit > max; it is "
+        + " > ".join(e.primitive.name for e in eqns)
+        + " now"
     )
     assert "name" not in eqns[0].params, "FACT: custom_jvp_call has no name param"
     assert eqns[1].params["name"] == "relu", "FACT: jit keeps the function's name in params['name']"
@@ -148,7 +156,9 @@ def test_scan_params() -> None:
         sizes = tuple(len(part) for part in params["ft_in"].unpack())
     else:
         sizes = (params["num_consts"], params["num_carry"], 1)
-    assert sizes == (1, 1, 1), f"FACT: scan says how many operands are (consts, carry, xs); it says {sizes} now"
+    assert sizes == (1, 1, 1), (
+        f"FACT: scan says how many operands are (consts, carry, xs); it says {sizes} now"
+    )
     assert ("ft_in" in params) == (VERSION >= (0, 12)), "FACT: `ft_in` came with 0.12"
     assert int(params["length"]) == 3 and params["reverse"] is True, "FACT: scan has length and reverse"
 
@@ -180,7 +190,9 @@ def test_a_scan_is_unrolled_to_what_it_computes(reverse: bool) -> None:
 
 def test_fori_loops_with_static_bounds_are_scans() -> None:
     names = primitives(lambda x: lax.fori_loop(0, 3, lambda _, h: h * 2.0, x))
-    assert "scan" in names and "while" not in names, f"FACT: a fori_loop with static bounds is a scan; it is {names}"
+    assert "scan" in names and "while" not in names, (
+        f"FACT: a fori_loop with static bounds is a scan; it is {names}"
+    )
 
 
 def test_cond_params() -> None:
@@ -241,15 +253,21 @@ def test_binary_primitives_broadcast_dimensions_of_size_one() -> None:
 )
 def test_primitives_of_common_functions(fn: Any, wanted: set[str]) -> None:
     names = set(primitives(fn))
-    assert wanted <= names, f"FACT: this function has the primitives {sorted(wanted)}; it has {sorted(names)} now"
+    assert wanted <= names, (
+        f"FACT: this function has the primitives {sorted(wanted)}; it has {sorted(names)} now"
+    )
     known = set(_rules.RULES) | set(_rules.ELEMENTWISE) | set(_jaxpr._CALLS)
     assert names <= known | {"iota"}, f"no rule for {sorted(names - known)}"
 
 
 def test_pooling_primitives() -> None:
     x = jax.ShapeDtypeStruct((4, 4), jnp.float32)
-    largest = find(lambda x: lax.reduce_window(x, -jnp.inf, lax.max, (2, 2), (2, 2), "VALID"), "reduce_window_max", x)
-    total = find(lambda x: lax.reduce_window(x, 0.0, lax.add, (2, 2), (2, 2), "VALID"), "reduce_window_sum", x)
+    largest = find(
+        lambda x: lax.reduce_window(x, -jnp.inf, lax.max, (2, 2), (2, 2), "VALID"), "reduce_window_max", x
+    )
+    total = find(
+        lambda x: lax.reduce_window(x, 0.0, lax.add, (2, 2), (2, 2), "VALID"), "reduce_window_sum", x
+    )
     names = {"window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation"}
     for eqn in (largest, total):
         assert names <= set(eqn.params), f"FACT: {eqn.primitive.name} has the params {sorted(names)}"
@@ -258,16 +276,25 @@ def test_pooling_primitives() -> None:
 def params_of(fn: Any, primitive: str, names: str, *args: Any) -> None:
     params = find(fn, primitive, *args).params
     missing = set(names.split()) - set(params)
-    assert not missing, f"FACT: {primitive} has the params {names}; {sorted(missing)} of {sorted(params)} is missing"
+    assert not missing, (
+        f"FACT: {primitive} has the params {names}; {sorted(missing)} of {sorted(params)} is missing"
+    )
 
 
 def test_params_that_the_rules_read() -> None:
     image, kernel = jnp.ones((1, 2, 5, 5)), jnp.ones((3, 2, 2, 2))
-    params_of(lambda x: lax.dot_general(jnp.ones((3, 4)), x, (((1,), (0,)), ((), ()))), "dot_general",
-              "dimension_numbers precision preferred_element_type")
-    params_of(lambda x: lax.conv(x, kernel, (1, 1), "SAME"), "conv_general_dilated",
-              "window_strides padding lhs_dilation rhs_dilation dimension_numbers feature_group_count "
-              "batch_group_count", image)
+    params_of(
+        lambda x: lax.dot_general(jnp.ones((3, 4)), x, (((1,), (0,)), ((), ()))),
+        "dot_general",
+        "dimension_numbers precision preferred_element_type",
+    )
+    params_of(
+        lambda x: lax.conv(x, kernel, (1, 1), "SAME"),
+        "conv_general_dilated",
+        "window_strides padding lhs_dilation rhs_dilation dimension_numbers feature_group_count "
+        "batch_group_count",
+        image,
+    )
     params_of(lambda x: x[None, ::2, None][:, :, 0], "squeeze", "dimensions")
     params_of(lambda x: x.reshape(2, 2), "reshape", "new_sizes")
     params_of(lambda x: lax.transpose(x, (1, 0)), "transpose", "permutation", jnp.ones((2, 3)))
@@ -301,7 +328,9 @@ def test_float64_arrays_outside_enable_x64_become_float32() -> None:
         inside = jnp.asarray(np.float64(1) / 3)
         assert inside.dtype == np.float64, "FACT: enable_x64(True) is a context manager that gives float64"
     assert not jax.config.jax_enable_x64
-    assert jnp.asarray(np.float64(1) / 3).dtype == np.float32, "FACT: outside, float64 becomes float32 silently"
+    assert jnp.asarray(np.float64(1) / 3).dtype == np.float32, (
+        "FACT: outside, float64 becomes float32 silently"
+    )
 
 
 def test_a_precision_context_has_no_effect_on_a_traced_jaxpr() -> None:
@@ -330,5 +359,9 @@ def test_a_call_path_names_the_functions_called_and_the_users_line() -> None:
             return inner(x)
 
     (path,) = (e.path for e in _jaxpr.flatten(outer, (), X).eqns if e.primitive == "tanh")
-    assert "scope" in path and "inner" in path, f"FACT: name stacks hold named scopes; the path is {path!r} now"
-    assert "test_jaxpr_contract.py" in path, f"FACT: source_info has the user's file and line; the path is {path!r} now"
+    assert "scope" in path and "inner" in path, (
+        f"FACT: name stacks hold named scopes; the path is {path!r} now"
+    )
+    assert "test_jaxpr_contract.py" in path, (
+        f"FACT: source_info has the user's file and line; the path is {path!r} now"
+    )

@@ -98,7 +98,14 @@ for _name, _setting in CONVS.items():
         _setting[0],
         {"conv"},
     )
-for _name in ("1d_strided_same", "negative_padding", "both_dilations", "groups", "batch_groups", "strange_numbers"):
+for _name in (
+    "1d_strided_same",
+    "negative_padding",
+    "both_dilations",
+    "groups",
+    "batch_groups",
+    "strange_numbers",
+):
     CASES[f"conv_kernel_{_name}"] = (
         lambda x, s=CONVS[_name]: convolution(s, whole(x, *s[0]), x),
         CONVS[_name][1],
@@ -108,7 +115,9 @@ for _name in ("1d_strided_same", "negative_padding", "both_dilations", "groups",
 
 @case((1, 3, 4, 2), "conv")
 def conv_transposed(x: Any) -> Any:
-    return lax.conv_transpose(x, whole(x, 3, 2, 4, 2), (2, 3), "SAME", transpose_kernel=True, precision="highest")
+    return lax.conv_transpose(
+        x, whole(x, 3, 2, 4, 2), (2, 3), "SAME", transpose_kernel=True, precision="highest"
+    )
 
 
 # -------------------------------------------------------------------------------------------- dot_general

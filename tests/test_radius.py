@@ -28,9 +28,13 @@ NORMS = (2, 1, math.inf)
 DUAL = {2: 2, 1: math.inf, math.inf: 1}
 
 
-def chain(rng: np.random.Generator, widths: Sequence[int], activation: Any = "relu") -> tuple[LureForm, Any, Any]:
+def chain(
+    rng: np.random.Generator, widths: Sequence[int], activation: Any = "relu"
+) -> tuple[LureForm, Any, Any]:
     """(form, weights, biases), float32."""
-    weights = [(1.5 * rng.normal(size=(b, a)) / a**0.5).astype(np.float32) for a, b in itertools.pairwise(widths)]
+    weights = [
+        (1.5 * rng.normal(size=(b, a)) / a**0.5).astype(np.float32) for a, b in itertools.pairwise(widths)
+    ]
     biases = [rng.normal(size=b).astype(np.float32) for b in widths[1:]]
     return lb.from_weights(weights, biases=biases, activation=activation), weights, biases
 
@@ -55,7 +59,9 @@ def test_linear_networks_have_the_distance_to_the_boundary(norm: float, rng: np.
         assert truth * (1 - 1e-6) <= radii.radius[k] <= truth
         # the step of that length which attains the dual norm changes the answer, and is not certified
         d = weights[closest] - weights[y]
-        step = {2: d / np.linalg.norm(d), math.inf: np.sign(d), 1: np.sign(d) * (abs(d) == abs(d).max())}[norm]
+        step = {2: d / np.linalg.norm(d), math.inf: np.sign(d), 1: np.sign(d) * (abs(d) == abs(d).max())}[
+            norm
+        ]
         moved = weights @ (x[k] + (1 + 1e-6) * truth * step) + b
         assert moved[closest] > moved[y]
 
@@ -157,7 +163,9 @@ def test_a_smaller_bound_gives_larger_radii(rng: np.random.Generator) -> None:
     assert (radii[0] < radii[1]).all() and np.array_equal(radii[1], radii[2]), "None is liplt with pairs"
 
 
-def test_the_guarantee_is_that_of_the_bound(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
+def test_the_guarantee_is_that_of_the_bound(
+    monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
     form, *_ = chain(rng, (6, 10, 4))
     x, y = rng.normal(size=(3, 6)).astype(np.float32), np.zeros(3, int)
     for guarantee in ("verified", "probabilistic"):
@@ -303,7 +311,9 @@ def test_sums_of_constants_are_part_of_the_error() -> None:
     x = np.array([[0.0, 0.0], [0.5, 1.0]])
     z, error = radius.logits(form, x)
     for k in range(2):
-        assert within(z[k], error[k], [Fraction(float(x[k, 0])) + 1, Fraction(float(x[k, 1])) + Fraction(1, 4)])
+        assert within(
+            z[k], error[k], [Fraction(float(x[k, 0])) + 1, Fraction(float(x[k, 1])) + Fraction(1, 4)]
+        )
     radii = lb.certified_radius(form, x, np.array([1, 1]), bound=lb.liplt(form))
     assert (radii.radius == 0).all(), "z is (1, 1/4) and (3/2, 5/4) in truth: class 1 never wins"
 
@@ -323,7 +333,8 @@ def transcendental(activation: Any, weights: Any, biases: Any, x: np.ndarray) ->
     h = [mpmath.mpf(float(v)) for v in x]
     for k, (w, b) in enumerate(zip(weights, biases, strict=True)):
         h = [
-            mpmath.fsum([mpmath.mpf(float(a)) * v for a, v in zip(row, h, strict=True)]) + mpmath.mpf(float(c))
+            mpmath.fsum([mpmath.mpf(float(a)) * v for a, v in zip(row, h, strict=True)])
+            + mpmath.mpf(float(c))
             for row, c in zip(w, b, strict=True)
         ]
         if k < len(weights) - 1:
@@ -364,7 +375,9 @@ def test_smooth_logits_hold_in_60_digits(name: str) -> None:
     with mpmath.workdps(60):
         for k in range(12):
             exact = transcendental(formula, weights, biases, x[k])
-            gap = mpmath.sqrt(mpmath.fsum([(mpmath.mpf(float(a)) - b) ** 2 for a, b in zip(z[k], exact, strict=True)]))
+            gap = mpmath.sqrt(
+                mpmath.fsum([(mpmath.mpf(float(a)) - b) ** 2 for a, b in zip(z[k], exact, strict=True)])
+            )
             assert gap <= mpmath.mpf(float(error[k]))
             assert gap > 0, "exact by chance: this point shows nothing"
     assert (error <= 1e-10 * (1 + np.abs(z).max(axis=1))).all(), "the bound is so wide that it shows nothing"

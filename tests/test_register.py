@@ -57,14 +57,20 @@ def test_the_word_reaches_radii_and_every_method(rng: np.random.Generator) -> No
     form = lb.trace(lambda x: w1 @ fn(jnp.flip(jnp.tanh(w0 @ x))), jnp.ones(4))
     assert [tap.assumed for tap in form.taps] == [False, True]
     for bound in (
-        lb.naive(form), lb.naive(form, norm=1), lb.liplt(form, norm=math.inf), lb.liplt(form, scaling="optimized"),
-        lb.liplt(form, guarantee="probabilistic"), lb.liplt(form, guarantee="verified", pairwise=True),
+        lb.naive(form),
+        lb.naive(form, norm=1),
+        lb.liplt(form, norm=math.inf),
+        lb.liplt(form, scaling="optimized"),
+        lb.liplt(form, guarantee="probabilistic"),
+        lb.liplt(form, guarantee="verified", pairwise=True),
     ):
         assert bound.guarantee == "assumed"
     assert lb.liplt(form, guarantee="estimate").guarantee == "estimate"
     radii = lb.certified_radius(form, np.ones((2, 4), np.float32), np.array([0, 1]))
     assert radii.guarantee == "assumed" and "assumed" in repr(radii)
-    assert any("float64, assumed right to 1e-09" in note for note in radii.notes), "lgamma has no interval rule"
+    assert any("float64, assumed right to 1e-09" in note for note in radii.notes), (
+        "lgamma has no interval rule"
+    )
     z, error = logits(form, np.ones((2, 4)))
     with jax.enable_x64(True):
         exact = np.asarray(form.evaluate(jnp.ones(4), jnp.float64))

@@ -61,7 +61,9 @@ def test_reshape_with_an_order_of_dimensions() -> None:
 
 
 def test_updates_and_selections_clamp_as_the_program_does() -> None:
-    form = lb.trace(lambda x: jax.nn.relu(lax.dynamic_update_slice(jnp.zeros(5), x, (-8,))[:2] - 1000), VECTOR)
+    form = lb.trace(
+        lambda x: jax.nn.relu(lax.dynamic_update_slice(jnp.zeros(5), x, (-8,))[:2] - 1000), VECTOR
+    )
     assert lb.liplt(form).value == pytest.approx(1, rel=1e-6)
     which = jnp.full((2,), -2, jnp.int32)
     form = lb.trace(lambda x: lax.select_n(which, 5 * x, 2 * x, x), VECTOR)
@@ -86,7 +88,9 @@ def test_failure_probabilities_add_up() -> None:
 def test_slopes_are_proved_again_from_the_constants() -> None:
     w, alpha = jnp.ones((2, 2)), jnp.float32(0.5)
     form = lb.trace(lambda x: w @ jnp.where(x > 0, x, alpha * x), VECTOR)
-    halved = jax.tree.map(lambda leaf: leaf * np.asarray(0.5, leaf.dtype), form)  # a weight decay step on the form
+    halved = jax.tree.map(
+        lambda leaf: leaf * np.asarray(0.5, leaf.dtype), form
+    )  # a weight decay step on the form
     assert lb.liplt(halved).value >= 1  # the branch of slope one is not a constant
     rounded = jax.jit(lambda a, b: lb.trace(lambda x: jnp.where(x > 0, x * a * b, 0 * x), VECTOR))
     exact = float(np.float32(0.1)) * float(np.float32(0.3))
@@ -107,7 +111,11 @@ def test_products_that_underflow_on_the_device_are_not_zero() -> None:
 
 def test_batches_are_checked_at_their_own_size() -> None:
     with pytest.raises(lb.UnsupportedError, match="row"):
-        lb.trace(lambda x: x + jnp.roll(x, 1, axis=0) if x.shape[0] % 4 == 0 else x, jnp.zeros((8, 2)), batched=True)
+        lb.trace(
+            lambda x: x + jnp.roll(x, 1, axis=0) if x.shape[0] % 4 == 0 else x,
+            jnp.zeros((8, 2)),
+            batched=True,
+        )
     with pytest.raises(lb.UnsupportedError, match="row"):
         lb.trace(
             lambda x: jnp.stack([1000 * x[:, 0], x[:, 1] * x.shape[0]], 1), jnp.zeros((10, 2)), batched=True

@@ -10,7 +10,9 @@ import lipbounds as lb
 from lipbounds import _triangle
 
 
-@pytest.mark.parametrize("name", ["relu", "preactivation_resnet", "max_pool_overlapping", "dense_net", "fori_loop"])
+@pytest.mark.parametrize(
+    "name", ["relu", "preactivation_resnet", "max_pool_overlapping", "dense_net", "fori_loop"]
+)
 def test_shorter_blocks_are_above_the_blocks_they_replace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fn, x = NETS[name].make(0)
     form = lb.trace(fn, x)

@@ -100,7 +100,8 @@ def test_each_map_is_linear_and_uses_all_it_is_given(name: str) -> None:
             assert all(close(c, 2 * a - b) for a, b, c in zip(one, two, whole, strict=True))
             zeros = [jnp.zeros(n) for n in shapes]
             for with_none, with_zero in (
-                (step(None, v), step(zeros, v)), (step(s, None), step(s, jnp.zeros(tap.size_out)))
+                (step(None, v), step(zeros, v)),
+                (step(s, None), step(s, jnp.zeros(tap.size_out))),
             ):
                 for a, b in zip(with_none, with_zero, strict=True):
                     assert not b.any() if a is None else close(a, b)
@@ -149,7 +150,11 @@ def test_widths_of_known_architectures(rng: np.random.Generator) -> None:
         assert [cut.width for cut in cuts] == [*map(min, itertools.pairwise(sizes[:-1])), sizes[-1]]
     # 5 -> relu -> 8 -> back to 5, twice: while the tap of 8 is alive, so is the skip of 5
     a, b = gauss(rng, 8, 5), gauss(rng, 5, 8)
-    assert widths(lambda x: functools.reduce(lambda h, _: h + b @ jax.nn.relu(a @ h), range(2), x), 5) == [5, 5, 5]
+    assert widths(lambda x: functools.reduce(lambda h, _: h + b @ jax.nn.relu(a @ h), range(2), x), 5) == [
+        5,
+        5,
+        5,
+    ]
     # two branches of one input: between the taps the input and the first branch, narrowed to 2, are alive
     c, d = gauss(rng, 2, 8), gauss(rng, 2, 5)
     assert widths(lambda x: c @ jax.nn.relu(a @ x) + d @ jnp.tanh(x), 5) == [5, 7, 2]

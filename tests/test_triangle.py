@@ -127,7 +127,8 @@ def test_the_recursion_itself_rounds_up() -> None:
             reach = {"input": Fraction(1)}
             for target in (*(f"relu[{k}]" for k in range(len(weights) - 1)), "output"):
                 reach[target] = sum(
-                    (Fraction(p.value) * reach[p.source] for p in result.parts if p.target == target), Fraction(0)
+                    (Fraction(p.value) * reach[p.source] for p in result.parts if p.target == target),
+                    Fraction(0),
                 )
             assert Fraction(result.value) >= reach["output"]
             assert result.value <= float(reach["output"]) * (1 + 1e-13)
@@ -247,7 +248,9 @@ def test_one_partition_where_stacking_changes_nothing() -> None:
 
 
 # ------------------------------------------------------------------------------------------ probabilistic
-@pytest.mark.parametrize("name", ["cnn_batch_norm", "two_branches", "u_net", "max_pool_overlapping", "dense_net"])
+@pytest.mark.parametrize(
+    "name", ["cnn_batch_norm", "two_branches", "u_net", "max_pool_overlapping", "dense_net"]
+)
 def test_blocks_above_the_limit_are_probabilistic(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     form = form_of(name)
     verified = {verb: verb(form, pairwise=True) for verb in (lb.naive, lb.liplt)}
@@ -283,7 +286,9 @@ def test_matrix_free_products_are_the_blocks() -> None:
         block = np.block([[truth[part, (k,)] for part in parts] for k in target])
         with jax.enable_x64(True):
             u, v = (jnp.asarray(rng.normal(size=n)) for n in block.shape[::-1])
-            forward = _triangle._block_product(form, arrays, u, source=source, target=target, transposed=False)
+            forward = _triangle._block_product(
+                form, arrays, u, source=source, target=target, transposed=False
+            )
             back = _triangle._block_product(form, arrays, v, source=source, target=target, transposed=True)
             assert np.allclose(forward, block @ np.asarray(u), rtol=1e-12, atol=1e-12)
             assert np.allclose(back, block.T @ np.asarray(v), rtol=1e-12, atol=1e-12)
@@ -352,7 +357,9 @@ def test_any_positive_scaling_is_valid_and_equals_the_dense_recursion(build: Cal
     truth, blocks = dense_gain(form, scalings), _scaling.stored_blocks(form, nodes, scalings)
     for seed in range(5):
         rng = np.random.default_rng(seed)
-        factors: dict[Node, np.ndarray] = {n: np.exp(rng.normal(size=form.taps[n[0]].size_out)) for n in nodes}
+        factors: dict[Node, np.ndarray] = {
+            n: np.exp(rng.normal(size=form.taps[n[0]].size_out)) for n in nodes
+        }
         result = _scaling.run(form, nodes, scalings, blocks, factors, Request(), pairwise=True)
         assert result.guarantee == "verified"
         expected = scaled_recursion(truth, factors, nodes)
@@ -370,14 +377,18 @@ def test_a_neuron_that_reaches_nothing_is_dropped() -> None:
     alive = lb.from_weights([w0[::2], w1[:, ::2]], activation="relu")
     for scaling in ("aol", "sll", "optimized"):
         # not equal: without the dead neuron the unscaled bound takes part in the minimum
-        assert lb.liplt(form, scaling=scaling).value == pytest.approx(lb.liplt(alive, scaling=scaling).value, rel=0.05)
+        assert lb.liplt(form, scaling=scaling).value == pytest.approx(
+            lb.liplt(alive, scaling=scaling).value, rel=0.05
+        )
     assert lb.liplt(form).value > 1e5, "without scaling the dead neuron costs a lot"
     jacobians = np.einsum("ij,pj,jk->pik", w1, patterns(3), w0)
     assert steepest(jacobians, 2) <= lb.liplt(form, scaling="optimized").value < 10
 
 
 # ------------------------------------------------------------------------------------------------- cores
-@pytest.mark.parametrize("name", ["gelu_exact", "prelu", "dense_net", "u_net", "maxmin_mlp", "reduce_max_head"])
+@pytest.mark.parametrize(
+    "name", ["gelu_exact", "prelu", "dense_net", "u_net", "maxmin_mlp", "reduce_max_head"]
+)
 @pytest.mark.parametrize("verb", [lb.naive, lb.liplt], ids=["naive", "liplt"])
 def test_cores_reach_the_public_verb(name: str, verb: Any) -> None:
     """After 100 steps: within 1e-3, never above the proof (float32 rounding aside), pairs and classes too."""
@@ -388,7 +399,9 @@ def test_cores_reach_the_public_verb(name: str, verb: Any) -> None:
     proved = _triangle.triangle(form, Request(), pairwise=True, centred=centred)
     assert verb(form).value == pytest.approx(proved.value, rel=1e-12)
     for guess, proof in (
-        (constants.value, proved.value), (constants.per_class, proved.per_class), (constants.pairwise, proved.pairwise)
+        (constants.value, proved.value),
+        (constants.per_class, proved.per_class),
+        (constants.pairwise, proved.pairwise),
     ):
         assert np.allclose(guess, proof, rtol=1e-3, atol=1e-4)
         assert (np.asarray(guess) <= proof * (1 + 1e-4) + 1e-4).all()
@@ -429,7 +442,9 @@ def test_gradients_are_difference_quotients_in_float64(verb: Any) -> None:
         _, state = jax.jit(functools.partial(value, steps=2000))(params, state)
         grads = jax.jit(jax.grad(lambda p: value(p, state, steps=1)[0]))(params)
         slope = float(sum(jnp.sum(g * d) for g, d in zip(grads, directions, strict=True)))
-        moved = jax.jit(lambda t: value(tuple(a + t * d for a, d in zip(params, directions, strict=True)), state)[0])
+        moved = jax.jit(
+            lambda t: value(tuple(a + t * d for a, d in zip(params, directions, strict=True)), state)[0]
+        )
         h = 1e-5
         quotient = (float(moved(h)) - float(moved(-h))) / (2 * h)
     assert slope == pytest.approx(quotient, rel=1e-5)

@@ -11,7 +11,14 @@ from zoo import NETS
 import lipbounds as lb
 from lipbounds._views import elementwise_view
 
-GROUPED = ["max_pool_overlapping", "reduce_max_head", "max_min_of_branches", "maxmin_mlp", "group_sort", "orthogonal_maxmin"]
+GROUPED = [
+    "max_pool_overlapping",
+    "reduce_max_head",
+    "max_min_of_branches",
+    "maxmin_mlp",
+    "group_sort",
+    "orthogonal_maxmin",
+]
 
 
 @pytest.mark.parametrize("name", GROUPED)
