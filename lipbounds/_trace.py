@@ -308,8 +308,8 @@ def _check_rows(call: Function, params: Any, spec: jax.ShapeDtypeStruct, form: L
     """Refuse a batch function in which the output of one row depends on another row of the input.
 
     Proved on a batch of three, exact up to weights that are zero: its form is run on patterns of zeros and ones with
-    coefficients replaced by one, so that nothing cancels. Row by row it must also agree with the form of one example, at
-    random points, with three rows and with as many as the given batch has.
+    coefficients replaced by one, so that nothing cancels. Row by row it must also agree with the form of one example,
+    at random points, with three rows and with as many as the given batch has.
     """
     shape = jax.eval_shape(call, params, spec).shape
     if len(shape) not in (1, 2) or shape[0] != spec.shape[0]:
