@@ -6,9 +6,9 @@ constants, unrounded; a division has the relative error of one rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import jax
@@ -34,12 +34,14 @@ class StepMatrix:
         matrix: csr_array or ndarray (out, in), or None where `rows` says all.
         rows: for a pure selection, the input entry each output entry copies (-1: zero).
         relerr: entrywise relative error of the entries.
+        bound: a proved bound of the spectral norm that is cheaper than one from the matrix, if there is one.
     """
 
     register: int
     matrix: Any
     rows: np.ndarray | None = None
     relerr: float = 0.0
+    bound: Callable[[], float] | None = None
 
     @cached_property
     def transposed(self) -> StepMatrix:
@@ -50,7 +52,7 @@ class StepMatrix:
                 rows = np.full(self.matrix.shape[1], -1, np.int64)
                 rows[used] = np.flatnonzero(self.rows >= 0)
         matrix = self.matrix.T.tocsr() if sp.issparse(self.matrix) else self.matrix.T
-        return StepMatrix(self.register, matrix, rows, self.relerr)
+        return StepMatrix(self.register, matrix, rows, self.relerr, self.bound)
 
     @cached_property
     def norm(self) -> float:
@@ -58,7 +60,10 @@ class StepMatrix:
         small = min(self.matrix.shape) <= _VERIFY_STEP
         if small and self.rows is None:
             return norms.verified_norm(self.matrix) * (1 + 4 * self.relerr)
-        return norms._cheap_norm(self.matrix) * (1 + 4 * self.relerr)
+        cheap = norms._cheap_norm(self.matrix)
+        if self.bound is not None:
+            cheap = min(cheap, self.bound())
+        return cheap * (1 + 4 * self.relerr)
 
     def apply(self, m: Enclosure) -> Enclosure:
         """matrix @ m, with its error."""
@@ -151,7 +156,8 @@ def step_matrices(
             result.append(StepMatrix(register, _dot_matrix(params["dimension_numbers"], place, index, other)))
         elif op.kind == "conv" and place == 0 and params["batch_group_count"] == 1:
             kernel = consts[-1 - op.inputs[1]].astype(np.float64)
-            result.append(StepMatrix(register, _conv_matrix(params, shape, kernel, out_shape)))
+            matrix = _conv_matrix(params, shape, kernel, out_shape)
+            result.append(StepMatrix(register, matrix, bound=_conv_bound(params, shape, kernel)))
         elif op.kind == "reduce_sum":
             table = _rules.along(shape, params["axes"])
             result.append(_table(register, table, n))
@@ -267,6 +273,35 @@ def _conv_matrix(
     cols = flat_index[:, channel][..., position]  # (batch, feature, channel, entries)
     values = weights.reshape(features, channels, -1)[None][..., k]
     return _coo(values, rows, cols, (size_of(out_shape), size_of(shape)))
+
+
+def _conv_bound(p: dict[str, Any], shape: tuple[int, ...], kernel: np.ndarray) -> Callable[[], float] | None:
+    """The Fourier bound of a convolution, its strides made 1.
+
+    Output o reads input s o + a - pad at window position a. With a - pad = s b + f, 0 <= f < s, this is entry o + b of
+    phase f of the input: a convolution of stride 1 at window position b, with s times the channels.
+    """
+    if p["feature_group_count"] != 1 or {*p["lhs_dilation"], *p["rhs_dilation"]} != {1}:
+        return None
+
+    def bound() -> float:
+        numbers = p["dimension_numbers"]
+        weights = kernel.transpose([*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0]])
+        sizes = [shape[d] for d in numbers.lhs_spec[2:]]
+        for axis, stride in enumerate(p["window_strides"]):
+            shifts = np.arange(weights.shape[axis]) - p["padding"][axis][0]
+            place, phase = shifts // stride, shifts % stride
+            window = np.moveaxis(weights, axis, 0)
+            folded = np.zeros((place[-1] - place[0] + 1, stride, *window.shape[1:]))
+            folded[place - place[0], phase] = window
+            phases = np.moveaxis(
+                np.moveaxis(folded, 0, axis + 1), 0, -3
+            )  # window back in place, phase before channels
+            weights = phases.reshape(*phases.shape[:-3], stride * phases.shape[-2], phases.shape[-1])
+            sizes[axis] = -(-sizes[axis] // stride)
+        return norms.conv_fft_bound(weights, tuple(sizes))
+
+    return cache(bound)
 
 
 def _probed(

@@ -1,0 +1,198 @@
+"""What LipLT costs: as an estimate inside a training step, and as a proof.
+
+    python benchmarks/liplt.py                    estimates against one training step, all sizes
+    python benchmarks/liplt.py --verified         proofs of 2C2F and 6C2F as well (minutes, up to 6 GB)
+    python benchmarks/liplt.py --quick            few sizes, few repetitions
+
+The nets are those of the CRM paper: 4C3F on MNIST images, 6C2F on CIFAR-10 images, with initial weights. The peer of an
+estimate is one training step of the same net in the same run: loss and gradient of the cross-entropy on a batch of 512,
+and an Adam update. The estimate is taken as a training loop takes it, traced from the parameters inside the jitted
+function. Times are medians; compilation is apart. Tables and figures go to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+import lipbounds as lb
+from lipbounds.training.models import ModelSpec, build
+
+NETS = {"4C3F": (28, 28, 1), "6C2F": (32, 32, 3)}
+PROVED = {"2C2F": (28, 28, 1), "6C2F": (32, 32, 3)}
+BATCH = 512
+
+
+def timed(fn: Callable[..., Any], *args: Any, repeat: int) -> tuple[float, float]:
+    """(compile seconds, median seconds) of a jitted function."""
+    start = time.perf_counter()
+    jax.block_until_ready(fn(*args))
+    first = time.perf_counter() - start
+    runs = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        jax.block_until_ready(fn(*args))
+        runs.append(time.perf_counter() - start)
+    return max(first - statistics.median(runs), 0.0), statistics.median(runs)
+
+
+def training_step(graph: Any, state: Any, shape: tuple[int, ...], classes: int) -> tuple[Callable[..., Any], tuple]:
+    """One step on a batch of 512, and its arguments."""
+    tool = optax.adam(1e-3)
+    x = jax.random.uniform(jax.random.key(1), (BATCH, *shape))
+    y = jax.random.randint(jax.random.key(2), (BATCH,), 0, classes)
+
+    @jax.jit
+    def step(params: Any, optimiser: Any, x: Any, y: Any) -> Any:
+        def loss(params: Any) -> Any:
+            logits = nnx.merge(graph, params)(x)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, optimiser = tool.update(grads, optimiser)
+        return optax.apply_updates(params, updates), optimiser, value
+
+    return step, (state, tool.init(state), x, y)
+
+
+def estimates(name: str, classes: int, steps: int, repeat: int) -> list[dict[str, Any]]:
+    """Value, and value with gradient, of the pairwise LipLT estimate, against a training step."""
+    shape = NETS[name]
+    graph, state = nnx.split(build(ModelSpec(name, shape, {"classes": classes})))
+    spec = jax.ShapeDtypeStruct(shape, jnp.float32)
+    form = lb.trace(nnx.merge(graph, state), spec)
+    vectors = lb.liplt.core.init(form, jax.random.key(0))
+
+    def constant(params: Any, vectors: Any) -> Any:
+        traced = lb.trace(lambda x: nnx.merge(graph, params)(x), spec)
+        constants, vectors = lb.liplt.core(traced, vectors, steps=steps, pairwise=True)
+        return constants.pairwise.mean(), vectors
+
+    step, args = training_step(graph, state, shape, classes)
+    _, plain = timed(step, *args, repeat=repeat)
+    rows = []
+    gradient = jax.jit(jax.value_and_grad(constant, has_aux=True))
+    for what, fn in (("value", jax.jit(constant)), ("value and gradient", gradient)):
+        compiling, seconds = timed(fn, state, vectors, repeat=repeat)
+        rows.append(
+            dict(net=name, classes=classes, iterations=steps, what=what, seconds=seconds, compile_seconds=compiling)
+            | dict(training_step_seconds=plain, ratio=seconds / plain)
+        )
+    return rows
+
+
+def proof(name: str, guarantee: str) -> dict[str, Any]:
+    """One pairwise LipLT bound: seconds, memory, and what each block got."""
+    form = lb.trace(build(ModelSpec(name, PROVED[name], {})), jax.ShapeDtypeStruct(PROVED[name], jnp.float32))
+    estimate = lb.liplt(form, pairwise=True, guarantee="estimate")
+    bound = lb.liplt(form, pairwise=True, guarantee=guarantee)
+    blocks = [dict(source=p.source, target=p.target, shape=p.shape, guarantee=p.guarantee, how=p.how) for p in bound.parts]
+    return dict(
+        net=name,
+        asked=guarantee,
+        guarantee=bound.guarantee,
+        value=bound.value,
+        estimate=estimate.value,
+        ratio=bound.value / estimate.value,
+        seconds=bound.seconds,
+        estimate_seconds=estimate.seconds,
+        peak_gigabytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        blocks=blocks,
+    )
+
+
+def proofs() -> list[dict[str, Any]]:
+    """Each in a process of its own, so that its peak memory is its own."""
+    found = []
+    for name in PROVED:
+        for guarantee in ("verified", "auto"):
+            command = [sys.executable, __file__, "--proof", name, guarantee]
+            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            found.append(json.loads(out.splitlines()[-1]))
+    return found
+
+
+def tables(results: dict[str, Any]) -> list[Table]:
+    cost = Table(title="pairwise LipLT estimate against one training step (batch 512)")
+    for column in ("net", "classes", "iterations", "what", "ms", "training step, ms", "ratio", "compile, s"):
+        cost.add_column(column, justify="left" if column in ("net", "what") else "right")
+    for r in results["estimates"]:
+        cost.add_row(
+            r["net"], str(r["classes"]), str(r["iterations"]), r["what"], f"{1e3 * r['seconds']:.1f}",
+            f"{1e3 * r['training_step_seconds']:.1f}", f"{r['ratio']:.3f}", f"{r['compile_seconds']:.1f}",
+        )  # fmt: skip
+    out = [cost]
+    if results.get("proofs"):
+        proved = Table(title="pairwise LipLT proved (initial weights)")
+        for column in ("net", "asked", "guarantee", "bound", "estimate", "bound / estimate", "s", "estimate, s", "GB"):
+            proved.add_column(column, justify="left" if column in ("net", "asked", "guarantee") else "right")
+        for r in results["proofs"]:
+            proved.add_row(
+                r["net"], r["asked"], r["guarantee"], f"{r['value']:.6g}", f"{r['estimate']:.6g}", f"{r['ratio']:.6f}",
+                f"{r['seconds']:.1f}", f"{r['estimate_seconds']:.1f}", f"{r['peak_gigabytes']:.1f}",
+            )  # fmt: skip
+        out.append(proved)
+    return out
+
+
+def environment() -> dict[str, Any]:
+    device = jax.devices()[0]
+    return dict(
+        command="python " + " ".join(["benchmarks/liplt.py", *sys.argv[1:]]),
+        jax=jax.__version__,
+        python=platform.python_version(),
+        device=f"{device.platform} {device.device_kind}",
+        cores=os.cpu_count(),
+        load=os.getloadavg()[0],
+        lipbounds=lb.__version__,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="10 and 200 classes, 5 iterations, 3 repetitions")
+    parser.add_argument("--verified", action="store_true", help="also prove 2C2F and 6C2F")
+    parser.add_argument("--no-estimates", action="store_true", help="only the proofs")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
+    parser.add_argument("--proof", nargs=2, metavar=("NET", "GUARANTEE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.proof:
+        print(json.dumps(proof(*args.proof)))
+        return
+    sizes = [(10, 5), (200, 5)] if args.quick else [(10, 5), (10, 10), (200, 5), (200, 10), (1000, 5)]
+    results: dict[str, Any] = {"environment": environment(), "estimates": []}
+    for name in NETS if not args.no_estimates else ():
+        for classes, steps in sizes:
+            results["estimates"] += estimates(name, classes, steps, 3 if args.quick else 7)
+            print(f"{name}, {classes} classes, {steps} iterations: done", file=sys.stderr)
+    if args.verified:
+        results["proofs"] = proofs()
+    console = Console(record=True, width=130)
+    for table in tables(results):
+        console.print(table)
+    args.out.mkdir(parents=True, exist_ok=True)
+    stem = "liplt-" + results["environment"]["device"].split()[0] + ("-proofs" if args.no_estimates else "")
+    (args.out / f"{stem}.json").write_text(json.dumps(results, indent=1) + "\n")
+    header = "\n".join(f"{key}: {value}" for key, value in results["environment"].items())
+    (args.out / f"{stem}.txt").write_text(header + "\n\n" + console.export_text())
+
+
+if __name__ == "__main__":
+    main()
