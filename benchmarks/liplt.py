@@ -40,20 +40,26 @@ PROVED = {"2C2F": (28, 28, 1), "6C2F": (32, 32, 3)}
 BATCH = 512
 
 
-def timed(fn: Callable[..., Any], *args: Any, repeat: int) -> tuple[float, float]:
-    """(compile seconds, median seconds) of a jitted function."""
-    start = time.perf_counter()
-    jax.block_until_ready(fn(*args))
-    first = time.perf_counter() - start
-    runs = []
-    for _ in range(repeat):
+def timed(calls: dict[str, tuple[Callable[..., Any], tuple]], repeat: int) -> dict[str, tuple[float, float]]:
+    """{name: (compile seconds, median seconds)} of jitted functions, run in turns: other load slows all alike."""
+    first: dict[str, float] = {}
+    runs: dict[str, list[float]] = {name: [] for name in calls}
+    for name, (fn, args) in calls.items():
         start = time.perf_counter()
         jax.block_until_ready(fn(*args))
-        runs.append(time.perf_counter() - start)
-    return max(first - statistics.median(runs), 0.0), statistics.median(runs)
+        first[name] = time.perf_counter() - start
+    for _ in range(repeat):
+        for name, (fn, args) in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(fn(*args))
+            runs[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(times) for name, times in runs.items()}
+    return {name: (max(first[name] - medians[name], 0.0), medians[name]) for name in calls}
 
 
-def training_step(graph: Any, state: Any, shape: tuple[int, ...], classes: int) -> tuple[Callable[..., Any], tuple]:
+def training_step(
+    graph: Any, state: Any, shape: tuple[int, ...], classes: int
+) -> tuple[Callable[..., Any], tuple]:
     """One step on a batch of 512, and its arguments."""
     tool = optax.adam(1e-3)
     x = jax.random.uniform(jax.random.key(1), (BATCH, *shape))
@@ -72,29 +78,39 @@ def training_step(graph: Any, state: Any, shape: tuple[int, ...], classes: int) 
     return step, (state, tool.init(state), x, y)
 
 
-def estimates(name: str, classes: int, steps: int, repeat: int) -> list[dict[str, Any]]:
+def estimates(name: str, sizes: list[tuple[int, int]], repeat: int) -> list[dict[str, Any]]:
     """Value, and value with gradient, of the pairwise LipLT estimate, against a training step."""
     shape = NETS[name]
-    graph, state = nnx.split(build(ModelSpec(name, shape, {"classes": classes})))
     spec = jax.ShapeDtypeStruct(shape, jnp.float32)
-    form = lb.trace(nnx.merge(graph, state), spec)
-    vectors = lb.liplt.core.init(form, jax.random.key(0))
+    calls: dict[str, tuple[Callable[..., Any], tuple]] = {}
+    for classes, steps in sizes:
+        graph, state = nnx.split(build(ModelSpec(name, shape, {"classes": classes})))
+        vectors = lb.liplt.core.init(lb.trace(nnx.merge(graph, state), spec), jax.random.key(0))
 
-    def constant(params: Any, vectors: Any) -> Any:
-        traced = lb.trace(lambda x: nnx.merge(graph, params)(x), spec)
-        constants, vectors = lb.liplt.core(traced, vectors, steps=steps, pairwise=True)
-        return constants.pairwise.mean(), vectors
+        def constant(params: Any, vectors: Any, graph: Any = graph, steps: int = steps) -> Any:
+            traced = lb.trace(lambda x: nnx.merge(graph, params)(x), spec)
+            constants, vectors = lb.liplt.core(traced, vectors, steps=steps, pairwise=True)
+            return constants.pairwise.mean(), vectors
 
-    step, args = training_step(graph, state, shape, classes)
-    _, plain = timed(step, *args, repeat=repeat)
-    rows = []
-    gradient = jax.jit(jax.value_and_grad(constant, has_aux=True))
-    for what, fn in (("value", jax.jit(constant)), ("value and gradient", gradient)):
-        compiling, seconds = timed(fn, state, vectors, repeat=repeat)
-        rows.append(
-            dict(net=name, classes=classes, iterations=steps, what=what, seconds=seconds, compile_seconds=compiling)
-            | dict(training_step_seconds=plain, ratio=seconds / plain)
+        if f"train {classes}" not in calls:
+            calls[f"train {classes}"] = training_step(graph, state, shape, classes)
+        calls[f"value {classes} {steps}"] = jax.jit(constant), (state, vectors)
+        calls[f"gradient {classes} {steps}"] = (
+            jax.jit(jax.value_and_grad(constant, has_aux=True)),
+            (state, vectors),
         )
+    times = timed(calls, repeat)
+    rows = []
+    for classes, steps in sizes:
+        plain = times[f"train {classes}"][1]
+        for what, key in (("value", "value"), ("value and gradient", "gradient")):
+            compiling, seconds = times[f"{key} {classes} {steps}"]
+            few = times.get(f"{key} {sizes[0][0]} {steps}")
+            rows.append(
+                dict(net=name, classes=classes, iterations=steps, what=what, seconds=seconds)
+                | dict(compile_seconds=compiling, training_step_seconds=plain, ratio=seconds / plain)
+                | dict(times_fewest_classes=seconds / few[1] if few else None)
+            )
     return rows
 
 
@@ -103,7 +119,10 @@ def proof(name: str, guarantee: str) -> dict[str, Any]:
     form = lb.trace(build(ModelSpec(name, PROVED[name], {})), jax.ShapeDtypeStruct(PROVED[name], jnp.float32))
     estimate = lb.liplt(form, pairwise=True, guarantee="estimate")
     bound = lb.liplt(form, pairwise=True, guarantee=guarantee)
-    blocks = [dict(source=p.source, target=p.target, shape=p.shape, guarantee=p.guarantee, how=p.how) for p in bound.parts]
+    blocks = [
+        dict(source=p.source, target=p.target, shape=p.shape, norm=p.value, guarantee=p.guarantee, how=p.how)
+        for p in bound.parts
+    ]
     return dict(
         net=name,
         asked=guarantee,
@@ -131,17 +150,38 @@ def proofs() -> list[dict[str, Any]]:
 
 def tables(results: dict[str, Any]) -> list[Table]:
     cost = Table(title="pairwise LipLT estimate against one training step (batch 512)")
-    for column in ("net", "classes", "iterations", "what", "ms", "training step, ms", "ratio", "compile, s"):
+    for column in (
+        "net",
+        "classes",
+        "iterations",
+        "what",
+        "ms",
+        "training step, ms",
+        "ratio",
+        "x 10 classes",
+        "compile, s",
+    ):
         cost.add_column(column, justify="left" if column in ("net", "what") else "right")
     for r in results["estimates"]:
         cost.add_row(
             r["net"], str(r["classes"]), str(r["iterations"]), r["what"], f"{1e3 * r['seconds']:.1f}",
-            f"{1e3 * r['training_step_seconds']:.1f}", f"{r['ratio']:.3f}", f"{r['compile_seconds']:.1f}",
+            f"{1e3 * r['training_step_seconds']:.1f}", f"{r['ratio']:.3f}",
+            f"{r['times_fewest_classes']:.1f}" if r["times_fewest_classes"] else "", f"{r['compile_seconds']:.1f}",
         )  # fmt: skip
     out = [cost]
     if results.get("proofs"):
         proved = Table(title="pairwise LipLT proved (initial weights)")
-        for column in ("net", "asked", "guarantee", "bound", "estimate", "bound / estimate", "s", "estimate, s", "GB"):
+        for column in (
+            "net",
+            "asked",
+            "guarantee",
+            "bound",
+            "estimate",
+            "bound / estimate",
+            "s",
+            "estimate, s",
+            "GB",
+        ):
             proved.add_column(column, justify="left" if column in ("net", "asked", "guarantee") else "right")
         for r in results["proofs"]:
             proved.add_row(
@@ -149,13 +189,33 @@ def tables(results: dict[str, Any]) -> list[Table]:
                 f"{r['seconds']:.1f}", f"{r['estimate_seconds']:.1f}", f"{r['peak_gigabytes']:.1f}",
             )  # fmt: skip
         out.append(proved)
+        for r in results["proofs"]:
+            table = Table(title=f"{r['net']}, {r['asked']}: what each block got")
+            for column in ("from", "to", "shape", "norm", "guarantee", "how"):
+                table.add_column(column)
+            for b in r["blocks"]:
+                shape = " x ".join(map(str, b["shape"]))
+                table.add_row(b["source"], b["target"], shape, f"{b['norm']:.6g}", b["guarantee"], b["how"])
+            out.append(table)
     return out
+
+
+def markdown(results: dict[str, Any]) -> str:
+    lines = ["# benchmarks/liplt.py", ""]
+    lines += [f"- {key}: `{value}`" for key, value in results["environment"].items()]
+    for table in tables(results):
+        cells = [[str(cell) for cell in column.cells] for column in table.columns]
+        lines += ["", f"## {table.title}", ""]
+        lines.append("| " + " | ".join(str(column.header) for column in table.columns) + " |")
+        lines.append("|" + "|".join("---:" if c.justify == "right" else "---" for c in table.columns) + "|")
+        lines += ["| " + " | ".join(row) + " |" for row in zip(*cells, strict=True)]
+    return "\n".join(lines) + "\n"
 
 
 def environment() -> dict[str, Any]:
     device = jax.devices()[0]
     return dict(
-        command="python " + " ".join(["benchmarks/liplt.py", *sys.argv[1:]]),
+        command=" ".join(["python benchmarks/liplt.py", *sys.argv[1:]]),
         jax=jax.__version__,
         python=platform.python_version(),
         device=f"{device.platform} {device.device_kind}",
@@ -166,32 +226,43 @@ def environment() -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="10 and 200 classes, 5 iterations, 3 repetitions")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="10 and 200 classes, 5 iterations, 3 repetitions"
+    )
     parser.add_argument("--verified", action="store_true", help="also prove 2C2F and 6C2F")
     parser.add_argument("--no-estimates", action="store_true", help="only the proofs")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="where the figures go (default: in the folder)"
+    )
     parser.add_argument("--proof", nargs=2, metavar=("NET", "GUARANTEE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.proof:
         print(json.dumps(proof(*args.proof)))
         return
-    sizes = [(10, 5), (200, 5)] if args.quick else [(10, 5), (10, 10), (200, 5), (200, 10), (1000, 5)]
+    sizes = (
+        [(10, 5), (200, 5)] if args.quick else [(10, 5), (10, 10), (200, 5), (200, 10), (1000, 5), (1000, 10)]
+    )
     results: dict[str, Any] = {"environment": environment(), "estimates": []}
     for name in NETS if not args.no_estimates else ():
-        for classes, steps in sizes:
-            results["estimates"] += estimates(name, classes, steps, 3 if args.quick else 7)
-            print(f"{name}, {classes} classes, {steps} iterations: done", file=sys.stderr)
+        results["estimates"] += estimates(name, sizes, 3 if args.quick else 7)
+        print(f"{name}: done", file=sys.stderr)
     if args.verified:
         results["proofs"] = proofs()
-    console = Console(record=True, width=130)
+    results["environment"]["load_after"] = os.getloadavg()[0]
+    console = Console(width=130)
     for table in tables(results):
         console.print(table)
     args.out.mkdir(parents=True, exist_ok=True)
     stem = "liplt-" + results["environment"]["device"].split()[0] + ("-proofs" if args.no_estimates else "")
-    (args.out / f"{stem}.json").write_text(json.dumps(results, indent=1) + "\n")
-    header = "\n".join(f"{key}: {value}" for key, value in results["environment"].items())
-    (args.out / f"{stem}.txt").write_text(header + "\n\n" + console.export_text())
+    stem += "-quick" if args.quick else ""
+    (args.json or args.out / f"{stem}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.out / f"{stem}.md").write_text(markdown(results))
 
 
 if __name__ == "__main__":

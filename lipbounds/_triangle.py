@@ -27,6 +27,7 @@ import scipy.sparse as sp
 
 from lipbounds import norms
 from lipbounds._program import Tap
+from lipbounds._progress import meter, proof_seconds
 from lipbounds._rounding import add_up, gamma, mul_up
 from lipbounds.bound import Part, weakest
 from lipbounds.linmap import HostForm, Node, TapScaling
@@ -104,6 +105,10 @@ def node_name(form: LureForm, node: Node, *, source: bool) -> str:
     return "+".join(f"{form.taps[k].name}[{k}]" for k in node)
 
 
+def _block_name(form: LureForm, pair: tuple[Node, Node]) -> str:
+    return f"{node_name(form, pair[0], source=True)} to {node_name(form, pair[1], source=False)}"
+
+
 # --- norms of blocks -----------------------------------------------------------------------------------------------
 
 
@@ -179,12 +184,15 @@ def block_norm(host: HostForm, block: Enclosure, norm: float) -> float:
     return add_up(math.ldexp(host.proved[key], exponent), block.error)
 
 
+def _cost(host: HostForm, pair: tuple[Node, Node]) -> float:
+    return proof_seconds(host.node_size(pair[1], source=False), host.node_size(pair[0], source=True))
+
+
 def block_norms(
     form: LureForm, pairs: Sequence[tuple[Node, Node]], scalings: Sequence[TapScaling], request: Request
 ) -> dict[tuple[Node, Node], BlockNorm]:
     """Every block of the list with its norm: proved, or probabilistic where the size rule says so."""
     host = host_form(form)
-    say = request.progress or (lambda text: None)
     small: list[tuple[Node, Node]] = []
     large: list[tuple[Node, Node]] = []
     for pair in pairs:
@@ -194,17 +202,20 @@ def block_norms(
         (small if forced or dense else large).append(pair)
     found: dict[tuple[Node, Node], BlockNorm] = {}
     loose = []
-    for pair, block in matrices(host, small, scalings):
-        say(f"{node_name(form, pair[0], source=True)} to {node_name(form, pair[1], source=False)}")
-        value = block_norm(host, block, request.norm)
-        how = "Cholesky" if request.norm == 2 else "exact sums"
-        found[pair] = BlockNorm(value, "verified", how, block.shape)
-        if block.error > _LOOSE * value:
-            loose.append(pair)
+    costs = {pair: _cost(host, pair) if request.norm == 2 else 0.0 for pair in small}
+    with meter(len(small), sum(costs.values()), request.progress) as advance:
+        for pair, block in matrices(host, small, scalings):
+            value = block_norm(host, block, request.norm)
+            how = "Cholesky" if request.norm == 2 else "exact sums"
+            found[pair] = BlockNorm(value, "verified", how, block.shape)
+            if block.error > _LOOSE * value:
+                loose.append(pair)
+            advance(_block_name(form, pair), costs[pair])
     if loose:
         _shorten(host, pairs, scalings, loose, found, request.norm)
     for place, (source, target) in enumerate(large):
-        say(f"{node_name(form, source, source=True)} to {node_name(form, target, source=False)}")
+        if request.progress is not None:
+            request.progress(_block_name(form, (source, target)))
         share = request.failure / len(large)
         value, steps = _probabilistic(form, source, target, scalings, request.seed + place, share)
         if value < _TINY:
