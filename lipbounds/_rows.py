@@ -73,7 +73,8 @@ def _grams(
         a, b = iter(smooth), iter(other)
         return jax.tree.unflatten(tree, [next(a) if m else next(b) for m in moving])
 
-    kept = _places(*jax.tree.unflatten(tree, range(len(leaves))), {n for n, m in enumerate(moving) if m})
+    numbered_form, numbered_scalings = jax.tree.unflatten(tree, range(len(leaves)))
+    kept = _places(numbered_form, numbered_scalings, {n for n, m in enumerate(moving) if m})
 
     def split(tree: Any) -> Any:
         return jax.tree.map(lambda r: r.reshape(chunks, height, *r.shape[1:]), tree)
