@@ -282,7 +282,7 @@ class Core:
         scalings = loop_transform(form, self.centred, dtype)
         vectors = tuple(jax.lax.stop_gradient(v) for v in state.blocks)
         frozen, frozen_scalings = jax.lax.stop_gradient((form, scalings))
-        sigma: dict[Pair, jax.Array] = {}
+        lengths: dict[int, jax.Array] = {}  # per target, the norms of its blocks by source
         if layout.pairs:
 
             def iterate(_: Any, current: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -291,30 +291,38 @@ class Core:
                 return tuple(_unit(b, u) for b, u in zip(back, current, strict=True))
 
             vectors = jax.lax.fori_loop(0, steps, iterate, vectors)
-            for target, images in all_blocks(form, layout, scalings, vectors).items():
-                lengths = _lengths(images)
-                for row, source in enumerate(j for j, k in layout.pairs if k == target):
-                    sigma[source, target] = lengths[row]
-        reach: dict[int, jax.Array] = {-1: jnp.ones((), dtype)}
+            images = all_blocks(form, layout, scalings, vectors)
+            lengths = {target: _lengths(image) for target, image in images.items()}
+        reach = [jnp.ones((), dtype)]  # of the input, then of every tap
         for k in range(len(form.taps)):
-            terms = [sigma[j, k] * reach[j] for j in range(-1, k) if (j, k) in sigma]
-            reach[k] = sum(terms, jnp.zeros((), dtype))
-        value = jnp.zeros((), dtype)
-        classes = jnp.zeros(form.num_outputs, dtype)
-        pairs = jnp.zeros((form.num_outputs,) * 2, dtype)
-        tops = []
-        grams = row_grams(form, layout.sources, scalings, dtype)
-        for j, start, gram in zip(layout.sources, state.rows, grams, strict=True):
-            u = jax.lax.stop_gradient(start)
-            fixed = jax.lax.stop_gradient(gram.whole)
-            u = jax.lax.fori_loop(0, 2 * steps, lambda _, v, fixed=fixed: _unit(fixed @ v, v), u)
-            tops.append(u)
-            value = value + gram.scale * _root(u @ gram.whole @ u) * reach[j]
-            if pairwise:
-                classes = classes + gram.scale * _root(jnp.diagonal(gram.whole)) * reach[j]
-                pairs = pairs + gram.scale * _distances(gram.centred) * reach[j]
+            sources = np.array([1 + j for j, target in layout.pairs if target == k], int)
+            reach.append(lengths[k] @ jnp.stack(reach)[sources] if k in lengths else jnp.zeros((), dtype))
+        value, classes, pairs, tops = self._outputs(form, layout, scalings, jnp.stack(reach), state, steps)
         constants = Constants(value, classes if pairwise else None, pairs if pairwise else None)
         return constants, State(vectors, tuple(tops))
+
+    @staticmethod
+    def _outputs(
+        form: LureForm, layout: Plan, scalings: Scalings, reach: jax.Array, state: State, steps: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array, tuple[jax.Array, ...]]:
+        """(value, per class, pairwise, vectors) from the output rows of all sources at once."""
+        count, dtype = form.num_outputs, reach.dtype
+        grams = row_grams(form, layout.sources, scalings, dtype)
+        if not grams:
+            return jnp.zeros((), dtype), jnp.zeros(count, dtype), jnp.zeros((count, count), dtype), ()
+        whole = jnp.stack([gram.whole for gram in grams])  # (sources, K, K)
+        weight = jnp.stack([gram.scale for gram in grams]) * reach[1 + np.array(layout.sources)]
+        fixed = jax.lax.stop_gradient(whole)
+        u = jax.lax.fori_loop(
+            0,
+            2 * steps,
+            lambda _, v: _unit(jnp.einsum("sij,sj->si", fixed, v), v),
+            jax.lax.stop_gradient(jnp.stack(state.rows)),
+        )
+        value = weight @ _root(jnp.einsum("si,sij,sj->s", u, whole, u))
+        classes = weight @ _root(jnp.diagonal(whole, axis1=1, axis2=2))
+        distances = jax.vmap(_distances)(jnp.stack([gram.centred for gram in grams]))
+        return value, classes, jnp.einsum("s,sij->ij", weight, distances), tuple(u)
 
 
 def _root(x: jax.Array) -> jax.Array:
