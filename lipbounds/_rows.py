@@ -2,7 +2,8 @@
 
 The rows of G[output, j] are wanted twice: for the norm of the block and for the distances between its rows, which are
 the pairwise constants. Both follow from Gram matrices. Rows are taken of the centred outputs z_k - mean(z), which costs
-nothing and keeps the digits of the distances, with one row more for the mean.
+nothing and keeps the digits of the distances, with one row more for the mean. Where the network has more outputs than
+entries before its last linear steps, the Gram matrix is that of the entries (1000 classes cost as much as 512).
 
 The program is run backward for a few rows at a time, small enough for a processor's cache, and its derivative runs it
 forward once, on the cotangents.
@@ -20,6 +21,7 @@ import numpy as np
 from lipbounds._batched import apply_batched, fixed_operands
 from lipbounds._jaxpr import is_concrete
 from lipbounds._kinds import KINDS
+from lipbounds._program import Op, Program
 from lipbounds.lure import LureForm
 
 #: (c, q, e) per tap: v = c y + q w and ||w|| <= ||e y||; None is zero for c and one for e.
@@ -46,20 +48,59 @@ def row_grams(form: LureForm, sources: tuple[int, ...], scalings: Scalings, dtyp
         return []
     count = form.num_outputs
     seeds = np.concatenate([np.eye(count) - 1 / count, np.full((1, count), 1 / count)]).astype(dtype)
+    neck, tail = _neck(form.program)
+    head = None
+    if tail:
+        head = _through(form, tail, jnp.asarray(seeds))
+        seeds = np.eye(head.shape[1], dtype=dtype)
     out = []
-    for gram, scale in _grams(form, sources, scalings, seeds):
+    for gram, scale in _grams(form, sources, scalings, seeds, neck):
+        if head is not None:
+            gram = head @ gram @ head.T
         centred, cross = gram[:count, :count], gram[:count, count]
         whole = centred + cross[:, None] + cross[None, :] + gram[count, count]
         out.append(RowGram(whole, centred, jax.lax.stop_gradient(scale)))
     return out
 
 
-def _grams(
-    form: LureForm, sources: tuple[int, ...], scalings: Scalings, seeds: np.ndarray
-) -> list[tuple[jax.Array, jax.Array]]:
-    """Per source j (R R', s) with s R = seeds G[output, j]; s is a number of the size of the rows, taken as constant.
+def _neck(program: Program) -> tuple[int, tuple[Op, ...]]:
+    """(register, steps from it to the output): the narrowest register that everything passes before the output, with
+    linear steps of one register after it; the output itself unless another has fewer entries than it has."""
+    writers = {step.output: step for step in program.steps if not isinstance(step, int)}
+    neck, steps, place, passed = program.output, (), program.output, ()
+    while place in writers:
+        step = writers[place]
+        before = [i for i in step.inputs if i >= 0]
+        if len(before) != 1:
+            break
+        place, passed = before[0], (*passed, step)
+        if np.prod(program.shapes[place]) < np.prod(program.shapes[neck]):
+            neck, steps = place, passed
+    return neck, steps
 
-    So the derivative for a cotangent A of R R' is that of sum_k seed_k' G[output, j] g_k with g = (A + A') R / s:
+
+def _through(form: LureForm, tail: tuple[Op, ...], seeds: jax.Array) -> jax.Array:
+    """Rows over the outputs taken back to rows over the neck, through the steps of `_neck` (last step first)."""
+    rows = seeds.reshape(-1, *form.program.shapes[form.program.output])
+    for step in tail:
+        (rows,) = _pull(form, step, rows)
+    return rows.reshape(seeds.shape[0], -1)
+
+
+def _pull(form: LureForm, step: Op, out: jax.Array) -> tuple[jax.Array, ...]:
+    """The transpose of a linear step on a batch of its outputs: one batch per operand that is a register."""
+    shapes = [form.program.shapes[i] for i in step.inputs if i >= 0]
+    fixed = fixed_operands(form, step, out.dtype)
+    zeros = (jnp.zeros((out.shape[0], *shape), out.dtype) for shape in shapes)
+    return jax.vjp(lambda *m: apply_batched(step, fixed, m), *zeros)[1](out)
+
+
+def _grams(
+    form: LureForm, sources: tuple[int, ...], scalings: Scalings, seeds: np.ndarray, neck: int
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Per source j (R R', s) with s R = seeds G[neck, j]; s is a number of the size of the rows, taken as constant.
+
+    So the derivative for a cotangent A of R R' is that of sum_k seed_k' G[neck, j] g_k with g = (A + A') R / s:
     forward through the network with g, and at every step the product with the registers kept on the way back.
     """
     count, dtype = seeds.shape[0], seeds.dtype
@@ -81,13 +122,15 @@ def _grams(
 
     def rows(form: LureForm, scalings: Scalings, places: Places) -> Any:
         if chunks == 1:
-            found, registers = _run_back(form, scalings, sources, places, jnp.asarray(padded))
+            found, registers = _run_back(form, scalings, sources, neck, places, jnp.asarray(padded))
             sizes = [_size(r) for r in found]
             return [r / size for r, size in zip(found, sizes, strict=True)], registers, sizes
         mixed = np.random.default_rng(0).standard_normal((1, count)).astype(dtype) @ seeds
-        sizes = [_size(r) for r in _run_back(form, scalings, sources, Places({}, {}), jnp.asarray(mixed))[0]]
+        sample, _ = _run_back(form, scalings, sources, neck, Places({}, {}), jnp.asarray(mixed))
+        sizes = [_size(r) for r in sample]
         found, registers = jax.lax.map(
-            lambda part: _run_back(form, scalings, sources, places, part, sizes), split(jnp.asarray(padded))
+            lambda part: _run_back(form, scalings, sources, neck, places, part, sizes),
+            split(jnp.asarray(padded)),
         )
         return *jax.tree.map(lambda r: r.reshape(chunks * height, *r.shape[2:]), (found, registers)), sizes
 
@@ -187,14 +230,15 @@ def _run_back(
     form: LureForm,
     scalings: Scalings,
     sources: tuple[int, ...],
+    neck: int,
     places: Places,
     seeds: jax.Array,
     sizes: Sequence[Any] | None = None,
 ) -> tuple[list[jax.Array], Any]:
-    """(seeds G[output, j] / s_j for every source j, the registers at `places`) by the program run backward."""
+    """(seeds G[neck, j] / s_j for every source j, the registers at `places`) by the program run backward."""
     divisors = dict(zip(sources, sizes, strict=True)) if sizes is not None else {}
     program, (batch, dtype) = form.program, (seeds.shape[0], seeds.dtype)
-    registers: Batch = {program.output: seeds.reshape(batch, *program.shapes[program.output])}
+    registers: Batch = {neck: seeds.reshape(batch, *program.shapes[neck])}
     found: dict[int, jax.Array] = {}
     kept_ops: Batch = {}
     kept_taps: Batch = {}
@@ -220,10 +264,7 @@ def _run_back(
             if step.output in places.ops:
                 kept_ops[step.output] = out
             names = [i for i in step.inputs if i >= 0]
-            zeros = [jnp.zeros((batch, *program.shapes[i]), dtype) for i in names]
-            fixed = fixed_operands(form, step, dtype)
-            _, pull = jax.vjp(lambda *m, step=step, fixed=fixed: apply_batched(step, fixed, m), *zeros)
-            for i, part in zip(names, pull(out), strict=True):
+            for i, part in zip(names, _pull(form, step, out), strict=True):
                 accumulate({i: part})
     if 0 in registers:
         v = registers[0].reshape(batch, -1)
@@ -236,7 +277,7 @@ def _run_back(
 def _run_forward(
     form: LureForm, scalings: Scalings, sources: tuple[int, ...], places: Places, vectors: Any, kept: Any
 ) -> dict[int, jax.Array]:
-    """Derivatives of sum_k seed_k' G[output, j] g_k in the coefficients at `places`, by leaf; the g are `vectors`."""
+    """Derivatives of sum_k seed_k' G[neck, j] g_k in the coefficients at `places`, by leaf; the g are `vectors`."""
     given = dict(zip(sources, vectors, strict=True))
     program, (batch, dtype) = form.program, (vectors[0].shape[0], vectors[0].dtype)
     kept_ops, kept_taps = kept
