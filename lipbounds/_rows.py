@@ -67,7 +67,9 @@ def _neck(program: Program) -> tuple[int, tuple[Op, ...]]:
     """(register, steps from it to the output): the narrowest register that everything passes before the output, with
     linear steps of one register after it; the output itself unless another has fewer entries than it has."""
     writers = {step.output: step for step in program.steps if not isinstance(step, int)}
-    neck, steps, place, passed = program.output, (), program.output, ()
+    neck = place = program.output
+    steps: tuple[Op, ...] = ()
+    passed: tuple[Op, ...] = ()
     while place in writers:
         step = writers[place]
         before = [i for i in step.inputs if i >= 0]
