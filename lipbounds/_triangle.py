@@ -16,7 +16,7 @@ import hashlib
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -324,6 +324,8 @@ class Triangle:
     Args:
         value: of the whole network; per_class, pairwise: (K,), (K, K) or None.
         parts: the block norms used.
+        reach: m_k per node, the constant of x -> y_k (1 for the input).
+        outputs: norms of the blocks to the output, per source.
     """
 
     value: float
@@ -332,6 +334,8 @@ class Triangle:
     parts: tuple[Part, ...]
     guarantee: str
     failure: float
+    reach: dict[Node, float] = field(default_factory=dict)
+    outputs: dict[Node, float] = field(default_factory=dict)
 
 
 def dual(norm: float) -> float:
@@ -370,6 +374,7 @@ def recursion(
                 terms.append(mul_up(block.value, reach[source]))
         reach[target] = add_up(*terms)
     terms = []
+    outputs: dict[Node, float] = {}
     classes = np.zeros(form.num_outputs)
     pairs = np.zeros((form.num_outputs,) * 2)
     q = dual(request.norm)
@@ -383,6 +388,7 @@ def recursion(
             (),
             BlockNorm(value, "verified", "Cholesky" if request.norm == 2 else "exact sums", row.shape),
         )
+        outputs[source] = value
         terms.append(mul_up(value, reach[source]))
         if pairwise:
             dense = row.matrix.toarray() if sp.issparse(row.matrix) else row.matrix
@@ -401,6 +407,8 @@ def recursion(
         tuple(parts),
         guarantee,
         failure,
+        reach,
+        outputs,
     )
 
 
@@ -415,7 +423,7 @@ def smaller(first: Triangle, second: Triangle) -> Triangle:
     both = weakest([first.guarantee, second.guarantee]) if pairs is not None else best.guarantee
     # Which of the two is smaller depends on their random starts, so both must hold.
     failure = first.failure + second.failure if both == "probabilistic" else 0.0
-    return Triangle(best.value, classes, pairs, best.parts, both, failure)
+    return replace(best, per_class=classes, pairwise=pairs, guarantee=both, failure=failure)
 
 
 def triangle(form: LureForm, request: Request, *, pairwise: bool, centred: bool) -> Triangle:

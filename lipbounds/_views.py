@@ -41,6 +41,8 @@ class _Rewriter:
         self.steps: list[Op | int] = []
         self.taps: list[Tap] = []
         self.slopes: list[Any] = []
+        self.known: dict[Any, int] = {}
+        self.relus: dict[int, int] = {}
 
     def register(self, shape: tuple[int, ...], level: int) -> int:
         self.shapes.append(shape)
@@ -48,18 +50,24 @@ class _Rewriter:
         return len(self.shapes) - 1
 
     def op(self, kind: str, inputs: tuple[int, ...], out: tuple[int, ...], **params: Any) -> int:
-        level = max((self.levels[i] for i in inputs if i >= 0), default=0)
-        place = self.register(out, level)
-        self.steps.append(Op(kind, tuple(sorted(params.items())), inputs, place))
-        return place
+        """A linear step; one that was done before is not done again, so equal tensors share one register."""
+        key = (kind, tuple(sorted(params.items())), inputs)
+        if key not in self.known:
+            level = max((self.levels[i] for i in inputs if i >= 0), default=0)
+            self.known[key] = place = self.register(out, level)
+            self.steps.append(Op(*key, place))
+        return self.known[key]
 
     def take(self, inputs: tuple[int, ...], index: np.ndarray) -> int:
         return self.op("take", inputs, index.shape, index=StaticArray(index.astype(np.int32)))
 
     def relu(self, register: int, tap: Tap) -> int:
+        """The relu of a register, shared by all that need it: max and min of one pair need one."""
+        if register in self.relus:
+            return self.relus[register]
         shape = self.shapes[register]
         level = self.levels[register]
-        out = self.register(shape, level + 1)
+        out = self.relus[register] = self.register(shape, level + 1)
         size = int(np.prod(shape))
         self.steps.append(len(self.taps))
         self.taps.append(

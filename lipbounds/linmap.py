@@ -81,11 +81,39 @@ class HostForm:
         if not source:
             registers[0] = Enclosure(sp.eye_array(width, format="csr"))
         starts = self._starts(source, lambda k: taps[k].size_out)
+        places = range(len(self.program.steps))
+        seen = self._advance(places, registers, width, scalings, starts, alive)
+        out: dict[Node, Enclosure] = {}
+        for target in wanted:
+            if not target:
+                if self.program.output in registers:
+                    out[target] = registers[self.program.output]
+            elif any(k in seen for k in target):
+                parts_ = [
+                    norms.scale(seen[k], rows=scalings[k].e)
+                    if k in seen
+                    else Enclosure(sp.csr_array((taps[k].size_in, width)))
+                    for k in target
+                ]
+                out[target] = norms.stack(parts_) if len(parts_) > 1 else parts_[0]
+        return out
+
+    def _advance(
+        self,
+        places: Iterable[int],
+        registers: dict[int, Enclosure],
+        width: int,
+        scalings: Sequence[TapScaling],
+        starts: dict[int, int],
+        alive: set[int],
+    ) -> dict[int, Enclosure]:
+        """Run the steps on `registers`, which it changes; {tap: y}. `starts`: first column of a tap's own w."""
         seen: dict[int, Enclosure] = {}
         uses = self._last_uses()
-        for place, step in enumerate(self.program.steps):
+        for place in places:
+            step = self.program.steps[place]
             if isinstance(step, int):
-                tap = taps[step]
+                tap = self.program.taps[step]
                 y = self._joined(
                     [registers.get(i) for i in tap.inputs], [self._rows(i) for i in tap.inputs], width
                 )
@@ -110,20 +138,42 @@ class HostForm:
             for r in uses.get(place, ()):
                 if r != self.program.output:
                     registers.pop(r, None)
-        out: dict[Node, Enclosure] = {}
-        for target in wanted:
-            if not target:
-                if self.program.output in registers:
-                    out[target] = registers[self.program.output]
-            elif any(k in seen for k in target):
-                parts_ = [
-                    norms.scale(seen[k], rows=scalings[k].e)
-                    if k in seen
-                    else Enclosure(sp.csr_array((taps[k].size_in, width)))
-                    for k in target
-                ]
-                out[target] = norms.stack(parts_) if len(parts_) > 1 else parts_[0]
-        return out
+        return seen
+
+    def between(
+        self,
+        registers: Sequence[int],
+        ends: Sequence[int],
+        places: Sequence[int],
+        tap: int | None,
+        scalings: Sequence[TapScaling],
+    ) -> tuple[Enclosure, Enclosure | None, Enclosure | None]:
+        """(A, B, W) of the stretch `places` from the state `registers` to the state `ends` across one tap.
+
+        ends = A registers + B w and y = W registers for the tap's y and w (None without a tap): the linear maps of the
+        state sequence, with v = c y + q w put in. Shapes (d+, d), (d+, n_out), (n_in, d).
+        """
+        alive = set(range(len(self.program.shapes)))
+        passes: list[tuple[dict[int, Enclosure], int, dict[int, int]]] = []
+        for r in registers:
+            size = self._rows(r)
+            passes.append(({r: Enclosure(sp.eye_array(size, format="csr"))}, size, {}))
+        if tap is not None:
+            passes.append(({}, self.program.taps[tap].size_out, {tap: 0}))
+        arrived, inputs = [], []
+        for start, width, starts in passes:
+            held = dict(start)
+            seen = self._advance(places, held, width, scalings, starts, alive)
+            arrived.append(
+                self._joined([held.get(r) for r in ends], [self._rows(r) for r in ends], width)
+                or Enclosure(sp.csr_array((sum(self._rows(r) for r in ends), width)))
+            )
+            if tap is not None and not starts:
+                size = self.program.taps[tap].size_in
+                inputs.append(seen.get(tap, Enclosure(sp.csr_array((size, width)))))
+        if tap is None:
+            return norms.stack(arrived, axis=1), None, None
+        return norms.stack(arrived[:-1], axis=1), arrived[-1], norms.stack(inputs, axis=1)
 
     def backward(
         self, target: Node, sources: Iterable[Node], scalings: Sequence[TapScaling]

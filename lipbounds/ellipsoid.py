@@ -1,0 +1,430 @@
+"""The ellipsoid recursion: LipSDP along the state sequence, in float arithmetic on the device.
+
+Sigma_k holds every increment of the state over unit increments of the input, ds' Sigma_k^-1 ds <= 1. For any diagonal
+D > Sy (D = T^-1, the inverse of LipSDP's multipliers)
+
+    Sy = W Sigma W',   X = Sigma + Sigma W' (D - Sy)^-1 W Sigma,   Sigma+ = A X A' + B D B'
+
+and L^2 = lambda_max(Sigma_out), L_ij^2 = (e_i - e_j)' Sigma_out (e_i - e_j). Minimised over D this is the optimum of
+LipSDP (Fazlyab et al., NeurIPS 2019): eliminating one multiplier after another from its LMI is exactly this recursion.
+
+D is feasible by construction: with M = exp(-q/2) Sy exp(-q/2) and mu >= lambda_max(M),
+
+    D_i = mu exp(q_i) (1 + margin + (|c_i| / r_i) exp(s_i))
+
+covers every feasible D up to the margin (neurons with c = 0 want D at the edge). Sigma is rescaled at every tap by a
+power of two and the exponent carried along, so depth costs no digits. Nothing here is a proof: `certificate` proves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+MARGIN = 1e-9  # relative distance of D from the edge of feasibility, float64
+
+_MARGIN32 = 1e-4
+_SHARP = 1e12  # power at which `top` is lambda_max
+_MEMORY = 20
+
+
+class Tap(NamedTuple):
+    """Arrays of one segment: A (d+, d), B (d+, n), W (n, d), kappa (n,) = |c| / r."""
+
+    A: Any
+    B: Any
+    W: Any
+    kappa: Any
+
+
+@jax.custom_vjp
+def top(m: jax.Array, power: jax.Array) -> jax.Array:
+    """(sum of lambda^power)^(1/power) over the eigenvalues of a symmetric positive semidefinite matrix.
+
+    At least lambda_max and at most n^(1/power) times it; smooth where eigenvalues meet.
+    """
+    return _top(m, power)[0]
+
+
+def _top(m: jax.Array, power: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    values, vectors = jnp.linalg.eigh(m, symmetrize_input=False)
+    tiny = jnp.asarray(np.finfo(m.dtype).tiny, m.dtype) ** 0.5
+    largest = jnp.maximum(values[-1], tiny)
+    ratio = jnp.clip(values / largest, 0, 1)
+    total = jnp.sum(ratio**power) ** (1 / power)
+    weight = (ratio / total) ** (power - 1)
+    return largest * total, (vectors, weight)
+
+
+def _top_back(saved: Any, g: jax.Array) -> tuple[jax.Array, None]:
+    vectors, weight = saved
+    return g * (vectors * weight) @ vectors.T, None
+
+
+top.defvjp(_top, _top_back)
+
+
+def multiplier(
+    sy: jax.Array, kappa: jax.Array, q: jax.Array, s: jax.Array, power: jax.Array | None
+) -> jax.Array:
+    """D of one tap from its parameters: feasible for every (q, s). `power` None: see `top_by_squaring`."""
+    half = jnp.exp(-q / 2) * jnp.ones_like(kappa)
+    m = half[:, None] * sy * half
+    mu = top_by_squaring(m) if power is None else top(m, power)
+    margin = MARGIN if sy.dtype == jnp.float64 else _MARGIN32
+    return mu * jnp.exp(q) * (1 + margin + kappa * jnp.exp(s))
+
+
+def top_by_squaring(m: jax.Array) -> jax.Array:
+    """||M^8||_F^(1/8) >= lambda_max, within n^(1/16): products only, so that accelerators are fast, and smooth."""
+    size = jax.lax.stop_gradient(jnp.sqrt(jnp.sum(jnp.square(m))))
+    size = jnp.where(size > 0, size, 1)
+    p = m / size
+    for _ in range(3):
+        p = p @ p
+    total = jnp.sum(jnp.square(p))
+    tiny = jnp.asarray(np.finfo(m.dtype).tiny, m.dtype)
+    return size * jnp.maximum(total, tiny) ** (1 / 16)
+
+
+def through(
+    sigma: jax.Array, tap: Tap, d: jax.Array, sy: jax.Array, cross: jax.Array, *, guarded: bool
+) -> tuple[jax.Array, jax.Array]:
+    """(Sigma after one tap, whether D was feasible in floats) for D given.
+
+    Where D - Sy has no Cholesky factor in this precision, `guarded` takes 2 (sum_i sy_ii / d_i) D instead, which always
+    has one; else the result is NaN.
+    """
+    fine = jnp.ones((), bool)
+    if guarded:
+        trial = jnp.linalg.cholesky(jax.lax.stop_gradient(jnp.diag(d) - sy), symmetrize_input=False)
+        fine = jnp.isfinite(trial).all()
+        d = jnp.where(fine, d, 2 * jnp.sum(jnp.diagonal(sy) / d) * d)
+    factor = jnp.linalg.cholesky(jnp.diag(d) - sy, symmetrize_input=False)
+    z = jax.scipy.linalg.solve_triangular(factor, cross, lower=True) @ tap.A.T
+    new = tap.A @ sigma @ tap.A.T + z.T @ z + (tap.B * d) @ tap.B.T
+    return (new + new.T) / 2, fine
+
+
+def rescale(sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(sigma / 2^e, e) with the largest diagonal entry near 1; the exponent carries no gradient."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.diagonal(sigma)))
+    _, exponent = jnp.frexp(jnp.where(largest > 0, largest, 1))
+    factor = jnp.ldexp(jnp.ones((), sigma.dtype), -exponent)
+    return sigma * factor, exponent.astype(sigma.dtype)
+
+
+class Passed(NamedTuple):
+    """One pass: the last ellipsoid 2^exponent sigma; (D, e) per run for multipliers 2^e D; were all feasible?"""
+
+    sigma: jax.Array
+    exponent: jax.Array
+    multipliers: tuple[tuple[jax.Array, jax.Array], ...]
+    feasible: jax.Array
+
+
+def run(
+    start: jax.Array,
+    runs: Sequence[Tap],
+    parameters: Sequence[Any],
+    power: jax.Array | None,
+    *,
+    guarded: bool = False,
+) -> Passed:
+    """The recursion over all `runs`: taps, or stacks of taps of one shape (one more axis), which are scanned."""
+
+    def step(carry: Any, item: Any) -> tuple[Any, Any]:
+        sigma, exponent, feasible = carry
+        tap, (q, s) = item
+        d, old = jnp.zeros_like(tap.kappa), exponent
+        if tap.kappa.shape[0]:
+            cross = tap.W @ sigma
+            sy = cross @ tap.W.T
+            sy = (sy + sy.T) / 2
+            d = multiplier(sy, tap.kappa, q, s, power)
+            sigma, fine = through(sigma, tap, d, sy, cross, guarded=guarded)
+            feasible = feasible & fine
+        else:
+            sigma = tap.A @ sigma @ tap.A.T
+        sigma, shift = rescale(sigma)
+        return (sigma, exponent + shift, feasible), (d, old)
+
+    carry: Any = (*rescale(start), jnp.ones((), bool))
+    multipliers = []
+    for taps, given in zip(runs, parameters, strict=True):
+        if taps.A.ndim == 3:
+            carry, d = jax.lax.scan(step, carry, (taps, given))
+        else:
+            carry, d = step(carry, (taps, given))
+        multipliers.append(d)
+    return Passed(carry[0], carry[1], tuple(multipliers), carry[2])
+
+
+def pair_squares(sigma: jax.Array) -> jax.Array:
+    """(K, K) of (e_i - e_j)' Sigma (e_i - e_j)."""
+    diagonal = jnp.diagonal(sigma)
+    return diagonal[:, None] + diagonal[None, :] - 2 * sigma
+
+
+def objective(sigma: jax.Array, exponent: jax.Array, kind: str, weights: Any, power: jax.Array) -> jax.Array:
+    """log L of what `kind` says, as a smooth function that tends to it from above as `power` grows.
+
+    "value": the network, l2 to l2; "entries": l-inf outputs; "largest": the largest L_ij; "pairs": the mean of log L_ij
+    with `weights` (K, K).
+    """
+    shift = exponent * float(np.log(2.0))
+    if kind == "value":
+        return (jnp.log(top(sigma, power)) + shift) / 2
+    if kind == "entries":
+        entries = jnp.diagonal(sigma)
+        return (jax.nn.logsumexp(power * jnp.log(jnp.maximum(entries, 1e-300))) / power + shift) / 2
+    squares = jnp.maximum(pair_squares(sigma), 1e-300)
+    off = ~jnp.eye(sigma.shape[0], dtype=bool)
+    logs = jnp.log(jnp.where(off, squares, 1))
+    if kind == "largest":
+        return (jax.nn.logsumexp(jnp.where(off, power * logs, -jnp.inf)) / power + shift) / 2
+    return (jnp.sum(weights * logs) / jnp.sum(weights) + shift) / 2
+
+
+class Parameters(NamedTuple):
+    """Everything that is optimised.
+
+    input: () in the l2 norm; in the l-inf norm (n_in,) logits of a, sum a = 1, for the ellipsoid
+    {sum a_i dx_i^2 <= 1} around the unit box. taps: (q, s) per run.
+    """
+
+    input: Any
+    taps: tuple[tuple[jax.Array, jax.Array], ...]
+
+
+def first_ellipsoid(start: jax.Array, logits: Any) -> jax.Array:
+    """Sigma_0: `start` itself in the l2 norm, start diag(1 / a) start' with a = softmax(logits) in the l-inf norm."""
+    return start if isinstance(logits, tuple) else (start / jax.nn.softmax(logits)) @ start.T
+
+
+def _loss(start: Any, runs: Any, kind: str, weights: Any, power: Any, parameters: Parameters) -> jax.Array:
+    passed = run(first_ellipsoid(start, parameters.input), runs, parameters.taps, power)
+    return objective(passed.sigma, passed.exponent, kind, weights, power)
+
+
+@partial(jax.jit, static_argnames=("kind", "steps"))
+def improve(
+    start: jax.Array,
+    runs: Any,
+    parameters: Parameters,
+    state: Any,
+    weights: Any,
+    power: jax.Array,
+    kind: str,
+    steps: int,
+) -> tuple[Parameters, Any, jax.Array]:
+    """`steps` iterations of L-BFGS on the parameters in one scan: (parameters, optimiser state, losses)."""
+    solver = _solver()
+    loss = partial(_loss, start, runs, kind, weights, power)
+    value_and_grad = optax.value_and_grad_from_state(loss)
+
+    def step(carry: Any, _: None) -> tuple[Any, jax.Array]:
+        current, state = carry
+        value, grad = value_and_grad(current, state=state)
+        updates, state = solver.update(grad, state, current, value=value, grad=grad, value_fn=loss)
+        return (optax.apply_updates(current, updates), state), value
+
+    (parameters, state), losses = jax.lax.scan(step, (parameters, state), None, length=steps)
+    return parameters, state, losses
+
+
+@jax.jit
+def _evaluate(start: Any, runs: Any, parameters: Parameters) -> Any:
+    return run(
+        first_ellipsoid(start, parameters.input), runs, parameters.taps, jnp.asarray(_SHARP, start.dtype)
+    )
+
+
+@partial(jax.jit, static_argnames=("kind",))
+def _exact(start: Any, runs: Any, parameters: Parameters, weights: Any, kind: str) -> jax.Array:
+    return _loss(start, runs, kind, weights, jnp.asarray(_SHARP, start.dtype), parameters)
+
+
+def _solver() -> Any:
+    return optax.lbfgs(
+        memory_size=_MEMORY, linesearch=optax.scale_by_zoom_linesearch(max_linesearch_steps=20)
+    )
+
+
+# --- the host's side -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """The arrays of one sequence, taps of one shape stacked.
+
+    Args:
+        start: Sigma_0 (d, d), or in the l-inf norm the map A_0 (d, n_in).
+        runs: one Tap, or stack of taps, each.
+        counts: number of taps in each run.
+        per_layer: one multiplier per tap.
+        box: the l-inf norm.
+    """
+
+    start: np.ndarray
+    runs: tuple[Tap, ...]
+    counts: tuple[int, ...]
+    per_layer: bool
+    box: bool
+
+    @property
+    def cost(self) -> float:
+        """About the seconds of one iteration on two cores."""
+        return sum(
+            n * (1e-3 + 3e-9 * max(run.W.shape[-2], 32) ** 3 + 1e-9 * run.A.shape[-1] ** 3)
+            for run, n in zip(self.runs, self.counts, strict=True)
+        )
+
+
+def group(taps: Sequence[Tap]) -> list[list[Tap]]:
+    """Consecutive taps of one shape that end in a state as wide as they begin with."""
+    groups: list[list[Tap]] = []
+    for tap in taps:
+        same = groups and all(a.shape == b.shape for a, b in zip(groups[-1][0], tap, strict=True))
+        if same and tap.A.shape[0] == tap.A.shape[1]:
+            groups[-1].append(tap)
+        else:
+            groups.append([tap])
+    return groups
+
+
+def problem(
+    segments: Sequence[Any], start: np.ndarray, *, per_layer: bool = False, box: bool = False
+) -> Problem:
+    """Stacks consecutive taps of one shape, so that they are compiled once."""
+    taps = []
+    for segment in segments:
+        # With A = 0 (no linear way past the tap) D may lie at the edge; otherwise the margin must not vanish.
+        kappa = np.maximum(segment.kappa, 1.0) if segment.A.matrix.any() else np.zeros_like(segment.kappa)
+        if per_layer:
+            kappa = np.full_like(kappa, kappa.min(initial=1.0))  # D must be one number
+        taps.append(Tap(segment.A.matrix, segment.B.matrix, segment.W.matrix, kappa))
+    groups = group(taps)
+    runs = tuple(g[0] if len(g) == 1 else Tap(*(np.stack(a) for a in zip(*g, strict=True))) for g in groups)
+    return Problem(start, runs, tuple(len(g) for g in groups), per_layer, box)
+
+
+def parameters_of(p: Problem, s: Sequence[float | np.ndarray] | float) -> Parameters:
+    """q = 0 and s as given, per tap or for all."""
+    taps = []
+    place = 0
+    for stack, count in zip(p.runs, p.counts, strict=True):
+        width = min(stack.kappa.shape[-1], 1) if p.per_layer else stack.kappa.shape[-1]
+        given = [s if isinstance(s, float) else s[place + i] for i in range(count)]
+        rows = [np.broadcast_to(np.max(g, initial=-700.0) if p.per_layer else g, width) for g in given]
+        shape = (count, width) if count > 1 else (width,)
+        taps.append((np.zeros(shape), np.array(rows, np.float64).reshape(shape)))
+        place += count
+    return Parameters(np.zeros(p.start.shape[1]) if p.box else (), tuple(taps))
+
+
+def multipliers(p: Problem, parameters: Parameters) -> tuple[tuple[np.ndarray, ...], np.ndarray | None]:
+    """(D per tap, 1 / a of the l-inf norm or None) of the parameters, in the units of the network."""
+    with jax.enable_x64(True):
+        found = _evaluate(*_on_device(p), parameters).multipliers
+    out: list[np.ndarray] = []
+    for (d, exponent), count in zip(found, p.counts, strict=True):
+        values, exponents = np.asarray(d).reshape(count, -1), np.asarray(exponent).reshape(count)
+        out += [np.ldexp(v, int(e)) for v, e in zip(values, exponents, strict=True)]
+    weights = None
+    if p.box:
+        logits = np.asarray(parameters.input, np.float64)
+        share = np.exp(logits - logits.max())
+        weights = share.sum() * (1 + 1e-12) / share
+    return tuple(out), weights
+
+
+def last_ellipsoid(p: Problem, parameters: Parameters) -> np.ndarray:
+    """Sigma_out (K, K) in float arithmetic."""
+    with jax.enable_x64(True):
+        passed = _evaluate(*_on_device(p), parameters)
+        return np.ldexp(np.asarray(passed.sigma), int(passed.exponent))
+
+
+def _on_device(p: Problem) -> tuple[Any, Any]:
+    return jnp.asarray(p.start), jax.tree.map(jnp.asarray, p.runs)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to optimise: L-BFGS with `stages` of rising power, `chunk` iterations between two looks.
+
+    A stage ends when a chunk lowers log L by less than `tolerance` times the stage's own smoothing error, all of it
+    after `iterations`.
+    """
+
+    iterations: int
+    stages: tuple[float, ...] = (16.0, 128.0, 1024.0, 8192.0, 65536.0)
+    chunk: int = 15
+    tolerance: float = 1e-3
+
+
+def effort(p: Problem, iterations: int | None = None) -> Effort:
+    """By size alone: what takes about 15 seconds on two cores, between 75 and 450 iterations."""
+    return Effort(int(np.clip(15.0 / max(p.cost, 1e-3), 75, 450)) if iterations is None else iterations)
+
+
+def optimize(
+    p: Problem,
+    starts: Sequence[Parameters],
+    kind: str,
+    weights: np.ndarray | None = None,
+    how: Effort | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> tuple[Parameters, float, int]:
+    """(parameters, L in float arithmetic, iterations): the best of the starts, improved until it stalls.
+
+    Never worse than the best start. `progress(what, L)` is called after every chunk.
+    """
+    how = effort(p) if how is None else how
+    with jax.enable_x64(True):
+        start, runs = _on_device(p)
+        weights = None if weights is None else jnp.asarray(weights, jnp.float64)
+        scores = [float(_exact(start, runs, jax.tree.map(jnp.asarray, c), weights, kind)) for c in starts]
+        scores = [score if np.isfinite(score) else np.inf for score in scores]
+        best = int(np.argmin(scores))
+        if not np.isfinite(scores[best]):
+            raise ValueError("the ellipsoid recursion overflows or loses all digits on this network")
+        value, current = scores[best], jax.tree.map(jnp.asarray, starts[best])
+        done = 0
+        size = max(max((run.W.shape[-2] for run in p.runs), default=1), 2)
+        if not jax.tree.leaves(current):
+            return current, float(np.exp(value)), 0
+        best_yet = current
+        for place, power in enumerate(how.stages):
+            current, state = best_yet, _solver().init(best_yet)
+            allowed = max((how.iterations - done) // (len(how.stages) - place), how.chunk)
+            blur = len(p.counts) * np.log(size) / power
+            spent = failures = 0
+            while spent < allowed and done < how.iterations and failures < 2:
+                trial, state, losses = improve(
+                    start, runs, current, state, weights, jnp.asarray(power), kind, how.chunk
+                )
+                done, spent = done + how.chunk, spent + how.chunk
+                score = float(_exact(start, runs, trial, weights, kind))
+                curve = np.asarray(losses)
+                if not (np.isfinite(score) and np.isfinite(curve).all()):
+                    failures += 1  # a step out of the range of floats: begin again without memory
+                    current, state = best_yet, _solver().init(best_yet)
+                    continue
+                current = trial
+                if score < value:
+                    value, best_yet = score, trial
+                if progress is not None:
+                    progress(f"{done} iterations", float(np.exp(value)))
+                if curve[0] - curve[-1] < how.tolerance * blur:
+                    break
+        current = best_yet
+    return current, float(np.exp(value)), done

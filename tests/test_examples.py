@@ -1,0 +1,136 @@
+"""The notebook is committed without outputs and every cell of it runs; documents say what the code does."""
+
+import base64
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import lipbounds as lb
+from lipbounds.training.data import digits
+
+NOTEBOOK = pathlib.Path(__file__).parent.parent / "examples" / "compare_bounds.ipynb"
+DOCUMENT = pathlib.Path(__file__).parent.parent / "docs" / "lipsdp.md"
+EXECUTE = """
+import sys
+import nbformat
+from nbclient import NotebookClient
+notebook = nbformat.read(sys.argv[1], as_version=4)
+nbformat.validate(notebook)
+where = {"metadata": {"path": sys.argv[3]}}
+NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
+nbformat.write(notebook, sys.argv[2])
+"""
+MISSING = [name for name in ("nbclient", "ipykernel") if importlib.util.find_spec(name) is None]
+
+
+def cells(path=NOTEBOOK):
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def text(source):
+    return source if isinstance(source, str) else "".join(source)
+
+
+def tagged(found, tag):
+    (cell,) = (c for c in found if tag in c["metadata"].get("tags", ()))
+    return cell
+
+
+def outputs(cell, kind="text/plain"):
+    """What a cell printed and showed, as one text."""
+    parts = [o["text"] if "text" in o else o.get("data", {}).get(kind, "") for o in cell["outputs"]]
+    return "\n".join(text(part) for part in parts)
+
+
+def test_the_notebook_is_committed_without_outputs():
+    found = cells()
+    code = [c for c in found if c["cell_type"] == "code"]
+    assert len(code) >= 10 and len(found) - len(code) >= 5
+    assert all(c["outputs"] == [] and c["execution_count"] is None for c in code)
+    assert len({c["id"] for c in found}) == len(found)
+    assert max(text(c["source"]).count("\n") + 1 for c in code) <= 22
+
+
+def idx(array):
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+@pytest.fixture
+def large_digits(tmp_path):
+    """A folder with IDX files made of scikit-learn's digits, enlarged to 28 x 28."""
+    data, folder = digits(), tmp_path / "mnist"
+    folder.mkdir()
+    for part, x, y in (("train", data.train_x, data.train_y), ("t10k", data.test_x, data.test_y)):
+        images = np.pad(np.kron(np.rint(x[..., 0] * 255).astype(np.uint8), np.ones((1, 3, 3), np.uint8)), 2)[
+            2:-2
+        ]
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(idx(images))
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(y.astype(np.uint8)))
+    return tmp_path
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)} to execute a notebook")
+def test_the_notebook_runs(large_digits, tmp_path):
+    done = tmp_path / "done.ipynb"
+    # full optimisation, as a user has it: the notebook trains
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment |= {"LIPBOUNDS_DATA": str(large_digits), "IPYTHONDIR": str(tmp_path / "ipython")}
+    command = [sys.executable, "-c", EXECUTE, str(NOTEBOOK), str(done), str(tmp_path)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+
+    found = cells(done)
+    said = [o for c in found for o in c.get("outputs", ()) if o.get("name") == "stderr"]
+    assert said == [], said  # warnings
+    table = outputs(tagged(found, "compare"))
+    assert all(name in table for name in ("empirical", "lipsdp", "liplt-optimized", "naive", "verified"))
+    assert outputs(tagged(found, "verify")).strip() == "True"
+    assert outputs(tagged(found, "refused")).startswith("refused: ")
+    assert outputs(tagged(found, "mnist")).startswith("1437 training and 360 test images")
+    assert "lipsdp" in outputs(tagged(found, "mnist-compare"))
+    pictures = [
+        o["data"]["image/png"]
+        for c in found
+        for o in c.get("outputs", ())
+        if "image/png" in o.get("data", {})
+    ]
+    assert len(pictures) == 6
+    for picture in pictures:
+        assert len(base64.b64decode(picture)) > 5000
+
+
+def test_without_mnist_the_notebook_says_so(monkeypatch, capsys):
+    monkeypatch.delenv("LIPBOUNDS_DATA", raising=False)
+    names = {}
+    exec("from lipbounds.training.data import mnist", names)
+    exec(text(tagged(cells(), "mnist")["source"]), names)
+    assert names["big"] is None
+    assert capsys.readouterr().out.startswith("MNIST is skipped: ")
+    later = cells()[cells().index(tagged(cells(), "mnist")) + 1 :]
+    for cell in later:
+        if cell["cell_type"] == "code":
+            exec(text(cell["source"]), names)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_documented_file_format_is_the_one_that_is_written(tmp_path):
+    """Every header field, metadata string and tensor of a saved certificate stands in docs/lipsdp.md."""
+    rng = np.random.default_rng(0)
+    form = lb.from_weights([rng.standard_normal(shape) for shape in ((5, 4), (6, 5), (3, 6))])
+    lb.save_certificate(lb.lipsdp(form, pairwise=True), tmp_path / "net.cert")
+    raw = (tmp_path / "net.cert").read_bytes()
+    index = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    metadata = index.pop("__metadata__")
+    tensors = {re.sub(r"\d+", lambda m: "{k}" if m.start() > 5 else "{i}", name) for name in index}
+    written = {*metadata, *json.loads(metadata["header"]), *tensors}
+    documented = set(re.findall(r"`([^`\s]+)`", DOCUMENT.read_text(encoding="utf-8")))
+    assert {"proof{i}.D{k}", "pairwise", "value", "digest"} <= written <= documented
+    assert {metadata["format"], metadata["version"]} <= documented

@@ -1,0 +1,373 @@
+"""The dense form of LipSDP, its barrier method, and the reference solvers through CVXPY."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import gain as oracle
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lipbounds as lb
+from lipbounds import _dense, _lmi, _sdp
+from lipbounds._dense import dense_gain, reduce_input, solve_dense
+from lipbounds._lmi import prepare, smallest_rho
+from lipbounds._triangle import loop_transform
+from lipbounds._views import elementwise_view
+from lipbounds.lure import LureForm
+
+needs_cvxpy = pytest.mark.skipif(
+    importlib.util.find_spec("cvxpy") is None, reason="CVXPY is not installed (pip install lipbounds[sdp])"
+)
+
+
+def weights(widths: list[int], seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=(b, a)) / math.sqrt(a) for a, b in itertools.pairwise(widths)]
+
+
+def traced(widths: list[int], phi: Callable[[int, Any], Any], seed: int = 0) -> LureForm:
+    layers = [jnp.asarray(w, jnp.float32) for w in weights(widths, seed)]
+
+    def net(x: Any) -> Any:
+        for k, w in enumerate(layers[:-1]):
+            x = phi(k, w @ x)
+        return layers[-1] @ x
+
+    return lb.trace(net, jax.ShapeDtypeStruct((widths[0],), jnp.float32))
+
+
+def residual() -> LureForm:
+    rng = np.random.default_rng(5)
+    parts = [jnp.asarray(rng.normal(size=(8, 8)) / 3, jnp.float32) for _ in range(6)]
+
+    def net(x: Any) -> Any:
+        for a, b in zip(parts[::2], parts[1::2], strict=True):
+            x = x + b @ jax.nn.relu(a @ x)
+        return x[:4]
+
+    return lb.trace(net, jax.ShapeDtypeStruct((8,), jnp.float32))
+
+
+def narrow(k: int, y: Any) -> Any:
+    """Slopes in [s, 1], 1 - s from 1e-6 to 1 over the neurons of the layer."""
+    low = jnp.asarray(1 - np.geomspace(1e-6, 1, y.size), jnp.float32)
+    return jnp.where(y > 0, y, low * y)
+
+
+def turned(k: int, y: Any) -> Any:
+    """Slopes in [-2, -0.5]."""
+    return jnp.where(y > 0, jnp.float32(-0.5) * y, jnp.float32(-2) * y)
+
+
+FORMS: dict[str, Callable[[], LureForm]] = {
+    "chain": lambda: lb.from_weights(weights([6, 10, 8, 3]), activation="relu"),
+    "deep": lambda: lb.from_weights(weights([4, 5, 5, 5, 5, 2], 1), activation="relu"),
+    "scalar output": lambda: lb.from_weights(weights([8, 12, 1], 2), activation="relu"),
+    "leaky": lambda: traced([6, 9, 9, 3], lambda k, y: jax.nn.leaky_relu(y, 0.1), 3),
+    "abs": lambda: traced([6, 9, 9, 3], lambda k, y: jnp.abs(y), 4),
+    "negative slopes": lambda: traced([5, 8, 8, 3], turned, 6),
+    "narrow slopes": lambda: traced([5, 8, 8, 3], narrow, 7),
+    "residual": residual,
+}
+
+
+def problem(form: LureForm) -> tuple[np.ndarray, np.ndarray, int]:
+    Gy, Gz = reduce_input(dense_gain(form))
+    return Gy, Gz, Gy.shape[1] - len(Gy)
+
+
+def least_eigenvalue(Gy: np.ndarray, Gz: np.ndarray, n: int, T: np.ndarray, rho: float) -> float:
+    """Of the LMI, scaled to unit diagonal blocks diag(rho, T)."""
+    d = 1 / np.sqrt(np.concatenate([np.full(n, rho), T]))
+    A = np.diag(1 / d**2) - Gy.T @ (T[:, None] * Gy) - Gz.T @ Gz
+    return float(np.linalg.eigvalsh(A * d[:, None] * d)[0])
+
+
+# --- the gain ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["chain", "narrow slopes", "residual"])
+def test_dense_gain_is_the_gain_of_unit_vectors(name: str) -> None:
+    form = FORMS[name]()
+    gain = dense_gain(form)
+    view = elementwise_view(form)
+    scalings = loop_transform(view, 2, centred=True)
+    blocks = oracle.dense_gain(view, scalings)
+    sources = [(), *((k,) for k in range(len(view.taps)))]
+    pick = [np.arange(gain.n), *gain.active]
+
+    def row(target: Any) -> np.ndarray:
+        return np.hstack([blocks[s, target][:, at] for s, at in zip(sources, pick, strict=True)])
+
+    expected = np.vstack([row((k,))[gain.active[k]] for k in range(len(view.taps))])
+    np.testing.assert_allclose(gain.Gy.matrix, expected, atol=1e-13)
+    np.testing.assert_allclose(gain.Gz.matrix, row(()), atol=1e-13)
+    assert gain.Gy.error < 1e-12 and gain.Gz.error < 1e-12
+    assert gain.labels.size == gain.kappa.size == len(gain.Gy.matrix)
+    radii = np.concatenate([scalings[k].q[a] for k, a in enumerate(gain.active)])
+    centres = np.concatenate([scalings[k].c[a] for k, a in enumerate(gain.active)])
+    np.testing.assert_allclose(gain.kappa, np.abs(centres) / radii)
+
+
+def test_neurons_without_influence_are_left_out() -> None:
+    first, second = np.ones((4, 3)), np.ones((2, 4))
+    first[1] = 0  # never moved
+    second[:, 2] = 0  # moves nothing
+    gain = dense_gain(lb.from_weights([first, second], activation="relu"))
+    np.testing.assert_array_equal(gain.active[0], [0, 3])
+
+
+def test_linear_neurons_have_no_multiplier() -> None:
+    low = jnp.asarray([1.0, 0.0, 1.0], jnp.float32)
+    form = lb.trace(lambda x: jnp.where(x > 0, x, low * x), jax.ShapeDtypeStruct((3,), jnp.float32))
+    gain = dense_gain(form)
+    np.testing.assert_array_equal(gain.active[0], [1])
+    assert solve_dense(*problem(form)).rho == pytest.approx(1, abs=1e-8)
+
+
+def test_a_gain_beyond_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dense, "MAX_ENTRIES", 100)
+    with pytest.raises(ValueError, match="18 neurons and 6 inputs.*solver='recursion'"):
+        dense_gain(FORMS["chain"]())
+
+
+def test_reduced_inputs_keep_the_gram_matrix() -> None:
+    form = lb.from_weights(weights([50, 6, 5, 3]), activation="relu")
+    gain = dense_gain(form)
+    Gy, Gz = reduce_input(gain)
+    N = len(Gy)
+    assert Gy.shape[1] - N == 6  # the rank of the first matrix
+    whole, short = (np.vstack(pair) for pair in ((gain.Gy.matrix, gain.Gz.matrix), (Gy, Gz)))
+    np.testing.assert_array_equal(whole[:, 50:], short[:, 6:])
+    np.testing.assert_allclose(whole[:, :50] @ whole[:, :50].T, short[:, :6] @ short[:, :6].T, atol=1e-13)
+
+
+# --- the barrier method --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["neuron", "layer"])
+@pytest.mark.parametrize("name", FORMS)
+def test_multipliers_are_feasible_and_between_the_bounds(name: str, tied: bool) -> None:
+    form = FORMS[name]()
+    gain = dense_gain(form)
+    Gy, Gz, n = problem(form)
+    found = solve_dense(Gy, Gz, n, gain.labels if tied else None)
+    assert 0 <= found.gap <= 1.01e-9 * found.rho
+    assert least_eigenvalue(Gy, Gz, n, found.T, found.rho * (1 + 1e-9)) > -1e-12
+    assert math.sqrt(found.rho) <= lb.liplt(form).value * (1 + 1e-8)
+    x = np.random.default_rng(0).normal(size=(50, form.in_size)).astype(np.float32)
+    slopes = np.linalg.norm(jax.vmap(jax.jacobian(form))(x), 2, axis=(1, 2))
+    assert math.sqrt(found.rho) >= slopes.max() * (1 - 1e-6)
+    if tied:
+        assert all(np.ptp(found.T[gain.labels == k]) == 0 for k in np.unique(gain.labels))
+        assert found.rho >= solve_dense(Gy, Gz, n).rho * (1 - 1e-8)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["neuron", "layer"])
+@pytest.mark.parametrize(
+    "scales", [(1e6, 1e6, 1e6), (1e-6, 1e6, 1e-6), (1e-6, 1e-6, 1e-6), (1e6, 1e-6, 1e-3)]
+)
+def test_scales_of_the_layers_only_multiply(scales: tuple[float, ...], tied: bool) -> None:
+    layers = weights([6, 10, 8, 3])
+    values = []
+    for factors in ((1.0, 1.0, 1.0), scales):
+        form = lb.from_weights([s * w for s, w in zip(factors, layers, strict=True)], activation="relu")
+        labels = dense_gain(form).labels if tied else None
+        values.append(math.sqrt(solve_dense(*problem(form), labels).rho))
+    assert values[1] == pytest.approx(values[0] * math.prod(scales), rel=2e-8)
+
+
+def test_neurons_of_very_different_scales() -> None:
+    rng = np.random.default_rng(1)
+    first, second, third = weights([6, 10, 8, 3])
+    a, b = (10 ** rng.uniform(-6, 6, size) for size in (10, 8))
+    scaled = [
+        a[:, None] * first,
+        b[:, None] * second / a,
+        third / b,
+    ]  # the same function: relu is homogeneous
+    found = [
+        solve_dense(*problem(lb.from_weights(w, activation="relu"))) for w in ([first, second, third], scaled)
+    ]
+    assert found[1].rho == pytest.approx(found[0].rho, rel=1e-7)
+
+
+def test_positive_weights_give_the_norm_of_the_product() -> None:
+    """Where all relus are on, the network is the product; LipSDP is exact there."""
+    layers = [np.abs(w) for w in weights([10, 15, 12, 4])]
+    exact = np.linalg.norm(layers[2] @ layers[1] @ layers[0], 2)
+    Gy, Gz, n = problem(lb.from_weights(layers, activation="relu"))
+    assert math.sqrt(solve_dense(Gy, Gz, n).rho) == pytest.approx(exact, rel=1e-8)
+
+
+def test_an_orthogonal_maxmin_chain_has_constant_one() -> None:
+    rng = np.random.default_rng(2)
+    turns = [jnp.asarray(np.linalg.qr(rng.normal(size=(8, 8)))[0], jnp.float32) for _ in range(4)]
+
+    def net(x: Any) -> Any:
+        for w in turns:
+            a, b = jnp.split(w @ x, 2)
+            x = jnp.concatenate([jnp.maximum(a, b), jnp.minimum(a, b)])
+        return x
+
+    form = lb.trace(net, jax.ShapeDtypeStruct((8,), jnp.float32))
+    assert math.sqrt(solve_dense(*problem(form)).rho) == pytest.approx(1, abs=1e-6)
+
+
+def test_idle_neurons_get_multipliers_too() -> None:
+    first, second, third = weights([5, 6, 6, 2])
+    second[1] = 0  # nothing moves it
+    third[:, 3] = 0  # moves nothing
+    form = lb.from_weights([first, second, third], activation="relu")
+    kept = np.array([0, 2, 4, 5])
+    same = lb.from_weights([first, second[kept], third[:, kept]], activation="relu")
+    Gy, Gz, _ = problem(form)
+    for gain_y, gain_z in ((Gy, Gz), (dense_gain(form).Gy.matrix, dense_gain(form).Gz.matrix)):
+        columns = gain_y.shape[1] - len(gain_y)
+        found = solve_dense(gain_y, gain_z, columns)
+        assert np.isfinite(found.T).all() and (found.T > 0).all()
+        assert least_eigenvalue(gain_y, gain_z, columns, found.T, found.rho * (1 + 1e-9)) > -1e-12
+        assert found.rho == pytest.approx(solve_dense(*problem(same)).rho, rel=2e-8)
+
+
+def test_a_network_whose_neurons_do_not_matter() -> None:
+    Gz = np.array([[3.0, 4.0, 0.0], [0.0, 0.0, 0.0]])
+    found = solve_dense(np.array([[1.0, 1.0, 0.0]]), Gz, 2)
+    assert found.rho == pytest.approx(25, rel=1e-8) and found.T[0] > 0 and found.iterations == 0
+    assert solve_dense(np.zeros((0, 2)), Gz[:, :2], 2).rho == pytest.approx(25, rel=1e-12)
+    assert solve_dense(np.array([[1.0, 1.0, 0.0]]), 0 * Gz, 2).rho == 0
+
+
+def test_a_start_is_used_only_where_it_is_feasible() -> None:
+    Gy, Gz, n = problem(FORMS["chain"]())
+    cold = solve_dense(Gy, Gz, n)
+    warm = solve_dense(Gy, Gz, n, start=cold.T * (1 + 1e-3 * np.cos(np.arange(len(Gy)))))
+    assert warm.rho == pytest.approx(cold.rho, rel=1e-8)
+    bad = solve_dense(Gy, Gz, n, start=np.full(len(Gy), 1e-9))
+    assert smallest_rho(Gy, Gz, n, np.full(len(Gy), 1e-9)) == math.inf
+    np.testing.assert_array_equal(bad.T, cold.T)
+
+
+def test_stopped_early_the_multipliers_are_feasible_and_the_gap_says_so() -> None:
+    Gy, Gz, n = problem(FORMS["chain"]())
+    best = solve_dense(Gy, Gz, n).rho
+    found = solve_dense(Gy, Gz, n, max_steps=12)
+    assert found.gap > 1e-6 * found.rho and best < found.rho <= best + found.gap
+    assert least_eigenvalue(Gy, Gz, n, found.T, found.rho * (1 + 1e-9)) > -1e-12
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda Gy, Gz: (Gy[:, :-1], Gz), "do not have"),
+        (lambda Gy, Gz: (Gy * np.nan, Gz), "NaN"),
+        (lambda Gy, Gz: (Gy + 1.0, Gz), "cycle"),
+    ],
+)
+def test_bad_gains(change: Any, message: str) -> None:
+    Gy, Gz, n = problem(FORMS["chain"]())
+    with pytest.raises(ValueError, match=message):
+        solve_dense(*change(Gy, Gz), n)
+
+
+def test_layers_out_of_order_are_refused() -> None:
+    form = FORMS["chain"]()
+    with pytest.raises(ValueError, match="in the order of the layers"):
+        solve_dense(*problem(form), 1 - dense_gain(form).labels)
+
+
+# --- through CVXPY -------------------------------------------------------------------------------------------------
+
+
+@needs_cvxpy
+@pytest.mark.parametrize("name", FORMS)
+def test_the_barrier_method_agrees_with_clarabel(name: str) -> None:
+    form = FORMS[name]()
+    labels = dense_gain(form).labels if name in ("deep", "residual") else None
+    Gy, Gz, n = problem(form)
+    found, reference = solve_dense(Gy, Gz, n, labels), _sdp.solve(Gy, Gz, n, labels)
+    assert reference.status == "optimal"
+    assert math.sqrt(found.rho) == pytest.approx(reference.raw_value, rel=2e-7)
+    assert (reference.T > 0).all() and reference.T.shape == found.T.shape
+    assert 0 < reference.solver_seconds < reference.total_seconds
+
+
+@needs_cvxpy
+def test_pairs_and_scales_through_scs() -> None:
+    layers = [1e5 * w for w in weights([6, 8, 3])]
+    Gy, Gz, n = problem(lb.from_weights(layers, activation="relu"))
+    row = Gz[[0]] - Gz[[2]]
+    found, reference = solve_dense(Gy, row, n), _sdp.solve(Gy, row, n, solver="scs")
+    assert reference.raw_value == pytest.approx(math.sqrt(found.rho), rel=1e-4)
+    assert smallest_rho(Gy, row, n, reference.T) == pytest.approx(found.rho, rel=1e-3)
+
+
+@needs_cvxpy
+def test_the_value_of_scs_is_not_a_bound() -> None:
+    """With a loose tolerance SCS calls a number below the exact constant optimal; its T does not."""
+    layers = [np.abs(w) for w in weights([8, 10, 8, 3], 3)]
+    exact = np.linalg.norm(layers[2] @ layers[1] @ layers[0], 2)
+    Gy, Gz, n = problem(lb.from_weights(layers, activation="relu"))
+    reference = _sdp.solve(Gy, Gz, n, solver="scs", options={"eps_abs": 1e-4, "eps_rel": 1e-4})
+    assert reference.status == "optimal" and reference.raw_value < exact * (1 - 1e-6)
+    assert "not a bound" in reference.message
+    assert math.sqrt(smallest_rho(Gy, Gz, n, reference.T)) >= exact * (1 - 1e-12)
+
+
+@needs_cvxpy
+def test_limits_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    Gy, Gz, n = problem(lb.from_weights(weights([10, 20, 20, 5]), activation="relu"))
+    with pytest.raises(ValueError, match="did not finish within time_limit=0.2 s"):
+        _sdp.solve(Gy, Gz, n, time_limit=0.2)
+    with pytest.raises(ValueError, match="status 'user_limit'.*solver='recursion'"):
+        _sdp.solve(Gy, Gz, n, options={"max_iter": 2})
+    with pytest.raises(ValueError, match="network too large for clarabel: 40 neurons.*0.05 GB allowed"):
+        _sdp.solve(Gy, Gz, n, memory_gb=0.05)
+    if _sdp.available_memory() is None:
+        pytest.skip("this platform does not tell its memory")
+    monkeypatch.setattr(_sdp, "memory_estimate", lambda *_: 0.0)
+    with pytest.raises(ValueError, match="network too large for clarabel: 40 neurons.*recursion"):
+        _sdp.solve(Gy, Gz, n, memory_gb=0.03)
+
+
+@pytest.mark.parametrize(
+    "keywords, message",
+    [
+        ({"solver": "mosek"}, "unknown solver 'mosek'.*clarabel, scs"),
+        ({"memory_gb": -1.0}, "memory_gb must be a positive number"),
+        ({"time_limit": math.nan}, "time_limit must be a positive number"),
+    ],
+)
+def test_bad_keywords(keywords: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _sdp.solve(*problem(FORMS["chain"]()), **keywords)
+
+
+def test_without_cvxpy_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install lipbounds\[sdp\]"):
+        _sdp.solve(*problem(FORMS["chain"]()))
+
+
+def test_the_memory_estimate_grows_with_the_fourth_power() -> None:
+    small, large = (_sdp.memory_estimate(k * 80, k * 20, k * 80, "clarabel") for k in (1, 2))
+    assert 1.0 < small < 2.0  # 1.25 GB measured
+    assert 14 < large / small < 17
+    assert _sdp.memory_estimate(160, 40, 160, "scs") < large / 20
+
+
+def test_a_prepared_problem_is_feasible_at_one() -> None:
+    for name in FORMS:
+        Gy, Gz, n = problem(FORMS[name]())
+        ready = prepare(Gy, Gz, n)
+        assert least_eigenvalue(ready.Gy, ready.Gz, n, np.ones(len(Gy)), 1.0) > 0
+        assert (
+            ready.rho0 <= (lb.liplt(FORMS[name]()).value * _lmi._SLACK ** (len(FORMS[name]().taps) + 1)) ** 2
+        )
