@@ -140,7 +140,7 @@ def eclipse(name: str, method: str) -> Callable[[], Json]:
         raise ValueError("eclipse-nn reads chains of dense layers only")
     try:
         import torch
-        from eclipse_nn.LipConstEstimator import LipConstEstimator
+        from eclipse_nn.LipConstEstimator import LipConstEstimator  # type: ignore[import-untyped]
     except ImportError as error:
         raise ValueError(f"eclipse-nn is not installed ({error}): pip install eclipse-nn") from error
     weights = [torch.from_numpy(w) for w in chain(name)[0]]
@@ -250,7 +250,7 @@ def measure(nets: Iterable[str], solvers: Iterable[str], limit: float, save: Cal
 
 def seconds(row: Json) -> float:
     """Of the second call where there is one."""
-    return row.get("second_seconds", row["first_seconds"])
+    return float(row.get("second_seconds", row["first_seconds"]))
 
 
 def ratios(rows: list[Json]) -> list[Json]:

@@ -130,11 +130,10 @@ def solve(example: Example) -> tuple[Matrix, Fraction]:
     if problem.status != "optimal":
         raise RuntimeError(f"Clarabel: {problem.status}")
 
-    def fraction(number: float) -> Fraction:
-        return Fraction(round(number * 2**30), 2**30)
+    def fractions(variable: cp.Variable) -> list[Fraction]:
+        return [Fraction(round(float(v) * 2**30), 2**30) for v in np.ravel(variable.value)]
 
-    T_exact = multipliers([fraction(v) for v in own.value], [fraction(v) for v in coupled.value])
-    return T_exact, fraction(float(rho.value))
+    return multipliers(fractions(own), fractions(coupled)), fractions(rho)[0]
 
 
 def judge(example: Example, T: Matrix, rho: Fraction) -> Verdict:

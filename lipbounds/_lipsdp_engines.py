@@ -5,17 +5,20 @@ Each engine returns `Proof`s (multipliers); what they are worth is computed by `
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from scipy.linalg import eigvalsh, solve
+from threadpoolctl import threadpool_limits
 
 from lipbounds import _triangle, ellipsoid
 from lipbounds._dense import DenseGain, dense_gain, reduce_input, solve_dense
-from lipbounds._proof import repair, repair_dense
+from lipbounds._lmi import feasible_start, smallest_rho
+from lipbounds._proof import Infeasible, propagate_dense, repair, repair_dense
 from lipbounds._sequence import WIDEST, Sequence, first_tap, hybrid_start, sequence
 from lipbounds._triangle import Request
 from lipbounds._views import elementwise_view
@@ -24,10 +27,14 @@ from lipbounds.lure import LureForm
 
 #: Networks with at most this many multipliers and inputs (after reduction) together are solved by Newton's method.
 POLISHED = 330
+#: All pairs are solved one by one where that takes about so many seconds.
+EVERY_PAIR = 15.0
 #: The same where states are too wide for the recursion to start at the input.
 DENSE_ONLY = 1100
 Progress = Callable[[str, float], None]
 _MANY_BLOCKS = 400
+_ONE_THREAD = 500
+_SHARES = (0.0, *np.logspace(-10, 0, 31).tolist())
 
 
 @dataclass(eq=False)
@@ -140,8 +147,8 @@ class Recursion:
                 self.starts.append(parameters_from(self.problem, self.states, first, D))
         self.best: ellipsoid.Parameters | None = None
 
-    def solve(self, kind: str, weights: np.ndarray | None = None) -> tuple[Proof, float]:
-        """(proof, constant in float arithmetic) for one objective of `ellipsoid.objective`."""
+    def solve(self, kind: str, weights: np.ndarray | None = None) -> Proof:
+        """Multipliers for one objective of `ellipsoid.objective`."""
         if kind == "value" and self.problem.box:
             kind = "entries"
         effort = self.effort
@@ -152,7 +159,7 @@ class Recursion:
         self.best = found if self.best is None else self.best
         D, box = ellipsoid.multipliers(self.problem, found)
         self.search.notes.append(f"recursion ({kind}): {done} iterations, {value:.6g} in float arithmetic")
-        return Proof(repair(self.states, D, self.given, box), start_at=self.start_at, weights=box), value
+        return Proof(repair(self.states, D, self.given, box), self.start_at, box)
 
     def ellipsoid(self) -> np.ndarray:
         """The last Sigma_out in float arithmetic, for estimates."""
@@ -170,132 +177,183 @@ class Dense:
         self.search, self.gain, self.layers = search, gain, layers
         self.Gy, self.Gz = reduce_input(gain)
         self.n = self.Gy.shape[1] - gain.Gy.shape[0]
+        self.ties = gain.labels if layers else None
 
     @property
     def size(self) -> int:
+        """Multipliers and inputs after reduction."""
         return int(self.Gy.shape[1])
 
-    def solve(self, rows: np.ndarray, near: Proof | None = None) -> Proof:
-        """Multipliers for the output `rows` (the whole of Gz, or a difference of rows), from those of `near`."""
-        start = None if near is None else self.from_states(near)
-        labels = self.gain.labels if self.layers else None
-        found = solve_dense(self.Gy, rows, self.n, labels, start=start)
+    @property
+    def seconds(self) -> float:
+        """About how long one solution takes."""
+        return 0.03 + 0.07 * (self.size / 140) ** 3
+
+    def solve(self, C: np.ndarray, what: str, progress: Progress | None = None) -> Proof:
+        """Multipliers for the outputs C z: C = I for the network, e_i - e_j for a pair."""
+        found = solve_dense(self.Gy, C @ self.Gz, self.n, self.ties)
+        value = math.sqrt(found.rho)
         self.search.notes.append(
-            f"Newton: {found.iterations} steps, {math.sqrt(found.rho):.6g} in float arithmetic"
+            f"Newton ({what}): {found.iterations} steps, {value:.7g} in float arithmetic, relative gap "
+            f"{found.gap / max(found.rho, 1e-300):.1g}"
         )
-        return self.proof(1 / found.T)
+        if progress is not None:
+            progress(what, value)
+        return self.proof(C, found.T)
 
-    def proof(self, D: np.ndarray) -> Proof:
-        D = repair_dense(self.gain, D)
-        return Proof(tuple(np.split(D, np.cumsum([a.size for a in self.gain.active])[:-1])), kind="dense")
+    def proof(self, C: np.ndarray, T: np.ndarray) -> Proof:
+        """The proof that multipliers of the (LMI) for C z give, moved inside the feasible set where need be.
 
-    def from_states(self, proof: Proof) -> np.ndarray | None:
-        """T of this form from the multipliers of the state sequence, None where neurons are missing there."""
-        out = []
-        for segment, d, active in zip(
-            sequence(self.search.form).segments, proof.D, self.gain.active, strict=True
-        ):
-            place = np.searchsorted(segment.active, active)
-            if (place >= segment.active.size).any() or not np.array_equal(segment.active[place], active):
-                return None
-            out.append(1 / d[place])
-        return np.concatenate([np.zeros(0), *out])
+        With L^2 = rho the smallest for T, D = rho / T. The set of feasible (T, rho) is convex and T0, LipLT's, lies
+        inside, so a T at the edge, or beyond it by a little, needs little of T0: (1 - t) T + t T0.
+        """
+        rows = C @ self.Gz
+        try:
+            T0, _ = feasible_start(self.Gy, rows, self.n, self.gain.labels, self.layers)
+        except ValueError:
+            T0 = T
+        tries = [(smallest_rho(self.Gy, rows, self.n, m), m) for m in ((1 - t) * T + t * T0 for t in _SHARES)]
+        best, least = None, math.inf
+        for rho, mixed in sorted(tries, key=lambda one: one[0]):
+            if rho >= least or not math.isfinite(rho):
+                break
+            D = (rho if rho > 0 else 1.0) / mixed
+            try:
+                matrix, scale = propagate_dense(self.gain, D)
+            except Infeasible:
+                continue
+            with np.errstate(over="ignore"):
+                value = float(np.ldexp(np.linalg.eigvalsh(C @ matrix @ C.T)[-1], scale))
+            if value < least:
+                best, least = D, value
+        if best is None:
+            best = repair_dense(self.gain, 1.0 / T)
+        ends = np.cumsum([active.size for active in self.gain.active])
+        D_taps = (best[e - a.size : e] for e, a in zip(ends, self.gain.active, strict=True))
+        return Proof(tuple(D_taps), kind="dense")
 
-    def difference(self, i: int, j: int) -> np.ndarray:
-        return self.Gz[i : i + 1] - self.Gz[j : j + 1]
+    def pair(self, i: int, j: int) -> np.ndarray:
+        """C of z_i - z_j."""
+        C = np.zeros((1, len(self.Gz)))
+        C[0, i], C[0, j] = 1.0, -1.0
+        return C
 
 
-def _small_gain(form: LureForm, limit: int) -> DenseGain | None:
-    view = elementwise_view(form)
-    neurons = sum(tap.size_out for tap in view.taps)
-    return dense_gain(form) if neurons <= limit else None
+def _dense(search: Search, layers: bool, limit: int | None) -> Dense | None:
+    """The dense form, unless it has more neurons than `limit`."""
+    neurons = sum(tap.size_out for tap in elementwise_view(search.form).taps)
+    return None if limit is not None and neurons > limit else Dense(search, dense_gain(search.form), layers)
+
+
+@contextlib.contextmanager
+def threads(dense: Dense | None) -> Iterator[None]:
+    """One BLAS thread for small matrices, which several threads only slow down."""
+    if dense is None or dense.size > _ONE_THREAD:
+        yield
+    else:
+        with threadpool_limits(limits=1, user_api="blas"):
+            yield
 
 
 # --- all of it -----------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class Engines:
-    search: Search
-    recursion: Recursion | None
-    dense: Dense | None
+    """What works on one network, chosen by its sizes: the dense form where it is small, else the recursion."""
+
+    def __init__(
+        self,
+        search: Search,
+        layers: bool,
+        start_at: int | None,
+        iterations: int | None,
+        progress: Progress | None,
+    ):
+        self.search, self.progress = search, progress
+        form = search.form
+        place = first_tap(form, WIDEST) if start_at is None else start_at
+        limit = DENSE_ONLY if place else POLISHED
+        self.dense = None
+        if search.norm == 2 and start_at is None and iterations is None:
+            dense = _dense(search, layers, limit)
+            self.dense = dense if dense is not None and dense.size <= limit else None
+        self.recursion: Recursion | None = None
+        self.make: Callable[[], Recursion] | None = None
+        if search.norm == 2 or not place:
+            self.make = lambda: Recursion(search, layers, place, iterations, progress)
+        else:
+            search.notes.append("too wide for an ellipsoid in the l-inf norm")
+
+    def by_recursion(self, kind: str, weights: np.ndarray | None = None) -> bool:
+        """Add a proof by the recursion; False where the network has no state that it can start from."""
+        if self.make is None:
+            return False
+        self.recursion = self.make() if self.recursion is None else self.recursion
+        self.search.add(self.recursion.solve(kind, weights))
+        return True
+
+    def by_newton(self, C: np.ndarray, what: str) -> bool:
+        """Add a proof by Newton's method for the outputs C z; False, with a note, where it fails."""
+        if self.dense is None:
+            return False
+        try:
+            self.search.add(self.dense.solve(C, what, self.progress))
+        except ValueError as error:
+            self.search.notes.append(f"Newton ({what}) failed: {error}")
+            return False
+        return True
 
     def run(self, pairwise: bool, objective: str | np.ndarray, refine: int) -> None:
         """Add proofs to the search: for the whole network, then for the pairs, then for the worst of them."""
-        search = self.search
-        near = None
-        if self.recursion is not None:
-            near, _ = self.recursion.solve("value")
-            search.add(near)
-        if self.dense is not None:
-            self._attempt(lambda: self.dense.solve(self.dense.Gz, near))  # type: ignore[union-attr]
-        k = search.form.num_outputs
-        if not pairwise or k < 2:
-            return
-        if self.recursion is not None:
-            if isinstance(objective, str):
-                kind, weights = ("largest", None) if objective == "largest" else ("pairs", np.ones((k, k)))
-            else:
-                kind, weights = "pairs", np.asarray(objective, np.float64)
-            if weights is not None:
-                weights = weights * (1 - np.eye(k))
-            search.add(self.recursion.solve(kind, weights)[0])
-        table = search.pairwise
-        i, j = np.triu_indices(k, 1)
-        for place in np.argsort(-table[i, j])[:refine]:
-            self._refine(int(i[place]), int(j[place]))
+        with threads(self.dense):
+            k = self.search.form.num_outputs
+            if not self.by_newton(np.eye(k), "network"):
+                self.by_recursion("value")
+            if not pairwise or k < 2:
+                return
+            i, j = np.triu_indices(k, 1)
+            exact = isinstance(objective, str) and objective == "mean"
+            if exact and self.dense is not None and self.dense.seconds * len(i) <= EVERY_PAIR:
+                for a, b in zip(i.tolist(), j.tolist(), strict=True):
+                    self.by_newton(self.dense.pair(a, b), f"pair {a}, {b}")
+                return
+            self.by_recursion(*pair_objective(objective, k))
+            worst = np.argsort(-self.search.pairwise[i, j])[:refine] if self.search.constants else []
+            for place in worst:
+                self._refine(int(i[place]), int(j[place]))
 
     def _refine(self, i: int, j: int) -> None:
-        if self.dense is not None:
-            rows = self.dense.difference(i, j)
-            self._attempt(lambda: self.dense.solve(rows))  # type: ignore[union-attr]
-        elif self.recursion is not None:
-            k = self.search.form.num_outputs
-            weights = np.zeros((k, k))
-            weights[i, j] = weights[j, i] = 1.0
-            self.search.add(self.recursion.solve("pairs", weights)[0])
-
-    def _attempt(self, solve: Callable[[], Proof]) -> None:
-        """A proof that the recursion's stands behind: if Newton or the dense proof fails, say so and go on."""
-        try:
-            self.search.add(solve())
-        except ValueError as error:
-            if self.recursion is None:
-                raise
-            self.search.notes.append(f"the dense form was left out: {error}")
+        if self.dense is not None and self.by_newton(self.dense.pair(i, j), f"pair {i}, {j}"):
+            return
+        k = self.search.form.num_outputs
+        weights = np.zeros((k, k))
+        weights[i, j] = weights[j, i] = 1.0
+        self.by_recursion("pairs", weights)
 
     def estimate(self, pairwise: bool) -> tuple[float, np.ndarray | None, np.ndarray | None]:
-        if self.recursion is None:
-            raise ValueError(
-                "guarantee='estimate' needs the recursion, and this network's states are too wide"
-            )
-        _, value = self.recursion.solve("value")
+        """(value, per class, pairs) in float arithmetic."""
+        if self.make is None:
+            raise ValueError("guarantee='estimate' is for norm=2, and inf where no state is wide")
+        with threads(self.dense):
+            self.recursion = self.make()
+            self.recursion.solve("value")
+            sigma = self.recursion.ellipsoid()
+        diagonal = np.diagonal(sigma)
+        box = self.search.norm == math.inf
+        value = math.sqrt(diagonal.max() if box else np.linalg.eigvalsh(sigma)[-1])
         if not pairwise:
             return value, None, None
-        sigma = self.recursion.ellipsoid()
-        diagonal = np.diagonal(sigma)
         pairs = np.sqrt(np.maximum(diagonal[:, None] + diagonal[None, :] - 2 * sigma, 0))
         np.fill_diagonal(pairs, 0)
         return value, np.sqrt(diagonal), pairs
 
 
-def choose(
-    search: Search, layers: bool, start_at: int | None, iterations: int | None, progress: Progress | None
-) -> Engines:
-    """The engines for one network, by its sizes alone."""
-    form = search.form
-    place = first_tap(form, WIDEST) if start_at is None else start_at
-    dense = None
-    if search.norm == 2 and not start_at:
-        gain = _small_gain(form, DENSE_ONLY if place else POLISHED)
-        dense = None if gain is None else Dense(search, gain, layers)
-        if dense is not None and dense.size > (DENSE_ONLY if place else POLISHED):
-            dense = None
-    if place and (dense is not None or search.norm != 2):
-        if dense is None:
-            search.notes.append("too wide for an ellipsoid in the l-inf norm")
-        return Engines(search, None, dense)
-    return Engines(search, Recursion(search, layers, place, iterations, progress), dense)
+def pair_objective(objective: str | np.ndarray, k: int) -> tuple[str, np.ndarray | None]:
+    """(kind, weights) for `ellipsoid.objective`."""
+    if isinstance(objective, str) and objective == "largest":
+        return "largest", None
+    weights = np.ones((k, k)) if isinstance(objective, str) else np.asarray(objective, np.float64)
+    return "pairs", weights * (1 - np.eye(k))
 
 
 def through_cvxpy(
@@ -309,22 +367,28 @@ def through_cvxpy(
     """LipSDP through CVXPY: one problem for the network, and one per pair."""
     from lipbounds import _sdp
 
-    dense = Dense(search, dense_gain(search.form), layers)
-    labels = dense.gain.labels if layers else None
+    dense = _dense(search, layers, None)
+    assert dense is not None
     k = search.form.num_outputs
 
-    def one(rows: np.ndarray, what: str) -> None:
+    def one(C: np.ndarray, what: str) -> None:
         found = _sdp.solve(
-            dense.Gy, rows, dense.n, labels, solver=solver, memory_gb=memory_gb, time_limit=time_limit
+            dense.Gy,
+            C @ dense.Gz,
+            dense.n,
+            dense.ties,
+            solver=solver,
+            memory_gb=memory_gb,
+            time_limit=time_limit,
         )
         search.notes.append(
             f"{solver} ({what}): {found.status} in {found.solver_seconds:.3g} s ({found.total_seconds:.3g} s with "
             f"the model), raw value {found.raw_value:.7g}, which is no bound"
         )
-        search.add(dense.proof(1 / found.T))
+        search.add(dense.proof(C, found.T))
 
-    one(dense.Gz, "network")
+    one(np.eye(k), "network")
     if pairwise:
         for i in range(k):
             for j in range(i + 1, k):
-                one(dense.difference(i, j), f"pair {i}, {j}")
+                one(dense.pair(i, j), f"pair {i}, {j}")

@@ -283,7 +283,7 @@ class Problem:
     def cost(self) -> float:
         """About the seconds of one iteration on two cores."""
         return sum(
-            n * (1e-3 + 3e-9 * max(run.W.shape[-2], 32) ** 3 + 1e-9 * run.A.shape[-1] ** 3)
+            n * (1e-3 + 1e-9 * max(run.W.shape[-2], 32) ** 3 + 3e-10 * run.A.shape[-1] ** 3)
             for run, n in zip(self.runs, self.counts, strict=True)
         )
 
@@ -372,8 +372,8 @@ class Effort:
 
 
 def effort(p: Problem, iterations: int | None = None) -> Effort:
-    """By size alone: what takes about 15 seconds on two cores, between 75 and 450 iterations."""
-    return Effort(int(np.clip(15.0 / max(p.cost, 1e-3), 75, 450)) if iterations is None else iterations)
+    """By size alone: what takes about 12 seconds on two cores, between 75 and 450 iterations."""
+    return Effort(int(np.clip(12.0 / max(p.cost, 1e-3), 75, 450)) if iterations is None else iterations)
 
 
 def optimize(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lipbounds._lipsdp_core import LipSdpCore
-from lipbounds._lipsdp_engines import Engines, Progress, Search, choose, through_cvxpy
+from lipbounds._lipsdp_engines import Engines, Progress, Search, through_cvxpy
 from lipbounds.bound import Estimate, Part, UpperBound, weakest
 from lipbounds.certificate import make_certificate
 from lipbounds.liplt import liplt
@@ -65,7 +65,8 @@ def _lipsdp(
             L_ij with the given weights (K, K), symmetric, >= 0.
         refine: optimise the worst so many pairs once more, each with multipliers of its own.
         start_at: the tap where the ellipsoid starts; None chooses by size, 0 is the input.
-        iterations: of the recursion; None chooses by size.
+        iterations: of the recursion; None chooses by size, and small networks are then solved by Newton's method on the
+            dense form, to the optimum.
         memory_gb, time_limit: of CVXPY's solver, which runs in a process of its own; seconds.
         progress: called with (what, L in float arithmetic) while the recursion runs.
 
@@ -79,7 +80,7 @@ def _lipsdp(
     request = "auto" if guarantee == "estimate" else guarantee
     search = Search(form, norm, request, seed)
     if solver == "recursion":
-        engines = choose(search, multipliers == "layer", start_at, iterations, progress)
+        engines = Engines(search, multipliers == "layer", start_at, iterations, progress)
         if guarantee == "estimate":
             return _estimate(engines, norm, pairwise, multipliers, started)
         engines.run(pairwise, objective, refine)
