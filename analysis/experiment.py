@@ -28,22 +28,41 @@ LABELS = {
     "liplt-aol": "LipLT + AOL",
     "liplt-sll": "LipLT + SLL",
     "liplt-optimized": "LipLT + optimised",
+    "lipsdp-layer": "LipSDP, per layer",
+    "lipsdp": "LipSDP",
+    "lipsdp-clarabel": "LipSDP by Clarabel",
+    "lipsdp-scs": "LipSDP by SCS",
     "liplt-estimate": "LipLT, estimated",
     "empirical": "slope found",
 }
-_L2_ONLY = ("liplt-aol", "liplt-sll", "liplt-optimized")
-_ORDER = ("naive", "liplt", "liplt-aol", "liplt-sll", "liplt-optimized", "liplt-estimate", "empirical")
+_L2_ONLY = ("liplt-aol", "liplt-sll", "liplt-optimized", "lipsdp-clarabel", "lipsdp-scs")
+_NOT_L1 = ("lipsdp", "lipsdp-layer")
+_REFERENCES = ("lipsdp-layer", "lipsdp-clarabel", "lipsdp-scs")
+_ORDER = (
+    "naive",
+    "liplt",
+    "liplt-aol",
+    "liplt-sll",
+    "liplt-optimized",
+    "lipsdp",
+    "liplt-estimate",
+    "empirical",
+)
 
 
 def method_names() -> tuple[str, ...]:
-    """Every method of `lb.compare`, those we have words for first: from the oldest bound to the tightest."""
+    """The usual methods, those we have words for first: from the oldest bound to the tightest.
+
+    LipSDP's references, which are no tighter and take as long or longer, are measured only if named.
+    """
     known = [name for name in _ORDER if name in METHODS]
-    return (*known, *(name for name in METHODS if name not in known))
+    return (*known, *(name for name in METHODS if name not in known and name not in _REFERENCES))
 
 
 def offered(names: Sequence[str], norm: float) -> list[str]:
-    """Those of the methods that exist in `norm`: the scalings of LipLT are for l2."""
-    return [name for name in names if norm == 2 or name not in _L2_ONLY]
+    """Those of the methods that exist in `norm`: LipLT's scalings and CVXPY are for l2, LipSDP for l2 and l-inf."""
+    missing = () if norm == 2 else _L2_ONLY if norm != 1 else (*_L2_ONLY, *_NOT_L1)
+    return [name for name in names if name not in missing]
 
 
 def norm_key(norm: float) -> str:

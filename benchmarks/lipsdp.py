@@ -12,8 +12,11 @@ biases: anyone can run this again.
 Every cell (one net, one method) is a process of its own with a time limit, run one after another; imports and
 tracing are not counted. "first" is the first call, compilation included, "second" the same call on a new
 trace of the net, which compiles nothing and finds no cached result. Ratios are of second calls within one
-run. Values of eclipse-nn (`pip install eclipse-nn`) are as reported: nothing proves them in floating point.
-Tables, figures and numbers go to benchmarks/results/.
+run. "lipsdp" is `lb.lipsdp(form)` as a user calls it: small nets are solved by Newton's method on the dense
+form, larger ones by the ellipsoid recursion, and the remark says which; "recursion" is the recursion alone.
+
+Values of eclipse-nn (`pip install eclipse-nn`) are as reported: nothing proves them. Tables, figures and
+numbers go to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -178,9 +181,10 @@ def lipsdp(**options: Any) -> Callable[[str], Callable[[], Json]]:
 
 SOLVERS: dict[str, Callable[[str], Callable[[], Json]]] = {
     "slope found": lambda name: ours(name, lambda form: lb.empirical(form)),
-    "recursion": lipsdp(),
-    "recursion, layer": lipsdp(multipliers="layer"),
-    "recursion, pairs": lipsdp(pairwise=True),
+    "lipsdp": lipsdp(),
+    "lipsdp, layer": lipsdp(multipliers="layer"),
+    "lipsdp, pairs": lipsdp(pairwise=True),
+    "recursion": lipsdp(start_at=0),
     "clarabel": lipsdp(solver="clarabel"),
     "scs": lipsdp(solver="scs"),
     "eclipse": lambda name: eclipse(name, "ECLipsE"),
@@ -188,7 +192,7 @@ SOLVERS: dict[str, Callable[[str], Callable[[], Json]]] = {
     "liplt": lambda name: ours(name, lb.liplt),
     "naive": lambda name: ours(name, lb.naive),
 }
-SWEPT = ("recursion", "clarabel", "scs", "eclipse", "eclipse-fast")
+SWEPT = ("lipsdp", "recursion", "clarabel", "scs", "eclipse", "eclipse-fast")
 
 
 def cell(name: str, solver: str) -> Json:
@@ -199,7 +203,7 @@ def cell(name: str, solver: str) -> Json:
         begin = time.perf_counter()
         record |= run()
         record["first_seconds"] = time.perf_counter() - begin
-        if record["first_seconds"] < ONCE or solver.startswith("recursion"):
+        if record["first_seconds"] < ONCE or solver.startswith(("lipsdp", "recursion")):
             begin = time.perf_counter()
             again = run()
             record["second_seconds"] = time.perf_counter() - begin
@@ -250,13 +254,13 @@ def measure(nets: Iterable[str], solvers: Iterable[str], limit: float, save: Cal
 
 def seconds(row: Json) -> float:
     """Of the second call where there is one."""
-    return float(row.get("second_seconds", row["first_seconds"]))
+    return float(row["second_seconds"] if "second_seconds" in row else row["first_seconds"])
 
 
 def ratios(rows: list[Json]) -> list[Json]:
-    """Rows of one net with value and time over the recursion's, and value over the slope found."""
+    """Rows of one net with value and time over those of `lipsdp`, and value over the slope found."""
     known = {row["method"]: row for row in rows if row["value"]}
-    base, found = known.get("recursion"), known.get("slope found")
+    base, found = known.get("lipsdp"), known.get("slope found")
     out = []
     for row in rows:
         more: Json = {}
@@ -290,11 +294,11 @@ def table(rows: list[Json]) -> Table:
         "method",
         "value",
         "/ slope found",
-        "/ recursion",
+        "/ lipsdp",
         "guarantee",
         "first, s",
         "second, s",
-        "time / recursion",
+        "time / lipsdp",
         "GB",
         "remark",
     ):
@@ -304,18 +308,24 @@ def table(rows: list[Json]) -> Table:
         return "" if row.get(key) is None else format(row[key], form)
 
     for row in rows:
-        remark = row.get("reason") or ("; ".join(row["notes"]) if row["method"].startswith("ecl") else "")
+        remark = row.get("reason") or said(row)
         if row.get("below_slope") and row["method"] != "slope found":
             remark = "BELOW a slope that is attained; " + remark
         if row.get("average_pair") is not None:
-            remark += f"worst pair {row['worst_pair']:.5g}, average {row['average_pair']:.5g}"
+            remark += f"; worst pair {row['worst_pair']:.5g}, average {row['average_pair']:.5g}"
         shown.add_row(
             row["net"], row["method"], number(row, "value", ".6g"), number(row, "over_slope", ".3f"),
             number(row, "value_ratio", ".4f"), row.get("guarantee", ""), number(row, "first_seconds", ".3g"),
             number(row, "second_seconds", ".3g"), number(row, "time_ratio", ".3g"),
-            number(row, "peak_gigabytes", ".2f"), remark[:160],
+            number(row, "peak_gigabytes", ".2f"), remark[:400],
         )  # fmt: skip
     return shown
+
+
+def said(row: Json) -> str:
+    """What found the value: the engine and its steps for ours, the peer's own words, once each."""
+    notes = [note for note in row["notes"] if not note.startswith("Newton (pair")]
+    return "; ".join(notes) if row["method"] not in ("slope found", "liplt", "naive") else ""
 
 
 def markdown(results: Json) -> str:
@@ -338,7 +348,7 @@ def draw(sweeps: dict[str, list[Json]], path: Path) -> None:
     titles = {"width": "64-[width]x3-10", "depth": "64-[64]xdepth-10"}
     for ax, (what, rows) in zip(axes, sweeps.items(), strict=True):
         for colour, solver in zip(
-            ("#228833", "#4477aa", "#66ccee", "#cc6677", "#ccbb44"), SWEPT, strict=True
+            ("#000000", "#228833", "#4477aa", "#66ccee", "#cc6677", "#ccbb44"), SWEPT, strict=True
         ):
             mine = [row for row in rows if row["method"] == solver and row["value"] is not None]
             found = [re.search(r"\[(\d+)\]x(\d+)", row["net"]) for row in mine]

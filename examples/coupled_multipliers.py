@@ -131,7 +131,7 @@ def solve(example: Example) -> tuple[Matrix, Fraction]:
         raise RuntimeError(f"Clarabel: {problem.status}")
 
     def fractions(variable: cp.Variable) -> list[Fraction]:
-        return [Fraction(round(float(v) * 2**30), 2**30) for v in np.ravel(variable.value)]
+        return [Fraction(round(float(v) * 2**30), 2**30) for v in np.ravel(np.asarray(variable.value))]
 
     return multipliers(fractions(own), fractions(coupled)), fractions(rho)[0]
 

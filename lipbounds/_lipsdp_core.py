@@ -1,7 +1,8 @@
 """The jit-able core of LipSDP for training: constants and multipliers improve together, step after step.
 
-The recursion of `ellipsoid` on a form whose constants may be tracers, in float32 or float64. Estimates only: nothing is
-proved, but no iteration has to converge either: every multiplier is feasible by construction.
+The recursion of `ellipsoid` on a form whose constants may be tracers, in float32 or float64, written for one stage at a
+time so that a layer costs one Cholesky factor and a few products. Estimates only, nothing is proved; yet every D used is
+feasible in float arithmetic, so the constants are those of LipSDP's problem at D up to rounding, not below its optimum.
 """
 
 from __future__ import annotations
@@ -14,31 +15,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.scipy.linalg import solve_triangular
 
 from lipbounds import _cores, ellipsoid
 from lipbounds._cores import Constants
 from lipbounds._program import Program
+from lipbounds._rows import row_grams
 from lipbounds._sequence import WIDEST, first_tap, split
-from lipbounds._views import elementwise_view
-from lipbounds.ellipsoid import Tap
-from lipbounds.lure import LureForm, advance, flat_slopes, state_sequence
+from lipbounds._stages import Run, Stage, ratio, stages
+from lipbounds.lure import LureForm
 
 _RATE = 0.05
-_POWER = 64.0  # of the smoothed objective that the multipliers descend on
-_THINNEST = 1e-6  # radius relative to the centre below which a neuron counts as this wide
+_SHARPNESS = 6  # squarings of the smoothed objective that the multipliers descend on, and of the repair
+_FURTHEST = 20.0  # |log| of a multiplier over the size of its ellipsoid
+_LEAST = 0.02  # |c| / r of the closed-form start is at least this
+_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class LipSdpState(NamedTuple):
     """Multipliers and what they are improved with; a pytree of arrays.
 
     Args:
-        multipliers: (q, s) per run of taps (`ellipsoid.multiplier`). Differentiable: with `steps=0` they may be trained
-            like weights.
+        multipliers: per run of stages of one shape q = log(D / ||Sy||_F), (n,) or (stages, n). Differentiable: with
+            `steps=0` they may be trained like weights.
         moments: of Adam.
         front: state of LipLT's core, where the ellipsoid starts behind the input.
         last: the last constants that were finite.
-        failed: whether the last call had to fall back: multipliers that were not feasible in this precision, or weights
-            that are not finite.
+        failed: whether the last call met numbers that are not finite and returned `last`.
     """
 
     multipliers: Any
@@ -46,63 +49,6 @@ class LipSdpState(NamedTuple):
     front: Any
     last: Constants
     failed: jax.Array
-
-
-@lru_cache(maxsize=256)
-def _first_tap(program: Program, widest: int) -> int:
-    return first_tap(LureForm(program, (), ((),) * len(program.taps)), widest)
-
-
-def states(form: LureForm, dtype: Any) -> tuple[jax.Array, list[Tap]]:
-    """(A_0, taps) of the elementwise view of a form, differentiable in its constants."""
-    view = elementwise_view(form)
-    shapes = view.program.shapes
-    cuts = state_sequence(view.program)
-
-    def parts(registers: tuple[int, ...], flat: jax.Array) -> list[jax.Array]:
-        ends = np.cumsum([int(np.prod(shapes[r])) for r in registers])[:-1]
-        return [piece.reshape(shapes[r]) for piece, r in zip(jnp.split(flat, ends), registers, strict=True)]
-
-    def joined(registers: tuple[int, ...], values: list[Any]) -> jax.Array:
-        return jnp.concatenate(
-            [
-                (jnp.zeros(shapes[r], dtype) if v is None else v).ravel()
-                for v, r in zip(values, registers, strict=True)
-            ]
-        )
-
-    def first(x: jax.Array) -> jax.Array:
-        return joined(cuts[0].registers, advance(view, -1, parts((0,), x), None, dtype=dtype)[1])
-
-    start = jax.vmap(first, out_axes=1)(jnp.eye(view.in_size, dtype=dtype))
-    taps = []
-    for k, tap in enumerate(view.taps):
-        here, there = cuts[k].registers, cuts[k + 1].registers
-
-        def from_state(s: jax.Array, k: int = k, here: Any = here, there: Any = there) -> Any:
-            y, values = advance(view, k, parts(here, s), None, dtype=dtype)
-            y = jnp.zeros(view.taps[k].size_in, dtype) if y is None else y
-            return y, joined(there, values)
-
-        def from_tap(v: jax.Array, k: int = k, there: Any = there) -> jax.Array:
-            return joined(there, advance(view, k, None, v, dtype=dtype)[1])
-
-        width = cuts[k].width
-        w, h = jax.vmap(from_state, out_axes=1)(jnp.eye(width, dtype=dtype))
-        g = jax.vmap(from_tap, out_axes=1)(jnp.eye(tap.size_out, dtype=dtype))
-        lower, upper = (jnp.asarray(a).astype(dtype) for a in flat_slopes(view, k))
-        c, r = (lower + upper) / 2, (upper - lower) / 2
-        size = jax.lax.stop_gradient(jnp.abs(c))
-        kappa = jnp.maximum(size / jnp.maximum(jax.lax.stop_gradient(r), _THINNEST * size + 1e-30), 1)
-        taps.append(Tap(h + (g * c) @ w, g * r, w, kappa))
-    return start, taps
-
-
-def _grouped(taps: list[Tap]) -> list[Any]:
-    return [
-        group[0] if len(group) == 1 else Tap(*(jnp.stack(a) for a in zip(*group, strict=True)))
-        for group in ellipsoid.group(taps)
-    ]
 
 
 @dataclass(frozen=True)
@@ -113,19 +59,18 @@ class LipSdpCore:
     """
 
     def init(self, form: LureForm, key: Any, dtype: Any = jnp.float32) -> LipSdpState:
-        """Multipliers to start from: the closed form D = 2 mu (for ReLU). `key` seeds LipLT's part, if there is one."""
-        place = _first_tap(form.program, WIDEST)
+        """Multipliers to start from: one D per tap in closed form, of LipLT's size. `key` seeds LipLT's part.
+
+        The closed form is that of the given weights; where they are not finite D = 2 ||Sy||_F.
+        """
         front: Any = ()
+        place = _first_tap(form.program, WIDEST)
         if place:
-            before, form = split(form, place)
-            front = _cores.Core(centred=True).init(before, key, dtype)
-        view = elementwise_view(form)
-        sizes = [Tap(*(jax.ShapeDtypeStruct(s, dtype) for s in shapes)) for shapes in _tap_shapes(view)]
-        multipliers = tuple(
-            tuple(jnp.zeros((*((len(g),) if len(g) > 1 else ()), g[0].kappa.shape[0]), dtype) for _ in "qs")
-            for g in ellipsoid.group(sizes)
-        )
+            front = _FRONT.init(split(form, place)[0], key, dtype)
         k = form.num_outputs
+        sigma, exponent, runs, _, good = _prepare(form, front, place, dtype)
+        passed = _recursion(sigma, exponent, runs, None)
+        multipliers = jax.lax.stop_gradient(_or_default(good, passed.parameters))
         last = Constants(jnp.zeros((), dtype), jnp.zeros(k, dtype), jnp.zeros((k, k), dtype))
         return LipSdpState(multipliers, _optimiser().init(multipliers), front, last, jnp.zeros((), bool))
 
@@ -136,31 +81,21 @@ class LipSdpCore:
 
         The multipliers first take `steps` steps of Adam, on the mean of log L_ij if `pairwise`, else on L; they are
         then constants for the gradient (Danskin). With steps=0 the gradient reaches `state.multipliers` too, so they
-        can be trained with the weights in one backward pass. Where a number is not finite the last finite constants are
-        returned without gradient, and `state.failed` says so.
+        can be trained with the weights in one backward pass. A D that is not feasible for the weights is enlarged until
+        it is. Where a number is not finite the last finite constants are returned without gradient, multipliers that
+        fail on finite weights begin anew, and `state.failed` says so.
         """
         dtype = state.last.value.dtype
         place = _first_tap(form.program, WIDEST)
-        front_state = state.front
-        reach = None
-        if place:
-            front, form = split(form, place)
-            found, front_state = _cores.Core(centred=True)(front, state.front)
-            reach = found.value
-        start, taps = states(form, dtype)
-        good = jnp.stack([jnp.isfinite(a).all() for a in jax.tree.leaves((start, taps, reach))]).all()
-        start, taps, reach = jax.tree.map(lambda a: jnp.where(good, a, 0), (start, taps, reach))
-        sigma = start @ start.T if reach is None else jnp.square(reach) * (start @ start.T)
-        runs = _grouped(taps)
-        frozen = jax.lax.stop_gradient((sigma, runs))
+        sigma, exponent, runs, front, good = _prepare(form, state.front, place, dtype)
+        frozen = jax.lax.stop_gradient((sigma, [run.stage for run in runs]))
         kind = "pairs" if pairwise and form.num_outputs > 1 else "value"
         weights = 1 - jnp.eye(form.num_outputs, dtype=dtype)
 
         def loss(multipliers: Any) -> jax.Array:
-            passed = ellipsoid.run(*frozen, multipliers, None, guarded=True)
-            return ellipsoid.objective(
-                passed.sigma, passed.exponent, kind, weights, jnp.asarray(_POWER, dtype)
-            )
+            still = [Run(s, run.count, run.slopes) for s, run in zip(frozen[1], runs, strict=True)]
+            passed = _recursion(frozen[0], jnp.zeros((), dtype), still, multipliers)
+            return ellipsoid.objective(passed.sigma, passed.exponent, kind, weights, _SHARPNESS)
 
         def improve(carry: Any, _: None) -> tuple[Any, None]:
             multipliers, moments = carry
@@ -168,7 +103,9 @@ class LipSdpCore:
             grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), grads)
             with jax.numpy_dtype_promotion("standard"):
                 updates, moments = _optimiser().update(grads, moments, multipliers)
-            multipliers = jax.tree.map(lambda a, u: a + u.astype(a.dtype), multipliers, updates)
+            multipliers = jax.tree.map(
+                lambda a, u: jnp.clip(a + u.astype(a.dtype), -_FURTHEST, _FURTHEST), multipliers, updates
+            )
             return (multipliers, moments), None
 
         multipliers, moments = state.multipliers, state.moments
@@ -176,32 +113,238 @@ class LipSdpCore:
             begin = jax.lax.stop_gradient((multipliers, moments))
             (multipliers, moments), _ = jax.lax.scan(improve, begin, None, length=steps)
             multipliers = jax.lax.stop_gradient(multipliers)
-        passed = ellipsoid.run(sigma, runs, multipliers, None, guarded=True)
-        constants = _constants(passed, dtype)
+        constants = _constants(_recursion(sigma, exponent, runs, multipliers))
         fine = good & jnp.isfinite(jax.lax.stop_gradient(constants.value))
         constants = jax.tree.map(lambda a, b: jnp.where(fine, a, b), constants, state.last)
-        kept = jax.tree.map(
-            lambda a, b: jnp.where(fine, a, b), (multipliers, moments), (state.multipliers, state.moments)
-        )
-        last = jax.lax.stop_gradient(constants)
-        new = LipSdpState(*kept, front_state, last, ~(fine & passed.feasible))
+        kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), (multipliers, moments), state[:2])
+        kept = (_or_default(fine | ~good, kept[0]), kept[1])
+        new = jax.lax.stop_gradient(LipSdpState(*kept, front, constants, ~fine))
         return constants if pairwise else constants._replace(per_class=None, pairwise=None), new
 
 
-def _constants(passed: ellipsoid.Passed, dtype: Any) -> Constants:
-    scale = jnp.exp(passed.exponent * jnp.asarray(np.log(2) / 2, dtype))
-    value = _cores._root(ellipsoid.top(passed.sigma, jnp.asarray(1e12, dtype)))
-    off = 1 - jnp.eye(passed.sigma.shape[0], dtype=dtype)
-    pairs = _cores._root(ellipsoid.pair_squares(passed.sigma) * off)
-    return Constants(scale * value, scale * _cores._root(jnp.diagonal(passed.sigma)), scale * pairs)
+# --- the beginning -------------------------------------------------------------------------------------------------
 
 
-def _tap_shapes(view: LureForm) -> list[Any]:
-    cuts = state_sequence(view.program)
-    return [
-        ((after.width, here.width), (after.width, tap.size_out), (tap.size_in, here.width), (tap.size_in,))
-        for tap, here, after in zip(view.taps, cuts[:-1], cuts[1:], strict=True)
+class _Front(_cores.Core):
+    """LipLT's core with an ellipsoid of its outputs in the place of the pairs.
+
+    With z = sum_i B_i w_i, |w_i| <= m_i |dx|:  z z' <= sum_i (m_i^2 / a_i) B_i B_i' for a_i > 0 with sum 1; here a_i is
+    in proportion to m_i ||B_i||, so that lambda_max is LipLT's square.
+    """
+
+    @staticmethod
+    def _outputs(form: Any, layout: Any, scalings: Any, reach: Any, state: Any, steps: int) -> Any:
+        count, dtype = form.num_outputs, reach.dtype
+        grams = row_grams(form, layout.sources, scalings, dtype)
+        if not grams:
+            return jnp.zeros((), dtype), None, jnp.zeros((count, count), dtype), ()
+        whole = jnp.stack([gram.whole for gram in grams])
+        weight = jnp.stack([gram.scale for gram in grams]) * reach[1 + np.array(layout.sources)]
+        norms = jnp.sqrt(jnp.maximum(jax.vmap(lambda m: ellipsoid.top(m, _SHARPNESS))(whole), 1e-30))
+        norms = weight * norms
+        total = jnp.sum(norms)
+        share = jnp.where(norms > 0, norms, 1)
+        sigma = jnp.einsum("s,sij->ij", jnp.where(norms > 0, jnp.square(weight) * total / share, 0), whole)
+        return total, None, sigma, state.rows
+
+
+_FRONT = _Front(centred=True)
+
+
+@lru_cache(maxsize=256)
+def _first_tap(program: Program, widest: int) -> int:
+    return first_tap(LureForm(program, (), ((),) * len(program.taps)), widest)
+
+
+def _prepare(
+    form: LureForm, front_state: Any, place: int, dtype: Any
+) -> tuple[jax.Array, jax.Array, list[Run], Any, jax.Array]:
+    """(Sigma_0, exponent, runs, state of the front, whether all is finite); zeros where not all is finite."""
+    read = {-1 - i for step in form.program.steps if not isinstance(step, int) for i in step.inputs if i < 0}
+    weights = [form.consts[i] for i in sorted(read) if jnp.issubdtype(form.consts[i].dtype, jnp.inexact)]
+    good = _finite((weights, form.slopes))
+    consts = tuple(
+        jnp.where(good, c, jnp.zeros_like(c)) if i in read else c for i, c in enumerate(form.consts)
+    )
+    form = LureForm(form.program, consts, form.slopes)
+    reach = None
+    if place:
+        front, form = split(form, place)
+        found, front_state = _FRONT(front, front_state, pairwise=True)
+        reach = found.pairwise
+    start, runs = stages(form, dtype)
+    start, exponent = _near_one(start)
+    if reach is None:
+        sigma = _dot(start, start.T)
+    else:
+        reach, shift = ellipsoid.rescale(reach)
+        sigma, exponent = _dot(_dot(start, reach), start.T), exponent + shift / 2
+    good = good & _finite((sigma, [run.stage for run in runs]))
+    sigma = jnp.where(good, sigma, 0)
+    runs = [
+        Run(jax.tree.map(lambda a: jnp.where(good, a, 0), run.stage), run.count, run.slopes) for run in runs
     ]
+    return sigma, 2 * exponent, runs, front_state, good
+
+
+def _finite(tree: Any) -> jax.Array:
+    leaves = [jnp.isfinite(jax.lax.stop_gradient(jnp.asarray(leaf))).all() for leaf in jax.tree.leaves(tree)]
+    return jnp.stack(leaves).all() if leaves else jnp.ones((), bool)
+
+
+def _or_default(good: jax.Array, multipliers: Any) -> Any:
+    """D = 2 ||Sy||_F, always feasible, where the multipliers are no good."""
+    return jax.tree.map(
+        lambda a: jnp.where(good & jnp.isfinite(a), a, np.log(2)).astype(a.dtype), multipliers
+    )
+
+
+# --- the recursion -------------------------------------------------------------------------------------------------
+
+
+class _Passed(NamedTuple):
+    sigma: jax.Array  # times 2^exponent
+    exponent: jax.Array
+    parameters: tuple[jax.Array, ...]
+
+
+def _recursion(sigma: jax.Array, exponent: jax.Array, runs: list[Run], parameters: Any) -> _Passed:
+    """All stages from Sigma_0, with the given multipliers or those of the closed form (None)."""
+    shifted, shift = ellipsoid.rescale(sigma)
+    carry = (shifted, exponent + shift)
+    used = []
+    for place, run in enumerate(runs):
+
+        def step(carry: Any, item: Any, slopes: str = run.slopes) -> tuple[Any, Any]:
+            sigma, exponent = carry
+            sigma, up, q = _through(sigma, *item, slopes)
+            sigma, shift = ellipsoid.rescale(sigma)
+            return (sigma, exponent + up + shift), q
+
+        q = None if parameters is None else parameters[place]
+        if run.count > 1:
+            carry, q = jax.lax.scan(step, carry, (run.stage, q))
+        else:
+            carry, q = step(carry, (run.stage, q))
+        used.append(q)
+    return _Passed(*carry, tuple(used))
+
+
+def _through(sigma: jax.Array, stage: Stage, q: Any, slopes: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(Sigma+ / 2^e, e, q): one tap. With H = 0
+
+    Sigma+ = G (c X c + r D r) G',   X = Sy + Sy (D - Sy)^-1 Sy = D (D - Sy)^-1 D - D
+    """
+    kappa = ratio(stage)
+    sy, c, r = sigma, stage.c, stage.r
+    G, up = _near_one(stage.G)
+    if stage.W is not None:
+        W, wide = _near_one(stage.W)
+        sy = _dot(_dot(W, sigma), W.T)
+        if stage.H is None:
+            up = up + wide
+    # A neuron that cannot move has w = 0, and so has every neuron where nothing moves.
+    moves = jnp.diagonal(jax.lax.stop_gradient(sy)) > 0
+    c, r = jnp.where(moves, c, 0), jnp.where(moves, r, 0)
+    d, factor, q = _feasible(sy, q, kappa)
+    if stage.H is None:
+        if slopes == "any":
+            cross = _dot(sy * c, G.T)
+            new = _dot(cross.T * c + G * (r * r * d), G.T)
+        else:
+            cross = (d * c)[:, None] * G.T
+            new = 0 if slopes == "zero" else _dot(G * ((r * r - c * c) * d), G.T)
+        new = _schur(factor, d, sy, cross) + new
+        return (new + new.T) / 2, 2 * up, q
+    # y is counted in units of 2^wide, so w is too
+    unit = jnp.ones((), sigma.dtype)
+    if stage.W is None:
+        A, through_y = stage.H + stage.G * c, sigma
+    else:
+        unit = jnp.exp2(wide)
+        A, through_y = stage.H + _dot(stage.G * c, stage.W), _dot(W, sigma)
+    B = stage.G * (r * unit)
+    size = jax.lax.stop_gradient(jnp.maximum(jnp.max(jnp.abs(A)), jnp.max(jnp.abs(B))))
+    shrink, up = _power_of_two(size)
+    A, B = A * shrink, B * shrink
+    new = _schur(factor, d, sy, _dot(through_y, A.T)) + _dot(_dot(A, sigma), A.T) + _dot(B * d, B.T)
+    return (new + new.T) / 2, 2 * up, q
+
+
+def _feasible(sy: jax.Array, q: Any, kappa: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(D, the Cholesky factor of D - Sy, q): D = ||Sy||_F exp(q), or its least multiple that is safely feasible.
+
+    Without q the closed form D = mu (1 + |c| / r), the best for each neuron alone, mu = lambda_max(Sy).
+    """
+    still = jax.lax.stop_gradient(sy)
+    square = jnp.sum(jnp.square(sy))
+    size = jnp.sqrt(jnp.where(square > 0, square, 1))
+    if q is None:
+        mu = jnp.where(square > 0, ellipsoid.top(still, _SHARPNESS), 1)
+        q = jnp.log(mu / size * (1 + jnp.maximum(kappa, _LEAST)))
+    q = jnp.clip(q, -_FURTHEST, _FURTHEST)
+    d = size * jnp.exp(q)
+    factor = _cholesky(jax.lax.stop_gradient(d), still)
+
+    def repaired() -> tuple[jax.Array, jax.Array]:
+        half = jax.lax.rsqrt(d)
+        margin = 1e-6 if sy.dtype == jnp.float64 else 1e-3
+        fixed = (1 + margin) * ellipsoid.top(half[:, None] * sy * half, _SHARPNESS) * d
+        return fixed, _cholesky(jax.lax.stop_gradient(fixed), still)
+
+    d, factor = jax.lax.cond(jnp.isfinite(factor).all(), lambda: (d, factor), repaired)
+    return d, jax.lax.stop_gradient(factor), q
+
+
+def _cholesky(d: jax.Array, sy: jax.Array) -> jax.Array:
+    return jnp.linalg.cholesky(jnp.diag(d) - sy, symmetrize_input=False)
+
+
+@jax.custom_vjp
+def _schur(factor: jax.Array, d: jax.Array, sy: jax.Array, cross: jax.Array) -> jax.Array:
+    """cross' (D - Sy)^-1 cross, given the Cholesky factor of D - Sy."""
+    return _schur_forward(factor, d, sy, cross)[0]
+
+
+def _schur_forward(factor: Any, d: Any, sy: Any, cross: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    z = solve_triangular(factor, cross, lower=True)
+    return _dot(z.T, z), (factor, z)
+
+
+def _schur_backward(saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    factor, z = saved
+    v = solve_triangular(factor, z, lower=True, trans=1)  # (D - Sy)^-1 cross
+    pulled = _dot(v, g + g.T)
+    return jnp.zeros_like(factor), -jnp.sum(pulled * v, axis=1) / 2, _dot(pulled, v.T) / 2, pulled
+
+
+_schur.defvjp(_schur_forward, _schur_backward)
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=_HIGHEST)
+
+
+def _power_of_two(size: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(2^-e, e) with 2^-e size near 1."""
+    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(size) & (size > 0), size, 1))
+    return jnp.ldexp(jnp.ones((), size.dtype), -exponent), exponent.astype(size.dtype)
+
+
+def _near_one(m: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(m / 2^e, e), so that squares neither overflow nor vanish."""
+    factor, exponent = _power_of_two(jnp.max(jnp.abs(jax.lax.stop_gradient(m)), initial=0.0))
+    return m * factor, exponent
+
+
+def _constants(passed: _Passed) -> Constants:
+    sigma = passed.sigma
+    scale = jnp.exp2(passed.exponent / 2)
+    vector = jnp.linalg.eigh(jax.lax.stop_gradient(sigma), symmetrize_input=False)[1][:, -1]
+    value = _cores._root(_dot(vector, _dot(sigma, vector)))
+    off = 1 - jnp.eye(sigma.shape[0], dtype=sigma.dtype)
+    pairs = _cores._root(ellipsoid.pair_squares(sigma) * off)
+    return Constants(scale * value, scale * _cores._root(jnp.diagonal(sigma)), scale * pairs)
 
 
 def _optimiser() -> Any:

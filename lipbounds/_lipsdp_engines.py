@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
 import numpy as np
 from scipy.linalg import eigvalsh, solve
 from threadpoolctl import threadpool_limits
@@ -155,11 +156,15 @@ class Recursion:
         if self.best is not None and len(effort.stages) > 2:  # begin where the last one ended
             effort = replace(effort, stages=effort.stages[-3:], iterations=max(effort.iterations // 2, 45))
         starts = self.starts if self.best is None else [self.best]
-        found, value, done = ellipsoid.optimize(self.problem, starts, kind, weights, effort, self.progress)
+        with jax.numpy_dtype_promotion("standard"):  # optax adds integers of different widths
+            found, value, done = ellipsoid.optimize(
+                self.problem, starts, kind, weights, effort, self.progress
+            )
         self.best = found if self.best is None else self.best
         D, box = ellipsoid.multipliers(self.problem, found)
+        D = repair(self.states, D, self.given, box, relative=True)
         self.search.notes.append(f"recursion ({kind}): {done} iterations, {value:.6g} in float arithmetic")
-        return Proof(repair(self.states, D, self.given, box), self.start_at, box)
+        return Proof(D, self.start_at, box, relative=True)
 
     def ellipsoid(self) -> np.ndarray:
         """The last Sigma_out in float arithmetic, for estimates."""

@@ -171,7 +171,12 @@ def _check_multipliers(d: Any, count: int, place: int) -> np.ndarray:
 
 
 def _run(
-    seq: Sequence, multipliers: Seq[np.ndarray], start: tuple[np.ndarray, int] | None, weights: Any, fix: bool
+    seq: Sequence,
+    multipliers: Seq[np.ndarray],
+    start: tuple[np.ndarray, int] | None,
+    weights: Any,
+    relative: bool,
+    fix: bool,
 ) -> tuple[Ellipsoid, tuple[np.ndarray, ...]]:
     require_gradual_underflow()
     if len(multipliers) != len(seq.segments):
@@ -197,20 +202,27 @@ def _run(
         tap, to_y, to_s = _scaled_tap(segment, keep)
         units = state.scale + 2 * to_y
         mine = used[k] if keep is None else used[k][keep]
+        own = _variances(s, tap.w) if relative else np.ones(mine.size)
         with np.errstate(over="ignore", under="ignore"):
-            scaled = np.ldexp(mine, -units)
+            scaled = mine * own if relative else np.ldexp(mine, -units)
         if not fix and scaled.size and not (scaled.max() < CEILING and scaled.min() > 0.0):
             raise Infeasible(k, "they are not of the size of the pre-activations")
         s, d = advance(s, tap, np.minimum(scaled, CEILING / 2), k, fix)
         if fix:
             with np.errstate(over="ignore", under="ignore"):
-                back = np.ldexp(d, units)
+                back = d / own if relative else np.ldexp(d, units)
             new = used[k].copy()
             new[slice(None) if keep is None else keep] = back
             used[k] = _check_multipliers(np.maximum(new, 2.0**-1022), new.size, k)
         state = _normalised(s, state.scale + 2 * to_s)
     matrix = np.diag(state.matrix) if state.matrix.ndim == 1 else state.matrix
     return Ellipsoid(matrix, state.scale), tuple(used)
+
+
+def _variances(s: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """The diagonal of W S W', rounded somehow and > 0: it only chooses the units of D."""
+    found = np.sum((w * s if s.ndim == 1 else w @ s) * w, axis=1)
+    return np.maximum(found, max(float(found.max(initial=0.0)) * 1e-30, FLOOR))
 
 
 def _given(start: tuple[np.ndarray, int], width: int) -> Ellipsoid:
@@ -227,6 +239,8 @@ def propagate_sequence(
     D: Seq[np.ndarray],
     start: tuple[np.ndarray, int] | None = None,
     weights: np.ndarray | None = None,
+    *,
+    relative: bool = False,
 ) -> Ellipsoid:
     """(S_out, scale): every output increment over the unit input ball satisfies dz dz' <= 2**scale S_out; proved.
 
@@ -235,12 +249,14 @@ def propagate_sequence(
         D: per segment the inverse multipliers, (n_k,), finite > 0, in the units of W S W'.
         start: an ellipsoid (S_0, scale) of the first state that was proved elsewhere, (d_0, d_0) or a diagonal (d_0,).
         weights: p (n_in,) for inputs in the l-inf norm; None is l2.
+        relative: D_i is in units of (W S W')_ii, with S the ellipsoid proved here. Any D > 0 is valid; with D fixed
+            every rounding of S would grow at every tap behind, this way it only adds up.
 
     Raises:
         Infeasible: D is too small at a tap (`.place`), or too near to it for float64.
         ValueError: D of other shapes or not positive, or a result beyond float64.
     """
-    return _run(seq, D, start, weights, fix=False)[0]
+    return _run(seq, D, start, weights, relative, fix=False)[0]
 
 
 def repair(
@@ -248,9 +264,11 @@ def repair(
     D: Seq[np.ndarray],
     start: tuple[np.ndarray, int] | None = None,
     weights: np.ndarray | None = None,
+    *,
+    relative: bool = False,
 ) -> tuple[np.ndarray, ...]:
     """D with the taps that `propagate_sequence` calls infeasible scaled up by just enough, tap after tap."""
-    return _run(seq, D, start, weights, fix=True)[1]
+    return _run(seq, D, start, weights, relative, fix=True)[1]
 
 
 # --- the dense form ------------------------------------------------------------------------------------------------

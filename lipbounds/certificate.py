@@ -55,6 +55,7 @@ class Proof:
         D: inverse multipliers, per segment (n_k,); in the dense form per tap. Finite, > 0.
         start_at: the tap where the ellipsoid starts: 0 is the input; k > 0 a proved ellipsoid of the state there.
         weights: (n_in,) the p of an l-inf input; None for l2.
+        relative: D_i of a sequence is in units of (W S W')_ii (`_proof.propagate_sequence`).
         kind: "sequence" (tap after tap) or "dense" (one matrix).
     """
 
@@ -62,6 +63,7 @@ class Proof:
     start_at: int = 0
     weights: np.ndarray | None = None
     kind: str = "sequence"
+    relative: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "D", tuple(_frozen(d) for d in self.D))
@@ -210,13 +212,13 @@ def proved_constants(
     elif proof.start_at == 0:
         seq = sequence(form)
         _check_counts(proof.D, tuple(segment.active.size for segment in seq.segments))
-        ellipsoid = _proof.propagate_sequence(seq, proof.D, weights=weights)
+        ellipsoid = _proof.propagate_sequence(seq, proof.D, weights=weights, relative=proof.relative)
     else:
         if weights is not None:
             raise ValueError("a proof that starts behind the input has no weights")
         seq, s, scale, how, failure = hybrid_start(form, proof.start_at, Request(norm, guarantee, seed))
         _check_counts(proof.D, tuple(segment.active.size for segment in seq.segments))
-        ellipsoid = _proof.propagate_sequence(seq, proof.D, start=(s, scale))
+        ellipsoid = _proof.propagate_sequence(seq, proof.D, start=(s, scale), relative=proof.relative)
     classes = _proof.class_roots(*ellipsoid)
     value = _proof.largest_root(*ellipsoid) if norm == 2 else float(classes.max(initial=0.0))
     how = weakest([how, "assumed"]) if form.assumed else how
@@ -403,7 +405,13 @@ def _header(c: Certificate) -> dict[str, Any]:
         "sizes": list(c.sizes),
         "network": c.network,
         "proofs": [
-            {"kind": p.kind, "start_at": p.start_at, "taps": len(p.D), "weights": p.weights is not None}
+            {
+                "kind": p.kind,
+                "start_at": p.start_at,
+                "taps": len(p.D),
+                "weights": p.weights is not None,
+                "relative": p.relative,
+            }
             for p in c.proofs
         ],
         "pairwise": c.pairwise is not None,
@@ -441,8 +449,9 @@ def _certificate(fields: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> C
             raise CertificateError(f"proof {i} in its header is no JSON object")
         taps = take(record, "taps", int)
         weights = tensor(f"proof{i}.weights") if take(record, "weights", bool) else None
+        relative = take(record, "relative", bool)
         d = tuple(tensor(f"proof{i}.D{k}") for k in range(taps))
-        proofs.append(Proof(d, take(record, "start_at", int), weights, take(record, "kind", str)))
+        proofs.append(Proof(d, take(record, "start_at", int), weights, take(record, "kind", str), relative))
     pairwise = tensor("pairwise") if take(fields, "pairwise", bool) else None
     per_class = tensor("per_class") if take(fields, "per_class", bool) else None
     if left:

@@ -1,4 +1,4 @@
-"""The command line: `lipbounds demo`, `lipbounds bounds`, `lipbounds certify`.
+"""The command line: `lipbounds demo`, `lipbounds bounds`, `lipbounds certify`, `lipbounds verify`.
 
 Exit codes: 0 done, 1 the computation refused or failed (one message on stderr), 2 wrong usage.
 Everything heavy is imported inside the commands.
@@ -7,87 +7,40 @@ Everything heavy is imported inside the commands.
 from __future__ import annotations
 
 import contextlib
-import enum
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
+from lipbounds import _cli_tables as tables
+from lipbounds._cli_options import (
+    AnyVerb,
+    CertificateOption,
+    ForceOption,
+    Guarantee,
+    JsonOption,
+    ManyNumbers,
+    ModelPath,
+    Multipliers,
+    MultipliersOption,
+    Norm,
+    NormOption,
+    Proof,
+    RefineOption,
+    Scaling,
+    ScalingOption,
+    SeedOption,
+    Solver,
+    SolverOption,
+    Verb,
+)
 from lipbounds._version import __version__
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
 Json = dict[str, Any]
-
-
-class Norm(enum.StrEnum):
-    one = "1"
-    two = "2"
-    inf = "inf"
-
-
-class Guarantee(enum.StrEnum):
-    auto = "auto"
-    verified = "verified"
-    probabilistic = "probabilistic"
-    estimate = "estimate"
-
-
-class Proof(enum.StrEnum):
-    """The guarantees that a radius can have."""
-
-    auto = "auto"
-    verified = "verified"
-    probabilistic = "probabilistic"
-
-
-class Verb(enum.StrEnum):
-    naive = "naive"
-    liplt = "liplt"
-
-
-class AnyVerb(enum.StrEnum):
-    naive = "naive"
-    liplt = "liplt"
-    all = "all"
-
-
-class Scaling(enum.StrEnum):
-    none = "none"
-    aol = "aol"
-    sll = "sll"
-    optimized = "optimized"
-
-
-class ManyNumbers(TyperCommand):
-    """Lets `--eps 0.1 0.25` stand for `--eps 0.1 --eps 0.25`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        spread: list[str] = []
-        numbers = False
-        for arg in args:
-            if numbers and _is_number(arg) and spread[-1] != "--eps":
-                spread.append("--eps")
-            elif arg.startswith("-") and not _is_number(arg):
-                numbers = arg == "--eps" or arg.startswith("--eps=")
-            elif not _is_number(arg):
-                numbers = False
-            spread.append(arg)
-        return super().parse_args(ctx, spread)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
+_DEFAULT = "lipsdp; liplt with --scaling or in norm 1"
 
 app = typer.Typer(
     name="lipbounds",
@@ -97,29 +50,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-ModelPath = Annotated[
-    Path,
-    typer.Argument(
-        metavar="MODEL",
-        exists=True,
-        dir_okay=False,
-        show_default=False,
-        help="A model file of ours (.safetensors), such as the demo writes.",
-    ),
-]
-NormOption = Annotated[Norm, typer.Option(help="Norm in which the input moves.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
-ScalingOption = Annotated[
-    Scaling,
-    typer.Option(help="Diagonal scaling of LipLT: none is the paper's recursion, optimized the tightest."),
-]
-JsonOption = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", dir_okay=False, help="Also write the result as JSON.")
-]
-ForceOption = Annotated[
-    bool, typer.Option("--force", help="Write even where files of another program stand.")
-]
 
 
 def _print_version(wanted: bool) -> None:
@@ -145,6 +75,8 @@ def root(
     - `lipbounds bounds report/mlp.safetensors --pairwise` bounds the Lipschitz constants
 
     - `lipbounds certify report/mlp.safetensors --eps 0.1 0.25` certifies the test images
+
+    - `lipbounds verify mlp.certificate --model report/mlp.safetensors` proves a saved bound again
 
     What a result is worth is part of it. **verified** holds with every rounding error included,
     **probabilistic** except with a stated probability, **assumed** if what you declared is true; an
@@ -182,9 +114,9 @@ def demo(
                 f"{out} holds files that are not ours (no {RESULTS} written by lipbounds): "
                 "choose another folder with --out, or pass --force to write there anyway"
             )
-        console = _console()
+        console = tables.console()
         command = f"lipbounds demo --out {out} --seed {seed} --epochs {epochs}"
-        with _progress(console) as bar:
+        with tables.progress(console) as bar:
             task = bar.add_task("starting", total=1.0)
             results = run_demo(
                 out,
@@ -196,7 +128,7 @@ def demo(
             bar.update(task, description="done", completed=1.0)
         for model in results["models"]:
             console.print()
-            console.print(_results_table(model, _model_title(model)))
+            console.print(tables.results_table(model, tables.model_title(model)))
         console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
         console.print(
             f"next:   lipbounds certify {out / 'mlp.safetensors'} --eps 0.1 0.25",
@@ -213,8 +145,15 @@ def bounds(
         bool, typer.Option("--pairwise", help="Also a constant for every pair of classes.")
     ] = False,
     guarantee: Annotated[Guarantee, typer.Option(help="What the bound must be worth.")] = Guarantee.auto,
-    method: Annotated[AnyVerb, typer.Option(help="The bound, or every one side by side.")] = AnyVerb.liplt,
+    method: Annotated[
+        AnyVerb | None,
+        typer.Option(help="The bound, or every one side by side.", show_default=_DEFAULT),
+    ] = None,
     scaling: ScalingOption = Scaling.none,
+    solver: SolverOption = Solver.recursion,
+    multipliers: MultipliersOption = Multipliers.neuron,
+    refine: RefineOption = 0,
+    certificate: CertificateOption = None,
     seed: SeedOption = 0,
     json: JsonOption = None,
     force: ForceOption = False,
@@ -222,19 +161,36 @@ def bounds(
     """Bound the Lipschitz constants of a saved model.
 
     The constant says by how much the outputs can change for each unit that the input moves, in the norm
-    chosen and in the model's own input units.
+    chosen and in the model's own input units. LipSDP is the tightest bound and takes seconds to a minute;
+    LipLT takes milliseconds.
 
     Examples:
 
     - `lipbounds bounds report/mlp.safetensors`
 
-    - `lipbounds bounds report/mlp.safetensors --pairwise --scaling optimized`
+    - `lipbounds bounds report/mlp.safetensors --pairwise --certificate mlp.certificate`
+
+    - `lipbounds bounds report/mlp.safetensors --method liplt --scaling optimized`
 
     - `lipbounds bounds report/residual_cnn.safetensors --norm inf --method all --json bounds.json`
     """
-    _check_scaling(method.value, scaling)
+    lipsdp_only = {
+        "--solver": solver is not Solver.recursion,
+        "--multipliers": multipliers is not Multipliers.neuron,
+        "--refine": refine > 0,
+        "--certificate": certificate is not None,
+    }
+    chosen = _choose(method, norm, scaling, any(lipsdp_only.values()))
+    for name, given in lipsdp_only.items():
+        if given and chosen != "lipsdp":
+            raise typer.BadParameter(f"belongs to --method lipsdp, not {chosen}", param_hint=name)
+    if refine and not pairwise:
+        raise typer.BadParameter("refines pairs of classes: pass --pairwise too", param_hint="--refine")
+    if certificate is not None and guarantee is Guarantee.estimate:
+        raise typer.BadParameter("an estimate has no certificate", param_hint="--certificate")
     with _refusals():
         _check_target(json, force)
+        _check_certificate(certificate, force)
         import lipbounds as lb
         from lipbounds.analysis.experiment import result_kind, result_record
 
@@ -246,8 +202,9 @@ def bounds(
             "seed": seed,
         }
         record: Json = {"upper": [], "lower": [], "estimate": [], "refused": []}
-        if method is AnyVerb.all:
-            comparison = lb.compare(form, **options)
+        if chosen == "all":
+            with tables.working() as tell:
+                comparison = lb.compare(form, **options, progress=tell)
             typer.echo(repr(comparison))
             for row in comparison:
                 if row.kind == "none":
@@ -255,9 +212,15 @@ def bounds(
                 else:
                     record[row.kind].append(result_record(row.method, row.result))
         else:
-            result = _bound(form, method.value, scaling, options)
-            typer.echo(repr(result))
-            record[result_kind(result)].append(result_record(method.value, result))
+            if chosen == "lipsdp":
+                options |= {"solver": solver.value, "multipliers": multipliers.value, "refine": refine}
+            result = _bound(form, chosen, scaling, options)
+            typer.echo(repr(tables.brief(result)))
+            record[result_kind(result)].append(result_record(chosen, result))
+            if certificate is not None:
+                lb.save_certificate(result, certificate, overwrite=force)
+                typer.echo(f"certificate: {certificate}")
+                typer.echo(f"check it:    lipbounds verify {certificate} --model {model}")
         _write(json, {"model": str(model), **record})
 
 
@@ -277,7 +240,9 @@ def certify(
         str, typer.Option(help="`digits` (the demo's test images) or a .npz file with arrays x and y.")
     ] = "digits",
     norm: NormOption = Norm.two,
-    method: Annotated[Verb, typer.Option(help="The bound that proves the radii.")] = Verb.liplt,
+    method: Annotated[
+        Verb | None, typer.Option(help="The bound that proves the radii.", show_default=_DEFAULT)
+    ] = None,
     scaling: ScalingOption = Scaling.none,
     guarantee: Annotated[Proof, typer.Option(help="What the bound must be worth.")] = Proof.auto,
     pairwise: Annotated[
@@ -297,9 +262,9 @@ def certify(
 
     - `lipbounds certify report/mlp.safetensors --eps 0.1 0.25 0.5`
 
-    - `lipbounds certify report/mlp.safetensors --data mine.npz --scaling optimized --json radii.json`
+    - `lipbounds certify report/mlp.safetensors --data mine.npz --method liplt --json radii.json`
     """
-    _check_scaling(method.value, scaling)
+    chosen = _choose(method, norm, scaling, False)
     levels = sorted(set(eps or (0.05, 0.1, 0.25)))
     if not all(math.isfinite(level) for level in levels):
         raise typer.BadParameter("eps must be finite", param_hint="--eps")
@@ -317,13 +282,13 @@ def certify(
             "guarantee": guarantee.value,
             "seed": seed,
         }
-        bound = _bound(form, method.value, scaling, options)
+        bound = _bound(form, chosen, scaling, options)
         radii = lb.certified_radius(form, x, y, bound=bound)
         radius = np.asarray(radii.radius)
         if not len(radius):
             raise ValueError(f"{data} holds no images")
         shares = [float(radii.accuracy(level)) for level in levels]
-        _print_certified(bound, radii, levels, shares)
+        tables.print_certified(bound, radii, levels, shares)
         _write(
             json,
             {
@@ -345,6 +310,51 @@ def certify(
                 "radius": [float(r) if math.isfinite(r) else "inf" for r in radius],
             },
         )
+
+
+@app.command()
+def verify(
+    certificate: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CERT",
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+            help="A certificate, such as `lipbounds bounds --certificate` writes.",
+        ),
+    ],
+    model: Annotated[
+        Path,
+        typer.Option(
+            "--model", metavar="MODEL", exists=True, dir_okay=False, help="The model that it is about."
+        ),
+    ],
+) -> None:
+    """Prove a saved bound again, from the weights of the model.
+
+    Nothing in the file is trusted but the multipliers, and they are only candidates: what they prove is
+    computed anew with every rounding error included, and compared with what the file claims. Exit code 0
+    and one line if all of it holds, 1 and the reason otherwise.
+
+    Examples:
+
+    - `lipbounds verify mlp.certificate --model report/mlp.safetensors`
+
+    - `lipbounds verify mlp.certificate --model report/mlp.safetensors && echo proved`
+    """
+    with _refusals():
+        from lipbounds.certificate import check, load_certificate
+        from lipbounds.errors import CertificateError
+
+        form, _ = _load(model)
+        begin = time.perf_counter()
+        try:
+            claims = load_certificate(certificate)
+            check(claims, form)
+        except CertificateError as error:
+            raise CertificateError(f"{certificate} is refused: {error}") from error
+        typer.echo(tables.proved(claims, time.perf_counter() - begin))
 
 
 # ------------------------------------------------------------------------------------------------- helpers
@@ -369,9 +379,17 @@ def _norm(norm: Norm) -> float:
     return math.inf if norm is Norm.inf else int(norm.value)
 
 
-def _check_scaling(method: str, scaling: Scaling) -> None:
-    if method != "liplt" and scaling is not Scaling.none:
-        raise typer.BadParameter(f"only --method liplt has a scaling, not {method}", param_hint="--scaling")
+def _choose(method: Any, norm: Norm, scaling: Scaling, lipsdp_only: bool) -> str:
+    """The method asked for; by default LipSDP, or LipLT where only that fits what else was asked for."""
+    scaled = scaling is not Scaling.none
+    if method is None:
+        simple = (scaled or norm is Norm.one) and not lipsdp_only
+        method = Verb.liplt if simple else Verb.lipsdp
+    if scaled and method.value != "liplt":
+        raise typer.BadParameter(
+            f"only --method liplt has a scaling, not {method.value}", param_hint="--scaling"
+        )
+    return str(method.value)
 
 
 def _bound(form: Any, method: str, scaling: Scaling, options: Json) -> Any:
@@ -379,6 +397,11 @@ def _bound(form: Any, method: str, scaling: Scaling, options: Json) -> Any:
 
     if method == "naive":
         return lb.naive(form, **options)
+    if method == "lipsdp":
+        with tables.working() as tell:
+            return lb.lipsdp(
+                form, **options, progress=lambda what, value: tell(f"LipSDP, {what}: {value:.6g}")
+            )
     return lb.liplt(form, **options, scaling=None if scaling is Scaling.none else scaling.value)
 
 
@@ -418,13 +441,29 @@ def _read_data(data: str, spec: Any) -> tuple[Any, Any]:
     return x, y
 
 
+def _free(path: Path, force: bool) -> bool:
+    """Whether nothing stands where a file is to be written; ValueError where its folder does not exist."""
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent} to write {path.name} to")
+    return force or not path.exists()
+
+
 def _check_target(path: Path | None, force: bool) -> None:
     """ValueError before any work is done if `path` holds something that we did not write."""
     from lipbounds.analysis.demo import is_ours
 
-    if path is None or force or not path.exists() or is_ours(path):
+    if path is None or _free(path, force) or is_ours(path):
         return
     raise ValueError(f"{path} exists and was not written by lipbounds: choose another name, or pass --force")
+
+
+def _check_certificate(path: Path | None, force: bool) -> None:
+    """ValueError before any work is done if `path` holds something that is no certificate."""
+    from lipbounds._certfile import is_certificate
+
+    if path is None or _free(path, force) or is_certificate(path):
+        return
+    raise ValueError(f"{path} exists and is no certificate: choose another name, or pass --force")
 
 
 def _write(path: Path | None, record: Json) -> None:
@@ -433,87 +472,6 @@ def _write(path: Path | None, record: Json) -> None:
     from lipbounds.analysis.demo import FORMAT, FORMAT_VERSION, write_json
 
     write_json(path, {"format": FORMAT, "version": FORMAT_VERSION, "lipbounds": __version__, **record})
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console()
-
-
-def _progress(console: Console) -> Any:
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    columns = (
-        BarColumn(bar_width=28),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    return Progress(*columns, console=console, transient=not console.is_terminal)
-
-
-def _model_title(model: Json) -> str:
-    training = model["training"]
-    return f"{model['title']}: {100 * training['test_accuracy']:.1f} % of the test images correct"
-
-
-def _results_table(model: Json, title: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    from lipbounds._tables import seconds_text, show
-
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    table.caption = "radius: the median of the certified radii, in pixel units"
-    table.caption_justify = "left"
-    table.add_column("method", no_wrap=True)
-    table.add_column("norm")
-    for column in ("bound", "worst pair", "radius"):
-        table.add_column(column, justify="right")
-    table.add_column("guarantee")
-    table.add_column("time", justify="right")
-    styles = {
-        "verified": "green",
-        "probabilistic": "cyan",
-        "assumed": "yellow",
-        "estimate": "dim",
-        "attained": "red",
-    }
-    signs = {"upper": ("≤ ", "up"), "estimate": ("≈ ", "near"), "lower": ("≥ ", "down")}
-    for norm in ("2", "inf", "1"):
-        for kind, (sign, way) in signs.items():
-            for row in (r for r in model[kind] if r["norm"] == norm):
-                word = row.get("guarantee", "attained")
-                pair = row.get("pairs", {}).get("worst_value")
-                quartiles = row.get("certified", {}).get("quartiles") or []
-                radius = (
-                    "" if not quartiles else "inf" if quartiles[1] is None else show(quartiles[1], "down", 3)
-                )
-                table.add_row(
-                    row["label"],
-                    norm,
-                    sign + show(row["value"], way, 5),  # type: ignore[arg-type]
-                    "" if pair is None else sign + show(pair, way, 4),  # type: ignore[arg-type]
-                    radius,
-                    f"[{styles[word]}]{word}[/]",
-                    seconds_text(row["seconds"]),
-                )
-        table.add_section()
-    return table
-
-
-def _print_certified(bound: Any, radii: Any, levels: list[float], shares: list[float]) -> None:
-    from lipbounds._tables import show
-
-    typer.echo(f"bound:     L <= {show(bound.value, 'up')} by {bound.method}, {bound.guarantee}")
-    typer.echo(f"radii:     {radii.guarantee}, {len(radii.radius)} images, units of the model's input")
-    for level, share in zip(levels, shares, strict=True):
-        typer.echo(f"eps {level:<7g} {100 * share:5.1f} % certified")
-    for note in radii.notes:
-        typer.echo(f"note:      {note}")
 
 
 def main() -> None:

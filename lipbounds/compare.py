@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from lipbounds._tables import Direction, html_table, markdown_table, new_axes, seconds_text, show, text_table
+from lipbounds._views import elementwise_view
 from lipbounds.bound import NORM_NAMES, Estimate, LowerBound, UpperBound, check_norm
 from lipbounds.empirical import check_order, empirical, values64
 
@@ -27,9 +28,20 @@ _WAYS: dict[str, Direction] = {"upper": "up", "lower": "down", "estimate": "near
 _COLOURS = {"verified": "#228833", "probabilistic": "#4477aa", "assumed": "#ccbb44", "estimate": "#bbbbbb"}
 
 
+#: Without being asked for by name, CVXPY solves nothing with more neurons or more pairs of classes than these.
+CVXPY_NEURONS = 60
+CVXPY_PAIRS = 3
+
+Tell = Callable[[str], None]
+
+
 @dataclass(frozen=True)
 class Question:
-    """What every method is asked: the arguments of `compare` that a method may need."""
+    """What every method is asked: the arguments of `compare` that a method may need.
+
+    named   the method was asked for by name, not as one of all: it then takes as long as it takes
+    tell    called with what is being done
+    """
 
     form: Any
     X: Any
@@ -37,6 +49,8 @@ class Question:
     pairwise: bool
     guarantee: str
     seed: int
+    named: bool = True
+    tell: Tell | None = None
 
     def options(self, **more: Any) -> dict[str, Any]:
         return {
@@ -67,8 +81,38 @@ def _liplt(scaling: str | None = None, **more: Any) -> Callable[[Question], Any]
     return run
 
 
+def _lipsdp(name: str, solver: str = "recursion", multipliers: str = "neuron") -> Callable[[Question], Any]:
+    def run(q: Question) -> Any:
+        from lipbounds.lipsdp import lipsdp
+
+        if solver != "recursion" and not q.named and q.norm == 2 and q.guarantee != "estimate":
+            _keep_small(q, name)
+        tell = q.tell
+        progress = None if tell is None else lambda what, value: tell(f"{name}, {what}: {show(value)}")
+        return lipsdp(q.form, **q.options(solver=solver, multipliers=multipliers, progress=progress))
+
+    return run
+
+
+def _keep_small(q: Question, name: str) -> None:
+    """ValueError where CVXPY would take minutes; the limits depend on sizes alone."""
+    neurons, k = sum(tap.size_out for tap in elementwise_view(q.form).taps), q.form.num_outputs
+    pairs = k * (k - 1) // 2 if q.pairwise else 0
+    if neurons > CVXPY_NEURONS:
+        why = f"{neurons} neurons, more than {CVXPY_NEURONS}"
+    elif pairs > CVXPY_PAIRS:
+        why = f"{pairs} pairs of classes, more than {CVXPY_PAIRS}"
+    else:
+        return
+    raise ValueError(f"{why}, can take minutes; it runs if named: methods=[{name!r}]")
+
+
 METHODS: dict[str, Callable[[Question], Any]] = {
     "empirical": _lower,
+    "lipsdp": _lipsdp("lipsdp"),
+    "lipsdp-clarabel": _lipsdp("lipsdp-clarabel", solver="clarabel"),
+    "lipsdp-scs": _lipsdp("lipsdp-scs", solver="scs"),
+    "lipsdp-layer": _lipsdp("lipsdp-layer", multipliers="layer"),
     "liplt-optimized": _liplt("optimized"),
     "liplt-sll": _liplt("sll"),
     "liplt-aol": _liplt("aol"),
@@ -245,6 +289,8 @@ class Comparison:
 
 def _run(name: str, question: Question) -> Row:
     begin = time.perf_counter()
+    if question.tell is not None:
+        question.tell(name)
     try:
         result = METHODS[name](question)
     except ValueError as refusal:
@@ -301,16 +347,19 @@ def compare(
     guarantee: str = "auto",
     seed: int = 0,
     eps: float | Iterable[float] | None = None,
+    progress: Tell | None = None,
 ) -> Comparison:
     """Every method on one network, as a table of upper bounds, lower bounds and estimates.
 
     form      a traced form
     X, y      (N, *form.in_shape) points for the lower bound, (N,) integer labels: with both, every upper
               bound also certifies X, and the table shows the certified accuracies
-    methods   names out of `lipbounds.compare.METHODS`, or results that exist already; None means all names
+    methods   names out of `lipbounds.compare.METHODS`, or results that exist already; None means all names,
+              but leaves the solvers of CVXPY out beyond 60 neurons or 3 pairs of classes (a row says so)
     norm, pairwise, guarantee, seed   as everywhere
     eps       radii to certify at, in units of the traced function's input; None: the median of the positive
               radii that the best bound proves, in two digits, so that it certifies about half of the points
+    progress  called with a line of text: what is being done
 
     A method that refuses (UnsupportedError or another ValueError) becomes a row that says why. ValueError
     for an unknown method or norm, labels without points or out of range; GuaranteeError if a lower bound
@@ -329,7 +378,7 @@ def compare(
     levels = _eps(eps)
     points, labels = (None, None) if y is None else _labels(form, X, y)
 
-    question = Question(form, X, p, bool(pairwise), guarantee, seed)
+    question = Question(form, X, p, bool(pairwise), guarantee, seed, methods is not None, progress)
     rows = [_run(m, question) if isinstance(m, str) else _row(m.method, m) for m in wanted]
     for low in rows:
         for high in rows:

@@ -31,7 +31,10 @@ import optax
 MARGIN = 1e-9  # relative distance of D from the edge of feasibility, float64
 
 _MARGIN32 = 1e-4
-_SHARP = 1e12  # power at which `top` is lambda_max
+_LOG2 = float(np.log(2.0))
+#: p = 2^SQUARINGS of mu = (trace M^p)^(1/p) where nothing else is said.
+SQUARINGS = 4
+_SHARP = 40  # squarings after which `top` is lambda_max to the last digit
 _MEMORY = 20
 
 
@@ -45,53 +48,89 @@ class Tap(NamedTuple):
 
 
 @jax.custom_vjp
-def top(m: jax.Array, power: jax.Array) -> jax.Array:
-    """(sum of lambda^power)^(1/power) over the eigenvalues of a symmetric positive semidefinite matrix.
+def top(m: jax.Array, squarings: jax.Array) -> jax.Array:
+    """(trace M^p)^(1/p) with p = 2^squarings for a symmetric positive semidefinite M, by products alone.
 
-    At least lambda_max and at most n^(1/power) times it; smooth where eigenvalues meet.
+    At least lambda_max and at most n^(1/p) times it; smooth where eigenvalues meet. Its gradient (M / top)^(p - 1)
+    comes from the same products, M^(2^(j+1) - 1) = M^(2^j - 1) M^(2^j), so nothing is stored for it. 0 for M = 0.
     """
-    return _top(m, power)[0]
+    return _powers(m, squarings, False)[0]
 
 
-def _top(m: jax.Array, power: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    values, vectors = jnp.linalg.eigh(m, symmetrize_input=False)
-    tiny = jnp.asarray(np.finfo(m.dtype).tiny, m.dtype) ** 0.5
-    largest = jnp.maximum(values[-1], tiny)
-    ratio = jnp.clip(values / largest, 0, 1)
-    total = jnp.sum(ratio**power) ** (1 / power)
-    weight = (ratio / total) ** (power - 1)
-    return largest * total, (vectors, weight)
+def _powers(m: jax.Array, squarings: jax.Array, gradient: bool) -> tuple[jax.Array, jax.Array]:
+    size = jnp.sqrt(jnp.sum(jnp.square(m)))
+    size = jnp.where(size > 0, size, 1)
+    eye = jnp.eye(m.shape[0], dtype=m.dtype)
+
+    def double(_: Any, carry: Any) -> Any:
+        a, b, log_a, log_b, power = carry
+        if gradient:
+            b = b @ a
+            log_b = log_b + log_a
+        a = a @ a
+        a, shift = rescale(a)  # by powers of two: exact
+        log_a = 2 * log_a + shift * _LOG2
+        if gradient:
+            largest = jnp.max(jnp.abs(b))
+            _, exponent = jnp.frexp(jnp.where(largest > 0, largest, 1))
+            b = b * jnp.ldexp(jnp.ones((), b.dtype), -exponent)
+            log_b = log_b + exponent.astype(b.dtype) * _LOG2
+        return a, b, log_a, log_b, 2 * power
+
+    zero, one = jnp.zeros((), m.dtype), jnp.ones((), m.dtype)
+    carry = (m / size, eye if gradient else zero, zero, zero, one)
+    a, b, log_a, log_b, power = jax.lax.fori_loop(0, squarings, double, carry)
+    trace = jnp.trace(a)
+    log_top = (jnp.log(jnp.where(trace > 0, trace, 1)) + log_a) / power  # of m / size
+    value = jnp.where(trace > 0, size * jnp.exp(log_top), 0)
+    weight = jnp.exp(log_b - (power - 1) * log_top) * b if gradient else b
+    return value, weight
 
 
-def _top_back(saved: Any, g: jax.Array) -> tuple[jax.Array, None]:
-    vectors, weight = saved
-    return g * (vectors * weight) @ vectors.T, None
+def _top_forward(m: jax.Array, squarings: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _powers(m, squarings, True)
 
 
-top.defvjp(_top, _top_back)
+def _top_back(weight: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
+    return g * weight, None
+
+
+top.defvjp(_top_forward, _top_back)
 
 
 def multiplier(
-    sy: jax.Array, kappa: jax.Array, q: jax.Array, s: jax.Array, power: jax.Array | None
+    sy: jax.Array, kappa: jax.Array, q: jax.Array, s: jax.Array, squarings: Any = SQUARINGS
 ) -> jax.Array:
-    """D of one tap from its parameters: feasible for every (q, s). `power` None: see `top_by_squaring`."""
+    """D of one tap from its parameters: feasible for every (q, s)."""
     half = jnp.exp(-q / 2) * jnp.ones_like(kappa)
-    m = half[:, None] * sy * half
-    mu = top_by_squaring(m) if power is None else top(m, power)
+    mu = jnp.maximum(top(half[:, None] * sy * half, squarings), _floor(sy.dtype))
     margin = MARGIN if sy.dtype == jnp.float64 else _MARGIN32
     return mu * jnp.exp(q) * (1 + margin + kappa * jnp.exp(s))
 
 
-def top_by_squaring(m: jax.Array) -> jax.Array:
-    """||M^8||_F^(1/8) >= lambda_max, within n^(1/16): products only, so that accelerators are fast, and smooth."""
-    size = jax.lax.stop_gradient(jnp.sqrt(jnp.sum(jnp.square(m))))
-    size = jnp.where(size > 0, size, 1)
-    p = m / size
-    for _ in range(3):
-        p = p @ p
-    total = jnp.sum(jnp.square(p))
-    tiny = jnp.asarray(np.finfo(m.dtype).tiny, m.dtype)
-    return size * jnp.maximum(total, tiny) ** (1 / 16)
+def _floor(dtype: Any) -> Any:
+    return np.sqrt(np.finfo(dtype).tiny).astype(dtype)
+
+
+@jax.custom_vjp
+def schur(m: jax.Array, c: jax.Array) -> jax.Array:
+    """C' M^-1 C for a positive definite M (n, n) and C (n, d); NaN where M has no Cholesky factor in floats."""
+    return _schur_forward(m, c)[0]
+
+
+def _schur_forward(m: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array]:
+    factor = jnp.linalg.cholesky(m, symmetrize_input=False)
+    y = jax.scipy.linalg.cho_solve((factor, True), c)
+    x = c.T @ y
+    return (x + x.T) / 2, y
+
+
+def _schur_back(y: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    along = y @ ((g + g.T) / 2)
+    return -along @ y.T, 2 * along
+
+
+schur.defvjp(_schur_forward, _schur_back)
 
 
 def through(
@@ -107,9 +146,8 @@ def through(
         trial = jnp.linalg.cholesky(jax.lax.stop_gradient(jnp.diag(d) - sy), symmetrize_input=False)
         fine = jnp.isfinite(trial).all()
         d = jnp.where(fine, d, 2 * jnp.sum(jnp.diagonal(sy) / d) * d)
-    factor = jnp.linalg.cholesky(jnp.diag(d) - sy, symmetrize_input=False)
-    z = jax.scipy.linalg.solve_triangular(factor, cross, lower=True) @ tap.A.T
-    new = tap.A @ sigma @ tap.A.T + z.T @ z + (tap.B * d) @ tap.B.T
+    x = sigma + schur(jnp.diag(d) - sy, cross)
+    new = tap.A @ x @ tap.A.T + (tap.B * d) @ tap.B.T
     return (new + new.T) / 2, fine
 
 
@@ -122,11 +160,11 @@ def rescale(sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class Passed(NamedTuple):
-    """One pass: the last ellipsoid 2^exponent sigma; (D, e) per run for multipliers 2^e D; were all feasible?"""
+    """One pass: the last ellipsoid 2^exponent sigma; per run D_i / (Sy)_ii; were all feasible in floats?"""
 
     sigma: jax.Array
     exponent: jax.Array
-    multipliers: tuple[tuple[jax.Array, jax.Array], ...]
+    multipliers: tuple[jax.Array, ...]
     feasible: jax.Array
 
 
@@ -134,7 +172,7 @@ def run(
     start: jax.Array,
     runs: Sequence[Tap],
     parameters: Sequence[Any],
-    power: jax.Array | None,
+    squarings: Any = SQUARINGS,
     *,
     guarded: bool = False,
 ) -> Passed:
@@ -143,18 +181,20 @@ def run(
     def step(carry: Any, item: Any) -> tuple[Any, Any]:
         sigma, exponent, feasible = carry
         tap, (q, s) = item
-        d, old = jnp.zeros_like(tap.kappa), exponent
+        relative = jnp.ones_like(tap.kappa)
         if tap.kappa.shape[0]:
             cross = tap.W @ sigma
             sy = cross @ tap.W.T
             sy = (sy + sy.T) / 2
-            d = multiplier(sy, tap.kappa, q, s, power)
+            d = multiplier(sy, tap.kappa, q, s, squarings)
+            own = jnp.diagonal(sy)
+            relative = d / jnp.maximum(own, jnp.maximum(jnp.max(own) * 1e-30, _floor(sy.dtype)))
             sigma, fine = through(sigma, tap, d, sy, cross, guarded=guarded)
             feasible = feasible & fine
         else:
             sigma = tap.A @ sigma @ tap.A.T
         sigma, shift = rescale(sigma)
-        return (sigma, exponent + shift, feasible), (d, old)
+        return (sigma, exponent + shift, feasible), relative
 
     carry: Any = (*rescale(start), jnp.ones((), bool))
     multipliers = []
@@ -173,21 +213,22 @@ def pair_squares(sigma: jax.Array) -> jax.Array:
     return diagonal[:, None] + diagonal[None, :] - 2 * sigma
 
 
-def objective(sigma: jax.Array, exponent: jax.Array, kind: str, weights: Any, power: jax.Array) -> jax.Array:
-    """log L of what `kind` says, as a smooth function that tends to it from above as `power` grows.
+def objective(sigma: jax.Array, exponent: jax.Array, kind: str, weights: Any, squarings: Any) -> jax.Array:
+    """log L of what `kind` says, as a smooth function that tends to it from above as `squarings` grows.
 
     "value": the network, l2 to l2; "entries": l-inf outputs; "largest": the largest L_ij; "pairs": the mean of log L_ij
     with `weights` (K, K).
     """
-    shift = exponent * float(np.log(2.0))
+    shift = exponent * _LOG2
+    least = np.finfo(sigma.dtype).tiny
+    power = jnp.exp2(jnp.asarray(squarings, sigma.dtype))
     if kind == "value":
-        return (jnp.log(top(sigma, power)) + shift) / 2
+        return (jnp.log(jnp.maximum(top(sigma, squarings), least)) + shift) / 2
     if kind == "entries":
-        entries = jnp.diagonal(sigma)
-        return (jax.nn.logsumexp(power * jnp.log(jnp.maximum(entries, 1e-300))) / power + shift) / 2
-    squares = jnp.maximum(pair_squares(sigma), 1e-300)
+        logs = jnp.log(jnp.maximum(jnp.diagonal(sigma), least))
+        return (jax.nn.logsumexp(power * logs) / power + shift) / 2
     off = ~jnp.eye(sigma.shape[0], dtype=bool)
-    logs = jnp.log(jnp.where(off, squares, 1))
+    logs = jnp.log(jnp.where(off, jnp.maximum(pair_squares(sigma), least), 1))
     if kind == "largest":
         return (jax.nn.logsumexp(jnp.where(off, power * logs, -jnp.inf)) / power + shift) / 2
     return (jnp.sum(weights * logs) / jnp.sum(weights) + shift) / 2
@@ -209,9 +250,9 @@ def first_ellipsoid(start: jax.Array, logits: Any) -> jax.Array:
     return start if isinstance(logits, tuple) else (start / jax.nn.softmax(logits)) @ start.T
 
 
-def _loss(start: Any, runs: Any, kind: str, weights: Any, power: Any, parameters: Parameters) -> jax.Array:
-    passed = run(first_ellipsoid(start, parameters.input), runs, parameters.taps, power)
-    return objective(passed.sigma, passed.exponent, kind, weights, power)
+def _loss(start: Any, runs: Any, kind: str, weights: Any, sharp: Any, parameters: Parameters) -> jax.Array:
+    passed = run(first_ellipsoid(start, parameters.input), runs, parameters.taps, sharp)
+    return objective(passed.sigma, passed.exponent, kind, weights, sharp)
 
 
 @partial(jax.jit, static_argnames=("kind", "steps"))
@@ -221,13 +262,13 @@ def improve(
     parameters: Parameters,
     state: Any,
     weights: Any,
-    power: jax.Array,
+    sharp: Any,
     kind: str,
     steps: int,
 ) -> tuple[Parameters, Any, jax.Array]:
     """`steps` iterations of L-BFGS on the parameters in one scan: (parameters, optimiser state, losses)."""
     solver = _solver()
-    loss = partial(_loss, start, runs, kind, weights, power)
+    loss = partial(_loss, start, runs, kind, weights, sharp)
     value_and_grad = optax.value_and_grad_from_state(loss)
 
     def step(carry: Any, _: None) -> tuple[Any, jax.Array]:
@@ -241,15 +282,13 @@ def improve(
 
 
 @jax.jit
-def _evaluate(start: Any, runs: Any, parameters: Parameters) -> Any:
-    return run(
-        first_ellipsoid(start, parameters.input), runs, parameters.taps, jnp.asarray(_SHARP, start.dtype)
-    )
+def _evaluate(start: Any, runs: Any, parameters: Parameters, squarings: Any) -> Passed:
+    return run(first_ellipsoid(start, parameters.input), runs, parameters.taps, squarings)
 
 
 @partial(jax.jit, static_argnames=("kind",))
 def _exact(start: Any, runs: Any, parameters: Parameters, weights: Any, kind: str) -> jax.Array:
-    return _loss(start, runs, kind, weights, jnp.asarray(_SHARP, start.dtype), parameters)
+    return _loss(start, runs, kind, weights, _SHARP, parameters)
 
 
 def _solver() -> Any:
@@ -301,7 +340,11 @@ def group(taps: Sequence[Tap]) -> list[list[Tap]]:
 
 
 def problem(
-    segments: Sequence[Any], start: np.ndarray, *, per_layer: bool = False, box: bool = False
+    segments: Sequence[Any],
+    start: np.ndarray,
+    *,
+    per_layer: bool = False,
+    box: bool = False,
 ) -> Problem:
     """Stacks consecutive taps of one shape, so that they are compiled once."""
     taps = []
@@ -331,13 +374,12 @@ def parameters_of(p: Problem, s: Sequence[float | np.ndarray] | float) -> Parame
 
 
 def multipliers(p: Problem, parameters: Parameters) -> tuple[tuple[np.ndarray, ...], np.ndarray | None]:
-    """(D per tap, 1 / a of the l-inf norm or None) of the parameters, in the units of the network."""
+    """(D_i / (Sy)_ii per tap, 1 / a of the l-inf norm or None)."""
     with jax.enable_x64(True):
-        found = _evaluate(*_on_device(p), parameters).multipliers
+        found = _evaluate(*_on_device(p), parameters, _SHARP).multipliers
     out: list[np.ndarray] = []
-    for (d, exponent), count in zip(found, p.counts, strict=True):
-        values, exponents = np.asarray(d).reshape(count, -1), np.asarray(exponent).reshape(count)
-        out += [np.ldexp(v, int(e)) for v, e in zip(values, exponents, strict=True)]
+    for d, count in zip(found, p.counts, strict=True):
+        out += list(np.asarray(d).reshape(count, -1))
     weights = None
     if p.box:
         logits = np.asarray(parameters.input, np.float64)
@@ -349,7 +391,7 @@ def multipliers(p: Problem, parameters: Parameters) -> tuple[tuple[np.ndarray, .
 def last_ellipsoid(p: Problem, parameters: Parameters) -> np.ndarray:
     """Sigma_out (K, K) in float arithmetic."""
     with jax.enable_x64(True):
-        passed = _evaluate(*_on_device(p), parameters)
+        passed = _evaluate(*_on_device(p), parameters, _SHARP)
         return np.ldexp(np.asarray(passed.sigma), int(passed.exponent))
 
 
@@ -359,14 +401,14 @@ def _on_device(p: Problem) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to optimise: L-BFGS with `stages` of rising power, `chunk` iterations between two looks.
+    """How long to optimise: L-BFGS with `stages` of rising sharpness (squarings), `chunk` iterations between two looks.
 
     A stage ends when a chunk lowers log L by less than `tolerance` times the stage's own smoothing error, all of it
     after `iterations`.
     """
 
     iterations: int
-    stages: tuple[float, ...] = (16.0, 128.0, 1024.0, 8192.0, 65536.0)
+    stages: tuple[int, ...] = (4, 7, 10, 13, 16)
     chunk: int = 15
     tolerance: float = 1e-3
 
@@ -399,19 +441,17 @@ def optimize(
             raise ValueError("the ellipsoid recursion overflows or loses all digits on this network")
         value, current = scores[best], jax.tree.map(jnp.asarray, starts[best])
         done = 0
-        size = max(max((run.W.shape[-2] for run in p.runs), default=1), 2)
+        size = max(p.runs[-1].A.shape[-2], 2) if p.runs else 2
         if not jax.tree.leaves(current):
             return current, float(np.exp(value)), 0
         best_yet = current
-        for place, power in enumerate(how.stages):
+        for place, stage in enumerate(how.stages):
             current, state = best_yet, _solver().init(best_yet)
             allowed = max((how.iterations - done) // (len(how.stages) - place), how.chunk)
-            blur = len(p.counts) * np.log(size) / power
+            blur = np.log(size) / 2.0**stage
             spent = failures = 0
             while spent < allowed and done < how.iterations and failures < 2:
-                trial, state, losses = improve(
-                    start, runs, current, state, weights, jnp.asarray(power), kind, how.chunk
-                )
+                trial, state, losses = improve(start, runs, current, state, weights, stage, kind, how.chunk)
                 done, spent = done + how.chunk, spent + how.chunk
                 score = float(_exact(start, runs, trial, weights, kind))
                 curve = np.asarray(losses)

@@ -1,0 +1,129 @@
+"""What the commands of `lipbounds` take: words to choose from, arguments and options."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+
+class Norm(enum.StrEnum):
+    one = "1"
+    two = "2"
+    inf = "inf"
+
+
+class Guarantee(enum.StrEnum):
+    auto = "auto"
+    verified = "verified"
+    probabilistic = "probabilistic"
+    estimate = "estimate"
+
+
+class Proof(enum.StrEnum):
+    """The guarantees that a radius can have."""
+
+    auto = "auto"
+    verified = "verified"
+    probabilistic = "probabilistic"
+
+
+class Verb(enum.StrEnum):
+    naive = "naive"
+    liplt = "liplt"
+    lipsdp = "lipsdp"
+
+
+class AnyVerb(enum.StrEnum):
+    naive = "naive"
+    liplt = "liplt"
+    lipsdp = "lipsdp"
+    all = "all"
+
+
+class Solver(enum.StrEnum):
+    recursion = "recursion"
+    clarabel = "clarabel"
+    scs = "scs"
+
+
+class Multipliers(enum.StrEnum):
+    neuron = "neuron"
+    layer = "layer"
+
+
+class Scaling(enum.StrEnum):
+    none = "none"
+    aol = "aol"
+    sll = "sll"
+    optimized = "optimized"
+
+
+class ManyNumbers(TyperCommand):
+    """Lets `--eps 0.1 0.25` stand for `--eps 0.1 --eps 0.25`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        numbers = False
+        for arg in args:
+            if numbers and _is_number(arg) and spread[-1] != "--eps":
+                spread.append("--eps")
+            elif arg.startswith("-") and not _is_number(arg):
+                numbers = arg == "--eps" or arg.startswith("--eps=")
+            elif not _is_number(arg):
+                numbers = False
+            spread.append(arg)
+        return super().parse_args(ctx, spread)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+ModelPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        exists=True,
+        dir_okay=False,
+        show_default=False,
+        help="A model file of ours (.safetensors), such as the demo writes.",
+    ),
+]
+NormOption = Annotated[Norm, typer.Option(help="Norm in which the input moves.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
+ScalingOption = Annotated[
+    Scaling,
+    typer.Option(help="Diagonal scaling of LipLT: none is the paper's recursion, optimized the tightest."),
+]
+SolverOption = Annotated[
+    Solver, typer.Option(help="How LipSDP is solved; clarabel and scs (CVXPY) are for small networks.")
+]
+MultipliersOption = Annotated[
+    Multipliers, typer.Option(help="Multipliers of LipSDP: one per neuron (tighter), or one per layer.")
+]
+RefineOption = Annotated[
+    int, typer.Option(metavar="N", min=0, help="LipSDP: optimise the N worst pairs once more, each alone.")
+]
+CertificateOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--certificate",
+        metavar="FILE",
+        dir_okay=False,
+        help="Save what proves a LipSDP bound, for `lipbounds verify`.",
+    ),
+]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", dir_okay=False, help="Also write the result as JSON.")
+]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Write even where files of another program stand.")
+]

@@ -1,0 +1,377 @@
+"""lb.lipsdp: at the optimum of its LMI and never below it, sound in every option, plain in every refusal.
+
+The reference and the networks come from test_lipsdp_slow.py, where the long lists are. Networks here share their widths
+so that the recursion is compiled once per objective.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attained import Search, attained
+from test_lipsdp_slow import (
+    ABOVE,
+    MEDIAN,
+    NOT_BELOW,
+    chain,
+    crm_net,
+    f32,
+    gauss,
+    needs_cvxpy,
+    orthogonal_maxmin,
+    pair_row,
+    random_net,
+    reference,
+    residual,
+    traced,
+)
+
+import lipbounds as lb
+from lipbounds.lure import LureForm
+
+WIDTHS = [4, 8, 8, 3]
+I, J = np.triu_indices(3, 1)
+ROUNDING = 1e-9  # of the difference quotients of the search
+
+
+@functools.cache
+def plain(kind: str = "relu", seed: int = 9) -> LureForm:
+    return chain(kind, WIDTHS, seed)
+
+
+@functools.cache
+def slope(norm: float = 2) -> Any:
+    return attained(Search(plain()), norm)
+
+
+def max_pool() -> LureForm:
+    first, last = f32(*gauss([6, 12], 1), *gauss([4, 3], 2))
+
+    def fn(x: Any) -> Any:
+        return last @ (first @ x).reshape(4, 3).max(axis=1)
+
+    return traced(fn, 6)
+
+
+def dense_net() -> LureForm:
+    a, b, c = f32(*(g[0] for g in (gauss([5, 6], 1), gauss([11, 6], 2), gauss([17, 3], 3))))
+
+    def fn(x: Any) -> Any:
+        x = jnp.concatenate([x, jax.nn.relu(a @ x)])
+        x = jnp.concatenate([x, jnp.tanh(b @ x)])
+        return c @ x
+
+    return traced(fn, 5)
+
+
+def u_net() -> LureForm:
+    down, middle, up, last = f32(
+        *(g[0] for g in (gauss([8, 6], 1), gauss([6, 3], 2), gauss([3, 6], 3), gauss([12, 2], 4)))
+    )
+
+    def fn(x: Any) -> Any:
+        skip = jax.nn.relu(down @ x)
+        low = jax.nn.relu(middle @ skip)
+        return last @ jnp.concatenate([jax.nn.relu(up @ low), skip])
+
+    return traced(fn, 8)
+
+
+# ------------------------------------------------------------------------- against another solver
+@needs_cvxpy
+def test_random_networks_against_clarabel() -> None:
+    """One of every kind; all 108 in test_lipsdp_slow.py."""
+    excess = []
+    for number in (10, 11, 13, 14, 16, 18, 23, 28, 33):
+        _, form = random_net(number)
+        excess.append(lb.lipsdp(form).value / reference(form) - 1)
+    assert min(excess) >= -NOT_BELOW and max(excess) <= ABOVE and np.median(excess) <= MEDIAN
+
+
+@needs_cvxpy
+@pytest.mark.parametrize("kind", ["relu", "leaky", "tanh", "sigmoid", "gelu", "abs", "prelu", "narrow"])
+def test_the_recursion_alone_against_clarabel(kind: str) -> None:
+    """`iterations` asks for the recursion, without Newton's method."""
+    form = plain(kind)
+    exact = reference(form)
+    found = lb.lipsdp(form, iterations=900)
+    assert found.notes[0].startswith("recursion")
+    assert -NOT_BELOW <= found.value / exact - 1 <= ABOVE
+    assert -NOT_BELOW <= lb.lipsdp(form).value / exact - 1 <= 2e-5
+
+
+@needs_cvxpy
+@pytest.mark.parametrize(
+    "build",
+    [lambda: residual("relu", 6, 3, 1, 6), max_pool, dense_net, u_net],
+    ids=["residual", "max-pool", "dense", "u-net"],
+)
+def test_other_architectures_against_clarabel(build: Any) -> None:
+    form = build()
+    exact = reference(form)
+    assert -NOT_BELOW <= lb.lipsdp(form).value / exact - 1 <= 1e-6
+    tied = reference(form, tied=True)
+    assert -NOT_BELOW <= lb.lipsdp(form, multipliers="layer").value / tied - 1 <= 1e-6
+    assert tied > exact * (1 + 1e-4), "the two problems are the same here, so this shows less than it says"
+
+
+@needs_cvxpy
+def test_the_recursion_on_a_residual_network_against_clarabel() -> None:
+    """Equal blocks are scanned."""
+    form = residual("leaky", 6, 3, 1, 6)
+    assert -NOT_BELOW <= lb.lipsdp(form, iterations=600).value / reference(form) - 1 <= ABOVE
+
+
+@needs_cvxpy
+@pytest.mark.parametrize(
+    "options", [{}, {"iterations": 900}, {"solver": "clarabel"}, {"solver": "scs"}], ids=str
+)
+def test_positive_weights_give_the_norm_of_the_product(options: dict[str, Any]) -> None:
+    layers = [np.abs(w) for w in gauss(WIDTHS, 4)]
+    exact = float(np.linalg.norm(layers[2] @ layers[1] @ layers[0], 2))
+    bound = lb.lipsdp(lb.from_weights(layers, activation="relu"), **options)
+    assert exact * (1 - 1e-14) <= bound.value <= exact * (1 + 1e-6)
+    assert bound.guarantee == "verified"
+
+
+def test_an_orthogonal_maxmin_chain_has_constant_1() -> None:
+    assert 1 - 1e-12 <= lb.lipsdp(orthogonal_maxmin()).value <= 1 + 1e-6
+
+
+# -------------------------------------------------------------------------------------------- pairs
+@needs_cvxpy
+@pytest.mark.parametrize("trained", [False, True], ids=["random", "crm"])
+def test_pairs_against_a_solve_per_pair(trained: bool) -> None:
+    """One pass for all pairs, then with multipliers of their own."""
+    form = crm_net() if trained else plain()
+    exact = np.array([reference(form, pair_row(3, i, j)) for i, j in zip(I, J, strict=True)])
+
+    def excess(**options: Any) -> np.ndarray:
+        bound = lb.lipsdp(form, pairwise=True, **options)
+        assert bound.pairwise is not None and bound.per_class is not None
+        for i in range(3):
+            assert bound.per_class[i] >= reference(form, np.eye(3)[[i]]) * (1 - NOT_BELOW)
+        found = bound.pairwise[I, J] / exact - 1
+        assert found.min() >= -NOT_BELOW
+        return found
+
+    assert excess().max() <= 1e-6
+    assert excess(iterations=300).max() <= (0.02 if trained else 0.25)
+    assert excess(iterations=300, objective="largest")[exact.argmax()] <= 5e-3
+    assert excess(iterations=300, refine=3).max() <= 5e-3
+    weights = np.zeros((3, 3))
+    weights[I[0], J[0]] = weights[J[0], I[0]] = 1.0
+    assert excess(iterations=300, objective=weights)[0] <= 5e-3
+    assert excess(objective="largest", refine=2)[np.argsort(-exact)[:2]].max() <= 1e-6
+
+
+def test_no_pass_for_the_pairs_is_worse_than_the_network_allows() -> None:
+    bound = lb.lipsdp(plain(), pairwise=True, objective="largest", iterations=15)
+    assert bound.pairwise is not None
+    assert bound.pairwise.max() <= math.sqrt(2) * bound.value * (1 + 1e-9)
+    assert (slope().pairs <= bound.pairwise * (1 + ROUNDING)).all()
+
+
+# --------------------------------------------------------------------------------- the l-inf norm
+def test_linf_is_sound_and_never_above_liplt() -> None:
+    form = plain()
+    bound, other = lb.lipsdp(form, norm=math.inf, pairwise=True), lb.liplt(form, norm=math.inf, pairwise=True)
+    found = slope(math.inf)
+    assert found.value <= bound.value * (1 + ROUNDING) and bound.value <= other.value
+    assert bound.pairwise is not None and other.pairwise is not None
+    assert (found.pairs <= bound.pairwise * (1 + ROUNDING)).all() and (bound.pairwise <= other.pairwise).all()
+    assert bound.norm == math.inf and bound.guarantee == "verified"
+    assert bound.pairwise.max() < other.pairwise.max(), "nothing gained, so nothing shown"
+
+
+def test_linf_of_positive_weights() -> None:
+    """|f| <= n_in^(1/2) ... is no help: the answer by hand is the row sum of the product, a lower end for the bound."""
+    layers = [np.abs(w) for w in gauss(WIDTHS, 4)]
+    exact = float(np.abs(layers[2] @ layers[1] @ layers[0]).sum(axis=1).max())
+    assert lb.lipsdp(lb.from_weights(layers, activation="relu"), norm=math.inf).value >= exact * (1 - 1e-14)
+
+
+# -------------------------------------------------------------------------------------- refusals
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"solver": "mosek"}, "solver must be one of recursion, clarabel, scs, got 'mosek'"),
+        ({"multipliers": "network"}, "'neuron' or 'layer'.*arXiv 2005.02929"),
+        ({"multipliers": "both"}, "'neuron' or 'layer', got 'both'$"),
+        ({"norm": 1}, "norm=2 and inf.*lb.liplt"),
+        ({"norm": 3}, "norm"),
+        ({"norm": math.inf, "solver": "scs"}, "solver='scs' is for norm=2"),
+        ({"solver": "scs", "guarantee": "estimate"}, "not offered as an estimate"),
+        ({"guarantee": "proved"}, "guarantee must be one of"),
+        ({"objective": "median"}, "'mean', 'largest' or an array"),
+        ({"objective": np.ones((2, 2))}, r"symmetric array \(3, 3\)"),
+        ({"objective": -np.ones((3, 3))}, "numbers >= 0"),
+        ({"objective": np.full((3, 3), np.nan)}, "finite numbers"),
+        ({"objective": np.eye(3)}, "not all 0 off the diagonal"),
+        ({"objective": np.triu(np.ones((3, 3)))}, "symmetric"),
+        ({"refine": -1}, "refine is a number of pairs >= 0, got -1"),
+        ({"refine": 1.5}, "refine is a number of pairs >= 0, got 1.5"),
+        ({"start_at": 3}, r"start_at must lie in 0..2, got 3"),
+        ({"start_at": -1}, r"start_at must lie in 0..2, got -1"),
+        ({"start_at": 1, "norm": math.inf}, "start_at > 0 is for norm=2"),
+    ],
+    ids=str,
+)
+def test_refused_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lb.lipsdp(plain(), **options)
+
+
+def test_a_form_being_traced_is_refused_and_the_core_named() -> None:
+    weights = f32(*gauss(WIDTHS, 9))
+
+    def value(weights: Any) -> Any:
+        return lb.lipsdp(lb.from_weights(weights, activation="relu")).value
+
+    with pytest.raises(TypeError, match="lb.lipsdp.core"):
+        jax.jit(value)(weights)
+    with pytest.raises(TypeError, match="LureForm"):
+        lb.lipsdp([np.eye(2)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(bad: float) -> None:
+    layers = gauss(WIDTHS, 9)
+    layers[1][2, 3] = bad
+    with pytest.raises(ValueError, match=r"NaN|inf|finite"):
+        lb.lipsdp(lb.from_weights(layers, activation="relu"))
+
+
+# ------------------------------------------------------------------------ where the ellipsoid starts
+def test_every_start_is_sound_and_the_last_is_liplt() -> None:
+    form, other = plain(), lb.liplt(plain(), pairwise=True)
+    best = lb.lipsdp(form).value
+    assert best < 0.9 * other.value
+    values = []
+    for start in range(len(form.taps) + 1):
+        bound = lb.lipsdp(form, start_at=start, pairwise=True, iterations=300)
+        values.append(bound.value)
+        assert max(best * (1 - NOT_BELOW), slope().value / (1 + ROUNDING)) <= bound.value <= other.value
+        assert bound.pairwise is not None and other.pairwise is not None
+        assert (slope().pairs <= bound.pairwise * (1 + ROUNDING)).all()
+        assert (bound.pairwise <= other.pairwise).all()
+        assert bound.guarantee == "verified"
+    assert values[0] <= best * (1 + ABOVE) and values[0] < values[1]
+    assert values[-1] == pytest.approx(other.value, rel=1e-9)
+
+
+# --------------------------------------------------------------------------------------- scaling
+@pytest.mark.parametrize(
+    "scales", [(1e-30, 1, 1), (1e30, 1, 1), (1e30, 1e-30, 1e-8), (1e-9, 1e12, 1e-3)], ids=str
+)
+@pytest.mark.parametrize("options", [{}, {"iterations": 300}, {"multipliers": "layer"}], ids=str)
+def test_the_sizes_of_the_layers_only_multiply(scales: tuple[float, ...], options: dict[str, Any]) -> None:
+    layers = gauss(WIDTHS, 9)
+    scaled = [s * w for s, w in zip(scales, layers, strict=True)]
+    one, other = (
+        lb.lipsdp(lb.from_weights(w, activation="relu"), pairwise=True, **options) for w in (layers, scaled)
+    )
+    assert one.pairwise is not None and other.pairwise is not None
+    tolerance = 1e-2 if "iterations" in options else 1e-6
+    assert other.value == pytest.approx(one.value * math.prod(scales), rel=tolerance)
+    off = ~np.eye(3, dtype=bool)
+    ratio = other.pairwise[off] / one.pairwise[off] / math.prod(scales)
+    assert np.abs(ratio - 1).max() <= (0.2 if "iterations" in options else 1e-6)
+
+
+@pytest.mark.parametrize("dead", [0, 1, 2])
+@pytest.mark.parametrize("options", [{}, {"iterations": 30}], ids=str)
+def test_a_layer_of_zeros_makes_the_constant_0(dead: int, options: dict[str, Any]) -> None:
+    layers = gauss(WIDTHS, 9)
+    layers[dead][:] = 0
+    bound = lb.lipsdp(lb.from_weights(layers, activation="relu"), pairwise=True, **options)
+    assert bound.value == 0 and bound.pairwise is not None and not bound.pairwise.any()
+
+
+@pytest.mark.parametrize("options", [{}, {"iterations": 30}, {"norm": math.inf}], ids=str)
+def test_without_taps_it_is_the_norm_of_the_matrix(options: dict[str, Any]) -> None:
+    (w,) = gauss([7, 5], 2)
+    bound = lb.lipsdp(lb.from_weights([w], activation="relu"), pairwise=True, **options)
+    assert bound.pairwise is not None
+    exact = float(np.linalg.norm(w, options.get("norm", 2)))
+    rows = np.linalg.norm(w[:, None] - w[None, :], ord=1 if "norm" in options else 2, axis=-1)
+    assert exact * (1 - 1e-14) <= bound.value <= exact * (1 + 1e-6)
+    assert (rows * (1 - 1e-14) <= bound.pairwise).all() and (bound.pairwise <= rows * (1 + 1e-6)).all()
+
+
+def test_a_single_output_has_no_pairs() -> None:
+    form = lb.from_weights(gauss([4, 8, 1], 3), activation="relu")
+    bound = lb.lipsdp(form, pairwise=True)
+    assert bound.pairwise is not None and bound.pairwise.shape == (1, 1) and bound.pairwise[0, 0] == 0
+    assert bound.per_class is not None and bound.per_class[0] == pytest.approx(bound.value, rel=1e-6)
+    assert bound.value < lb.liplt(form).value
+
+
+# ------------------------------------------------------------------------------------ guarantees
+def test_guarantee_words() -> None:
+    form = plain()
+    best = lb.lipsdp(form, pairwise=True)
+    assert type(best) is lb.UpperBound and best.guarantee == "verified" and best.failure_probability == 0
+    assert lb.lipsdp(form, guarantee="verified").guarantee == "verified"
+    likely = lb.lipsdp(form, guarantee="probabilistic")
+    assert type(likely) is lb.UpperBound
+    # the multipliers are proved by Cholesky; nothing in it was left to chance unless LipLT's norms are used
+    assert (likely.guarantee == "probabilistic") == (likely.failure_probability > 0)
+    assert likely.value >= best.value * (1 - NOT_BELOW)
+    guess = lb.lipsdp(form, guarantee="estimate", pairwise=True)
+    assert type(guess) is lb.Estimate and guess.guarantee == "estimate"
+    assert guess.value == pytest.approx(best.value, rel=2e-3)
+    assert guess.pairwise is not None and best.pairwise is not None
+    assert (guess.pairwise >= best.pairwise * (1 - 1e-6)).all()
+
+
+@pytest.mark.parametrize(
+    "options", [{"iterations": 0}, {"iterations": 15}, {"multipliers": "layer"}], ids=str
+)
+def test_never_above_liplt(options: dict[str, Any]) -> None:
+    """Also entry by entry, and however badly the multipliers were optimised."""
+    for kind in ("relu", "tanh", "prelu"):
+        form = plain(kind)
+        bound, other = lb.lipsdp(form, pairwise=True, **options), lb.liplt(form, pairwise=True)
+        assert bound.value <= other.value
+        assert bound.pairwise is not None and other.pairwise is not None
+        assert bound.per_class is not None and other.per_class is not None
+        assert (bound.pairwise <= other.pairwise).all() and (bound.per_class <= other.per_class).all()
+    assert bound.value < other.value, "LipLT itself was returned"
+
+
+# ------------------------------------------------------------------------------- what it tells
+def test_progress_is_called() -> None:
+    seen: list[tuple[str, float]] = []
+    bound = lb.lipsdp(plain(), iterations=300, progress=lambda what, value: seen.append((what, value)))
+    assert len(seen) > 1 and seen[-1][1] == pytest.approx(bound.value, rel=1e-3)
+    seen.clear()
+    exact = lb.lipsdp(plain(), progress=lambda what, value: seen.append((what, value)))
+    assert [what for what, _ in seen] == ["network"] and seen[0][1] == pytest.approx(exact.value, rel=1e-6)
+
+
+@needs_cvxpy
+@pytest.mark.parametrize("solver", ["clarabel", "scs"])
+def test_the_raw_value_is_told_and_is_not_the_bound(solver: str) -> None:
+    form = plain()
+    bound = lb.lipsdp(form, solver=solver)
+    (note,) = [n for n in bound.notes if "raw value" in n]
+    raw = float(note.split("raw value ")[1].split(",")[0])
+    assert (
+        note.startswith(f"{solver} (network): optimal") and "no bound" in note and " s with the model" in note
+    )
+    assert raw == pytest.approx(bound.value, rel=1e-3) and bound.method == f"lipsdp-{solver}"
+    assert bound.value >= reference(form) * (1 - NOT_BELOW)
+
+
+def test_without_cvxpy_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install lipbounds\[sdp\]"):
+        lb.lipsdp(plain(), solver="scs")
