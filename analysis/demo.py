@@ -125,14 +125,22 @@ def _one_model(
     file = save_model(folder / f"{name}.safetensors", model, spec)
     form = lb.trace(model, data.test_x[0])
     steps = 0
-    total = sum(len(offered(methods, norm)) + 1 for norm in NORMS)
+    total = sum(len(offered(methods, norm, quick=True)) + 1 for norm in NORMS)
 
     def measured(what: str) -> None:
         nonlocal steps
         stage(what, training_share + (1 - training_share) * min(steps / total, 1.0))
         steps += 1
 
-    rows = measure(form, data.test_x, data.test_y, methods=methods, seed=seed, progress=measured)
+    rows = measure(
+        form,
+        data.test_x,
+        data.test_y,
+        methods=methods,
+        seed=seed,
+        quick=True,
+        progress=measured,
+    )
     return {
         "name": name,
         "title": title,

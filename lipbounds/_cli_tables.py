@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Json = dict[str, Any]
-_NOTES = 4  # of a bound that are printed
 
 
 def console() -> Console:
@@ -48,14 +46,6 @@ def working() -> Iterator[Callable[[str], None]]:
         yield lambda text: bar.update(task, description=text)
 
 
-def brief(result: Any) -> Any:
-    """The result with its first notes only, for printing; pairs can have one each."""
-    if len(result.notes) <= _NOTES + 1:
-        return result
-    more = f"and {len(result.notes) - _NOTES} more; --json writes all of them"
-    return dataclasses.replace(result, notes=(*result.notes[:_NOTES], more))
-
-
 def proved(certificate: Any, seconds: float) -> str:
     """One line: what a certificate that was just proved again says."""
     from lipbounds._tables import seconds_text, show
@@ -64,7 +54,7 @@ def proved(certificate: Any, seconds: float) -> str:
     k = certificate.num_outputs
     pairs = "" if certificate.pairwise is None else f", {k * (k - 1) // 2} pairs"
     risk = certificate.failure_probability
-    word = certificate.guarantee + (f", fails with probability <= {show(risk, 'up', 3)}" if risk else "")
+    word = certificate.guarantee + (f", fails with probability <= {show(risk, digits=3)}" if risk else "")
     claim = f"L <= {show(certificate.value, 'up')} ({NORM_NAMES[certificate.norm]}, {word})"
     return f"{claim}{pairs}, proved again in {seconds_text(seconds)}"
 

@@ -26,8 +26,11 @@ from lipbounds._stages import Run, Stage, ratio, stages
 from lipbounds.lure import LureForm
 
 _RATE = 0.05
-_SHARPNESS = 6  # squarings of the smoothed objective that the multipliers descend on, and of the repair
+_SHARPNESS = 6  # squarings of the smoothed objective that the multipliers descend on
 _FURTHEST = 20.0  # |log| of a multiplier over the size of its ellipsoid
+_FELT = 30.0  # times the other terms of Sigma: feedback beyond which multipliers are moved away from the edge,
+_NEAR = 1e-3  # to this relative distance at first
+_TIGHT = 9  # squarings of that edge
 _LEAST = 0.02  # |c| / r of the closed-form start is at least this
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -81,8 +84,8 @@ class LipSdpCore:
 
         The multipliers first take `steps` steps of Adam, on the mean of log L_ij if `pairwise`, else on L; they are
         then constants for the gradient (Danskin). With steps=0 the gradient reaches `state.multipliers` too, so they
-        can be trained with the weights in one backward pass. A D that is not feasible for the weights is enlarged until
-        it is. Where a number is not finite the last finite constants are returned without gradient, multipliers that
+        can be trained with the weights in one backward pass. A D that is not feasible for the weights, or hardly, is
+        enlarged. Where a number is not finite the last finite constants are returned without gradient, multipliers that
         fail on finite weights begin anew, and `state.failed` says so.
         """
         dtype = state.last.value.dtype
@@ -113,8 +116,9 @@ class LipSdpCore:
             begin = jax.lax.stop_gradient((multipliers, moments))
             (multipliers, moments), _ = jax.lax.scan(improve, begin, None, length=steps)
             multipliers = jax.lax.stop_gradient(multipliers)
-        constants = _constants(_recursion(sigma, exponent, runs, multipliers))
-        fine = good & jnp.isfinite(jax.lax.stop_gradient(constants.value))
+        passed = _recursion(sigma, exponent, runs, multipliers)
+        constants = _constants(passed)
+        fine = good & _finite((passed.sigma, constants))
         constants = jax.tree.map(lambda a, b: jnp.where(fine, a, b), constants, state.last)
         kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), (multipliers, moments), state[:2])
         kept = (_or_default(fine | ~good, kept[0]), kept[1])
@@ -233,89 +237,108 @@ def _recursion(sigma: jax.Array, exponent: jax.Array, runs: list[Run], parameter
 def _through(sigma: jax.Array, stage: Stage, q: Any, slopes: str) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(Sigma+ / 2^e, e, q): one tap. With H = 0
 
-    Sigma+ = G (c X c + r D r) G',   X = Sy + Sy (D - Sy)^-1 Sy = D (D - Sy)^-1 D - D
+        Sigma+ = G (c X c + r D r) G',   X = Sy + Sy (D - Sy)^-1 Sy = D (D - Sy)^-1 D - D
     """
     kappa = ratio(stage)
     sy, c, r = sigma, stage.c, stage.r
     G, up = _near_one(stage.G)
+    y_state, wide = sigma, jnp.zeros((), sigma.dtype)
     if stage.W is not None:
         W, wide = _near_one(stage.W)
-        sy = _dot(_dot(W, sigma), W.T)
-        if stage.H is None:
-            up = up + wide
+        y_state = _dot(W, sigma)
+        sy = _dot(y_state, W.T)
     # A neuron that cannot move has w = 0, and so has every neuron where nothing moves.
     moves = jnp.diagonal(jax.lax.stop_gradient(sy)) > 0
     c, r = jnp.where(moves, c, 0), jnp.where(moves, r, 0)
-    d, factor, q = _feasible(sy, q, kappa)
+    given, q = _multipliers(sy, q, kappa)
     if stage.H is None:
+        up, B = up + wide, G * r
         if slopes == "any":
             cross = _dot(sy * c, G.T)
-            new = _dot(cross.T * c + G * (r * r * d), G.T)
+            linear = _dot(cross.T * c, G.T)
+            d, solved = _feasible(given, sy, kappa, lambda d: cross, B, jnp.trace(linear))
+            new = linear + _dot(B * d, B.T)
         else:
+            d, solved = _feasible(given, sy, kappa, lambda d: (d * c)[:, None] * G.T, B, 0.0)
             cross = (d * c)[:, None] * G.T
             new = 0 if slopes == "zero" else _dot(G * ((r * r - c * c) * d), G.T)
-        new = _schur(factor, d, sy, cross) + new
-        return (new + new.T) / 2, 2 * up, q
-    # y is counted in units of 2^wide, so w is too
-    unit = jnp.ones((), sigma.dtype)
-    if stage.W is None:
-        A, through_y = stage.H + stage.G * c, sigma
     else:
-        unit = jnp.exp2(wide)
-        A, through_y = stage.H + _dot(stage.G * c, stage.W), _dot(W, sigma)
-    B = stage.G * (r * unit)
-    size = jax.lax.stop_gradient(jnp.maximum(jnp.max(jnp.abs(A)), jnp.max(jnp.abs(B))))
-    shrink, up = _power_of_two(size)
-    A, B = A * shrink, B * shrink
-    new = _schur(factor, d, sy, _dot(through_y, A.T)) + _dot(_dot(A, sigma), A.T) + _dot(B * d, B.T)
+        A = stage.H + (stage.G * c if stage.W is None else _dot(stage.G * c, stage.W))
+        B = stage.G * (r * jnp.exp2(wide))  # y is counted in units of 2^wide, so w is too
+        size = jax.lax.stop_gradient(jnp.maximum(jnp.max(jnp.abs(A)), jnp.max(jnp.abs(B))))
+        shrink, up = _power_of_two(size)
+        A, B = A * shrink, B * shrink
+        cross = _dot(y_state, A.T)
+        linear = _dot(_dot(A, sigma), A.T)
+        d, solved = _feasible(given, sy, jnp.maximum(kappa, 0.25), lambda d: cross, B, jnp.trace(linear))
+        new = linear + _dot(B * d, B.T)
+    new = _schur(solved, d, sy, cross) + new
     return (new + new.T) / 2, 2 * up, q
 
 
-def _feasible(sy: jax.Array, q: Any, kappa: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(D, the Cholesky factor of D - Sy, q): D = ||Sy||_F exp(q), or its least multiple that is safely feasible.
-
-    Without q the closed form D = mu (1 + |c| / r), the best for each neuron alone, mu = lambda_max(Sy).
-    """
-    still = jax.lax.stop_gradient(sy)
+def _multipliers(sy: jax.Array, q: Any, kappa: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(D, q): D = ||Sy||_F exp(q); without q the closed form D = lambda_max(Sy) (1 + |c| / r), the best for one neuron
+    alone."""
     square = jnp.sum(jnp.square(sy))
     size = jnp.sqrt(jnp.where(square > 0, square, 1))
     if q is None:
-        mu = jnp.where(square > 0, ellipsoid.top(still, _SHARPNESS), 1)
+        mu = jnp.where(square > 0, ellipsoid.top(jax.lax.stop_gradient(sy), _SHARPNESS), 1)
         q = jnp.log(mu / size * (1 + jnp.maximum(kappa, _LEAST)))
     q = jnp.clip(q, -_FURTHEST, _FURTHEST)
-    d = size * jnp.exp(q)
-    factor = _cholesky(jax.lax.stop_gradient(d), still)
-
-    def repaired() -> tuple[jax.Array, jax.Array]:
-        half = jax.lax.rsqrt(d)
-        margin = 1e-6 if sy.dtype == jnp.float64 else 1e-3
-        fixed = (1 + margin) * ellipsoid.top(half[:, None] * sy * half, _SHARPNESS) * d
-        return fixed, _cholesky(jax.lax.stop_gradient(fixed), still)
-
-    d, factor = jax.lax.cond(jnp.isfinite(factor).all(), lambda: (d, factor), repaired)
-    return d, jax.lax.stop_gradient(factor), q
+    return size * jnp.exp(q), q
 
 
-def _cholesky(d: jax.Array, sy: jax.Array) -> jax.Array:
-    return jnp.linalg.cholesky(jnp.diag(d) - sy, symmetrize_input=False)
+class _Solved(NamedTuple):
+    """The Cholesky factor F of D - Sy, and z = F^-1 cross; constants under differentiation."""
+
+    factor: jax.Array
+    z: jax.Array
+
+
+def _feasible(
+    given: jax.Array, sy: jax.Array, kappa: jax.Array, cross_of: Any, B: jax.Array, linear: Any
+) -> tuple[jax.Array, _Solved]:
+    """(D, what `_schur` needs): the D given, or where that will not do D mu (1 + some), mu >= lambda_max(D^-1/2 Sy D^-1/2).
+
+    It will not do where D - Sy has no Cholesky factor, nor where the feedback z'z, at the best D a third of the other
+    terms A Sigma A' + B D B', is many times as large: at the edge of feasibility (D - Sy)^-1 and its gradient would ruin
+    a training step. But where the edge is hardly felt (c = 0, MaxMin) the best D lies there.
+    """
+    still = jax.lax.stop_gradient(sy)
+
+    def solve(d: jax.Array) -> tuple[_Solved, jax.Array]:
+        d = jax.lax.stop_gradient(d)
+        factor = jnp.linalg.cholesky(jnp.diag(d) - still, symmetrize_input=False)
+        z = solve_triangular(factor, jax.lax.stop_gradient(cross_of(d)), lower=True)
+        others = jax.lax.stop_gradient(jnp.sum(jnp.square(B) * d) + linear)
+        return _Solved(factor, z), jnp.sum(jnp.square(z)) <= _FELT * others  # False where the factor is NaN
+
+    def moved() -> tuple[jax.Array, _Solved]:
+        half = jax.lax.rsqrt(given)
+        least = given * ellipsoid.top(half[:, None] * sy * half, _TIGHT)
+        near, far = least * (1 + _NEAR), least * (1 + jnp.maximum(kappa, _NEAR))
+        (solved, fine), (other, _) = solve(near), solve(far)
+        return jnp.where(fine, near, far), jax.tree.map(lambda a, b: jnp.where(fine, a, b), solved, other)
+
+    solved, fine = solve(given)
+    return jax.lax.cond(fine, lambda: (given, solved), moved)
 
 
 @jax.custom_vjp
-def _schur(factor: jax.Array, d: jax.Array, sy: jax.Array, cross: jax.Array) -> jax.Array:
-    """cross' (D - Sy)^-1 cross, given the Cholesky factor of D - Sy."""
-    return _schur_forward(factor, d, sy, cross)[0]
+def _schur(solved: _Solved, d: jax.Array, sy: jax.Array, cross: jax.Array) -> jax.Array:
+    """cross' (D - Sy)^-1 cross = z'z."""
+    return _dot(solved.z.T, solved.z)
 
 
-def _schur_forward(factor: Any, d: Any, sy: Any, cross: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    z = solve_triangular(factor, cross, lower=True)
-    return _dot(z.T, z), (factor, z)
+def _schur_forward(solved: _Solved, d: Any, sy: Any, cross: Any) -> tuple[jax.Array, _Solved]:
+    return _dot(solved.z.T, solved.z), solved
 
 
-def _schur_backward(saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    factor, z = saved
-    v = solve_triangular(factor, z, lower=True, trans=1)  # (D - Sy)^-1 cross
+def _schur_backward(solved: _Solved, g: jax.Array) -> tuple[_Solved, jax.Array, jax.Array, jax.Array]:
+    v = solve_triangular(solved.factor, solved.z, lower=True, trans=1)  # (D - Sy)^-1 cross
     pulled = _dot(v, g + g.T)
-    return jnp.zeros_like(factor), -jnp.sum(pulled * v, axis=1) / 2, _dot(pulled, v.T) / 2, pulled
+    nothing = jax.tree.map(jnp.zeros_like, solved)
+    return nothing, -jnp.sum(pulled * v, axis=1) / 2, _dot(pulled, v.T) / 2, pulled
 
 
 _schur.defvjp(_schur_forward, _schur_backward)

@@ -154,7 +154,7 @@ class Recursion:
             kind = "entries"
         effort = self.effort
         if self.best is not None and len(effort.stages) > 2:  # begin where the last one ended
-            effort = replace(effort, stages=effort.stages[-3:], iterations=max(effort.iterations // 2, 45))
+            effort = replace(effort, stages=effort.stages[-2:], iterations=max(effort.iterations // 2, 30))
         starts = self.starts if self.best is None else [self.best]
         with jax.numpy_dtype_promotion("standard"):  # optax adds integers of different widths
             found, value, done = ellipsoid.optimize(
@@ -183,6 +183,7 @@ class Dense:
         self.Gy, self.Gz = reduce_input(gain)
         self.n = self.Gy.shape[1] - gain.Gy.shape[0]
         self.ties = gain.labels if layers else None
+        self.solved: list[tuple[int, float, float]] = []  # steps, L in float arithmetic, relative gap of L^2
 
     @property
     def size(self) -> int:
@@ -198,10 +199,7 @@ class Dense:
         """Multipliers for the outputs C z: C = I for the network, e_i - e_j for a pair."""
         found = solve_dense(self.Gy, C @ self.Gz, self.n, self.ties)
         value = math.sqrt(found.rho)
-        self.search.notes.append(
-            f"Newton ({what}): {found.iterations} steps, {value:.7g} in float arithmetic, relative gap "
-            f"{found.gap / max(found.rho, 1e-300):.1g}"
-        )
+        self.solved.append((found.iterations, value, found.gap / max(found.rho, 1e-300)))
         if progress is not None:
             progress(what, value)
         return self.proof(C, found.T)
@@ -327,6 +325,17 @@ class Engines:
             for place in worst:
                 self._refine(int(i[place]), int(j[place]))
 
+    def note(self) -> None:
+        """Say what Newton's method did."""
+        solved = [] if self.dense is None else self.dense.solved
+        if solved:
+            steps, value, gap = solved[0]
+            text = f"Newton: {steps} steps, {value:.7g} in float arithmetic, relative gap {gap:.1g}"
+            if len(solved) > 1:
+                most, _, widest = (max(column) for column in zip(*solved[1:], strict=True))
+                text += f"; {len(solved) - 1} pairs, at most {most} steps, gap {widest:.1g}"
+            self.search.notes.append(text)
+
     def _refine(self, i: int, j: int) -> None:
         if self.dense is not None and self.by_newton(self.dense.pair(i, j), f"pair {i}, {j}"):
             return
@@ -376,7 +385,9 @@ def through_cvxpy(
     assert dense is not None
     k = search.form.num_outputs
 
-    def one(C: np.ndarray, what: str) -> None:
+    solved: list[_sdp.SdpResult] = []
+
+    def one(C: np.ndarray) -> None:
         found = _sdp.solve(
             dense.Gy,
             C @ dense.Gz,
@@ -386,14 +397,22 @@ def through_cvxpy(
             memory_gb=memory_gb,
             time_limit=time_limit,
         )
-        search.notes.append(
-            f"{solver} ({what}): {found.status} in {found.solver_seconds:.3g} s ({found.total_seconds:.3g} s with "
-            f"the model), raw value {found.raw_value:.7g}, which is no bound"
-        )
+        solved.append(found)
         search.add(dense.proof(C, found.T))
 
-    one(np.eye(k), "network")
+    one(np.eye(k))
     if pairwise:
         for i in range(k):
             for j in range(i + 1, k):
-                one(dense.pair(i, j), f"pair {i}, {j}")
+                one(dense.pair(i, j))
+    first, rest = solved[0], solved[1:]
+    search.notes.append(
+        f"{solver}: {first.status} in {first.solver_seconds:.3g} s ({first.total_seconds:.3g} s with the model), raw "
+        f"value {first.raw_value:.7g}, which is no bound"
+    )
+    if rest:
+        words = ", ".join(sorted({one.status for one in rest}))
+        search.notes.append(
+            f"{len(rest)} pairs: {words}, {sum(one.total_seconds for one in rest):.3g} s, largest raw value "
+            f"{max(one.raw_value for one in rest):.7g}"
+        )

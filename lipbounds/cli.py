@@ -184,8 +184,10 @@ def bounds(
     for name, given in lipsdp_only.items():
         if given and chosen != "lipsdp":
             raise typer.BadParameter(f"belongs to --method lipsdp, not {chosen}", param_hint=name)
-    if refine and not pairwise:
-        raise typer.BadParameter("refines pairs of classes: pass --pairwise too", param_hint="--refine")
+    if refine and not (pairwise and solver is Solver.recursion):
+        raise typer.BadParameter(
+            "refines pairs of the recursion: it takes --pairwise and no other --solver", param_hint="--refine"
+        )
     if certificate is not None and guarantee is Guarantee.estimate:
         raise typer.BadParameter("an estimate has no certificate", param_hint="--certificate")
     with _refusals():
@@ -215,7 +217,7 @@ def bounds(
             if chosen == "lipsdp":
                 options |= {"solver": solver.value, "multipliers": multipliers.value, "refine": refine}
             result = _bound(form, chosen, scaling, options)
-            typer.echo(repr(tables.brief(result)))
+            typer.echo(repr(result))
             record[result_kind(result)].append(result_record(chosen, result))
             if certificate is not None:
                 lb.save_certificate(result, certificate, overwrite=force)

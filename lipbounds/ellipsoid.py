@@ -34,6 +34,7 @@ _MARGIN32 = 1e-4
 _LOG2 = float(np.log(2.0))
 #: p = 2^SQUARINGS of mu = (trace M^p)^(1/p) where nothing else is said.
 SQUARINGS = 4
+_WIDE, _SMOOTH = 200, 7
 _SHARP = 40  # squarings after which `top` is lambda_max to the last digit
 _MEMORY = 20
 
@@ -250,9 +251,14 @@ def first_ellipsoid(start: jax.Array, logits: Any) -> jax.Array:
     return start if isinstance(logits, tuple) else (start / jax.nn.softmax(logits)) @ start.T
 
 
-def _loss(start: Any, runs: Any, kind: str, weights: Any, sharp: Any, parameters: Parameters) -> jax.Array:
-    passed = run(first_ellipsoid(start, parameters.input), runs, parameters.taps, sharp)
-    return objective(passed.sigma, passed.exponent, kind, weights, sharp)
+Sharpness = tuple[Any, Any]  # squarings of mu at the taps, and of the objective
+
+
+def _loss(
+    start: Any, runs: Any, kind: str, weights: Any, sharp: Sharpness, parameters: Parameters
+) -> jax.Array:
+    passed = run(first_ellipsoid(start, parameters.input), runs, parameters.taps, sharp[0])
+    return objective(passed.sigma, passed.exponent, kind, weights, sharp[1])
 
 
 @partial(jax.jit, static_argnames=("kind", "steps"))
@@ -262,7 +268,7 @@ def improve(
     parameters: Parameters,
     state: Any,
     weights: Any,
-    sharp: Any,
+    sharp: Sharpness,
     kind: str,
     steps: int,
 ) -> tuple[Parameters, Any, jax.Array]:
@@ -287,8 +293,10 @@ def _evaluate(start: Any, runs: Any, parameters: Parameters, squarings: Any) -> 
 
 
 @partial(jax.jit, static_argnames=("kind",))
-def _exact(start: Any, runs: Any, parameters: Parameters, weights: Any, kind: str) -> jax.Array:
-    return _loss(start, runs, kind, weights, _SHARP, parameters)
+def _exact(
+    start: Any, runs: Any, parameters: Parameters, weights: Any, squarings: Any, kind: str
+) -> jax.Array:
+    return _loss(start, runs, kind, weights, (squarings, _SHARP), parameters)
 
 
 def _solver() -> Any:
@@ -319,10 +327,16 @@ class Problem:
     box: bool
 
     @property
+    def sharpest(self) -> int:
+        """Squarings of mu in the end: wide taps stay smooth, at little loss where there is a linear way past them."""
+        wide = all(run.W.shape[-2] >= _WIDE and run.A.any() for run in self.runs)
+        return _SMOOTH if wide else _SHARP
+
+    @property
     def cost(self) -> float:
         """About the seconds of one iteration on two cores."""
         return sum(
-            n * (1e-3 + 1e-9 * max(run.W.shape[-2], 32) ** 3 + 3e-10 * run.A.shape[-1] ** 3)
+            n * (1e-3 + 1.5e-9 * max(run.W.shape[-2], 32) ** 3 + 5e-10 * run.A.shape[-1] ** 3)
             for run, n in zip(self.runs, self.counts, strict=True)
         )
 
@@ -376,7 +390,7 @@ def parameters_of(p: Problem, s: Sequence[float | np.ndarray] | float) -> Parame
 def multipliers(p: Problem, parameters: Parameters) -> tuple[tuple[np.ndarray, ...], np.ndarray | None]:
     """(D_i / (Sy)_ii per tap, 1 / a of the l-inf norm or None)."""
     with jax.enable_x64(True):
-        found = _evaluate(*_on_device(p), parameters, _SHARP).multipliers
+        found = _evaluate(*_on_device(p), parameters, p.sharpest).multipliers
     out: list[np.ndarray] = []
     for d, count in zip(found, p.counts, strict=True):
         out += list(np.asarray(d).reshape(count, -1))
@@ -391,7 +405,7 @@ def multipliers(p: Problem, parameters: Parameters) -> tuple[tuple[np.ndarray, .
 def last_ellipsoid(p: Problem, parameters: Parameters) -> np.ndarray:
     """Sigma_out (K, K) in float arithmetic."""
     with jax.enable_x64(True):
-        passed = _evaluate(*_on_device(p), parameters, _SHARP)
+        passed = _evaluate(*_on_device(p), parameters, p.sharpest)
         return np.ldexp(np.asarray(passed.sigma), int(passed.exponent))
 
 
@@ -408,14 +422,14 @@ class Effort:
     """
 
     iterations: int
-    stages: tuple[int, ...] = (4, 7, 10, 13, 16)
+    stages: tuple[int, ...] = (4, 7, 10, 14)
     chunk: int = 15
     tolerance: float = 1e-3
 
 
 def effort(p: Problem, iterations: int | None = None) -> Effort:
-    """By size alone: what takes about 12 seconds on two cores, between 75 and 450 iterations."""
-    return Effort(int(np.clip(12.0 / max(p.cost, 1e-3), 75, 450)) if iterations is None else iterations)
+    """By size alone: what takes about 10 seconds on two cores, between 60 and 450 iterations."""
+    return Effort(int(np.clip(10.0 / max(p.cost, 1e-3), 60, 450)) if iterations is None else iterations)
 
 
 def optimize(
@@ -434,7 +448,10 @@ def optimize(
     with jax.enable_x64(True):
         start, runs = _on_device(p)
         weights = None if weights is None else jnp.asarray(weights, jnp.float64)
-        scores = [float(_exact(start, runs, jax.tree.map(jnp.asarray, c), weights, kind)) for c in starts]
+        scores = [
+            float(_exact(start, runs, jax.tree.map(jnp.asarray, c), weights, p.sharpest, kind))
+            for c in starts
+        ]
         scores = [score if np.isfinite(score) else np.inf for score in scores]
         best = int(np.argmin(scores))
         if not np.isfinite(scores[best]):
@@ -449,11 +466,12 @@ def optimize(
             current, state = best_yet, _solver().init(best_yet)
             allowed = max((how.iterations - done) // (len(how.stages) - place), how.chunk)
             blur = np.log(size) / 2.0**stage
+            sharp = (min(stage, p.sharpest), stage)
             spent = failures = 0
             while spent < allowed and done < how.iterations and failures < 2:
-                trial, state, losses = improve(start, runs, current, state, weights, stage, kind, how.chunk)
+                trial, state, losses = improve(start, runs, current, state, weights, sharp, kind, how.chunk)
                 done, spent = done + how.chunk, spent + how.chunk
-                score = float(_exact(start, runs, trial, weights, kind))
+                score = float(_exact(start, runs, trial, weights, p.sharpest, kind))
                 curve = np.asarray(losses)
                 if not (np.isfinite(score) and np.isfinite(curve).all()):
                     failures += 1  # a step out of the range of floats: begin again without memory

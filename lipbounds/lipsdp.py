@@ -84,6 +84,7 @@ def _lipsdp(
         if guarantee == "estimate":
             return _estimate(engines, norm, pairwise, multipliers, started)
         engines.run(pairwise, objective, refine)
+        engines.note()
     else:
         through_cvxpy(search, solver, multipliers == "layer", pairwise, memory_gb, time_limit)
     other = liplt(form, norm=norm, pairwise=pairwise, guarantee=request, seed=seed)

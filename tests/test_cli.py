@@ -40,7 +40,7 @@ def run(*arguments, code=0):
     return result
 
 
-@pytest.mark.parametrize("command", ["demo", "bounds", "certify"])
+@pytest.mark.parametrize("command", ["demo", "bounds", "certify", "verify"])
 def test_help_teaches_by_examples(command):
     text = run(command, "--help").stdout
     assert "Examples:" in text and text.count(f"lipbounds {command}") >= 2
@@ -57,6 +57,7 @@ def test_root_help_names_the_words_and_the_exit_codes():
         "demo",
         "bounds",
         "certify",
+        "verify",
     ):
         assert word in text
     assert run("--version").stdout == f"lipbounds {lb.__version__}\n"
@@ -66,16 +67,69 @@ def test_root_help_names_the_words_and_the_exit_codes():
 def test_bounds_prints_and_writes_what_the_library_says(model_file, form, tmp_path):
     file = tmp_path / "bounds.json"
     text = run("bounds", model_file, "--pairwise", "--json", file).stdout
-    bound = lb.liplt(form, pairwise=True)
+    bound = lb.lipsdp(form, pairwise=True)
     record = json.loads(file.read_text())
     assert record["lower"] == record["estimate"] == [] and len(record["upper"]) == 1
     row = record["upper"][0]
     assert row["value"] == bound.value and row["guarantee"] == "verified" and row["norm"] == "2"
+    assert row["label"] == row["method"] == "lipsdp" and row["notes"] == list(bound.notes)
     np.testing.assert_array_equal(row["pairs"]["values"], bound.pairwise)
     assert tuple(row["pairs"]["worst"]) == bound.worst_pair
     assert "verified" in text and text.startswith("UpperBound: L <= ")
     shown = float(re.search(r"L <= ([\d.]+)", text).group(1))
     assert bound.value <= shown <= bound.value * 1.001
+
+
+@pytest.mark.parametrize(
+    ("words", "method"),
+    [
+        ([], "lipsdp"),
+        (["--scaling", "sll"], "liplt"),
+        (["--norm", "1"], "liplt"),
+        (["--multipliers", "layer"], "lipsdp-layer"),
+        (["--method", "liplt"], "liplt"),
+    ],
+)
+def test_the_method_follows_from_what_is_asked(model_file, tmp_path, words, method):
+    file = tmp_path / "b.json"
+    run("bounds", model_file, *words, "--json", file)
+    assert json.loads(file.read_text())["upper"][0]["method"].startswith(method)
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        (["--solver", "scs", "--multipliers", "layer"], {"solver": "scs", "multipliers": "layer"}),
+        (["--pairwise", "--refine", "3", "--norm", "inf"], {"pairwise": True, "refine": 3, "norm": np.inf}),
+        (["--guarantee", "verified", "--seed", "5"], {"guarantee": "verified", "seed": 5}),
+    ],
+)
+def test_options_of_lipsdp_reach_the_library(model_file, monkeypatch, words, options):
+    asked = {}
+
+    def fake(form, **options):
+        asked.update(options)
+        return lb.naive(form)
+
+    monkeypatch.setattr(lb, "lipsdp", fake)
+    run("bounds", model_file, *words)
+    usual = {"norm": 2, "pairwise": False, "guarantee": "auto", "seed": 0}
+    usual |= {"solver": "recursion", "multipliers": "neuron", "refine": 0}
+    asked.pop("progress")("15 iterations", 1.0)
+    assert asked == usual | options
+
+
+def test_working_shows_what_is_done_on_a_terminal_only(monkeypatch, capfd):
+    from lipbounds import _cli_tables
+
+    with _cli_tables.working() as tell:
+        tell("15 iterations")
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes this for a terminal
+    with _cli_tables.working() as tell:
+        tell("15 [iterations]")
+    shown = capfd.readouterr()
+    assert shown.out == "" and "15 [iterations]" in shown.err
 
 
 @pytest.mark.parametrize(("norm", "value"), [("1", 1), ("2", 2), ("inf", np.inf)])
@@ -93,7 +147,8 @@ def test_scaling_reaches_the_library(model_file, form, tmp_path):
 
 def test_an_estimate_stands_under_its_own_key(model_file, tmp_path):
     file = tmp_path / "b.json"
-    text = run("bounds", model_file, "--guarantee", "estimate", "--json", file).stdout
+    words = ("--method", "liplt", "--guarantee", "estimate")
+    text = run("bounds", model_file, *words, "--json", file).stdout
     record = json.loads(file.read_text())
     assert record["upper"] == record["lower"] == [] and len(record["estimate"]) == 1
     assert "not a bound" in text
@@ -103,9 +158,112 @@ def test_all_methods_side_by_side(model_file, tmp_path):
     file = tmp_path / "b.json"
     text = run("bounds", model_file, "--method", "all", "--json", file).stdout
     record = json.loads(file.read_text())
-    assert len(record["upper"]) >= 5 and record["lower"] and record["estimate"] and not record["refused"]
+    assert {row["label"] for row in record["refused"]} <= {"lipsdp-clarabel", "lipsdp-scs"}  # without CVXPY
+    assert len(record["upper"]) + len(record["refused"]) == 9 and record["lower"] and record["estimate"]
     assert max(r["value"] for r in record["lower"]) <= min(r["value"] for r in record["upper"])
-    assert "naive" in text and "liplt" in text
+    value = {row["label"]: row["value"] for row in record["upper"]}
+    assert value["lipsdp"] <= value["lipsdp-layer"] <= value["liplt"] <= value["naive"]
+    for method in ("naive", "liplt", "lipsdp", "lipsdp-layer", "lipsdp-clarabel", "lipsdp-scs"):
+        assert re.search(rf"^{method} ", text, re.MULTILINE)
+
+
+# ----------------------------------------------------------------------------------------------- certificates
+@pytest.fixture(scope="session")
+def certificate(model_file):
+    file = model_file.with_name("tiny.certificate")
+    run("bounds", model_file, "--pairwise", "--certificate", file)
+    return file
+
+
+def test_a_saved_certificate_is_proved_again(model_file, form, certificate):
+    assert lb.verify_certificate(certificate, form)
+    text = run("verify", certificate, "--model", model_file).stdout
+    found = re.fullmatch(r"L <= ([\d.]+) \(l2, verified\), 45 pairs, proved again in [\d.]+ m?s\n", text)
+    bound = lb.lipsdp(form)
+    assert bound.value < float(found.group(1)) < bound.value * 1.0001
+
+
+def test_the_line_of_a_certificate_without_pairs_that_may_fail(certificate):
+    import dataclasses
+
+    from lipbounds._cli_tables import proved
+    from lipbounds.certificate import load_certificate
+
+    claims = dataclasses.replace(
+        load_certificate(certificate),
+        value=1.0000004,
+        norm=np.inf,
+        guarantee="probabilistic",
+        failure_probability=1e-9,
+        pairwise=None,
+    )
+    line = "L <= 1.00001 (l-inf, probabilistic, fails with probability <= 1e-09), proved again in 20 ms"
+    assert proved(claims, 0.02) == line
+
+
+def test_verify_refuses_with_the_reason(model_file, certificate, tmp_path):
+    other = save_model(tmp_path / "other.safetensors", build(SPEC, seed=3), SPEC)
+    assert "made for other weights" in run("verify", certificate, "--model", other, code=1).stderr
+    larger = ModelSpec("mlp", (8, 8, 1), {"widths": "64-13-10", "mean": 0.3, "std": 0.4})
+    file = save_model(tmp_path / "larger.safetensors", build(larger), larger)
+    assert "another architecture" in run("verify", certificate, "--model", file, code=1).stderr
+    raw = certificate.read_bytes()
+    for name, content, reason in (
+        ("cut", raw[:-9], "cut off"),
+        ("changed", raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:], "digest"),
+        ("text", b"L <= 1", "not a safetensors file"),
+    ):
+        bad = tmp_path / f"{name}.certificate"
+        bad.write_bytes(content)
+        result = run("verify", bad, "--model", model_file, code=1)
+        assert reason in result.stderr and f"{bad} is refused" in result.stderr and not result.stdout
+    assert "no certificate" in run("verify", model_file, "--model", model_file, code=1).stderr
+    run("verify", tmp_path / "none", "--model", model_file, code=2)
+    run("verify", certificate, code=2)
+
+
+def test_verify_computes_the_claims_anew(model_file, form, certificate, tmp_path):
+    import dataclasses
+
+    bound = lb.lipsdp(form)
+    smaller = dataclasses.replace(
+        bound,
+        value=bound.value * 0.99,
+        certificate=dataclasses.replace(bound.certificate, value=bound.certificate.value * 0.99),
+    )
+    lb.save_certificate(smaller, tmp_path / "forged.certificate")  # its digest is right
+    stderr = run("verify", tmp_path / "forged.certificate", "--model", model_file, code=1).stderr
+    assert "is claimed, but its multipliers prove only" in stderr
+
+
+def test_certificates_belong_to_lipsdp(model_file, tmp_path):
+    file = tmp_path / "c.certificate"
+    for words in (
+        ("--method", "liplt"),
+        ("--method", "naive"),
+        ("--method", "all"),
+        ("--guarantee", "estimate"),
+    ):
+        assert "--certificate" in run("bounds", model_file, "--certificate", file, *words, code=2).stderr
+    run("bounds", model_file, "--certificate", file, "--scaling", "sll", code=2)
+    assert not file.exists()
+
+
+def test_certificates_do_not_overwrite_other_files(model_file, certificate, tmp_path, monkeypatch):
+    thesis = tmp_path / "thesis"
+    thesis.write_text("chapter 1")
+    with monkeypatch.context() as patch:  # refused before anything is computed
+        patch.setattr(lb, "lipsdp", None)
+        words = ("bounds", model_file, "--certificate")
+        assert "is no certificate" in run(*words, thesis, code=1).stderr
+        assert "no folder" in run(*words, tmp_path / "a" / "b", code=1).stderr
+        assert "no folder" in run("bounds", model_file, "--json", tmp_path / "a" / "b", code=1).stderr
+    assert thesis.read_text() == "chapter 1"
+    before = certificate.read_bytes()
+    run("bounds", model_file, "--certificate", thesis, "--force")
+    run("verify", thesis, "--model", model_file)
+    run("bounds", model_file, "--certificate", thesis)  # a certificate now
+    assert certificate.read_bytes() == before
 
 
 # ---------------------------------------------------------------------------------------------------- certify
@@ -113,7 +271,7 @@ def test_certify_agrees_with_the_library(model_file, form, tmp_path):
     file = tmp_path / "radii.json"
     text = run("certify", model_file, "--eps", "0.02", "0.1", "--json", file).stdout
     data = digits()
-    radii = lb.certified_radius(form, data.test_x, data.test_y, bound=lb.liplt(form, pairwise=True))
+    radii = lb.certified_radius(form, data.test_x, data.test_y, bound=lb.lipsdp(form, pairwise=True))
     record = json.loads(file.read_text())
     assert [row["eps"] for row in record["certified_accuracy"]] == [0.02, 0.1]
     for row in record["certified_accuracy"]:
@@ -132,7 +290,8 @@ def test_certify_agrees_with_the_library(model_file, form, tmp_path):
     ],
 )
 def test_eps_in_every_spelling(model_file, words):
-    text = run("certify", *(model_file if word == "MODEL" else word for word in words)).stdout
+    words = [model_file if word == "MODEL" else word for word in words]
+    text = run("certify", *words, "--method", "liplt").stdout
     assert re.findall(r"^eps ([\d.]+)", text, re.MULTILINE) == ["0.02", "0.1"]
 
 
@@ -140,7 +299,7 @@ def test_pairs_certify_at_least_as_much(model_file, tmp_path):
     radius = {}
     for flag in ("--pairwise", "--no-pairwise"):
         file = tmp_path / f"{flag}.json"
-        run("certify", model_file, flag, "--json", file)
+        run("certify", model_file, flag, "--method", "liplt", "--json", file)
         radius[flag] = np.array(json.loads(file.read_text())["radius"])
     assert (radius["--pairwise"] >= radius["--no-pairwise"]).all()
     assert radius["--pairwise"].sum() > radius["--no-pairwise"].sum()
@@ -181,6 +340,14 @@ def test_wrong_usage_exits_2(model_file, tmp_path):
     run("bounds", model_file, "--norm", "3", code=2)
     run("bounds", model_file, "--guarantee", "sure", code=2)
     run("bounds", model_file, "--method", "naive", "--scaling", "sll", code=2)
+    run("bounds", model_file, "--method", "lipsdp", "--scaling", "sll", code=2)
+    run("bounds", model_file, "--method", "naive", "--solver", "scs", code=2)
+    run("bounds", model_file, "--method", "all", "--multipliers", "layer", code=2)
+    run("bounds", model_file, "--refine", "1", code=2)  # without pairs there is nothing to refine
+    run("bounds", model_file, "--refine", "-1", "--pairwise", code=2)
+    run("bounds", model_file, "--refine", "1", "--pairwise", "--solver", "scs", code=2)
+    run("bounds", model_file, "--solver", "mosek", code=2)
+    run("certify", model_file, "--method", "lipsdp", "--scaling", "sll", code=2)
     run("certify", model_file, "--eps", "-0.1", code=2)
     run("certify", model_file, "--eps", "nan", code=2)
     run("certify", model_file, "--guarantee", "estimate", code=2)
@@ -320,7 +487,9 @@ def test_demo_from_end_to_end(tmp_path):
             == {row["norm"] for row in model["lower"]}
         )
         assert {row["guarantee"] for row in model["upper"]} == {"verified"}
-        assert len(model["upper"]) == 9 and len(model["estimate"]) == 3 and not model["refused"]
+        (best,) = (row for row in model["upper"] if row["label"] == "LipSDP")
+        assert best["value"] == min(row["value"] for row in model["upper"] if row["norm"] == "2")
+        assert len(model["upper"]) == 10 and len(model["estimate"]) == 3 and not model["refused"]
     run("certify", out / "mlp.safetensors", "--eps", "0.1")
     run_demo(out, epochs=1, methods=("naive", "empirical"))  # our own folder is refreshed
     assert json.loads((out / "results.json").read_text())["models"][0]["training"]["epochs"] == 1

@@ -23,12 +23,6 @@ from lipbounds.training.data import digits
 CORE = lb.lipsdp.core
 
 
-@pytest.fixture(autouse=True)
-def _compiled_functions_are_dropped() -> Any:
-    yield
-    jax.clear_caches()
-
-
 @partial(jax.jit, static_argnames=("steps", "pairwise"))
 def run(form: Any, state: Any, steps: int, pairwise: bool = False) -> Any:
     return CORE(form, state, steps=steps, pairwise=pairwise)
@@ -67,7 +61,7 @@ def upper(a: Any) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------- values
-SHOWN = ["relu", "absolute", "gelu_exact", "leaky_relu", "maxmin_mlp", "max_pool_overlapping", "two_branches", "linear"]
+SHOWN = ["relu", "absolute", "gelu_exact", "maxmin_mlp", "two_branches"]
 
 
 @pytest.mark.parametrize("name", SHOWN)
@@ -277,7 +271,7 @@ def test_deep_networks_in_float32(rng: np.random.Generator) -> None:
     weights = mlp(rng, 8, *[12] * 65, 4, gain=4.0)
     form = traced(weights, lambda x: jax.nn.leaky_relu(x, 0.1))
     state = begin(form)
-    assert [q.shape for q in state.multipliers][-2:] == [(64, 12), (12,)]
+    assert [q.shape for q in state.multipliers][-2:] == [(63, 12), (12,)]
     single, state = run(form, state, 30, pairwise=True)
     assert finite(single) and not state.failed
     with jax.enable_x64(True):
@@ -301,7 +295,7 @@ def test_weights_that_are_not_finite(bad: float, rng: np.random.Generator) -> No
         np.testing.assert_array_equal(a, b)
     again, well = run(traced(weights), after, 1, pairwise=True)
     assert not well.failed and float(again.value) <= 2 * float(before.value)
-    first = begin(traced(broken))
+    first = jax.jit(lambda w: CORE.init(traced(w), jax.random.key(0)))(broken)
     assert finite(first.multipliers)
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attained import attained_slope
+from attained import Search, attained, attained_slope
 
 import lipbounds as lb
 from lipbounds._views import elementwise_view
@@ -127,9 +127,9 @@ def reference(form: LureForm, rows: np.ndarray | None = None, *, tied: bool = Fa
 
         min rho:  sum_i T_i (v_i - a_i y_i)(b_i y_i - v_i) + |rows z|^2 <= rho |x|^2   for all (x, v),   T >= 0
 
-    with y and z from unit vectors (`gain.dense_gain`), so that nothing is shared with the library's LMI but the form and
-    its slopes [a, b]. v = (a + b) y / 2 + sqrt(r) w, r = (b - a) / 2, makes the product r (r y^2 - w^2), here over r:
-    slopes of width 1e-6 stay within the solver's reach.
+    with y and z from unit vectors (`gain.dense_gain`), so that nothing is shared with the library's LMI but the form
+    and its slopes [a, b]. v = (a + b) y / 2 + sqrt(r) w, r = (b - a) / 2, makes the product r (r y^2 - w^2), here over
+    r: slopes of width 1e-6 stay within the solver's reach.
     """
     import cvxpy
 
@@ -339,19 +339,53 @@ def test_pairs_of_one_pass_against_a_solve_per_pair(trained: bool) -> None:
     form = crm_net((4, 16, 16, 6)) if trained else chain("relu", [4, 16, 16, 6], 9)
     i, j = np.triu_indices(6, 1)
     exact = np.array([reference(form, pair_row(6, a, b)) for a, b in zip(i, j, strict=True)])
+    worst = exact.argmax()
     for options, limit in (
-        ({}, 5e-3),
+        ({}, 1e-6),
         ({"iterations": 600}, 0.02 if trained else 0.25),
-        ({"iterations": 600, "objective": "largest"}, 0.5),
-        ({"iterations": 1500, "refine": 3}, 0.25),
+        ({"iterations": 600, "refine": 3}, 0.02 if trained else 0.25),
+        ({"iterations": 600, "objective": "largest"}, math.inf),
     ):
         pairs = lb.lipsdp(form, pairwise=True, **options).pairwise  # type: ignore[arg-type]
         assert pairs is not None
         excess = pairs[i, j] / exact - 1
-        print(f"\n{options}: median {np.median(excess):.2e}, worst {excess.max():.2e}")
+        print(
+            f"\n{options}: median {np.median(excess):.2e}, worst {excess.max():.2e}, largest {excess[worst]:.2e}"
+        )
         assert excess.min() >= -NOT_BELOW and excess.max() <= limit
-        if "refine" in options:
-            assert np.sort(excess[np.argsort(-exact)[:3]])[1] <= 5e-3
+        if "refine" in options or "objective" in options:
+            assert excess[worst] <= 5e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [0, 1, 2, 3])
+def test_pairs_from_every_start(start: int) -> None:
+    form = chain("leaky", [5, 12, 10, 8, 4], 3)
+    bound, other = lb.lipsdp(form, start_at=start, pairwise=True), lb.liplt(form, pairwise=True)
+    found = attained(Search(form))
+    assert found.value <= bound.value * (1 + 1e-9) and bound.value <= other.value
+    assert bound.pairwise is not None and other.pairwise is not None
+    assert (found.pairs <= bound.pairwise * (1 + 1e-9)).all() and (bound.pairwise <= other.pairwise).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["relu", "prelu"])
+def test_pairs_in_linf(kind: str) -> None:
+    form = chain(kind, [4, 10, 8, 3], 9)
+    bound, other = (verb(form, norm=math.inf, pairwise=True) for verb in (lb.lipsdp, lb.liplt))
+    found = attained(Search(form), math.inf)
+    assert found.value <= bound.value * (1 + 1e-9) and bound.value < other.value
+    assert bound.pairwise is not None and other.pairwise is not None
+    assert (found.pairs <= bound.pairwise * (1 + 1e-9)).all() and (bound.pairwise <= other.pairwise).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dead", [0, 1, 2])
+def test_a_layer_of_zeros_by_the_recursion(dead: int) -> None:
+    layers = gauss([4, 8, 8, 3], 9)
+    layers[dead][:] = 0
+    bound = lb.lipsdp(lb.from_weights(layers, activation="relu"), pairwise=True, iterations=30)
+    assert bound.value == 0 and bound.pairwise is not None and not bound.pairwise.any()
 
 
 @pytest.mark.slow
