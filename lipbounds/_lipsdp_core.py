@@ -28,8 +28,9 @@ from lipbounds.lure import LureForm
 _RATE = 0.05
 _SHARPNESS = 6  # squarings of the smoothed objective that the multipliers descend on
 _FURTHEST = 20.0  # |log| of a multiplier over the size of its ellipsoid
-_FELT = 30.0  # times the other terms of Sigma: feedback beyond which multipliers are moved away from the edge,
-_NEAR = 1e-3  # to this relative distance at first
+_CLOSEST = 0.02  # relative distance from the edge of feasibility below which multipliers are moved away,
+_MOVED = 0.1  # and to which
+_BESIDE = 0.05  # times both where something passes the tap
 _TIGHT = 9  # squarings of that edge
 _LEAST = 0.02  # |c| / r of the closed-form start is at least this
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -237,7 +238,7 @@ def _recursion(sigma: jax.Array, exponent: jax.Array, runs: list[Run], parameter
 def _through(sigma: jax.Array, stage: Stage, q: Any, slopes: str) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(Sigma+ / 2^e, e, q): one tap. With H = 0
 
-        Sigma+ = G (c X c + r D r) G',   X = Sy + Sy (D - Sy)^-1 Sy = D (D - Sy)^-1 D - D
+    Sigma+ = G (c X c + r D r) G',   X = Sy + Sy (D - Sy)^-1 Sy = D (D - Sy)^-1 D - D
     """
     kappa = ratio(stage)
     sy, c, r = sigma, stage.c, stage.r
@@ -250,16 +251,13 @@ def _through(sigma: jax.Array, stage: Stage, q: Any, slopes: str) -> tuple[jax.A
     # A neuron that cannot move has w = 0, and so has every neuron where nothing moves.
     moves = jnp.diagonal(jax.lax.stop_gradient(sy)) > 0
     c, r = jnp.where(moves, c, 0), jnp.where(moves, r, 0)
-    given, q = _multipliers(sy, q, kappa)
+    d, factor, q = _feasible(sy, q, kappa, stage.H is None)
     if stage.H is None:
-        up, B = up + wide, G * r
+        up = up + wide
         if slopes == "any":
             cross = _dot(sy * c, G.T)
-            linear = _dot(cross.T * c, G.T)
-            d, solved = _feasible(given, sy, kappa, lambda d: cross, B, jnp.trace(linear))
-            new = linear + _dot(B * d, B.T)
+            new = _dot(cross.T * c + G * (r * r * d), G.T)
         else:
-            d, solved = _feasible(given, sy, kappa, lambda d: (d * c)[:, None] * G.T, B, 0.0)
             cross = (d * c)[:, None] * G.T
             new = 0 if slopes == "zero" else _dot(G * ((r * r - c * c) * d), G.T)
     else:
@@ -269,76 +267,58 @@ def _through(sigma: jax.Array, stage: Stage, q: Any, slopes: str) -> tuple[jax.A
         shrink, up = _power_of_two(size)
         A, B = A * shrink, B * shrink
         cross = _dot(y_state, A.T)
-        linear = _dot(_dot(A, sigma), A.T)
-        d, solved = _feasible(given, sy, jnp.maximum(kappa, 0.25), lambda d: cross, B, jnp.trace(linear))
-        new = linear + _dot(B * d, B.T)
-    new = _schur(solved, d, sy, cross) + new
+        new = _dot(_dot(A, sigma), A.T) + _dot(B * d, B.T)
+    new = _schur(factor, d, sy, cross) + new
     return (new + new.T) / 2, 2 * up, q
 
 
-def _multipliers(sy: jax.Array, q: Any, kappa: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(D, q): D = ||Sy||_F exp(q); without q the closed form D = lambda_max(Sy) (1 + |c| / r), the best for one neuron
-    alone."""
+def _feasible(sy: jax.Array, q: Any, kappa: jax.Array, alone: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(D, the Cholesky factor of D - Sy, q): D = ||Sy||_F exp(q), unless that is infeasible or almost so.
+
+    Then D mu (1 + some) takes its place with mu >= lambda_max(D^-1/2 Sy D^-1/2): at the edge of feasibility
+    (D - Sy)^-1 and its gradient would ruin a training step. Without q the closed form D = lambda_max(Sy) (1 + |c| / r),
+    the best for one neuron alone. `alone`: nothing passes the tap (H = 0).
+    """
+    still = jax.lax.stop_gradient(sy)
     square = jnp.sum(jnp.square(sy))
     size = jnp.sqrt(jnp.where(square > 0, square, 1))
     if q is None:
-        mu = jnp.where(square > 0, ellipsoid.top(jax.lax.stop_gradient(sy), _SHARPNESS), 1)
+        mu = jnp.where(square > 0, ellipsoid.top(still, _SHARPNESS), 1)
         q = jnp.log(mu / size * (1 + jnp.maximum(kappa, _LEAST)))
     q = jnp.clip(q, -_FURTHEST, _FURTHEST)
-    return size * jnp.exp(q), q
+    d = size * jnp.exp(q)
+    # Where (D - Sy)^-1 is hardly felt (c = 0 and nothing beside the tap) the best D may lie at the edge.
+    share = jnp.clip(kappa, 1e-3, 1) if alone else jnp.asarray(_BESIDE, d.dtype)
+
+    def moved() -> jax.Array:
+        half = jax.lax.rsqrt(d)
+        return d * ellipsoid.top(half[:, None] * sy * half, _TIGHT) * (1 + _MOVED * share)
+
+    trial = _cholesky((1 - _CLOSEST * share) * jax.lax.stop_gradient(d), still)
+    d = jax.lax.cond(jnp.isfinite(trial).all(), lambda: d, moved)
+    return d, _cholesky(jax.lax.stop_gradient(d), still), q
 
 
-class _Solved(NamedTuple):
-    """The Cholesky factor F of D - Sy, and z = F^-1 cross; constants under differentiation."""
-
-    factor: jax.Array
-    z: jax.Array
-
-
-def _feasible(
-    given: jax.Array, sy: jax.Array, kappa: jax.Array, cross_of: Any, B: jax.Array, linear: Any
-) -> tuple[jax.Array, _Solved]:
-    """(D, what `_schur` needs): the D given, or where that will not do D mu (1 + some), mu >= lambda_max(D^-1/2 Sy D^-1/2).
-
-    It will not do where D - Sy has no Cholesky factor, nor where the feedback z'z, at the best D a third of the other
-    terms A Sigma A' + B D B', is many times as large: at the edge of feasibility (D - Sy)^-1 and its gradient would ruin
-    a training step. But where the edge is hardly felt (c = 0, MaxMin) the best D lies there.
-    """
-    still = jax.lax.stop_gradient(sy)
-
-    def solve(d: jax.Array) -> tuple[_Solved, jax.Array]:
-        d = jax.lax.stop_gradient(d)
-        factor = jnp.linalg.cholesky(jnp.diag(d) - still, symmetrize_input=False)
-        z = solve_triangular(factor, jax.lax.stop_gradient(cross_of(d)), lower=True)
-        others = jax.lax.stop_gradient(jnp.sum(jnp.square(B) * d) + linear)
-        return _Solved(factor, z), jnp.sum(jnp.square(z)) <= _FELT * others  # False where the factor is NaN
-
-    def moved() -> tuple[jax.Array, _Solved]:
-        half = jax.lax.rsqrt(given)
-        least = given * ellipsoid.top(half[:, None] * sy * half, _TIGHT)
-        near, far = least * (1 + _NEAR), least * (1 + jnp.maximum(kappa, _NEAR))
-        (solved, fine), (other, _) = solve(near), solve(far)
-        return jnp.where(fine, near, far), jax.tree.map(lambda a, b: jnp.where(fine, a, b), solved, other)
-
-    solved, fine = solve(given)
-    return jax.lax.cond(fine, lambda: (given, solved), moved)
+def _cholesky(d: jax.Array, sy: jax.Array) -> jax.Array:
+    return jnp.linalg.cholesky(jnp.diag(d) - sy, symmetrize_input=False)
 
 
 @jax.custom_vjp
-def _schur(solved: _Solved, d: jax.Array, sy: jax.Array, cross: jax.Array) -> jax.Array:
-    """cross' (D - Sy)^-1 cross = z'z."""
-    return _dot(solved.z.T, solved.z)
+def _schur(factor: jax.Array, d: jax.Array, sy: jax.Array, cross: jax.Array) -> jax.Array:
+    """cross' (D - Sy)^-1 cross, given the Cholesky factor of D - Sy."""
+    return _schur_forward(factor, d, sy, cross)[0]
 
 
-def _schur_forward(solved: _Solved, d: Any, sy: Any, cross: Any) -> tuple[jax.Array, _Solved]:
-    return _dot(solved.z.T, solved.z), solved
+def _schur_forward(factor: Any, d: Any, sy: Any, cross: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    z = solve_triangular(factor, cross, lower=True)
+    return _dot(z.T, z), (factor, z)
 
 
-def _schur_backward(solved: _Solved, g: jax.Array) -> tuple[_Solved, jax.Array, jax.Array, jax.Array]:
-    v = solve_triangular(solved.factor, solved.z, lower=True, trans=1)  # (D - Sy)^-1 cross
+def _schur_backward(saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    factor, z = saved
+    v = solve_triangular(factor, z, lower=True, trans=1)  # (D - Sy)^-1 cross
     pulled = _dot(v, g + g.T)
-    nothing = jax.tree.map(jnp.zeros_like, solved)
-    return nothing, -jnp.sum(pulled * v, axis=1) / 2, _dot(pulled, v.T) / 2, pulled
+    return jnp.zeros_like(factor), -jnp.sum(pulled * v, axis=1) / 2, _dot(pulled, v.T) / 2, pulled
 
 
 _schur.defvjp(_schur_forward, _schur_backward)

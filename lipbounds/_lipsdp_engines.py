@@ -321,8 +321,8 @@ class Engines:
                     self.by_newton(self.dense.pair(a, b), f"pair {a}, {b}")
                 return
             self.by_recursion(*pair_objective(objective, k))
-            worst = np.argsort(-self.search.pairwise[i, j])[:refine] if self.search.constants else []
-            for place in worst:
+            refine = refine if self.search.constants else 0
+            for place in np.argsort(-self.search.pairwise[i, j])[:refine] if refine else ():
                 self._refine(int(i[place]), int(j[place]))
 
     def note(self) -> None:

@@ -74,6 +74,11 @@ def _shifted(x: np.ndarray, exponent: int) -> np.ndarray:
         return np.ldexp(x, exponent) if abs(exponent) > 1000 else x * 2.0**exponent
 
 
+def _lost(before: np.ndarray, after: np.ndarray) -> float:
+    """An error that says so where `_shifted` made entries zero: then a zero is not an exact zero."""
+    return 0.0 if np.count_nonzero(before) == np.count_nonzero(after) else 2.0**-1000 * math.sqrt(before.size)
+
+
 def _normalised(s: np.ndarray, scale: int) -> Ellipsoid:
     """The matrix with its largest entry in [1/4, 1) and an even scale."""
     if not np.isfinite(s).all():
@@ -114,7 +119,8 @@ def _image(state: Ellipsoid, a: Any, error: float) -> Ellipsoid:
     if error == 0.0 and is_identity(matrix):
         return state
     shift = _exponent(matrix)
-    tap = _no_neurons(_shifted(matrix, -shift), float(unscale_up(error, -shift)))
+    scaled = _shifted(matrix, -shift)
+    tap = _no_neurons(scaled, float(unscale_up(error, -shift)) + _lost(matrix, scaled))
     s, _ = advance(state.matrix, tap, np.zeros(0), 0, False)
     return _normalised(s, state.scale + 2 * shift)
 
@@ -153,9 +159,13 @@ def _scaled_tap(segment: Segment, keep: np.ndarray | None) -> tuple[TapMatrices,
     sizes = [_exponent(a)] * bool(a.any()) + [_exponent(b) + to_y] * bool(b.any())
     to_s = max(sizes, default=0)
     moves = (-to_s, to_y - to_s, -to_y)
-    a, b, w = (_shifted(m, e) for m, e in zip((a, b, w), moves, strict=True))
+    before = (a, b, w)
+    a, b, w = (_shifted(m, e) for m, e in zip(before, moves, strict=True))
     known = (segment.A.error, segment.B.error, segment.W.error)
-    errors = [float(unscale_up(e, move)) for e, move in zip(known, moves, strict=True)]
+    errors = [
+        float(unscale_up(e, move)) + _lost(x, y)
+        for e, move, x, y in zip(known, moves, before, (a, b, w), strict=True)
+    ]
     groups = np.zeros(w.shape[0], int), np.zeros(w.shape[1], int)
     e_a, e_w = np.array([errors[0]]), np.array([[errors[2]]])
     return TapMatrices(a, b, w, errors[1], e_a, e_w, *groups, not any(errors)), to_y, to_s
@@ -297,17 +307,20 @@ def propagate_dense(gain: DenseGain, D: np.ndarray, weights: np.ndarray | None =
     e = np.array(
         [[float(unscale_up(x, -(to_y if k < taps else to_z))) for x in row] for k, row in enumerate(errors)]
     )
+    small_y, small_z = _shifted(gy, -to_y), _shifted(gz, -to_z)
+    lost = _lost(gy, small_y) + _lost(gz, small_z)
+    e = e + lost
     columns = np.concatenate([np.zeros(gain.n, int), gain.labels + 1])
     tap = TapMatrices(
-        _shifted(gz, -to_z),
+        small_z,
         None,
-        _shifted(gy, -to_y),
+        small_y,
         0.0,
         e[-1],
         e[:-1].reshape(taps, taps + 1),
         gain.labels,
         columns,
-        not errors.any(),
+        not errors.any() and lost == 0.0,
     )
     out, _ = advance(s, tap, own, 0, False)
     return _normalised(out, scale + 2 * to_z)

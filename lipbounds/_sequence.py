@@ -74,6 +74,8 @@ _KEPT: weakref.WeakKeyDictionary[LureForm, Sequence] = weakref.WeakKeyDictionary
 
 def sequence(form: LureForm) -> Sequence:
     """The sequence of a concrete form (of its elementwise view), kept as long as the form lives."""
+    if form.assumed:  # a declaration may be corrected while the form lives
+        return _sequence(elementwise_view(form))
     found = _KEPT.get(form)
     if found is None:
         found = _KEPT[form] = _sequence(elementwise_view(form))
@@ -189,7 +191,11 @@ def hybrid_start(form: LureForm, k: int, request: Request) -> tuple[Sequence, np
     host = _triangle.host_form(front)
     rows = {source: block.T for source, block in host.backward((), [(), *nodes], scalings).items()}
     found = _triangle.recursion(front, nodes, scalings, request, pairwise=False, rows=rows)
-    shares = {i: found.outputs[i] * found.reach[i] for i in rows if found.outputs[i] * found.reach[i] > 0}
+    shares = {
+        i: mul_up(found.outputs[i], found.reach[i])  # never rounded to zero
+        for i in rows
+        if found.outputs[i] > 0 and found.reach[i] > 0
+    }
     width = front.num_outputs
     if not shares:
         return sequence(tail), np.zeros((width, width)), 0, found.guarantee, found.failure
@@ -201,11 +207,13 @@ def hybrid_start(form: LureForm, k: int, request: Request) -> tuple[Sequence, np
         squares = weight * gram(block.matrix)
         s += squares
         entries = min(block.shape[1], nonzeros_per_row(block.matrix)) + len(shares) + 8
+        lost = width * block.shape[1] * 2.0**-1022  # products below the range
         rounding = mul_up(2 * gamma(entries), frobenius_norm(block.matrix), frobenius_norm(block.matrix))
         error = add_up(
             error,
             mul_up(
-                weight, add_up(rounding, mul_up(2.0, norm, block.error), mul_up(block.error, block.error))
+                weight,
+                add_up(rounding, mul_up(2.0, norm, block.error), mul_up(block.error, block.error), lost),
             ),
         )
     s = (s + s.T) / 2

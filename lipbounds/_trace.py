@@ -241,9 +241,20 @@ def _form(call: Function, params: Any, spec: jax.ShapeDtypeStruct) -> tuple[Lure
     if 0 in output.shape:
         raise ValueError("the function must return at least one number, it returned an empty vector")
     program, leaves, slopes, registers = lower(flat)
-    form = LureForm(program, leaves, slopes)
+    form = LureForm(program, tuple(_owned(leaf) for leaf in leaves), slopes)
     check_weights(form)
     return form, Traced(flat, registers)
+
+
+def _owned(leaf: Any) -> Any:
+    """A copy that shares no memory with arrays of the user, who may change them in place (jax aliases NumPy on CPU)."""
+    if not is_concrete(leaf):
+        return leaf
+    if isinstance(leaf, jax.Array):
+        return leaf.copy()
+    copy = np.array(leaf)
+    copy.setflags(write=False)
+    return copy
 
 
 @partial(jax.jit, static_argnames="dtype")

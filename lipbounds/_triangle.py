@@ -422,7 +422,7 @@ def smaller(first: Triangle, second: Triangle) -> Triangle:
     pairs, classes = _least(first.pairwise, second.pairwise), _least(first.per_class, second.per_class)
     both = weakest([first.guarantee, second.guarantee]) if pairs is not None else best.guarantee
     # Which of the two is smaller depends on their random starts, so both must hold.
-    failure = first.failure + second.failure if both == "probabilistic" else 0.0
+    failure = first.failure + second.failure if both != "verified" else 0.0
     return replace(best, per_class=classes, pairwise=pairs, guarantee=both, failure=failure)
 
 

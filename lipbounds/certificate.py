@@ -3,7 +3,8 @@
 A certificate holds inverse multipliers D of every tap and claims: the constant of the network, of pairs, of classes.
 `check` forgets how they were found. It rebuilds the state sequence (or the dense form) from the form, carries the
 ellipsoid through it with every rounding bounded (`_proof`), and compares what that proves with the claims; claims
-that LipLT rules are recomputed. Nothing rests on the stored numbers, on a hash, or on a solver.
+that LipLT rules are recomputed. Nothing rests on the stored numbers, on a hash, or on a solver. A probabilistic
+claim is checked with the seed of the file, so it trusts whoever made it not to have searched for a lucky seed.
 
 **The file** is a safetensors file of float64 tensors, so that loading runs no code: `proof{i}.D{k}` the inverse
 multipliers of segment k, `proof{i}.weights` the weights p of an l-inf input, `pairwise` (K, K), `per_class` (K,).
@@ -21,7 +22,7 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from lipbounds._views import elementwise_view
 from lipbounds.bound import GUARANTEES, NORM_NAMES, UpperBound, check_norm, weakest
 from lipbounds.errors import CertificateError
 from lipbounds.liplt import liplt
-from lipbounds.lure import LureForm
+from lipbounds.lure import LureForm, check_weights
 
 KINDS = ("sequence", "dense")
 RESERVE = 1e-9
@@ -247,6 +248,11 @@ def check(certificate: Certificate, form: LureForm) -> None:
         )
     if form.is_traced:
         raise TypeError("a certificate is checked against concrete weights, not under jit, grad or vmap")
+    try:
+        check_weights(form)
+    except ValueError as error:
+        raise CertificateError(str(error)) from error
+    form = replace(form)  # another object: nothing that was kept for the form is used
     c = certificate
     _check_fields(c)
     mine = (tuple(int(n) for n in form.in_shape), form.num_outputs, tap_sizes(form))

@@ -375,7 +375,7 @@ def problem(
 
 def parameters_of(p: Problem, s: Sequence[float | np.ndarray] | float) -> Parameters:
     """q = 0 and s as given, per tap or for all."""
-    taps = []
+    taps: list[Any] = []
     place = 0
     for stack, count in zip(p.runs, p.counts, strict=True):
         width = min(stack.kappa.shape[-1], 1) if p.per_layer else stack.kappa.shape[-1]
@@ -447,10 +447,9 @@ def optimize(
     how = effort(p) if how is None else how
     with jax.enable_x64(True):
         start, runs = _on_device(p)
-        weights = None if weights is None else jnp.asarray(weights, jnp.float64)
+        given = None if weights is None else jnp.asarray(weights, jnp.float64)
         scores = [
-            float(_exact(start, runs, jax.tree.map(jnp.asarray, c), weights, p.sharpest, kind))
-            for c in starts
+            float(_exact(start, runs, jax.tree.map(jnp.asarray, c), given, p.sharpest, kind)) for c in starts
         ]
         scores = [score if np.isfinite(score) else np.inf for score in scores]
         best = int(np.argmin(scores))
@@ -469,9 +468,9 @@ def optimize(
             sharp = (min(stage, p.sharpest), stage)
             spent = failures = 0
             while spent < allowed and done < how.iterations and failures < 2:
-                trial, state, losses = improve(start, runs, current, state, weights, sharp, kind, how.chunk)
+                trial, state, losses = improve(start, runs, current, state, given, sharp, kind, how.chunk)
                 done, spent = done + how.chunk, spent + how.chunk
-                score = float(_exact(start, runs, trial, weights, p.sharpest, kind))
+                score = float(_exact(start, runs, trial, given, p.sharpest, kind))
                 curve = np.asarray(losses)
                 if not (np.isfinite(score) and np.isfinite(curve).all()):
                     failures += 1  # a step out of the range of floats: begin again without memory

@@ -154,7 +154,7 @@ def _finish(search: Search, other: UpperBound, pairwise: bool, method: str, star
     sources = [(c.guarantee, c.failure) for c in found]
     sources += [(other.guarantee, other.failure_probability)] if helped else []
     guarantee = weakest(how for how, _ in sources)
-    failure = sum(f for _, f in sources) * (1 + 1e-12) if guarantee == "probabilistic" else 0.0
+    failure = sum(f for _, f in sources) * (1 + 1e-12) if guarantee != "verified" else 0.0
     certificate = None
     if found:
         certificate = make_certificate(

@@ -20,7 +20,7 @@ _ESTIMATE_STEPS = 50
 class Verb:
     """A public bound `verb(form, ...)` with the jit-able `verb.core` beside it."""
 
-    def __init__(self, function: Any, core: Core):
+    def __init__(self, function: Any, core: Any):
         self.__wrapped__ = function
         self.__doc__ = function.__doc__
         self.__name__ = function.__name__

@@ -98,3 +98,23 @@ def test_progress_names_every_method_and_what_lipsdp_does():
     lb.compare(net(3, 4, 2), methods=["lipsdp", "naive"], progress=told.append)
     assert told[0] == "lipsdp" and told[-1] == "naive" and len(told) > 2
     assert all(line.startswith("lipsdp, ") for line in told[1:-1])
+
+
+def test_the_report_measures_lipsdp_and_leaves_its_references_to_those_who_name_them():
+    from lipbounds.analysis.experiment import LABELS, method_names, offered
+
+    assert set(method_names()) == set(table.METHODS) - {"lipsdp-clarabel", "lipsdp-scs", "lipsdp-layer"}
+    assert set(LABELS) == set(table.METHODS)
+    assert offered(LIPSDP, 2) == offered(LIPSDP, 2, quick=True) == LIPSDP
+    assert offered(LIPSDP, np.inf) == ["lipsdp", "lipsdp-layer"]
+    assert offered(LIPSDP, np.inf, quick=True) == offered(LIPSDP, 1) == []
+
+
+@pytest.mark.parametrize(("neurons", "quick"), [(301, True), (301, False), (300, True)])
+def test_a_quick_report_limits_the_recursion_on_larger_networks(solved, monkeypatch, neurons, quick):
+    from lipbounds.analysis.experiment import measure
+
+    monkeypatch.setattr(lb, "lipsdp", importlib.import_module("lipbounds.lipsdp").lipsdp)
+    form = net(3, neurons, 2)
+    measure(form, np.zeros((1, 3)), np.zeros(1, int), norms=(2,), methods=("lipsdp",), quick=quick)
+    assert [o.get("iterations") for o in solved] == [45 if quick and neurons > 300 else None]
