@@ -1,8 +1,12 @@
 """The jit-able core of LipSDP for training: constants and multipliers improve together, step after step.
 
-The recursion of `ellipsoid` on a form whose constants may be tracers, in float32 or float64, written for one stage at a
-time so that a layer costs one Cholesky factor and a few products. Estimates only, nothing is proved; yet every D used is
-feasible in float arithmetic, so the constants are those of LipSDP's problem at D up to rounding, not below its optimum.
+The recursion of `ellipsoid` on a form whose constants may be tracers, in float32 or float64, written so that a layer
+costs two Cholesky factors and a few products. Estimates only, nothing is proved; yet every D used is feasible in float
+arithmetic, so up to rounding the constants are not below LipSDP's optimum.
+
+Measured on digits (64-64-64-10, CRM loss, 800 steps of Adam, batch 256): mean radius proved by `lb.lipsdp` 0.605 with
+LipLT's core in the loss, 0.639 with this one and steps=1, 0.637 with the multipliers trained with the weights (steps=0),
+which needs one forward and backward pass less.
 """
 
 from __future__ import annotations
@@ -28,9 +32,8 @@ from lipbounds.lure import LureForm
 _RATE = 0.05
 _SHARPNESS = 6  # squarings of the smoothed objective that the multipliers descend on
 _FURTHEST = 20.0  # |log| of a multiplier over the size of its ellipsoid
-_CLOSEST = 0.02  # relative distance from the edge of feasibility below which multipliers are moved away,
-_MOVED = 0.1  # and to which
-_BESIDE = 0.05  # times both where something passes the tap
+_MARGIN = 0.1  # relative distance from the edge of feasibility that multipliers keep,
+_BESIDE = 0.25  # times this where something passes the tap
 _TIGHT = 9  # squarings of that edge
 _LEAST = 0.02  # |c| / r of the closed-form start is at least this
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -99,7 +102,9 @@ class LipSdpCore:
         def loss(multipliers: Any) -> jax.Array:
             still = [Run(s, run.count, run.slopes) for s, run in zip(frozen[1], runs, strict=True)]
             passed = _recursion(frozen[0], jnp.zeros((), dtype), still, multipliers)
-            return ellipsoid.objective(passed.sigma, passed.exponent, kind, weights, _SHARPNESS)
+            return ellipsoid.objective(
+                passed.sigma, passed.exponent, ellipsoid.KINDS.index(kind), weights, _SHARPNESS
+            )
 
         def improve(carry: Any, _: None) -> tuple[Any, None]:
             multipliers, moments = carry
@@ -210,7 +215,7 @@ def _or_default(good: jax.Array, multipliers: Any) -> Any:
 class _Passed(NamedTuple):
     sigma: jax.Array  # times 2^exponent
     exponent: jax.Array
-    parameters: tuple[jax.Array, ...]
+    parameters: tuple[Any, ...]
 
 
 def _recursion(sigma: jax.Array, exponent: jax.Array, runs: list[Run], parameters: Any) -> _Passed:
@@ -222,7 +227,8 @@ def _recursion(sigma: jax.Array, exponent: jax.Array, runs: list[Run], parameter
 
         def step(carry: Any, item: Any, slopes: str = run.slopes) -> tuple[Any, Any]:
             sigma, exponent = carry
-            sigma, up, q = _through(sigma, *item, slopes)
+            stage, q = item
+            sigma, up, q = _through(sigma, stage, q, slopes)
             sigma, shift = ellipsoid.rescale(sigma)
             return (sigma, exponent + up + shift), q
 
@@ -232,7 +238,7 @@ def _recursion(sigma: jax.Array, exponent: jax.Array, runs: list[Run], parameter
         else:
             carry, q = step(carry, (run.stage, q))
         used.append(q)
-    return _Passed(*carry, tuple(used))
+    return _Passed(carry[0], carry[1], tuple(used))
 
 
 def _through(sigma: jax.Array, stage: Stage, q: Any, slopes: str) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -259,7 +265,9 @@ def _through(sigma: jax.Array, stage: Stage, q: Any, slopes: str) -> tuple[jax.A
             new = _dot(cross.T * c + G * (r * r * d), G.T)
         else:
             cross = (d * c)[:, None] * G.T
-            new = 0 if slopes == "zero" else _dot(G * ((r * r - c * c) * d), G.T)
+            new = jnp.zeros((len(G), len(G)), G.dtype)
+            if slopes != "zero":
+                new = _dot(G * ((r * r - c * c) * d), G.T)
     else:
         A = stage.H + (stage.G * c if stage.W is None else _dot(stage.G * c, stage.W))
         B = stage.G * (r * jnp.exp2(wide))  # y is counted in units of 2^wide, so w is too
@@ -273,11 +281,11 @@ def _through(sigma: jax.Array, stage: Stage, q: Any, slopes: str) -> tuple[jax.A
 
 
 def _feasible(sy: jax.Array, q: Any, kappa: jax.Array, alone: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(D, the Cholesky factor of D - Sy, q): D = ||Sy||_F exp(q), unless that is infeasible or almost so.
+    """(D, the Cholesky factor of D - Sy, q): D = ||Sy||_F exp(q), or its least multiple inside the feasible set by a
+    margin (continuous in q), as at the edge (D - Sy)^-1 and its gradient would ruin a training step.
 
-    Then D mu (1 + some) takes its place with mu >= lambda_max(D^-1/2 Sy D^-1/2): at the edge of feasibility
-    (D - Sy)^-1 and its gradient would ruin a training step. Without q the closed form D = lambda_max(Sy) (1 + |c| / r),
-    the best for one neuron alone. `alone`: nothing passes the tap (H = 0).
+    Without q the closed form D = lambda_max(Sy) (1 + |c| / r), the best for one neuron alone. `alone`: nothing passes
+    the tap (H = 0).
     """
     still = jax.lax.stop_gradient(sy)
     square = jnp.sum(jnp.square(sy))
@@ -287,15 +295,16 @@ def _feasible(sy: jax.Array, q: Any, kappa: jax.Array, alone: bool) -> tuple[jax
         q = jnp.log(mu / size * (1 + jnp.maximum(kappa, _LEAST)))
     q = jnp.clip(q, -_FURTHEST, _FURTHEST)
     d = size * jnp.exp(q)
-    # Where (D - Sy)^-1 is hardly felt (c = 0 and nothing beside the tap) the best D may lie at the edge.
+    # Where (D - Sy)^-1 is hardly felt (c = 0 and nothing beside the tap) the best D lies at the edge.
     share = jnp.clip(kappa, 1e-3, 1) if alone else jnp.asarray(_BESIDE, d.dtype)
+    nearest = d / (1 + _MARGIN * share)
 
     def moved() -> jax.Array:
-        half = jax.lax.rsqrt(d)
-        return d * ellipsoid.top(half[:, None] * sy * half, _TIGHT) * (1 + _MOVED * share)
+        half = jax.lax.rsqrt(nearest)
+        return d * ellipsoid.top(half[:, None] * sy * half, _TIGHT)
 
-    trial = _cholesky((1 - _CLOSEST * share) * jax.lax.stop_gradient(d), still)
-    d = jax.lax.cond(jnp.isfinite(trial).all(), lambda: d, moved)
+    safe = jnp.isfinite(_cholesky(jax.lax.stop_gradient(nearest), still)).all()
+    d = jax.lax.cond(safe, lambda: d, moved)
     return d, _cholesky(jax.lax.stop_gradient(d), still), q
 
 

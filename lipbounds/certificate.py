@@ -33,6 +33,7 @@ from lipbounds._certfile import is_certificate, pack, take, take_float, take_siz
 from lipbounds._dense import dense_gain
 from lipbounds._rounding import add_up
 from lipbounds._sequence import hybrid_start, sequence
+from lipbounds._tables import show
 from lipbounds._triangle import Request
 from lipbounds._version import __version__
 from lipbounds._views import elementwise_view
@@ -121,7 +122,7 @@ class Certificate:
         norm = NORM_NAMES.get(self.norm, self.norm)
         pairs = "" if self.pairwise is None else f", {self.num_outputs} x {self.num_outputs} pairs"
         proofs = f"{len(self.proofs)} proof{'' if len(self.proofs) == 1 else 's'}"
-        return f"Certificate(L <= {self.value:.6g} ({norm}), {self.guarantee}, {proofs}{pairs})"
+        return f"Certificate(L <= {show(self.value, 'up')} ({norm}), {self.guarantee}, {proofs}{pairs})"
 
 
 def _frozen(array: Any) -> np.ndarray:

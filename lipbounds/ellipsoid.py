@@ -214,25 +214,40 @@ def pair_squares(sigma: jax.Array) -> jax.Array:
     return diagonal[:, None] + diagonal[None, :] - 2 * sigma
 
 
-def objective(sigma: jax.Array, exponent: jax.Array, kind: str, weights: Any, squarings: Any) -> jax.Array:
-    """log L of what `kind` says, as a smooth function that tends to it from above as `squarings` grows.
+KINDS = ("value", "entries", "largest", "pairs")
+
+
+def objective(sigma: jax.Array, exponent: jax.Array, kind: Any, weights: Any, squarings: Any) -> jax.Array:
+    """log L of what `KINDS[kind]` says, as a smooth function that tends to it from above as `squarings` grows.
 
     "value": the network, l2 to l2; "entries": l-inf outputs; "largest": the largest L_ij; "pairs": the mean of log L_ij
-    with `weights` (K, K).
+    with `weights` (K, K). `kind` may be traced: one compiled optimisation serves all.
     """
-    shift = exponent * _LOG2
     least = np.finfo(sigma.dtype).tiny
     power = jnp.exp2(jnp.asarray(squarings, sigma.dtype))
-    if kind == "value":
-        return (jnp.log(jnp.maximum(top(sigma, squarings), least)) + shift) / 2
-    if kind == "entries":
+
+    def value() -> jax.Array:
+        return jnp.log(jnp.maximum(top(sigma, squarings), least))
+
+    def entries() -> jax.Array:
         logs = jnp.log(jnp.maximum(jnp.diagonal(sigma), least))
-        return (jax.nn.logsumexp(power * logs) / power + shift) / 2
-    off = ~jnp.eye(sigma.shape[0], dtype=bool)
-    logs = jnp.log(jnp.where(off, jnp.maximum(pair_squares(sigma), least), 1))
-    if kind == "largest":
-        return (jax.nn.logsumexp(jnp.where(off, power * logs, -jnp.inf)) / power + shift) / 2
-    return (jnp.sum(weights * logs) / jnp.sum(weights) + shift) / 2
+        return jax.nn.logsumexp(power * logs) / power
+
+    def pair_logs() -> tuple[jax.Array, jax.Array]:
+        off = ~jnp.eye(sigma.shape[0], dtype=bool)
+        return jnp.log(jnp.where(off, jnp.maximum(pair_squares(sigma), least), 1)), off
+
+    def largest() -> jax.Array:
+        logs, off = pair_logs()
+        return jax.nn.logsumexp(jnp.where(off, power * logs, -jnp.inf)) / power
+
+    def pairs() -> jax.Array:
+        logs, _ = pair_logs()
+        return jnp.sum(weights * logs) / jnp.sum(weights)
+
+    ways = (value, entries, largest, pairs)
+    found = ways[kind]() if isinstance(kind, int) else jax.lax.switch(kind, ways)
+    return (found + exponent * _LOG2) / 2
 
 
 class Parameters(NamedTuple):
@@ -255,13 +270,13 @@ Sharpness = tuple[Any, Any]  # squarings of mu at the taps, and of the objective
 
 
 def _loss(
-    start: Any, runs: Any, kind: str, weights: Any, sharp: Sharpness, parameters: Parameters
+    start: Any, runs: Any, kind: Any, weights: Any, sharp: Sharpness, parameters: Parameters
 ) -> jax.Array:
     passed = run(first_ellipsoid(start, parameters.input), runs, parameters.taps, sharp[0])
     return objective(passed.sigma, passed.exponent, kind, weights, sharp[1])
 
 
-@partial(jax.jit, static_argnames=("kind", "steps"))
+@partial(jax.jit, static_argnames=("steps",))
 def improve(
     start: jax.Array,
     runs: Any,
@@ -269,7 +284,7 @@ def improve(
     state: Any,
     weights: Any,
     sharp: Sharpness,
-    kind: str,
+    kind: Any,
     steps: int,
 ) -> tuple[Parameters, Any, jax.Array]:
     """`steps` iterations of L-BFGS on the parameters in one scan: (parameters, optimiser state, losses)."""
@@ -292,9 +307,9 @@ def _evaluate(start: Any, runs: Any, parameters: Parameters, squarings: Any) -> 
     return run(first_ellipsoid(start, parameters.input), runs, parameters.taps, squarings)
 
 
-@partial(jax.jit, static_argnames=("kind",))
+@jax.jit
 def _exact(
-    start: Any, runs: Any, parameters: Parameters, weights: Any, squarings: Any, kind: str
+    start: Any, runs: Any, parameters: Parameters, weights: Any, squarings: Any, kind: Any
 ) -> jax.Array:
     return _loss(start, runs, kind, weights, (squarings, _SHARP), parameters)
 
@@ -447,9 +462,11 @@ def optimize(
     how = effort(p) if how is None else how
     with jax.enable_x64(True):
         start, runs = _on_device(p)
-        given = None if weights is None else jnp.asarray(weights, jnp.float64)
+        outputs = p.runs[-1].A.shape[-2] if p.runs else p.start.shape[0]
+        given = jnp.asarray(np.ones((outputs, outputs)) if weights is None else weights, jnp.float64)
+        which = jnp.asarray(KINDS.index(kind))
         scores = [
-            float(_exact(start, runs, jax.tree.map(jnp.asarray, c), given, p.sharpest, kind)) for c in starts
+            float(_exact(start, runs, jax.tree.map(jnp.asarray, c), given, p.sharpest, which)) for c in starts
         ]
         scores = [score if np.isfinite(score) else np.inf for score in scores]
         best = int(np.argmin(scores))
@@ -457,7 +474,7 @@ def optimize(
             raise ValueError("the ellipsoid recursion overflows or loses all digits on this network")
         value, current = scores[best], jax.tree.map(jnp.asarray, starts[best])
         done = 0
-        size = max(p.runs[-1].A.shape[-2], 2) if p.runs else 2
+        size = max(outputs, 2)
         if not jax.tree.leaves(current):
             return current, float(np.exp(value)), 0
         best_yet = current
@@ -468,9 +485,9 @@ def optimize(
             sharp = (min(stage, p.sharpest), stage)
             spent = failures = 0
             while spent < allowed and done < how.iterations and failures < 2:
-                trial, state, losses = improve(start, runs, current, state, given, sharp, kind, how.chunk)
+                trial, state, losses = improve(start, runs, current, state, given, sharp, which, how.chunk)
                 done, spent = done + how.chunk, spent + how.chunk
-                score = float(_exact(start, runs, trial, given, p.sharpest, kind))
+                score = float(_exact(start, runs, trial, given, p.sharpest, which))
                 curve = np.asarray(losses)
                 if not (np.isfinite(score) and np.isfinite(curve).all()):
                     failures += 1  # a step out of the range of floats: begin again without memory

@@ -130,6 +130,10 @@ def _check_options(
             )
     if not isinstance(refine, int) or refine < 0:
         raise ValueError(f"refine is a number of pairs >= 0, got {refine!r}")
+    if solver != "recursion" and (refine or not isinstance(objective, str) or objective != "mean"):
+        raise ValueError(
+            f"solver={solver!r} solves every pair on its own: refine and objective are of the recursion"
+        )
     if start_at is not None and not 0 <= start_at <= len(form.taps):
         raise ValueError(f"start_at must lie in 0..{len(form.taps)}, got {start_at}")
     if start_at and norm != 2:

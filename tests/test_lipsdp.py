@@ -169,7 +169,7 @@ def test_pairs_against_a_solve_per_pair(trained: bool) -> None:
 
     assert excess().max() <= 1e-6
     assert excess(iterations=300).max() <= (0.02 if trained else 0.25)
-    assert excess(iterations=300, objective="largest")[exact.argmax()] <= 5e-3
+    assert excess(iterations=300, objective="largest")[exact.argmax()] <= 1e-2
     assert excess(iterations=300, refine=3).max() <= 5e-3
     weights = np.zeros((3, 3))
     weights[FIRST[0], SECOND[0]] = weights[SECOND[0], FIRST[0]] = 1.0
@@ -348,6 +348,20 @@ def test_never_above_liplt(options: dict[str, Any]) -> None:
         assert bound.per_class is not None and other.per_class is not None
         assert (bound.pairwise <= other.pairwise).all() and (bound.per_class <= other.per_class).all()
     assert bound.value < other.value, "LipLT itself was returned"
+
+
+def test_pairs_that_the_objective_leaves_out_are_those_of_liplt() -> None:
+    """Outputs a thousand times apart: neither the network nor pair (0, 2) says anything about pair (0, 1)."""
+    layers = gauss(WIDTHS, 9)
+    layers[2][2] *= 1e3
+    form = lb.from_weights(layers, activation="relu")
+    weights = np.zeros((3, 3))
+    weights[0, 2] = weights[2, 0] = 1.0
+    bound, other = lb.lipsdp(form, pairwise=True, objective=weights), lb.liplt(form, pairwise=True)
+    assert bound.pairwise is not None and other.pairwise is not None
+    assert bound.per_class is not None and other.per_class is not None
+    assert (bound.pairwise <= other.pairwise).all() and (bound.per_class <= other.per_class).all()
+    assert bound.pairwise[0, 1] == other.pairwise[0, 1] and bound.pairwise[0, 2] < other.pairwise[0, 2]
 
 
 # ------------------------------------------------------------------------------- what it tells

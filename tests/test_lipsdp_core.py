@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -49,11 +50,13 @@ def forward(weights: Any, activation: Callable[..., Any] = jax.nn.relu) -> Calla
 
 
 def traced(weights: Any, activation: Callable[..., Any] = jax.nn.relu) -> Any:
-    return lb.trace(forward(weights, activation), jax.ShapeDtypeStruct((weights[0].shape[1],), weights[0].dtype))
+    return lb.trace(
+        forward(weights, activation), jax.ShapeDtypeStruct((weights[0].shape[1],), weights[0].dtype)
+    )
 
 
 def mlp(rng: np.random.Generator, *sizes: int, gain: float = 1.4) -> list[jax.Array]:
-    return [gauss(rng, b, a, gain=gain) for a, b in zip(sizes[:-1], sizes[1:], strict=True)]
+    return [gauss(rng, b, a, gain=gain) for a, b in itertools.pairwise(sizes)]
 
 
 def upper(a: Any) -> np.ndarray:
@@ -174,7 +177,9 @@ def test_gradients_are_difference_quotients(activation: Any, rng: np.random.Gene
 
             h = 1e-5
             quotient = (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
-            assert float(np.sum(np.asarray(gradient) * direction)) == pytest.approx(quotient, rel=1e-5, abs=1e-7)
+            assert float(np.sum(np.asarray(gradient) * direction)) == pytest.approx(
+                quotient, rel=1e-5, abs=1e-7
+            )
 
 
 def test_the_gradient_does_not_pass_through_the_steps(rng: np.random.Generator) -> None:
@@ -390,7 +395,9 @@ def mean_radius(form: Any) -> float:
     data = digits()
     bound = lb.lipsdp(form, pairwise=True, iterations=100)
     assert bound.guarantee == "verified"
-    return float(lb.certified_radius(form, data.test_x.reshape(-1, 64), data.test_y, bound=bound).radius.mean())
+    return float(
+        lb.certified_radius(form, data.test_x.reshape(-1, 64), data.test_y, bound=bound).radius.mean()
+    )
 
 
 def test_training_with_the_core_certifies_more_than_with_liplts() -> None:
