@@ -5,8 +5,8 @@ costs two Cholesky factors and a few products. Estimates only, nothing is proved
 arithmetic, so up to rounding the constants are not below LipSDP's optimum.
 
 Measured on digits (64-64-64-10, CRM loss, 800 steps of Adam, batch 256): mean radius proved by `lb.lipsdp` 0.605 with
-LipLT's core in the loss, 0.639 with this one and steps=1, 0.637 with the multipliers trained with the weights (steps=0),
-which needs one forward and backward pass less.
+LipLT's core in the loss, 0.639 with this one and steps=1, 0.637 with the multipliers trained with the weights
+(steps=0), which needs one forward and backward pass less.
 """
 
 from __future__ import annotations
