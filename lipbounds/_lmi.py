@@ -139,7 +139,7 @@ def smallest_rho(Gy: np.ndarray, Gz: np.ndarray, n: int, T: np.ndarray) -> float
     if fail:
         return math.inf
     half = sl.solve_triangular(factor, d[:, None] * (right.T @ left), lower=True)
-    return float(np.linalg.eigvalsh(left.T @ left + half.T @ half)[-1])
+    return float(np.linalg.eigvalsh(left.T @ left + half.T @ half).max(initial=0.0))
 
 
 @dataclass(frozen=True, eq=False)

@@ -320,6 +320,11 @@ def _solver() -> Any:
     )
 
 
+def _fresh(parameters: Parameters) -> Any:
+    """L-BFGS without memory, strongly typed as it is after a step, so that `improve` compiles once."""
+    return jax.tree.map(lambda a: jnp.asarray(a, a.dtype), _solver().init(parameters))
+
+
 # --- the host's side -----------------------------------------------------------------------------------------------
 
 
@@ -479,7 +484,7 @@ def optimize(
             return current, float(np.exp(value)), 0
         best_yet = current
         for place, stage in enumerate(how.stages):
-            current, state = best_yet, _solver().init(best_yet)
+            current, state = best_yet, _fresh(best_yet)
             allowed = max((how.iterations - done) // (len(how.stages) - place), how.chunk)
             blur = np.log(size) / 2.0**stage
             sharp = (min(stage, p.sharpest), stage)
@@ -491,7 +496,7 @@ def optimize(
                 curve = np.asarray(losses)
                 if not (np.isfinite(score) and np.isfinite(curve).all()):
                     failures += 1  # a step out of the range of floats: begin again without memory
-                    current, state = best_yet, _solver().init(best_yet)
+                    current, state = best_yet, _fresh(best_yet)
                     continue
                 current = trial
                 if score < value:
