@@ -134,22 +134,11 @@ def _schur_back(y: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
 schur.defvjp(_schur_forward, _schur_back)
 
 
-def through(
-    sigma: jax.Array, tap: Tap, d: jax.Array, sy: jax.Array, cross: jax.Array, *, guarded: bool
-) -> tuple[jax.Array, jax.Array]:
-    """(Sigma after one tap, whether D was feasible in floats) for D given.
-
-    Where D - Sy has no Cholesky factor in this precision, `guarded` takes 2 (sum_i sy_ii / d_i) D instead, which always
-    has one; else the result is NaN.
-    """
-    fine = jnp.ones((), bool)
-    if guarded:
-        trial = jnp.linalg.cholesky(jax.lax.stop_gradient(jnp.diag(d) - sy), symmetrize_input=False)
-        fine = jnp.isfinite(trial).all()
-        d = jnp.where(fine, d, 2 * jnp.sum(jnp.diagonal(sy) / d) * d)
+def through(sigma: jax.Array, tap: Tap, d: jax.Array, sy: jax.Array, cross: jax.Array) -> jax.Array:
+    """Sigma after one tap, for D given; NaN where D - Sy has no Cholesky factor in floats."""
     x = sigma + schur(jnp.diag(d) - sy, cross)
     new = tap.A @ x @ tap.A.T + (tap.B * d) @ tap.B.T
-    return (new + new.T) / 2, fine
+    return (new + new.T) / 2
 
 
 def rescale(sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -161,12 +150,11 @@ def rescale(sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class Passed(NamedTuple):
-    """One pass: the last ellipsoid 2^exponent sigma; per run D_i / (Sy)_ii; were all feasible in floats?"""
+    """One pass: the last ellipsoid is 2^exponent sigma; per run D_i / (Sy)_ii."""
 
     sigma: jax.Array
     exponent: jax.Array
     multipliers: tuple[jax.Array, ...]
-    feasible: jax.Array
 
 
 def run(
@@ -174,13 +162,11 @@ def run(
     runs: Sequence[Tap],
     parameters: Sequence[Any],
     squarings: Any = SQUARINGS,
-    *,
-    guarded: bool = False,
 ) -> Passed:
     """The recursion over all `runs`: taps, or stacks of taps of one shape (one more axis), which are scanned."""
 
     def step(carry: Any, item: Any) -> tuple[Any, Any]:
-        sigma, exponent, feasible = carry
+        sigma, exponent = carry
         tap, (q, s) = item
         relative = jnp.ones_like(tap.kappa)
         if tap.kappa.shape[0]:
@@ -190,14 +176,13 @@ def run(
             d = multiplier(sy, tap.kappa, q, s, squarings)
             own = jnp.diagonal(sy)
             relative = d / jnp.maximum(own, jnp.maximum(jnp.max(own) * 1e-30, _floor(sy.dtype)))
-            sigma, fine = through(sigma, tap, d, sy, cross, guarded=guarded)
-            feasible = feasible & fine
+            sigma = through(sigma, tap, d, sy, cross)
         else:
             sigma = tap.A @ sigma @ tap.A.T
         sigma, shift = rescale(sigma)
-        return (sigma, exponent + shift, feasible), relative
+        return (sigma, exponent + shift), relative
 
-    carry: Any = (*rescale(start), jnp.ones((), bool))
+    carry: Any = rescale(start)
     multipliers = []
     for taps, given in zip(runs, parameters, strict=True):
         if taps.A.ndim == 3:
@@ -205,7 +190,7 @@ def run(
         else:
             carry, d = step(carry, (taps, given))
         multipliers.append(d)
-    return Passed(carry[0], carry[1], tuple(multipliers), carry[2])
+    return Passed(carry[0], carry[1], tuple(multipliers))
 
 
 def pair_squares(sigma: jax.Array) -> jax.Array:
