@@ -67,7 +67,9 @@ def upper(a: Any) -> np.ndarray:
 SHOWN = ["relu", "absolute", "gelu_exact", "maxmin_mlp", "two_branches"]
 
 
-@pytest.mark.parametrize("name", SHOWN)
+@pytest.mark.parametrize(
+    "name", [n if n in ("relu", "absolute") else pytest.param(n, marks=pytest.mark.slow) for n in SHOWN]
+)
 def test_many_steps_come_to_the_proved_bound(name: str) -> None:
     form = trace(name)
     proved = lb.lipsdp(form).value
@@ -82,7 +84,7 @@ def test_many_steps_come_to_the_proved_bound(name: str) -> None:
     assert float(exact.value) * (1 - 1e-9) <= start <= 1.5 * lb.liplt(form).value
 
 
-@pytest.mark.parametrize("name", ["relu", "two_branches"])
+@pytest.mark.parametrize("name", ["relu", pytest.param("two_branches", marks=pytest.mark.slow)])
 def test_pairs_come_to_the_recursions(name: str) -> None:
     """Against the verb's recursion, which has one D for all pairs too, and above the optimum of each pair."""
     form = trace(name)
@@ -111,6 +113,7 @@ def test_one_output_and_no_tap(rng: np.random.Generator) -> None:
     assert upper(found.pairwise)[0] == pytest.approx(np.linalg.norm(matrix[0] - matrix[1]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_slopes_that_are_traced_or_almost_linear(rng: np.random.Generator) -> None:
     """Three ways to write a stage: slopes from 0, wide slopes, any slopes (traced, or nearly linear neurons)."""
     weights = mlp(rng, 6, 9, 9, 4)
@@ -152,7 +155,14 @@ def test_wide_fronts_are_left_to_liplt(name: str, monkeypatch: pytest.MonkeyPatc
 
 
 # ---------------------------------------------------------------------------------------- gradients
-@pytest.mark.parametrize("activation", [jax.nn.relu, jnp.abs, lambda x: x + jax.nn.relu(-2 * x)])
+@pytest.mark.parametrize(
+    "activation",
+    [
+        jax.nn.relu,
+        pytest.param(jnp.abs, marks=pytest.mark.slow),
+        pytest.param(lambda x: x + jax.nn.relu(-2 * x), marks=pytest.mark.slow),
+    ],
+)
 def test_gradients_are_difference_quotients(activation: Any, rng: np.random.Generator) -> None:
     """With steps=0 in the weights and in the multipliers: the same function of both."""
     with jax.enable_x64(True):
@@ -202,6 +212,7 @@ def test_the_gradient_does_not_pass_through_the_steps(rng: np.random.Generator) 
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_networks_side_by_side(rng: np.random.Generator) -> None:
     stacks = [jnp.stack([w, 2 * w, -w]) for w in mlp(rng, 5, 8, 8, 3)]
 
@@ -254,7 +265,10 @@ def test_dead_networks_and_neurons(dead: str, rng: np.random.Generator) -> None:
         assert float(run(traced(weights), state, 200)[0].value) == pytest.approx(float(smaller), rel=1e-2)
 
 
-@pytest.mark.parametrize("sizes", [(1e15, 1e-15, 1.0), (1e-25, 1e-5, 1e12), (1e-18, 1e18, 1e-18)])
+@pytest.mark.parametrize(
+    "sizes",
+    [(1e15, 1e-15, 1.0), pytest.param((1e-25, 1e-5, 1e12), marks=pytest.mark.slow), (1e-18, 1e18, 1e-18)],
+)
 @pytest.mark.parametrize("residual", [False, True])
 def test_huge_and_tiny_weights(sizes: tuple[float, ...], residual: bool, rng: np.random.Generator) -> None:
     weights = mlp(rng, 6, 6, 6, 6)
@@ -274,6 +288,7 @@ def test_huge_and_tiny_weights(sizes: tuple[float, ...], residual: bool, rng: np
     assert not state.failed and float(found.value) == pytest.approx(wanted, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_deep_networks_in_float32(rng: np.random.Generator) -> None:
     weights = mlp(rng, 8, *[12] * 65, 4)
     form = traced(weights, lambda x: jax.nn.leaky_relu(x, 0.1))
