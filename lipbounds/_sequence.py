@@ -14,6 +14,7 @@ import itertools
 import math
 import weakref
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -69,6 +70,7 @@ class Sequence:
         return sum(segment.active.size for segment in self.segments)
 
 
+_HYBRID: weakref.WeakKeyDictionary[LureForm, dict[tuple[int, Request], Any]] = weakref.WeakKeyDictionary()
 _KEPT: weakref.WeakKeyDictionary[LureForm, Sequence] = weakref.WeakKeyDictionary()
 
 
@@ -181,6 +183,13 @@ def hybrid_start(form: LureForm, k: int, request: Request) -> tuple[Sequence, np
     triangle recursion), every s over unit dx has s s' <= sum_i (m_i^2 / a_i) B_i B_i' for any a_i > 0 with sum 1; here
     a_i is in proportion to m_i ||B_i||, so lambda_max is at most LipLT's square. l2 norm only. S (d, d) times 2^scale.
     """
+    kept = {} if form.assumed else _HYBRID.setdefault(form, {})
+    if (k, request) not in kept:
+        kept[k, request] = _hybrid_start(form, k, request)
+    return kept[k, request]
+
+
+def _hybrid_start(form: LureForm, k: int, request: Request) -> tuple[Sequence, np.ndarray, int, str, float]:
     if not 0 < k <= len(form.taps):
         raise ValueError(f"the ellipsoid can start behind 1 to {len(form.taps)} taps, not {k}")
     if request.norm != 2:

@@ -30,7 +30,6 @@ import optax
 
 MARGIN = 1e-9  # relative distance of D from the edge of feasibility, float64
 
-_MARGIN32 = 1e-4
 _LOG2 = float(np.log(2.0))
 #: p = 2^SQUARINGS of mu = (trace M^p)^(1/p) where nothing else is said.
 SQUARINGS = 4
@@ -105,8 +104,7 @@ def multiplier(
     """D of one tap from its parameters: feasible for every (q, s)."""
     half = jnp.exp(-q / 2) * jnp.ones_like(kappa)
     mu = jnp.maximum(top(half[:, None] * sy * half, squarings), _floor(sy.dtype))
-    margin = MARGIN if sy.dtype == jnp.float64 else _MARGIN32
-    return mu * jnp.exp(q) * (1 + margin + kappa * jnp.exp(s))
+    return mu * jnp.exp(q) * (1 + MARGIN + kappa * jnp.exp(s))
 
 
 def _floor(dtype: Any) -> Any:
