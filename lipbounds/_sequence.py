@@ -228,4 +228,5 @@ def _hybrid_start(form: LureForm, k: int, request: Request) -> tuple[Sequence, n
     s = (s + s.T) / 2
     error = add_up(error, mul_up(4 * (len(shares) + 4) * U, frobenius_norm(s)), TINY)
     s[np.diag_indices(width)] += 2 * error
+    s.setflags(write=False)
     return sequence(tail), s, 0, found.guarantee, found.failure

@@ -31,8 +31,6 @@ import optax
 MARGIN = 1e-9  # relative distance of D from the edge of feasibility, float64
 
 _LOG2 = float(np.log(2.0))
-#: p = 2^SQUARINGS of mu = (trace M^p)^(1/p) where nothing else is said.
-SQUARINGS = 4
 _WIDE, _SMOOTH = 200, 7
 _SHARP = 40  # squarings after which `top` is lambda_max to the last digit
 _MEMORY = 20
@@ -98,9 +96,7 @@ def _top_back(weight: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
 top.defvjp(_top_forward, _top_back)
 
 
-def multiplier(
-    sy: jax.Array, kappa: jax.Array, q: jax.Array, s: jax.Array, squarings: Any = SQUARINGS
-) -> jax.Array:
+def multiplier(sy: jax.Array, kappa: jax.Array, q: jax.Array, s: jax.Array, squarings: Any) -> jax.Array:
     """D of one tap from its parameters: feasible for every (q, s)."""
     half = jnp.exp(-q / 2) * jnp.ones_like(kappa)
     mu = jnp.maximum(top(half[:, None] * sy * half, squarings), _floor(sy.dtype))
@@ -159,7 +155,7 @@ def run(
     start: jax.Array,
     runs: Sequence[Tap],
     parameters: Sequence[Any],
-    squarings: Any = SQUARINGS,
+    squarings: Any,
 ) -> Passed:
     """The recursion over all `runs`: taps, or stacks of taps of one shape (one more axis), which are scanned."""
 
