@@ -1,4 +1,7 @@
-"""The demo: train two small networks on real digits, bound them, certify the test set, write a report."""
+"""The demo: train small networks on real digits, bound them, certify the test set, write a report.
+
+One network is trained twice, by plain cross-entropy and by certified radius maximisation (CRM).
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from flax import nnx
 import lipbounds as lb
 from lipbounds._version import __version__
 from lipbounds.analysis.experiment import NORMS, Json, measure, method_names, offered
+from lipbounds.training.config import Config
 from lipbounds.training.data import Dataset, digits
 from lipbounds.training.loop import accuracy, fit
 from lipbounds.training.models import ModelSpec, build
@@ -31,15 +35,19 @@ RESULTS = "results.json"
 Progress = Callable[[str, float], None]  # what is being done, share of the whole in [0, 1]
 
 
-def demo_models(data: Dataset) -> dict[str, tuple[str, ModelSpec]]:
-    """File name -> (title, spec). Mean and deviation of the training pixels are part of the models."""
+PLAIN: Json = {"loss": "cross-entropy", "batch_size": 128, "learning_rate": 2e-3, "schedule": "constant"}
+CRM: Json = {"loss": "crm", "constants": "recursion", "lam": 5.0, "r0": 1.0, "t": 10.0, "eps": 0.5}
+
+
+def demo_models(data: Dataset) -> dict[str, tuple[str, ModelSpec, Json]]:
+    """File name -> (title, spec, settings). Mean and deviation of the training pixels are part of the models."""
     scale = {"mean": round(float(data.train_x.mean()), 3), "std": round(float(data.train_x.std()), 3)}
+    mlp = ModelSpec("mlp", data.input_shape, {"widths": "64-64-64-10", **scale})
+    residual = ModelSpec("residual_cnn", data.input_shape, {"channels": 12, "blocks": 2, **scale})
     return {
-        "mlp": ("MLP 64-64-64-10", ModelSpec("mlp", data.input_shape, {"widths": "64-64-64-10", **scale})),
-        "residual_cnn": (
-            "Residual CNN, 2 blocks of 12 channels",
-            ModelSpec("residual_cnn", data.input_shape, {"channels": 12, "blocks": 2, **scale}),
-        ),
+        "mlp": ("MLP 64-64-64-10", mlp, PLAIN),
+        "mlp_crm": ("The same MLP, trained with CRM", mlp, {"batch_size": 64, "learning_rate": 4e-3, **CRM}),
+        "residual_cnn": ("Residual CNN, 2 blocks of 12 channels", residual, PLAIN),
     }
 
 
@@ -67,12 +75,13 @@ def run_demo(
     methods = method_names() if methods is None else tuple(methods)
     models = demo_models(data)
     records = []
-    for number, (name, (title, spec)) in enumerate(models.items()):
+    for number, (name, (title, spec, settings)) in enumerate(models.items()):
 
         def stage(what: str, share: float, title: str = title, number: int = number) -> None:
             report(f"{title}: {what}", (number + share) / len(models))
 
-        records.append(_one_model(folder, name, title, spec, data, methods, seed, epochs, stage))
+        config = Config(epochs=epochs, seed=seed, validate_every=0, warmup=min(1, epochs - 1), **settings)
+        records.append(_one_model(folder, name, title, spec, config, data, methods, stage))
     results |= {
         "status": "complete",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -101,27 +110,20 @@ def _one_model(
     name: str,
     title: str,
     spec: ModelSpec,
+    config: Config,
     data: Dataset,
     methods: Sequence[str],
-    seed: int,
-    epochs: int,
     stage: Progress,
 ) -> Json:
     training_share = 0.3
 
-    def trained(epoch: int, loss: float) -> None:
-        stage(f"training, epoch {epoch} of {epochs}, loss {loss:.3f}", training_share * epoch / epochs)
+    def trained(record: Json) -> None:
+        epoch, of = record["epoch"], config.epochs
+        stage(f"training, epoch {epoch} of {of}, loss {record['loss']:.3f}", training_share * epoch / of)
 
     stage("training", 0.0)
-    model, log = fit(
-        build(spec, seed),
-        data.train_x,
-        data.train_y,
-        epochs=epochs,
-        learning_rate=2e-3,
-        seed=seed,
-        progress=trained,
-    )
+    fitted = fit(config, data, model=build(spec, config.seed), progress=trained)
+    model = fitted.model
     file = save_model(folder / f"{name}.safetensors", model, spec)
     form = lb.trace(model, data.test_x[0])
     steps = 0
@@ -137,7 +139,7 @@ def _one_model(
         data.test_x,
         data.test_y,
         methods=methods,
-        seed=seed,
+        seed=config.seed,
         quick=True,
         progress=measured,
     )
@@ -151,9 +153,11 @@ def _one_model(
         "parameters": sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))),
         "taps": len(form.taps),
         "training": {
-            "epochs": epochs,
-            "seconds": log.seconds,
-            "loss": log.losses[-1],
+            "epochs": config.epochs,
+            "with": config.loss,
+            "constants": config.constants if config.uses_constants else None,
+            "seconds": fitted.seconds,
+            "loss": fitted.log[-1]["loss"],
             "train_accuracy": accuracy(model, data.train_x, data.train_y),
             "test_accuracy": accuracy(model, data.test_x, data.test_y),
         },

@@ -6,13 +6,16 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
 from lipbounds._tables import Direction, show
+from lipbounds.analysis.experiment import LABELS
 
 Json = dict[str, Any]
 
@@ -20,6 +23,7 @@ INK, MUTED, RULE = "#1d2530", "#66707d", "#d9dee5"
 NO_PAIRS = ", no pairs"
 # Paul Tol's "bright" colours, which stay apart for colour-blind readers.
 LINES = ("#bbbbbb", "#4477aa", "#66ccee", "#ccbb44", "#ee6677", "#228833", "#aa3377")
+RADII_LINES = ("#4477aa", "#ccbb44", "#ee6677", "#228833", "#aa3377", "#66ccee")
 GUARANTEE_COLOURS = {
     "verified": "#2f7d4f",
     "probabilistic": "#4477aa",
@@ -34,6 +38,14 @@ def png(figure: Figure) -> bytes:
     """The figure as PNG, 160 dots per inch, without a date, so that equal figures are equal files."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def svg(figure: Figure) -> bytes:
+    """The figure as SVG, without a date and with fixed names inside, so that equal figures are equal files."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "lipbounds"}):
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
 
@@ -94,6 +106,69 @@ def certified_figure(model: Json, norms: Sequence[str]) -> Figure:
         if curves:
             ax.legend(fontsize=8.5, frameon=False, loc="upper right", bbox_to_anchor=(1.0, 0.93))
     axes[0].set_ylabel("test images certified", fontsize=9.5, color=INK)
+    return figure
+
+
+def radii_figure(panels: Sequence[tuple[str, Json]], marks: Sequence[float]) -> Figure:
+    """Distribution of certified radii, one panel per network (title, record of `evaluation`), one line per bound.
+
+    A line is the share of the images that are classified correctly with a radius above eps (Figure 1 of arXiv
+    2310.00116); between two points of the grid the smaller share is drawn. `marks` are eps to point out.
+    """
+    figure = _figure(7.6, 0.8 + 3.4 * len(panels))
+    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
+    names = list(dict.fromkeys(name for _, record in panels for name in record["radii"]))
+    top = max((curve["eps"][-1] for _, record in panels for curve in record["radii"].values()), default=1.0)
+    top = max(top, *(1.08 * mark for mark in marks))
+    for ax, (title, record) in zip(axes, panels, strict=True):
+        _dress(ax, "both")
+        for name, curve in record["radii"].items():
+            # the grid ends beyond the largest finite radius, so nothing changes after it
+            ax.step(
+                [*curve["eps"], top],
+                [*curve["accuracy"], curve["accuracy"][-1]],
+                where="pre",
+                label=f"{LABELS.get(name, name)} ({record['guarantee'][name]})",
+                color=RADII_LINES[names.index(name) % len(RADII_LINES)],
+                linewidth=1.9,
+            )
+        ax.axhline(record["clean"], color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
+        for mark in marks:
+            ax.axvline(mark, color=MUTED, linewidth=1, linestyle=(0, (4, 2)))
+        ax.set_title(
+            f"{title}: clean accuracy {100 * record['clean']:.1f} %", fontsize=10, loc="left", color=INK
+        )
+        ax.set_xlim(0, top)
+        ax.set_ylim(0, 1.02)
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+        ax.set_ylabel("images with a larger radius", fontsize=9.5, color=INK)
+        if record["radii"]:
+            ax.legend(fontsize=8.5, frameon=False, loc="upper right", bbox_to_anchor=(1.0, 0.93))
+    axes[-1].set_xlabel("ε, ℓ₂ norm, pixel values in [0, 1]", fontsize=9.5, color=INK)
+    return figure
+
+
+def contrast_figure(rivals: Sequence[Json]) -> Figure:
+    """Certified accuracy against eps in l2 of networks that differ in how they were trained; dotted: clean accuracy."""
+    figure = _figure(7.6, 3.6)
+    ax = figure.subplots()
+    _dress(ax, "both")
+    for colour, rival in zip(RADII_LINES, rivals, strict=False):
+        model, bound = rival["model"], rival["bound"]
+        ax.step(
+            bound["certified"]["eps"],
+            bound["certified"]["accuracy"],
+            where="pre",
+            color=colour,
+            linewidth=1.9,
+            label=f"{model['title']}, {bound['label']}",
+        )
+        ax.axhline(model["training"]["test_accuracy"], color=colour, linewidth=1, linestyle=(0, (1, 2)))
+    ax.set_xlim(left=0)
+    ax.set_ylim(0, 1.02)
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    ax.set_xlabel("ε, pixel values in [0, 1], ℓ₂", color=INK)
+    ax.legend(frameon=False, fontsize=9)
     return figure
 
 

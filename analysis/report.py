@@ -11,7 +11,14 @@ from typing import Any
 import jinja2
 
 from lipbounds._tables import seconds_text, show
-from lipbounds.analysis.figures import NORM_NAMES, bounds_figure, certified_curves, certified_figure, png
+from lipbounds.analysis.figures import (
+    NORM_NAMES,
+    bounds_figure,
+    certified_curves,
+    certified_figure,
+    contrast_figure,
+    png,
+)
 
 Json = dict[str, Any]
 
@@ -22,6 +29,9 @@ MEANINGS = {
     "estimate": "Neither an upper nor a lower bound: power iteration, for training and previews.",
     "attained": "A slope found between two explicit points: no Lipschitz constant can be smaller.",
 }
+
+
+HOW = {"cross-entropy": "plain cross-entropy", "crm": "certified radius maximisation (CRM)"}
 
 
 def write_report(results: Json, folder: pathlib.Path) -> pathlib.Path:
@@ -40,6 +50,11 @@ def write_report(results: Json, folder: pathlib.Path) -> pathlib.Path:
             data = png(figure)
             (folder / f"{model['name']}-{what}.png").write_bytes(data)
             figures[model["name"]][what] = base64.b64encode(data).decode("ascii")
+    rivals = contrast(results)
+    if rivals:
+        data = png(contrast_figure(rivals))
+        (folder / "training-compared.png").write_bytes(data)
+        figures["training-compared"] = {"l2": base64.b64encode(data).decode("ascii")}
     page = folder / "report.html"
     temporary = folder / ".report.html.part"
     temporary.write_text(render(results, figures), encoding="utf-8")
@@ -49,25 +64,63 @@ def write_report(results: Json, folder: pathlib.Path) -> pathlib.Path:
 
 def render(results: Json, figures: dict[str, dict[str, str]]) -> str:
     """The page as text; every value is escaped, figures are embedded as base64 PNG."""
-    template = importlib.resources.files("lipbounds.analysis").joinpath("templates", "report.html.j2")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    summaries = [summary(model) for model in results["models"]]
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            results=results,
+            figures=figures,
+            summaries=summaries,
+            rivals=contrast(results),
+            how=HOW,
+            norm_names=NORM_NAMES,
+            meanings={word: text for word, text in MEANINGS.items() if word in _words(results)},
+        )
     )
-    environment.filters |= {
+
+
+def contrast(results: Json) -> list[Json]:
+    """Models of one architecture that were trained in different ways, each with its best l2 bound; [] for none."""
+    groups: dict[str, list[Json]] = {}
+    for model in results["models"]:
+        if "with" in model["training"]:
+            groups.setdefault(repr((model["architecture"], model["arguments"])), []).append(model)
+    for models in groups.values():
+        if len({model["training"]["with"] for model in models}) > 1:
+            rows = []
+            for model in models:
+                certified = [
+                    row
+                    for row in model["upper"]
+                    if row["norm"] == "2" and "certified" in row and "average" in row.get("pairs", {})
+                ]
+                if certified:
+                    best = min(certified, key=lambda row: row["pairs"]["average"])
+                    rows.append({"model": model, "bound": best})
+            return rows if len(rows) > 1 else []
+    return []
+
+
+def environment() -> jinja2.Environment:
+    """Our templates: every value is escaped, a missing one is an error."""
+    templates = importlib.resources.files("lipbounds.analysis").joinpath("templates")
+    found = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: templates.joinpath(name).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters |= {
         "up": _up,
         "down": _down,
         "near": _near,
         "seconds": seconds_text,
         "percent": _percent,
+        "percent2": lambda share: f"{100 * share:.2f} %",
     }
-    summaries = [summary(model) for model in results["models"]]
-    return environment.from_string(template.read_text(encoding="utf-8")).render(
-        results=results,
-        figures=figures,
-        summaries=summaries,
-        norm_names=NORM_NAMES,
-        meanings={word: text for word, text in MEANINGS.items() if word in _words(results)},
-    )
+    return found
 
 
 def _up(value: float, digits: int = 5) -> str:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -28,6 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from common import environment, markdown
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
@@ -200,31 +200,6 @@ def tables(results: dict[str, Any]) -> list[Table]:
     return out
 
 
-def markdown(results: dict[str, Any]) -> str:
-    lines = ["# benchmarks/liplt.py", ""]
-    lines += [f"- {key}: `{value}`" for key, value in results["environment"].items()]
-    for table in tables(results):
-        cells = [[str(cell) for cell in column.cells] for column in table.columns]
-        lines += ["", f"## {table.title}", ""]
-        lines.append("| " + " | ".join(str(column.header) for column in table.columns) + " |")
-        lines.append("|" + "|".join("---:" if c.justify == "right" else "---" for c in table.columns) + "|")
-        lines += ["| " + " | ".join(row) + " |" for row in zip(*cells, strict=True)]
-    return "\n".join(lines) + "\n"
-
-
-def environment() -> dict[str, Any]:
-    device = jax.devices()[0]
-    return dict(
-        command=" ".join(["python benchmarks/liplt.py", *sys.argv[1:]]),
-        jax=jax.__version__,
-        python=platform.python_version(),
-        device=f"{device.platform} {device.device_kind}",
-        cores=os.cpu_count(),
-        load=os.getloadavg()[0],
-        lipbounds=lb.__version__,
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -248,7 +223,7 @@ def main() -> None:
     sizes = (
         [(10, 5), (200, 5)] if args.quick else [(10, 5), (10, 10), (200, 5), (200, 10), (1000, 5), (1000, 10)]
     )
-    results: dict[str, Any] = {"environment": environment(), "estimates": []}
+    results: dict[str, Any] = {"environment": environment("liplt.py"), "estimates": []}
     for name in NETS if not args.no_estimates else ():
         results["estimates"] += estimates(name, sizes, 3 if args.quick else 7)
         print(f"{name}: done", file=sys.stderr)
@@ -262,7 +237,7 @@ def main() -> None:
     stem = "liplt-" + results["environment"]["device"].split()[0] + ("-proofs" if args.no_estimates else "")
     stem += "-quick" if args.quick else ""
     (args.json or args.out / f"{stem}.json").write_text(json.dumps(results, indent=1) + "\n")
-    (args.out / f"{stem}.md").write_text(markdown(results))
+    (args.out / f"{stem}.md").write_text(markdown("liplt.py", results["environment"], tables(results)))
 
 
 if __name__ == "__main__":

@@ -23,12 +23,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import io
 import itertools
 import json
 import os
-import platform
 import re
 import resource
 import signal
@@ -42,6 +40,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import environment, markdown
 from rich.console import Console
 from rich.table import Table
 
@@ -328,17 +327,6 @@ def said(row: Json) -> str:
     return "; ".join(notes) if row["method"] not in ("slope found", "liplt", "naive") else ""
 
 
-def markdown(results: Json) -> str:
-    shown = table(results["rows"])
-    lines = ["# benchmarks/lipsdp.py", ""]
-    lines += [f"- {key}: `{value}`" for key, value in results["environment"].items()]
-    lines += ["", f"## {shown.title}", ""]
-    lines.append("| " + " | ".join(str(column.header) for column in shown.columns) + " |")
-    lines.append("|" + "|".join("---:" if c.justify == "right" else "---" for c in shown.columns) + "|")
-    cells = [[str(c).replace("|", "\\|") for c in column.cells] for column in shown.columns]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in zip(*cells, strict=True)]) + "\n"
-
-
 def draw(sweeps: dict[str, list[Json]], path: Path) -> None:
     """Seconds of the second call (first call dotted) against width and depth, log scales."""
     from matplotlib.figure import Figure
@@ -373,24 +361,6 @@ def draw(sweeps: dict[str, list[Json]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def environment() -> Json:
-    device = jax.devices()[0]
-    versions = {}
-    for package in ("cvxpy", "clarabel", "scs", "eclipse-nn"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return dict(
-        command=" ".join(["python benchmarks/lipsdp.py", *sys.argv[1:]]),
-        jax=jax.__version__,
-        python=platform.python_version(),
-        **versions,
-        device=f"{device.platform} {device.device_kind}",
-        cores=os.cpu_count(),
-        load=os.getloadavg()[0],
-        lipbounds=lb.__version__,
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -417,7 +387,10 @@ def main() -> None:
         if name not in SPECIAL:
             chain(name)
     limit = args.limit or (60.0 if args.quick else 900.0)
-    results: Json = {"environment": environment() | dict(limit_seconds=limit)}
+    results: Json = {
+        "environment": environment("lipsdp.py", ("cvxpy", "clarabel", "scs", "eclipse-nn"))
+        | dict(limit_seconds=limit)
+    }
     args.out.mkdir(parents=True, exist_ok=True)
     stem = "lipsdp-" + results["environment"]["device"].split()[0] + ("-quick" if args.quick else "")
 
@@ -436,7 +409,9 @@ def main() -> None:
     def save(rows: list[Json]) -> None:
         results["rows"] = rows
         finish(stem)
-        (args.out / f"{stem}.md").write_text(markdown(results))
+        (args.out / f"{stem}.md").write_text(
+            markdown("lipsdp.py", results["environment"], [table(results["rows"])])
+        )
 
     Console(width=160).print(table(measure(nets, args.solvers or SOLVERS, limit, save)))
 

@@ -46,6 +46,41 @@ def working() -> Iterator[Callable[[str], None]]:
         yield lambda text: bar.update(task, description=text)
 
 
+@contextlib.contextmanager
+def training(epochs: int, quiet: bool = False) -> Iterator[Callable[[Json, str], None]]:
+    """Yields tell(record of an epoch, text): a bar on a terminal; elsewhere a line for every validated epoch."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True, quiet=quiet)
+    columns = (
+        TextColumn("epoch"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=20),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading the data, compiling", total=epochs)
+
+        def tell(record: Json, text: str) -> None:
+            bar.update(task, completed=record["epoch"], description=text)
+            if "clean" in record:
+                console.print(
+                    f"epoch {record['epoch']}: {text}", highlight=False, markup=False, soft_wrap=True
+                )
+
+        yield tell
+
+
 def proved(certificate: Any, seconds: float) -> str:
     """One line: what a certificate that was just proved again says."""
     from lipbounds._tables import seconds_text, show

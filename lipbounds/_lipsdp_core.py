@@ -12,7 +12,7 @@ LipLT's core in the loss, 0.639 with this one and steps=1, 0.637 with the multip
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -132,6 +132,35 @@ class LipSdpCore:
         return constants if pairwise else constants._replace(per_class=None, pairwise=None), new
 
 
+@partial(jax.jit, static_argnames="dtype")
+def _relative(form: LureForm, front: Any, multipliers: Any, dtype: Any) -> tuple[Any, ...]:
+    sigma, exponent, runs, _, _ = _prepare(form, front, _first_tap(form.program, WIDEST), dtype)
+    return _recursion(sigma, exponent, runs, multipliers).relative
+
+
+def relative_multipliers(form: LureForm, state: LipSdpState) -> list[np.ndarray]:
+    """D_i / (Sy)_ii of every tap of the recursion, as the core uses them for concrete weights and this state.
+
+    ValueError for multipliers of another network, or such that are not finite.
+    """
+    leaves = jax.tree.leaves(state.multipliers)
+    dtype = jnp.result_type(*leaves) if leaves else jnp.dtype(jnp.float32)
+    with jax.enable_x64(dtype == jnp.float64), jax.numpy_dtype_promotion("standard"):
+        try:
+            found = _relative(form, state.front, tuple(jnp.asarray(q) for q in state.multipliers), dtype)
+        except (TypeError, ValueError, IndexError) as error:
+            raise ValueError(
+                "these multipliers belong to another network: take the state of lb.lipsdp.core for this form"
+            ) from error
+    rows: list[np.ndarray] = []
+    for d in found:
+        d = np.asarray(d, np.float64)
+        rows += [d] if d.ndim == 1 else list(d)
+    if not all(np.isfinite(row).all() for row in rows):
+        raise ValueError("the multipliers of this state are not finite, or not for these weights")
+    return rows
+
+
 # --- the beginning -------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +245,7 @@ class _Passed(NamedTuple):
     sigma: jax.Array  # times 2^exponent
     exponent: jax.Array
     parameters: tuple[Any, ...]
+    relative: tuple[Any, ...]  # D_i / (Sy)_ii
 
 
 def _recursion(sigma: jax.Array, exponent: jax.Array, runs: list[Run], parameters: Any) -> _Passed:
@@ -228,21 +258,21 @@ def _recursion(sigma: jax.Array, exponent: jax.Array, runs: list[Run], parameter
         def step(carry: Any, item: Any, slopes: str = run.slopes) -> tuple[Any, Any]:
             sigma, exponent = carry
             stage, q = item
-            sigma, up, q = _through(sigma, stage, q, slopes)
+            sigma, up, q, relative = _through(sigma, stage, q, slopes)
             sigma, shift = ellipsoid.rescale(sigma)
-            return (sigma, exponent + up + shift), q
+            return (sigma, exponent + up + shift), (q, relative)
 
         q = None if parameters is None else parameters[place]
         if run.count > 1:
-            carry, q = jax.lax.scan(step, carry, (run.stage, q))
+            carry, pair = jax.lax.scan(step, carry, (run.stage, q))
         else:
-            carry, q = step(carry, (run.stage, q))
-        used.append(q)
-    return _Passed(carry[0], carry[1], tuple(used))
+            carry, pair = step(carry, (run.stage, q))
+        used.append(pair)
+    return _Passed(carry[0], carry[1], tuple(q for q, _ in used), tuple(d for _, d in used))
 
 
-def _through(sigma: jax.Array, stage: Stage, q: Any, slopes: str) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(Sigma+ / 2^e, e, q): one tap. With H = 0
+def _through(sigma: jax.Array, stage: Stage, q: Any, slopes: str) -> tuple[jax.Array, ...]:
+    """(Sigma+ / 2^e, e, q, D_i / (Sy)_ii): one tap. With H = 0
 
     Sigma+ = G (c X c + r D r) G',   X = Sy + Sy (D - Sy)^-1 Sy = D (D - Sy)^-1 D - D
     """
@@ -277,7 +307,9 @@ def _through(sigma: jax.Array, stage: Stage, q: Any, slopes: str) -> tuple[jax.A
         cross = _dot(y_state, A.T)
         new = _dot(_dot(A, sigma), A.T) + _dot(B * d, B.T)
     new = _schur(factor, d, sy, cross) + new
-    return (new + new.T) / 2, 2 * up, q
+    own = jax.lax.stop_gradient(jnp.diagonal(sy))
+    relative = jax.lax.stop_gradient(d) / jnp.maximum(own, jnp.maximum(jnp.max(own) * 1e-20, 1e-30))
+    return (new + new.T) / 2, 2 * up, q, relative
 
 
 def _feasible(sy: jax.Array, q: Any, kappa: jax.Array, alone: bool) -> tuple[jax.Array, jax.Array, jax.Array]:

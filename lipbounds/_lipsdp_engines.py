@@ -18,9 +18,10 @@ from threadpoolctl import threadpool_limits
 
 from lipbounds import _triangle, ellipsoid
 from lipbounds._dense import DenseGain, dense_gain, reduce_input, solve_dense
+from lipbounds._lipsdp_core import LipSdpState, relative_multipliers
 from lipbounds._lmi import feasible_start, smallest_rho
 from lipbounds._proof import Infeasible, propagate_dense, repair, repair_dense
-from lipbounds._sequence import WIDEST, Sequence, first_tap, hybrid_start, sequence
+from lipbounds._sequence import WIDEST, Segment, Sequence, first_tap, hybrid_start, sequence
 from lipbounds._triangle import Request
 from lipbounds._views import elementwise_view
 from lipbounds.certificate import Constants, Proof, proved_constants
@@ -33,6 +34,7 @@ EVERY_PAIR = 15.0
 #: The same where states are too wide for the recursion to start at the input.
 DENSE_ONLY = 1100
 Progress = Callable[[str, float], None]
+Wanted = Callable[[Segment, np.ndarray], np.ndarray]
 _MANY_BLOCKS = 400
 _ONE_THREAD = 500
 _AS_GOOD = 1e-8  # relative excess of a proof over L^2 in float arithmetic that is not worth another try
@@ -95,28 +97,31 @@ def closed_form(view: LureForm, request: Request) -> list[float] | None:
 
 
 def parameters_from(
-    problem: ellipsoid.Problem, seq: Sequence, start: np.ndarray, D: list[float]
+    problem: ellipsoid.Problem, seq: Sequence, start: np.ndarray, wanted: Wanted
 ) -> ellipsoid.Parameters:
-    """Parameters (q = 0) whose D is the given one per tap, where that is feasible; the nearest feasible one else."""
+    """Parameters whose D is `wanted(segment, Sy)` (n,), or its least multiple that is feasible."""
     sigma = start
-    out: list[Any] = []
+    taps: list[Any] = []
     for segment in seq.segments:
         a, b, w = (m.matrix for m in (segment.A, segment.B, segment.W))
-        if not segment.active.size:
-            out.append(np.zeros(0))
+        n = segment.active.size
+        if not n:
+            taps.append((np.zeros(0), np.zeros(0)))
             sigma = a @ sigma @ a.T
             continue
         cross = w @ sigma
         sy = cross @ w.T
-        largest = float(eigvalsh(sy, subset_by_index=[len(sy) - 1] * 2)[0])
-        kappa = np.maximum(segment.kappa, 1.0) if a.any() else np.ones(len(sy))
-        spare = np.maximum(D[segment.tap] / max(largest, 1e-300) - 1 - ellipsoid.MARGIN, 1e-9)
-        out.append(np.log(spare / kappa))
-        d = np.full(len(sy), max(D[segment.tap], largest * (1 + 1e-8)))
+        d = np.maximum(wanted(segment, sy), max(float(np.trace(sy)), 1e-300) * 1e-12)
+        edge = float(eigvalsh(sy / np.sqrt(d[:, None] * d), subset_by_index=[n - 1] * 2)[0])
+        d = d * max(1.0, edge * (1 + 1e-8))
+        edge = min(edge, 1 / (1 + 1e-8))
+        kappa = np.maximum(segment.kappa, 1.0) if a.any() else np.ones(n)
+        spare = max(1 / max(edge, 1e-300) - 1 - ellipsoid.MARGIN, 1e-9)
+        taps.append((np.log(d / d.max()), np.log(spare / kappa)))
         x = sigma + cross.T @ solve(np.diag(d) - sy, cross, assume_a="pos")
         sigma = a @ x @ a.T + (b * d) @ b.T
         sigma = (sigma + sigma.T) / 2
-    return ellipsoid.parameters_of(problem, out)
+    return ellipsoid.parameters_of(problem, [s for _, s in taps], [q for q, _ in taps])
 
 
 # --- the ellipsoid recursion ---------------------------------------------------------------------------------------
@@ -126,7 +131,13 @@ class Recursion:
     """The recursion on the states behind tap `start_at` - 1, warm-started from its own last optimum."""
 
     def __init__(
-        self, search: Search, layers: bool, start_at: int, iterations: int | None, progress: Progress | None
+        self,
+        search: Search,
+        layers: bool,
+        start_at: int,
+        iterations: int | None,
+        progress: Progress | None,
+        initial: LipSdpState | None = None,
     ):
         self.search, self.start_at, self.progress = search, start_at, progress
         box = search.norm == math.inf
@@ -142,12 +153,28 @@ class Recursion:
             first = first if box else first @ first.T
         self.problem = ellipsoid.problem(self.states.segments, first, per_layer=layers, box=box)
         self.effort = ellipsoid.effort(self.problem, iterations)
+        self.best: ellipsoid.Parameters | None = None
+        self.trained: tuple[np.ndarray, ...] = ()
+        if initial is not None:
+            rows = relative_multipliers(search.form, initial)
+            if [row.size for row in rows] != list(self.states.sizes):
+                raise ValueError("initial has multipliers of another network")
+            self.trained = tuple(rows[s.tap][s.active] for s in self.states.segments)
+            own = dict(zip((s.tap for s in self.states.segments), self.trained, strict=True))
+            wanted = lambda segment, sy: own[segment.tap] * np.diagonal(sy)  # noqa: E731
+            self.starts = [parameters_from(self.problem, self.states, first, wanted)]
+            return
         self.starts = [ellipsoid.parameters_of(self.problem, s) for s in (0.0, -2.0, -6.0, -12.0)]
         if not start_at and not box:
             D = closed_form(elementwise_view(search.form), request)
             if D is not None:
-                self.starts.append(parameters_from(self.problem, self.states, first, D))
-        self.best: ellipsoid.Parameters | None = None
+                one_each = lambda segment, sy: np.full(len(sy), D[segment.tap])  # noqa: E731
+                self.starts.append(parameters_from(self.problem, self.states, first, one_each))
+
+    def initial(self) -> Proof:
+        """What the multipliers to begin with prove as they are."""
+        D = repair(self.states, self.trained, self.given, None, relative=True)
+        return Proof(D, self.start_at, None, relative=True)
 
     def solve(self, kind: str, weights: np.ndarray | None = None) -> Proof:
         """Multipliers for one objective of `ellipsoid.objective`."""
@@ -283,8 +310,10 @@ class Engines:
         start_at: int | None,
         iterations: int | None,
         progress: Progress | None,
+        initial: LipSdpState | None = None,
     ):
         self.search, self.progress = search, progress
+        self.only_initial = initial is not None and iterations == 0
         form = search.form
         place = first_tap(form, WIDEST) if start_at is None else start_at
         limit = DENSE_ONLY if place else POLISHED
@@ -295,7 +324,7 @@ class Engines:
         self.recursion: Recursion | None = None
         self.make: Callable[[], Recursion] | None = None
         if search.norm == 2 or not place:
-            self.make = lambda: Recursion(search, layers, place, iterations, progress)
+            self.make = lambda: Recursion(search, layers, place, iterations, progress, initial)
         else:
             search.notes.append("too wide for an ellipsoid in the l-inf norm")
 
@@ -322,6 +351,12 @@ class Engines:
         """Add proofs to the search: for the whole network, then for the pairs, then for the worst of them."""
         with threads(self.dense):
             k = self.search.form.num_outputs
+            if self.only_initial:
+                if self.make is not None:
+                    self.recursion = self.make()
+                    self.search.add(self.recursion.initial())
+                    self.search.notes.append("multipliers as given, not optimised")
+                return
             if not self.by_newton(np.eye(k), "network"):
                 self.by_recursion("value")
             if not pairwise or k < 2:

@@ -1,4 +1,4 @@
-"""The command line: `lipbounds demo`, `lipbounds bounds`, `lipbounds certify`, `lipbounds verify`.
+"""The command line: `lipbounds demo`, `bounds`, `certify`, `verify`, `train`, `evaluate`.
 
 Exit codes: 0 done, 1 the computation refused or failed (one message on stderr), 2 wrong usage.
 Everything heavy is imported inside the commands.
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from lipbounds import _cli_tables as tables
+from lipbounds._cli_evaluate import ManyValues, evaluate
 from lipbounds._cli_options import (
     AnyVerb,
     CertificateOption,
@@ -37,6 +38,7 @@ from lipbounds._cli_options import (
     SolverOption,
     Verb,
 )
+from lipbounds._cli_train import train
 from lipbounds._version import __version__
 
 Json = dict[str, Any]
@@ -77,6 +79,10 @@ def root(
     - `lipbounds certify report/mlp.safetensors --eps 0.1 0.25` certifies the test images
 
     - `lipbounds verify mlp.certificate --model report/mlp.safetensors` proves a saved bound again
+
+    - `lipbounds train crm --out runs/digits` trains a network for its certified radii
+
+    - `lipbounds evaluate runs/digits` attacks and certifies it
 
     What a result is worth is part of it. **verified** holds with every rounding error included,
     **probabilistic** except with a stated probability, **assumed** if what you declared is true; an
@@ -357,6 +363,10 @@ def verify(
         except CertificateError as error:
             raise CertificateError(f"{certificate} is refused: {error}") from error
         typer.echo(tables.proved(claims, time.perf_counter() - begin))
+
+
+app.command()(train)
+app.command(cls=ManyValues)(evaluate)
 
 
 # ------------------------------------------------------------------------------------------------- helpers

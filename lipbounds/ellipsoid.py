@@ -372,8 +372,10 @@ def problem(
     return Problem(start, runs, tuple(len(g) for g in groups), per_layer, box)
 
 
-def parameters_of(p: Problem, s: Sequence[float | np.ndarray] | float) -> Parameters:
-    """q = 0 and s as given, per tap or for all."""
+def parameters_of(
+    p: Problem, s: Sequence[float | np.ndarray] | float, q: Sequence[np.ndarray] | None = None
+) -> Parameters:
+    """s as given, per tap or for all; q as given per tap, else 0 (always with one multiplier per layer)."""
     taps: list[Any] = []
     place = 0
     for stack, count in zip(p.runs, p.counts, strict=True):
@@ -381,7 +383,10 @@ def parameters_of(p: Problem, s: Sequence[float | np.ndarray] | float) -> Parame
         given = [s if isinstance(s, float) else s[place + i] for i in range(count)]
         rows = [np.broadcast_to(np.max(g, initial=-700.0) if p.per_layer else g, width) for g in given]
         shape = (count, width) if count > 1 else (width,)
-        taps.append((np.zeros(shape), np.array(rows, np.float64).reshape(shape)))
+        first = np.zeros(shape)
+        if q is not None and not p.per_layer:
+            first = np.array(q[place : place + count], np.float64).reshape(shape)
+        taps.append((first, np.array(rows, np.float64).reshape(shape)))
         place += count
     return Parameters(np.zeros(p.start.shape[1]) if p.box else (), tuple(taps))
 

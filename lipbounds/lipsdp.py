@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from lipbounds._lipsdp_core import LipSdpCore
+from lipbounds._lipsdp_core import LipSdpCore, LipSdpState
 from lipbounds._lipsdp_engines import Engines, Progress, Search, through_cvxpy
+from lipbounds._sequence import WIDEST, first_tap
 from lipbounds.bound import Estimate, Part, UpperBound, weakest
 from lipbounds.certificate import make_certificate
 from lipbounds.liplt import liplt
@@ -39,6 +40,7 @@ def _lipsdp(
     refine: int = 0,
     start_at: int | None = None,
     iterations: int | None = None,
+    initial: LipSdpState | None = None,
     memory_gb: float | None = None,
     time_limit: float | None = None,
     progress: Progress | None = None,
@@ -67,6 +69,8 @@ def _lipsdp(
         start_at: the tap where the ellipsoid starts; None chooses by size, 0 is the input.
         iterations: of the recursion; None chooses by size, and small networks are then solved by Newton's method on the
             dense form, to the optimum.
+        initial: a state of `lb.lipsdp.core`, whose multipliers the recursion begins with; with iterations=0 they are
+            proved as they are (milliseconds to seconds), for a network that was trained with them.
         memory_gb, time_limit: of CVXPY's solver, which runs in a process of its own; seconds.
         progress: called with (what, L in float arithmetic) while the recursion runs.
 
@@ -77,10 +81,12 @@ def _lipsdp(
     started = time.perf_counter()
     norm = check(form, norm, guarantee, "lipsdp")
     _check_options(form, solver, multipliers, norm, guarantee, objective, refine, start_at)
+    possible = solver == "recursion" and multipliers == "neuron" and norm == 2 and guarantee != "estimate"
+    _check_initial(form, initial, possible, iterations, start_at)
     request = "auto" if guarantee == "estimate" else guarantee
     search = Search(form, norm, request, seed)
     if solver == "recursion":
-        engines = Engines(search, multipliers == "layer", start_at, iterations, progress)
+        engines = Engines(search, multipliers == "layer", start_at, iterations, progress, initial)
         if guarantee == "estimate":
             return _estimate(engines, norm, pairwise, multipliers, started)
         engines.run(pairwise, objective, refine)
@@ -138,6 +144,23 @@ def _check_options(
         raise ValueError(f"start_at must lie in 0..{len(form.taps)}, got {start_at}")
     if start_at and norm != 2:
         raise ValueError("start_at > 0 is for norm=2")
+
+
+def _check_initial(
+    form: LureForm, initial: Any, possible: bool, iterations: int | None, start_at: int | None
+) -> None:
+    if initial is None:
+        if iterations == 0:
+            raise ValueError("iterations=0 proves multipliers as they are: pass them as initial")
+        return
+    if not isinstance(initial, LipSdpState):
+        raise ValueError(f"initial is a state of lb.lipsdp.core, got {type(initial).__name__}")
+    if not possible:
+        raise ValueError(
+            "initial is for solver='recursion', multipliers='neuron', norm=2 and guarantees that are no estimate"
+        )
+    if start_at not in (None, first_tap(form, WIDEST)):
+        raise ValueError("initial decides where the ellipsoid starts: leave start_at out")
 
 
 def _finish(search: Search, other: UpperBound, pairwise: bool, method: str, started: float) -> UpperBound:

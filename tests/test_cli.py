@@ -12,6 +12,7 @@ from lipbounds.analysis.demo import run_demo
 from lipbounds.analysis.experiment import measure
 from lipbounds.analysis.report import render, write_report
 from lipbounds.cli import app
+from lipbounds.training.config import Config
 from lipbounds.training.data import digits
 from lipbounds.training.loop import accuracy, fit
 from lipbounds.training.models import ModelSpec, build
@@ -23,7 +24,15 @@ SPEC = ModelSpec("mlp", (8, 8, 1), {"widths": "64-12-10", "mean": 0.3, "std": 0.
 @pytest.fixture(scope="session")
 def model_file(tmp_path_factory):
     data = digits()
-    model, _ = fit(build(SPEC), data.train_x, data.train_y, epochs=6, learning_rate=5e-3)
+    plain = Config(
+        loss="cross-entropy",
+        epochs=6,
+        batch_size=128,
+        learning_rate=5e-3,
+        schedule="constant",
+        validate_every=0,
+    )
+    model = fit(plain, data, model=build(SPEC)).model
     return save_model(tmp_path_factory.mktemp("model") / "tiny.safetensors", model, SPEC)
 
 
@@ -477,8 +486,11 @@ def test_demo_from_end_to_end(tmp_path):
     results = json.loads((out / "results.json").read_text())
     assert results["status"] == "complete" and [m["name"] for m in results["models"]] == [
         "mlp",
+        "mlp_crm",
         "residual_cnn",
     ]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "What training for the radius does" in page and (out / "training-compared.png").exists()
     for model in results["models"]:
         assert (out / model["file"]).exists() and model["training"]["test_accuracy"] > 0.6
         assert (

@@ -212,6 +212,7 @@ def crm_net(widths: tuple[int, ...] = (4, 8, 8, 3), steps: int = 400) -> LureFor
 
 def digits_net(activation: str, hidden: tuple[int, ...]) -> LureForm:
     """A classifier of digits from their first four principal components, at least 70 % right on the training set."""
+    from lipbounds.training.config import Config
     from lipbounds.training.data import digits
     from lipbounds.training.loop import accuracy, fit
     from lipbounds.training.models import ModelSpec, build
@@ -223,7 +224,15 @@ def digits_net(activation: str, hidden: tuple[int, ...]) -> LureForm:
     x = (images @ parts.T).reshape(-1, 4, 1, 1).astype(np.float32)
     widths = "-".join(map(str, (4, *hidden, 10)))
     model = build(ModelSpec("mlp", (4, 1, 1), {"widths": widths, "activation": activation}))
-    trained, _ = fit(model, x, data.train_y, epochs=30, learning_rate=1e-2)
+    plain = Config(
+        loss="cross-entropy",
+        epochs=30,
+        batch_size=128,
+        learning_rate=1e-2,
+        schedule="constant",
+        validate_every=0,
+    )
+    trained = fit(plain, (x, data.train_y), model=model).model
     assert accuracy(trained, x, data.train_y) > 0.7
     return lb.trace(trained, jax.ShapeDtypeStruct((1, 4, 1, 1), jnp.float32), batched=True)
 

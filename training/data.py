@@ -1,42 +1,32 @@
-"""Data sets as arrays in raw pixel units, with a fixed split."""
+"""The data sets by name: images in raw pixel units, with a fixed split. Nothing is downloaded.
+
+    load("cifar10", data_dir)      one of DATASETS
+
+Where the files come from and how they must lie is said by each reader, and by its errors.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import gzip
 import math
 import os
 import pathlib
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 
-FloatArray = np.ndarray
-IntArray = np.ndarray
+from lipbounds.training.cifar import cifar10, cifar100
+from lipbounds.training.dataset import Dataset, Progress, Source, check_count, refuse_copies
+from lipbounds.training.image_folders import tiny_imagenet
 
+__all__ = ["DATASETS", "Dataset", "cifar10", "cifar100", "digits", "load", "mnist", "tiny_imagenet"]
 
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """Images `(n, height, width, channels)` float32 in [0, 1], labels `(n,)` int32; two disjoint parts."""
-
-    name: str
-    train_x: FloatArray
-    train_y: IntArray
-    test_x: FloatArray
-    test_y: IntArray
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        height, width, channels = self.train_x.shape[1:]
-        return int(height), int(width), int(channels)
-
-    @property
-    def classes(self) -> int:
-        return int(self.train_y.max()) + 1
+_NUMERALS = tuple("0123456789")
 
 
 def digits() -> Dataset:
-    """scikit-learn's 1797 handwritten digits, 8x8 grey pixels divided by 16.
+    """scikit-learn's 1797 handwritten digits, 8x8 grey pixels in 0..16.
 
     One fifth, stratified, is the test set. The split does not depend on any seed of an experiment, so that no
     model is tested on what another one saw.
@@ -45,83 +35,85 @@ def digits() -> Dataset:
     from sklearn.model_selection import train_test_split
 
     bunch = load_digits()
-    x = (bunch.images / 16.0).astype(np.float32)[..., None]
+    x = bunch.images.astype(np.uint8)[..., None]
     y = bunch.target.astype(np.int32)
     train_x, test_x, train_y, test_y = train_test_split(x, y, test_size=0.2, stratify=y, random_state=0)
-    return Dataset("digits", train_x, train_y, test_x, test_y)
+    return Dataset("digits", train_x, train_y, test_x, test_y, levels=16, class_names=_NUMERALS)
 
 
-_MNIST = {  # part -> (images, labels), the names of the official files
-    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
-}
+_MNIST = Source(
+    title="MNIST",
+    page="http://yann.lecun.com/exdb/mnist",
+    places=("", "mnist"),
+    files=(
+        "train-images-idx3-ubyte",
+        "train-labels-idx1-ubyte",
+        "t10k-images-idx3-ubyte",
+        "t10k-labels-idx1-ubyte",
+    ),
+    endings=("", ".gz"),
+)
 
 
 def mnist(data_dir: str | os.PathLike[str] | None = None) -> Dataset:
-    """MNIST from its four official IDX files (LeCun, Cortes, Burges), plain or .gz; pixels divided by 255.
+    """MNIST from its four official IDX files (LeCun, Cortes, Burges), plain or .gz; pixels 0..255.
 
     data_dir   the folder with the files, or one with them in `mnist/`; None: the environment's LIPBOUNDS_DATA
 
-    The split is the official one. Nothing is downloaded. FileNotFoundError if a file, the folder or the
-    variable is missing; ValueError, which names the file, if one is truncated, has bytes too many, is no IDX
-    file of the wanted kind, or if images and labels do not fit together.
+    The split is the official one; fewer images than the official 60 000 and 10 000 are read as they are.
+    Nothing is downloaded. FileNotFoundError if a file, the folder or the variable is missing; ValueError,
+    which names the file, if one is truncated, has bytes too many, is no IDX file of the wanted kind, if
+    training and test files are mixed up, or if images and labels do not fit together.
     """
-    folder = _mnist_folder(data_dir)
-    parts: dict[str, tuple[FloatArray, IntArray]] = {}
-    for part, (images_name, labels_name) in _MNIST.items():
-        images, images_path = _idx(folder, images_name, 3)
-        labels, labels_path = _idx(folder, labels_name, 1)
-        if len(images) != len(labels) or images.size == 0:
-            raise ValueError(
-                f"{images_path} holds {' x '.join(map(str, images.shape))} numbers and {labels_path} "
-                f"{len(labels)} labels: as many images as labels are needed, and at least one"
-            )
-        if labels.max() > 9:
-            raise ValueError(f"{labels_path}: labels must lie in 0..9, got {labels.max()}")
-        parts[part] = (images / np.float32(255))[..., None], labels.astype(np.int32)
-    (train_x, train_y), (test_x, test_y) = parts["train"], parts["test"]
-    if train_x.shape[1:] != test_x.shape[1:]:
+    place = _MNIST.find(data_dir)
+    train_images, train_labels, test_images, test_labels = (_MNIST.path(place, name) for name in _MNIST.files)
+    train_pixels, train_y = _images_and_labels(train_images, train_labels, 60_000)
+    test_pixels, test_y = _images_and_labels(test_images, test_labels, 10_000)
+    if train_pixels.shape[1:] != test_pixels.shape[1:]:
         raise ValueError(
-            f"{folder}: training images of shape {train_x.shape[1:3]}, test images {test_x.shape[1:3]}"
+            f"{place}: training images of shape {train_pixels.shape[1:3]}, test images {test_pixels.shape[1:3]}: "
+            "these files do not belong together"
         )
-    return Dataset("mnist", train_x, train_y, test_x, test_y)
+    refuse_copies([(train_images, train_pixels), (test_images, test_pixels)])
+    return Dataset("mnist", train_pixels, train_y, test_pixels, test_y, class_names=_NUMERALS)
 
 
-def _mnist_folder(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
-    given = os.environ.get("LIPBOUNDS_DATA") if data_dir is None else data_dir
-    if given is None or not os.fspath(given):
-        raise FileNotFoundError(
-            "where is MNIST? Pass data_dir, or set LIPBOUNDS_DATA to the folder with the four IDX files"
+def _images_and_labels(
+    images_path: pathlib.Path, labels_path: pathlib.Path, most: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """One part of MNIST: uint8 (n, height, width, 1) and int32 (n,), n at most `most`."""
+    images, labels = _idx(images_path, 3), _idx(labels_path, 1)
+    for path, array in ((images_path, images), (labels_path, labels)):
+        check_count(path, len(array), most, in_training=60_000)
+    if len(images) != len(labels) or images.size == 0:
+        raise ValueError(
+            f"{images_path} holds {' x '.join(map(str, images.shape))} numbers and {labels_path} "
+            f"{len(labels)} labels: as many images as labels are needed, and at least one"
         )
-    folder = pathlib.Path(given)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder (MNIST's four IDX files are wanted there)")
-    first = _MNIST["train"][0]
-    for place in (folder, folder / "mnist"):
-        if any((place / (first + end)).is_file() for end in ("", ".gz")):
-            return place
-    raise FileNotFoundError(f"no {first} or {first}.gz in {folder} or {folder / 'mnist'}")
+    if labels.max() > 9:
+        raise ValueError(f"{labels_path}: labels must lie in 0..9, got {labels.max()}")
+    return images[..., None], labels.astype(np.int32)
 
 
-def _idx(folder: pathlib.Path, name: str, dimensions: int) -> tuple[np.ndarray, pathlib.Path]:
-    """The unsigned bytes of an IDX file, in its shape, and its path.
+_IDX_KINDS = {bytes((0, 0, 8, 3)): "images", bytes((0, 0, 8, 1)): "labels"}
+
+
+def _idx(path: pathlib.Path, dimensions: int) -> np.ndarray:
+    """The unsigned bytes of an IDX file, in its shape.
 
     Format: 0, 0, 8 (unsigned byte), the number of dimensions; sizes as big-endian 32-bit integers; the data.
     """
-    path = folder / name
-    if not path.is_file():
-        path = folder / f"{name}.gz"
-        if not path.is_file():
-            raise FileNotFoundError(f"neither {name} nor {name}.gz in {folder}")
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is truncated or no gzip file: {error}") from error
     wanted = bytes((0, 0, 8, dimensions))
     if data[:4] != wanted:
+        kind = _IDX_KINDS.get(data[:4])
         raise ValueError(
             f"{path} is no IDX file of bytes in {dimensions} dimensions: "
             f"it starts with {data[:4].hex()}, not {wanted.hex()}"
+            + (f" (these are {kind}, wanted are {_IDX_KINDS[wanted]})" if kind else "")
         )
     start = 4 + 4 * dimensions
     if len(data) < start:
@@ -133,4 +125,28 @@ def _idx(folder: pathlib.Path, name: str, dimensions: int) -> tuple[np.ndarray, 
             f"{path} {trouble}: "
             f"its header says {' x '.join(map(str, shape))} bytes, {len(data) - start} follow"
         )
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape), path
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+
+
+Reader = Callable[[str | os.PathLike[str] | None, Progress | None], Dataset]
+
+DATASETS: dict[str, Reader] = {
+    "digits": lambda data_dir, progress: digits(),
+    "mnist": lambda data_dir, progress: mnist(data_dir),
+    "cifar10": lambda data_dir, progress: cifar10(data_dir),
+    "cifar100": lambda data_dir, progress: cifar100(data_dir),
+    "tiny-imagenet": lambda data_dir, progress: tiny_imagenet(data_dir, progress=progress),
+}
+
+
+def load(
+    name: str, data_dir: str | os.PathLike[str] | None = None, *, progress: Progress | None = None
+) -> Dataset:
+    """The data set of that name, one of `DATASETS`; ValueError for any other.
+
+    data_dir   the folder with its files; None: the environment's LIPBOUNDS_DATA. digits need none.
+    progress   called with what is being read and the share that is done, by readers that take long
+    """
+    if name not in DATASETS:
+        raise ValueError(f"there is no data set {name!r}; known are {', '.join(DATASETS)}")
+    return DATASETS[name](data_dir, progress)

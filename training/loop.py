@@ -1,8 +1,10 @@
-"""Plain training: cross-entropy and Adam, one jitted scan per epoch, the data on the device."""
+"""The training loop: `fit(config)`, `resume(folder)`, and the parts of a run between two epochs."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,77 +12,271 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
-Progress = Callable[[int, float], None]
+import lipbounds as lb
+from lipbounds.training import parallel, runs
+from lipbounds.training.checkpoints import Checkpoints
+from lipbounds.training.config import Config
+from lipbounds.training.data import Dataset, load
+from lipbounds.training.models import ModelSpec, build
+from lipbounds.training.parallel import Devices
+from lipbounds.training.step import Trainer, TrainState, schedule, trainer
+
+Record = dict[str, Any]
+Progress = Callable[[Record], None]
+VALIDATED = 1000  # images at most in a validation
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingLog:
-    """`losses` is the mean cross-entropy of each epoch, in nats; `seconds` includes compilation."""
+class Fitted:
+    """A trained network.
 
-    losses: tuple[float, ...]
+    Args:
+        model: with the weights to use (averaged ones where the configuration says so).
+        spec: how to build it again; None for a model that was passed in.
+        log: one record per epoch, see `fit`.
+        state: everything that training ended with.
+        seconds: of this call, compilation included.
+        folder: the run folder, if there is one.
+    """
+
+    model: nnx.Module
+    spec: ModelSpec | None
+    config: Config
+    log: tuple[Record, ...]
+    state: TrainState = dataclasses.field(repr=False)
     seconds: float
+    folder: pathlib.Path | None = None
 
 
 def fit(
-    model: nnx.Module,
-    x: np.ndarray,
-    y: np.ndarray,
+    config: Config,
+    data: Dataset | tuple[np.ndarray, np.ndarray] | None = None,
     *,
-    epochs: int,
-    batch_size: int = 128,
-    learning_rate: float = 1e-3,
-    seed: int = 0,
+    model: nnx.Module | None = None,
+    out: str | os.PathLike[str] | None = None,
+    devices: Devices | None = None,
     progress: Progress | None = None,
-) -> tuple[nnx.Module, TrainingLog]:
-    """Train a copy of `model` on images `x` (n, ...) and labels `y` (n,); the model given is not changed.
+) -> Fitted:
+    """Train a network as `config` says.
 
-    Every epoch visits the data in a new random order and drops the last incomplete batch. `progress` is
-    called with the number of finished epochs and the last loss. Raises ValueError for impossible arguments
-    and FloatingPointError when the loss stops being finite.
+    Args:
+        data: in the place of `config.dataset`: a data set, or a pair of images (n, height, width, channels), floats in
+            the model's input units, and labels (n,).
+        model: a flax nnx module, batch of images -> logits, in the place of `config.arch`; a copy of it is trained. It
+            has no name to be rebuilt from, so it cannot be combined with `out`.
+        out: a new folder for the run: config.json, log.jsonl, checkpoints/ and, in the end, model.safetensors.
+        devices: to spread the batches over; all by default.
+        progress: called after every epoch with its record: epoch, loss (mean), accuracy and certified_estimate (on the
+            training images as augmented, with the constants in the loss), skipped (steps with a gradient that is not
+            finite), failed (steps whose constants were not finite), learning_rate, seconds; after validations also
+            clean, certified, guarantee, method, part ("held-out" or "training") and images.
+
+    Raises:
+        ValueError: configuration, data and model do not fit together.
+        FileNotFoundError: the data set is not where it should be.
+        FileExistsError: `out` holds something already.
+        FloatingPointError: more than `config.max_skipped` steps of an epoch, or all, had gradients that are not finite.
+        CheckpointError: a checkpoint cannot be written (full disk); the last complete one stays.
     """
-    if len(x) != len(y) or len(x) == 0:
-        raise ValueError(f"as many images as labels are needed, and at least one: got {len(x)} and {len(y)}")
-    if epochs < 1 or batch_size < 1:
-        raise ValueError(f"epochs and batch_size must be positive, got {epochs} and {batch_size}")
-    batch_size = min(batch_size, len(x))
-    parts: Any = nnx.split(model, nnx.Param, ...)
-    graph, params, rest = parts
-    optimizer = optax.adam(learning_rate)
-    images, labels = jnp.asarray(x), jnp.asarray(y, jnp.int32)
+    if model is not None and out is not None:
+        raise ValueError(
+            "a run folder needs an architecture by name: pass out without model, or save it yourself"
+        )
+    images = _images(load(config.dataset, config.data_dir) if data is None else data)
+    spec = None
+    if model is None:
+        spec = config.spec(images.shape, images.classes)
+        model = build(spec, config.seed)
+    run = _Run(config, images, model, spec, devices or parallel.devices(), progress)
+    if out is None:
+        return run.go(None, None, [])
+    folder = pathlib.Path(out)
+    if not run.devices.leads:
+        return run.go(folder, None, [])
+    runs.create(folder, config)
+    with Checkpoints(folder / runs.CHECKPOINTS) as checkpoints:
+        return run.go(folder, checkpoints, [])
 
-    def loss_of(params: Any, batch: jax.Array, targets: jax.Array) -> jax.Array:
-        logits = nnx.merge(graph, params, rest)(batch)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
-    @jax.jit
-    def epoch(params: Any, moments: Any, key: jax.Array, images: jax.Array, labels: jax.Array) -> Any:
-        order = jax.random.permutation(key, len(images))
-        batches = order[: len(images) // batch_size * batch_size].reshape(-1, batch_size)
+def resume(
+    folder: str | os.PathLike[str],
+    *,
+    data: Dataset | tuple[np.ndarray, np.ndarray] | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    devices: Devices | None = None,
+    progress: Progress | None = None,
+) -> Fitted:
+    """Go on with a run from its newest checkpoint, to the same weights as without the interruption, bit for bit.
 
-        def step(carry: Any, rows: jax.Array) -> Any:
-            params, moments = carry
-            loss, grads = jax.value_and_grad(loss_of)(params, images[rows], labels[rows])
-            with jax.numpy_dtype_promotion("standard"):  # Adam's bias correction is float ** int
-                updates, moments = optimizer.update(grads, moments, params)
-            return (optax.apply_updates(params, updates), moments), loss
+    A finished run is returned as it is. `data_dir` says where the data are now, if they have moved. Raises as `fit`
+    does, and RunError where the folder is no run.
+    """
+    folder = pathlib.Path(folder)
+    config = runs.read(folder)
+    if data_dir is not None:
+        config = dataclasses.replace(config, data_dir=os.fspath(data_dir))
+    images = _images(load(config.dataset, config.data_dir) if data is None else data)
+    spec = config.spec(images.shape, images.classes)
+    run = _Run(config, images, build(spec, config.seed), spec, devices or parallel.devices(), progress)
+    with Checkpoints(folder / runs.CHECKPOINTS) as checkpoints:
+        return run.go(folder, checkpoints, runs.read_log(folder))
 
-        (params, moments), losses = jax.lax.scan(step, (params, moments), batches)
-        return params, moments, losses.mean()
 
-    start = time.perf_counter()
-    moments = optimizer.init(params)
-    losses = []
-    for number, key in enumerate(jax.random.split(jax.random.key(seed), epochs), start=1):
-        params, moments, loss = epoch(params, moments, key, images, labels)
-        losses.append(float(loss))
-        if not np.isfinite(losses[-1]):
-            raise FloatingPointError(f"the loss is {losses[-1]} in epoch {number}: lower the learning rate")
-        if progress is not None:
-            progress(number, losses[-1])
-    return nnx.merge(graph, params, rest), TrainingLog(tuple(losses), time.perf_counter() - start)
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Images:
+    """Training images as they are kept on the device: pixels / levels are what the model reads."""
+
+    name: str
+    pixels: np.ndarray
+    labels: np.ndarray
+    levels: int
+    classes: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        height, width, channels = self.pixels.shape[1:]
+        return int(height), int(width), int(channels)
+
+
+def _images(data: Dataset | tuple[np.ndarray, np.ndarray]) -> _Images:
+    if isinstance(data, Dataset):
+        return _Images(data.name, data.train_pixels, data.train_y, data.levels, data.classes)
+    x, y = (np.asarray(a) for a in data)
+    if x.ndim != 4 or x.size == 0 or x.dtype.kind != "f" or not np.isfinite(x).all():
+        raise ValueError(
+            f"images must be finite floats (n, height, width, channels), at least one; got {x.dtype} {x.shape}"
+        )
+    if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0:
+        raise ValueError(f"labels must be integers ({len(x)},) from 0 on, got {y.dtype} {y.shape}")
+    return _Images("the data given", x.astype(np.float32), y.astype(np.int32), 1, int(y.max()) + 1)
+
+
+class _Run:
+    """One call of `fit` or `resume`."""
+
+    def __init__(
+        self,
+        config: Config,
+        images: _Images,
+        model: nnx.Module,
+        spec: ModelSpec | None,
+        devices: Devices,
+        progress: Progress | None,
+    ):
+        self.config, self.images, self.spec, self.devices = config, images, spec, devices
+        self.progress = progress or (lambda record: None)
+        self.started = time.perf_counter()
+        self.rows, self.held_out = split(len(images.pixels), config.holdout)
+        self.trainer = trainer(config, model, images.shape, images.levels, len(self.rows), devices)
+        outputs = self.trainer.classes(self.trainer.weights)
+        if images.classes > outputs:
+            raise ValueError(f"{images.name} has {images.classes} classes, and the network {outputs} outputs")
+
+    def go(self, folder: pathlib.Path | None, checkpoints: Checkpoints | None, log: list[Record]) -> Fitted:
+        """Train from the newest checkpoint, or from the start where there is none."""
+        config, devices = self.config, self.devices
+        state, done = self.trainer.init(), 0
+        if checkpoints is not None and checkpoints.epochs():
+            done, state = checkpoints.load(state)
+        state = devices.put(state)
+        log = [record for record in log if record["epoch"] <= done]
+        if folder is not None and devices.leads:
+            runs.write_log(folder, log)
+        pixels = devices.put(self.images.pixels[self.rows])
+        labels = devices.put(self.images.labels[self.rows])
+        for epoch in range(done + 1, config.epochs + 1):
+            begin = time.perf_counter()
+            state, metrics = self.trainer.epoch(state, pixels, labels)
+            record = self._record(epoch, metrics, begin)
+            if record["skipped"] > config.max_skipped or record["skipped"] == self.trainer.steps:
+                raise FloatingPointError(
+                    f"{record['skipped']} of {self.trainer.steps} steps of epoch {epoch} had a loss or gradient that "
+                    "is not finite and were skipped: lower learning_rate or lam, or take precision=float64"
+                )
+            if self._validates(epoch) and devices.leads:
+                record |= self.validate(state)
+            log.append(record)
+            if folder is not None and checkpoints is not None and devices.leads:
+                runs.append_log(folder, record)  # first: a resumed run drops records behind its checkpoint
+                if epoch % config.checkpoint_every == 0 or epoch == config.epochs:
+                    checkpoints.save(epoch, parallel.host(state))
+            self.progress(record)
+        ended = parallel.local(state)
+        model = self.trainer.model(ended)
+        if folder is not None and devices.leads and self.spec is not None:
+            runs.write_model(folder, model, self.spec)
+        return Fitted(model, self.spec, config, tuple(log), ended, time.perf_counter() - self.started, folder)
+
+    def _record(self, epoch: int, metrics: Any, begin: float) -> Record:
+        """Waits for the epoch to be done."""
+        config = self.config
+        found = parallel.host(metrics)
+        rate = schedule(config, self.trainer.steps, config.learning_rate, config.final_learning_rate)(
+            epoch * self.trainer.steps - 1
+        )
+        record: Record = {
+            "epoch": epoch,
+            "loss": float(found.loss),
+            "accuracy": float(found.accuracy),
+            "certified_estimate": None,
+            "skipped": int(found.skipped),
+            "failed": int(found.failed),
+            "learning_rate": float(rate),
+            "seconds": time.perf_counter() - begin,
+        }
+        if config.uses_constants and epoch > config.warmup:
+            record["certified_estimate"] = float(found.certified)
+        return record
+
+    def _validates(self, epoch: int) -> bool:
+        every = self.config.validate_every
+        return every > 0 and (epoch % every == 0 or epoch == self.config.epochs)
+
+    def validate(self, state: TrainState) -> Record:
+        """Clean and certified accuracy by a proved bound, of the weights that would be saved now."""
+        begin = time.perf_counter()
+        state = parallel.local(state)
+        rows = (self.held_out if self.config.holdout else self.rows)[:VALIDATED]
+        x = self.images.pixels[rows] / np.float32(self.images.levels)
+        form = self.trainer.form(self.trainer.final_weights(state))
+        bound = proved_bound(form, self.trainer, state)
+        radii = lb.certified_radius(form, x, self.images.labels[rows], bound=bound)
+        return {
+            "clean": float(np.mean(radii.correct)),
+            "certified": float(radii.accuracy(self.config.eps)),
+            "guarantee": radii.guarantee,
+            "method": bound.method,
+            "part": "held-out" if self.config.holdout else "training",
+            "images": len(rows),
+            "validation_seconds": time.perf_counter() - begin,
+        }
+
+
+def proved_bound(form: Any, trainer: Trainer, state: TrainState) -> lb.UpperBound:
+    """All pairs of `form` by the method whose constants stand in the loss (LipLT for plain training), proved.
+
+    Multipliers that were trained are proved as they are; networks small enough for Newton's method get the optimum.
+    """
+    config = trainer.config
+    if config.uses_constants and config.constants == "naive":
+        found = lb.naive(form, pairwise=True)
+    elif config.uses_constants and config.constants == "recursion":
+        found = lb.lipsdp(form, pairwise=True, **trainer.multipliers(state))
+    else:
+        found = lb.liplt(form, pairwise=True)
+    assert isinstance(found, lb.UpperBound)
+    return found
+
+
+def split(count: int, holdout: float) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train on and rows held out: the same for every seed, so that runs can be compared."""
+    held = round(count * holdout)
+    if held >= count:
+        raise ValueError(f"holdout {holdout} leaves none of {count} images to train on")
+    order = np.random.default_rng(0).permutation(count)
+    return np.sort(order[held:]), np.sort(order[:held])
 
 
 def accuracy(model: nnx.Module, x: np.ndarray, y: np.ndarray) -> float:

@@ -4,9 +4,9 @@ Every model maps one image `(height, width, channels)` in raw pixel units, or a 
 `(..., classes)`. Normalisation `(x - mean) / std` is part of the model, so that a radius computed for it is
 in pixel units. A `ModelSpec` is plain data: with it and the weights a model can be rebuilt anywhere.
 
-The layer tables of 2C2F, 4C3F (MNIST) and 6C2F (CIFAR-10) are those used by Fazlyab et al., NeurIPS 2023
-(arXiv 2310.00116), as in the authors' released code; convolutions are written (channels, kernel, stride) and
-padded by one pixel.
+The layer tables of 2C2F, 4C3F (MNIST), 6C2F (CIFAR-10) and 8C2F (Tiny-ImageNet) are those used by Fazlyab et al.,
+NeurIPS 2023 (arXiv 2310.00116), as in the authors' released code; convolutions are written (channels, kernel, stride,
+padding).
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class ResidualCNN(nnx.Module):
 
 
 class ConvNet(nnx.Module):
-    """Convolutions `(channels, kernel, stride)` padded by one pixel, then dense layers."""
+    """Convolutions `(channels, kernel, stride, padding)`, then dense layers."""
 
     def __init__(
         self,
@@ -163,11 +163,13 @@ class ConvNet(nnx.Module):
     ):
         height, width, channels = input_shape
         convs = []
-        for n_out, kernel, stride in convolutions:
-            height, width = ((size + 2 - kernel) // stride + 1 for size in (height, width))
+        for n_out, kernel, stride, padding in convolutions:
+            height, width = ((size + 2 * padding - kernel) // stride + 1 for size in (height, width))
             if min(height, width) < 1:
                 raise ValueError(f"inputs of shape {tuple(input_shape)} are too small for these layers")
-            convs.append(nnx.Conv(channels, n_out, (kernel, kernel), strides=stride, padding=1, rngs=rngs))
+            convs.append(
+                nnx.Conv(channels, n_out, (kernel, kernel), strides=stride, padding=padding, rngs=rngs)
+            )
             channels = n_out
         sizes = (height * width * channels, *dense, classes)
         self.mean, self.std = mean, std
@@ -209,13 +211,48 @@ def _convnet(convolutions: Sequence[Sequence[int]], dense: Sequence[int]) -> Cal
     return build_convnet
 
 
+_4C = [(32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 4, 2, 1)]
+_8C = [(64, 3, 1, 1), (64, 3, 1, 0), (64, 4, 2, 0), (128, 3, 1, 1), (128, 3, 1, 1), (128, 4, 2, 0)]
+
 ARCHITECTURES: Mapping[str, Callable[..., nnx.Module]] = {
     "mlp": MLP,
     "residual_cnn": ResidualCNN,
-    "2C2F": _convnet([(16, 4, 2), (32, 4, 2)], [100]),
-    "4C3F": _convnet([(32, 3, 1), (32, 4, 2), (64, 3, 1), (64, 4, 2)], [512, 512]),
-    "6C2F": _convnet([(32, 3, 1), (32, 4, 2), (64, 3, 1), (64, 4, 2), (64, 3, 1), (64, 4, 2)], [512]),
+    "2C2F": _convnet([(16, 4, 2, 1), (32, 4, 2, 1)], [100]),
+    "4C3F": _convnet(_4C, [512, 512]),
+    "6C2F": _convnet([*_4C, (64, 3, 1, 1), (64, 4, 2, 1)], [512]),
+    "8C2F": _convnet([*_8C, (256, 3, 1, 1), (256, 4, 2, 0)], [256]),
 }
+
+
+def spec_for(
+    arch: str,
+    input_shape: Sequence[int],
+    classes: int,
+    *,
+    activation: str = "relu",
+    mean: float = 0.0,
+    std: float = 1.0,
+) -> ModelSpec:
+    """The spec of an architecture named as on the command line: widths such as "784-512-10", or a key of
+    `ARCHITECTURES`. ValueError where the name is unknown or does not fit images of this shape or so many classes.
+    """
+    height, width, channels = (int(n) for n in input_shape)
+    common = {"activation": activation, "mean": mean, "std": std}
+    if "-" not in arch:
+        if arch not in ARCHITECTURES or arch == "mlp":
+            known = ", ".join(name for name in ARCHITECTURES if name != "mlp")
+            raise ValueError(
+                f'unknown architecture {arch!r}: give widths such as "784-512-10", or one of {known}'
+            )
+        return ModelSpec(arch, (height, width, channels), {"classes": classes, **common})
+    sizes = _parse_widths(arch)
+    pixels = height * width * channels
+    if sizes[0] != pixels or sizes[-1] != classes:
+        raise ValueError(
+            f"{arch} does not fit: an image has {height} x {width} x {channels} = {pixels} pixels and there are "
+            f"{classes} classes, so widths start with {pixels} and end with {classes}"
+        )
+    return ModelSpec("mlp", (height, width, channels), {"widths": arch, **common})
 
 
 def build(spec: ModelSpec, seed: int = 0) -> nnx.Module:

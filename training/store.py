@@ -44,7 +44,7 @@ def save_model(path: str | os.PathLike[str], model: nnx.Module, spec: ModelSpec)
         "arguments": dict(spec.arguments),
         "input_shape": list(spec.input_shape),
     }
-    _write_atomically(path, save(tensors, metadata={FORMAT: json.dumps(header, allow_nan=False)}))
+    write_atomically(path, save(tensors, metadata={FORMAT: json.dumps(header, allow_nan=False)}))
     return path
 
 
@@ -116,7 +116,7 @@ def _spec_from(path: pathlib.Path, header: str) -> ModelSpec:
     return ModelSpec(architecture, (shape[0], shape[1], shape[2]), arguments)
 
 
-def _write_atomically(path: pathlib.Path, data: bytes) -> None:
+def write_atomically(path: pathlib.Path, data: bytes) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

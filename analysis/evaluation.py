@@ -1,0 +1,299 @@
+"""What a trained network is worth: clean accuracy, accuracy under attack and certified accuracy, side by side.
+
+    certified accuracy at eps  <=  robust accuracy at eps  <=  accuracy under attack at eps  <=  clean accuracy
+
+The first is proved, the third is attained; the truth lies between. `evaluate` measures both on the same images and
+raises GuaranteeError rather than returning figures that contradict each other.
+
+All distances are in pixel values in [0, 1]. Certified accuracies are in the l2 norm. An l-inf attack runs in the ball
+of radius eps / sqrt(n) (n pixel values), the largest that the l2 ball of radius eps contains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+import lipbounds as lb
+from lipbounds.analysis.attacks import Attack, length, pgd
+from lipbounds.analysis.experiment import Json, Progress, eps_grid, norm_key, radii_record
+from lipbounds.bound import check_norm
+from lipbounds.compare import METHODS
+from lipbounds.errors import GuaranteeError
+from lipbounds.radius import logits
+
+UNIT = "pixel values in [0, 1]"
+NOT_UPPER = ("empirical", "liplt-estimate")
+
+#: Radii at which the field reports certified accuracy, in pixel values; of the digits, our own choice.
+USUAL_EPS: Mapping[str, float] = {
+    "mnist": 1.58,
+    "cifar10": 36 / 255,
+    "cifar100": 36 / 255,
+    "tiny-imagenet": 36 / 255,
+    "digits": 0.5,
+}
+_CIFAR_UNITS = (
+    "The published code of arXiv 2310.00116 rescales these images to [-1, 1], (x - 0.5) / 0.5, and compares radii in "
+    "those units with an eps that is not rescaled. A distance there is twice the distance in pixel values, so its eps "
+    "is divided by 2 here: its 36/255 is 18/255 in pixel values."
+)
+_PIXEL_UNITS = "The published figures for {} are in pixel values already: with --paper-units nothing changes."
+
+
+def paper_units(dataset: str) -> tuple[float, str]:
+    """(factor, what it is): an eps of the published code is `factor` times the same distance in pixel values."""
+    if dataset in ("cifar10", "cifar100"):
+        return 2.0, _CIFAR_UNITS
+    if dataset == "digits":
+        return 1.0, "There are no published figures for digits: with --paper-units nothing changes."
+    return 1.0, _PIXEL_UNITS.format(dataset)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Certified:
+    """Bounds of one network and the radii that they prove for N images, by method; `refused` says why one has none."""
+
+    form: Any
+    bounds: Mapping[str, lb.UpperBound]
+    radii: Mapping[str, lb.Radii]
+    refused: Mapping[str, str]
+
+    def radius(self, count: int) -> np.ndarray:
+        """(N,) the largest radius that any of the methods proves; 0 where none does."""
+        return np.max([np.zeros(count), *(radii.radius for radii in self.radii.values())], axis=0)
+
+    def record(self, eps: Sequence[float]) -> Json:
+        """As plain data; the columns of Table 2 of arXiv 2310.00116 are upper bounds with the method's guarantee."""
+        grid = eps_grid(list(self.radii.values()))
+        return {
+            "certified": {
+                name: {str(e): float(radii.accuracy(e)) for e in eps} for name, radii in self.radii.items()
+            },
+            "guarantee": {name: bound.guarantee for name, bound in self.bounds.items()},
+            "failure_probability": {name: bound.failure_probability for name, bound in self.bounds.items()},
+            "constants": {
+                name: {
+                    "value": bound.value,
+                    "average_pair": bound.average_pair(),
+                    "average_sum": bound.average_sum(),
+                    "average_sqrt2": bound.sqrt2(),
+                }
+                for name, bound in self.bounds.items()
+            },
+            "radii": {name: radii_record(radii, grid) for name, radii in self.radii.items()},
+            "seconds": {name: bound.seconds for name, bound in self.bounds.items()},
+            "refused": dict(self.refused),
+        }
+
+
+def certify(
+    model: Any,
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    methods: Sequence[str | lb.UpperBound] = ("naive", "liplt", "lipsdp"),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Certified:
+    """Bound a network by several methods, pairs of classes each, and certify images x (N, *shape) in l2.
+
+    `model` is an nnx module of one image or a batch, or any function of a batch. `methods` are names out of
+    `lipbounds.compare.METHODS`, or upper bounds of this network. A method that refuses is not an error.
+
+    Raises ValueError for an unknown method, one that gives no upper bound or is named twice, and for bad images.
+    """
+    names = [m if isinstance(m, str) else getattr(m, "method", repr(m)) for m in methods]
+    usable = [name for name in METHODS if name not in NOT_UPPER]
+    wrong = [
+        name
+        for name, method in zip(names, methods, strict=True)
+        if (name not in usable if isinstance(method, str) else not isinstance(method, lb.UpperBound))
+    ]
+    if wrong or not names:
+        raise ValueError(
+            f"methods must be upper bounds out of {', '.join(usable)}; got {', '.join(wrong) or 'none'}"
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"every method once, got {', '.join(names)}")
+    single = isinstance(model, nnx.Module)
+    form = lb.trace(model, x[0]) if single else lb.trace(model, x[:2], batched=True)
+    rows = lb.compare(form, x, y, methods=list(methods), pairwise=True, seed=seed, progress=progress)
+    return Certified(
+        form,
+        {row.method: row.result for row in rows if row.result is not None},
+        {row.method: row.radii for row in rows if row.radii is not None},
+        {row.method: row.reason for row in rows if row.radii is None},
+    )
+
+
+def certificates(
+    model: Any,
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    eps: Sequence[float],
+    methods: Sequence[str | lb.UpperBound] = ("naive", "liplt", "lipsdp"),
+    images: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Json:
+    """The part of the record of `evaluate` that needs no attack on a ball: clean and certified accuracy."""
+    x, y = _first(x, y, images)
+    levels = _levels(eps, 1.0)
+    correct = pgd(model, x, y, 0.0, steps=0).correct
+    found = certify(model, x, y, methods=methods, seed=seed, progress=progress)
+    correct = correct | (found.radius(len(x)) > 0)
+    return {"clean": float(correct.mean()), "images": len(x), "eps": levels, **found.record(levels)}
+
+
+def evaluate(
+    model: Any,
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    eps: Sequence[float],
+    methods: Sequence[str | lb.UpperBound] = ("naive", "liplt", "lipsdp"),
+    pgd_steps: int = 100,
+    pgd_restarts: int = 1,
+    pgd_norms: Sequence[Any] = (2, math.inf),
+    paper_units: float | None = None,
+    images: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Json:
+    """Clean accuracy, accuracy under attack and certified accuracy of a network, as plain data.
+
+    Args:
+        model: an nnx module of one image or a batch, or any function from a batch to logits.
+        x: (N, *shape) floating point in [0, 1].
+        y: (N,) integer labels.
+        eps: l2 radii in pixel values; with `paper_units` they are divided by it first (see the function of that name).
+        methods: the bounds, by name or as they are (see `certify`).
+        pgd_steps, pgd_restarts, pgd_norms: of the attacks, one for every norm and eps. A further one in l2 searches
+            inside every certified radius, where nothing can be found.
+        images: so many of the images, the first ones; None for all.
+        seed: of everything random.
+        progress: called with a line of text.
+
+    Returns a dict with the keys (every `by eps` has str(eps) in pixel values as keys)
+        clean, images, eps, unit, seed     accuracy in [0, 1], number of images, radii in pixel values
+        pgd            norm "2" or "inf" -> accuracy under attack, by eps: the share that is classified correctly and
+                       for which no attack found an example this close, so that it never grows with eps
+        pgd_settings   steps, restarts, loss; `eps_inf`: the l-inf radius that belongs to eps, by eps
+        inside         how many images were attacked inside their radius, and the number broken, which is 0
+        rounding       decisions of the float32 program that differ from the network in real arithmetic, which is
+                       what is certified; they lie within float32 rounding of a tie and count as the latter says
+        certified      method -> accuracy by eps;  guarantee, failure_probability, seconds: by method
+        constants      method -> value (L), average_pair (mean L_ij), average_sum (mean L_i + L_j), average_sqrt2
+        radii          method -> quartiles and certified accuracy on a grid
+        refused        method -> reason, of those that have no bound or no radii here
+        paper_units    None, or factor and `given`: the eps that was asked for, by eps
+
+    Raises:
+        ValueError: bad images, labels, eps, methods or settings of the attack.
+        GuaranteeError: an attack broke an image inside its certified radius, also in real arithmetic.
+    """
+    x, y = _first(x, y, images)
+    levels = _levels(eps, 1.0 if paper_units is None else paper_units)
+    given = [float(e) for e in eps]
+    norms = list(dict.fromkeys(check_norm(p) for p in pgd_norms))
+    if 1 in norms:
+        raise ValueError("attacks are in norm 2 or inf, not 1")
+    settings: Json = {"steps": pgd_steps, "restarts": pgd_restarts, "seed": seed, "progress": progress}
+    clean = pgd(model, x, y, 0.0, steps=0)  # bad images are refused before the bounds take their time
+    found = certify(model, x, y, methods=methods, seed=seed, progress=progress)
+    radius = found.radius(len(x))
+    correct = clean.correct | (radius > 0)
+    rounding = int((correct & ~clean.correct).sum())
+
+    # rounded down, so that the l2 ball contains the l-inf ball
+    shrink = (1 - 2.0**-48) / math.sqrt(x[0].size)
+    width: Json = {2: {e: e for e in levels}, math.inf: {e: e * shrink for e in levels}}
+    nearest = {p: np.full(len(x), np.inf) for p in norms}
+    runs = [(p, width[p][e]) for p in norms for e in levels]
+    for p, ball in [*runs, (2, radius)]:
+        attack = pgd(model, x, y, ball, norm=p, **settings)
+        broken, rounded = _real(found, attack, x, y, radius)
+        rounding += rounded
+        for q in norms:
+            distance = np.where(broken, length(attack.adversarial, x, q), np.inf)
+            nearest[q] = np.minimum(nearest[q], distance)
+    return {
+        "clean": float(correct.mean()),
+        "images": len(x),
+        "eps": levels,
+        "unit": UNIT,
+        "seed": seed,
+        "pgd": {
+            norm_key(p): {str(e): float(np.mean(correct & (nearest[p] > width[p][e]))) for e in levels}
+            for p in norms
+        },
+        "pgd_settings": {
+            "steps": pgd_steps,
+            "restarts": pgd_restarts,
+            "loss": clean.loss,
+            "eps_inf": {str(e): width[math.inf][e] for e in levels},
+        },
+        "inside": {"images": int((radius > 0).sum()), "broken": 0},
+        "rounding": rounding,
+        **found.record(levels),
+        "paper_units": None
+        if paper_units is None
+        else {
+            "factor": float(paper_units),
+            "given": {str(e / paper_units): e for e in sorted(set(given))},
+        },
+    }
+
+
+def _real(
+    found: Certified, attack: Attack, x: np.ndarray, y: np.ndarray, radius: np.ndarray
+) -> tuple[np.ndarray, int]:
+    """(N,) which images the attack broke, and how many only float32 rounding broke.
+
+    An example closer than the certified radius contradicts the certificate, unless float32 rounding alone decided:
+    its logits in real arithmetic, known with a proved error, tell. GuaranteeError if they agree with the attack.
+    """
+    inside = attack.success & (length(attack.adversarial, x, 2) < radius)
+    at = np.flatnonzero(inside)
+    if not len(at):
+        return attack.success, 0
+    z, error = logits(found.form, attack.adversarial[at].astype(np.float64))
+    rows = np.arange(len(at))
+    own = z[rows, y[at]]
+    z[rows, y[at]] = -np.inf
+    lost = z.max(axis=1) - own > 2 * error  # the proved error of a difference is sqrt(2) times `error`
+    if lost.any():
+        place = int(at[np.argmax(lost)])
+        methods = [name for name, radii in found.radii.items() if radii.radius[place] == radius[place]]
+        distance = float(length(attack.adversarial[place : place + 1], x[place : place + 1], 2)[0])
+        raise GuaranteeError(
+            f"{int(lost.sum())} images were broken inside their certified radius, image {place} at l2 distance "
+            f"{distance:.6g} with radius {radius[place]:.6g} by {', '.join(methods)}: this bound is wrong"
+        )
+    return attack.success & ~inside, len(at)
+
+
+def _first(x: Any, y: Any, images: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """The first images in float32 and their labels; `attacks` checks the rest."""
+    if images is not None and images < 1:
+        raise ValueError(f"images must be at least 1, got {images}")
+    points = np.atleast_1d(np.asarray(x))[:images]
+    return (points.astype(np.float32) if points.dtype.kind == "f" else points), np.atleast_1d(np.asarray(y))[
+        :images
+    ]
+
+
+def _levels(eps: Sequence[float], factor: float) -> list[float]:
+    if not (math.isfinite(factor) and factor > 0):
+        raise ValueError(f"paper_units must be a factor > 0, got {factor}")
+    levels = [float(e) for e in eps]
+    if not levels or not all(math.isfinite(e) and e >= 0 for e in levels):
+        raise ValueError(f"eps must hold finite numbers >= 0, at least one, got {levels}")
+    return [e / factor for e in sorted(set(levels))]

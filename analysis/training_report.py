@@ -1,0 +1,113 @@
+"""The report of a training run: its curves, its settings, and the test set certified in the end."""
+
+from __future__ import annotations
+
+import base64
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from matplotlib.figure import Figure
+
+import lipbounds as lb
+from lipbounds._version import __version__
+from lipbounds.analysis.figures import INK, RADII_LINES, _dress, _figure, png
+from lipbounds.analysis.report import environment
+from lipbounds.training.config import Config
+from lipbounds.training.data import load
+from lipbounds.training.loop import Fitted
+
+Json = dict[str, Any]
+PAGE = "report.html"
+_VERBS: dict[str, Callable[..., Any]] = {"naive": lb.naive, "liplt": lb.liplt, "recursion": lb.lipsdp}
+
+
+def final_record(
+    fitted: Fitted, data_dir: pathlib.Path | None = None, tell: Callable[[str], None] = lambda text: None
+) -> Json:
+    """Clean and certified accuracy on all test images, by the bound that stood in the loss (else by LipLT).
+
+    Radii are in pixel units, l2; the bound is optimised and proved anew.
+    """
+    config = fitted.config
+    tell("certifying the test images")
+    begin = time.perf_counter()
+    data = load(config.dataset, config.data_dir if data_dir is None else data_dir)
+    form = lb.trace(fitted.model, jax.ShapeDtypeStruct(data.input_shape, jnp.float32))
+    verb = _VERBS[config.constants] if config.uses_constants else lb.liplt
+    bound = verb(form, pairwise=True)
+    radii = lb.certified_radius(form, data.test_x, data.test_y, bound=bound)
+    return {
+        "images": len(data.test_y),
+        "clean": float(radii.correct.mean()),
+        "certified": float(radii.accuracy(config.eps)),
+        "eps": config.eps,
+        "method": bound.method,
+        "guarantee": radii.guarantee,
+        "constant": bound.value,
+        "average_pair": bound.average_pair(),
+        "training_seconds": fitted.seconds,
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def write_training_report(folder: pathlib.Path, config: Config, log: list[Json], final: Json) -> pathlib.Path:
+    """Write `report.html` to the run's folder; return its path."""
+    picture = png(curves(log, config))
+    page = (
+        environment()
+        .get_template("training.html.j2")
+        .render(
+            title=f"{config.arch} on {config.dataset}",
+            config=config.to_json(),
+            log=log,
+            final=final,
+            lipbounds=__version__,
+            figure=base64.b64encode(picture).decode("ascii"),
+            skipped=sum(record["skipped"] for record in log),
+            failed=sum(record["failed"] for record in log),
+            seconds=sum(record["seconds"] for record in log),
+        )
+    )
+    temporary = folder / f".{PAGE}.part"
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, folder / PAGE)
+    return folder / PAGE
+
+
+def curves(log: list[Json], config: Config) -> Figure:
+    """Loss by epoch; accuracy in training, and clean and certified accuracy where validated."""
+    figure = _figure(8.4, 3.2)
+    left, right = figure.subplots(1, 2)
+    epochs = [record["epoch"] for record in log]
+    left.plot(epochs, [record["loss"] for record in log], color=INK, linewidth=1.4)
+    left.set_title("loss", loc="left", fontsize=9)
+    seen = [record for record in log if "clean" in record]
+    right.plot(
+        epochs,
+        [100 * record["accuracy"] for record in log],
+        color="#bbbbbb",
+        label="training, as augmented",
+    )
+    for key, colour, name in (
+        ("clean", RADII_LINES[0], "clean"),
+        ("certified", RADII_LINES[2], f"certified at {config.eps:.4g}"),
+    ):
+        right.plot(
+            [record["epoch"] for record in seen],
+            [100 * record[key] for record in seen],
+            marker="o",
+            markersize=3,
+            color=colour,
+            label=f"{name}, {seen[0]['part']} images" if seen else name,
+        )
+    right.set_title("accuracy (%)", loc="left", fontsize=9)
+    right.legend(fontsize=7, frameon=False, loc="lower right")
+    for ax in (left, right):
+        _dress(ax, "y")
+        ax.set_xlabel("epoch", fontsize=8)
+    return figure

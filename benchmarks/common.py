@@ -1,0 +1,49 @@
+"""What the benchmark scripts share: where they ran, and their tables as Markdown."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from rich.table import Table
+
+import lipbounds as lb
+
+Json = dict[str, Any]
+
+
+def environment(script: str, packages: Sequence[str] = ()) -> Json:
+    """The command, the versions, the device and how busy the machine was."""
+    device = jax.devices()[0]
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return dict(
+        command=" ".join([f"python benchmarks/{script}", *sys.argv[1:]]),
+        jax=jax.__version__,
+        python=platform.python_version(),
+        **versions,
+        device=f"{device.platform} {device.device_kind}",
+        cores=os.cpu_count(),
+        load=os.getloadavg()[0],
+        lipbounds=lb.__version__,
+    )
+
+
+def markdown(script: str, where: Json, tables: Sequence[Table]) -> str:
+    lines = [f"# benchmarks/{script}", ""]
+    lines += [f"- {key}: `{value}`" for key, value in where.items()]
+    for table in tables:
+        cells = [[str(cell).replace("|", "\\|") for cell in column.cells] for column in table.columns]
+        lines += ["", f"## {table.title}", ""]
+        lines.append("| " + " | ".join(str(column.header) for column in table.columns) + " |")
+        lines.append("|" + "|".join("---:" if c.justify == "right" else "---" for c in table.columns) + "|")
+        lines += ["| " + " | ".join(row) + " |" for row in zip(*cells, strict=True)]
+    return "\n".join(lines) + "\n"

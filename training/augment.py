@@ -1,0 +1,133 @@
+"""Random changes of image batches, in JAX: mirror images, rotations, translations.
+
+Everything maps a key and a batch `(n, height, width, channels)` of floats to a batch of the same shape and dtype,
+works under jit, scan and vmap, and draws its random numbers in float32 whatever `jax_enable_x64` says, so that a
+key gives the same images everywhere, however the batch is sharded. Images in [0, 1] stay in [0, 1]: each new pixel
+is a weighted mean, with weights from 0 to 1, of old ones and of `fill`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+def flip(key: jax.Array, x: jax.Array) -> jax.Array:
+    """Each image, with probability 1/2, mirrored left to right."""
+    _check_batch(x)
+    mirrored = jax.random.uniform(key, x.shape[:1], jnp.float32) < 0.5
+    return jnp.where(mirrored[:, None, None, None], x[:, :, ::-1], x)
+
+
+def rotate(key: jax.Array, x: jax.Array, degrees: float, fill: float = 0.0) -> jax.Array:
+    """Each image turned about its centre by an angle drawn uniformly from [-degrees, degrees]; see `affine`."""
+    angles = _angles(key, x, degrees)
+    return affine(x, angles, jnp.zeros((len(x), 2), jnp.float32), fill)
+
+
+def translate(key: jax.Array, x: jax.Array, share: float, fill: float = 0.0) -> jax.Array:
+    """Each image moved by whole pixels, so that no pixel is blurred; what enters is `fill`.
+
+    The shift is drawn uniformly from [-share * height, share * height] down, likewise across, and rounded, as
+    torchvision's RandomAffine does it.
+    """
+    return affine(x, jnp.zeros(len(x), jnp.float32), _shifts(key, x, share), fill)
+
+
+def affine(x: jax.Array, angles: jax.Array, shifts: jax.Array, fill: float = 0.0) -> jax.Array:
+    """Each image turned about its centre, then moved; bilinear in one pass, `fill` outside the image.
+
+    x       (n, height, width, channels), floats
+    angles  (n,) in degrees, counter-clockwise as the image is seen (row 0 on top); 90 is `numpy.rot90`
+    shifts  (n, 2) in pixels, down and to the right
+
+    The value at a new pixel is read at the point it comes from, between the four pixels around that point. With
+    angle 0 and whole shifts the old pixels are returned exactly.
+    """
+    _check_batch(x)
+    n, height, width, channels = x.shape
+    radians = jnp.asarray(angles, jnp.float32) * (math.pi / 180)
+    cos, sin = jnp.cos(radians)[:, None, None], jnp.sin(radians)[:, None, None]
+    shifts = jnp.asarray(shifts, jnp.float32)
+    middle_row, middle_column = (height - 1) / 2, (width - 1) / 2
+    row = (jnp.arange(height, dtype=jnp.float32) - middle_row)[None, :, None] - shifts[:, 0, None, None]
+    column = (jnp.arange(width, dtype=jnp.float32) - middle_column)[None, None, :] - shifts[:, 1, None, None]
+    top, down = _cell(cos * row + sin * column + middle_row, height)
+    left, across = _cell(cos * column - sin * row + middle_column, width)
+
+    # One gather for each of the four neighbours, in a rim of `fill`. For three channels this is two to three times
+    # as fast on a CPU as jax.scipy.ndimage.map_coordinates, for one channel as fast; and nested means cannot
+    # leave the range of the pixels by rounding, a sum of four products can.
+    rim = ((0, 0), (1, 1), (1, 1), (0, 0))
+    flat = jnp.pad(x, rim, constant_values=fill).reshape(n, (height + 2) * (width + 2), channels)
+    corner = (top * (width + 2) + left).reshape(n, height * width)
+
+    def neighbour(offset: int) -> jax.Array:
+        return jax.vmap(lambda image, places: image[places])(flat, corner + offset)
+
+    down, across = (part.astype(x.dtype).reshape(n, height * width, 1) for part in (down, across))
+    above = (1 - across) * neighbour(0) + across * neighbour(1)
+    below = (1 - across) * neighbour(width + 2) + across * neighbour(width + 3)
+    return ((1 - down) * above + down * below).reshape(x.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """`augmentation(key, x)`: flip, then rotation and translation in one resampling.
+
+    flip       mirror each image left to right with probability 1/2
+    degrees    largest angle of the rotation, 0..180
+    translate  largest shift as a share of height and width, 0..1
+    fill       the pixel value of what enters the image, in the units of the images
+
+    With nothing switched on a batch is returned as it is. ValueError for arguments outside these ranges.
+    """
+
+    flip: bool = False
+    degrees: float = 0.0
+    translate: float = 0.0
+    fill: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.degrees <= 180:
+            raise ValueError(f"degrees must lie in 0..180, got {self.degrees}")
+        if not 0 <= self.translate <= 1:
+            raise ValueError(f"translate is a share of the image and must lie in 0..1, got {self.translate}")
+        if not math.isfinite(self.fill):
+            raise ValueError(f"fill must be finite, got {self.fill}")
+
+    def __call__(self, key: jax.Array, x: jax.Array) -> jax.Array:
+        # Always three keys: what one change draws does not depend on which others are switched on.
+        mirror, angle, shift = jax.random.split(key, 3)
+        if self.flip:
+            x = flip(mirror, x)
+        if self.degrees or self.translate:
+            x = affine(x, _angles(angle, x, self.degrees), _shifts(shift, x, self.translate), self.fill)
+        return x
+
+
+def _check_batch(x: jax.Array) -> None:
+    if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"wanted is a batch of floats (n, height, width, channels), got {x.dtype} {x.shape}")
+
+
+def _angles(key: jax.Array, x: jax.Array, degrees: float) -> jax.Array:
+    """(n,), uniform in [-degrees, degrees]."""
+    return degrees * jax.random.uniform(key, x.shape[:1], jnp.float32, -1.0, 1.0)
+
+
+def _shifts(key: jax.Array, x: jax.Array, share: float) -> jax.Array:
+    """(n, 2), whole pixels, down and to the right."""
+    size = jnp.array(x.shape[1:3], jnp.float32)
+    return jnp.round(share * size * jax.random.uniform(key, (x.shape[0], 2), jnp.float32, -1.0, 1.0))
+
+
+def _cell(position: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """For positions along one axis of `size` pixels: the pixel before each, in an image with a rim of one pixel
+    (which makes pixel 0 number 1), and the distance from it in [0, 1]. Positions outside end on the rim."""
+    position = jnp.clip(position, -1.0, float(size))
+    before = jnp.minimum(jnp.floor(position), size - 1.0)
+    return before.astype(jnp.int32) + 1, position - before

@@ -1,0 +1,102 @@
+"""Training losses as pure functions of logits (n, K), labels (n,) and Lipschitz constants.
+
+Certified radius maximisation (CRM) is Fazlyab et al., NeurIPS 2023, arXiv 2310.00116, equation 8: with the margins
+z_y - z_i, the constants L_yi of z_y - z_i and
+
+    R(x, y)      = min_{i != y} (z_y - z_i) / L_yi                               the certified radius (equation 5)
+    R_soft(x, y) = -(1/t) log sum_{i != y} exp(-t (z_y - z_i) / L_yi)            its smooth lower bound (equation 7)
+
+the loss is cross-entropy + lambda (1/n) sum of g(R_soft) over the examples that are classified correctly and whose
+radius is below r0; R_soft <= R <= R_soft + log(K - 1) / t (Proposition 2.1). Constants may be tracers: the gradient
+reaches them. Radii are in the units of the model's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Transform = Callable[[jax.Array], jax.Array]
+
+_LEAST = (
+    1e-12  # constants below are not divided by: a constant of 0 (a dead network) has no gradient to follow
+)
+
+# Decreasing g of equation 8. R is in input units; exponential and hinge take their scale from r0.
+TRANSFORMS: Mapping[str, Callable[[jax.Array, float], jax.Array]] = {
+    "negative": lambda radius, r0: -radius,
+    "exponential": lambda radius, r0: jnp.exp(-radius / r0),
+    "hinge": lambda radius, r0: jnp.maximum(r0 - radius, 0),
+}
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+    """Mean cross-entropy in nats; `smoothing` in [0, 1) is the share of the target spread over all classes."""
+    if not smoothing:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), smoothing)
+    return optax.softmax_cross_entropy(logits, targets).mean()
+
+
+def scaled_margins(logits: jax.Array, labels: jax.Array, pairs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """((n, K) values of (z_y - z_i) / L_yi, (n, K) mask of i != y). Entries i = y are 0 and carry no gradient.
+
+    pairs: (K, K) constants L_ij; a scalar stands for the constant of every pair.
+    """
+    classes = logits.shape[-1]
+    others = labels[:, None] != jnp.arange(classes, dtype=labels.dtype)
+    pairs = jnp.broadcast_to(jnp.asarray(pairs, logits.dtype), (classes, classes))
+    rows = jnp.where(others, jnp.maximum(pairs[labels], _LEAST), 1)
+    margins = jnp.take_along_axis(logits, labels[:, None], axis=1) - logits
+    return jnp.where(others, margins / rows, 0), others
+
+
+def radius(logits: jax.Array, labels: jax.Array, pairs: jax.Array) -> jax.Array:
+    """(n,) R: positive for correct answers; negative values measure by how much an answer is wrong."""
+    scaled, others = scaled_margins(logits, labels, pairs)
+    return jnp.min(jnp.where(others, scaled, jnp.inf), axis=1)
+
+
+def soft_radius(logits: jax.Array, labels: jax.Array, pairs: jax.Array, t: float) -> jax.Array:
+    """(n,) R_soft: R - log(K - 1) / t <= R_soft <= R."""
+    scaled, others = scaled_margins(logits, labels, pairs)
+    return -jax.nn.logsumexp(-t * scaled, axis=1, where=others) / t
+
+
+def crm_penalty(
+    logits: jax.Array, labels: jax.Array, pairs: jax.Array, *, t: float, r0: float, g: str = "negative"
+) -> jax.Array:
+    """The second term of equation 8 without lambda: sum of g(R_soft) over 0 < R < r0, divided by the batch size."""
+    hard = radius(logits, labels, pairs)
+    chosen = (hard > 0) & (hard < r0)
+    # Masked before g, too: exp(-R / r0) of a wrong answer overflows, and 0 times its infinite slope is not a number.
+    soft = jnp.where(chosen, soft_radius(logits, labels, pairs, t), r0)
+    return jnp.sum(jnp.where(chosen, TRANSFORMS[g](soft, r0), 0)) / len(labels)
+
+
+def gloro(logits: jax.Array, labels: jax.Array, pairs: jax.Array, *, eps: float) -> jax.Array:
+    """Cross-entropy of GloRo nets with their extra class (Leino, Wang and Fredrikson, ICML 2021, arXiv 2102.08452).
+
+    With the predicted class j the logit of the extra class is max_{i != j} (z_i + eps L_ij): an example whose
+    certified radius is below eps counts as not classified.
+    """
+    classes = logits.shape[-1]
+    top = jnp.argmax(logits, axis=1)
+    others = top[:, None] != jnp.arange(classes, dtype=top.dtype)
+    pairs = jnp.broadcast_to(jnp.asarray(pairs, logits.dtype), (classes, classes))
+    rival = jnp.max(jnp.where(others, logits + eps * pairs[top], -jnp.inf), axis=1)
+    return cross_entropy(jnp.concatenate([logits, rival[:, None]], axis=1), labels)
+
+
+def lipschitz_margin(logits: jax.Array, labels: jax.Array, pairs: jax.Array, *, eps: float) -> jax.Array:
+    """Cross-entropy of logits with eps L_yi added to every wrong class (Tsuzuku, Sato and Sugiyama, NeurIPS 2018).
+
+    With L_yi = sqrt(2) L for all pairs this is Lipschitz-margin training, arXiv 1802.04034, section 4.
+    """
+    classes = logits.shape[-1]
+    others = labels[:, None] != jnp.arange(classes, dtype=labels.dtype)
+    pairs = jnp.broadcast_to(jnp.asarray(pairs, logits.dtype), (classes, classes))
+    return cross_entropy(logits + eps * jnp.where(others, pairs[labels], 0), labels)

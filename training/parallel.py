@@ -1,0 +1,93 @@
+"""Data-parallel training over all devices of one or several processes, with `jax.sharding`.
+
+The state and the data set are replicated, the rows of a batch are spread over the devices; what is summed over the
+batch is summed across devices by XLA. Every process runs the same program (`jax.distributed`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+_AXIS = "batch"
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The devices of a run."""
+
+    mesh: Mesh
+
+    @property
+    def count(self) -> int:
+        return int(self.mesh.devices.size)
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes files and prints."""
+        return jax.process_index() == 0
+
+    def check_batch(self, batch_size: int) -> None:
+        if batch_size % self.count:
+            raise ValueError(
+                f"batch_size {batch_size} cannot be spread over {self.count} devices: choose a multiple of {self.count}"
+            )
+
+    def spread(self, rows: jax.Array) -> jax.Array:
+        """The rows of a batch, a share of them on every device."""
+        if self.count == 1:
+            return rows
+        return jax.lax.with_sharding_constraint(rows, NamedSharding(self.mesh, PartitionSpec(_AXIS)))
+
+    def put(self, tree: Any) -> Any:
+        """Host arrays, the same in every process, as replicated device arrays of the same types."""
+        sharding = self.replicated
+
+        def one(value: Any) -> jax.Array:
+            host = np.asarray(value)
+            return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+        with jax.enable_x64(True):  # else float64 would become float32
+            return jax.tree.map(one, tree)
+
+
+def devices(count: int | None = None) -> Devices:
+    """All devices of all processes, or the first `count`. ValueError if there are not so many."""
+    found = jax.devices()
+    if count is not None and not 1 <= count <= len(found):
+        raise ValueError(f"{count} devices were asked for, and there are {len(found)}")
+    return Devices(Mesh(np.array(found[:count]), (_AXIS,)))
+
+
+def host(tree: Any) -> Any:
+    """Replicated device arrays as NumPy arrays, in every process."""
+    return jax.tree.map(lambda a: np.asarray(a.addressable_data(0)), tree)
+
+
+def local(tree: Any) -> Any:
+    """Replicated device arrays as arrays of the same types on this process's first device."""
+    with jax.enable_x64(True):
+        return jax.tree.map(jnp.asarray, host(tree))
+
+
+def join(coordinator: str | None, processes: int | None, index: int | None) -> None:
+    """Join the processes of one run before JAX touches a device (`jax.distributed.initialize`).
+
+    Nothing happens without a coordinator ("host:port" of process 0). ValueError where some of the three are missing.
+    """
+    if coordinator is None and processes is None and index is None:
+        return
+    if coordinator is None or processes is None or index is None or not 0 <= index < processes:
+        raise ValueError(
+            "several processes need all of coordinator (host:port), number of processes and own index (from 0)"
+        )
+    jax.distributed.initialize(coordinator, num_processes=processes, process_id=index)

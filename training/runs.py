@@ -1,0 +1,126 @@
+"""The folder of a run: config.json, log.jsonl (one line an epoch), checkpoints/, and in the end model.safetensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+from flax import nnx
+
+from lipbounds._version import __version__
+from lipbounds.training.config import Config
+from lipbounds.training.models import ModelSpec
+from lipbounds.training.store import load_model, save_model, write_atomically
+
+CONFIG, LOG, CHECKPOINTS, MODEL = "config.json", "log.jsonl", "checkpoints", "model.safetensors"
+FORMAT = "lipbounds-run"
+FORMAT_VERSION = 1
+
+
+class RunError(ValueError):
+    """A folder that is not a run, or a run that is not finished."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run: its configuration, the network with its final weights, and one log record per epoch."""
+
+    folder: pathlib.Path
+    config: Config
+    model: nnx.Module
+    spec: ModelSpec
+    log: list[dict[str, Any]]
+
+
+def create(folder: pathlib.Path, config: Config) -> None:
+    """A new run folder with its configuration. FileExistsError if something is there already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = (
+            "is a run already: go on with it by resuming, or"
+            if (folder / CONFIG).exists()
+            else "is not empty:"
+        )
+        raise FileExistsError(f"{folder} {what} choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "lipbounds": __version__,
+        "config": config.to_json(),
+    }
+    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    write_atomically(folder / CONFIG, text.encode())
+
+
+def read(folder: pathlib.Path) -> Config:
+    """The configuration of a run. RunError for anything else."""
+    path = folder / CONFIG
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{folder} is no run: there is no {CONFIG} in it") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise RunError(f"{path} was not written by `lipbounds train`")
+    if record.get("version") != FORMAT_VERSION:
+        raise RunError(f"{path} has version {record.get('version')!r}; this program reads {FORMAT_VERSION}")
+    try:
+        return Config.from_json(record.get("config", {}), str(path))
+    except ValueError as error:
+        raise RunError(str(error)) from error
+
+
+def open_run(folder: str | os.PathLike[str]) -> Run:
+    """A finished run. RunError where the folder is none, or has no final weights yet."""
+    folder = pathlib.Path(folder)
+    config = read(folder)
+    if not (folder / MODEL).is_file():
+        raise RunError(
+            f"{folder} has no {MODEL} yet: the run was interrupted; finish it with `lipbounds train --resume {folder}`"
+        )
+    model, spec = load_model(folder / MODEL)
+    return Run(folder, config, model, spec, read_log(folder))
+
+
+def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The records of log.jsonl; a last line that was cut off by a crash is left out."""
+    path = folder / LOG
+    if not path.exists():
+        return []
+    records = []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # no newline behind it: it was being written
+                break
+            raise RunError(f"{path}, line {number} is not JSON: {error}") from error
+    return records
+
+
+def write_log(folder: pathlib.Path, records: list[dict[str, Any]]) -> None:
+    """All of the log anew, at once."""
+    text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    write_atomically(folder / LOG, text.encode())
+
+
+def append_log(folder: pathlib.Path, record: dict[str, Any]) -> None:
+    path = folder / LOG
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be written: {error}; what was there is safe, resume the run once there is room"
+        ) from error
+
+
+def write_model(folder: pathlib.Path, model: nnx.Module, spec: ModelSpec) -> None:
+    save_model(folder / MODEL, model, spec)

@@ -1,0 +1,354 @@
+"""One epoch of training as one compiled scan: network, bound in the loss, optimiser, averages and guards.
+
+The gradient of a step is split where the loss meets the network and the bound: with logits z and constants C,
+
+    d loss / d weights = (dz / dw)' (dl / dz) + (dC / dw)' (dl / dC)
+
+so the network appears once, and the second term can be kept for some steps (`Config.refresh`): constants and the
+pulled-back gradient are those of the last refresh, everything else is of the current step. With refresh = 1 the
+gradient is exact. The multipliers of the recursion are trained with the weights through the same term.
+
+The weights, the network, losses and optimiser are float32; the constants are computed in `Config.precision`, with their
+multipliers. Everything random is derived from the seed and the epoch, so a state and a configuration determine what
+follows bit for bit on one machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import lipbounds as lb
+from lipbounds.training import losses
+from lipbounds.training.augment import Augmentation
+from lipbounds.training.config import Config
+from lipbounds.training.parallel import Devices
+
+_FLOAT = jnp.float32
+
+
+class Held(NamedTuple):
+    """What a refresh leaves for the steps after it: (K, K) constants and the gradient through them."""
+
+    pairs: jax.Array
+    gradient: Any
+
+
+class TrainState(NamedTuple):
+    """All that changes while training; a pytree of arrays.
+
+    Args:
+        weights: the network's parameters.
+        multipliers: of the recursion in the loss, else ().
+        moments: of the optimiser.
+        bound: state of the core of `naive`, `liplt` or `lipsdp` (vectors of the power iteration, last constants).
+        held: see `Held`.
+        average: averaged weights, else ().
+        step: number of finished steps, skipped ones included.
+    """
+
+    weights: Any
+    multipliers: Any
+    moments: Any
+    bound: Any
+    held: Any
+    average: Any
+    step: jax.Array
+
+
+class Metrics(NamedTuple):
+    """Of one epoch, on the augmented training images: means over the steps, and two counts.
+
+    certified is an estimate: it uses the constants of the loss, which nothing proves.
+    """
+
+    loss: jax.Array
+    accuracy: jax.Array
+    certified: jax.Array
+    skipped: jax.Array
+    failed: jax.Array
+
+
+@dataclass(frozen=True, eq=False)
+class Trainer:
+    """The compiled parts of one run. `init()` gives the first state, `epoch(state, pixels, labels)` the next one."""
+
+    config: Config
+    graph: Any
+    rest: Any
+    weights: Any
+    input_shape: tuple[int, ...]
+    levels: int
+    images: int
+    devices: Devices
+
+    @property
+    def steps(self) -> int:
+        """Steps of one epoch."""
+        return self.images // self.config.batch_size
+
+    # --- the network and its bound ---------------------------------------------------------------------------------
+
+    def network(self, weights: Any, x: jax.Array) -> jax.Array:
+        return nnx.merge(self.graph, weights, self.rest)(x)
+
+    def form(self, weights: Any) -> Any:
+        """The Lur'e form; weights may be tracers."""
+        batch = jax.ShapeDtypeStruct((1, *self.input_shape), _FLOAT)
+        return lb.trace(partial(self.network, weights), batch, batched=True)
+
+    @property
+    def core(self) -> Any:
+        return {"naive": lb.naive.core, "liplt": lb.liplt.core, "recursion": lb.lipsdp.core}[
+            self.config.constants
+        ]
+
+    def constants(self, trained: Any, bound: Any) -> tuple[jax.Array, Any]:
+        """((K, K) constants that the loss divides by, next state of the bound); trained = (weights, multipliers)."""
+        weights, multipliers = trained
+        options: dict[str, Any] = {"steps": self.config.power_iterations}
+        if self.config.constants == "recursion":
+            bound, options = bound._replace(multipliers=multipliers), {"steps": 0}
+        found, bound = self.core(self.form(weights), bound, pairwise=True, **options)
+        return pair_constants(found, self.config.pairs).astype(_FLOAT), jax.lax.stop_gradient(bound)
+
+    def loss(self, logits: jax.Array, labels: jax.Array, pairs: jax.Array) -> jax.Array:
+        c = self.config
+        if c.loss == "gloro":
+            return losses.gloro(logits, labels, pairs, eps=c.eps)
+        if c.loss == "lipschitz-margin":
+            return losses.lipschitz_margin(logits, labels, pairs, eps=c.eps)
+        plain = losses.cross_entropy(logits, labels, c.smoothing)
+        if not c.uses_constants:
+            return plain
+        return plain + c.lam * losses.crm_penalty(logits, labels, pairs, t=c.t, r0=c.r0, g=c.g)
+
+    # --- the state -------------------------------------------------------------------------------------------------
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """In which everything of this run must be traced."""
+        return jax.enable_x64(self.config.uses_constants and self.config.precision == "float64")
+
+    def init(self) -> TrainState:
+        """The state before the first step."""
+        with self.precision(), jax.numpy_dtype_promotion("standard"):
+            return jax.jit(self._init)(self.weights)
+
+    def _init(self, weights: Any) -> TrainState:
+        c = self.config
+        bound, multipliers, held = (), (), ()
+        if c.uses_constants:
+            key = jax.random.fold_in(jax.random.key(c.seed), 2**31)
+            bound = self.core.init(self.form(weights), key, jnp.dtype(c.precision))
+            if c.constants == "recursion":
+                multipliers = bound.multipliers
+                bound = bound._replace(multipliers=(), moments=())
+            classes = self.classes(weights)
+            zeros = jax.tree.map(jnp.zeros_like, (weights, multipliers)) if c.refresh > 1 else ()
+            held = Held(
+                jnp.zeros((classes, classes), _FLOAT), zeros
+            )  # every loss with constants 0 is the plain one
+        trained = (weights, multipliers)
+        average = weights if c.average != "none" else ()
+        state = TrainState(
+            weights,
+            multipliers,
+            self.optimiser.init(trained),
+            bound,
+            held,
+            average,
+            jnp.zeros((), jnp.int32),
+        )
+        # strongly typed, as every later state is, so that the epoch is compiled once
+        return jax.tree.map(lambda a: jnp.asarray(a, a.dtype), state)
+
+    def classes(self, weights: Any) -> int:
+        x = jax.ShapeDtypeStruct((1, *self.input_shape), _FLOAT)
+        return int(jax.eval_shape(self.network, weights, x).shape[-1])
+
+    @property
+    def optimiser(self) -> Any:
+        rate = schedule(self.config, self.steps, self.config.learning_rate, self.config.final_learning_rate)
+        ratio = self.config.multiplier_rate / self.config.learning_rate
+        quick = schedule(
+            self.config,
+            self.steps,
+            self.config.multiplier_rate,
+            max(self.config.final_learning_rate * ratio, 0.01 * self.config.multiplier_rate),
+        )
+        return optax.partition(
+            {"weights": optax.adam(rate), "multipliers": optax.adam(quick)}, ("weights", "multipliers")
+        )
+
+    # --- one epoch -------------------------------------------------------------------------------------------------
+
+    def epoch(self, state: TrainState, pixels: Any, labels: Any) -> tuple[TrainState, Metrics]:
+        """All steps of the epoch that `state.step` stands at."""
+        with self.precision(), jax.numpy_dtype_promotion("standard"):
+            return self._compiled(state, pixels, labels)
+
+    @cached_property
+    def _compiled(self) -> Any:
+        whole = self.devices.replicated
+        return jax.jit(self._epoch, donate_argnums=0, out_shardings=(whole, whole))
+
+    def _epoch(self, state: TrainState, pixels: Any, labels: Any) -> tuple[TrainState, Metrics]:
+        c = self.config
+        key = jax.random.fold_in(jax.random.key(c.seed), state.step // self.steps)
+        shuffling, augmenting = jax.random.split(key)
+        order = jax.random.permutation(shuffling, np.arange(self.images, dtype=np.int32))
+        batches = order[: self.steps * c.batch_size].reshape(self.steps, c.batch_size)
+        keys = jax.random.split(augmenting, self.steps)
+        augment = Augmentation(flip=c.flip, degrees=c.degrees, translate=c.translate)
+
+        def step(state: TrainState, item: Any) -> tuple[TrainState, Any]:
+            rows, key = item
+            x = self.devices.spread(pixels[rows]).astype(_FLOAT) / np.float32(self.levels)
+            return self._step(state, augment(key, x), self.devices.spread(labels[rows]))
+
+        state, seen = jax.lax.scan(step, state, (batches, keys))
+        loss, accuracy, certified, skipped, failed = seen
+        kept = jnp.maximum(jnp.sum(~skipped), 1)
+        mean = [jnp.sum(jnp.where(skipped, 0, a)) / kept.astype(_FLOAT) for a in (loss, accuracy, certified)]
+        return state, Metrics(*mean, jnp.sum(skipped.astype(jnp.int32)), jnp.sum(failed.astype(jnp.int32)))
+
+    def _step(self, state: TrainState, x: jax.Array, labels: jax.Array) -> tuple[TrainState, Any]:
+        c = self.config
+        trained = (state.weights, state.multipliers)
+        logits, pull = jax.vjp(lambda weights: self.network(weights, x), state.weights)
+        loss, along, through, multipliers, bound, held, pairs = self._loss(state, trained, logits, labels)
+        (direct,) = pull(along)
+        gradient = (jax.tree.map(jnp.add, direct, through[0]), through[1])
+        fine = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
+        gradient = jax.tree.map(lambda a: jnp.where(fine, a, 0), gradient)
+        trained = (state.weights, multipliers)
+        updates, moments = self.optimiser.update(gradient, state.moments, trained)
+        weights, multipliers = optax.apply_updates(trained, updates)
+        average = self._average(state, weights)
+        new = TrainState(weights, multipliers, moments, bound, held, average, state.step)
+        new = jax.tree.map(lambda a, b: jnp.where(fine, a.astype(b.dtype), b), new, state)
+        radius = losses.radius(logits, labels, pairs)
+        seen = (
+            loss,
+            jnp.mean((jnp.argmax(logits, axis=-1) == labels).astype(_FLOAT)),
+            jnp.mean((radius > c.eps).astype(_FLOAT)),
+            ~fine,
+            getattr(new.bound, "failed", jnp.zeros((), bool)),
+        )
+        return new._replace(step=state.step + 1), seen
+
+    def _loss(self, state: TrainState, trained: Any, logits: Any, labels: Any) -> tuple[Any, ...]:
+        """(loss, dl/dz, (dC/d trained)' dl/dC, multipliers, state of the bound, held, constants)."""
+        c = self.config
+        nothing = jax.tree.map(jnp.zeros_like, trained)
+        none = jnp.full((1, 1), jnp.inf, _FLOAT)
+        if not c.uses_constants:
+            loss, along = jax.value_and_grad(self.loss)(logits, labels, none)
+            return loss, along, nothing, state.multipliers, state.bound, state.held, none
+
+        def plain() -> tuple[Any, ...]:
+            loss, along = jax.value_and_grad(losses.cross_entropy)(logits, labels, c.smoothing)
+            unknown = jnp.full_like(state.held.pairs, jnp.inf)
+            return loss, along, nothing, state.multipliers, state.bound, state.held, unknown
+
+        def fresh() -> tuple[Any, ...]:
+            pairs, back, bound = jax.vjp(lambda t: self.constants(t, state.bound), trained, has_aux=True)
+            loss, (along, toward) = jax.value_and_grad(self.loss, argnums=(0, 2))(logits, labels, pairs)
+            (through,) = back(toward)
+            multipliers = state.multipliers
+            if c.constants == "recursion":  # those that fail on finite weights begin anew
+                multipliers = jax.tree.map(
+                    lambda new, old: jnp.where(bound.failed, new, old), bound.multipliers, multipliers
+                )
+                bound = bound._replace(multipliers=(), moments=())
+            held = Held(pairs, through if c.refresh > 1 else ())
+            return loss, along, through, multipliers, bound, held, pairs
+
+        def kept() -> tuple[Any, ...]:
+            held = state.held
+            loss, along = jax.value_and_grad(self.loss)(logits, labels, held.pairs)
+            return loss, along, held.gradient, state.multipliers, state.bound, held, held.pairs
+
+        begin = c.warmup * self.steps
+        branches: list[Callable[[], tuple[Any, ...]]] = [fresh]
+        choice = jnp.zeros((), jnp.int32)
+        if c.refresh > 1:
+            choice = jnp.where((state.step - begin) % c.refresh == 0, 0, len(branches)).astype(jnp.int32)
+            branches.append(kept)
+        if begin:
+            choice = jnp.where(state.step < begin, len(branches), choice).astype(jnp.int32)
+            branches.append(plain)
+        if len(branches) == 1:
+            return fresh()
+        return jax.lax.switch(choice, branches)
+
+    def _average(self, state: TrainState, weights: Any) -> Any:
+        c = self.config
+        if c.average == "none":
+            return ()
+        seen = state.step - c.average_from * self.steps
+        if c.average == "ema":  # a shorter memory at the start, so that the first weights are soon forgotten
+            share = jnp.maximum(1 - c.ema_decay, 1 / (1 + jnp.maximum(seen, 0)).astype(_FLOAT))
+        else:
+            share = 1 / (1 + jnp.maximum(seen, 0)).astype(_FLOAT)
+        share = jnp.where(seen < 0, 1, share)
+        return jax.tree.map(lambda mean, new: mean + share * (new - mean), state.average, weights)
+
+    def final_weights(self, state: TrainState) -> Any:
+        """The weights to validate and save."""
+        return state.weights if self.config.average == "none" else state.average
+
+    def multipliers(self, state: TrainState) -> dict[str, Any]:
+        """Keywords of `lb.lipsdp` that begin with the trained multipliers and prove what they give."""
+        return {"initial": state.bound._replace(multipliers=state.multipliers), "iterations": 0}
+
+    def model(self, state: TrainState) -> nnx.Module:
+        return nnx.merge(self.graph, self.final_weights(state), self.rest)
+
+
+def pair_constants(found: Any, pairs: str) -> jax.Array:
+    """(K, K) constants that stand for L_ij: L_ij itself, L_i + L_j, or sqrt(2) L; each bounds the one before it."""
+    if pairs == "pairwise":
+        return found.pairwise
+    if pairs == "whole":
+        return jnp.full(found.pairwise.shape, np.sqrt(2), found.value.dtype) * found.value
+    return found.per_class[:, None] + found.per_class[None, :]
+
+
+def schedule(config: Config, steps: int, first: float, last: float) -> Any:
+    """Learning rate by step: `first` until epoch `decay_from`, then down to `last` at the end."""
+    begin, total = config.decay_from * steps, config.epochs * steps
+    if config.schedule == "constant" or begin >= total or first == 0:
+        return optax.constant_schedule(first)
+    if config.schedule == "cosine":
+        fall = optax.cosine_decay_schedule(first, total - begin, alpha=last / first)
+        return optax.join_schedules([optax.constant_schedule(first), fall], [begin])
+    return optax.exponential_decay(first, total - begin, max(last, 1e-12) / first, transition_begin=begin)
+
+
+def trainer(
+    config: Config,
+    model: nnx.Module,
+    input_shape: tuple[int, ...],
+    levels: int,
+    images: int,
+    devices: Devices,
+) -> Trainer:
+    """A trainer for `model` (not changed) on so many training images, whose pixels / levels the model reads."""
+    if config.batch_size > images:
+        raise ValueError(
+            f"batch_size {config.batch_size} is more than the {images} images to train on: choose a smaller one"
+        )
+    devices.check_batch(config.batch_size)
+    parts: Any = nnx.split(model, nnx.Param, ...)
+    graph, weights, rest = parts
+    return Trainer(config, graph, rest, weights, input_shape, levels, images, devices)
