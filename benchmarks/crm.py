@@ -77,6 +77,12 @@ class Job:
         self()
         self.first = time.perf_counter() - start
 
+    @property
+    def compilations(self) -> int:
+        """Of the epoch, or of its step where steps are dispatched one by one."""
+        t = self.trainer
+        return int((t._single if t.one_by_one else t._scanned)._cache_size())
+
     def __call__(self) -> float:
         """Seconds of one epoch."""
         start = time.perf_counter()
@@ -108,7 +114,7 @@ def measure(net: str, steps: int, repeat: int) -> list[Json]:
                 "ratio": seconds / plain,
                 "images_per_second": BATCH / seconds,
                 "compile_seconds": max(job.first - statistics.median(times[name]), 0.0),
-                "compilations": job.trainer._compiled._cache_size(),
+                "compilations": job.compilations,
             }
         )
     return rows

@@ -227,11 +227,18 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def preset(name: str) -> dict[str, Any]:
-    """The settings of a preset, to be changed and passed to `Config`. ValueError for an unknown name."""
+def preset(name: str, epochs: int | None = None) -> dict[str, Any]:
+    """The settings of a preset, to be changed and passed to `Config`. ValueError for an unknown name.
+
+    With another number of epochs, warm-up and the begin of the decay keep their share of them.
+    """
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}{_near(name, PRESETS)}; known: {', '.join(PRESETS)}")
-    return dict(PRESETS[name])
+    settings = dict(PRESETS[name])
+    if epochs is not None:
+        parts = {key: round(settings[key] * epochs / settings["epochs"]) for key in ("warmup", "decay_from")}
+        settings |= {"epochs": epochs, **parts}
+    return settings
 
 
 def _near(word: Any, known: Any) -> str:

@@ -28,6 +28,10 @@ class Devices:
         return int(self.mesh.devices.size)
 
     @property
+    def platform(self) -> str:
+        return str(self.mesh.devices.flat[0].platform)
+
+    @property
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 

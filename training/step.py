@@ -1,4 +1,4 @@
-"""One epoch of training as one compiled scan: network, bound in the loss, optimiser, averages and guards.
+"""One epoch of training, compiled: network, bound in the loss, optimiser, averages and guards.
 
 The gradient of a step is split where the loss meets the network and the bound: with logits z and constants C,
 
@@ -192,34 +192,71 @@ class Trainer:
     # --- one epoch -------------------------------------------------------------------------------------------------
 
     def epoch(self, state: TrainState, pixels: Any, labels: Any) -> tuple[TrainState, Metrics]:
-        """All steps of the epoch that `state.step` stands at."""
+        """All steps of the epoch that `state.step` stands at: one compiled scan.
+
+        On a CPU the steps of a network with convolutions are dispatched one by one instead, as XLA runs convolutions
+        inside a loop there up to 20 times slower.
+        """
         with self.precision(), jax.numpy_dtype_promotion("standard"):
-            return self._compiled(state, pixels, labels)
+            if not self.one_by_one:
+                return self._scanned(state, pixels, labels)
+            batches, keys = self._planned(state.step)
+            seen = []
+            for rows, key in zip(batches, keys, strict=True):
+                state, one = self._single(state, pixels, labels, rows, key)
+                seen.append(one)
+            return state, self._summed(seen)
 
     @cached_property
-    def _compiled(self) -> Any:
-        whole = self.devices.replicated
-        return jax.jit(self._epoch, donate_argnums=0, out_shardings=(whole, whole))
+    def one_by_one(self) -> bool:
+        """Whether an epoch is a sequence of dispatched steps, not one scan."""
+        x = jax.ShapeDtypeStruct((1, *self.input_shape), _FLOAT)
+        convolves = "conv_general_dilated" in str(jax.make_jaxpr(self.network)(self.weights, x))
+        return convolves and self.devices.platform == "cpu"
 
-    def _epoch(self, state: TrainState, pixels: Any, labels: Any) -> tuple[TrainState, Metrics]:
-        c = self.config
-        key = jax.random.fold_in(jax.random.key(c.seed), state.step // self.steps)
+    @cached_property
+    def _scanned(self) -> Any:
+        return jax.jit(self._epoch, donate_argnums=0, out_shardings=(self.devices.replicated,) * 2)
+
+    @cached_property
+    def _single(self) -> Any:
+        return jax.jit(self._visit, donate_argnums=0, out_shardings=(self.devices.replicated,) * 2)
+
+    @cached_property
+    def _planned(self) -> Any:
+        def plan(step: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+            batches, keys = self._plan(step)
+            return list(batches), list(keys)
+
+        return jax.jit(plan, out_shardings=self.devices.replicated)
+
+    @cached_property
+    def _summed(self) -> Any:
+        def total(seen: list[Any]) -> Metrics:
+            return _metrics(jax.tree.map(lambda *a: jnp.stack(a), *seen))
+
+        return jax.jit(total, out_shardings=self.devices.replicated)
+
+    def _plan(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(rows of every batch, keys of the augmentation) of the epoch that `step` lies in."""
+        key = jax.random.fold_in(jax.random.key(self.config.seed), step // self.steps)
         shuffling, augmenting = jax.random.split(key)
         order = jax.random.permutation(shuffling, np.arange(self.images, dtype=np.int32))
-        batches = order[: self.steps * c.batch_size].reshape(self.steps, c.batch_size)
-        keys = jax.random.split(augmenting, self.steps)
+        batches = order[: self.steps * self.config.batch_size].reshape(self.steps, -1)
+        return batches, jax.random.split(augmenting, self.steps)
+
+    def _epoch(self, state: TrainState, pixels: Any, labels: Any) -> tuple[TrainState, Metrics]:
+        def visit(state: TrainState, item: Any) -> tuple[TrainState, Any]:
+            return self._visit(state, pixels, labels, *item)
+
+        state, seen = jax.lax.scan(visit, state, self._plan(state.step))
+        return state, _metrics(seen)
+
+    def _visit(self, state: TrainState, pixels: Any, labels: Any, rows: Any, key: Any) -> Any:
+        c = self.config
         augment = Augmentation(flip=c.flip, degrees=c.degrees, translate=c.translate)
-
-        def step(state: TrainState, item: Any) -> tuple[TrainState, Any]:
-            rows, key = item
-            x = self.devices.spread(pixels[rows]).astype(_FLOAT) / np.float32(self.levels)
-            return self._step(state, augment(key, x), self.devices.spread(labels[rows]))
-
-        state, seen = jax.lax.scan(step, state, (batches, keys))
-        loss, accuracy, certified, skipped, failed = seen
-        kept = jnp.maximum(jnp.sum(~skipped), 1)
-        mean = [jnp.sum(jnp.where(skipped, 0, a)) / kept.astype(_FLOAT) for a in (loss, accuracy, certified)]
-        return state, Metrics(*mean, jnp.sum(skipped.astype(jnp.int32)), jnp.sum(failed.astype(jnp.int32)))
+        x = self.devices.spread(pixels[rows]).astype(_FLOAT) / np.float32(self.levels)
+        return self._step(state, augment(key, x), self.devices.spread(labels[rows]))
 
     def _step(self, state: TrainState, x: jax.Array, labels: jax.Array) -> tuple[TrainState, Any]:
         c = self.config
@@ -313,6 +350,14 @@ class Trainer:
 
     def model(self, state: TrainState) -> nnx.Module:
         return nnx.merge(self.graph, self.final_weights(state), self.rest)
+
+
+def _metrics(seen: Any) -> Metrics:
+    """From what every step of an epoch saw."""
+    loss, accuracy, certified, skipped, failed = seen
+    kept = jnp.maximum(jnp.sum(~skipped), 1)
+    mean = [jnp.sum(jnp.where(skipped, 0, a)) / kept.astype(_FLOAT) for a in (loss, accuracy, certified)]
+    return Metrics(*mean, jnp.sum(skipped.astype(jnp.int32)), jnp.sum(failed.astype(jnp.int32)))
 
 
 def pair_constants(found: Any, pairs: str) -> jax.Array:
