@@ -119,6 +119,11 @@ class Config:
         if self.average != "none" and self.average_from >= self.epochs:
             raise ValueError(f"average_from ({self.average_from}) must lie below epochs ({self.epochs})")
 
+    @classmethod
+    def usual(cls, dataset: str, **changes: Any) -> Config:
+        """What suits a data set, with changes."""
+        return cls.from_json(defaults(dataset) | changes)
+
     @property
     def uses_constants(self) -> bool:
         """Whether a bound stands in the loss."""
@@ -278,12 +283,13 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "digits": {
         "arch": "64-64-64-10",
         "batch_size": 64,
+        "learning_rate": 4e-3,
         "r0": 1.0,
-        "eps": 0.5,
-        "learning_rate": 3e-3,
+        "t": 10.0,
         "lam": 5.0,
+        "eps": 0.5,
     },
-    "mnist": {"arch": "784-512-512-10"},
+    "mnist": {"arch": "784-512-512-10", "t": 10.0, "learning_rate": 3e-3, "multiplier_rate": 1e-2},
     "cifar10": {"arch": "6C2F", "eps": 36 / 255, "r0": 0.2, "t": 10.0, "mean": 0.5, "std": 0.5},
     "cifar100": {"arch": "6C2F", "eps": 36 / 255, "r0": 0.2, "t": 10.0, "mean": 0.5, "std": 0.5},
     "tiny-imagenet": {"arch": "8C2F", "eps": 36 / 255, "r0": 0.2, "t": 10.0},

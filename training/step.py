@@ -4,9 +4,10 @@ The gradient of a step is split where the loss meets the network and the bound: 
 
     d loss / d weights = (dz / dw)' (dl / dz) + (dC / dw)' (dl / dC)
 
-so the network appears once, and the second term can be kept for some steps (`Config.refresh`): constants and the
-pulled-back gradient are those of the last refresh, everything else is of the current step. With refresh = 1 the
-gradient is exact. The multipliers of the recursion are trained with the weights through the same term.
+so the network appears once, and the second term can be kept for some steps (`Config.refresh`): the constants and the
+direction of the second term are those of the last refresh, its length is such that its derivative along C is that of
+the current batch, and everything else is of the current step. With refresh = 1 the gradient is exact. The multipliers
+of the recursion are trained with the weights through the same term.
 
 The weights, the network, losses and optimiser are float32; the constants are computed in `Config.precision`, with their
 multipliers. Everything random is derived from the seed and the epoch, so a state and a configuration determine what
@@ -37,10 +38,17 @@ _FLOAT = jnp.float32
 
 
 class Held(NamedTuple):
-    """What a refresh leaves for the steps after it: (K, K) constants and the gradient through them."""
+    """What a refresh leaves for the steps after it.
+
+    Args:
+        pairs: (K, K) constants C.
+        gradient: (dC/dw)' (dl/dC), and the same for the multipliers.
+        pressure: sum of C dl/dC, the derivative of the loss along C.
+    """
 
     pairs: jax.Array
     gradient: Any
+    pressure: Any
 
 
 class TrainState(NamedTuple):
@@ -152,11 +160,11 @@ class Trainer:
             if c.constants == "recursion":
                 multipliers = bound.multipliers
                 bound = bound._replace(multipliers=(), moments=())
-            classes = self.classes(weights)
-            zeros = jax.tree.map(jnp.zeros_like, (weights, multipliers)) if c.refresh > 1 else ()
-            held = Held(
-                jnp.zeros((classes, classes), _FLOAT), zeros
-            )  # every loss with constants 0 is the plain one
+            pairs = jnp.zeros((self.classes(weights),) * 2, _FLOAT)  # with which every loss is the plain one
+            held = Held(pairs, (), ())
+            if c.refresh > 1:
+                zeros = jax.tree.map(jnp.zeros_like, (weights, multipliers))
+                held = Held(pairs, zeros, jnp.zeros((), _FLOAT))
         trained = (weights, multipliers)
         average = weights if c.average != "none" else ()
         state = TrainState(
@@ -307,13 +315,17 @@ class Trainer:
                     lambda new, old: jnp.where(bound.failed, new, old), bound.multipliers, multipliers
                 )
                 bound = bound._replace(multipliers=(), moments=())
-            held = Held(pairs, through if c.refresh > 1 else ())
+            held = Held(pairs, through, jnp.sum(toward * pairs)) if c.refresh > 1 else Held(pairs, (), ())
             return loss, along, through, multipliers, bound, held, pairs
 
         def kept() -> tuple[Any, ...]:
             held = state.held
-            loss, along = jax.value_and_grad(self.loss)(logits, labels, held.pairs)
-            return loss, along, held.gradient, state.multipliers, state.bound, held, held.pairs
+            loss, (along, toward) = jax.value_and_grad(self.loss, argnums=(0, 2))(logits, labels, held.pairs)
+            # A radius does not change when logits and constants grow alike, so dl/dz and dl/dC nearly cancel along
+            # that direction. They must do so for this batch, too.
+            share = jnp.sum(toward * held.pairs) / jnp.where(held.pressure != 0, held.pressure, 1)
+            through = jax.tree.map(lambda a: a * share.astype(a.dtype), held.gradient)
+            return loss, along, through, state.multipliers, state.bound, held, held.pairs
 
         begin = c.warmup * self.steps
         branches: list[Callable[[], tuple[Any, ...]]] = [fresh]
