@@ -26,7 +26,11 @@ from lipbounds.training.data import digits
 from lipbounds.training.loop import Fitted, fit, resume
 from lipbounds.training.runs import RunError, open_run
 
-pytestmark = pytest.mark.xdist_group("runs")  # one worker: the uninterrupted run is trained once
+pytestmark = [
+    pytest.mark.xdist_group("runs"),  # one worker: the uninterrupted run is trained once
+    # A reading that fails leaves a thread of orbax behind, which calls back into its closed event loop.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 PLAIN = Config(
     loss="cross-entropy",
@@ -221,15 +225,9 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(copied: pathlib.Pa
 
 def test_another_network_than_that_of_the_checkpoint(copied: pathlib.Path) -> None:
     path = copied / "config.json"
-    record = json.loads(path.read_text())
-    for arch, message in (
-        ("64-8-10", r"it holds \d+ arrays, this configuration has \d+"),
-        ("64-12-10", r"it holds \d+ arrays, this configuration has \d+"),
-    ):
-        record["config"]["arch"] = arch
-        path.write_text(json.dumps(record))
-        with pytest.raises(CheckpointError, match=message):
-            resume(copied)
+    path.write_text(path.read_text().replace('"64-10"', '"64-8-10"'))
+    with pytest.raises(CheckpointError, match=r"it holds \d+ arrays, this configuration has \d+"):
+        resume(copied)
     assert sorted(os.listdir(copied / "checkpoints")) == ["1", "2"]
 
 
@@ -296,9 +294,12 @@ def test_whatever_is_damaged_an_older_checkpoint_is_taken(tmp_path: pathlib.Path
     assert older >= 4
 
 
+@pytest.mark.parametrize("damage", ["cut", "removed"])
 def test_a_run_goes_on_from_the_older_checkpoint_and_replaces_the_damaged_one(
-    copied: pathlib.Path, whole: Fitted
+    copied: pathlib.Path, whole: Fitted, damage: str
 ) -> None:
+    if damage == "removed":
+        shutil.rmtree(copied / "checkpoints" / "2" / "state")
     for path in files_of(copied / "checkpoints" / "2"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     seen: list[Any] = []

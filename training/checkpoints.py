@@ -19,7 +19,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 _KEPT = 2
-_ITEM = "state"
+_ITEM = (
+    "state"  # named, as orbax guesses how to read unnamed items from the newest checkpoint, damaged or not
+)
 _CHECKSUM = "checksum"  # orbax does not notice a changed byte
 
 
@@ -46,8 +48,7 @@ class Checkpoints:
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         with _quiet():
-            # Named items: without names orbax infers them from the newest checkpoint, which may be damaged.
-            self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=(_ITEM,))
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> Checkpoints:
         return self

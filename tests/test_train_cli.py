@@ -1,0 +1,212 @@
+"""`lipbounds train`: files and lines, resumption, presets, configurations, plain errors and their exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from lipbounds.cli import app
+from lipbounds.training.config import PRESETS, Config, defaults
+from lipbounds.training.data import digits
+from lipbounds.training.loop import fit
+from lipbounds.training.runs import open_run
+
+pytestmark = pytest.mark.xdist_group("train_cli")  # one worker: the run is trained once
+
+TINY = ["--arch", "64-10", "--batch-size", "128", "--constants", "liplt", "--warmup", "0"]
+
+
+def run(*arguments: Any, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, ["train", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    assert code == 0 or result.stderr.strip()
+    return result
+
+
+def refused(*arguments: Any, code: int = 1) -> str:
+    """The message, without the frame and line breaks of usage errors."""
+    text = run(*arguments, code=code).stderr
+    return " ".join(word for word in text.split() if word != "│")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    return folder, run("crm", "--epochs", 2, "--validate-every", 2, "--lam", 3, "--out", folder, *TINY)
+
+
+def test_a_run(trained: Any) -> None:
+    folder, result = trained
+    assert {path.name for path in folder.iterdir()} == {
+        "checkpoints",
+        "config.json",
+        "log.jsonl",
+        "model.safetensors",
+        "report.html",
+    }
+    opened = open_run(folder)
+    assert opened.config.to_json() == {
+        **Config.from_json(defaults("digits")).to_json(),
+        "arch": "64-10",
+        "batch_size": 128,
+        "constants": "liplt",
+        "warmup": 0,
+        "epochs": 2,
+        "validate_every": 2,
+        "lam": 3.0,
+    }
+    data = digits()
+    right = np.mean(np.argmax(opened.model(data.test_x), axis=1) == data.test_y)  # type: ignore[operator]
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith(f"360 test images: {100 * right:.2f} % clean, ")
+    assert lines[0].endswith("certified at eps 0.5 (liplt, verified)")
+    assert (
+        lines[1] == f"report: {folder / 'report.html'}" and lines[2] == f"next:   lipbounds evaluate {folder}"
+    )
+    assert len(lines) == 3
+    progress = [line for line in result.stderr.splitlines() if line.startswith("epoch 2: ")]
+    assert (
+        len(progress) == 1 and "1000 training images" in progress[0] and "certified at eps 0.5" in progress[0]
+    )
+    page = (folder / "report.html").read_text()
+    assert "64-10" in page and f"{100 * right:.2f}" in page
+
+
+def test_help_teaches_by_examples() -> None:
+    text = run("--help").stdout
+    assert "Examples:" in text and text.count("lipbounds train crm") >= 3 and "--resume runs/mnist" in text
+    assert "same weights bit for bit" in " ".join(text.split())
+
+
+def test_an_interrupted_run_goes_on(trained: Any, tmp_path: pathlib.Path) -> None:
+    folder, _ = trained
+
+    class Stop(Exception):
+        pass
+
+    def stop(record: Any) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        fit(open_run(folder).config, out=tmp_path / "run", progress=stop)
+    result = run("--resume", tmp_path / "run")
+    assert result.stdout.splitlines()[0].startswith("360 test images: ")
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (
+        folder / "model.safetensors"
+    ).read_bytes()
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_resuming_takes_no_other_settings(trained: Any) -> None:
+    folder, _ = trained
+    text = refused("--resume", folder, "--lam", 3, "--epochs", 9, "--preset", "mnist-4C3F", code=2)
+    assert "a run has its own settings; leave out epochs, lam, preset" in text
+    assert "leave out loss" in refused("crm", "--resume", folder, code=2)
+    assert "leave out out" in refused("--resume", folder, "--out", "x", code=2)
+
+
+def test_options_stand_above_the_file_above_the_preset(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps({"epochs": 7, "lam": 4, "dataset": "mnist"}))
+    seen: list[Config] = []
+
+    def stop(config: Config, **_: Any) -> None:
+        seen.append(config)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("lipbounds.training.loop.fit", stop)
+    for name in PRESETS:
+        assert refused("--preset", name, "--out", tmp_path / "run") == "lipbounds: enough"
+        asked = dict(PRESETS[name])
+        assert seen[-1] == Config.from_json(defaults(asked["dataset"]) | asked)
+    refused("gloro", "--preset", "cifar10-6C2F", "--config", file, "--epochs", 300, "--out", tmp_path / "run")
+    found = seen[-1]
+    assert (found.loss, found.arch, found.dataset) == ("gloro", "6C2F", "mnist")
+    assert (found.epochs, found.lam, found.flip) == (300, 4.0, True)
+    refused("crm", "--no-flip", "--preset", "cifar10-6C2F", "--data-dir", tmp_path, "--out", tmp_path / "run")
+    assert not seen[-1].flip and seen[-1].data_dir == str(tmp_path)
+    refused("cross-entropy", "--dataset", "mnist", "--seed", 3, "--out", tmp_path / "run")
+    assert (seen[-1].arch, seen[-1].seed) == ("784-512-512-10", 3)
+
+
+def test_every_setting_has_an_option() -> None:
+    command = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
+    assert set(Config().to_json()) <= {parameter.name for parameter in command.params}
+    assert "--final-learning-rate" in {word for parameter in command.params for word in parameter.opts}
+
+
+def test_what_is_wrong_is_said_and_nothing_is_left(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.delenv("LIPBOUNDS_DATA", raising=False)
+    out = tmp_path / "run"
+    file = tmp_path / "settings.json"
+    cases: list[tuple[list[Any], str]] = [
+        ([{"lamda": 3}], "unknown settings: 'lamda' (did you mean 'lam'?)"),
+        ([{"epochs": "3"}], "epochs must be int, got '3'"),
+        ([{"dataset": [1]}], "dataset must be str, got [1]"),
+        (["{"], "is not JSON"),
+        ([[1]], "is no table of settings, but list"),
+    ]
+    for (content,), message in cases:
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+        assert message in refused("crm", "--config", file, "--out", out)
+    options: list[tuple[list[Any], str]] = [
+        (["--arch", "784-10"], "784-10 does not fit: an image has 8 x 8 x 1 = 64 pixels"),
+        (["--arch", "7C7F"], "unknown architecture '7C7F'"),
+        (["--dataset", "mnits"], "dataset must be one of digits, mnist, cifar10, cifar100, tiny-imagenet"),
+        (["--dataset", "mnist"], "LIPBOUNDS_DATA"),
+        (["--dataset", "cifar10", "--data-dir", tmp_path / "nowhere"], "nowhere"),
+        (["--dataset", "mnist", "--data-dir", tmp_path], "train-images-idx3-ubyte"),
+        (["--preset", "mnist"], "unknown preset 'mnist'"),
+        (["--batch-size", 5000], "batch_size 5000 is more than the 1437 images"),
+        (["--eps", -1], "eps must be at least 0, got -1"),
+        (["--holdout", 1], "holdout must be between 0 and 0.9, got 1"),
+        (["--learning-rate", 1e-7], "final_learning_rate"),
+        (["--processes", 2], "several processes need all of coordinator"),
+    ]
+    for given, message in options:
+        assert message in refused("crm", "--out", out, *given), given
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    assert "is not empty: choose another folder" in refused("crm", *TINY, "--out", tmp_path / "full")
+    assert not out.exists()
+    assert "is no run: there is no config.json" in refused("--resume", out)
+    usage: list[tuple[list[Any], str]] = [
+        (["crm"], "say what to train with and where to write"),
+        (["--out", out], "say what to train with and where to write"),
+        ([], "say what to train with and where to write"),
+        (["hinge", "--out", out], "'hinge' is not one of"),
+        (["crm", "--out", out, "--constants", "sdp"], "'sdp' is not one of"),
+        (["crm", "--out", out, "--epochs", 0], "Invalid value for '--epochs'"),
+        (["crm", "--out", out, "--config", tmp_path / "none.json"], "does not exist"),
+        (["crm", "--out", out, "--lamda", 3], "No such option"),
+    ]
+    for given, message in usage:
+        assert message in refused(*given, code=2), given
+    assert not out.exists() and sorted(os.listdir(tmp_path)) == ["full", "settings.json"]
+
+
+def test_an_existing_run_is_not_overwritten(trained: Any) -> None:
+    folder, _ = trained
+    before = (folder / "model.safetensors").read_bytes()
+    text = refused("crm", *TINY, "--out", folder)
+    assert "is a run already: go on with it by resuming, or choose another folder" in text
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_another_architecture_in_a_run_is_refused(trained: Any, tmp_path: pathlib.Path) -> None:
+    shutil.copytree(trained[0], tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    path.write_text(path.read_text().replace("64-10", "64-8-10"))
+    assert "nothing to resume in" in refused("--resume", tmp_path / "run")
