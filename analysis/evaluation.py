@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,9 +24,11 @@ from flax import nnx
 import lipbounds as lb
 from lipbounds.analysis.attacks import Attack, length, pgd
 from lipbounds.analysis.experiment import Json, Progress, eps_grid, norm_key, radii_record
-from lipbounds.bound import check_norm
+from lipbounds.bound import Part, check_norm
+from lipbounds.certificate import check, load_certificate
 from lipbounds.compare import METHODS
 from lipbounds.errors import GuaranteeError
+from lipbounds.lure import fingerprint
 from lipbounds.radius import logits
 
 UNIT = "pixel values in [0, 1]"
@@ -129,6 +133,28 @@ def certify(
         {row.method: row.result for row in rows if row.result is not None},
         {row.method: row.radii for row in rows if row.radii is not None},
         {row.method: row.reason for row in rows if row.radii is None},
+    )
+
+
+def certified_bound(path: os.PathLike[str], model: Any, x: np.ndarray) -> lb.UpperBound:
+    """The bound in a certificate, proved again for this network; CertificateError with the reason where it is not."""
+    begin = time.perf_counter()
+    form = lb.trace(model, x[0])
+    claims = load_certificate(path)
+    check(claims, form)
+    shape = (form.num_outputs, form.in_size)
+    return lb.UpperBound(
+        value=claims.value,
+        norm=claims.norm,
+        guarantee=claims.guarantee,
+        method="lipsdp",
+        seconds=time.perf_counter() - begin,
+        pairwise=claims.pairwise,
+        per_class=claims.per_class,
+        parts=(Part("input", "output", shape, claims.value, claims.guarantee, "certificate proved again"),),
+        failure_probability=claims.failure_probability,
+        notes=("from the run's certificate, proved again",),
+        network=fingerprint(form),
     )
 
 

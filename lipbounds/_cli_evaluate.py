@@ -161,7 +161,7 @@ def evaluate(
             test = data.load(subject.dataset, data_dir if data_dir is not None else subject.data_dir)
             for one in (subject, other):
                 _check_images(one, test)
-            options: Json = {"methods": names, "images": images, "seed": seed}
+            options: Json = {"images": images, "seed": seed}
             found = evaluation.evaluate(
                 subject.model,
                 test.test_x,
@@ -170,6 +170,7 @@ def evaluate(
                 pgd_steps=pgd_steps,
                 pgd_restarts=pgd_restarts,
                 paper_units=factor if paper_units else None,
+                methods=_bounds(subject, names, test, tell),
                 progress=tell,
                 **options,
             )
@@ -179,7 +180,13 @@ def evaluate(
                 found["against"] = {
                     "model": other.record(),
                     **evaluation.certificates(
-                        other.model, test.test_x, test.test_y, eps=found["eps"], progress=tell, **options
+                        other.model,
+                        test.test_x,
+                        test.test_y,
+                        eps=found["eps"],
+                        methods=_bounds(other, names, test, tell),
+                        progress=tell,
+                        **options,
                     ),
                 }
         record = {
@@ -240,6 +247,25 @@ def _open(path: Path, dataset: str | None) -> _Subject:
         raise ValueError(f"there is no data set {dataset!r}; known are {', '.join(DATASETS)}")
     model, spec = load_model(path)
     return _Subject(path, path.stem, dataset, None, model, spec)
+
+
+def _bounds(subject: _Subject, names: list[str], test: Any, tell: Any) -> list[Any]:
+    """The methods; in the place of "lipsdp" the bound that the run's certificate proves, if there is one."""
+    from lipbounds.analysis.evaluation import certified_bound
+    from lipbounds.errors import CertificateError
+    from lipbounds.training.runs import CERTIFICATE
+
+    path = subject.path / CERTIFICATE
+    if not path.is_file() or "lipsdp" not in names:
+        return list(names)
+    tell("proving the run's certificate again")
+    try:
+        bound = certified_bound(path, subject.model, test.test_x)
+    except CertificateError as error:
+        raise CertificateError(
+            f"{path} is refused: {error} (without that file LipSDP is computed anew)"
+        ) from error
+    return [bound if name == "lipsdp" else name for name in names]
 
 
 def _check_images(subject: _Subject | None, test: Any) -> None:

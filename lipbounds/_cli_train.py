@@ -239,7 +239,7 @@ def _settings(given: Json, preset: str | None, file: Path | None) -> Any:
     from lipbounds.training.config import Config, defaults, from_text
     from lipbounds.training.config import preset as settings_of
 
-    chosen = settings_of(preset) if preset is not None else {}
+    chosen = settings_of(preset, given.get("epochs")) if preset is not None else {}
     if file is not None:
         chosen |= from_text(file.read_text(encoding="utf-8"), str(file))
     chosen |= given

@@ -183,7 +183,7 @@ class Recursion:
         effort = self.effort
         if self.best is not None and len(effort.stages) > 2:  # begin where the last one ended
             effort = replace(effort, stages=effort.stages[-2:], iterations=max(effort.iterations // 2, 30))
-        starts = self.starts if self.best is None else [self.best]
+        starts = self.starts if self.best is None or self.trained else [self.best]
         with jax.numpy_dtype_promotion("standard"):  # optax adds integers of different widths
             found, value, done = ellipsoid.optimize(
                 self.problem, starts, kind, weights, effort, self.progress
@@ -313,7 +313,8 @@ class Engines:
         initial: LipSdpState | None = None,
     ):
         self.search, self.progress = search, progress
-        self.only_initial = initial is not None and iterations == 0
+        self.initial = initial is not None
+        self.iterate = initial is None or iterations != 0
         form = search.form
         place = first_tap(form, WIDEST) if start_at is None else start_at
         limit = DENSE_ONLY if place else POLISHED
@@ -351,11 +352,11 @@ class Engines:
         """Add proofs to the search: for the whole network, then for the pairs, then for the worst of them."""
         with threads(self.dense):
             k = self.search.form.num_outputs
-            if self.only_initial:
-                if self.make is not None:
-                    self.recursion = self.make()
-                    self.search.add(self.recursion.initial())
-                    self.search.notes.append("multipliers as given, not optimised")
+            if self.initial and self.make is not None and not (self.iterate and self.dense is not None):
+                self.recursion = self.make()
+                self.search.add(self.recursion.initial())
+                self.search.notes.append("multipliers proved as they were given")
+            if not self.iterate:
                 return
             if not self.by_newton(np.eye(k), "network"):
                 self.by_recursion("value")

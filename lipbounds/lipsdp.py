@@ -69,8 +69,8 @@ def _lipsdp(
         start_at: the tap where the ellipsoid starts; None chooses by size, 0 is the input.
         iterations: of the recursion; None chooses by size, and small networks are then solved by Newton's method on the
             dense form, to the optimum.
-        initial: a state of `lb.lipsdp.core`, whose multipliers the recursion begins with; with iterations=0 they are
-            proved as they are (milliseconds to seconds), for a network that was trained with them.
+        initial: a state of `lb.lipsdp.core`, as training leaves it: its multipliers are proved as they are, then the
+            recursion begins with them; with iterations=0 that proof is all (milliseconds to seconds).
         memory_gb, time_limit: of CVXPY's solver, which runs in a process of its own; seconds.
         progress: called with (what, L in float arithmetic) while the recursion runs.
 
@@ -82,7 +82,7 @@ def _lipsdp(
     norm = check(form, norm, guarantee, "lipsdp")
     _check_options(form, solver, multipliers, norm, guarantee, objective, refine, start_at)
     possible = solver == "recursion" and multipliers == "neuron" and norm == 2 and guarantee != "estimate"
-    _check_initial(form, initial, possible, iterations, start_at)
+    _check_initial(form, initial, possible, start_at)
     request = "auto" if guarantee == "estimate" else guarantee
     search = Search(form, norm, request, seed)
     if solver == "recursion":
@@ -146,12 +146,8 @@ def _check_options(
         raise ValueError("start_at > 0 is for norm=2")
 
 
-def _check_initial(
-    form: LureForm, initial: Any, possible: bool, iterations: int | None, start_at: int | None
-) -> None:
+def _check_initial(form: LureForm, initial: Any, possible: bool, start_at: int | None) -> None:
     if initial is None:
-        if iterations == 0:
-            raise ValueError("iterations=0 proves multipliers as they are: pass them as initial")
         return
     if not isinstance(initial, LipSdpState):
         raise ValueError(f"initial is a state of lb.lipsdp.core, got {type(initial).__name__}")

@@ -20,6 +20,7 @@ import lipbounds as lb
 from lipbounds import _lipsdp_core as core_module
 from lipbounds import _stages
 from lipbounds.training.data import digits
+from lipbounds.training.models import maxmin
 
 CORE = lb.lipsdp.core
 
@@ -430,3 +431,21 @@ def test_training_with_the_core_certifies_more_than_with_liplts() -> None:
     assert not any(failed for _, failed in found.values())
     radius = {name: mean_radius(form) for name, (form, _) in found.items()}
     assert radius["steps"] > 1.01 * radius["liplt"] and radius["joint"] > 1.01 * radius["liplt"]
+
+
+@pytest.mark.parametrize("activation", [maxmin, pytest.param(jax.nn.relu, marks=pytest.mark.slow)])
+def test_trained_multipliers_prove_what_the_core_says(activation: Callable[..., Any]) -> None:
+    """With the core's margins: multipliers of neurons without a centre (MaxMin) are trained beyond the edge."""
+    weights = mlp(np.random.default_rng(0), 12, 16, 16, 5)
+    form = traced(weights, activation)
+    state = begin(form)
+    for _ in range(60):
+        _, state = run(form, state, 1, True)
+    said, _ = run(form, state, 0, True)
+    proved = lb.lipsdp(form, initial=state, iterations=0, pairwise=True)
+    best = lb.lipsdp(form, pairwise=True)
+    off = ~np.eye(5, dtype=bool)
+    assert proved.guarantee == "verified"
+    assert (proved.pairwise[off] <= (1 + 1e-3) * np.asarray(said.pairwise)[off]).all()
+    assert (proved.pairwise[off] >= (1 - 1e-9) * best.pairwise[off]).all()
+    assert proved.pairwise[off].mean() < 0.99 * lb.liplt(form, pairwise=True).pairwise[off].mean()

@@ -21,7 +21,7 @@ from lipbounds.training.config import Config
 from lipbounds.training.data import Dataset, load
 from lipbounds.training.models import ModelSpec, build
 from lipbounds.training.parallel import Devices
-from lipbounds.training.step import Trainer, TrainState, schedule, trainer
+from lipbounds.training.step import TrainState, schedule, trainer
 
 Record = dict[str, Any]
 Progress = Callable[[Record], None]
@@ -241,7 +241,7 @@ class _Run:
         rows = (self.held_out if self.config.holdout else self.rows)[:VALIDATED]
         x = self.images.pixels[rows] / np.float32(self.images.levels)
         form = self.trainer.form(self.trainer.final_weights(state))
-        bound = proved_bound(form, self.trainer, state)
+        bound = proved_bound(form, self.config, state, iterations=0)
         radii = lb.certified_radius(form, x, self.images.labels[rows], bound=bound)
         return {
             "clean": float(np.mean(radii.correct)),
@@ -254,16 +254,18 @@ class _Run:
         }
 
 
-def proved_bound(form: Any, trainer: Trainer, state: TrainState) -> lb.UpperBound:
+def proved_bound(
+    form: Any, config: Config, state: TrainState, iterations: int | None = None
+) -> lb.UpperBound:
     """All pairs of `form` by the method whose constants stand in the loss (LipLT for plain training), proved.
 
-    Multipliers that were trained are proved as they are; networks small enough for Newton's method get the optimum.
+    The recursion begins with the trained multipliers, which are proved as they are, too; iterations=0 does only that.
     """
-    config = trainer.config
     if config.uses_constants and config.constants == "naive":
         found = lb.naive(form, pairwise=True)
     elif config.uses_constants and config.constants == "recursion":
-        found = lb.lipsdp(form, pairwise=True, **trainer.multipliers(state))
+        initial = state.bound._replace(multipliers=state.multipliers)
+        found = lb.lipsdp(form, pairwise=True, initial=initial, iterations=iterations)
     else:
         found = lb.liplt(form, pairwise=True)
     assert isinstance(found, lb.UpperBound)

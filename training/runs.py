@@ -1,4 +1,7 @@
-"""The folder of a run: config.json, log.jsonl (one line an epoch), checkpoints/, and in the end model.safetensors."""
+"""The folder of a run: config.json, log.jsonl (one line an epoch), checkpoints/, and in the end model.safetensors.
+
+A run with the recursion in its loss also leaves lipsdp.certificate, which proves the constants of that model.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from lipbounds.training.models import ModelSpec
 from lipbounds.training.store import load_model, save_model, write_atomically
 
 CONFIG, LOG, CHECKPOINTS, MODEL = "config.json", "log.jsonl", "checkpoints", "model.safetensors"
+CERTIFICATE = "lipsdp.certificate"
 FORMAT = "lipbounds-run"
 FORMAT_VERSION = 1
 

@@ -356,10 +356,6 @@ class Trainer:
         """The weights to validate and save."""
         return state.weights if self.config.average == "none" else state.average
 
-    def multipliers(self, state: TrainState) -> dict[str, Any]:
-        """Keywords of `lb.lipsdp` that begin with the trained multipliers and prove what they give."""
-        return {"initial": state.bound._replace(multipliers=state.multipliers), "iterations": 0}
-
     def model(self, state: TrainState) -> nnx.Module:
         return nnx.merge(self.graph, self.final_weights(state), self.rest)
 
