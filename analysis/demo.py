@@ -8,10 +8,8 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
 import pathlib
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 
@@ -26,7 +24,7 @@ from lipbounds.training.config import Config
 from lipbounds.training.data import Dataset, digits
 from lipbounds.training.loop import accuracy, fit
 from lipbounds.training.models import ModelSpec, build
-from lipbounds.training.store import save_model
+from lipbounds.training.store import save_model, write_atomically
 
 FORMAT = "lipbounds-results"
 FORMAT_VERSION = 1
@@ -168,15 +166,7 @@ def _one_model(
 def write_json(path: pathlib.Path, record: Json) -> None:
     """Write strict JSON (no NaN, no infinity); a failed write leaves what was there untouched."""
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(path, text.encode())
 
 
 def is_ours(path: pathlib.Path) -> bool:

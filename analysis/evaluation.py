@@ -32,6 +32,7 @@ from lipbounds.lure import fingerprint
 from lipbounds.radius import logits
 
 UNIT = "pixel values in [0, 1]"
+FROM_CERTIFICATE = "from the run's certificate, proved again: its time is that of the proof"
 NOT_UPPER = ("empirical", "liplt-estimate")
 
 #: Radii at which the field reports certified accuracy, in pixel values; of the digits, our own choice.
@@ -92,6 +93,7 @@ class Certified:
             },
             "radii": {name: radii_record(radii, grid) for name, radii in self.radii.items()},
             "seconds": {name: bound.seconds for name, bound in self.bounds.items()},
+            "notes": {name: list(bound.notes) for name, bound in self.bounds.items()},
             "refused": dict(self.refused),
         }
 
@@ -153,7 +155,7 @@ def certified_bound(path: os.PathLike[str], model: Any, x: np.ndarray) -> lb.Upp
         per_class=claims.per_class,
         parts=(Part("input", "output", shape, claims.value, claims.guarantee, "certificate proved again"),),
         failure_probability=claims.failure_probability,
-        notes=("from the run's certificate, proved again",),
+        notes=(FROM_CERTIFICATE,),
         network=fingerprint(form),
     )
 

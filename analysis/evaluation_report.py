@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-import os
 import pathlib
 
 from lipbounds.analysis.experiment import LABELS, Json
 from lipbounds.analysis.figures import NORM_NAMES, png, radii_figure, svg
 from lipbounds.analysis.report import MEANINGS, environment
+from lipbounds.training.store import write_atomically
 
 PAGE = "evaluation.html"
 FIGURES = ("radii.png", "radii.svg")
@@ -23,9 +23,7 @@ def write_evaluation_report(record: Json, folder: pathlib.Path) -> pathlib.Path:
     picture = png(figure)
     for name, data in zip(FIGURES, (picture, svg(figure)), strict=True):
         (folder / name).write_bytes(data)
-    temporary = folder / f".{PAGE}.part"
-    temporary.write_text(render_evaluation(record, picture), encoding="utf-8")
-    os.replace(temporary, folder / PAGE)
+    write_atomically(folder / PAGE, render_evaluation(record, picture).encode())
     return folder / PAGE
 
 

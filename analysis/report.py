@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import importlib.resources
-import os
 import pathlib
 from typing import Any
 
@@ -19,6 +18,7 @@ from lipbounds.analysis.figures import (
     contrast_figure,
     png,
 )
+from lipbounds.training.store import write_atomically
 
 Json = dict[str, Any]
 
@@ -56,9 +56,7 @@ def write_report(results: Json, folder: pathlib.Path) -> pathlib.Path:
         (folder / "training-compared.png").write_bytes(data)
         figures["training-compared"] = {"l2": base64.b64encode(data).decode("ascii")}
     page = folder / "report.html"
-    temporary = folder / ".report.html.part"
-    temporary.write_text(render(results, figures), encoding="utf-8")
-    os.replace(temporary, page)
+    write_atomically(page, render(results, figures).encode())
     return page
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from lipbounds.training.config import Config
 from lipbounds.training.data import load
 from lipbounds.training.loop import Fitted, proved_bound
 from lipbounds.training.runs import CERTIFICATE
+from lipbounds.training.store import write_atomically
 
 Json = dict[str, Any]
 PAGE = "report.html"
@@ -74,9 +74,7 @@ def write_training_report(folder: pathlib.Path, config: Config, log: list[Json],
             seconds=sum(record["seconds"] for record in log),
         )
     )
-    temporary = folder / f".{PAGE}.part"
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, folder / PAGE)
+    write_atomically(folder / PAGE, page.encode())
     return folder / PAGE
 
 

@@ -195,7 +195,17 @@ def evaluate(
             "lipbounds": __version__,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": _command(
-                run, dataset, levels, names, images, pgd_steps, pgd_restarts, paper_units, against, seed
+                run,
+                data_dir,
+                dataset,
+                levels,
+                names,
+                images,
+                pgd_steps,
+                pgd_restarts,
+                paper_units,
+                against,
+                seed,
             ),
             "model": subject.record(),
             **found,
@@ -241,6 +251,11 @@ def _open(path: Path, dataset: str | None) -> _Subject:
     if path.is_dir():
         run = open_run(path)
         config = run.config
+        if run.data != config.dataset:
+            raise ValueError(
+                f"{path} was trained on {run.data}, not on {config.dataset}: evaluate its model with your own images, "
+                "lb.certified_radius(lb.trace(model, x[0]), x, y)"
+            )
         how = f"CRM with {config.constants}" if config.loss == "crm" else config.loss
         return _Subject(path, f"{config.arch}, {how}", config.dataset, config.data_dir, run.model, run.spec)
     if dataset is None or dataset not in DATASETS:
@@ -293,6 +308,7 @@ def _check_folder(folder: Path | None, force: bool) -> None:
 
 def _command(
     run: Path,
+    data_dir: Path | None,
     dataset: str | None,
     eps: list[float],
     methods: list[str],
@@ -306,7 +322,12 @@ def _command(
     """The command that gives the same record, every setting spelled out."""
     words = ["lipbounds", "evaluate", str(run), "--eps", *map(repr, eps), "--methods", *methods]
     words += ["--pgd-steps", str(steps), "--pgd-restarts", str(restarts), "--seed", str(seed)]
-    for name, value in (("--dataset", dataset), ("--images", images), ("--against", against)):
+    for name, value in (
+        ("--data-dir", data_dir),
+        ("--dataset", dataset),
+        ("--images", images),
+        ("--against", against),
+    ):
         words += [] if value is None else [name, str(value)]
     return shlex.join([*words, *(["--paper-units"] if paper_units else [])])
 
@@ -329,6 +350,11 @@ def _print(record: Json) -> None:
         lines.append(
             f"{record['rounding']} decisions within float32 rounding of a tie were settled in real arithmetic"
         )
+    from lipbounds.analysis.evaluation import FROM_CERTIFICATE
+
+    lines += [
+        f"{name}: {FROM_CERTIFICATE}" for name, notes in record["notes"].items() if FROM_CERTIFICATE in notes
+    ]
     lines += [f"{name} is not here: {reason}" for name, reason in record["refused"].items()]
     if record["paper_units"] is not None:
         lines.append(record["paper_units"]["text"])

@@ -133,7 +133,7 @@ def train(
     final_learning_rate: Annotated[float | None, _number("At the end.")] = None,
     multiplier_rate: Annotated[float | None, _number("Of the recursion's multipliers.")] = None,
     schedule: Annotated[Schedule | None, _choice("How the learning rate falls.")] = None,
-    decay_from: Annotated[int | None, _number("Epoch from which it falls.", min=0)] = None,
+    decay_from: Annotated[int | None, _number("Epochs done before it falls.", min=0)] = None,
     smoothing: Annotated[float | None, _number("Label smoothing.")] = None,
     flip: Annotated[
         bool | None, typer.Option("--flip/--no-flip", show_default=False, help="Mirror images.")
@@ -142,7 +142,7 @@ def train(
     translate: Annotated[float | None, _number("Shift images by up to this share.")] = None,
     average: Annotated[Average | None, _choice("Average the weights.")] = None,
     ema_decay: Annotated[float | None, _number("Of the moving average, per step.")] = None,
-    average_from: Annotated[int | None, _number("First epoch that enters the average.", min=0)] = None,
+    average_from: Annotated[int | None, _number("Epochs done before the average begins.", min=0)] = None,
     holdout: Annotated[float | None, _number("Share of the training images kept for validation.")] = None,
     validate_every: Annotated[int | None, _number("Epochs between validations.", min=0)] = None,
     checkpoint_every: Annotated[int | None, _number("Epochs between checkpoints.", min=1)] = None,
@@ -161,7 +161,7 @@ def train(
 
     Writes to the run's folder: config.json, log.jsonl (one line an epoch), checkpoints, and in the end
     model.safetensors and report.html. A run that was interrupted, however, goes on with --resume and ends with the
-    same weights bit for bit. Progress figures are certified by a verified bound, on training images unless
+    same weights bit for bit. Progress figures are certified by a proved bound, on training images unless
     --holdout keeps some out.
 
     Examples:
@@ -210,6 +210,7 @@ def train(
                 fitted = fit(settings, out=folder, progress=show)
             else:
                 fitted = go_on(folder, data_dir=data_dir, progress=show)
+        parallel.leave()
         if not leads:
             return
         from lipbounds.analysis.training_report import final_record, write_training_report
@@ -239,11 +240,40 @@ def _settings(given: Json, preset: str | None, file: Path | None) -> Any:
     from lipbounds.training.config import Config, defaults, from_text
     from lipbounds.training.config import preset as settings_of
 
-    chosen = settings_of(preset, given.get("epochs")) if preset is not None else {}
-    if file is not None:
-        chosen |= from_text(file.read_text(encoding="utf-8"), str(file))
+    chosen = from_text(file.read_text(encoding="utf-8"), str(file)) if file is not None else {}
     chosen |= given
-    return Config.from_json(defaults(chosen.get("dataset", "digits")) | chosen, "the command")
+    begin = defaults(chosen.get("dataset", "digits"))
+    if preset is not None:
+        epochs = chosen.get("epochs")
+        begin = settings_of(preset, epochs if isinstance(epochs, int) else None)
+    settings = Config.from_json(begin | chosen, "the command")
+    _check_used(given, settings)
+    return settings
+
+
+def _check_used(given: Json, settings: Any) -> None:
+    """ValueError for options that these settings make no use of."""
+    recursion = settings.uses_constants and settings.constants == "recursion"
+    used = {
+        ("lam", "r0", "t", "g"): (settings.loss == "crm", "crm"),
+        ("constants", "pairs", "refresh", "warmup"): (
+            settings.loss != "cross-entropy",
+            "a loss with constants",
+        ),
+        ("multiplier_rate", "precision"): (
+            recursion or settings.precision == "float64",
+            "--constants recursion",
+        ),
+        ("power_iterations",): (settings.uses_constants and not recursion, "--constants naive or liplt"),
+        ("final_learning_rate", "decay_from"): (settings.schedule != "constant", "a schedule that falls"),
+        ("ema_decay",): (settings.average == "ema", "--average ema"),
+        ("average_from",): (settings.average != "none", "--average ema or swa"),
+        ("smoothing",): (settings.loss in ("crm", "cross-entropy"), "crm or cross-entropy"),
+    }
+    for names, (fine, what) in used.items():
+        idle = [f"--{name.replace('_', '-')}" for name in names if name in given]
+        if idle and not fine:
+            raise ValueError(f"{', '.join(idle)} would do nothing: it belongs to {what}")
 
 
 def _line(record: Json, settings: Any) -> str:

@@ -37,6 +37,7 @@ Progress = Callable[[str, float], None]
 Wanted = Callable[[Segment, np.ndarray], np.ndarray]
 _MANY_BLOCKS = 400
 _ONE_THREAD = 500
+_LOST = 1e-4  # relative excess of a proof over L that calls for another one
 _AS_GOOD = 1e-8  # relative excess of a proof over L^2 in float arithmetic that is not worth another try
 _SHARES = (0.0, *np.logspace(-10, 0, 31).tolist())
 
@@ -352,13 +353,14 @@ class Engines:
         """Add proofs to the search: for the whole network, then for the pairs, then for the worst of them."""
         with threads(self.dense):
             k = self.search.form.num_outputs
-            if self.initial and self.make is not None and not (self.iterate and self.dense is not None):
+            if self.initial and self.make is not None:
                 self.recursion = self.make()
                 self.search.add(self.recursion.initial())
                 self.search.notes.append("multipliers proved as they were given")
             if not self.iterate:
                 return
-            if not self.by_newton(np.eye(k), "network"):
+            loose = not self.by_newton(np.eye(k), "network") or self._lost()
+            if loose:
                 self.by_recursion("value")
             if not pairwise or k < 2:
                 return
@@ -367,11 +369,19 @@ class Engines:
             if exact and self.dense is not None and self.dense.seconds * len(i) <= EVERY_PAIR:
                 for a, b in zip(i.tolist(), j.tolist(), strict=True):
                     self.by_newton(self.dense.pair(a, b), f"pair {a}, {b}")
+                if loose:
+                    self.by_recursion(*pair_objective(objective, k))
                 return
             self.by_recursion(*pair_objective(objective, k))
             refine = refine if self.search.constants else 0
             for place in np.argsort(-self.search.pairwise[i, j])[:refine] if refine else ():
                 self._refine(int(i[place]), int(j[place]))
+
+    def _lost(self) -> bool:
+        """Whether the proof of Newton's multipliers is far above their value in float arithmetic, as it can be where
+        neurons hardly move: the recursion may prove more."""
+        assert self.dense is not None
+        return self.search.constants[-1].value > (1 + _LOST) * self.dense.solved[-1][1]
 
     def note(self) -> None:
         """Say what Newton's method did."""

@@ -69,7 +69,7 @@ def root(
 ) -> None:
     """How far must an input move before a network's answer can change? With a proof.
 
-    Start with the demo. It trains two small networks on real digits and leaves their weights beside the
+    Start with the demo. It trains small networks on real digits and leaves their weights beside the
     report, where the other commands can take them up:
 
     - `lipbounds demo` writes `report/report.html`
@@ -101,10 +101,10 @@ def demo(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 40,
     force: ForceOption = False,
 ) -> None:
-    """Train two small networks on digits, bound them every way, certify them, write a report.
+    """Train small networks on digits, one by CRM, bound them every way, certify them, write a report.
 
     Takes a few minutes at most and downloads nothing. Writes to the folder: `report.html` (one page with
-    everything in it), the figures as PNG, `results.json`, and the two models as `.safetensors`.
+    everything in it), the figures as PNG, `results.json`, and the models as `.safetensors`.
 
     Examples:
 
@@ -384,6 +384,13 @@ def _refusals() -> Iterator[None]:
         GuaranteeError,
     ) as error:  # the library's refusals are ValueErrors
         typer.echo(f"lipbounds: {error}", err=True)
+        raise typer.Exit(1) from None
+    except RuntimeError as error:  # out of memory on a device, a coordinator that does not answer
+        import jax
+
+        if not isinstance(error, jax.errors.JaxRuntimeError):
+            raise
+        typer.echo(f"lipbounds: {str(error).splitlines()[0]}", err=True)
         raise typer.Exit(1) from None
 
 

@@ -316,7 +316,7 @@ def run(*arguments, code=0):
 @pytest.fixture
 def folder(model, tmp_path):
     place = tmp_path / "run"
-    runs.create(place, CONFIG)
+    runs.create(place, CONFIG, {"name": "digits"})
     runs.write_model(place, model, SPEC)
     return place
 
@@ -385,7 +385,7 @@ def test_paper_units_on_cifar10(tmp_path, monkeypatch, rng):
 def test_refusals_are_one_line(folder, model, tmp_path):
     file = save_model(tmp_path / "net.safetensors", model, SPEC)
     other = tmp_path / "other"
-    runs.create(other, Config(dataset="mnist", arch="784-10"))
+    runs.create(other, Config(dataset="mnist", arch="784-10"), {"name": "mnist"})
     assert "was interrupted" in run(other, *QUICK, code=1).stderr
     wide = ModelSpec("mlp", (28, 28, 1), {"widths": "784-10"})
     runs.write_model(other, build(wide), wide)

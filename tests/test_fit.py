@@ -17,7 +17,7 @@ from flax import nnx
 from test_cache import compilations
 
 import lipbounds as lb
-from lipbounds.training import losses, parallel
+from lipbounds.training import loop, losses, parallel
 from lipbounds.training.config import Config
 from lipbounds.training.data import digits
 from lipbounds.training.loop import accuracy, fit, split
@@ -386,3 +386,16 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Any) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     with pytest.raises(FileNotFoundError, match="MNIST"):
         fit(Config(dataset="mnist", arch="784-10", data_dir=str(tmp_path)))
+
+
+def test_validation_sees_images_of_all_classes_and_a_holdout_of_none_is_refused() -> None:
+    y = np.sort(np.arange(4000) % 10)
+    x = np.zeros((4000, 2, 2, 1), np.float32)
+    plain = Config(arch="4-10", loss="cross-entropy", epochs=1)
+    run = loop._Run(
+        plain, loop._images((x, y)), build(plain.spec((2, 2, 1), 10)), None, parallel.devices(1), None
+    )
+    counts = np.bincount(run.images.labels[run.sample], minlength=10)
+    assert len(run.sample) == 1000 and counts.min() > 70
+    with pytest.raises(ValueError, match="holdout 0.0001 of 1437 images is none"):
+        split(1437, 1e-4)

@@ -90,3 +90,15 @@ def test_a_certificate_for_weights_that_are_not_finite_is_refused() -> None:
     )
     with pytest.raises(lb.CertificateError, match="not finite"):
         check(bound.certificate, spoiled)
+
+
+def test_a_neuron_that_hardly_moves_does_not_loosen_newtons_proof() -> None:
+    rng = np.random.default_rng(0)
+    weights = [rng.standard_normal(shape) for shape in ((6, 8), (6, 6), (3, 6))]
+    weights[0][2] *= 1e-12
+    form = lb.from_weights(weights, activation="relu")
+    bound = lb.lipsdp(form)
+    weights[0][2] = 0
+    without = lb.lipsdp(lb.from_weights(weights, activation="relu"))
+    assert bound.guarantee == "verified" and without.value < 0.95 * lb.liplt(form).value
+    assert bound.value <= 1.001 * without.value

@@ -127,7 +127,7 @@ def test_options_stand_above_the_file_above_the_preset(tmp_path: pathlib.Path, m
     for name in PRESETS:
         assert refused("--preset", name, "--out", tmp_path / "run") == "lipbounds: enough"
         asked = dict(PRESETS[name])
-        assert seen[-1] == Config.from_json(defaults(asked["dataset"]) | asked)
+        assert seen[-1] == Config(**asked)  # what the data set suggests does not mix with a published run
     refused("gloro", "--preset", "cifar10-6C2F", "--config", file, "--epochs", 300, "--out", tmp_path / "run")
     found = seen[-1]
     assert (found.loss, found.arch, found.dataset) == ("gloro", "6C2F", "mnist")
@@ -210,3 +210,57 @@ def test_another_architecture_in_a_run_is_refused(trained: Any, tmp_path: pathli
     path = tmp_path / "run" / "config.json"
     path.write_text(path.read_text().replace("64-10", "64-8-10"))
     assert "nothing to resume in" in refused("--resume", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "idle"),
+    [
+        (["cross-entropy", "--lam", 5], "--lam would do nothing"),
+        (
+            ["cross-entropy", "--constants", "liplt", "--refresh", 4],
+            "--constants, --refresh would do nothing",
+        ),
+        (["gloro", "--r0", 1, "--g", "hinge"], "--r0, --g would do nothing"),
+        (["crm", "--power-iterations", 3], "--power-iterations would do nothing"),
+        (["crm", "--constants", "liplt", "--multiplier-rate", 0.1], "--multiplier-rate would do nothing"),
+        (["crm", "--ema-decay", 0.9], "--ema-decay would do nothing"),
+        (["crm", "--average-from", 3], "--average-from would do nothing"),
+        (["crm", "--schedule", "constant", "--decay-from", 1], "--decay-from would do nothing"),
+        (["gloro", "--smoothing", 0.1], "smoothing is of cross-entropy and CRM"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    arguments: list[Any], idle: str, tmp_path: pathlib.Path
+) -> None:
+    assert idle in refused(*arguments, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_words_of_the_command_line_are_those_of_the_configuration() -> None:
+    from lipbounds import _cli_train as cli
+    from lipbounds.training import config
+    from lipbounds.training.losses import TRANSFORMS
+    from lipbounds.training.models import ACTIVATIONS
+
+    for enum, words in (
+        (cli.Loss, config.LOSSES),
+        (cli.BoundInLoss, config.CONSTANTS),
+        (cli.Pairs, config.PAIRS),
+        (cli.Activation, ACTIVATIONS),
+        (cli.Transform, TRANSFORMS),
+        (cli.Schedule, config.SCHEDULES),
+        (cli.Average, config.AVERAGES),
+        (cli.Precision, config.PRECISIONS),
+    ):
+        assert {member.value for member in enum} == set(words)
+
+
+def test_a_run_on_other_data_is_neither_resumed_nor_evaluated(tmp_path: pathlib.Path) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.random((64, 8, 8, 1), np.float32), np.arange(64) % 10
+    own = Config(arch="64-10", loss="cross-entropy", epochs=1, batch_size=32, validate_every=0)
+    folder = tmp_path / "run"
+    fit(own, (x, y), out=folder)
+    assert "was begun with other data (the data given)" in refused("--resume", folder)
+    result = CliRunner().invoke(app, ["evaluate", str(folder)])
+    assert result.exit_code == 1 and "was trained on the data given, not on digits" in result.stderr

@@ -48,10 +48,10 @@ class Config:
         smoothing: label smoothing of the cross-entropy.
         flip, degrees, translate: augmentation: mirror, rotation, shift as a share of the size.
         average: "ema" (with `ema_decay` per step) or "swa" (mean over the steps from epoch `average_from` on) of the
-            weights; the averaged weights are those validated and saved.
+            weights; the averaged weights are those validated and saved. decay_from and average_from count epochs done.
         holdout: share of the training images that is kept out of training for validation. With 0 the progress figures
             are of training images, and called so.
-        validate_every: epochs between validations by a verified bound; 0 for none.
+        validate_every: epochs between validations by a proved bound; 0 for none.
         checkpoint_every: epochs between checkpoints; the last epoch is always saved.
         max_skipped: steps in one epoch that may be skipped for a gradient that is not finite before training stops.
         seed: of weights, order, augmentation and power iteration.
@@ -112,6 +112,8 @@ class Config:
             raise ValueError(
                 f"final_learning_rate {self.final_learning_rate:g} is above learning_rate {self.learning_rate:g}"
             )
+        if self.smoothing and self.loss not in ("crm", "cross-entropy"):
+            raise ValueError(f"smoothing is of cross-entropy and CRM, not of {self.loss}: leave it 0")
         if self.warmup > self.epochs or self.decay_from > self.epochs:
             raise ValueError(
                 f"warmup ({self.warmup}) and decay_from ({self.decay_from}) are epochs of the {self.epochs} trained"
@@ -197,7 +199,9 @@ _RANGES: Mapping[str, tuple[float, float]] = {
 
 # Presets by the rows of Table 1 of arXiv 2310.00116, with the values of the authors' published runs. Their CIFAR-10
 # radii are in units of inputs in [-1, 1]: r0 0.2, t 5 and lambda 15 there are 0.1, 10 and 30 in pixels.
+_ADAM = {"batch_size": 512, "learning_rate": 1e-3, "final_learning_rate": 1e-6}
 _MNIST = {
+    **_ADAM,
     "dataset": "mnist",
     "epochs": 400,
     "decay_from": 25,
@@ -210,6 +214,7 @@ _MNIST = {
     "eps": 1.58,
 }
 _COLOUR = {
+    **_ADAM,
     "mean": 0.5,
     "std": 0.5,
     "epochs": 400,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import pathlib
 import time
@@ -70,7 +71,7 @@ def fit(
         devices: to spread the batches over; all by default.
         progress: called after every epoch with its record: epoch, loss (mean), accuracy and certified_estimate (on the
             training images as augmented, with the constants in the loss), skipped (steps with a gradient that is not
-            finite), failed (steps whose constants were not finite), learning_rate, seconds; after validations also
+            finite), failed (steps whose recursion was not finite), learning_rate, seconds; after validations also
             clean, certified, guarantee, method, part ("held-out" or "training") and images.
 
     Raises:
@@ -95,7 +96,7 @@ def fit(
     folder = pathlib.Path(out)
     if not run.devices.leads:
         return run.go(folder, None, [])
-    runs.create(folder, config)
+    runs.create(folder, config, images.record())
     with Checkpoints(folder / runs.CHECKPOINTS) as checkpoints:
         return run.go(folder, checkpoints, [])
 
@@ -110,14 +111,15 @@ def resume(
 ) -> Fitted:
     """Go on with a run from its newest checkpoint, to the same weights as without the interruption, bit for bit.
 
-    A finished run is returned as it is. `data_dir` says where the data are now, if they have moved. Raises as `fit`
-    does, and RunError where the folder is no run.
+    A finished run is trained no further. `data_dir` says where the data are now, if they have moved. Raises as `fit`
+    does, and RunError where the folder is no run, or one on other data.
     """
     folder = pathlib.Path(folder)
     config = runs.read(folder)
     if data_dir is not None:
         config = dataclasses.replace(config, data_dir=os.fspath(data_dir))
     images = _images(load(config.dataset, config.data_dir) if data is None else data)
+    runs.check_data(folder, images.record())
     spec = config.spec(images.shape, images.classes)
     run = _Run(config, images, build(spec, config.seed), spec, devices or parallel.devices(), progress)
     with Checkpoints(folder / runs.CHECKPOINTS) as checkpoints:
@@ -133,6 +135,12 @@ class _Images:
     labels: np.ndarray
     levels: int
     classes: int
+
+    def record(self) -> Record:
+        """What tells these images from others."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.pixels).tobytes())
+        digest.update(np.ascontiguousarray(self.labels).tobytes())
+        return {"name": self.name, "images": len(self.labels), "sha256": digest.hexdigest()}
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -173,6 +181,10 @@ class _Run:
         outputs = self.trainer.classes(self.trainer.weights)
         if images.classes > outputs:
             raise ValueError(f"{images.name} has {images.classes} classes, and the network {outputs} outputs")
+        part = self.held_out if config.holdout else self.rows
+        self.sample = np.sort(np.random.default_rng(1).permutation(part)[:VALIDATED])
+        if config.validate_every:  # what cannot be bounded is refused now, not after hours
+            self.trainer.form(self.trainer.weights)
 
     def go(self, folder: pathlib.Path | None, checkpoints: Checkpoints | None, log: list[Record]) -> Fitted:
         """Train from the newest checkpoint, or from the start where there is none."""
@@ -180,6 +192,7 @@ class _Run:
         state, done = self.trainer.init(), 0
         if checkpoints is not None and checkpoints.epochs():
             done, state = checkpoints.load(state)
+        parallel.agree(done, "the epoch to go on from")
         state = devices.put(state)
         log = [record for record in log if record["epoch"] <= done]
         if folder is not None and devices.leads:
@@ -238,10 +251,13 @@ class _Run:
         """Clean and certified accuracy by a proved bound, of the weights that would be saved now."""
         begin = time.perf_counter()
         state = parallel.local(state)
-        rows = (self.held_out if self.config.holdout else self.rows)[:VALIDATED]
+        rows = self.sample
         x = self.images.pixels[rows] / np.float32(self.images.levels)
         form = self.trainer.form(self.trainer.final_weights(state))
-        bound = proved_bound(form, self.config, state, iterations=0)
+        try:
+            bound = proved_bound(form, self.config, state, iterations=0)
+        except ValueError:  # multipliers that prove nothing today must not end the run
+            bound = proved_bound(form, dataclasses.replace(self.config, constants="liplt"), state)
         radii = lb.certified_radius(form, x, self.images.labels[rows], bound=bound)
         return {
             "clean": float(np.mean(radii.correct)),
@@ -275,6 +291,8 @@ def proved_bound(
 def split(count: int, holdout: float) -> tuple[np.ndarray, np.ndarray]:
     """Rows to train on and rows held out: the same for every seed, so that runs can be compared."""
     held = round(count * holdout)
+    if holdout > 0 and held == 0:
+        raise ValueError(f"holdout {holdout} of {count} images is none: take more, or 0")
     if held >= count:
         raise ValueError(f"holdout {holdout} leaves none of {count} images to train on")
     order = np.random.default_rng(0).permutation(count)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 _AXIS = "batch"
@@ -81,6 +82,18 @@ def local(tree: Any) -> Any:
     """Replicated device arrays as arrays of the same types on this process's first device."""
     with jax.enable_x64(True):
         return jax.tree.map(jnp.asarray, host(tree))
+
+
+def agree(value: int, what: str) -> None:
+    """RuntimeError unless all processes have the same value."""
+    if jax.process_count() > 1:
+        multihost_utils.assert_equal(np.int32(value), f"the processes of this run disagree about {what}")
+
+
+def leave() -> None:
+    """Leave the other processes, after the last common step; nothing where there are none."""
+    if jax.process_count() > 1:
+        jax.distributed.shutdown()
 
 
 def join(coordinator: str | None, processes: int | None, index: int | None) -> None:

@@ -30,17 +30,23 @@ class RunError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A finished run: its configuration, the network with its final weights, and one log record per epoch."""
+    """A finished run: its configuration, the network with its final weights, one log record per epoch, and the name of
+    the data that it was trained on.
+    """
 
     folder: pathlib.Path
     config: Config
     model: nnx.Module
     spec: ModelSpec
     log: list[dict[str, Any]]
+    data: str
 
 
-def create(folder: pathlib.Path, config: Config) -> None:
-    """A new run folder with its configuration. FileExistsError if something is there already."""
+def create(folder: pathlib.Path, config: Config, data: dict[str, Any]) -> None:
+    """A new run folder with its configuration and what tells its data from others.
+
+    FileExistsError if something is there already.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         what = (
             "is a run already: go on with it by resuming, or"
@@ -54,6 +60,7 @@ def create(folder: pathlib.Path, config: Config) -> None:
         "version": FORMAT_VERSION,
         "lipbounds": __version__,
         "config": config.to_json(),
+        "data": data,
     }
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     write_atomically(folder / CONFIG, text.encode())
@@ -61,6 +68,26 @@ def create(folder: pathlib.Path, config: Config) -> None:
 
 def read(folder: pathlib.Path) -> Config:
     """The configuration of a run. RunError for anything else."""
+    path = folder / CONFIG
+    try:
+        return Config.from_json(_record(folder).get("config", {}), str(path))
+    except ValueError as error:
+        raise error if isinstance(error, RunError) else RunError(str(error)) from error
+
+
+def check_data(folder: pathlib.Path, data: dict[str, Any]) -> None:
+    """RunError unless the run was begun with these data."""
+    mine = _record(folder).get("data")
+    if mine != data:
+        name = mine.get("name") if isinstance(mine, dict) else None
+        raise RunError(
+            f"{folder} was begun with other data ({name}): a run goes on with the same images and labels only; pass "
+            "them as data, or say with data_dir where they are"
+        )
+
+
+def _record(folder: pathlib.Path) -> dict[str, Any]:
+    """What config.json holds."""
     path = folder / CONFIG
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -72,10 +99,7 @@ def read(folder: pathlib.Path) -> Config:
         raise RunError(f"{path} was not written by `lipbounds train`")
     if record.get("version") != FORMAT_VERSION:
         raise RunError(f"{path} has version {record.get('version')!r}; this program reads {FORMAT_VERSION}")
-    try:
-        return Config.from_json(record.get("config", {}), str(path))
-    except ValueError as error:
-        raise RunError(str(error)) from error
+    return record
 
 
 def open_run(folder: str | os.PathLike[str]) -> Run:
@@ -87,7 +111,8 @@ def open_run(folder: str | os.PathLike[str]) -> Run:
             f"{folder} has no {MODEL} yet: the run was interrupted; finish it with `lipbounds train --resume {folder}`"
         )
     model, spec = load_model(folder / MODEL)
-    return Run(folder, config, model, spec, read_log(folder))
+    data = _record(folder).get("data") or {}
+    return Run(folder, config, model, spec, read_log(folder), str(data.get("name", config.dataset)))
 
 
 def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:

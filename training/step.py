@@ -35,6 +35,7 @@ from lipbounds.training.config import Config
 from lipbounds.training.parallel import Devices
 
 _FLOAT = jnp.float32
+_LONGEST = 4.0  # times the kept gradient: a batch with few examples below r0 says little about the next one
 
 
 class Held(NamedTuple):
@@ -287,7 +288,7 @@ class Trainer:
             jnp.mean((jnp.argmax(logits, axis=-1) == labels).astype(_FLOAT)),
             jnp.mean((radius > c.eps).astype(_FLOAT)),
             ~fine,
-            getattr(new.bound, "failed", jnp.zeros((), bool)),
+            getattr(bound, "failed", jnp.zeros((), bool)),
         )
         return new._replace(step=state.step + 1), seen
 
@@ -303,7 +304,7 @@ class Trainer:
         def plain() -> tuple[Any, ...]:
             loss, along = jax.value_and_grad(losses.cross_entropy)(logits, labels, c.smoothing)
             unknown = jnp.full_like(state.held.pairs, jnp.inf)
-            return loss, along, nothing, state.multipliers, state.bound, state.held, unknown
+            return loss, along, nothing, state.multipliers, _calm(state.bound), state.held, unknown
 
         def fresh() -> tuple[Any, ...]:
             pairs, back, bound = jax.vjp(lambda t: self.constants(t, state.bound), trained, has_aux=True)
@@ -324,8 +325,9 @@ class Trainer:
             # A radius does not change when logits and constants grow alike, so dl/dz and dl/dC nearly cancel along
             # that direction. They must do so for this batch, too.
             share = jnp.sum(toward * held.pairs) / jnp.where(held.pressure != 0, held.pressure, 1)
+            share = jnp.clip(share, 0, _LONGEST)
             through = jax.tree.map(lambda a: a * share.astype(a.dtype), held.gradient)
-            return loss, along, through, state.multipliers, state.bound, held, held.pairs
+            return loss, along, through, state.multipliers, _calm(state.bound), held, held.pairs
 
         begin = c.warmup * self.steps
         branches: list[Callable[[], tuple[Any, ...]]] = [fresh]
@@ -360,6 +362,11 @@ class Trainer:
         return nnx.merge(self.graph, self.final_weights(state), self.rest)
 
 
+def _calm(bound: Any) -> Any:
+    """The state of a bound that was not computed in this step, so it did not fail in it either."""
+    return bound._replace(failed=jnp.zeros((), bool)) if hasattr(bound, "failed") else bound
+
+
 def _metrics(seen: Any) -> Metrics:
     """From what every step of an epoch saw."""
     loss, accuracy, certified, skipped, failed = seen
@@ -369,7 +376,7 @@ def _metrics(seen: Any) -> Metrics:
 
 
 def pair_constants(found: Any, pairs: str) -> jax.Array:
-    """(K, K) constants that stand for L_ij: L_ij itself, L_i + L_j, or sqrt(2) L; each bounds the one before it."""
+    """(K, K) constants that stand for L_ij: L_ij itself, L_i + L_j, or sqrt(2) L; each bounds L_ij."""
     if pairs == "pairwise":
         return found.pairwise
     if pairs == "whole":
