@@ -151,18 +151,24 @@ SHAPES = {
 }
 
 
+OURS = "mnist-784-512-512-10"
+
+
 def test_presets_are_valid_and_named_after_the_rows_of_the_paper() -> None:
-    assert set(PRESETS) == {"mnist-4C3F", "cifar10-6C2F", "tiny-imagenet-8C2F"}
+    assert set(PRESETS) == {OURS, "mnist-4C3F", "cifar10-6C2F", "tiny-imagenet-8C2F"}
     for name in PRESETS:
         config = Config.from_json(preset(name))
-        assert name == f"{config.dataset}-{config.arch}" and config.constants == "liplt"
-        assert config.loss == "crm" and config.epochs == 400
+        assert name == f"{config.dataset}-{config.arch}" and config.loss == "crm"
+        assert (config.constants, config.epochs) == (("recursion", 160) if name == OURS else ("liplt", 400))
         *shape, classes = SHAPES[config.dataset]
-        assert config.spec(tuple(shape), classes).architecture == config.arch
+        spec = config.spec(tuple(shape), classes)
+        assert spec.architecture == ("mlp" if name == OURS else config.arch)
         short = Config.from_json(preset(name, 40))
-        assert (short.epochs, short.warmup) == (40, 1)
-        assert short.decay_from == round(config.decay_from / 10)
-        assert dataclasses.replace(short, epochs=400, warmup=10, decay_from=config.decay_from) == config
+        parts = {"warmup": config.warmup, "decay_from": config.decay_from}
+        assert short.epochs == 40
+        for key, value in parts.items():
+            assert getattr(short, key) == round(value * 40 / config.epochs)
+        assert dataclasses.replace(short, epochs=config.epochs, **parts) == config
     changed = preset("mnist-4C3F")
     changed["lam"] = 1.0
     assert preset("mnist-4C3F")["lam"] == 30.0
