@@ -418,6 +418,7 @@ def mean_radius(form: Any) -> float:
     )
 
 
+@pytest.mark.slow
 def test_training_with_the_core_certifies_more_than_with_liplts() -> None:
     with jax.numpy_dtype_promotion("standard"):
         found = {

@@ -162,6 +162,7 @@ def two(folder: pathlib.Path, fields: str, epoch: int) -> list[str]:
     return [text.strip().splitlines()[-1] for text in said]
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path: pathlib.Path, alone: Fitted) -> None:
     folder = tmp_path / "run"
     one, other = two(folder, json.dumps(FIELDS), 9)
