@@ -242,7 +242,10 @@ def evaluate(
 
     # rounded down, so that the l2 ball contains the l-inf ball
     shrink = (1 - 2.0**-48) / math.sqrt(x[0].size)
-    width: Json = {2: {e: e for e in levels}, math.inf: {e: e * shrink for e in levels}}
+    width: dict[float, dict[float, float]] = {
+        2: {e: e for e in levels},
+        math.inf: {e: e * shrink for e in levels},
+    }
     nearest = {p: np.full(len(x), np.inf) for p in norms}
     runs = [(p, width[p][e]) for p in norms for e in levels]
     for p, ball in [*runs, (2, radius)]:

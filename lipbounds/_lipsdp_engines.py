@@ -37,7 +37,7 @@ Progress = Callable[[str, float], None]
 Wanted = Callable[[Segment, np.ndarray], np.ndarray]
 _MANY_BLOCKS = 400
 _ONE_THREAD = 500
-_LOST = 1e-4  # relative excess of a proof over L that calls for another one
+_LOST = 1e-2  # relative excess of a proof over L that calls for another one
 _AS_GOOD = 1e-8  # relative excess of a proof over L^2 in float arithmetic that is not worth another try
 _SHARES = (0.0, *np.logspace(-10, 0, 31).tolist())
 

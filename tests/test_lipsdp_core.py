@@ -195,6 +195,7 @@ def test_gradients_are_difference_quotients(activation: Any, rng: np.random.Gene
             )
 
 
+@pytest.mark.slow
 def test_the_gradient_does_not_pass_through_the_steps(rng: np.random.Generator) -> None:
     """Danskin: with steps the gradient is that at the new multipliers, taken as constant, and 0 in the old ones."""
     weights = mlp(rng, 5, 8, 3)

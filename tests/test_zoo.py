@@ -140,7 +140,10 @@ SOLVED = 1e-6
 """Relative distance from the optimum at which the multipliers of LipSDP are left."""
 
 
-@pytest.mark.parametrize("name", EVERY_NET)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n == "orthogonal_maxmin" else n for n in EVERY_NET],
+)
 def test_liplt_lipsdp_per_layer_per_neuron_attained_in_this_order(name: str) -> None:
     liplt, layer, neuron = liplt_of(name), lipsdp_of(name, "layer"), lipsdp_of(name)
     found = attained_of(name)
@@ -205,6 +208,7 @@ def test_lipsdp_is_within_1_5_times_of_an_attained_slope(name: str) -> None:
     assert bound <= LOOSE.get(name, 1.5) * found
 
 
+@pytest.mark.slow
 def test_where_the_bounds_of_the_zoo_meet() -> None:
     """LipLT is optimal for linear nets and the orthogonal chain; elsewhere LipSDP gains."""
     for name in [*LINEAR, "orthogonal_maxmin"]:

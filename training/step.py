@@ -154,7 +154,9 @@ class Trainer:
 
     def _init(self, weights: Any) -> TrainState:
         c = self.config
-        bound, multipliers, held = (), (), ()
+        bound: Any = ()
+        multipliers: Any = ()
+        held: Any = ()
         if c.uses_constants:
             key = jax.random.fold_in(jax.random.key(c.seed), 2**31)
             bound = self.core.init(self.form(weights), key, jnp.dtype(c.precision))
@@ -371,8 +373,14 @@ def _metrics(seen: Any) -> Metrics:
     """From what every step of an epoch saw."""
     loss, accuracy, certified, skipped, failed = seen
     kept = jnp.maximum(jnp.sum(~skipped), 1)
-    mean = [jnp.sum(jnp.where(skipped, 0, a)) / kept.astype(_FLOAT) for a in (loss, accuracy, certified)]
-    return Metrics(*mean, jnp.sum(skipped.astype(jnp.int32)), jnp.sum(failed.astype(jnp.int32)))
+
+    def mean(a: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(skipped, 0, a)) / kept.astype(_FLOAT)
+
+    def count(a: jax.Array) -> jax.Array:
+        return jnp.sum(a.astype(jnp.int32))
+
+    return Metrics(mean(loss), mean(accuracy), mean(certified), count(skipped), count(failed))
 
 
 def pair_constants(found: Any, pairs: str) -> jax.Array:
