@@ -140,10 +140,7 @@ SOLVED = 1e-6
 """Relative distance from the optimum at which the multipliers of LipSDP are left."""
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.slow) if n == "orthogonal_maxmin" else n for n in EVERY_NET],
-)
+@pytest.mark.parametrize("name", EVERY_NET)
 def test_liplt_lipsdp_per_layer_per_neuron_attained_in_this_order(name: str) -> None:
     liplt, layer, neuron = liplt_of(name), lipsdp_of(name, "layer"), lipsdp_of(name)
     found = attained_of(name)
