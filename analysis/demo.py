@@ -18,13 +18,14 @@ import numpy as np
 from flax import nnx
 
 import lipbounds as lb
+from lipbounds._files import write_atomically
 from lipbounds._version import __version__
 from lipbounds.analysis.experiment import NORMS, Json, measure, method_names, offered
 from lipbounds.training.config import Config
 from lipbounds.training.data import Dataset, digits
 from lipbounds.training.loop import accuracy, fit
 from lipbounds.training.models import ModelSpec, build
-from lipbounds.training.store import save_model, write_atomically
+from lipbounds.training.store import save_model
 
 FORMAT = "lipbounds-results"
 FORMAT_VERSION = 1

@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import pathlib
 
+from lipbounds._files import write_atomically
 from lipbounds.analysis.experiment import LABELS, Json
 from lipbounds.analysis.figures import NORM_NAMES, png, radii_figure, svg
 from lipbounds.analysis.report import MEANINGS, environment
-from lipbounds.training.store import write_atomically
 
 PAGE = "evaluation.html"
 FIGURES = ("radii.png", "radii.svg")

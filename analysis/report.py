@@ -9,6 +9,7 @@ from typing import Any
 
 import jinja2
 
+from lipbounds._files import write_atomically
 from lipbounds._tables import seconds_text, show
 from lipbounds.analysis.figures import (
     NORM_NAMES,
@@ -18,7 +19,6 @@ from lipbounds.analysis.figures import (
     contrast_figure,
     png,
 )
-from lipbounds.training.store import write_atomically
 
 Json = dict[str, Any]
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from matplotlib.figure import Figure
 
 import lipbounds as lb
+from lipbounds._files import write_atomically
 from lipbounds._version import __version__
 from lipbounds.analysis.figures import INK, RADII_LINES, _dress, _figure, png
 from lipbounds.analysis.report import environment
@@ -20,7 +21,6 @@ from lipbounds.training.config import Config
 from lipbounds.training.data import load
 from lipbounds.training.loop import Fitted, proved_bound
 from lipbounds.training.runs import CERTIFICATE
-from lipbounds.training.store import write_atomically
 
 Json = dict[str, Any]
 PAGE = "report.html"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,20 +35,6 @@ def pack(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> bytes:
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     metadata = {"format": FORMAT, "version": VERSION, "header": header, "digest": digest(header, arrays)}
     return save(arrays, metadata)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """The file is complete or as it was before; a link is followed."""
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _metadata(raw: bytes) -> tuple[dict[str, Any], int]:

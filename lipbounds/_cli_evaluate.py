@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lipbounds import _cli_tables as tables
+from lipbounds._cli_common import Json, check_target, refusals
 from lipbounds._cli_options import ForceOption, JsonOption, ManyNumbers, SeedOption, Verb
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-Json = dict[str, Any]
 RECORD = "evaluation.json"
 
 
@@ -131,17 +131,15 @@ def evaluate(
 
     - `lipbounds evaluate report/mlp.safetensors --dataset digits --methods liplt lipsdp --json mlp.json`
     """
-    from lipbounds.cli import _check_target, _refusals
-
     if not all(math.isfinite(level) for level in eps or ()):
         raise typer.BadParameter("eps must be finite", param_hint="--eps")
     if dataset is not None and run.is_dir():
         raise typer.BadParameter("a run knows its own data set", param_hint="--dataset")
     if dataset is None and not run.is_dir():
         raise typer.BadParameter("a model file needs one, such as digits", param_hint="--dataset")
-    with _refusals():
+    with refusals():
         folder = out if out is not None else run if run.is_dir() else None
-        _check_target(json, force)
+        check_target(json, force)
         _check_folder(folder, force)
         from lipbounds._version import __version__
         from lipbounds.analysis import evaluation

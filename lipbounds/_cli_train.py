@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lipbounds import _cli_tables as tables
-
-Json = dict[str, Any]
+from lipbounds._cli_common import Json, refusals
 
 
 class Loss(enum.StrEnum):
@@ -190,9 +189,7 @@ def train(
             "say what to train with and where to write, such as `lipbounds train crm --out RUN`",
             param_hint="train",
         )
-    from lipbounds.cli import _refusals
-
-    with _refusals():
+    with refusals():
         from lipbounds.training import parallel
 
         parallel.join(coordinator, processes, process)
@@ -205,7 +202,10 @@ def train(
         settings = runs.read(folder) if resume is not None else _settings(given, preset, config)
         leads = parallel.devices().leads
         with tables.training(settings.epochs, quiet=not leads) as tell:
-            show = lambda record: tell(record, _line(record, settings))  # noqa: E731
+
+            def show(record: Json) -> None:
+                tell(record, _line(record, settings))
+
             if resume is None:
                 fitted = fit(settings, out=folder, progress=show)
             else:

@@ -162,14 +162,20 @@ class Recursion:
                 raise ValueError("initial has multipliers of another network")
             self.trained = tuple(rows[s.tap][s.active] for s in self.states.segments)
             own = dict(zip((s.tap for s in self.states.segments), self.trained, strict=True))
-            wanted = lambda segment, sy: own[segment.tap] * np.diagonal(sy)  # noqa: E731
+
+            def wanted(segment: Any, sy: np.ndarray) -> np.ndarray:
+                return own[segment.tap] * np.diagonal(sy)
+
             self.starts = [parameters_from(self.problem, self.states, first, wanted)]
             return
         self.starts = [ellipsoid.parameters_of(self.problem, s) for s in (0.0, -2.0, -6.0, -12.0)]
         if not start_at and not box:
             D = closed_form(elementwise_view(search.form), request)
             if D is not None:
-                one_each = lambda segment, sy: np.full(len(sy), D[segment.tap])  # noqa: E731
+
+                def one_each(segment: Any, sy: np.ndarray) -> np.ndarray:
+                    return np.full(len(sy), D[segment.tap])
+
                 self.starts.append(parameters_from(self.problem, self.states, first, one_each))
 
     def initial(self) -> Proof:

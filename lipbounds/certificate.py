@@ -29,8 +29,9 @@ from typing import Any
 import numpy as np
 
 from lipbounds import _proof
-from lipbounds._certfile import is_certificate, pack, take, take_float, take_sizes, unpack, write_atomically
+from lipbounds._certfile import is_certificate, pack, take, take_float, take_sizes, unpack
 from lipbounds._dense import dense_gain
+from lipbounds._files import write_atomically
 from lipbounds._rounding import add_up
 from lipbounds._sequence import hybrid_start, sequence
 from lipbounds._tables import show

@@ -6,16 +6,26 @@ Everything heavy is imported inside the commands.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from lipbounds import _cli_tables as tables
+from lipbounds._cli_common import (
+    Json,
+    bound_of,
+    check_certificate,
+    check_target,
+    choose_method,
+    load_form,
+    norm_of,
+    read_data,
+    refusals,
+    write_record,
+)
 from lipbounds._cli_evaluate import ManyValues, evaluate
 from lipbounds._cli_options import (
     AnyVerb,
@@ -41,7 +51,6 @@ from lipbounds._cli_options import (
 from lipbounds._cli_train import train
 from lipbounds._version import __version__
 
-Json = dict[str, Any]
 _DEFAULT = "lipsdp; liplt with --scaling or in norm 1"
 
 app = typer.Typer(
@@ -112,7 +121,7 @@ def demo(
 
     - `lipbounds demo --out /tmp/digits --seed 1 --epochs 10`
     """
-    with _refusals():
+    with refusals():
         from lipbounds.analysis.demo import RESULTS, is_ours, run_demo
 
         if out.exists() and any(out.iterdir()) and not is_ours(out / RESULTS) and not force:
@@ -186,7 +195,7 @@ def bounds(
         "--refine": refine > 0,
         "--certificate": certificate is not None,
     }
-    chosen = _choose(method, norm, scaling, any(lipsdp_only.values()))
+    chosen = choose_method(method, norm, scaling, any(lipsdp_only.values()))
     for name, given in lipsdp_only.items():
         if given and chosen != "lipsdp":
             raise typer.BadParameter(f"belongs to --method lipsdp, not {chosen}", param_hint=name)
@@ -196,15 +205,15 @@ def bounds(
         )
     if certificate is not None and guarantee is Guarantee.estimate:
         raise typer.BadParameter("an estimate has no certificate", param_hint="--certificate")
-    with _refusals():
-        _check_target(json, force)
-        _check_certificate(certificate, force)
+    with refusals():
+        check_target(json, force)
+        check_certificate(certificate, force)
         import lipbounds as lb
         from lipbounds.analysis.experiment import result_kind, result_record
 
-        form, _ = _load(model)
+        form, _ = load_form(model)
         options: Json = {
-            "norm": _norm(norm),
+            "norm": norm_of(norm),
             "pairwise": pairwise,
             "guarantee": guarantee.value,
             "seed": seed,
@@ -222,14 +231,14 @@ def bounds(
         else:
             if chosen == "lipsdp":
                 options |= {"solver": solver.value, "multipliers": multipliers.value, "refine": refine}
-            result = _bound(form, chosen, scaling, options)
+            result = bound_of(form, chosen, scaling, options)
             typer.echo(repr(result))
             record[result_kind(result)].append(result_record(chosen, result))
             if certificate is not None:
                 lb.save_certificate(result, certificate, overwrite=force)
                 typer.echo(f"certificate: {certificate}")
                 typer.echo(f"check it:    lipbounds verify {certificate} --model {model}")
-        _write(json, {"model": str(model), **record})
+        write_record(json, {"model": str(model), **record})
 
 
 @app.command(cls=ManyNumbers)
@@ -272,32 +281,32 @@ def certify(
 
     - `lipbounds certify report/mlp.safetensors --data mine.npz --method liplt --json radii.json`
     """
-    chosen = _choose(method, norm, scaling, False)
+    chosen = choose_method(method, norm, scaling, False)
     levels = sorted(set(eps or (0.05, 0.1, 0.25)))
     if not all(math.isfinite(level) for level in levels):
         raise typer.BadParameter("eps must be finite", param_hint="--eps")
-    with _refusals():
-        _check_target(json, force)
+    with refusals():
+        check_target(json, force)
         import numpy as np
 
         import lipbounds as lb
 
-        form, spec = _load(model)
-        x, y = _read_data(data, spec)
+        form, spec = load_form(model)
+        x, y = read_data(data, spec)
         options: Json = {
-            "norm": _norm(norm),
+            "norm": norm_of(norm),
             "pairwise": pairwise,
             "guarantee": guarantee.value,
             "seed": seed,
         }
-        bound = _bound(form, chosen, scaling, options)
+        bound = bound_of(form, chosen, scaling, options)
         radii = lb.certified_radius(form, x, y, bound=bound)
         radius = np.asarray(radii.radius)
         if not len(radius):
             raise ValueError(f"{data} holds no images")
         shares = [float(radii.accuracy(level)) for level in levels]
         tables.print_certified(bound, radii, levels, shares)
-        _write(
+        write_record(
             json,
             {
                 "model": str(model),
@@ -351,11 +360,11 @@ def verify(
 
     - `lipbounds verify mlp.certificate --model report/mlp.safetensors && echo proved`
     """
-    with _refusals():
+    with refusals():
         from lipbounds.certificate import check, load_certificate
         from lipbounds.errors import CertificateError
 
-        form, _ = _load(model)
+        form, _ = load_form(model)
         begin = time.perf_counter()
         try:
             claims = load_certificate(certificate)
@@ -367,130 +376,6 @@ def verify(
 
 app.command()(train)
 app.command(cls=ManyValues)(evaluate)
-
-
-# ------------------------------------------------------------------------------------------------- helpers
-@contextlib.contextmanager
-def _refusals() -> Iterator[None]:
-    """Turn refusals and failures of files into one message on stderr and exit code 1."""
-    from lipbounds.errors import GuaranteeError
-
-    try:
-        yield
-    except (
-        ValueError,
-        ArithmeticError,
-        OSError,
-        GuaranteeError,
-    ) as error:  # the library's refusals are ValueErrors
-        typer.echo(f"lipbounds: {error}", err=True)
-        raise typer.Exit(1) from None
-    except RuntimeError as error:  # out of memory on a device, a coordinator that does not answer
-        import jax
-
-        if not isinstance(error, jax.errors.JaxRuntimeError):
-            raise
-        typer.echo(f"lipbounds: {str(error).splitlines()[0]}", err=True)
-        raise typer.Exit(1) from None
-
-
-def _norm(norm: Norm) -> float:
-    return math.inf if norm is Norm.inf else int(norm.value)
-
-
-def _choose(method: Any, norm: Norm, scaling: Scaling, lipsdp_only: bool) -> str:
-    """The method asked for; by default LipSDP, or LipLT where only that fits what else was asked for."""
-    scaled = scaling is not Scaling.none
-    if method is None:
-        simple = (scaled or norm is Norm.one) and not lipsdp_only
-        method = Verb.liplt if simple else Verb.lipsdp
-    if scaled and method.value != "liplt":
-        raise typer.BadParameter(
-            f"only --method liplt has a scaling, not {method.value}", param_hint="--scaling"
-        )
-    return str(method.value)
-
-
-def _bound(form: Any, method: str, scaling: Scaling, options: Json) -> Any:
-    import lipbounds as lb
-
-    if method == "naive":
-        return lb.naive(form, **options)
-    if method == "lipsdp":
-        with tables.working() as tell:
-            return lb.lipsdp(
-                form, **options, progress=lambda what, value: tell(f"LipSDP, {what}: {value:.6g}")
-            )
-    return lb.liplt(form, **options, scaling=None if scaling is Scaling.none else scaling.value)
-
-
-def _load(path: Path) -> tuple[Any, Any]:
-    import numpy as np
-
-    import lipbounds as lb
-    from lipbounds.training.store import load_model
-
-    network, spec = load_model(path)
-    return lb.trace(network, np.zeros(spec.input_shape, np.float32)), spec
-
-
-def _read_data(data: str, spec: Any) -> tuple[Any, Any]:
-    """Images (n, *input_shape) and labels (n,) of `digits` or an .npz file; ValueError for anything else."""
-    import zipfile
-
-    import numpy as np
-
-    if data == "digits":
-        from lipbounds.training.data import digits
-
-        test = digits()
-        x, y = test.test_x, test.test_y
-    else:
-        try:
-            with np.load(data, allow_pickle=False) as file:
-                x, y = file["x"], file["y"]
-        except (zipfile.BadZipFile, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{data} is not an .npz file with arrays x and y: {error}") from error
-    if x.shape[1:] != tuple(spec.input_shape):
-        raise ValueError(
-            f"{data} holds images of shape {x.shape[1:]}, the model takes {tuple(spec.input_shape)}"
-        )
-    if x.dtype.kind != "f":
-        raise ValueError(f"{data}: x must hold floats in the model's input units, got {x.dtype}")
-    return x, y
-
-
-def _free(path: Path, force: bool) -> bool:
-    """Whether nothing stands where a file is to be written; ValueError where its folder does not exist."""
-    if not path.parent.is_dir():
-        raise ValueError(f"there is no folder {path.parent} to write {path.name} to")
-    return force or not path.exists()
-
-
-def _check_target(path: Path | None, force: bool) -> None:
-    """ValueError before any work is done if `path` holds something that we did not write."""
-    from lipbounds.analysis.demo import is_ours
-
-    if path is None or _free(path, force) or is_ours(path):
-        return
-    raise ValueError(f"{path} exists and was not written by lipbounds: choose another name, or pass --force")
-
-
-def _check_certificate(path: Path | None, force: bool) -> None:
-    """ValueError before any work is done if `path` holds something that is no certificate."""
-    from lipbounds._certfile import is_certificate
-
-    if path is None or _free(path, force) or is_certificate(path):
-        return
-    raise ValueError(f"{path} exists and is no certificate: choose another name, or pass --force")
-
-
-def _write(path: Path | None, record: Json) -> None:
-    if path is None:
-        return
-    from lipbounds.analysis.demo import FORMAT, FORMAT_VERSION, write_json
-
-    write_json(path, {"format": FORMAT, "version": FORMAT_VERSION, "lipbounds": __version__, **record})
 
 
 def main() -> None:

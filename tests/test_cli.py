@@ -1,5 +1,6 @@
 """The command line and the report, on a model small enough to be quick."""
 
+import dataclasses
 import json
 import re
 
@@ -193,8 +194,6 @@ def test_a_saved_certificate_is_proved_again(model_file, form, certificate):
 
 
 def test_the_line_of_a_certificate_without_pairs_that_may_fail(certificate):
-    import dataclasses
-
     from lipbounds._cli_tables import proved
     from lipbounds.certificate import load_certificate
 
@@ -232,8 +231,6 @@ def test_verify_refuses_with_the_reason(model_file, certificate, tmp_path):
 
 
 def test_verify_computes_the_claims_anew(model_file, form, certificate, tmp_path):
-    import dataclasses
-
     bound = lb.lipsdp(form)
     smaller = dataclasses.replace(
         bound,

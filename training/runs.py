@@ -13,10 +13,11 @@ from typing import Any
 
 from flax import nnx
 
+from lipbounds._files import write_atomically
 from lipbounds._version import __version__
 from lipbounds.training.config import Config
 from lipbounds.training.models import ModelSpec
-from lipbounds.training.store import load_model, save_model, write_atomically
+from lipbounds.training.store import load_model, save_model
 
 CONFIG, LOG, CHECKPOINTS, MODEL = "config.json", "log.jsonl", "checkpoints", "model.safetensors"
 CERTIFICATE = "lipsdp.certificate"

@@ -163,7 +163,7 @@ class Trainer:
             if c.constants == "recursion":
                 multipliers = bound.multipliers
                 bound = bound._replace(multipliers=(), moments=())
-            pairs = jnp.zeros((self.classes(weights),) * 2, _FLOAT)  # with which every loss is the plain one
+            pairs = jnp.zeros((self.classes(weights),) * 2, _FLOAT)  # replaced before it is used
             held = Held(pairs, (), ())
             if c.refresh > 1:
                 zeros = jax.tree.map(jnp.zeros_like, (weights, multipliers))
@@ -186,7 +186,7 @@ class Trainer:
         x = jax.ShapeDtypeStruct((1, *self.input_shape), _FLOAT)
         return int(jax.eval_shape(self.network, weights, x).shape[-1])
 
-    @property
+    @cached_property
     def optimiser(self) -> Any:
         rate = schedule(self.config, self.steps, self.config.learning_rate, self.config.final_learning_rate)
         ratio = self.config.multiplier_rate / self.config.learning_rate

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from lipbounds._files import write_atomically
 from lipbounds.training.models import ModelSpec, build
 
 FORMAT = "lipbounds-model"
@@ -114,17 +114,3 @@ def _spec_from(path: pathlib.Path, header: str) -> ModelSpec:
     if not isinstance(shape, list) or len(shape) != 3:
         raise StoreError(f"{path}: the header has no input shape of three numbers")
     return ModelSpec(architecture, (shape[0], shape[1], shape[2]), arguments)
-
-
-def write_atomically(path: pathlib.Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise

@@ -1,0 +1,140 @@
+"""What the commands share: refusals as messages, and the files they read and write."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from lipbounds import _cli_tables as tables
+from lipbounds._cli_options import Norm, Scaling, Verb
+from lipbounds._version import __version__
+
+Json = dict[str, Any]
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Turn refusals and failures of files into one message on stderr and exit code 1."""
+    from lipbounds.errors import GuaranteeError
+
+    try:
+        yield
+    except (
+        ValueError,
+        ArithmeticError,
+        OSError,
+        GuaranteeError,
+    ) as error:  # the library's refusals are ValueErrors
+        typer.echo(f"lipbounds: {error}", err=True)
+        raise typer.Exit(1) from None
+    except RuntimeError as error:  # out of memory on a device, a coordinator that does not answer
+        import jax
+
+        if not isinstance(error, jax.errors.JaxRuntimeError):
+            raise
+        typer.echo(f"lipbounds: {str(error).splitlines()[0]}", err=True)
+        raise typer.Exit(1) from None
+
+
+def norm_of(norm: Norm) -> float:
+    return math.inf if norm is Norm.inf else int(norm.value)
+
+
+def choose_method(method: Any, norm: Norm, scaling: Scaling, lipsdp_only: bool) -> str:
+    """The method asked for; by default LipSDP, or LipLT where only that fits what else was asked for."""
+    scaled = scaling is not Scaling.none
+    if method is None:
+        simple = (scaled or norm is Norm.one) and not lipsdp_only
+        method = Verb.liplt if simple else Verb.lipsdp
+    if scaled and method.value != "liplt":
+        raise typer.BadParameter(
+            f"only --method liplt has a scaling, not {method.value}", param_hint="--scaling"
+        )
+    return str(method.value)
+
+
+def bound_of(form: Any, method: str, scaling: Scaling, options: Json) -> Any:
+    import lipbounds as lb
+
+    if method == "naive":
+        return lb.naive(form, **options)
+    if method == "lipsdp":
+        with tables.working() as tell:
+            return lb.lipsdp(
+                form, **options, progress=lambda what, value: tell(f"LipSDP, {what}: {value:.6g}")
+            )
+    return lb.liplt(form, **options, scaling=None if scaling is Scaling.none else scaling.value)
+
+
+def load_form(path: Path) -> tuple[Any, Any]:
+    import numpy as np
+
+    import lipbounds as lb
+    from lipbounds.training.store import load_model
+
+    network, spec = load_model(path)
+    return lb.trace(network, np.zeros(spec.input_shape, np.float32)), spec
+
+
+def read_data(data: str, spec: Any) -> tuple[Any, Any]:
+    """Images (n, *input_shape) and labels (n,) of `digits` or an .npz file; ValueError for anything else."""
+    import zipfile
+
+    import numpy as np
+
+    if data == "digits":
+        from lipbounds.training.data import digits
+
+        test = digits()
+        x, y = test.test_x, test.test_y
+    else:
+        try:
+            with np.load(data, allow_pickle=False) as file:
+                x, y = file["x"], file["y"]
+        except (zipfile.BadZipFile, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{data} is not an .npz file with arrays x and y: {error}") from error
+    if x.shape[1:] != tuple(spec.input_shape):
+        raise ValueError(
+            f"{data} holds images of shape {x.shape[1:]}, the model takes {tuple(spec.input_shape)}"
+        )
+    if x.dtype.kind != "f":
+        raise ValueError(f"{data}: x must hold floats in the model's input units, got {x.dtype}")
+    return x, y
+
+
+def _free(path: Path, force: bool) -> bool:
+    """Whether nothing stands where a file is to be written; ValueError where its folder does not exist."""
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent} to write {path.name} to")
+    return force or not path.exists()
+
+
+def check_target(path: Path | None, force: bool) -> None:
+    """ValueError before any work is done if `path` holds something that we did not write."""
+    from lipbounds.analysis.demo import is_ours
+
+    if path is None or _free(path, force) or is_ours(path):
+        return
+    raise ValueError(f"{path} exists and was not written by lipbounds: choose another name, or pass --force")
+
+
+def check_certificate(path: Path | None, force: bool) -> None:
+    """ValueError before any work is done if `path` holds something that is no certificate."""
+    from lipbounds._certfile import is_certificate
+
+    if path is None or _free(path, force) or is_certificate(path):
+        return
+    raise ValueError(f"{path} exists and is no certificate: choose another name, or pass --force")
+
+
+def write_record(path: Path | None, record: Json) -> None:
+    if path is None:
+        return
+    from lipbounds.analysis.demo import FORMAT, FORMAT_VERSION, write_json
+
+    write_json(path, {"format": FORMAT, "version": FORMAT_VERSION, "lipbounds": __version__, **record})
