@@ -7,10 +7,10 @@ from lipbounds._version import __version__ as __version__
 from lipbounds.bound import Estimate as Estimate
 from lipbounds.bound import LowerBound as LowerBound
 from lipbounds.bound import UpperBound as UpperBound
+from lipbounds.bracket import bracket as bracket
 from lipbounds.certificate import save_certificate as save_certificate
 from lipbounds.certificate import verify_certificate as verify_certificate
 from lipbounds.compare import compare as compare
-from lipbounds.empirical import bracket as bracket
 from lipbounds.empirical import empirical as empirical
 from lipbounds.errors import CertificateError as CertificateError
 from lipbounds.errors import UnsupportedError as UnsupportedError

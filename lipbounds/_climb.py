@@ -31,7 +31,7 @@ def _dual(g: jax.Array, p: float) -> jax.Array:
     return v.reshape(g.shape)
 
 
-def _size(w: jax.Array, p: float) -> jax.Array:
+def size(w: jax.Array, p: float) -> jax.Array:
     flat = jnp.abs(w.reshape(-1))
     if p == 1:
         return jnp.sum(flat)
@@ -66,7 +66,7 @@ def _steepest(f: Any, x: jax.Array, v: jax.Array, p: float, steps: int) -> tuple
         return jnp.where(jnp.any(new != 0), new, v)
 
     v = jax.lax.fori_loop(0, steps, step, v)
-    score = _size(push(v), p)
+    score = size(push(v), p)
     return jnp.where(jnp.isfinite(score), score, -jnp.inf), v
 
 
@@ -84,6 +84,7 @@ def climb(
     functionals: jax.Array,
     scale: jax.Array,
     key: jax.Array,
+    region: Any,
     p: float,
     steps: int,
     single: bool,
@@ -91,6 +92,8 @@ def climb(
     """Ascent from xs (S, *shape): points, directions and scores never below those of the starts.
 
     `single`: climb on functionals[s] . f (S, K) instead of on f. `scale`: l2 size of a usual input.
+    `region`: None, or (centres (S, *shape), radius, low, high): points stay within the radius (in norm p) of their
+    centre and between low and high.
     """
 
     def start(x, v, c):
@@ -102,7 +105,16 @@ def climb(
     )  # gaps from 0.5 to 0.002 of the scale
     unit = jnp.sqrt(jnp.asarray(max(xs[0].size, 1), dtype=xs.dtype))  # ||v||_2 <= unit for every p
 
-    def one(x, v, score, step, c, key, gap, wild):
+    def inside(x, centre):
+        if region is None:
+            return x
+        _, radius, low, high = region
+        length = size(x - centre, p)
+        return jnp.clip(
+            centre + (x - centre) * jnp.minimum(1, radius / jnp.maximum(length, 1e-30)), low, high
+        )
+
+    def one(x, v, score, step, c, key, centre, gap, wild):
         f = _objective(form, c if single else None)
         h = gap * scale / (unit if p == math.inf else 1.0)
         ahead, pull_ahead = jax.vjp(f, x + h * v)
@@ -116,7 +128,7 @@ def climb(
             length_key, (), x.dtype, -2.0, 1.0
         )  # wild moves leave a piece, whatever its size
         length = jnp.where(wild > 0, jump, step)
-        candidate = x + length * scale * toward
+        candidate = inside(x + length * scale * toward, centre)
         new_score, new_v = _steepest(f, candidate, v, p, 2)
         better = new_score > score
         tuned = jnp.clip(jnp.where(better, step * 1.5, step * 0.8), 1e-4, 3.0)
@@ -133,8 +145,9 @@ def climb(
         gap, wild = now
         key, sub = jax.random.split(key)
         keys = jax.random.split(sub, x.shape[0])
-        moved = jax.vmap(one, in_axes=(0, 0, 0, 0, 0, 0, None, None))(
-            x, v, score, step, functionals, keys, gap, wild
+        centres = x if region is None else region[0]
+        moved = jax.vmap(one, in_axes=(0, 0, 0, 0, 0, 0, 0, None, None))(
+            x, v, score, step, functionals, keys, centres, gap, wild
         )
         return (*moved, key), None
 

@@ -23,7 +23,7 @@ import html
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -95,6 +95,7 @@ class _Ordered:
 
     value: float
     norm: float
+    _part_header: ClassVar[tuple[str, ...]] = ("from", "to", "shape", "norm", "guarantee", "how")
 
     def _other(self, other: Any) -> float:
         mine = type(self).__name__
@@ -137,7 +138,7 @@ class _Ordered:
         lines += [f"  {name:<9} {text}" for name, text in self._facts()]
         rows = self._part_rows()
         if rows:
-            table = text_table(_PART_HEADER, rows[:_ROWS_IN_REPR], right=(3,))
+            table = text_table(self._part_header, rows[:_ROWS_IN_REPR], right=(3,))
             lines += ["  parts", *("    " + line for line in table.splitlines())]
             if len(rows) > _ROWS_IN_REPR:
                 lines.append(f"    ... and {len(rows) - _ROWS_IN_REPR} more: print(b.parts_table())")
@@ -149,18 +150,15 @@ class _Ordered:
         head = f"<div><b>{type(self).__name__}</b>: {html.escape(self._headline())}</div>"
         if not rows:
             return f"<div>{head}{facts}</div>"
-        parts = html_table(_PART_HEADER, rows, right=(3,))
+        parts = html_table(self._part_header, rows, right=(3,))
         return f"<div>{head}{facts}<details><summary>{len(rows)} parts</summary>{parts}</details></div>"
 
     def to_markdown(self) -> str:
         """The whole result as Markdown: the statement, a table of facts, a table of parts."""
         facts = markdown_table(("", ""), self._facts())
         rows = self._part_rows()
-        parts = ["", markdown_table(_PART_HEADER, rows, right=(3,))] if rows else []
+        parts = ["", markdown_table(self._part_header, rows, right=(3,))] if rows else []
         return "\n".join([f"**{type(self).__name__}**: {self._headline()}", "", facts, *parts])
-
-
-_PART_HEADER = ("from", "to", "shape", "norm", "guarantee", "how")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -238,7 +236,7 @@ class _Constants(_Ordered):
     def parts_table(self) -> str:
         """Every gain block with its norm, guarantee and method, as plain text."""
         rows = self._part_rows()
-        return text_table(_PART_HEADER, rows, right=(3,)) if rows else "(no parts)"
+        return text_table(self._part_header, rows, right=(3,)) if rows else "(no parts)"
 
     def plot(self, ax: Any = None) -> Any:
         """A picture of the pair constants, or of the parts, or of the value; returns the matplotlib Axes.
@@ -349,12 +347,38 @@ class Estimate(_Constants):
         return f"L ~ {show(self.value)}  ({NORM_NAMES[self.norm]}, estimate: not a bound)"
 
 
+@dataclass(frozen=True)
+class LayerBound:
+    """||W||_p >= value for the linear map W between taps, by one data point: ||W u||_p / ||u||_p (Definition 1 of arXiv
+    2406.19622, the empirical Lipschitz constant of a layer).
+
+    source, target  the taps (and the input x) that W reads, stacked to u, and the tap or output that it leads to
+    shape           (rows, columns) of W;  example  the row of the data that shows it;  path  the target's call path
+    """
+
+    source: str
+    target: str
+    shape: tuple[int, int]
+    value: float
+    example: int
+    path: str
+
+    def __post_init__(self) -> None:
+        _set(self, "value", _number(self.value, "the value of a layer"))
+
+    def _cells(self) -> list[str]:
+        shape = " x ".join(str(n) for n in self.shape)
+        number = show(self.value, "down")
+        return [self.source, self.target, shape, number, f"example {self.example}", self.path]
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class LowerBound(_Ordered):
     """L >= value, shown by two points.
 
     witness    (x, x'), float64 of the input's shape: ||f(x) - f(x')||_p >= value * ||x - x'||_p
     pairwise   (K, K) symmetric, zero diagonal: L_ij >= pairwise[i, j], or None
+    layers     what data points show of the linear maps between the taps, see `LayerBound`
 
     `float(l)` raises TypeError: a lower bound must not slip in where a Lipschitz constant is needed.
     """
@@ -364,9 +388,12 @@ class LowerBound(_Ordered):
     witness: tuple[np.ndarray, np.ndarray] | None = None
     notes: tuple[str, ...] = ()
     pairwise: np.ndarray | None = None
+    layers: tuple[LayerBound, ...] = ()
+    _part_header: ClassVar[tuple[str, ...]] = ("from", "to", "shape", "norm >=", "shown by", "call path")
 
     def __post_init__(self) -> None:
         _check_common(self)
+        _set(self, "layers", tuple(self.layers))
         if self.pairwise is not None:
             _set(self, "pairwise", _pair_array(self.pairwise))
         if self.witness is None:
@@ -401,6 +428,9 @@ class LowerBound(_Ordered):
             ax.set_yticklabels([self.method])
         ax.set_title(f"{self.method}: {self._headline()}")
         return ax
+
+    def _part_rows(self) -> list[list[str]]:
+        return [layer._cells() for layer in self.layers]
 
     def _headline(self) -> str:
         shown = ", attained between two points" if self.witness is not None else ""

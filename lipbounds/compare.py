@@ -21,7 +21,8 @@ import numpy as np
 from lipbounds._tables import Direction, html_table, markdown_table, new_axes, seconds_text, show, text_table
 from lipbounds._views import elementwise_view
 from lipbounds.bound import NORM_NAMES, Estimate, LowerBound, UpperBound, check_norm
-from lipbounds.empirical import check_order, empirical, values64
+from lipbounds.bracket import check_order
+from lipbounds.empirical import empirical, values64
 
 _KINDS: dict[type, str] = {UpperBound: "upper", LowerBound: "lower", Estimate: "estimate"}
 _WAYS: dict[str, Direction] = {"upper": "up", "lower": "down", "estimate": "near", "none": "near"}

@@ -2,8 +2,8 @@
 
 `empirical` looks for a steep place and then measures there, in three steps:
 
-1. score the start points by the size of the Jacobian of the *traced form* (not of the user's
-   function, whose custom derivative rules may lie), by the power method for the p -> p norm;
+1. read the data once, in batches, and score the points by the size of the Jacobian of the *traced form*
+   (not of the user's function, whose custom derivative rules may lie), by the power method for p -> p;
 2. climb: every step proposes to move along the gradient of ||f(x + h v) - f(x - h v)|| (a finite h sees
    across the kinks of a ReLU network, where the gradient of the Jacobian's norm is zero) mixed
    with noise, and keeps the move if the Jacobian's norm grew. One jitted scan over a batch of starts;
@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -34,16 +34,15 @@ import numpy as np
 
 from lipbounds import _climb
 from lipbounds._jaxpr import is_concrete
-from lipbounds._tables import new_axes, show
-from lipbounds.bound import NORM_NAMES, LowerBound, UpperBound, check_norm
-from lipbounds.errors import GuaranteeError
+from lipbounds._survey import BATCH, Survey, direct_sources, layer_ratios64, survey
+from lipbounds.bound import NORM_NAMES, LayerBound, LowerBound, check_norm
 
 _STARTS = 32  # points that climb
 _FINALISTS = 8  # points whose whole Jacobian is computed
 _PAIRS = 64  # pairs of classes that climb on their own
-_CHUNK = 256  # data points scored at once
 _DENSE_ENTRIES = 2e7  # largest Jacobian (K * n) that is computed whole without pairs
 _DISTANCES = 10.0 ** -np.arange(0.0, 8.0)  # distances of step 3, in units of the inputs' scale
+_SPARE = 1e-3  # the climb keeps so far from the edge of a region, that both ends of short lines lie in it
 _RELATIVE, _ULPS = 1e-10, 1000.0  # the allowance of step 3
 
 
@@ -84,8 +83,11 @@ def _pair_direction(row: np.ndarray, p: float) -> np.ndarray:
     return np.where(row < 0, -1.0, 1.0)
 
 
-def _lines(centres: np.ndarray, directions: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Points x + h v and x - h v (float64) for every centre and distance; zero directions are dropped."""
+def _lines(
+    centres: np.ndarray, directions: np.ndarray, scale: float, member: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Points x + h v and x - h v (float64) for every centre and distance, and whose they are (`member` of the centre);
+    zero directions are dropped."""
     directions = np.asarray(directions, dtype=np.float64)
     lengths = np.sqrt((directions**2).sum(1))
     keep = (lengths > 0) & np.isfinite(lengths)
@@ -93,7 +95,7 @@ def _lines(centres: np.ndarray, directions: np.ndarray, scale: float) -> tuple[n
     half = 0.5 * scale * _DISTANCES
     centres = np.repeat(np.asarray(centres, dtype=np.float64)[keep], half.size, 0)
     shift = (unit[:, None, :] * half[None, :, None]).reshape(centres.shape)
-    return centres + shift, centres - shift
+    return centres + shift, centres - shift, np.repeat(member[keep], half.size, 0)
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,14 @@ class _Quotients:
     value: float
     witness: tuple[np.ndarray, np.ndarray] | None
     pairs: np.ndarray | None
+
+    def with_(self, other: _Quotients) -> _Quotients:
+        """The larger of both, pair by pair."""
+        better = self if self.value >= other.value else other
+        pairs = None
+        if self.pairs is not None and other.pairs is not None:
+            pairs = np.maximum(self.pairs, other.pairs)
+        return _Quotients(better.value, better.witness, pairs)
 
 
 def _quotients(form: Any, first: np.ndarray, second: np.ndarray, p: float, pairs: bool) -> _Quotients:
@@ -141,47 +151,6 @@ def _random(count: int, shape: tuple[int, ...], size: float, rng: np.random.Gene
     return (rng.standard_normal((count, *shape)) * (size * scales)).astype(np.float32)
 
 
-def _starts(form: Any, X: Any) -> np.ndarray | None:
-    """The data as (N, *in_shape) float32, checked; None for None."""
-    shape = tuple(form.in_shape)
-    if X is None:
-        return None
-    points = np.asarray(X)
-    if points.dtype.kind not in "fiu" and str(points.dtype) != "bfloat16":
-        raise ValueError(f"X must hold real numbers, got dtype {points.dtype}")
-    if points.ndim != len(shape) + 1 or points.shape[1:] != shape:
-        raise ValueError(f"X must have shape (N, {', '.join(map(str, shape))}), got {points.shape}")
-    if not len(points):
-        raise ValueError("X holds no points: pass X=None for random points")
-    with np.errstate(over="ignore"):
-        points = points.astype(np.float32)
-    if not np.isfinite(points).all():
-        raise ValueError("X holds values that are not finite in float32")
-    return points
-
-
-def _best_starts(
-    form: Any, points: np.ndarray, p: float, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """_STARTS of the points, most of them the steepest (repeated if fewer), and their directions."""
-    size = min(_CHUNK, 1 << (len(points) - 1).bit_length())  # few distinct shapes, so few compilations
-    scores, directions = [], []
-    for begin in range(0, len(points), size):
-        block = points[begin : begin + size]
-        padded = np.concatenate([block, np.repeat(block[:1], size - len(block), 0)])
-        v = rng.standard_normal(padded.shape).astype(np.float32)
-        s, d = _climb.score(form, jnp.asarray(padded), jnp.asarray(v), p)
-        scores.append(np.asarray(s)[: len(block)])
-        directions.append(np.asarray(d)[: len(block)])
-    order = np.argsort(-np.concatenate(scores), kind="stable")
-    steep = (
-        _STARTS - _STARTS // 4
-    )  # the others are spread over the rest, so that the climb does not see one place only
-    spread = rng.permutation(order[steep:])[: _STARTS - steep]
-    chosen = np.resize(np.concatenate([order[:steep], spread]), _STARTS)
-    return points[chosen], np.concatenate(directions)[chosen]
-
-
 def empirical(
     form: Any,
     X: Any = None,
@@ -189,19 +158,27 @@ def empirical(
     pairwise: bool = False,
     steps: int = 100,
     seed: int = 0,
+    *,
+    within: float | str | None = None,
+    layers: bool = False,
 ) -> LowerBound:
     """The largest slope found: L >= value, with the two points that show it (see the module's text).
 
-    form      a traced form;  X  (N, *form.in_shape) points to start from, None for random points
+    form      a traced form;  X  (N, *form.in_shape) points to start from, or an iterable of batches (n, *form.in_shape)
+              or of pairs (x, y), read once, so that data need not fit into memory; None for random points
               (with steps > 0 some random points of the data's size climb too)
     norm      1, 2 or inf
     pairwise  also lower bounds of L_ij, (K, K): the 64 pairs with the steepest Jacobian rows climb on
               their own, the others get the best of all point pairs tried
     steps     ascent steps per start (0: only the points themselves)
     seed      of directions, noise and random points
+    within    where the slope has to be attained: None anywhere, "range" between the smallest and the largest value of
+              every input entry over the data, a number r no farther than r (in `norm`) from a data point
+    layers    also `.layers`: for every linear map W between taps max ||W u|| / ||u|| over the data, ||W|| >= that
 
-    The points are not restricted to the range of the data: this is a lower bound of the global constant.
-    ValueError for wrong shapes, points that are not finite, an empty X, a wrong norm.
+    Whatever `within` is, this is a lower bound of the global constant. Pairs of data points count, too: those with the
+    largest difference quotient within a batch of 256.
+    ValueError for wrong shapes, points that are not finite, an empty X, a wrong norm, `within` or `layers` without X.
     """
     begin = time.perf_counter()
     p = check_norm(norm)
@@ -210,56 +187,151 @@ def empirical(
         raise TypeError(f"{why} (lb.liplt.core and lb.naive.core run inside)")
     if isinstance(steps, bool) or int(steps) != steps or steps < 0:
         raise ValueError(f"steps must be a whole number >= 0, got {steps!r}")
+    if (within is not None or layers) and X is None:
+        raise ValueError("within and layers speak of data: pass X")
     k, shape = int(form.num_outputs), tuple(form.in_shape)
-    rng = np.random.default_rng(seed)
-    data = _starts(form, X)
     n = math.prod(shape)
     if n == 0 or k == 0:
         raise ValueError("a function without inputs or without outputs has no slope")
-    points = _random(_CHUNK, shape, 1.0, rng) if data is None else data
-    lengths = np.sqrt((points.reshape(len(points), n).astype(np.float64) ** 2).sum(1))
-    scale = float(np.median(lengths)) or 1.0
-    if data is not None and steps > 0:
-        points = np.concatenate([data, _random(2 * _STARTS, shape, scale / math.sqrt(n), rng)])
+    rng = np.random.default_rng(seed)
+    points = _random(BATCH, shape, 1.0, rng) if X is None else X
+    data = survey(form, points, p, _STARTS, _FINALISTS, layers, rng)
+    xs, vs = data.starts, data.directions
+    if X is not None and steps > 0 and within is None:  # a few that the data do not know
+        other = survey(
+            form, _random(2 * _STARTS, shape, data.size / math.sqrt(n), rng), p, _STARTS // 4, 0, False, rng
+        )
+        xs = np.concatenate([xs[: _STARTS - len(other.starts)], other.starts])
+        vs = np.concatenate([vs[: _STARTS - len(other.starts)], other.directions])
+    region = _region(within, p, data, xs)
 
-    xs, vs = _best_starts(form, points, p, rng)
     key = jax.random.key(seed)
     none = jnp.zeros((_STARTS, k), jnp.float32)
-    size = jnp.asarray(scale, jnp.float32)
-    climbed = _climb.climb(form, jnp.asarray(xs), jnp.asarray(vs), none, size, key, p, int(steps), False)
+    size = jnp.asarray(data.size, jnp.float32)
+    climbed = _climb.climb(
+        form, jnp.asarray(xs), jnp.asarray(vs), none, size, key, region.device(), p, int(steps), False
+    )
     xs, vs, scores = (np.asarray(a) for a in climbed)
     order = np.argsort(-scores, kind="stable")
-    final = xs[order[:_FINALISTS]]
-    centres = [xs[order].reshape(-1, n)]
+    final = order[:_FINALISTS]
+    centres, members = [xs[order].reshape(-1, n)], [order]
     directions = [vs[order].reshape(-1, n).astype(np.float64)]
     if k * n <= _DENSE_ENTRIES or pairwise:
-        for x in final if k * n <= _DENSE_ENTRIES else final[:1]:
-            rows = np.asarray(_climb.jacobian(form, jnp.asarray(x)))
-            centres.append(x.reshape(1, n))
+        for s in final if k * n <= _DENSE_ENTRIES else final[:1]:
+            rows = np.asarray(_climb.jacobian(form, jnp.asarray(xs[s])))
+            centres.append(xs[s].reshape(1, n))
+            members.append(final[final == s])
             directions.append(_best_direction(rows, p)[None])
-    found = _quotients(form, *_lines(np.concatenate(centres), np.concatenate(directions), scale), p, pairwise)
+    lines = _lines(np.concatenate(centres), np.concatenate(directions), data.size, np.concatenate(members))
+    found = _quotients(form, *region.hold(*lines), p, pairwise)
+    if len(data.pairs):
+        first, second = data.pairs.astype(np.float64).reshape(-1, 2, n).swapaxes(0, 1)
+        found = found.with_(_quotients(form, first, second, p, pairwise))
     if pairwise and k > 1:
-        extra = _climb_pairs(form, final, p, int(steps), size, key, scale)
-        better = found if found.value >= extra.value else extra
-        assert found.pairs is not None and extra.pairs is not None
-        found = _Quotients(better.value, better.witness, np.maximum(found.pairs, extra.pairs))
+        found = found.with_(_climb_pairs(form, xs, final, region, p, int(steps), size, key, data.size))
 
     witness = None
     if found.witness is not None:
         witness = (found.witness[0].reshape(shape), found.witness[1].reshape(shape))
     notes = () if found.value > 0 else ("no slope above rounding was found at the points tried",)
-    seconds = time.perf_counter() - begin
+    if within is not None:
+        where = (
+            "the range of the data"
+            if within == "range"
+            else f"distance {within:g} ({NORM_NAMES[p]}) of the data"
+        )
+        notes = (*notes, f"attained within {where}")
     return LowerBound(
-        found.value, p, "empirical", seconds, witness=witness, notes=notes, pairwise=found.pairs
+        found.value,
+        p,
+        "empirical",
+        time.perf_counter() - begin,
+        witness=witness,
+        notes=notes,
+        pairwise=found.pairs,
+        layers=_layers(form, data, p) if layers else (),
     )
 
 
+def _layers(form: Any, data: Survey, p: float) -> tuple[LayerBound, ...]:
+    """The ratios at the points that the pass chose, in float64 and lowered: for any W the computed ||W u|| exceeds
+    ||W|| ||u|| by no more than the factor 1 + n^1.5 units of rounding, which the allowance covers."""
+    with jax.enable_x64(True):
+        table = np.asarray(layer_ratios64(form, jnp.asarray(data.layers, jnp.float64), p))
+    names = {-1: "x"} | {k: f"tap {k} ({tap.name})" for k, tap in enumerate(form.taps)}
+    names[len(form.taps)] = "output"
+    made = []
+    for k, sources in enumerate(direct_sources(form.program)):
+        columns = sum(form.in_size if j < 0 else form.taps[j].size_out for j in sources)
+        rows = form.num_outputs if k == len(form.taps) else form.taps[k].size_in
+        value = float(table[k, k]) * (1 - _RELATIVE - 4 * columns**1.5 * 2.0**-53)
+        source = ", ".join(names[j] for j in sources) or "nothing"
+        path = "" if k == len(form.taps) else form.taps[k].path
+        made.append(
+            LayerBound(source, names[k], (rows, columns), max(value, 0.0), int(data.examples[k]), path)
+        )
+    return tuple(made)
+
+
+@dataclass(frozen=True)
+class _Region:
+    """Where points may lie: low <= x <= high, and ||x - centres[s]||_p <= radius for start s; flat float64."""
+
+    p: float
+    radius: float
+    centres: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    shape: tuple[int, ...]
+
+    def device(self) -> Any:
+        """(centres, radius, low, high) for `_climb.climb`, or None where every point is allowed."""
+        if math.isinf(self.radius) and np.isinf(self.low).all():
+            return None
+        spare = _SPARE * (self.high - self.low) if np.isfinite(self.low).all() else 0.0
+        box = (jnp.asarray(a.reshape(self.shape), jnp.float32) for a in (self.low + spare, self.high - spare))
+        centres = jnp.asarray(self.centres.reshape(-1, *self.shape), jnp.float32)
+        return (centres, jnp.asarray((1 - _SPARE) * self.radius, jnp.float32), *box)
+
+    def hold(
+        self, first: np.ndarray, second: np.ndarray, member: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Point pairs whose two ends lie in the region of their start; clipped to the range first."""
+        if math.isinf(self.radius) and np.isinf(self.low).all():
+            return first, second
+        first, second = (np.clip(a, self.low, self.high) for a in (first, second))
+        near = [_norm(a - self.centres[member], self.p) <= self.radius for a in (first, second)]
+        return first[near[0] & near[1]], second[near[0] & near[1]]
+
+
+def _region(within: float | str | None, p: float, data: Survey, starts: np.ndarray) -> _Region:
+    n = data.low.size
+    radius, low, high = math.inf, np.full(n, -np.inf), np.full(n, np.inf)
+    if isinstance(within, str) and within == "range":
+        low, high = data.low.ravel(), data.high.ravel()
+    elif isinstance(within, str) or isinstance(within, bool):
+        raise ValueError(f'within must be None, "range" or a radius > 0, got {within!r}')
+    elif within is not None:
+        radius = float(within)
+        if not (math.isfinite(radius) and radius > 0):
+            raise ValueError(f'within must be None, "range" or a radius > 0, got {within!r}')
+    return _Region(p, radius, starts.reshape(-1, n).astype(np.float64), low, high, data.low.shape)
+
+
 def _climb_pairs(
-    form: Any, final: np.ndarray, p: float, steps: int, size: jax.Array, key: jax.Array, scale: float
+    form: Any,
+    xs: np.ndarray,
+    final: np.ndarray,
+    region: _Region,
+    p: float,
+    steps: int,
+    size: jax.Array,
+    key: jax.Array,
+    scale: float,
 ) -> _Quotients:
     """Difference quotients for the pairs with the largest Jacobian row differences, after their own climb."""
-    k, n = int(form.num_outputs), final[0].size
-    rows = np.asarray(_climb.jacobian(form, jnp.asarray(final[0])), dtype=np.float64)
+    k, n = int(form.num_outputs), xs[0].size
+    rows = np.asarray(_climb.jacobian(form, jnp.asarray(xs[final[0]])), dtype=np.float64)
     gram = rows @ rows.T  # only ranks the pairs: nothing is claimed from it
     square = np.diagonal(gram)
     i, j = np.triu_indices(k, 1)
@@ -267,99 +339,14 @@ def _climb_pairs(
     i, j = i[rank], j[rank]
     functionals = np.zeros((i.size, k), np.float32)
     functionals[np.arange(i.size), i], functionals[np.arange(i.size), j] = 1.0, -1.0
-    starts = final[np.arange(i.size) % len(final)]
+    member = final[np.arange(i.size) % len(final)]
+    starts = xs[member]
     slopes = np.stack([_pair_direction(row, p) for row in rows[i] - rows[j]])
     lengths = np.maximum(_norm(slopes, p), np.finfo(np.float64).tiny)[:, None]
     v = jnp.asarray((slopes / lengths).reshape(starts.shape), jnp.float32)
-    climbed = _climb.climb(form, jnp.asarray(starts), v, jnp.asarray(functionals), size, key, p, steps, True)
-    xs, vs = (np.asarray(a).reshape(i.size, n) for a in climbed[:2])
-    return _quotients(form, *_lines(xs, vs, scale), p, True)
-
-
-@dataclass(frozen=True)
-class Bracket:
-    """lower.value <= L <= upper.value; `ratio` = upper / lower (0 / 0 is 1)."""
-
-    lower: LowerBound
-    upper: UpperBound
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.lower, LowerBound) or not isinstance(self.upper, UpperBound):
-            raise TypeError(
-                f"a bracket is a LowerBound and an UpperBound, "
-                f"got {type(self.lower).__name__} and {type(self.upper).__name__}"
-            )
-        check_order(self.lower, self.upper)
-
-    @property
-    def ratio(self) -> float:
-        if self.lower.value == 0.0:
-            return 1.0 if self.upper.value == 0.0 else math.inf
-        return self.upper.value / self.lower.value
-
-    def __repr__(self) -> str:
-        low, high = show(self.lower.value, "down"), show(self.upper.value, "up")
-        norm, ratio = NORM_NAMES[self.upper.norm], show(self.ratio, "up", 4)
-        return (
-            f"Bracket: {low} <= L <= {high}  ({norm}, ratio {ratio})\n"
-            f"  lower  {self.lower.method}\n  upper  {self.upper.method}, {self.upper.guarantee}"
-        )
-
-    def plot(self, ax: Any = None) -> Any:
-        """The interval as a bar; returns the matplotlib Axes."""
-        ax = new_axes(height=2.0) if ax is None else ax
-        ax.barh([0], [self.upper.value - self.lower.value], left=[self.lower.value], color="#4477aa")
-        ax.set(yticks=[], xlabel=f"L ({NORM_NAMES[self.upper.norm]})", title=repr(self).splitlines()[0])
-        return ax
-
-
-def check_order(lower: LowerBound, upper: UpperBound) -> None:
-    """GuaranteeError if an attained slope (or a pair's) exceeds the bound; ValueError if norms differ."""
-    if lower.norm != upper.norm:
-        a, b = NORM_NAMES[lower.norm], NORM_NAMES[upper.norm]
-        raise ValueError(f"a lower bound in {a} and an upper bound in {b} say nothing about each other")
-    clash = (
-        ""
-        if lower.value <= upper.value
-        else f"L >= {lower.value!r} but {upper.method} says L <= {upper.value!r}"
+    here = replace(region, centres=region.centres[member])
+    climbed = _climb.climb(
+        form, jnp.asarray(starts), v, jnp.asarray(functionals), size, key, here.device(), p, steps, True
     )
-    if not clash and lower.pairwise is not None and upper.pairwise is not None:
-        above = np.argwhere(lower.pairwise > upper.pairwise)
-        if len(above):
-            i, j = (int(c) for c in above[0])
-            low, high = float(lower.pairwise[i, j]), float(upper.pairwise[i, j])
-            clash = f"L_{i},{j} >= {low!r} but {upper.method} says L_{i},{j} <= {high!r}"
-    if clash:
-        cause = (
-            "the slopes declared for a registered activation are false"
-            if upper.guarantee == "assumed"
-            else "this is a bug of lipbounds, please report it"
-        )
-        raise GuaranteeError(f"{clash} ({upper.guarantee}), and both cannot hold: {cause}")
-
-
-def bracket(
-    form: Any,
-    X: Any = None,
-    norm: Any = 2,
-    pairwise: bool = False,
-    guarantee: str = "auto",
-    seed: int = 0,
-    upper: UpperBound | None = None,
-) -> Bracket:
-    """A lower and an upper bound of L together, and their ratio.
-
-    The lower one is `empirical(form, X)`, the upper one `liplt(form)` unless another `upper` is passed
-    (its norm is used then). guarantee="estimate" is refused: an estimate bounds nothing.
-    """
-    if guarantee == "estimate":
-        raise ValueError("a bracket needs a bound: guarantee='estimate' gives none")
-    if upper is None:
-        from lipbounds.liplt import liplt
-
-        made = liplt(form, norm=check_norm(norm), pairwise=pairwise, guarantee=guarantee, seed=seed)
-    else:
-        made = upper
-    if not isinstance(made, UpperBound):
-        raise TypeError(f"a bracket needs an UpperBound, got {type(made).__name__}")
-    return Bracket(empirical(form, X, made.norm, pairwise, seed=seed), made)
+    ends, vs = (np.asarray(a).reshape(i.size, n) for a in climbed[:2])
+    return _quotients(form, *here.hold(*_lines(ends, vs, scale, np.arange(i.size))), p, True)

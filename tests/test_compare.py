@@ -15,7 +15,8 @@ import pytest
 import lipbounds as lb
 from lipbounds import compare as compare_function
 from lipbounds.bound import Estimate, LowerBound, UpperBound
-from lipbounds.empirical import Bracket, bracket, check_order, empirical
+from lipbounds.bracket import Bracket, bracket, check_order
+from lipbounds.empirical import empirical
 from lipbounds.errors import GuaranteeError, Unsupported, UnsupportedError
 
 table = importlib.import_module("lipbounds.compare")
