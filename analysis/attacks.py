@@ -1,13 +1,20 @@
-"""Projected gradient descent: adversarial examples, and with them an upper bound of the robust accuracy.
+"""Gradient attacks: adversarial examples, and with them an upper bound of the robust accuracy.
 
-Every step moves along the steepest ascent direction of the loss and projects onto
+Every step of projected gradient descent moves along the steepest ascent direction of the loss and projects onto
 
     { x' : ||x' - x||_p <= eps,  low <= x' <= high }
 
-(Madry, Makelov, Schmidt, Tsipras, Vladu, "Towards deep learning models resistant to adversarial attacks", ICLR 2018;
-the margin loss is that of Carlini and Wagner, "Towards evaluating the robustness of neural networks", 2017, without
-its penalty). What is returned is checked again on the host in float64, so an example that is reported lies within eps
-and in the box, exactly.
+(Madry, Makelov, Schmidt, Tsipras, Vladu, "Towards deep learning models resistant to adversarial attacks", ICLR 2018).
+One full step from x is the fast gradient sign method (Goodfellow, Shlens, Szegedy, "Explaining and harnessing
+adversarial examples", ICLR 2015).
+
+The margin loss is that of Carlini and Wagner, "Towards evaluating the robustness of neural networks", 2017: their f6
+for an attack without a target is max(z_y - max over i != y of z_i, -kappa), which is decreased; here kappa is infinite
+and their penalty on the distance is the ball. With kappa = 0 the steps are the same up to the first success and end
+there, so the same examples are broken: "cw" is another name of "margin".
+
+What any attack returns is checked again on the host in float64, so an example that is reported lies within eps and in
+the box, exactly; `search` does that for all of them.
 
 The network is evaluated as it is given, in float32 with matrix products at the highest precision (no TF32). A success
 closer to the decision boundary than float32 resolves is thus one of the float32 program, and not necessarily of the
@@ -29,7 +36,7 @@ from flax import nnx
 
 from lipbounds.bound import NORM_NAMES, check_norm
 
-LOSSES = ("margin", "ce")
+LOSSES = ("margin", "ce", "cw")
 Progress = Callable[[str], None]
 
 _INSIDE = 1 - 2e-6  # of eps on the device, so that float32 rounding seldom leaves the ball
@@ -102,7 +109,8 @@ def pgd(
         steps: gradient steps per restart.
         restarts: the first starts at x, the others uniformly in the ball.
         step_size: length of a step in `norm`, in the units of x; None is 2.5 eps / steps.
-        loss: that is increased: "margin", the largest other logit minus the label's, or "ce", the cross-entropy.
+        loss: that is increased: "margin", the largest other logit minus the label's, also known as "cw" (see above),
+            or "ce", the cross-entropy, whose gradient vanishes in float32 where the logits are far apart.
         seed: of the random starts, which depend on nothing else but the example's index and the restart.
         low, high: the box, which holds x.
         batch_size: examples at once; all chunks run the same compiled programs.
@@ -115,42 +123,118 @@ def pgd(
         ValueError: shapes, labels out of range, values that are not finite, x outside the box, negative or NaN eps, an
             unknown norm or loss, no example, logits that are not finite.
     """
-    p = check_norm(norm)
-    if p == 1:
-        raise ValueError("pgd attacks in norm 2 or inf, not 1")
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
-    for name, value, least in (("steps", steps, 0), ("restarts", restarts, 1), ("batch_size", batch_size, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+    steps, restarts = whole("steps", steps, 0), whole("restarts", restarts)
     if step_size is not None and not (math.isfinite(step_size) and step_size > 0):
         raise ValueError(f"step_size must be a number > 0, got {step_size!r}")
-    model, weights = _split(fn)
+    key = jax.random.key(seed)
+
+    def find(problem: Problem) -> jax.Array:
+        return _ascend(problem, "ce" if loss == "ce" else "margin", steps, restarts, step_size, key)
+
+    name = "FGSM" if steps == 1 and step_size is None else "PGD"
+    box: dict[str, Any] = {"low": low, "high": high}
+    return search(
+        name, find, fn, x, y, eps, norm=norm, loss=loss, batch_size=batch_size, progress=progress, **box
+    )
+
+
+def fgsm(
+    fn: Any,
+    x: Any,
+    y: Any,
+    eps: Any,
+    *,
+    norm: Any = 2,
+    loss: str = "ce",
+    low: float = 0.0,
+    high: float = 1.0,
+    batch_size: int = 256,
+    progress: Progress | None = None,
+) -> Attack:
+    """One step of length eps from x, along the sign of the loss's gradient (norm inf) or along the gradient (norm 2).
+
+    Coordinates that the step would push out of the box stay where they are: in norm inf as if clipped; in norm 2 the
+    others make up for them. Arguments, errors and result are those of `pgd`, of which this is the case of one step;
+    where the step does not lower the margin, `adversarial` is x itself.
+    """
+    box: dict[str, Any] = {"low": low, "high": high}
+    return pgd(fn, x, y, eps, norm=norm, steps=1, loss=loss, batch_size=batch_size, progress=progress, **box)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+    """What an attack is given: a network and B examples at once.
+
+    where   x (B, *shape), radii (B,), finite and a little below those asked for, and low and high of the box
+    labels  (B,);  index  (B,) numbers of the examples, so that what is random depends on no batch
+    """
+
+    model: Model
+    weights: Any
+    norm: float
+    where: tuple[jax.Array, jax.Array, np.float32, np.float32]
+    labels: jax.Array
+    index: jax.Array
+
+
+def search(
+    name: str,
+    find: Callable[[Problem], Any],
+    fn: Any,
+    x: Any,
+    y: Any,
+    eps: Any,
+    *,
+    norm: Any,
+    loss: str,
+    low: float,
+    high: float,
+    batch_size: int,
+    progress: Progress | None,
+) -> Attack:
+    """Run the attack `find` chunk by chunk and check what it found: the part that all attacks share.
+
+    `find` returns (B, *shape) points of small margin, up to rounding in ball and box.
+    """
+    p = check_norm(norm)
+    if p == 1:
+        raise ValueError("attacks are in norm 2 or inf, not 1")
+    model, weights = split(fn)
     box = _box(low, high)
-    points, labels = _examples(x, y, box)
+    points = as_points(x)
+    labels = as_labels(y, len(points))
+    if points.min() < box[0] or points.max() > box[1]:
+        raise ValueError(
+            f"x must lie in the box [{box[0]:g}, {box[1]:g}], got values from {points.min():g} to {points.max():g}: "
+            "set low and high"
+        )
     radii = _radii(eps, len(points))
-    size = min(batch_size, len(points))
-    _check_logits(model, weights, points, labels, size)
+    size = min(whole("batch_size", batch_size), len(points))
+    count_classes(model, weights, (size, *points.shape[1:]), labels)
     # Beyond the box's diameter nothing changes, and float32 has no room for infinite steps.
     reach = np.minimum(radii, float(box[1] - box[0]) * (math.sqrt(points[0].size) if p == 2 else 1.0))
-    pace = np.full(len(points), step_size) if step_size else 2.5 * reach / max(steps, 1)
-    run = _Run(model, weights, p, loss, int(steps), int(restarts), box, jax.random.key(seed))
+    inner = (reach * _INSIDE).astype(np.float32)
 
     found = np.empty_like(points)
     before, after = np.empty(len(points), np.float32), np.empty(len(points), np.float32)
     for start in range(0, len(points), size):
-        rows = np.arange(start, start + size).clip(
-            max=len(points) - 1
-        )  # the last chunk repeats its last example
+        # the last chunk repeats its last example
+        rows = np.arange(start, start + size).clip(max=len(points) - 1)
         kept = slice(start, min(start + size, len(points)))
         count = kept.stop - kept.start
+        where = (jnp.asarray(points[rows]), jnp.asarray(inner[rows]), *box)
+        problem = Problem(
+            model, weights, p, where, jnp.asarray(labels[rows], jnp.int32), jnp.asarray(rows, jnp.int32)
+        )
         with jax.default_matmul_precision("highest"):
-            before[kept] = run.margins(points[rows], labels[rows])[:count]
-            raw = run.attack(points[rows], labels[rows], reach[rows], pace[rows], rows)
+            before[kept] = np.asarray(margins(model, weights, where[0], problem.labels))[:count]
+            raw = np.asarray(find(problem))
             found[kept] = _settle(points[kept], raw[:count], radii[kept], p, box)
-            after[kept] = run.margins(found[rows], labels[rows])[:count]
+            after[kept] = np.asarray(margins(model, weights, found[rows], problem.labels))[:count]
         if progress is not None:
-            progress(f"PGD in {NORM_NAMES[p]}: {kept.stop} of {len(points)} examples")
+            progress(f"{name} in {NORM_NAMES[p]}: {kept.stop} of {len(points)} examples")
     if not np.isfinite(before).all():
         raise ValueError(f"the logits of example {int(np.argmin(np.isfinite(before)))} are not finite")
     correct = before > 0
@@ -172,7 +256,7 @@ def length(a: np.ndarray, b: np.ndarray, norm: float) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------------ on the device
 @dataclasses.dataclass(frozen=True)
-class _Model:
+class Model:
     """An nnx module without its weights, or any other callable; equal ones share what is compiled."""
 
     graph: Any
@@ -183,55 +267,36 @@ class _Model:
         return nnx.merge(self.graph, weights, copy=True)(batch)
 
 
-def _split(fn: Any) -> tuple[_Model, Any]:
+def split(fn: Any) -> tuple[Model, Any]:
+    """(model, its weights or None), so that weights are arguments of what is compiled. TypeError if not callable."""
     if isinstance(fn, nnx.Module):
         graph, weights = nnx.split(fn)
-        return _Model(graph), weights
+        return Model(graph), weights
     if not callable(fn):
-        raise TypeError(f"pgd attacks a function from a batch to logits, got {type(fn).__name__}")
-    return _Model(fn), None
+        raise TypeError(f"a network is a function from a batch to logits, got {type(fn).__name__}")
+    return Model(fn), None
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Run:
-    """One attack on chunks of one size: what is compiled, and in which order it runs."""
-
-    model: _Model
-    weights: Any
-    norm: float
-    loss: str
-    steps: int
-    restarts: int
-    box: tuple[np.float32, np.float32]
-    key: jax.Array
-
-    def margins(self, points: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        return np.asarray(_margins(self.model, self.weights, points, labels))
-
-    def attack(
-        self, x: np.ndarray, y: np.ndarray, eps: np.ndarray, pace: np.ndarray, index: np.ndarray
-    ) -> np.ndarray:
-        """(B, *shape): the points of smallest margin, up to rounding inside ball and box."""
-        where = (jnp.asarray(x), jnp.asarray(eps * _INSIDE, jnp.float32), *self.box)
-        lengths, labels = jnp.asarray(pace, jnp.float32), jnp.asarray(y)
-        best = (where[0], jnp.full(len(x), jnp.inf, jnp.float32))
-        stride = _stride(self.steps)
-        for restart in range(self.restarts):
-            point = where[0]
-            if restart:
-                point = _start(jax.random.fold_in(self.key, restart), jnp.asarray(index), where, self.norm)
-            left = self.steps
-            while left:
-                now = min(stride, left)
-                point, best = _advance(
-                    self.model, self.weights, where, labels, lengths, point, best, self.norm, self.loss, now
-                )
-                left -= now
-            best = _keep(point, _margins(self.model, self.weights, point, labels), best)
-        return np.asarray(best[0])
+def _ascend(
+    problem: Problem, loss: str, steps: int, restarts: int, step_size: float | None, key: jax.Array
+) -> jax.Array:
+    """(B, *shape): the points of smallest margin that any restart came by."""
+    model, weights, where, labels = problem.model, problem.weights, problem.where, problem.labels
+    (x, eps, _, _), norm = where, problem.norm
+    lengths = jnp.full_like(eps, step_size) if step_size else eps * np.float32(2.5 / max(steps, 1))
+    best = (x, jnp.full(len(x), jnp.inf, jnp.float32))
+    for restart in range(restarts):
+        point = x if not restart else _start(jax.random.fold_in(key, restart), problem.index, where, norm)
+        left = steps
+        while left:
+            now = min(stride(steps), left)
+            point, best = _advance(model, weights, where, labels, lengths, point, best, norm, loss, now)
+            left -= now
+        best = keep(point, margins(model, weights, point, labels), best)
+    return best[0]
 
 
-def _stride(steps: int) -> int:
+def stride(steps: int) -> int:
     """Steps per call: all in one scan on accelerators, one on CPUs, whose convolutions are slow inside loops.
 
     Measured for the gradient of 4C3F on two cores: 4 (jax 0.10) and 8 times (jax 0.12) slower in a scan.
@@ -239,7 +304,7 @@ def _stride(steps: int) -> int:
     return 1 if jax.default_backend() == "cpu" else max(steps, 1)
 
 
-def _margin(z: jax.Array, y: jax.Array) -> jax.Array:
+def margin_of(z: jax.Array, y: jax.Array) -> jax.Array:
     """(B,) z_y - max over i != y of z_i."""
     own = jnp.take_along_axis(z, y[:, None], axis=1)[:, 0]
     others = jnp.where(jnp.arange(z.shape[1]) == y[:, None], -jnp.inf, z)
@@ -247,19 +312,19 @@ def _margin(z: jax.Array, y: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
-def _margins(model: _Model, weights: Any, points: jax.Array, labels: jax.Array) -> jax.Array:
-    return _margin(model(weights, points).astype(jnp.float32), labels)
+def margins(model: Model, weights: Any, points: jax.Array, labels: jax.Array) -> jax.Array:
+    return margin_of(model(weights, points).astype(jnp.float32), labels)
 
 
 @jax.jit
-def _keep(point: jax.Array, margin: jax.Array, best: Any) -> Any:
+def keep(point: jax.Array, margin: jax.Array, best: Any) -> Any:
     better = margin < best[1]
-    return jnp.where(_as(better, point), point, best[0]), jnp.where(better, margin, best[1])
+    return jnp.where(per_example(better, point), point, best[0]), jnp.where(better, margin, best[1])
 
 
 @functools.partial(jax.jit, static_argnames=("model", "norm", "loss", "steps"))
 def _advance(
-    model: _Model,
+    model: Model,
     weights: Any,
     where: Any,
     labels: jax.Array,
@@ -274,7 +339,7 @@ def _advance(
 
     def objective(point: jax.Array) -> Any:
         z = model(weights, point).astype(jnp.float32)
-        margin = _margin(z, labels)
+        margin = margin_of(z, labels)
         if loss == "margin":
             return -margin.sum(), margin
         own = jnp.take_along_axis(jax.nn.log_softmax(z), labels[:, None], axis=1)
@@ -283,9 +348,9 @@ def _advance(
     def step(carry: Any, _: None) -> Any:
         point, best = carry
         gradient, margin = jax.grad(objective, has_aux=True)(point)
-        best = _keep(point, margin, best)
-        moved = point + _as(lengths, point) * _steepest(gradient, point, where, norm)
-        return (_project(moved, where, norm), best), None
+        best = keep(point, margin, best)
+        moved = point + per_example(lengths, point) * _steepest(gradient, point, where, norm)
+        return (project(moved, where, norm), best), None
 
     return jax.lax.scan(step, (point, best), None, length=steps)[0]
 
@@ -302,7 +367,7 @@ def _steepest(gradient: jax.Array, point: jax.Array, where: Any, norm: float) ->
     return g / jnp.maximum(jnp.sqrt(jnp.square(g).sum(axis=axes, keepdims=True)), 1e-37)
 
 
-def _project(point: jax.Array, where: Any, norm: float) -> jax.Array:
+def project(point: jax.Array, where: Any, norm: float) -> jax.Array:
     """Into the ball and then into the box, which keeps it in the ball: clipping moves every coordinate towards x.
 
     In l-inf this is the nearest point of both. In l2 it may lie deeper in the ball than need be, which the next steps
@@ -310,11 +375,11 @@ def _project(point: jax.Array, where: Any, norm: float) -> jax.Array:
     digits, at several times the cost of a step.
     """
     x, eps, low, high = where
-    shift, radius = point - x, _as(eps, point)
+    shift, radius = point - x, per_example(eps, point)
     if norm == math.inf:
         shift = jnp.clip(shift, -radius, radius)
     else:
-        shift = shift * _as(jnp.minimum(1.0, eps / jnp.maximum(_l2(shift), 1e-37)), point)
+        shift = shift * per_example(jnp.minimum(1.0, eps / jnp.maximum(_l2(shift), 1e-37)), point)
     return jnp.clip(x + shift, low, high)
 
 
@@ -335,10 +400,10 @@ def _start(key: jax.Array, index: jax.Array, where: Any, norm: float) -> jax.Arr
         share = jax.random.uniform(size, (), jnp.float32) ** (1.0 / math.prod(x.shape[1:]))
         return v * (share / jnp.sqrt(jnp.square(v).sum()))
 
-    return jnp.clip(x + _as(eps, x) * jax.vmap(draw)(index), low, high)
+    return jnp.clip(x + per_example(eps, x) * jax.vmap(draw)(index), low, high)
 
 
-def _as(values: Any, like: Any) -> Any:
+def per_example(values: Any, like: Any) -> Any:
     """One value per example, in the shape that broadcasts against the examples."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
@@ -354,10 +419,10 @@ def _settle(
         over = far > eps
         if not over.any():
             return settled
-        scale = _as(eps[over] / far[over] * (1 - 2.0 ** (power - _SHRINKS)), x)
+        scale = per_example(eps[over] / far[over] * (1 - 2.0 ** (power - _SHRINKS)), x)
         exact = x[over].astype(np.float64)
         settled[over] = (exact + scale * (settled[over] - exact)).astype(np.float32)
-    return np.where(_as(length(settled, x, norm) > eps, x), x, settled)
+    return np.where(per_example(length(settled, x, norm) > eps, x), x, settled)
 
 
 def _box(low: Any, high: Any) -> tuple[np.float32, np.float32]:
@@ -372,25 +437,33 @@ def _box(low: Any, high: Any) -> tuple[np.float32, np.float32]:
     return bottom, top
 
 
-def _examples(x: Any, y: Any, box: tuple[np.float32, np.float32]) -> tuple[np.ndarray, np.ndarray]:
-    points, labels = np.asarray(x), np.asarray(y)
+def as_points(x: Any) -> np.ndarray:
+    """Examples (N, *shape) in float32; ValueError unless they are floating point, finite and at least one."""
+    points = np.asarray(x)
     if points.dtype.kind != "f" and points.dtype.name != "bfloat16":
         raise ValueError(f"x must be floating point in the units of the network's input, got {points.dtype}")
     if points.ndim < 2 or not points.size:
         raise ValueError(f"x must hold examples of shape (N, ...), at least one, got shape {points.shape}")
-    if labels.shape != points.shape[:1] or labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"y must hold {len(points)} integer labels, got shape {labels.shape}, dtype {labels.dtype}"
-        )
     points = points.astype(np.float32)
     if not np.isfinite(points).all():
         raise ValueError("x holds NaN or infinite values")
-    if points.min() < box[0] or points.max() > box[1]:
+    return points
+
+
+def as_labels(y: Any, count: int) -> np.ndarray:
+    labels = np.asarray(y)
+    if labels.shape != (count,) or labels.dtype.kind not in "iu":
         raise ValueError(
-            f"x must lie in the box [{box[0]:g}, {box[1]:g}], got values from {points.min():g} to {points.max():g}: "
-            "set low and high"
+            f"y must hold {count} integer labels, got shape {labels.shape}, dtype {labels.dtype}"
         )
-    return points, labels.astype(np.int32)
+    return labels
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """`value` if it is a whole number of at least `least`, else ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+    return value
 
 
 def _radii(eps: Any, count: int) -> np.ndarray:
@@ -402,11 +475,12 @@ def _radii(eps: Any, count: int) -> np.ndarray:
     return np.broadcast_to(radii, count).copy()
 
 
-def _check_logits(model: _Model, weights: Any, x: np.ndarray, y: np.ndarray, size: int) -> None:
-    batch = jax.ShapeDtypeStruct((size, *x.shape[1:]), jnp.float32)
-    z = jax.eval_shape(lambda w, b: model(w, b), weights, batch)
-    shape = getattr(z, "shape", None)
-    if shape is None or len(shape) != 2 or shape[0] != size or shape[1] < 2:
-        raise ValueError(f"fn must map {batch.shape} to logits ({size}, K) with K >= 2, got {shape}")
-    if y.min() < 0 or y.max() >= shape[1]:
-        raise ValueError(f"labels must lie in 0..{shape[1] - 1}, got {y.min()}..{y.max()}")
+def count_classes(model: Model, weights: Any, shape: tuple[int, ...], labels: np.ndarray | None) -> int:
+    """K, if batches of this shape are mapped to logits (B, K) and the labels lie in 0..K-1; else ValueError."""
+    z = jax.eval_shape(lambda w, b: model(w, b), weights, jax.ShapeDtypeStruct(shape, jnp.float32))
+    found = getattr(z, "shape", None)
+    if found is None or len(found) != 2 or found[0] != shape[0] or found[1] < 2:
+        raise ValueError(f"fn must map {shape} to logits ({shape[0]}, K) with K >= 2, got {found}")
+    if labels is not None and (labels.min() < 0 or labels.max() >= found[1]):
+        raise ValueError(f"labels must lie in 0..{found[1] - 1}, got {labels.min()}..{labels.max()}")
+    return int(found[1])

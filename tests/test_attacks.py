@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from lipbounds.analysis import attacks
-from lipbounds.analysis.attacks import pgd
+from lipbounds.analysis.attacks import fgsm, pgd
 
 NORMS = [2, math.inf]
 
@@ -153,7 +153,7 @@ def test_a_step_goes_along_the_box_and_ends_in_ball_and_box(rng, norm):
     moved = (
         x + rng.normal(size=x.shape).astype(np.float32) * np.logspace(-3, 1, 20, dtype=np.float32)[:, None]
     )
-    point = np.asarray(attacks._project(jnp.asarray(moved), where, norm))
+    point = np.asarray(attacks.project(jnp.asarray(moved), where, norm))
     assert (
         point.min() >= 0 and point.max() <= 1 and (attacks.length(point, x, norm) <= 0.3 * (1 + 1e-5)).all()
     )
@@ -258,7 +258,7 @@ def test_weights_are_arguments_of_the_program(rng):
 def test_the_scan_of_accelerators_takes_the_same_steps(rng, net, monkeypatch):
     x, y = images(rng, 20, net)
     stepwise = pgd(net, x, y, 0.3, steps=12, restarts=2)
-    monkeypatch.setattr(attacks, "_stride", lambda steps: 5)  # 5 + 5 + 2
+    monkeypatch.setattr(attacks, "stride", lambda steps: 5)  # 5 + 5 + 2
     scanned = pgd(net, x, y, 0.3, steps=12, restarts=2)
     np.testing.assert_allclose(scanned.margin, stepwise.margin, atol=1e-4)
     np.testing.assert_allclose(scanned.adversarial, stepwise.adversarial, atol=1e-3)
@@ -279,6 +279,73 @@ def test_length_is_never_below_the_truth(rng, count, scale):
     np.testing.assert_allclose(found, exact, rtol=1e-12)
     assert (found >= np.float64(exact) * (1 - 1e-15)).all()
     assert attacks.length(a, a, 2).tolist() == attacks.length(a, a, math.inf).tolist() == [0.0] * count
+
+
+# ------------------------------------------------------------------------------------------ one step, and the CW loss
+@pytest.mark.parametrize("loss", ["margin", "ce"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_fgsm_is_one_full_step_along_the_gradient(rng, net, norm, loss):
+    x = np.float32(0.3) + np.float32(0.4) * images(rng)
+    y = np.asarray(net(jnp.asarray(x))).argmax(1)
+    eps = np.linspace(0.01, 0.29, len(x))
+
+    def objective(point):
+        z = net(point)
+        own = jnp.take_along_axis(z, jnp.asarray(y)[:, None], 1)[:, 0]
+        others = jnp.where(jax.nn.one_hot(y, z.shape[1], dtype=bool), -jnp.inf, z).max(1)
+        return ((others - own) if loss == "margin" else jax.nn.logsumexp(z, axis=1) - own).sum()
+
+    g = np.asarray(jax.grad(objective)(jnp.asarray(x)), np.float64).reshape(len(x), -1)
+    direction = np.sign(g) if norm == math.inf else g / np.linalg.norm(g, axis=1, keepdims=True)
+    expected = x + (eps[:, None] * direction).reshape(x.shape)
+    attack = fgsm(net, x, y, eps, norm=norm, loss=loss)
+    moved = (attack.adversarial != x).any(axis=(1, 2, 3))  # elsewhere the step made the margin larger
+    assert moved.sum() > 30 and attack.success.sum() > 3
+    np.testing.assert_allclose(attack.adversarial[moved], expected[moved], atol=2e-6)
+    far = attacks.length(attack.adversarial, x, norm)[moved]
+    assert (far <= eps[moved]).all() and (far > (1 - 1e-5) * eps[moved]).all()
+    assert attack.loss == loss and (attack.margin <= pgd(net, x, y, 0.0, steps=0).margin).all()
+
+
+def test_fgsm_in_the_whole_box_stays_in_it(rng, net):
+    x, y = images(rng, 20, net)
+    attack = fgsm(net, x, y, np.inf, norm=math.inf)
+    changed = attack.adversarial[(attack.adversarial != x).any(axis=(1, 2, 3))]
+    assert len(changed) > 10 and set(np.unique(changed)) <= {0.0, 1.0} | set(np.unique(x))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_cw_is_margin_and_breaks_what_the_clamped_loss_breaks(rng, net, norm):
+    x, y = images(rng, 40, net)
+    eps = 0.25 if norm == 2 else 0.08
+    margin, cw = (pgd(net, x, y, eps, norm=norm, loss=loss, steps=12) for loss in ("margin", "cw"))
+    np.testing.assert_array_equal(margin.adversarial, cw.adversarial)
+    assert (margin.loss, cw.loss) == ("margin", "cw") and 5 < cw.success.sum() < 35
+
+    def clamped(point):  # f6 with kappa = 0, written out
+        z = net(point)
+        own = jnp.take_along_axis(z, jnp.asarray(y)[:, None], 1)[:, 0]
+        others = jnp.where(jax.nn.one_hot(y, z.shape[1], dtype=bool), -jnp.inf, z).max(1)
+        left = jnp.maximum(own - others, 0.0)
+        return -left.sum(), left
+
+    where = (jnp.asarray(x), jnp.full(40, eps * attacks._INSIDE, jnp.float32), np.float32(0), np.float32(1))
+    point, broken = where[0], np.zeros(40, bool)
+    for _ in range(13):
+        gradient, left = jax.grad(clamped, has_aux=True)(point)
+        broken |= np.asarray(left) == 0
+        step = np.float32(2.5 / 12) * where[1].reshape(-1, 1, 1, 1)
+        point = attacks.project(point + step * attacks._steepest(gradient, point, where, norm), where, norm)
+    np.testing.assert_array_equal(broken, cw.success)
+
+
+def test_the_name_of_a_loss_compiles_nothing(rng):
+    model = network(3)
+    x, y = images(rng, 4, model)
+    pgd(model, x, y, 0.1, steps=3)
+    type(model).traced = 0
+    pgd(model, x, y, 0.1, steps=3, loss="cw")
+    assert type(model).traced == 1  # for the shape of the logits
 
 
 # ----------------------------------------------------------------------------------------------------- bad input
@@ -303,7 +370,7 @@ X, Y = np.full((4, 2, 6, 1), 0.5, np.float32), np.zeros(4, int)
         ({"high": np.inf}, "finite numbers low < high"),
         ({"norm": 1}, "norm 2 or inf, not 1"),
         ({"norm": 3}, "norm must be"),
-        ({"loss": "hinge"}, "margin, ce, got 'hinge'"),
+        ({"loss": "hinge"}, "margin, ce, cw, got 'hinge'"),
         ({"steps": -1}, "steps must be a whole number >= 0"),
         ({"steps": 1.5}, "steps must be a whole number"),
         ({"restarts": 0}, "restarts must be a whole number >= 1"),
