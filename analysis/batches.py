@@ -1,0 +1,65 @@
+"""Data for one pass: an array, or an iterable of batches that need not fit in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+Example = tuple[tuple[int, ...], str]  # shape and dtype of one example
+
+
+def examples(batch: Any, example: Example | None = None) -> np.ndarray:
+    """A batch (n, ...) in the dtype that JAX gives it.
+
+    ValueError for what is not numbers, not finite in float32, or unlike the other examples.
+    """
+    rows = np.asarray(batch)
+    if rows.dtype.kind not in "fiub" and rows.dtype.name != "bfloat16":
+        raise ValueError(f"data must hold numbers, got dtype {rows.dtype}")
+    with np.errstate(over="ignore"):
+        rows = rows.astype(jax.dtypes.canonicalize_dtype(rows.dtype), copy=False)
+        if rows.dtype.kind not in "iub" and not np.isfinite(rows.astype(np.float32)).all():
+            raise ValueError("data hold values that are NaN or infinite in float32")
+    if example is not None and (rows.shape[1:], str(rows.dtype)) != example:
+        raise ValueError(
+            f"every example must have shape {example[0]} and dtype {example[1]}, got {rows.shape[1:]}, {rows.dtype}"
+        )
+    return rows
+
+
+def chunks(data: Any, size: int) -> Iterator[np.ndarray]:
+    """The examples of an array (N, ...), or of an iterable of batches (n, ...) or pairs (x, y) of which x is taken, in
+    arrays of `size` rows, the last one shorter. Read once; no more than `size` rows and one batch are held.
+
+    TypeError where data are neither, ValueError for batches that `examples` refuses.
+    """
+    if hasattr(data, "__array__"):
+        data = [data]
+    elif isinstance(data, str | bytes | Mapping) or not hasattr(data, "__iter__"):
+        raise TypeError(
+            f"data must be an array (N, ...) or an iterable of batches, got {type(data).__name__}"
+        )
+    held: list[np.ndarray] = []
+    count, example = 0, None
+    for item in data:
+        batch = item[0] if isinstance(item, tuple | list) and len(item) == 2 else item
+        if not hasattr(batch, "__array__"):
+            raise ValueError(
+                f"every batch must be an array (n, ...) or a pair (x, y), got {type(item).__name__}"
+            )
+        if not getattr(batch, "shape", ()):
+            raise ValueError("every batch must be an array (n, ...), got a single number")
+        for start in range(0, len(batch), size):
+            rows = examples(batch[start : start + size], example)
+            example = (rows.shape[1:], str(rows.dtype))
+            held.append(rows)
+            count += len(rows)
+            if count >= size:
+                full = np.concatenate(held)
+                yield full[:size]
+                held, count = [full[size:]], count - size
+    if count:
+        yield np.concatenate(held)
