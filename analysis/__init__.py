@@ -1,4 +1,16 @@
-"""The demo's experiment and its report."""
+"""What a network does on data: forged layers and their spectra, attacks, evaluation and reports."""
 
 if not __name__.startswith("lipbounds."):
     raise ImportError("this folder is the package lipbounds.analysis: write `import lipbounds.analysis`")
+
+from lipbounds.analysis.attacks import fgsm as fgsm
+from lipbounds.analysis.attacks import pgd as pgd
+from lipbounds.analysis.diagnostics import diagnose as diagnose
+from lipbounds.analysis.forge_search import search_c_r as search_c_r
+from lipbounds.analysis.forging import forge as forge
+from lipbounds.analysis.forging import load_forged as load_forged
+from lipbounds.analysis.masking import gradient_masking as gradient_masking
+from lipbounds.analysis.smoothing import smooth as smooth
+from lipbounds.analysis.spectra import forged_matrix as forged_matrix
+from lipbounds.analysis.spectra import gershgorin_discs as gershgorin_discs
+from lipbounds.analysis.square import square as square

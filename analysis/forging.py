@@ -38,8 +38,7 @@ from safetensors.numpy import save
 from lipbounds._files import write_atomically
 from lipbounds._tables import show, text_table
 from lipbounds.analysis.attacks import whole
-from lipbounds.analysis.batches import Example, examples
-from lipbounds.analysis.batches import chunks as _chunks
+from lipbounds.analysis.batches import Example, chunks, examples
 from lipbounds.analysis.gates import (
     Gated,
     Peak,
@@ -263,7 +262,7 @@ def track(
     sites: tuple[Site, ...] = ()
     seen: list[dict[str, np.ndarray]] = []
     count = 0
-    for rows in _chunks(data, batch_size):
+    for rows in chunks(data, batch_size):
         if not seen:
             example = (rows.shape[1:], str(rows.dtype))
             sites = choose(model, example, where)

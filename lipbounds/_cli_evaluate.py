@@ -147,8 +147,8 @@ def evaluate(
         from lipbounds.analysis.evaluation_report import write_evaluation_report
         from lipbounds.training import data
 
-        subject = _open(run, dataset)
-        other = None if against is None else _open(against, subject.dataset)
+        subject = open_subject(run, dataset)
+        other = None if against is None else open_subject(against, subject.dataset)
         if other is not None and other.dataset != subject.dataset:
             raise ValueError(f"{against} is a run on {other.dataset}, {run} one on {subject.dataset}")
         factor, explanation = evaluation.paper_units(subject.dataset)
@@ -158,7 +158,7 @@ def evaluate(
             tell(f"reading {subject.dataset}")
             test = data.load(subject.dataset, data_dir if data_dir is not None else subject.data_dir)
             for one in (subject, other):
-                _check_images(one, test)
+                check_images(one, test)
             options: Json = {"images": images, "seed": seed}
             found = evaluation.evaluate(
                 subject.model,
@@ -240,7 +240,7 @@ class _Subject:
         }
 
 
-def _open(path: Path, dataset: str | None) -> _Subject:
+def open_subject(path: Path, dataset: str | None) -> _Subject:
     """A run, or a model file of that data set."""
     from lipbounds.training.data import DATASETS
     from lipbounds.training.runs import open_run
@@ -281,7 +281,7 @@ def _bounds(subject: _Subject, names: list[str], test: Any, tell: Any) -> list[A
     return [bound if name == "lipsdp" else name for name in names]
 
 
-def _check_images(subject: _Subject | None, test: Any) -> None:
+def check_images(subject: _Subject | None, test: Any) -> None:
     if subject is not None and tuple(subject.spec.input_shape) != tuple(test.input_shape):
         raise ValueError(
             f"{subject.path} takes images of shape {tuple(subject.spec.input_shape)}, {test.name} has "

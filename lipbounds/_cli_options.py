@@ -65,14 +65,16 @@ class Scaling(enum.StrEnum):
 class ManyNumbers(TyperCommand):
     """Lets `--eps 0.1 0.25` stand for `--eps 0.1 --eps 0.25`."""
 
+    many = "--eps"
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         spread: list[str] = []
         numbers = False
         for arg in args:
-            if numbers and _is_number(arg) and spread[-1] != "--eps":
-                spread.append("--eps")
+            if numbers and _is_number(arg) and spread[-1] != self.many:
+                spread.append(self.many)
             elif arg.startswith("-") and not _is_number(arg):
-                numbers = arg == "--eps" or arg.startswith("--eps=")
+                numbers = arg == self.many or arg.startswith(f"{self.many}=")
             elif not _is_number(arg):
                 numbers = False
             spread.append(arg)
@@ -81,7 +83,7 @@ class ManyNumbers(TyperCommand):
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        float(text.replace("**", "^").replace("^", "e", 1))  # 2^-7 is one, too
     except ValueError:
         return False
     return True

@@ -1,4 +1,4 @@
-"""The command line: `lipbounds demo`, `bounds`, `certify`, `verify`, `train`, `evaluate`.
+"""The command line: `lipbounds demo`, `bounds`, `certify`, `verify`, `train`, `evaluate`, `forge`.
 
 Exit codes: 0 done, 1 the computation refused or failed (one message on stderr), 2 wrong usage.
 Everything heavy is imported inside the commands.
@@ -27,6 +27,7 @@ from lipbounds._cli_common import (
     write_record,
 )
 from lipbounds._cli_evaluate import ManyValues, evaluate
+from lipbounds._cli_forge import ManyRatios, forge
 from lipbounds._cli_options import (
     AnyVerb,
     CertificateOption,
@@ -92,6 +93,8 @@ def root(
     - `lipbounds train crm --out runs/digits` trains a network for its certified radii
 
     - `lipbounds evaluate runs/digits` attacks and certifies it
+
+    - `lipbounds forge runs/digits` zeroes small activations and measures what that does
 
     What a result is worth is part of it. **verified** holds with every rounding error included,
     **probabilistic** except with a stated probability, **assumed** if what you declared is true; an
@@ -376,6 +379,7 @@ def verify(
 
 app.command()(train)
 app.command(cls=ManyValues)(evaluate)
+app.command(cls=ManyRatios)(forge)
 
 
 def main() -> None:

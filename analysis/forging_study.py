@@ -1,0 +1,309 @@
+"""What forging does to a network, for a range of c_r: accuracy, and every layer; and the paper's claims, one by one.
+
+The claims are those of arXiv 2406.19622 that can be checked on one network. Its tables are made with AutoAttack, which
+is not here: accuracies under PGD and Square bound robust accuracy from above, as AutoAttack's do, less tightly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from lipbounds._tables import html_table, markdown_table, show, text_table
+from lipbounds.analysis.attacks import Progress, pgd
+from lipbounds.analysis.diagnostics import Diagnosis, diagnose
+from lipbounds.analysis.forge_search import CANDIDATES
+from lipbounds.analysis.forging import Forged, Where, forge
+from lipbounds.analysis.masking import INCONCLUSIVE, PASSES, MaskingChecks, differ, p_value
+from lipbounds.analysis.square import square
+from lipbounds.bound import NORM_NAMES, check_norm
+
+Json = dict[str, Any]
+HOLDS, DOES_NOT, OPEN = "holds here", "does not", "open"
+LEVEL = 0.05  # of the tests behind verdicts
+OF_A = 0.95  # the paper: the worst lambda_max(A') is about this share of lambda_max(A)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Row:
+    """One c_r. Accuracies in [0, 1], those under attack are upper bounds of robust accuracy; `diagnosis` on the data.
+
+    correct, withstood   (N,) classified correctly; and still so after PGD
+    zeroed    share of the entries in front of the gates with |x| <= c, mean over the layers; zero: were 0 before
+    constant, constant_forged   largest over the layers of max ||W x|| / ||x|| and max ||W f(x)|| / ||x||; attained
+    """
+
+    c_r: float
+    correct: np.ndarray
+    withstood: np.ndarray
+    square: float
+    diagnosis: Diagnosis
+
+    @property
+    def clean(self) -> float:
+        return float(self.correct.mean())
+
+    @property
+    def pgd(self) -> float:
+        return float(self.withstood.mean())
+
+    @property
+    def zeroed(self) -> float:
+        return float(np.mean([layer.zeroed for layer in self.diagnosis.layers]))
+
+    @property
+    def zero(self) -> float:
+        return float(np.mean([layer.zero for layer in self.diagnosis.layers]))
+
+    @property
+    def constant(self) -> float:
+        return max(layer.constant for layer in self.diagnosis.layers)
+
+    @property
+    def constant_forged(self) -> float:
+        return max(layer.constant_forged for layer in self.diagnosis.layers)
+
+    def to_json(self) -> Json:
+        names = ("c_r", "clean", "pgd", "square", "zeroed", "zero", "constant", "constant_forged")
+        return {name: getattr(self, name) for name in names} | {"diagnosis": self.diagnosis.to_json()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A claim of the paper: "holds here", "does not" or "open" (not tried, or within chance), and the figures."""
+
+    claim: str
+    verdict: str
+    figures: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Study:
+    """rows: one per c_r, ascending; forged: the network with its tracked peaks; settings: plain data."""
+
+    rows: tuple[Row, ...]
+    forged: Forged
+    settings: Json
+
+    def _table(self) -> tuple[list[str], list[list[str]], tuple[int, ...]]:
+        header = ["c_r", "clean", "PGD", "Square", "zeroed", "max |Wx|/|x| >=", "max |Wf(x)|/|x| >="]
+        rows = []
+        for row in self.rows:
+            shares = [f"{100 * share:.2f} %" for share in (row.clean, row.pgd, row.square)]
+            constants = [show(value, "down") for value in (row.constant, row.constant_forged)]
+            rows.append([power_of_two(row.c_r), *shares, f"{100 * row.zeroed:.1f} %", *constants])
+        return header, rows, tuple(range(len(header)))
+
+    def _headline(self) -> str:
+        s = self.settings
+        return (
+            f"{s['kind']} gates in front of {len(self.forged.sites)} layers, {s['images']} images; under attack at eps "
+            f"{show(s['eps'])} in {NORM_NAMES[check_norm(s['norm'])]}, upper bounds of robust accuracy"
+        )
+
+    def __repr__(self) -> str:
+        return f"Study: {self._headline()}\n{text_table(*self._table())}"
+
+    def _repr_html_(self) -> str:
+        return f"<div><b>Study</b>: {html.escape(self._headline())}{html_table(*self._table())}</div>"
+
+    def _repr_markdown_(self) -> str:
+        return f"**Study**: {self._headline()}\n\n{markdown_table(*self._table())}"
+
+    def to_json(self) -> Json:
+        return {"settings": self.settings, "rows": [row.to_json() for row in self.rows]}
+
+
+def power_of_two(c_r: float) -> str:
+    """A c_r as people write it."""
+    power = math.log2(c_r) if c_r > 0 else 0.5
+    return f"2^{power:.0f}" if power == round(power) else show(c_r)
+
+
+def study(
+    model: nnx.Module,
+    x: Any,
+    y: Any,
+    *,
+    data: Any,
+    candidates: Sequence[float] = CANDIDATES,
+    eps: float,
+    norm: Any = math.inf,
+    steps: int = 40,
+    restarts: int = 1,
+    queries: int = 500,
+    kind: str = "hard",
+    tau: float = 0.1,
+    where: Where = None,
+    quantile: float = 1.0,
+    examples: int = 256,
+    seed: int = 0,
+    low: float = 0.0,
+    high: float = 1.0,
+    batch_size: int = 256,
+    progress: Progress | None = None,
+) -> Study:
+    """Forge with every candidate c_r (tracked once, compiled once), attack, and diagnose.
+
+    Args:
+        model: an nnx module in evaluation mode, batch -> logits; not changed.
+        x, y: (N, *shape) images in [low, high] and (N,) labels, which are attacked and diagnosed.
+        data: what the thresholds are tracked on, as in `forge`; the training images in the paper.
+        candidates: values of c_r in [0, 1); 0, the network itself, is added.
+        eps, norm, steps, restarts, queries: of `pgd` and `square`.
+        kind, tau, where, quantile: of `forge`.
+        examples: of `diagnose`, for eigenvalues and discs.
+
+    A c_r that is picked from this table was chosen on these images: `search_c_r` does that on others.
+    Raises as `forge`, `pgd`, `square` and `diagnose` do.
+    """
+    values = sorted({0.0, *(float(c) for c in candidates)})
+    shared: Json = {
+        "low": low,
+        "high": high,
+        "batch_size": batch_size,
+        "seed": seed,
+        "norm": check_norm(norm),
+    }
+    gates: Json = {"kind": kind, "tau": tau, "where": where, "quantile": quantile}
+    forged = forge(model, data, 0.0, batch_size=batch_size, progress=progress, **gates)
+    rows = []
+    for c in values:
+        network = forged.with_c_r(c, keep=True)
+        white = pgd(network, x, y, eps, steps=steps, restarts=restarts, **shared)
+        black = square(network, x, y, eps, queries=queries, **shared)
+        found = diagnose(network, np.asarray(x), examples=examples, seed=seed, batch_size=batch_size)
+        rows.append(Row(c, white.correct, white.correct & ~white.success, black.accuracy, found))
+        if progress is not None:
+            progress(f"c_r {power_of_two(c)}: {rows[-1].clean:.2%} clean, {rows[-1].pgd:.2%} under PGD")
+    settings = {
+        "images": len(np.asarray(y)),
+        "eps": float(eps),
+        "norm": "inf" if check_norm(norm) == math.inf else "2",
+        "steps": steps,
+        "restarts": restarts,
+        "queries": queries,
+        "kind": kind,
+        "tau": tau,
+        "quantile": quantile,
+        "examples": examples,
+        "seed": seed,
+        "layers": [site.path for site in forged.sites],
+        "peaks": forged.peaks,
+    }
+    return Study(tuple(rows), forged, settings)
+
+
+def claims(found: Study, checks: MaskingChecks | None = None) -> tuple[Claim, ...]:
+    """The paper's claims against one study, and against the checks for gradient masking of one of its networks."""
+    plain, *others = found.rows
+    if not others:
+        raise ValueError("the study holds c_r = 0 only: there is nothing to compare")
+    layers = [layer for row in others for layer in row.diagnosis.layers]
+
+    def listed(values: list[str]) -> str:
+        return ", ".join(f"{power_of_two(row.c_r)}: {v}" for row, v in zip(others, values, strict=True))
+
+    def rises(name: str) -> tuple[str, str]:
+        """Whether more images are in `name` than without gates, by the exact McNemar test, split over the c_r."""
+        pairs = [differ(getattr(row, name), getattr(plain, name)) for row in others]
+        points = [100 * (won - lost) / len(plain.correct) for won, lost in pairs]
+        chance = [p_value(pair) for pair in pairs]
+        verdict = DOES_NOT if max(points) <= 0 else HOLDS if min(chance) < LEVEL / len(others) else OPEN
+        why = ", within chance" if verdict == OPEN else ""
+        return verdict, f"{listed([f'{p:+.2f}' for p in points])} points (smallest p {min(chance):.2g}{why})"
+
+    withstood, clean = rises("withstood"), rises("correct")
+    # a disc of A (columns): of a kept column it is the same in A', as no entry of that column changes
+    kept = max((layer.columns_forged / layer.disc).max() for layer in layers if layer.disc)
+    worst = [max(layer.ratios.max() for layer in row.diagnosis.layers) for row in others]
+    fallen = sum(layer.constant_forged < layer.constant for layer in layers)
+    shares = listed([f"{100 * row.zeroed:.0f} % ({100 * row.zero:.0f} % before)" for row in others])
+    rows = [
+        Claim("forging raises robust accuracy (4.2.3; here under PGD)", *withstood),
+        Claim("forging raises standard accuracy (4.2.3)", *clean),
+        Claim(
+            "lambda_max(A') <= lambda_max(A) (Lemma 2)",
+            _verdict(all(layer.worst <= layer.eigenvalue * (1 + 1e-9 + layer.residual) for layer in layers)),
+            f"on {sum(len(layer.ratios) for layer in layers)} inputs of layers, largest ratio {100 * max(worst):.2f} %",
+        ),
+        Claim(
+            "the radii of all discs shrink (proof of Lemma 2)",
+            DOES_NOT,
+            f"the discs of kept columns are those of A: largest disc bound of A' by column {100 * kept:.2f} % of A's",
+        ),
+        Claim(
+            "the disc bound is no larger (proof of Lemma 2)",
+            _verdict(
+                all(
+                    max(layer.rows_forged.max(), layer.columns_forged.max()) <= layer.disc for layer in layers
+                )
+            ),
+            "rows and columns, every sampled input",
+        ),
+        Claim(
+            f"the worst lambda_max(A') is about {100 * OF_A:.0f} % of lambda_max(A) (appendix C)",
+            _verdict(any(abs(w - OF_A) <= 0.02 for w in worst)),
+            listed([f"{100 * w:.2f} %" for w in worst])
+            + "; zeros that were there before leave at most "
+            + f"{100 * max(layer.support_ratios.max() for layer in layers):.2f} %",
+        ),
+        Claim(
+            "the empirical constant falls (3.3)",
+            _verdict(fallen == len(layers)),
+            f"max |Wf(x)|/|x| is below max |Wx|/|x| in {fallen} of {len(layers)} layers and c_r",
+        ),
+        Claim(
+            "gates zero a fifth and more (appendix C)",
+            _verdict(max(row.zeroed - row.zero for row in others) >= 0.2),
+            shares,
+        ),
+        Claim(
+            "the forged layer amplifies differences less (eq. 4 with the above)",
+            DOES_NOT,
+            "the gate jumps at c: |f(x) - f(y)| / |x - y| has no bound there, whatever the eigenvalues of A'",
+        ),
+    ]
+    if checks is not None:
+        gradients = [c.verdict for c in checks if not c.name.startswith(("transfer", "smoothed"))]
+        rows.append(
+            Claim(
+                "gradients are not masked (4.2.4)",
+                HOLDS
+                if all(v == PASSES for v in gradients)
+                else OPEN
+                if INCONCLUSIVE in gradients
+                else DOES_NOT,
+                "; ".join(f"{c.name}: {c.verdict}" for c in checks),
+            )
+        )
+        rows += [
+            Claim(
+                claim,
+                {PASSES: HOLDS, INCONCLUSIVE: OPEN}.get(checks[name].verdict, DOES_NOT),
+                checks[name].text,
+            )
+            for claim, name in (
+                ("examples made on the original are withstood (table 7)", "transfer from the original"),
+                ("smoothed certificates do not suffer (figure 3)", "smoothed certificates"),
+            )
+        ]
+    rows.append(
+        Claim("robust accuracy under AutoAttack (tables 1 to 5)", OPEN, "AutoAttack is not in this library")
+    )
+    return tuple(rows)
+
+
+def _verdict(holds: Any) -> str:
+    return HOLDS if bool(holds) else DOES_NOT
+
+
+def claims_table(rows: Sequence[Claim]) -> str:
+    """The claims as text."""
+    return text_table(("claim", "verdict", "figures"), [(c.claim, c.verdict, c.figures) for c in rows])
