@@ -16,6 +16,8 @@ from lipbounds.errors import CertificateError as CertificateError
 from lipbounds.errors import UnsupportedError as UnsupportedError
 from lipbounds.liplt import liplt as liplt
 from lipbounds.lipsdp import lipsdp as lipsdp
+from lipbounds.local import LocalBounds as LocalBounds
+from lipbounds.local import local as local
 from lipbounds.lure import LureForm as LureForm
 from lipbounds.naive import naive as naive
 from lipbounds.radius import Radii as Radii

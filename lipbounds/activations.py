@@ -144,6 +144,31 @@ def _used(expr: Expr) -> list[int]:
     return sorted({n.params[0] for n in expr.nodes if n.op == "const"})
 
 
+def constant_columns(
+    expr: Expr, consts: Sequence[Any], shape: tuple[int, ...]
+) -> tuple[list[tuple[float | bool, ...]], np.ndarray]:
+    """(columns, which): the different scalar functions that the constants, broadcast to `shape`, make of an
+    expression, and (size,) which of them each entry has.
+    """
+    used = _used(expr)
+    arrays = _concrete([consts[i] for i in used])
+    size = int(np.prod(shape))
+    varying = [a for a in arrays if a.size > 1 and np.any(a != a.flat[0])]
+    inverse = np.zeros(size, np.intp)
+    first = np.zeros(1, np.intp)
+    if varying:
+        table = np.stack([np.broadcast_to(a, shape).ravel().astype(np.float64) for a in varying], axis=1)
+        _, first, inverse = np.unique(table, axis=0, return_index=True, return_inverse=True)
+    flat = [np.broadcast_to(a, shape).reshape(-1)[first] for a in arrays]
+    columns = []
+    for k in range(len(first)):
+        values: list[float | bool] = [0.0] * (max(used, default=-1) + 1)
+        for i, column in zip(used, flat, strict=True):
+            values[i] = column[k].item()
+        columns.append(tuple(values))
+    return columns, inverse.reshape(-1)
+
+
 def slope_range(expr: Expr, consts: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     """Proved slopes: ``lower <= (f(x) - f(y)) / (x - y) <= upper`` for all real ``x != y``, constant by
     constant.
@@ -155,26 +180,13 @@ def slope_range(expr: Expr, consts: Sequence[Any]) -> tuple[np.ndarray, np.ndarr
     Raises :class:`SlopeError` where f jumps, is not defined on all reals, has unbounded slopes, or cannot be
     decided.
     """
-    used = _used(expr)
-    arrays = _concrete([consts[i] for i in used])
-    shape = np.broadcast_shapes(*(a.shape for a in arrays))
-    size = int(np.prod(shape))
-    if size == 0:
+    shape = np.broadcast_shapes(*(np.shape(consts[i]) for i in _used(expr)))
+    if int(np.prod(shape)) == 0:
         return np.zeros(shape), np.zeros(shape)
-    varying = [a for a in arrays if a.size > 1 and np.any(a != a.flat[0])]
-    inverse = np.zeros(size, np.intp)
-    first = np.zeros(1, np.intp)
-    if varying:
-        columns = np.stack([np.broadcast_to(a, shape).ravel().astype(np.float64) for a in varying], axis=1)
-        _, first, inverse = np.unique(columns, axis=0, return_index=True, return_inverse=True)
-    flat = [np.broadcast_to(a, shape).reshape(-1)[first] for a in arrays]
-    lower, upper = np.empty(len(first)), np.empty(len(first))
-    total = max(used, default=-1) + 1
-    for k in range(len(first)):
-        values: list[float | bool] = [0.0] * total
-        for i, column in zip(used, flat, strict=True):
-            values[i] = column[k].item()
-        result = _cached(expr, tuple(values))
+    columns, inverse = constant_columns(expr, consts, shape)
+    lower, upper = np.empty(len(columns)), np.empty(len(columns))
+    for k, column in enumerate(columns):
+        result = _cached(expr, column)
         if isinstance(result[0], str):
             raise SlopeError(result[0], str(result[1]))
         lower[k], upper[k] = result

@@ -10,6 +10,7 @@ and subtracted, so a radius is as good as its bound.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,9 +24,10 @@ from lipbounds._kinds import KINDS, StaticArray
 from lipbounds._program import Tap
 from lipbounds._rounding import U, add_up, gamma
 from lipbounds._tables import new_axes
-from lipbounds.bound import NORM_NAMES, UpperBound
+from lipbounds.bound import NORM_NAMES, UpperBound, weakest
 from lipbounds.linmap import HostForm, Node, TapScaling
 from lipbounds.liplt import liplt
+from lipbounds.local import Around
 from lipbounds.lure import LureForm, fingerprint, multiplicity, proved_slopes
 
 _DECLARED_ACCURACY = 1e-9  # of float64 values of a declared activation that interval arithmetic does not know
@@ -101,7 +103,14 @@ class Radii:
 
 
 def certified_radius(
-    form: LureForm, X: Any, y: Any, bound: UpperBound | None = None, local: bool = False
+    form: LureForm,
+    X: Any,
+    y: Any,
+    bound: UpperBound | None = None,
+    local: bool = False,
+    *,
+    tries: int = 4,
+    progress: Callable[[str], None] | None = None,
 ) -> Radii:
     """Certified radii of labelled examples.
 
@@ -111,7 +120,11 @@ def certified_radius(
         y: (N,) integer labels.
         bound: an UpperBound of this form, best with `pairwise=True`; without pairs, the constant of every pair is
             sqrt(2) L (norm 2; L for norm 1, 2 L for norm inf). None computes `lb.liplt(form, pairwise=True)`.
-        local: local bounds around each example; not offered by this version.
+        local: also bound the network around each example (`lb.local`, with slopes anchored at the example): every ball
+            of radius eps certifies min(eps, min_i (z_y - z_i) / L_yi(eps)), and the largest of these and of the global
+            radius counts. Never below the global radius. Norms 2 and inf.
+        tries: with local, how many eps are tried per example.
+        progress: with local, called with a line of text as examples are done.
 
     Raises:
         TypeError: an Estimate or LowerBound in place of an upper bound.
@@ -121,8 +134,6 @@ def certified_radius(
         raise TypeError(f"certified_radius needs a LureForm from lb.trace, got {type(form).__name__}")
     if form.is_traced:
         raise TypeError("certified_radius works on concrete weights, outside jit, grad and vmap")
-    if local:
-        raise ValueError("local=True is not offered by this version; use local=False for global constants")
     x, labels = _examples(form, X, y)
     proof = liplt(form, pairwise=True) if bound is None else bound
     if not isinstance(proof, UpperBound):
@@ -150,17 +161,88 @@ def certified_radius(
     ratio = np.where(zero & (gaps > 0), np.inf, ratio)
     correct = (gaps > 0).all(axis=1)
     radius = np.where(correct, ratio.min(axis=1, initial=np.inf), 0.0)
-    return Radii(radius, correct, proof.norm, proof.guarantee, proof.method, notes)
+    if not local:
+        return Radii(radius, correct, proof.norm, proof.guarantee, proof.method, notes)
+    radius, words = _locally(form, x, labels, gaps, radius, proof.norm, tries, progress)
+    risk = weakest([proof.guarantee, words[0]])
+    return Radii(radius, correct, proof.norm, risk, f"local, {proof.method}", (*notes, *words[1:]))
 
 
-def _examples(form: LureForm, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
-    x, labels = np.asarray(X), np.asarray(y)
+def _locally(
+    form: LureForm,
+    x: np.ndarray,
+    labels: np.ndarray,
+    gaps: np.ndarray,
+    radius: np.ndarray,
+    norm: float,
+    tries: int,
+    progress: Callable[[str], None] | None,
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """(radii, (guarantee, notes)): the global radii, raised where a ball around the example certifies more.
+
+    With m(eps) = min_i gap_i / L_yi(eps), falling in eps, the best is the eps at which m(eps) = eps: every try narrows
+    an interval that holds it.
+    """
+    if isinstance(tries, bool) or not isinstance(tries, int) or tries < 1:
+        raise ValueError(f"tries must be a whole number >= 1, got {tries!r}")
+    best = radius.copy()
+    todo = np.flatnonzero((radius > 0) & np.isfinite(radius))
+    around = Around(form, norm, x[todo])
+
+    def certify(part: slice) -> None:
+        rows = np.arange(part.start, part.stop)
+        at = todo[rows]
+        low, high = best[at].copy(), np.full(len(at), np.inf)
+        eps = 1.5 * low
+        for _ in range(tries):
+            left = np.flatnonzero(high > 1.01 * low)
+            if not left.size:
+                break
+            out = around.outputs(rows[left], eps[left], anchored=True)
+            scale, gap = _row_roots(out, labels[at[left]]), gaps[at[left]]
+            with np.errstate(over="ignore", divide="ignore"):
+                ratio = np.where(scale > 0, gap / np.where(scale > 0, scale, 1.0) * (1 - 4 * U), np.inf)
+            m = ratio.min(axis=1)
+            found = np.minimum(eps[left], m)
+            low[left] = np.maximum(low[left], found)
+            high[left] = np.minimum(high[left], np.maximum(eps[left], m))
+            eps = low + 0.6 * (np.minimum(high, 16 * low) - low)
+        best[at] = low
+
+    around.each(len(todo), certify, "local radii", progress)
+    return best, (around.guarantee, *around.notes)
+
+
+def _row_roots(out: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(N, K) upper bounds of the constants of z_y - z_i from ellipsoids (N, K, K), inf at i = y."""
+    rows = np.arange(len(out))
+    diagonal = np.einsum("nii->ni", out)
+    both = diagonal + diagonal[rows, labels][:, None]
+    square = np.maximum(both - 2 * out[rows, labels], 0.0) * (1 + 4 * U) + 4 * U * both
+    roots = np.nextafter(np.sqrt(np.nextafter(square, np.inf)), np.inf)
+    roots[rows, labels] = 1.0  # its gap is inf
+    return roots
+
+
+def check_inputs(form: LureForm, X: Any) -> np.ndarray:
+    """The examples (N, *in_shape) in float64, checked."""
+    x = np.asarray(X)
     if x.dtype.kind not in "f" and x.dtype.name not in ("bfloat16", "float16"):
         raise ValueError(
             f"X must be floating point in the units of the traced function, got {x.dtype}: cast it first"
         )
     if x.ndim != len(form.in_shape) + 1 or x.shape[1:] != form.in_shape:
         raise ValueError(f"X must have shape (N, {', '.join(map(str, form.in_shape))}), got {x.shape}")
+    if form.is_traced:
+        raise TypeError("concrete weights are needed, outside jit, grad and vmap")
+    x = x.astype(np.float64)
+    if not np.isfinite(x).all():
+        raise ValueError("X holds NaN or infinite values")
+    return x
+
+
+def _examples(form: LureForm, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
+    x, labels = check_inputs(form, X), np.asarray(y)
     if labels.shape != (len(x),):
         raise ValueError(f"y must have shape ({len(x)},), one label per example, got {labels.shape}")
     if len(labels) and labels.dtype.kind not in "iu":
@@ -171,9 +253,6 @@ def _examples(form: LureForm, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
     if ((labels < 0) | (labels >= form.num_outputs)).any():
         bad = labels[(labels < 0) | (labels >= form.num_outputs)][0]
         raise ValueError(f"labels must lie in 0..{form.num_outputs - 1}, got {bad}")
-    x = x.astype(np.float64)
-    if not np.isfinite(x).all():
-        raise ValueError("X holds NaN or infinite values")
     return x, labels
 
 
@@ -193,8 +272,12 @@ def _pair_constants(bound: UpperBound, classes: int) -> tuple[np.ndarray, tuple[
 # --- logits with a proved error ------------------------------------------------------------------------------------
 
 
-def logits(form: LureForm, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(z, error): float64 logits (N, K) and proved (N,) bounds of ||z - z_exact||_2.
+Seen = list[tuple[np.ndarray, np.ndarray]]
+
+
+def logits(form: LureForm, x: np.ndarray, seen: Seen | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(z, error): float64 logits (N, K) and proved (N,) bounds of ||z - z_exact||_2; the same of every tap's
+    pre-activations (N, n) is put into `seen`.
 
     Between taps the rounding errors of the linear steps are bounded entrywise; at each tap their 2-norm is carried to
     the output by the constants of the naive recursion,
@@ -207,9 +290,14 @@ def logits(form: LureForm, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     carried = _carriers(form, host)
     z = np.zeros((len(x), form.num_outputs))
     error = np.zeros(len(x))
+    if seen is not None:
+        seen += [(np.zeros((len(x), tap.size_in)), np.zeros(len(x))) for tap in form.taps]
     for start in range(0, len(x), step):
         part = slice(start, start + step)
-        z[part], error[part] = _run(form, host, carried, x[part].reshape(len(x[part]), -1))
+        taps: Seen = []
+        z[part], error[part] = _run(form, host, carried, x[part].reshape(len(x[part]), -1), taps)
+        for here, (y, wrong) in zip(seen or [], taps, strict=False):
+            here[0][part], here[1][part] = y, wrong
     if not np.isfinite(z).all() or not np.isfinite(error).all():
         raise ValueError("the network is not finite at some of these examples")
     return z, error
@@ -238,7 +326,7 @@ def _proved(host: HostForm, block: norms.Enclosure) -> float:
 
 
 def _run(
-    form: LureForm, host: HostForm, carried: dict[tuple[int, int], float], x: np.ndarray
+    form: LureForm, host: HostForm, carried: dict[tuple[int, int], float], x: np.ndarray, seen: Seen
 ) -> tuple[np.ndarray, np.ndarray]:
     program, count = form.program, len(x)
     values: dict[int, np.ndarray] = {0: x.T}
@@ -267,6 +355,7 @@ def _run(
                 delta = np.concatenate([errors[i] for i in tap.inputs])
                 scale = np.sqrt(multiplicity(tap))[:, None] * (1 + 4 * U)
                 total[step] = gather(step, delta * scale)
+                seen.append((y.T, total[step]))
                 v, eta = _apply(host, tap, y)
                 evaluation[step] = length(eta)
                 begin = 0

@@ -1,0 +1,246 @@
+"""The ellipsoid recursion around single inputs, batched, every rounding included (NumPy and LAPACK, float64).
+
+S (N, d, d) holds every increment ds of the state between the input x and any x' of its ball: ds ds' <= eps^2 S. At a
+tap, with T = [W; H] (pre-activations y = W s, and what of the state lives on),
+
+    Q = T S T',    |dy_i| <= eps sqrt(Q_ii),    slopes [c - r, c + r] on that range,
+    V = Q + Q[:, A] (D - Q[A, A])^-1 Q[A, :],   A the neurons with r > 0,  D > Q[A, A] diagonal,
+    S+ = [G c, I] V [G c, I]' + G r D r G',
+
+the recursion of `ellipsoid` with c and r of this input: neurons whose slope is known are linear and take no multiplier.
+
+Rounding is covered by adding e I, e a normwise bound: of a product T S T' 3 gamma ||T||_F^2 ||S||_F; of the inverse,
+with any Y, C' M^-1 C = C'Y + C' M^-1 (C - M Y), so ||C||_F ||C - M Y||_F / lambda covers it, M >= lambda I proved by
+Cholesky. M and C are scaled by D^-1/2 first, which makes M well conditioned.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from scipy.linalg.lapack import dpotrf, dpotrs
+
+from lipbounds import _triangle
+from lipbounds._kinds import StaticArray
+from lipbounds._localslopes import anchored_slopes, pair_slopes
+from lipbounds._rounding import U, gamma
+from lipbounds._tapproof import is_identity, prove_psd
+from lipbounds.linmap import TapScaling
+from lipbounds.lure import LureForm, proved_slopes, state_sequence
+from lipbounds.norms import Enclosure
+
+_TINY = 2.0**-900
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A matrix M within `error` (normwise) of the real one, with an upper bound of ||M||_F; None is the identity."""
+
+    array: np.ndarray | None
+    error: float
+    size: float
+
+    def map(self, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(M S M', e (N,)): every M S M' of the enclosure is at most that plus e I, S (N, d, d) symmetric."""
+        if self.array is None:
+            return s, np.zeros(len(s))
+        m = self.array
+        product = np.matmul(np.matmul(m, s), m.T)
+        length = frobenius(s)
+        inner = m.shape[1] + 4
+        wrong = 4 * gamma(inner) * self.size**2 + (2 * self.size + self.error) * self.error
+        return (product + product.transpose(0, 2, 1)) / 2, wrong * length * (1 + gamma(8)) + _TINY
+
+
+def frobenius(s: np.ndarray) -> np.ndarray:
+    """(N,) ||S||_F, rounded up."""
+    flat = s.reshape(len(s), -1)
+    return np.sqrt(np.einsum("ni,ni->n", flat, flat)) * (1 + gamma(flat.shape[1] + 8)) + _TINY
+
+
+def _matrix(m: Enclosure) -> Matrix:
+    array = m.matrix.toarray() if sp.issparse(m.matrix) else np.asarray(m.matrix, np.float64)
+    if m.error == 0.0 and array.shape[0] == array.shape[1] and is_identity(array):
+        return Matrix(None, 0.0, float(np.sqrt(len(array))) * (1 + U))
+    return Matrix(array, m.error, float(frobenius(array[None])[0]))
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One tap between two states: y = W s, s+ = H s + G v, v = phi(y). T = [W; H], or W alone where H = 0."""
+
+    tap: int
+    neurons: int
+    T: Matrix
+    G: Matrix
+    lives_on: bool
+
+
+def stages(view: LureForm, first: int = 0) -> tuple[Matrix, tuple[Stage, ...]]:
+    """(A_0, stages) of an elementwise view from its tap `first` on; s_first = A_0 x for first = 0."""
+    host = _triangle.host_form(view)
+    plain = [TapScaling(None, np.ones(tap.size_out), np.ones(tap.size_in)) for tap in view.taps]
+    cuts = state_sequence(view.program)
+    start, _, _ = host.between((0,), cuts[0].registers, range(cuts[0].step), None, plain)
+    made = []
+    for k, (here, there) in enumerate(itertools.pairwise(cuts)):
+        if k < first:
+            continue
+        h, g, w = host.between(here.registers, there.registers, range(here.step, there.step), k, plain)
+        assert g is not None and w is not None
+        lives_on = h.error > 0 or bool(h.matrix.nnz if sp.issparse(h.matrix) else h.matrix.any())
+        both = w
+        if lives_on:
+            dense = [m.matrix.toarray() if sp.issparse(m.matrix) else m.matrix for m in (w, h)]
+            both = Enclosure(np.concatenate(dense), float(np.hypot(w.error, h.error)) * (1 + 4 * U))
+        made.append(Stage(k, view.taps[k].size_in, _matrix(both), _matrix(g), lives_on))
+    return _matrix(start), tuple(made)
+
+
+@dataclass(frozen=True, eq=False)
+class Values:
+    """What the network computes at N inputs: y (N, n) per tap, and error (N,): ||y - y_exact||_2 is at most that."""
+
+    y: tuple[np.ndarray, ...]
+    error: tuple[np.ndarray, ...]
+
+    def rows(self, at: Any) -> Values:
+        return Values(tuple(y[at] for y in self.y), tuple(e[at] for e in self.error))
+
+
+def ellipsoids(
+    view: LureForm,
+    steps: Sequence[Stage],
+    s: np.ndarray,
+    values: Values,
+    eps: np.ndarray,
+    *,
+    anchored: bool,
+    first_range: np.ndarray | None = None,
+    sharp: float = 1.0,
+) -> np.ndarray:
+    """(N, K, K): dz dz' <= eps^2 times that, for all pairs of inputs in the ball, or all pairs with its centre.
+
+    Args:
+        s: (N or 1, d, d) of the first state, for the unit ball of the input.
+        eps: (N,) radii > 0.
+        anchored: the centre is one of the two inputs.
+        first_range: (n,) half widths of the first pre-activations per unit of eps, where better than the ellipsoid's.
+        sharp: weight of |c| / r in D; any > 0 is sound.
+    """
+    for place, stage in enumerate(steps):
+        n = stage.neurons
+        q, e = stage.T.map(s)
+        if len(q) < len(eps):
+            q, e = np.repeat(q, len(eps), axis=0), np.repeat(e, len(eps))
+        elif q is s:
+            q = q.copy()
+        diagonal = np.einsum("nii->ni", q)
+        diagonal += e[:, None] * (1 + 4 * U)  # a view: q + e I
+        diagonal[:] = np.maximum(diagonal, 0) * (1 + 4 * U)
+        half = np.sqrt(diagonal[:, :n]) * (1 + 4 * U)
+        if place == 0 and first_range is not None:
+            half = np.minimum(half, first_range)
+        c, r = _centre_and_radius(view, stage.tap, values, eps, half, anchored)
+        v, rd = _through(q, n, c, r, sharp)
+        inner = c[:, :, None] * v[:, :n, :n] * c[:, None, :]
+        wrong = 4 * U * frobenius(inner)
+        np.einsum("nii->ni", inner)[:] += rd * (1 + 4 * U)
+        wrong = wrong + 2 * U * frobenius(inner)
+        s, more = stage.G.map(inner)
+        total = more + wrong * (stage.G.size if stage.G.array is not None else 1.0) ** 2
+        if stage.lives_on:
+            cross = c[:, :, None] * v[:, :n, n:]
+            if stage.G.array is None:
+                block, slip = cross, 2 * U * frobenius(cross)
+            else:
+                block = np.matmul(stage.G.array, cross)
+                slip = (2 * gamma(n + 4) * stage.G.size + stage.G.error) * frobenius(cross)
+            s = s + (block + block.transpose(0, 2, 1)) + v[:, n:, n:]
+            total = total + 2 * slip + 4 * U * frobenius(s)
+        s = s.copy() if s is inner else s
+        np.einsum("nii->ni", s)[:] += total[:, None] * (1 + 8 * U)
+        # the sum on the diagonal is rounded once more
+        np.einsum("nii->ni", s)[:] += np.abs(np.einsum("nii->ni", s)) * 4 * U
+    return s
+
+
+def _centre_and_radius(
+    view: LureForm, k: int, values: Values, eps: np.ndarray, half: np.ndarray, anchored: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """c and r (N, n) with every slope on the ranges in [c - r, c + r]; r = 0 only where it is exact."""
+    tap = view.taps[k]
+    known = proved_slopes(view, k)
+    y, wrong = values.y[k], values.error[k][:, None]
+    low, high = np.nextafter(y - wrong, -np.inf), np.nextafter(y + wrong, np.inf)
+    reach = half * eps[:, None] * (1 + 4 * U)
+    lo, hi = np.nextafter(low - reach, -np.inf), np.nextafter(high + reach, np.inf)
+    if tap.assumed or tap.expr is None:
+        a, b = (np.broadcast_to(one, y.shape) for one in known)
+    else:
+        host = _triangle.host_form(view)
+        consts = [c.array if isinstance(c, StaticArray) else host.consts[c] for c in tap.consts]
+        columns = [np.broadcast_to(c, tap.shapes[0]).reshape(-1) if np.ndim(c) else c for c in consts]
+        if anchored:
+            a, b = anchored_slopes(tap.expr, columns, (low, high), lo, hi, known)
+        else:
+            a, b = pair_slopes(tap.expr, columns, lo, hi, known)
+    c = (a + b) / 2
+    r = np.maximum(b - c, c - a)
+    return c, np.where(a == b, 0.0, np.nextafter(r, np.inf))
+
+
+def _through(
+    q: np.ndarray, n: int, c: np.ndarray, r: np.ndarray, sharp: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """(V, r D r): V (N, m, m) >= Q + Q[:, A] (D - Q[A, A])^-1 Q[A, :], and the diagonal r_i D_i r_i (N, n)."""
+    v, rd = q.copy(), np.zeros_like(r)
+    for i in range(len(q)):
+        at = np.flatnonzero(r[i] > 0)
+        if not at.size:
+            continue
+        z, extra, d = _eliminate(q[i], at, np.abs(c[i, at]) / r[i, at] * sharp)
+        v[i] += z
+        v[i].flat[:: len(z) + 1] += extra * (1 + 4 * U)
+        rd[i, at] = r[i, at] ** 2 * d * (1 + 4 * U)
+    return v, rd
+
+
+def _eliminate(q: np.ndarray, at: np.ndarray, kappa: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
+    """(Z, e, D): Z + e I >= Q[:, A] (D - Q[A, A])^-1 Q[A, :], rounded sums with Q included."""
+    own = np.maximum(q.flat[:: len(q) + 1][at], _TINY)
+    root = 1 / np.sqrt(own)
+    block = q[np.ix_(at, at)] * root[:, None] * root
+    mu = max(float(np.linalg.eigvalsh(block)[-1]), 1e-6)
+    spare = np.maximum(kappa, 1e-3)
+    for _ in range(40):
+        scale = root / np.sqrt(mu * (1 + spare))
+        m = -(q[np.ix_(at, at)] * scale[:, None] * scale)
+        m.flat[:: at.size + 1] += 1.0
+        least = 0.5 * float(spare.min() / (1 + spare.min()))
+        slack = 8 * U * (at.size + 1)
+        shifted = m.copy()
+        shifted.flat[:: at.size + 1] -= least
+        if prove_psd(shifted, slack):
+            break
+        spare = 2 * spare + 1e-6
+    else:
+        raise ValueError("no multipliers could be proved at one of the inputs; use the global bound there")
+    columns = q[at] * scale[:, None]
+    factor, info = dpotrf(m, lower=1)
+    y = dpotrs(factor, columns, lower=1)[0] if info == 0 else np.zeros_like(columns)
+    length, found = (float(frobenius(a[None])[0]) for a in (columns, y))
+    size = float(frobenius(m[None])[0])
+    rest = float(frobenius((columns - m @ y)[None])[0])
+    rounding = gamma(at.size + 8) * (length + (size + 1) * found) * 4
+    z = columns.T @ y
+    z = (z + z.T) / 2
+    extra = length * (rest + rounding) / least + 4 * gamma(at.size + 8) * length * found
+    extra += 4 * U * float(frobenius((np.abs(q) + np.abs(z))[None])[0])
+    d = 1 / scale**2 * (1 + 8 * U)  # D is 1 / scale^2 exactly; rounded up where it is used
+    return z, extra * (1 + 1e-10), d

@@ -1,0 +1,305 @@
+"""Lipschitz constants near single inputs: tighter than the global one, as most slopes are known there.
+
+`local(form, X, eps)` bounds, for every example x of X and all u, v in the ball B(x, eps),
+
+    ||f(u) - f(v)|| <= L ||u - v||,     |(f_i - f_j)(u) - (f_i - f_j)(v)| <= L_ij ||u - v||,
+
+by the ellipsoid recursion (`ellipsoid`) with the slopes that the ranges of the pre-activations in that ball allow
+(`_localrun`). As eps goes to 0 the constants tend to the norms of the Jacobian at x. For certified radii one of the two
+points is x itself, and slopes anchored there are smaller still: `certified_radius(..., local=True)`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from lipbounds import _localrun, _proof
+from lipbounds._localrun import Matrix, Stage, Values
+from lipbounds._rounding import U, add_up, gamma, require_gradual_underflow
+from lipbounds._sequence import WIDEST, first_tap, hybrid_start
+from lipbounds._tables import seconds_text, show
+from lipbounds._triangle import Request
+from lipbounds._views import elementwise_view
+from lipbounds.bound import NORM_NAMES, UpperBound, check_norm
+from lipbounds.lure import LureForm, fingerprint
+
+_CHUNK = 2**23  # numbers in the ellipsoids of one chunk of examples
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, eq=False)
+class LocalBounds:
+    """Upper bounds of the Lipschitz constants on the balls around N examples.
+
+    Args:
+        value: (N,) of the network, l2 to l2 (norm inf: l-inf to l-inf).
+        pairwise: (N, K, K), of the differences of two outputs; None unless asked for.
+        eps: (N,) radii of the balls, in the units of the traced function's input.
+        norm: 2 or inf, of the balls and of the constants.
+        guarantee: "verified", "probabilistic" (a wide front) or "assumed".
+        failure_probability: of all of them together.
+    """
+
+    value: np.ndarray
+    eps: np.ndarray
+    norm: float
+    guarantee: str
+    seconds: float
+    pairwise: np.ndarray | None = None
+    failure_probability: float = 0.0
+    notes: tuple[str, ...] = field(default=())
+    network: str | None = None
+    method: str = "local"
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __getitem__(self, i: int) -> UpperBound:
+        """The bound around one example. It holds in its ball only, so it is of no network as a whole."""
+        return UpperBound(
+            value=float(self.value[i]),
+            norm=self.norm,
+            guarantee=self.guarantee,
+            method=f"local, eps {self.eps[i]:g}",
+            seconds=self.seconds / len(self),
+            pairwise=None if self.pairwise is None else self.pairwise[i],
+            failure_probability=self.failure_probability,
+            notes=(*self.notes, f"holds within {self.eps[i]:g} of example {i} only"),
+            network=f"local to example {i}",
+        )
+
+    def __iter__(self) -> Iterator[UpperBound]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        head = f"LocalBounds: {len(self)} examples, {NORM_NAMES[self.norm]}, {self.guarantee}"
+        if not len(self):
+            return head
+        low, middle, high = np.quantile(self.value, (0, 0.5, 1))
+        radii = f"{self.eps.min():g}" if self.eps.min() == self.eps.max() else "one per example"
+        lines = [
+            head,
+            f"  eps      {radii}",
+            f"  L <=     {show(low, 'up')} to {show(high, 'up')}, median {show(middle, 'up')}",
+            f"  time     {seconds_text(self.seconds)}",
+        ]
+        return "\n".join([*lines, *(f"  note     {note}" for note in self.notes)])
+
+    def _repr_html_(self) -> str:
+        return "<pre>" + self.__repr__().replace("<", "&lt;") + "</pre>"
+
+
+def local(
+    form: LureForm,
+    X: Any,
+    eps: Any,
+    *,
+    norm: Any = 2,
+    pairwise: bool = False,
+    progress: Progress | None = None,
+) -> LocalBounds:
+    """Upper bounds of the Lipschitz constants of the network on the balls B(x, eps) around the examples of X.
+
+    Args:
+        form: from `lb.trace`, with concrete weights.
+        X: (N, *in_shape), floating point, in the units of the traced function.
+        eps: a number > 0, or (N,) of them.
+        norm: 2 or inf, of the balls and of the constants.
+        pairwise: also the constants of all differences of two outputs.
+        progress: called with a line of text after every chunk.
+
+    Every rounding is covered. Networks wider than 1100 somewhere are treated as a whole up to there (LipLT, whose
+    guarantee the result carries) and locally behind.
+
+    Raises:
+        TypeError: not a concrete form.
+        ValueError: shapes, values that are not finite, eps not > 0, norm 1.
+    """
+    from lipbounds.radius import check_inputs
+
+    begin = time.perf_counter()
+    if not isinstance(form, LureForm):
+        raise TypeError(f"local needs a LureForm from lb.trace, got {type(form).__name__}")
+    x = check_inputs(form, X)
+    radii = check_eps(eps, len(x))
+    p = check_norm(norm)
+    around = Around(form, p, x)
+    classes = form.num_outputs
+    value, pairs = np.zeros(len(x)), np.zeros((len(x), classes, classes) if pairwise else (0, 1, 1))
+
+    def bound(part: slice) -> None:
+        out = around.outputs(part, radii[part], anchored=False)
+        for i, matrix in zip(range(part.start, part.stop), out, strict=True):
+            roots = _proof.class_roots(matrix, 0)
+            value[i] = _proof.largest_root(matrix, 0) if p == 2 else float(roots.max(initial=0.0))
+            if pairwise:
+                pairs[i] = _proof.pair_roots(matrix, 0)
+
+    around.each(len(x), bound, "local bounds", progress)
+    return LocalBounds(
+        value,
+        radii,
+        p,
+        around.guarantee,
+        time.perf_counter() - begin,
+        pairs if pairwise else None,
+        around.failure,
+        around.notes,
+        fingerprint(form),
+    )
+
+
+def check_eps(eps: Any, count: int) -> np.ndarray:
+    """(N,) radii > 0, finite."""
+    radii = np.asarray(eps, np.float64)
+    if radii.shape not in ((), (count,)):
+        raise ValueError(f"eps must be a number or hold {count} numbers, got shape {radii.shape}")
+    if not (np.isfinite(radii).all() and (radii > 0).all()):
+        raise ValueError("eps must be finite numbers > 0")
+    return np.broadcast_to(radii, count).copy()
+
+
+@dataclass(frozen=True, eq=False)
+class _Ready:
+    """What of a form does not depend on the examples.
+
+    start (1, d, d) of the first state over the unit ball; first_range (n,) of the first pre-activations, or None.
+    """
+
+    view: LureForm
+    stages: tuple[Stage, ...]
+    start: np.ndarray
+    first_range: np.ndarray | None
+    guarantee: str
+    failure: float
+    notes: tuple[str, ...]
+
+
+_READY: weakref.WeakKeyDictionary[LureForm, dict[float, _Ready]] = weakref.WeakKeyDictionary()
+
+
+class Around:
+    """The recursion around given examples, for several eps."""
+
+    def __init__(self, form: LureForm, norm: float, x: np.ndarray) -> None:
+        from lipbounds.radius import Seen, logits
+
+        require_gradual_underflow()
+        if norm == 1:
+            raise ValueError("local bounds are for norm 2 and inf, not 1")
+        kept = {} if form.assumed else _READY.setdefault(form, {})
+        if norm not in kept:
+            kept[norm] = _ready(form, norm)
+        self.ready = ready = kept[norm]
+        self.guarantee, self.failure, self.notes = ready.guarantee, ready.failure, ready.notes
+        seen: Seen = []
+        self.z, self.error = logits(ready.view, x, seen)
+        self.values = Values(tuple(y for y, _ in seen), tuple(e for _, e in seen))
+
+    def chunks(self, count: int) -> list[slice]:
+        widest = max(
+            (
+                stage.T.array.shape[0] if stage.T.array is not None else stage.neurons
+                for stage in self.ready.stages
+            ),
+            default=1,
+        )
+        size = max(1, _CHUNK // max(widest, self.ready.start.shape[1]) ** 2)
+        return [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
+
+    def each(self, count: int, work: Callable[[slice], None], what: str, progress: Progress | None) -> None:
+        """work(rows) for every chunk, side by side on all cores: small matrices gain nothing from threads inside."""
+        parts, done = self.chunks(count), 0
+        with threadpool_limits(1, "blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
+            for part, _ in zip(parts, pool.map(work, parts), strict=True):
+                done += part.stop - part.start
+                if progress is not None:
+                    progress(f"{what}: {done} of {count} examples")
+
+    def outputs(self, rows: Any, eps: np.ndarray, *, anchored: bool) -> np.ndarray:
+        """(N, K, K) ellipsoids of the outputs over the unit ball, at radius eps around these rows."""
+        ready = self.ready
+        out = _localrun.ellipsoids(
+            ready.view,
+            ready.stages,
+            ready.start,
+            self.values.rows(rows),
+            eps,
+            anchored=anchored,
+            first_range=ready.first_range,
+        )
+        out = np.repeat(out, len(eps), axis=0) if len(out) < len(eps) else out
+        if not np.isfinite(out).all():
+            raise ValueError("the local bound is above the range of float64; rescale the problem")
+        return out
+
+
+def _ready(form: LureForm, norm: float) -> _Ready:
+    whole = elementwise_view(form)
+    wide = first_tap(form, WIDEST)
+    guarantee, failure = "assumed" if form.assumed else "verified", 0.0
+    notes: tuple[str, ...] = ()
+    first_range = None
+    if wide and norm == 2:
+        seq, s, _, word, failure = hybrid_start(form, wide, Request(norm))
+        guarantee = word if guarantee == "verified" else guarantee
+        first = len(whole.taps) - len(seq.sizes)
+        _, stages = _localrun.stages(whole, first)
+        start = np.array(s)[None]
+        notes = (f"the first {first} taps are bounded as a whole, by LipLT ({word})",)
+    elif wide:
+        raise ValueError(f"local bounds in l-inf are for networks nowhere wider than {WIDEST}")
+    else:
+        begin, stages = _localrun.stages(whole)
+        n = form.in_size
+        if norm == 2:
+            ball = np.ones(n)
+        else:
+            # of the ellipsoids sum dx_i^2 / p_i <= 1, sum 1 / p_i <= 1 around the cube, the least trace behind the map
+            columns = _columns(begin, stages, n)
+            columns = np.maximum(columns, 1e-3 * columns.max(initial=0.0) + 1e-300)
+            ball = _proof.ball(n, np.minimum(columns.sum() / columns, 2.0**60))
+            first_range = _row_sums(begin, stages[0]) if stages else None
+        start, e = begin.map(np.diag(ball)[None])
+        start = start + (e[0] + 4 * U * float(_localrun.frobenius(start)[0])) * np.eye(start.shape[1])
+    return _Ready(whole, stages, start, first_range, guarantee, failure, notes)
+
+
+def _first_map(begin: Matrix, stages: tuple[Stage, ...], n: int) -> np.ndarray:
+    """x -> y of the first tap, or the output where there is none; rounded."""
+    a = np.eye(n) if begin.array is None else begin.array
+    if stages and stages[0].T.array is not None:
+        return stages[0].T.array[: stages[0].neurons] @ a
+    return a
+
+
+def _columns(begin: Matrix, stages: tuple[Stage, ...], n: int) -> np.ndarray:
+    return np.sqrt(np.square(_first_map(begin, stages, n)).sum(axis=0))
+
+
+def _row_sums(begin: Matrix, stage: Stage) -> np.ndarray:
+    """(n,) sums of |.| over the rows of x -> y of the first tap, rounded up."""
+    if begin.array is not None and stage.T.array is not None:
+        rows, error = np.abs(stage.T.array[: stage.neurons]), add_up(stage.T.error, begin.error)
+        product = rows[:, : begin.array.shape[0]] @ np.abs(
+            begin.array
+        )  # an upper bound, not the product itself
+        exact = np.abs(stage.T.array[: stage.neurons] @ begin.array)
+        width = product.shape[1]
+        slip = gamma(begin.array.shape[0] + 4) * product.sum(axis=1)
+        wrong = (stage.T.size + begin.size + error) * error * np.sqrt(width)
+        return (exact.sum(axis=1) * (1 + gamma(width + 4)) + slip + wrong) * (1 + gamma(8))
+    one = begin if begin.array is not None else stage.T
+    width = len(one.array[0]) if one.array is not None else 1
+    array = one.array if one.array is not None else np.eye(stage.neurons)
+    total = np.abs(array[: stage.neurons]).sum(axis=1) * (1 + gamma(width + 4))
+    return (total + one.error * np.sqrt(width)) * (1 + gamma(8))

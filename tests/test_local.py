@@ -1,0 +1,279 @@
+"""Local bounds: sound on sampled pairs in the ball, tight at eps -> 0, never worse than the global radius."""
+
+import itertools
+import sys
+
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import pytest
+from gain import form_of
+from zoo import NETS
+
+import lipbounds as lb
+from lipbounds import _localrun
+from lipbounds._kinds import StaticArray
+from lipbounds._localslopes import anchored_slopes, pair_slopes
+from lipbounds.lure import proved_slopes
+
+FEW = ("relu", "gelu_exact", "maxmin_mlp", "max_pool_images", "postactivation_resnet", "leaky_relu", "linear")
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "leaky": lambda x: jax.nn.leaky_relu(x, 0.1),
+    "abs": jnp.abs,
+    "clip": lambda x: jnp.clip(x, -1, 1),
+    "gelu": jax.nn.gelu,
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+    "elu": jax.nn.elu,
+    "hard_swish": jax.nn.hard_swish,
+}
+
+
+def mlp(widths=(12, 30, 24, 6), seed=0, activation="relu"):
+    rng = np.random.default_rng(seed)
+    w = [
+        (1.5 * rng.standard_normal((m, n)) / np.sqrt(n)).astype(np.float32)
+        for n, m in itertools.pairwise(widths)
+    ]
+    b = [0.3 * rng.standard_normal(len(a)).astype(np.float32) for a in w]
+    return lb.from_weights(w, b, activation=activation)
+
+
+def values(form, x):
+    with jax.enable_x64(True):
+        return np.asarray(
+            jax.jit(jax.vmap(lambda p: form.evaluate(p, jnp.float64)))(jnp.asarray(x, jnp.float64))
+        )
+
+
+def jacobians(form, x):
+    with jax.enable_x64(True):
+        f = jax.jit(jax.vmap(jax.jacrev(lambda p: form.evaluate(p, jnp.float64))))
+        return np.asarray(f(jnp.asarray(x, jnp.float64))).reshape(len(x), form.num_outputs, -1)
+
+
+def in_ball(x, eps, norm, count, rng):
+    """(count, N, *shape) points of the balls, many near the surface."""
+    v = rng.standard_normal((count, *x.shape))
+    if norm == np.inf:
+        v = rng.choice([-1.0, 1.0], v.shape) * rng.uniform(0.8, 1, v.shape)
+    else:
+        v /= np.sqrt(np.square(v).sum(axis=tuple(range(2, v.ndim)), keepdims=True))
+    return x + eps * v * rng.choice([0.3, 1.0], (count, len(x), *[1] * (x.ndim - 1)))
+
+
+def largest_slopes(form, x, eps, norm, rng, count=30):
+    """(N,) of the network and (N, K, K) of pairs, over sampled pairs of points in the balls."""
+    u, v = (in_ball(x, eps, norm, count, rng) for _ in range(2))
+    change = values(form, u.reshape(-1, *x.shape[1:])) - values(form, v.reshape(-1, *x.shape[1:]))
+    distance = np.linalg.norm((u - v).reshape(len(change), -1), norm, axis=1)
+    whole = (np.linalg.norm(change, norm, axis=1) / distance).reshape(count, len(x)).max(axis=0)
+    pairs = np.abs(change[:, :, None] - change[:, None]) / distance[:, None, None]
+    return whole, pairs.reshape(count, len(x), *pairs.shape[1:]).max(axis=0)
+
+
+# --- slopes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_slopes_on_intervals(name):
+    n, rng = 30, np.random.default_rng(1)
+    form = lb.trace(ACTIVATIONS[name], jax.ShapeDtypeStruct((n,), jnp.float32))
+    (tap,) = form.taps
+    consts = [c.array if isinstance(c, StaticArray) else np.asarray(form.consts[c]) for c in tap.consts]
+    known = proved_slopes(form, 0)
+    y = 2 * rng.standard_normal((40, n))
+    width = 10.0 ** rng.uniform(-3, 1, y.shape)
+    lo, hi = y - width * rng.uniform(0, 1, y.shape), y + width
+    pair = pair_slopes(tap.expr, consts, lo, hi, known)
+    anchored = anchored_slopes(tap.expr, consts, (y, y), lo, hi, known)
+    f = {t: values(form, at) for t, at in (("y", y), ("lo", lo), ("hi", hi))}
+    assert (pair[0] >= known[0]).all() and (pair[1] <= known[1]).all()
+    assert (anchored[0] >= pair[0]).all() and (anchored[1] <= pair[1]).all()
+    assert (pair[1] - pair[0] < known[1] - known[0] - 1e-6).mean() > 0.5  # most intervals say something
+    for _ in range(20):
+        u, v = (lo + (hi - lo) * rng.uniform(0, 1, y.shape) for _ in range(2))
+        fu, fv = values(form, u), values(form, v)
+        for (a, b), slope, apart in (
+            (pair, (fu - fv) / (u - v), np.abs(u - v)),
+            (anchored, (fu - f["y"]) / (u - y), np.abs(u - y)),
+        ):
+            slack = 1e-14 * (1 + np.abs(fu)) / apart
+            assert ((slope >= a - slack) & (slope <= b + slack)).all()
+    if name in ("relu", "leaky", "abs"):  # attained at one of the ends
+        for end in ("lo", "hi"):
+            f[end + " slope"] = (f[end] - f["y"]) / ({"lo": lo, "hi": hi}[end] - y)
+        ends = np.stack([f["lo slope"], f["hi slope"]])
+        crossing = (lo < 0) & (hi > 0)
+        np.testing.assert_allclose(anchored[0][crossing], ends.min(0)[crossing], rtol=1e-9, atol=1e-12)
+
+
+# --- constants -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", [2, np.inf])
+@pytest.mark.parametrize("activation", ["relu", "tanh", "gelu"])
+def test_bounds_hold_between_pairs_of_the_ball(activation, norm):
+    form, rng = mlp(activation=activation), np.random.default_rng(2)
+    x = rng.standard_normal((25, 12)).astype(np.float32)
+    for eps in (0.01, 0.1, 0.5, 3.0):
+        bound = lb.local(form, x, eps, norm=norm, pairwise=True)
+        whole, pairs = largest_slopes(form, x, eps, norm, rng)
+        assert (whole <= bound.value).all() and (pairs <= bound.pairwise + 1e-12).all()
+        assert bound.guarantee == "verified" and (bound.value > 0).all()
+        order = np.linalg.norm(jacobians(form, x), norm, axis=(1, 2))
+        assert (order <= bound.value * (1 + 1e-7)).all()
+
+
+@pytest.mark.parametrize("norm", [2, np.inf])
+@pytest.mark.parametrize("activation", ["relu", "silu", "leaky_relu"])
+def test_small_balls_give_the_jacobian(activation, norm):
+    form = mlp(activation=activation, seed=3)
+    x = np.random.default_rng(4).standard_normal((40, 12)).astype(np.float32)
+    exact = jacobians(form, x)
+    bound = lb.local(form, x, 1e-6, pairwise=True)
+    ratio = bound.value / np.linalg.norm(exact, 2, axis=(1, 2))
+    assert (ratio >= 1 - 1e-6).all() and (ratio <= 1.01).all()
+    rows = np.linalg.norm(exact[:, :, None] - exact[:, None], axis=3)
+    off = ~np.eye(6, dtype=bool)
+    assert (bound.pairwise[:, off] <= 1.01 * rows[:, off]).all()
+    if norm == np.inf:  # not exact there, but far below an l2 ball of radius eps sqrt(d)
+        cube = lb.local(form, x, 1e-6, norm=norm)
+        assert (cube.value <= np.sqrt(12) * bound.value).all()
+        assert (cube.value >= np.abs(exact).sum(axis=2).max(axis=1) * (1 - 1e-6)).all()
+
+
+def test_constants_grow_with_the_ball_and_items_are_bounds():
+    form = mlp()
+    x = np.random.default_rng(5).standard_normal((10, 12)).astype(np.float32)
+    small, large = lb.local(form, x, 0.05), lb.local(form, x, np.full(10, 1.0))
+    assert (small.value <= large.value * (1 + 1e-9)).all() and len(small) == len(list(small)) == 10
+    one = small[3]
+    assert isinstance(one, lb.UpperBound) and one.value == small.value[3] and "within 0.05" in one.notes[-1]
+    with pytest.raises(ValueError, match="another network"):
+        lb.certified_radius(form, x, np.zeros(10, int), bound=one)
+    assert "LocalBounds: 10 examples, l2, verified" in repr(small) and "one per example" not in repr(small)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in FEW else pytest.mark.slow) for n in sorted(NETS)]
+)
+def test_every_net_of_the_zoo(name):
+    form, rng = form_of(name), np.random.default_rng(6)
+    x = rng.standard_normal((4, *form.in_shape)).astype(np.float32)
+    for eps in (0.02, 0.7):
+        bound = lb.local(form, x, eps, pairwise=True)
+        whole, pairs = largest_slopes(form, x, eps, 2, rng)
+        assert (whole <= bound.value * (1 + 1e-9)).all()
+        assert (pairs <= bound.pairwise * (1 + 1e-9) + 1e-10).all()
+    if form.num_outputs > 1:
+        y = values(form, x).argmax(axis=1)
+        wide = lb.certified_radius(form, x, y)
+        near = lb.certified_radius(form, x, y, local=True)
+        assert (near.radius >= wide.radius).all()
+
+
+def test_a_wide_front_is_bounded_as_a_whole(monkeypatch):
+    module = sys.modules["lipbounds.local"]
+    monkeypatch.setattr(module, "WIDEST", 26)
+    form, rng = mlp(widths=(12, 30, 24, 20, 6)), np.random.default_rng(7)
+    x = rng.standard_normal((12, 12)).astype(np.float32)
+    bound = lb.local(form, x, 0.2, pairwise=True)
+    whole, pairs = largest_slopes(form, x, 0.2, 2, rng)
+    assert "bounded as a whole" in bound.notes[0]
+    assert (whole <= bound.value).all() and (pairs <= bound.pairwise + 1e-12).all()
+    assert (bound.value < lb.liplt(form).value).all()
+    with pytest.raises(ValueError, match="nowhere wider"):
+        lb.local(form, x, 0.2, norm=np.inf)
+
+
+# --- radii ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", [2, np.inf])
+def test_local_radii_are_sound_and_never_below_the_global_ones(norm):
+    form, rng = mlp(widths=(12, 40, 30, 5)), np.random.default_rng(8)
+    x = rng.standard_normal((60, 12)).astype(np.float32)
+    y = values(form, x).argmax(axis=1)
+    y[:3] = (y[:3] + 1) % 5  # misclassified: no radius
+    wide = lb.certified_radius(form, x, y, bound=lb.lipsdp(form, norm=norm, pairwise=True))
+    near = lb.certified_radius(form, x, y, bound=lb.lipsdp(form, norm=norm, pairwise=True), local=True)
+    assert (near.radius >= wide.radius).all() and (near.radius[:3] == 0).all() and (near.radius[3:] > 0).all()
+    assert np.median(near.radius[3:] / wide.radius[3:]) > 1.5 and near.guarantee == "verified"
+    assert near.method.startswith("local, lipsdp")
+    points = in_ball(x, 1.0, norm, 200, rng) - x
+    moved = x + points * near.radius.reshape(-1, 1) * (1 - 1e-9)
+    answers = values(form, moved.reshape(-1, 12)).argmax(axis=1).reshape(200, -1)
+    assert (answers[:, 3:] == y[3:]).all()
+
+
+def test_more_tries_certify_no_less():
+    form, rng = mlp(widths=(12, 40, 30, 5)), np.random.default_rng(9)
+    x = rng.standard_normal((30, 12)).astype(np.float32)
+    y = values(form, x).argmax(axis=1)
+    radii = [lb.certified_radius(form, x, y, local=True, tries=t).radius for t in (1, 2, 4, 8)]
+    for fewer, more in itertools.pairwise(radii):
+        assert (more >= fewer).all()
+
+
+# --- rounding ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_elimination_is_an_upper_bound_in_exact_arithmetic(seed):
+    """Z + e I - Q[:, A] (D - Q_AA)^-1 Q[A, :] is positive semidefinite, by mpmath with 80 digits."""
+    rng = np.random.default_rng(seed)
+    n, m = 7, 4
+    root = rng.standard_normal((n, n)) * 10.0 ** rng.uniform(-3, 1, n)[:, None]
+    q = (root @ root.T + (root @ root.T).T) / 2
+    at = np.sort(rng.choice(n, m, replace=False))
+    kappa = rng.uniform(0, 2, m) * (rng.random(m) > 0.3)
+    z, extra, d = _localrun._eliminate(q, at, kappa)
+    with mpmath.workdps(80):
+        exact, inverse = mpmath.matrix(q.tolist()), mpmath.matrix(m, m)
+        for i in range(m):
+            for j in range(m):
+                inverse[i, j] = (mpmath.mpf(d[i]) * (1 - mpmath.mpf(2) ** -49) if i == j else 0) - exact[
+                    int(at[i]), int(at[j])
+                ]
+        columns = mpmath.matrix(m, n)
+        for i in range(m):
+            for j in range(n):
+                columns[i, j] = exact[int(at[i]), j]
+        gap = mpmath.matrix(z.tolist()) - columns.T * mpmath.inverse(inverse) * columns
+        least = min(mpmath.eigsy(gap, eigvals_only=True))
+    assert least >= -extra and extra < 1e-9 * np.trace(z) + 1e-300
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("x", "eps", "options", "why"),
+    [
+        (np.zeros((2, 12), np.float32), 0.0, {}, "finite numbers > 0"),
+        (np.zeros((2, 12), np.float32), np.nan, {}, "finite numbers > 0"),
+        (np.zeros((2, 12), np.float32), [1.0, 2.0, 3.0], {}, "hold 2 numbers"),
+        (np.zeros((2, 11), np.float32), 1.0, {}, "must have shape"),
+        (np.full((2, 12), np.nan, np.float32), 1.0, {}, "NaN"),
+        (np.zeros((2, 12), int), 1.0, {}, "floating point"),
+        (np.zeros((2, 12), np.float32), 1.0, {"norm": 1}, "norm 2 and inf"),
+    ],
+)
+def test_refusals(x, eps, options, why):
+    with pytest.raises(ValueError, match=why):
+        lb.local(mlp(), x, eps, **options)
+
+
+def test_more_refusals():
+    form, x = mlp(), np.zeros((2, 12), np.float32)
+    with pytest.raises(TypeError, match="LureForm"):
+        lb.local(lambda v: v, x, 1.0)
+    with pytest.raises(ValueError, match="norm 2 and inf"):
+        lb.certified_radius(form, x, np.zeros(2, int), bound=lb.liplt(form, norm=1), local=True)
+    for tries in (0, True, 1.5):
+        with pytest.raises(ValueError, match="tries"):
+            lb.certified_radius(form, x, np.zeros(2, int), local=True, tries=tries)
+    assert len(lb.local(form, x[:0], 1.0)) == 0
