@@ -16,7 +16,8 @@ import pytest
 import lipbounds as lb
 from lipbounds.training.data import digits
 
-NOTEBOOK = pathlib.Path(__file__).parent.parent / "examples" / "compare_bounds.ipynb"
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+NOTEBOOK, FORGED = EXAMPLES / "compare_bounds.ipynb", EXAMPLES / "forged_layers.ipynb"
 DOCUMENT = pathlib.Path(__file__).parent.parent / "docs" / "lipsdp.md"
 EXECUTE = """
 import sys
@@ -50,8 +51,9 @@ def outputs(cell, kind="text/plain"):
     return "\n".join(text(part) for part in parts)
 
 
-def test_the_notebook_is_committed_without_outputs():
-    found = cells()
+@pytest.mark.parametrize("path", [NOTEBOOK, FORGED], ids=lambda path: path.stem)
+def test_notebooks_are_committed_without_outputs(path):
+    found = cells(path)
     code = [c for c in found if c["cell_type"] == "code"]
     assert len(code) >= 10 and len(found) - len(code) >= 5
     assert all(c["outputs"] == [] and c["execution_count"] is None for c in code)
@@ -77,34 +79,81 @@ def large_digits(tmp_path):
     return tmp_path
 
 
-@pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)} to execute a notebook")
-def test_the_notebook_runs(large_digits, tmp_path):
-    done = tmp_path / "done.ipynb"
+def execute(notebook, folder, data=None):
+    """The cells of a notebook after all of them ran in `folder`; nothing may be said on stderr."""
+    done = folder / "done.ipynb"
     # full optimisation, as a user has it: the notebook trains
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment |= {"LIPBOUNDS_DATA": str(large_digits), "IPYTHONDIR": str(tmp_path / "ipython")}
-    command = [sys.executable, "-c", EXECUTE, str(NOTEBOOK), str(done), str(tmp_path)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "LIPBOUNDS_DATA")}
+    environment |= {"IPYTHONDIR": str(folder / "ipython")} | ({"LIPBOUNDS_DATA": str(data)} if data else {})
+    command = [sys.executable, "-c", EXECUTE, str(notebook), str(done), str(folder)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
-
     found = cells(done)
     said = [o for c in found for o in c.get("outputs", ()) if o.get("name") == "stderr"]
     assert said == [], said  # warnings
+    return found
+
+
+def pictures(found):
+    shown = [o["data"] for c in found for o in c.get("outputs", ()) if "image/png" in o.get("data", {})]
+    return [base64.b64decode(data["image/png"]) for data in shown]
+
+
+def quicker(path, folder, **settings):
+    """A copy of a notebook with other settings."""
+    book = json.loads(path.read_text(encoding="utf-8"))
+    tagged(book["cells"], "settings")["source"] = "\n".join(f"{k} = {v}" for k, v in settings.items())
+    copy = folder / path.name
+    copy.write_text(json.dumps(book), encoding="utf-8")
+    return copy
+
+
+NEEDS = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)} to execute a notebook")
+
+
+@NEEDS
+@pytest.mark.parametrize("with_mnist", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_notebook_runs(large_digits, tmp_path, with_mnist):
+    found = execute(NOTEBOOK, tmp_path, large_digits if with_mnist else None)
     table = outputs(tagged(found, "compare"))
     assert all(name in table for name in ("empirical", "lipsdp", "liplt-optimized", "naive", "verified"))
     assert outputs(tagged(found, "verify")).strip() == "True"
     assert outputs(tagged(found, "refused")).startswith("refused: ")
-    assert outputs(tagged(found, "mnist")).startswith("1437 training and 360 test images")
-    assert "lipsdp" in outputs(tagged(found, "mnist-compare"))
-    pictures = [
-        o["data"]["image/png"]
-        for c in found
-        for o in c.get("outputs", ())
-        if "image/png" in o.get("data", {})
-    ]
-    assert len(pictures) == 6
-    for picture in pictures:
-        assert len(base64.b64decode(picture)) > 5000
+    if with_mnist:
+        assert outputs(tagged(found, "mnist")).startswith("1437 training and 360 test images")
+        assert "lipsdp" in outputs(tagged(found, "mnist-compare"))
+    images = pictures(found)
+    assert len(images) == (6 if with_mnist else 5) and min(map(len, images)) > 5000
+
+
+QUICK = {
+    "EPOCHS": 5,
+    "IMAGES": 80,
+    "STEPS": 5,
+    "QUERIES": 30,
+    "EXAMPLES": 16,
+    "RATIOS": "[0, 2**-6]",
+    "EPS": 0.05,
+}
+
+
+@NEEDS
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_notebook_on_forged_layers_runs(large_digits, tmp_path, full):
+    book = FORGED if full else quicker(FORGED, tmp_path, **QUICK)
+    found = execute(book, tmp_path, large_digits if full else None)
+    assert "jumps" in outputs(tagged(found, "refused"))
+    assert "radii of kept columns unchanged: True" in outputs(tagged(found, "radii"))
+    assert "of the smoothly forged network" in outputs(tagged(found, "smooth"))
+    assert "upper bounds of robust accuracy" in outputs(tagged(found, "study"))
+    claims = outputs(tagged(found, "claims"))
+    assert claims.count("\n") >= 14 and all(
+        word in claims for word in ("holds here", "does not", "AutoAttack")
+    )
+    words = outputs(tagged(found, "mnist"))
+    assert ("MNIST is skipped" in words) != full
+    images = pictures(found)
+    assert len(images) == 4 and min(map(len, images)) > 5000
 
 
 def test_without_mnist_the_notebook_says_so(monkeypatch, capsys):
