@@ -214,7 +214,7 @@ def _through(
 def _eliminate(q: np.ndarray, at: np.ndarray, kappa: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
     """(Z, e, D): Z + e I >= Q[:, A] (D - Q[A, A])^-1 Q[A, :], rounded sums with Q included."""
     own = np.maximum(q.flat[:: len(q) + 1][at], _TINY)
-    root = 1 / np.sqrt(own)
+    root = own**-0.25  # D in proportion to the square roots of the variances: better than to them, or to none
     block = q[np.ix_(at, at)] * root[:, None] * root
     mu = max(float(np.linalg.eigvalsh(block)[-1]), 1e-6)
     spare = np.maximum(kappa, 1e-3)

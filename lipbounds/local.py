@@ -29,7 +29,8 @@ from lipbounds._sequence import WIDEST, first_tap, hybrid_start
 from lipbounds._tables import seconds_text, show
 from lipbounds._triangle import Request
 from lipbounds._views import elementwise_view
-from lipbounds.bound import NORM_NAMES, UpperBound, check_norm
+from lipbounds.bound import NORM_NAMES, UpperBound, check_norm, weakest
+from lipbounds.liplt import liplt
 from lipbounds.lure import LureForm, fingerprint
 
 _CHUNK = 2**23  # numbers in the ellipsoids of one chunk of examples
@@ -105,6 +106,7 @@ def local(
     *,
     norm: Any = 2,
     pairwise: bool = False,
+    bound: UpperBound | None = None,
     progress: Progress | None = None,
 ) -> LocalBounds:
     """Upper bounds of the Lipschitz constants of the network on the balls B(x, eps) around the examples of X.
@@ -115,6 +117,7 @@ def local(
         eps: a number > 0, or (N,) of them.
         norm: 2 or inf, of the balls and of the constants.
         pairwise: also the constants of all differences of two outputs.
+        bound: a bound of the whole network, which holds in every ball, too: no value is above it. None is `lb.liplt`.
         progress: called with a line of text after every chunk.
 
     Every rounding is covered. Networks wider than 1100 somewhere are treated as a whole up to there (LipLT, whose
@@ -133,10 +136,15 @@ def local(
     radii = check_eps(eps, len(x))
     p = check_norm(norm)
     around = Around(form, p, x)
+    whole = liplt(form, norm=p, pairwise=pairwise) if bound is None else bound
+    if not isinstance(whole, UpperBound):
+        raise TypeError(f"a bound of the whole network is an UpperBound, got {type(whole).__name__}")
+    if whole.norm != p or (whole.network is not None and whole.network != fingerprint(form)):
+        raise ValueError("`bound` is in another norm, or was computed from another network")
     classes = form.num_outputs
     value, pairs = np.zeros(len(x)), np.zeros((len(x), classes, classes) if pairwise else (0, 1, 1))
 
-    def bound(part: slice) -> None:
+    def one_chunk(part: slice) -> None:
         out = around.outputs(part, radii[part], anchored=False)
         for i, matrix in zip(range(part.start, part.stop), out, strict=True):
             roots = _proof.class_roots(matrix, 0)
@@ -144,15 +152,18 @@ def local(
             if pairwise:
                 pairs[i] = _proof.pair_roots(matrix, 0)
 
-    around.each(len(x), bound, "local bounds", progress)
+    around.each(len(x), one_chunk, "local bounds", progress)
+    value = np.minimum(value, whole.value)
+    if pairwise and whole.pairwise is not None:
+        pairs = np.minimum(pairs, whole.pairwise)
     return LocalBounds(
         value,
         radii,
         p,
-        around.guarantee,
+        weakest([around.guarantee, whole.guarantee]),
         time.perf_counter() - begin,
         pairs if pairwise else None,
-        around.failure,
+        min(around.failure + whole.failure_probability, 1.0),
         around.notes,
         fingerprint(form),
     )

@@ -145,6 +145,20 @@ def test_small_balls_give_the_jacobian(activation, norm):
         assert (cube.value >= np.abs(exact).sum(axis=2).max(axis=1) * (1 - 1e-6)).all()
 
 
+def test_no_value_is_above_the_bound_of_the_whole_network():
+    form = mlp()
+    x = np.random.default_rng(5).standard_normal((10, 12)).astype(np.float32)
+    whole = lb.lipsdp(form, pairwise=True)
+    far = lb.local(form, x, 50.0, pairwise=True, bound=whole)
+    assert (far.value == whole.value).any() and (far.value <= whole.value).all()
+    assert (far.pairwise <= whole.pairwise).all()
+    assert (lb.local(form, x, 50.0).value <= lb.liplt(form).value).all()
+    with pytest.raises(ValueError, match="another network"):
+        lb.local(form, x, 1.0, bound=lb.liplt(mlp(seed=1)))
+    with pytest.raises(TypeError, match="UpperBound"):
+        lb.local(form, x, 1.0, bound=lb.empirical(form))
+
+
 def test_constants_grow_with_the_ball_and_items_are_bounds():
     form = mlp()
     x = np.random.default_rng(5).standard_normal((10, 12)).astype(np.float32)
