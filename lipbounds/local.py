@@ -24,7 +24,7 @@ from threadpoolctl import threadpool_limits
 
 from lipbounds import _localrun, _proof
 from lipbounds._localrun import Matrix, Stage, Values
-from lipbounds._rounding import U, add_up, gamma, require_gradual_underflow
+from lipbounds._rounding import U, add_up, gamma, require_gradual_underflow, sqrt_up
 from lipbounds._sequence import WIDEST, first_tap, hybrid_start
 from lipbounds._tables import seconds_text, show
 from lipbounds._triangle import Request
@@ -148,7 +148,7 @@ def local(
         out = around.outputs(part, radii[part], anchored=False)
         for i, matrix in zip(range(part.start, part.stop), out, strict=True):
             roots = _proof.class_roots(matrix, 0)
-            value[i] = _proof.largest_root(matrix, 0) if p == 2 else float(roots.max(initial=0.0))
+            value[i] = _largest_root(matrix) if p == 2 else float(roots.max(initial=0.0))
             if pairwise:
                 pairs[i] = _proof.pair_roots(matrix, 0)
 
@@ -167,6 +167,13 @@ def local(
         around.notes,
         fingerprint(form),
     )
+
+
+def _largest_root(matrix: np.ndarray) -> float:
+    """An upper bound of the root of the largest eigenvalue; where only the allowance for rounding is left, by the
+    Frobenius norm."""
+    size = float(_localrun.frobenius(matrix[None])[0])
+    return sqrt_up(size) if size < 2.0**-800 else _proof.largest_root(matrix, 0)
 
 
 def check_eps(eps: Any, count: int) -> np.ndarray:

@@ -136,13 +136,37 @@ def test_small_balls_give_the_jacobian(activation, norm):
     bound = lb.local(form, x, 1e-6, pairwise=True)
     ratio = bound.value / np.linalg.norm(exact, 2, axis=(1, 2))
     assert (ratio >= 1 - 1e-6).all() and (ratio <= 1.01).all()
-    rows = np.linalg.norm(exact[:, :, None] - exact[:, None], axis=3)
+    rows = np.linalg.norm(exact[:, :, np.zeros(1, np.float32)] - exact[:, None], axis=3)
     off = ~np.eye(6, dtype=bool)
     assert (bound.pairwise[:, off] <= 1.01 * rows[:, off]).all()
     if norm == np.inf:  # not exact there, but far below an l2 ball of radius eps sqrt(d)
         cube = lb.local(form, x, 1e-6, norm=norm)
         assert (cube.value <= np.sqrt(12) * bound.value).all()
         assert (cube.value >= np.abs(exact).sum(axis=2).max(axis=1) * (1 - 1e-6)).all()
+
+
+@pytest.mark.parametrize("norm", [2, np.inf])
+def test_a_neuron_that_can_just_switch(norm):
+    """L is 0 as long as no point of the ball switches the neuron on, and ||w|| as soon as one does."""
+    w = np.array([[0.6, 0.8]], np.float32)
+    form = lb.from_weights(
+        [w, np.ones((1, 1), np.float32)],
+        [-np.ones(1, np.float32), np.zeros(1, np.float32)],
+        activation="relu",
+    )
+    reach = 1 / (1.0 if norm == 2 else 1.4)  # how far 0 is from the edge
+    x, slope = np.zeros((1, 2), np.float32), 1.0 if norm == 2 else 1.4
+    for share, wanted in ((0.999, 0.0), (1.001, slope)):
+        found = lb.local(form, x, share * reach, norm=norm).value[0]
+        assert (found == pytest.approx(0, abs=1e-6)) if wanted == 0 else found >= wanted * (1 - 1e-6)
+    deep = lb.from_weights(
+        [w, np.ones((1, 1), np.float32), np.ones((1, 1), np.float32)],
+        [np.ones(1, np.float32), -2 * np.ones(1, np.float32), np.zeros(1, np.float32)],
+        activation="relu",
+    )  # the second neuron switches at the same distance
+    for share, wanted in ((0.999, 0.0), (1.001, slope)):
+        found = lb.local(deep, x, share * reach, norm=norm).value[0]
+        assert (found == pytest.approx(0, abs=1e-6)) if wanted == 0 else found >= wanted * (1 - 1e-6)
 
 
 def test_no_value_is_above_the_bound_of_the_whole_network():
@@ -240,7 +264,7 @@ def test_elimination_is_an_upper_bound_in_exact_arithmetic(seed):
     """Z + e I - Q[:, A] (D - Q_AA)^-1 Q[A, :] is positive semidefinite, by mpmath with 80 digits."""
     rng = np.random.default_rng(seed)
     n, m = 7, 4
-    root = rng.standard_normal((n, n)) * 10.0 ** rng.uniform(-3, 1, n)[:, None]
+    root = rng.standard_normal((n, n)) * 10.0 ** rng.uniform(-3, 1, n)[:, np.zeros(1, np.float32)]
     q = (root @ root.T + (root @ root.T).T) / 2
     at = np.sort(rng.choice(n, m, replace=False))
     kappa = rng.uniform(0, 2, m) * (rng.random(m) > 0.3)
