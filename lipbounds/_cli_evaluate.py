@@ -13,7 +13,16 @@ import typer
 
 from lipbounds import _cli_tables as tables
 from lipbounds._cli_common import Json, check_target, refusals
-from lipbounds._cli_options import ForceOption, JsonOption, ManyNumbers, SeedOption, Verb
+from lipbounds._cli_options import (
+    DataDirOption,
+    DatasetOption,
+    ForceOption,
+    JsonOption,
+    ManyNumbers,
+    RunPath,
+    SeedOption,
+    Verb,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,33 +45,10 @@ class ManyValues(ManyNumbers):
         return super().parse_args(ctx, spread)
 
 
-RunPath = Annotated[
-    Path,
-    typer.Argument(
-        metavar="RUN",
-        exists=True,
-        show_default=False,
-        help="A folder that `lipbounds train` wrote, or a model file (.safetensors) with --dataset.",
-    ),
-]
-
-
 def evaluate(
     run: RunPath,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(
-            "--data-dir",
-            metavar="DIR",
-            file_okay=False,
-            show_default="the run's own",
-            help="Folder of the data set's files.",
-        ),
-    ] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="The data set of a model file; a run knows its own."),
-    ] = None,
+    data_dir: DataDirOption = None,
+    dataset: DatasetOption = None,
     eps: Annotated[
         list[float] | None,
         typer.Option(
@@ -133,10 +119,7 @@ def evaluate(
     """
     if not all(math.isfinite(level) for level in eps or ()):
         raise typer.BadParameter("eps must be finite", param_hint="--eps")
-    if dataset is not None and run.is_dir():
-        raise typer.BadParameter("a run knows its own data set", param_hint="--dataset")
-    if dataset is None and not run.is_dir():
-        raise typer.BadParameter("a model file needs one, such as digits", param_hint="--dataset")
+    check_dataset(run, dataset)
     with refusals():
         folder = out if out is not None else run if run.is_dir() else None
         check_target(json, force)
@@ -238,6 +221,13 @@ class _Subject:
             "architecture": self.spec.architecture,
             "arguments": dict(self.spec.arguments),
         }
+
+
+def check_dataset(run: Path, dataset: str | None) -> None:
+    if dataset is not None and run.is_dir():
+        raise typer.BadParameter("a run knows its own data set", param_hint="--dataset")
+    if dataset is None and not run.is_dir():
+        raise typer.BadParameter("a model file needs one, such as digits", param_hint="--dataset")
 
 
 def open_subject(path: Path, dataset: str | None) -> _Subject:

@@ -13,8 +13,16 @@ import typer
 
 from lipbounds import _cli_tables as tables
 from lipbounds._cli_common import Json, check_target, refusals
-from lipbounds._cli_evaluate import RunPath, check_images, open_subject
-from lipbounds._cli_options import ForceOption, JsonOption, ManyNumbers, SeedOption
+from lipbounds._cli_evaluate import check_dataset, check_images, open_subject
+from lipbounds._cli_options import (
+    DataDirOption,
+    DatasetOption,
+    ForceOption,
+    JsonOption,
+    ManyNumbers,
+    RunPath,
+    SeedOption,
+)
 
 SEARCHED = 500  # training images that c_r is chosen on
 
@@ -46,20 +54,8 @@ def forge(
     quantile: Annotated[
         float, typer.Option(metavar="NUMBER", help="Of the images' largest activations; 1 is the maximum.")
     ] = 1.0,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(
-            "--data-dir",
-            metavar="DIR",
-            file_okay=False,
-            show_default="the run's own",
-            help="Folder of the data set's files.",
-        ),
-    ] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="The data set of a model file; a run knows its own."),
-    ] = None,
+    data_dir: DataDirOption = None,
+    dataset: DatasetOption = None,
     eps: Annotated[
         float | None,
         typer.Option(metavar="NUMBER", show_default="8/255; 0.1 for MNIST", help="l-inf radius of attacks."),
@@ -98,10 +94,7 @@ def forge(
     - `lipbounds forge report/residual_cnn.safetensors --dataset digits --c-r 2^-6 --out forged`
     """
     values = [_ratio(text) for text in c_r] if c_r else [2.0**-k for k in range(8, 3, -1)]
-    if dataset is not None and run.is_dir():
-        raise typer.BadParameter("a run knows its own data set", param_hint="--dataset")
-    if dataset is None and not run.is_dir():
-        raise typer.BadParameter("a model file needs one, such as digits", param_hint="--dataset")
+    check_dataset(run, dataset)
     if eps is not None and not (math.isfinite(eps) and eps > 0):
         raise typer.BadParameter("eps must be a number > 0", param_hint="--eps")
     with refusals():

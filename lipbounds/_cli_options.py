@@ -129,3 +129,25 @@ JsonOption = Annotated[
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Write even where files of another program stand.")
 ]
+RunPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        exists=True,
+        show_default=False,
+        help="A folder that `lipbounds train` wrote, or a model file (.safetensors) with --dataset.",
+    ),
+]
+DataDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-dir",
+        metavar="DIR",
+        file_okay=False,
+        show_default="the run's own",
+        help="Folder of the data set's files.",
+    ),
+]
+DatasetOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The data set of a model file; a run knows its own.")
+]
