@@ -71,18 +71,67 @@ def bound_of(form: Any, method: str, scaling: Scaling, options: Json) -> Any:
     return lb.liplt(form, **options, scaling=None if scaling is Scaling.none else scaling.value)
 
 
-def load_form(path: Path) -> tuple[Any, Any]:
+def load_form(
+    path: Path, mean: str | None = None, std: str | None = None, drop: Any = None
+) -> tuple[Any, Any]:
+    """(form, shape of one input) of a model file of ours or an ONNX file; x -> (x - mean) / std stands in front."""
+    import jax
+    import jax.numpy as jnp
     import numpy as np
 
     import lipbounds as lb
-    from lipbounds.training.store import load_model
 
-    network, spec = load_model(path)
-    return lb.trace(network, np.zeros(spec.input_shape, np.float32)), spec
+    if path.suffix.lower() == ".onnx":
+        from lipbounds.interop import load_onnx
+
+        fn, spec = load_onnx(path, drop=drop)
+        shape, dtype = spec.shape, spec.dtype
+        for note in spec.notes:
+            typer.echo(f"{path.name}: {note}", err=True)
+    else:
+        from lipbounds.training.store import load_model
+
+        if drop:
+            raise ValueError("--drop belongs to ONNX files")
+        fn, model = load_model(path)
+        shape, dtype = tuple(model.input_shape), np.dtype(np.float32)
+    shift, scale = (_per_channel(text, name, shape, dtype) for text, name in ((mean, "mean"), (std, "std")))
+    if scale is not None and not (scale > 0).all():
+        raise ValueError("--std must be > 0")
+    if shift is None and scale is None:
+        return lb.trace(fn, jax.ShapeDtypeStruct(shape, dtype)), shape
+    zero, one = (
+        np.zeros((), dtype) if shift is None else shift,
+        np.ones((), dtype) if scale is None else scale,
+    )
+    return lb.trace(
+        lambda x: fn((x - jnp.asarray(zero)) / jnp.asarray(one)), jax.ShapeDtypeStruct(shape, dtype)
+    ), shape
 
 
-def read_data(data: str, spec: Any) -> tuple[Any, Any]:
-    """Images (n, *input_shape) and labels (n,) of `digits` or an .npz file; ValueError for anything else."""
+def _per_channel(text: str | None, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
+    """A number, or one for each channel (the first axis of an image, or else the last), as an array that broadcasts."""
+    import numpy as np
+
+    if text is None:
+        return None
+    try:
+        values = np.asarray([float(part) for part in text.split(",")], dtype)
+    except ValueError:
+        values = np.asarray([np.nan], dtype)
+    if not np.isfinite(values).all():
+        raise ValueError(f"--{name} must be a number, or numbers with commas between them, got {text!r}")
+    if len(values) == 1:
+        return values[0]
+    if len(shape) == 3 and shape[0] == len(values) != shape[2]:
+        return values.reshape(-1, 1, 1)
+    if shape and shape[-1] == len(values):
+        return values
+    raise ValueError(f"--{name} has {len(values)} numbers, but no channel axis of {shape} has that many")
+
+
+def read_data(data: str, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """Images (n, *shape) and labels (n,) of `digits` or an .npz file; ValueError for anything else."""
     import zipfile
 
     import numpy as np
@@ -98,10 +147,8 @@ def read_data(data: str, spec: Any) -> tuple[Any, Any]:
                 x, y = file["x"], file["y"]
         except (zipfile.BadZipFile, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{data} is not an .npz file with arrays x and y: {error}") from error
-    if x.shape[1:] != tuple(spec.input_shape):
-        raise ValueError(
-            f"{data} holds images of shape {x.shape[1:]}, the model takes {tuple(spec.input_shape)}"
-        )
+    if x.shape[1:] != tuple(shape):
+        raise ValueError(f"{data} holds images of shape {x.shape[1:]}, the model takes {tuple(shape)}")
     if x.dtype.kind != "f":
         raise ValueError(f"{data}: x must hold floats in the model's input units, got {x.dtype}")
     return x, y

@@ -62,6 +62,11 @@ class Scaling(enum.StrEnum):
     optimized = "optimized"
 
 
+class Drop(enum.StrEnum):
+    softmax = "softmax"
+    argmax = "argmax"
+
+
 class ManyNumbers(TyperCommand):
     """Lets `--eps 0.1 0.25` stand for `--eps 0.1 --eps 0.25`."""
 
@@ -96,7 +101,7 @@ ModelPath = Annotated[
         exists=True,
         dir_okay=False,
         show_default=False,
-        help="A model file of ours (.safetensors), such as the demo writes.",
+        help="A model file of ours (.safetensors), such as the demo writes, or an ONNX file (.onnx).",
     ),
 ]
 NormOption = Annotated[Norm, typer.Option(help="Norm in which the input moves.")]
@@ -150,4 +155,16 @@ DataDirOption = Annotated[
 ]
 DatasetOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="The data set of a model file; a run knows its own.")
+]
+MeanOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NUMBERS", help="Subtracted from the input first: a number, or one per channel, a,b,c."
+    ),
+]
+StdOption = Annotated[
+    str | None, typer.Option(metavar="NUMBERS", help="Then divided by: a number, or one per channel, a,b,c.")
+]
+DropOption = Annotated[
+    Drop | None, typer.Option(help="Leave out the last operation of an ONNX file, if it is this one.")
 ]

@@ -31,10 +31,12 @@ from lipbounds._cli_forge import ManyRatios, forge
 from lipbounds._cli_options import (
     AnyVerb,
     CertificateOption,
+    DropOption,
     ForceOption,
     Guarantee,
     JsonOption,
     ManyNumbers,
+    MeanOption,
     ModelPath,
     Multipliers,
     MultipliersOption,
@@ -47,6 +49,7 @@ from lipbounds._cli_options import (
     SeedOption,
     Solver,
     SolverOption,
+    StdOption,
     Verb,
 )
 from lipbounds._cli_train import train
@@ -172,11 +175,14 @@ def bounds(
     multipliers: MultipliersOption = Multipliers.neuron,
     refine: RefineOption = 0,
     certificate: CertificateOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    drop: DropOption = None,
     seed: SeedOption = 0,
     json: JsonOption = None,
     force: ForceOption = False,
 ) -> None:
-    """Bound the Lipschitz constants of a saved model.
+    """Bound the Lipschitz constants of a saved model, or of an ONNX file.
 
     The constant says by how much the outputs can change for each unit that the input moves, in the norm
     chosen and in the model's own input units. LipSDP is the tightest bound and takes seconds to a minute;
@@ -191,6 +197,8 @@ def bounds(
     - `lipbounds bounds report/mlp.safetensors --method liplt --scaling optimized`
 
     - `lipbounds bounds report/residual_cnn.safetensors --norm inf --method all --json bounds.json`
+
+    - `lipbounds bounds net.onnx --method liplt`
     """
     lipsdp_only = {
         "--solver": solver is not Solver.recursion,
@@ -214,7 +222,7 @@ def bounds(
         import lipbounds as lb
         from lipbounds.analysis.experiment import result_kind, result_record
 
-        form, _ = load_form(model)
+        form, _ = load_form(model, mean, std, drop)
         options: Json = {
             "norm": norm_of(norm),
             "pairwise": pairwise,
@@ -269,6 +277,12 @@ def certify(
         bool,
         typer.Option("--pairwise/--no-pairwise", help="One constant per pair of classes, or one for all."),
     ] = True,
+    local: Annotated[
+        bool, typer.Option("--local", help="Also bound the network around every image: larger radii.")
+    ] = False,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    drop: DropOption = None,
     seed: SeedOption = 0,
     json: JsonOption = None,
     force: ForceOption = False,
@@ -276,13 +290,16 @@ def certify(
     """Certify images: no input closer than eps changes the answer.
 
     An image counts if it is classified correctly and its certified radius exceeds eps. Radii are in the
-    units of the model's own input: for the demo's models pixel values in [0, 1].
+    units of the model's own input: for the demo's models pixel values in [0, 1]. What --mean and --std put in
+    front of the network belongs to it, so radii are those of the raw input.
 
     Examples:
 
     - `lipbounds certify report/mlp.safetensors --eps 0.1 0.25 0.5`
 
     - `lipbounds certify report/mlp.safetensors --data mine.npz --method liplt --json radii.json`
+
+    - `lipbounds certify net.onnx --data mine.npz --mean 0.5,0.5,0.5 --std 0.2,0.2,0.2 --local --eps 0.3`
     """
     chosen = choose_method(method, norm, scaling, False)
     levels = sorted(set(eps or (0.05, 0.1, 0.25)))
@@ -294,8 +311,8 @@ def certify(
 
         import lipbounds as lb
 
-        form, spec = load_form(model)
-        x, y = read_data(data, spec)
+        form, shape = load_form(model, mean, std, drop)
+        x, y = read_data(data, shape)
         options: Json = {
             "norm": norm_of(norm),
             "pairwise": pairwise,
@@ -303,7 +320,8 @@ def certify(
             "seed": seed,
         }
         bound = bound_of(form, chosen, scaling, options)
-        radii = lb.certified_radius(form, x, y, bound=bound)
+        with tables.working() as tell:
+            radii = lb.certified_radius(form, x, y, bound=bound, local=local, progress=tell)
         radius = np.asarray(radii.radius)
         if not len(radius):
             raise ValueError(f"{data} holds no images")
@@ -350,6 +368,9 @@ def verify(
             "--model", metavar="MODEL", exists=True, dir_okay=False, help="The model that it is about."
         ),
     ],
+    mean: MeanOption = None,
+    std: StdOption = None,
+    drop: DropOption = None,
 ) -> None:
     """Prove a saved bound again, from the weights of the model.
 
@@ -367,7 +388,7 @@ def verify(
         from lipbounds.certificate import check, load_certificate
         from lipbounds.errors import CertificateError
 
-        form, _ = load_form(model)
+        form, _ = load_form(model, mean, std, drop)
         begin = time.perf_counter()
         try:
             claims = load_certificate(certificate)
