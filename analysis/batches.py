@@ -19,6 +19,10 @@ def examples(batch: Any, example: Example | None = None) -> np.ndarray:
     rows = np.asarray(batch)
     if rows.dtype.kind not in "fiub" and rows.dtype.name != "bfloat16":
         raise ValueError(f"data must hold numbers, got dtype {rows.dtype}")
+    if rows.dtype == np.uint8:
+        raise ValueError(
+            "data are bytes (uint8): scale them to what the network is called on, such as pixels / 255"
+        )
     with np.errstate(over="ignore"):
         rows = rows.astype(jax.dtypes.canonicalize_dtype(rows.dtype), copy=False)
         if rows.dtype.kind not in "iub" and not np.isfinite(rows.astype(np.float32)).all():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import math
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +21,7 @@ from lipbounds._cli_options import (
     RunPath,
     SeedOption,
     Verb,
+    eps_of,
 )
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def evaluate(
         typer.Option(
             "--eps",
             metavar="NUMBER...",
-            min=0.0,
+            parser=eps_of,
             show_default="1.58 for MNIST, 36/255 for CIFAR and Tiny-ImageNet, 0.5 for digits",
             help="l2 radii in pixel values in [0, 1]; several may follow.",
         ),
@@ -117,8 +117,6 @@ def evaluate(
 
     - `lipbounds evaluate report/mlp.safetensors --dataset digits --methods liplt lipsdp --json mlp.json`
     """
-    if not all(math.isfinite(level) for level in eps or ()):
-        raise typer.BadParameter("eps must be finite", param_hint="--eps")
     check_dataset(run, dataset)
     with refusals():
         folder = out if out is not None else run if run.is_dir() else None

@@ -22,6 +22,8 @@ from lipbounds._cli_options import (
     ManyNumbers,
     RunPath,
     SeedOption,
+    eps_of,
+    number,
 )
 
 SEARCHED = 500  # training images that c_r is chosen on
@@ -58,7 +60,12 @@ def forge(
     dataset: DatasetOption = None,
     eps: Annotated[
         float | None,
-        typer.Option(metavar="NUMBER", show_default="8/255; 0.1 for MNIST", help="l-inf radius of attacks."),
+        typer.Option(
+            metavar="NUMBER",
+            parser=eps_of,
+            show_default="8/255; 0.1 for MNIST",
+            help="l-inf radius of attacks, in pixel values in [0, 1].",
+        ),
     ] = None,
     images: Annotated[int, typer.Option(metavar="N", min=1, help="Test images, the first ones.")] = 500,
     pgd_steps: Annotated[int, typer.Option(metavar="N", min=1, help="Gradient steps of an attack.")] = 20,
@@ -95,8 +102,11 @@ def forge(
     """
     values = [_ratio(text) for text in c_r] if c_r else [2.0**-k for k in range(8, 3, -1)]
     check_dataset(run, dataset)
-    if eps is not None and not (math.isfinite(eps) and eps > 0):
-        raise typer.BadParameter("eps must be a number > 0", param_hint="--eps")
+    if eps is not None and not 0 < eps <= 1:
+        raise typer.BadParameter(
+            f"eps must be > 0 and at most 1, as pixel values lie in [0, 1], got {eps:g}: such as 8/255",
+            param_hint="--eps",
+        )
     with refusals():
         folder = out if out is not None else run if run.is_dir() else None
         check_target(json, force)
@@ -188,9 +198,8 @@ def forge(
 
 def _ratio(text: str) -> float:
     """A number such as 0.01, 2^-7 or 2**-7."""
-    base, power, exponent = text.replace("**", "^").partition("^")
     try:
-        value = float(base) ** float(exponent) if power else float(base)
+        value = number(text)
     except (ValueError, OverflowError, ZeroDivisionError):
         value = math.nan
     if not (isinstance(value, float) and 0 <= value < 1):

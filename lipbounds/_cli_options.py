@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,10 +87,30 @@ class ManyNumbers(TyperCommand):
         return super().parse_args(ctx, spread)
 
 
+def number(text: str) -> float:
+    """0.1, 8/255 or 2^-7 as a number; ValueError for anything else."""
+    if "/" in text:
+        above, below = text.split("/")
+        return float(above) / float(below)
+    base, power, exponent = text.replace("**", "^").partition("^")
+    return float(base) ** float(exponent) if power else float(base)
+
+
+def eps_of(text: str) -> float:
+    """A radius as the commands read it."""
+    try:
+        value = number(text)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        value = -1.0
+    if not (isinstance(value, float) and math.isfinite(value) and value >= 0):
+        raise typer.BadParameter(f"{text!r} is no finite number >= 0, such as 0.1 or 8/255")
+    return value
+
+
 def _is_number(text: str) -> bool:
     try:
-        float(text.replace("**", "^").replace("^", "e", 1))  # 2^-7 is one, too
-    except ValueError:
+        number(text)
+    except (ValueError, ZeroDivisionError, OverflowError):
         return False
     return True
 

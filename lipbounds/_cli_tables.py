@@ -108,7 +108,7 @@ def results_table(model: Json, title: str) -> Table:
     table = Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
-    table.caption = "radius: the median of the certified radii, in pixel units"
+    table.caption = "radius: median of the certified radii, 0 where misclassified, in pixel units"
     table.caption_justify = "left"
     table.add_column("method", no_wrap=True)
     table.add_column("norm")

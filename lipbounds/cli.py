@@ -51,6 +51,7 @@ from lipbounds._cli_options import (
     SolverOption,
     StdOption,
     Verb,
+    eps_of,
 )
 from lipbounds._cli_train import train
 from lipbounds._version import __version__
@@ -260,7 +261,7 @@ def certify(
         typer.Option(
             "--eps",
             metavar="NUMBER...",
-            min=0.0,
+            parser=eps_of,
             help="Radii to certify at, in input units; several may follow.",
         ),
     ] = None,
@@ -303,8 +304,6 @@ def certify(
     """
     chosen = choose_method(method, norm, scaling, False)
     levels = sorted(set(eps or (0.05, 0.1, 0.25)))
-    if not all(math.isfinite(level) for level in levels):
-        raise typer.BadParameter("eps must be finite", param_hint="--eps")
     with refusals():
         check_target(json, force)
         import numpy as np

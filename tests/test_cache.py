@@ -78,6 +78,7 @@ def test_the_counter_counts() -> None:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.slow
 def test_a_second_call_compiles_nothing(name: str) -> None:
     form = trace(name, 0)
     first = every_verb(form)
@@ -86,7 +87,10 @@ def test_a_second_call_compiles_nothing(name: str) -> None:
     assert names == [] and first == second
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("relu", "nnx_scan") else pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES],
+)
 def test_new_weights_compile_nothing(name: str) -> None:
     """A new trace of the same architecture has an equal static part: compiled functions are found again."""
     old = every_verb(trace(name, 0))

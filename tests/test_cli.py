@@ -164,6 +164,7 @@ def test_an_estimate_stands_under_its_own_key(model_file, tmp_path):
     assert "not a bound" in text
 
 
+@pytest.mark.slow
 def test_all_methods_side_by_side(model_file, tmp_path):
     file = tmp_path / "b.json"
     text = run("bounds", model_file, "--method", "all", "--json", file).stdout

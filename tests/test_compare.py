@@ -127,6 +127,7 @@ def test_pairs_are_attained_and_no_larger_than_the_whole_allows(norm):
     assert np.all(found.pairwise <= rows + 1e-12)
 
 
+@pytest.mark.slow
 def test_many_classes():
     form = chain(6, 20, 40)
     found = empirical(form, pairwise=True, steps=5)
@@ -425,6 +426,7 @@ def test_norm_1_on_a_traced_network():
     assert "in norm 1 use lb.liplt" in c["lipsdp"].reason and "norm 1" in c["lipsdp-scs"].reason
 
 
+@pytest.mark.slow
 def test_norm_inf_on_a_traced_network():
     rng = np.random.default_rng(1)
     form = lb.from_weights([rng.standard_normal((5, 4)), rng.standard_normal((3, 5))])

@@ -250,6 +250,7 @@ def test_a_network_of_convolutions(rng: np.random.Generator) -> None:
         assert (one.eigenvalues_support >= one.eigenvalues_forged).all()
 
 
+@pytest.mark.slow
 def test_iterated_eigenvalues_agree_with_exact_ones(
     monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
 ) -> None:

@@ -87,6 +87,7 @@ def u_net() -> LureForm:
 
 # ------------------------------------------------------------------------- against another solver
 @needs_cvxpy
+@pytest.mark.slow
 def test_random_networks_against_clarabel() -> None:
     """A few of the 108 in test_lipsdp_slow.py."""
     excess = []
@@ -97,7 +98,15 @@ def test_random_networks_against_clarabel() -> None:
 
 
 @needs_cvxpy
-@pytest.mark.parametrize("kind", ["relu", "leaky", "tanh", "sigmoid", "gelu", "abs", "prelu", "narrow"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "relu",
+        "gelu",
+        "prelu",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("leaky", "tanh", "sigmoid", "abs", "narrow")),
+    ],
+)
 def test_the_recursion_alone_against_clarabel(kind: str) -> None:
     """`iterations` asks for the recursion, without Newton's method."""
     form = plain(kind)
@@ -153,6 +162,7 @@ def test_an_orthogonal_maxmin_chain_has_constant_1() -> None:
 # -------------------------------------------------------------------------------------------- pairs
 @needs_cvxpy
 @pytest.mark.parametrize("trained", [False, True], ids=["random", "crm"])
+@pytest.mark.slow
 def test_pairs_against_a_solve_per_pair(trained: bool) -> None:
     """One pass for all pairs, then with multipliers of their own."""
     form = crm_net() if trained else plain()
@@ -193,6 +203,7 @@ def test_linf_is_sound_and_never_above_liplt() -> None:
     assert bound.norm == math.inf and bound.guarantee == "verified"
 
 
+@pytest.mark.slow
 def test_linf_of_positive_weights() -> None:
     """The constant is the largest row sum of the product: no bound may lie below it."""
     layers = [np.abs(w) for w in gauss(WIDTHS, 4)]

@@ -69,7 +69,7 @@ SHOWN = ["relu", "absolute", "gelu_exact", "maxmin_mlp", "two_branches"]
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in ("relu", "absolute") else pytest.param(n, marks=pytest.mark.slow) for n in SHOWN]
+    "name", [n if n == "relu" else pytest.param(n, marks=pytest.mark.slow) for n in SHOWN]
 )
 def test_many_steps_come_to_the_proved_bound(name: str) -> None:
     form = trace(name)
@@ -86,6 +86,7 @@ def test_many_steps_come_to_the_proved_bound(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["relu", pytest.param("two_branches", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_pairs_come_to_the_recursions(name: str) -> None:
     """Against the verb's recursion, which has one D for all pairs too, and above the optimum of each pair."""
     form = trace(name)
@@ -134,6 +135,7 @@ def test_slopes_that_are_traced_or_almost_linear(rng: np.random.Generator) -> No
 @pytest.mark.parametrize(
     "name", ["max_pool_overlapping", pytest.param("cnn_batch_norm", marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_wide_fronts_are_left_to_liplt(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     form = trace(name)
     whole, plain = lb.lipsdp(form).value, lb.liplt(form).value
@@ -245,7 +247,7 @@ def finite(tree: Any) -> bool:
     return all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("dead", ["all", "first", "neuron"])
+@pytest.mark.parametrize("dead", ["all", pytest.param("first", marks=pytest.mark.slow), "neuron"])
 def test_dead_networks_and_neurons(dead: str, rng: np.random.Generator) -> None:
     weights = mlp(rng, 5, 8, 8, 3)
     if dead == "all":

@@ -26,12 +26,29 @@ SMALL = [name for name in NAMES if 0 < NETS[name].neurons < 100 and NETS[name].d
 NORMS = (2, 1, math.inf)
 
 
-def in_groups(names: list[str]) -> list[Any]:
+CORE = """constant_control cnn_batch_norm dense_net einsum gather_scatter gelu_exact group_sort half_precision
+hard_swish leaky_relu linear lying_custom_jvp masked max_pool_images max_pool_overlapping maxmin_mlp orthogonal_maxmin
+postactivation_resnet preactivation_resnet reduce_max_head relu scan_stacked shared_block sigmoid two_branches
+u_net""".split()
+"""Every property is shown on these; on the other nets the dear ones are slow tests."""
+
+
+def in_groups(names: list[str], quick: bool = True) -> list[Any]:
     """All tests of one net in one worker (with pytest-xdist's --dist loadgroup): they share its trace and bounds."""
-    return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
+    return [
+        pytest.param(
+            name,
+            marks=[pytest.mark.xdist_group(name), *([] if quick or name in CORE else [pytest.mark.slow])],
+        )
+        for name in names
+    ]
 
 
-EVERY_NET, EVERY_SMALL_NET = in_groups(NAMES), in_groups(SMALL)
+EVERY_NET, EVERY_NET_BOUNDED, EVERY_SMALL_NET = (
+    in_groups(NAMES),
+    in_groups(NAMES, False),
+    in_groups(SMALL, False),
+)
 
 ROUNDING = 1e-9
 """Relative rounding of a float64 difference quotient of the search (steps of 1e-5 and longer)."""
@@ -123,7 +140,7 @@ def test_form_is_more_precise_in_float64(name: str) -> None:
 
 
 # ---------------------------------------------------------------------------------- order and truth
-@pytest.mark.parametrize("name", EVERY_NET)
+@pytest.mark.parametrize("name", EVERY_NET_BOUNDED)
 def test_naive_liplt_optimised_attained_in_this_order(name: str) -> None:
     naive, liplt, best = naive_of(name), liplt_of(name), liplt_of(name, scaling="optimized")
     found = attained_of(name).value
@@ -140,7 +157,7 @@ SOLVED = 1e-6
 """Relative distance from the optimum at which the multipliers of LipSDP are left."""
 
 
-@pytest.mark.parametrize("name", EVERY_NET)
+@pytest.mark.parametrize("name", EVERY_NET_BOUNDED)
 def test_liplt_lipsdp_per_layer_per_neuron_attained_in_this_order(name: str) -> None:
     liplt, layer, neuron = liplt_of(name), lipsdp_of(name, "layer"), lipsdp_of(name)
     found = attained_of(name)
@@ -214,7 +231,7 @@ def test_where_the_bounds_of_the_zoo_meet() -> None:
         assert lipsdp_of(name).value < 0.9 * liplt_of(name).value
 
 
-@pytest.mark.parametrize("name", EVERY_NET)
+@pytest.mark.parametrize("name", EVERY_NET_BOUNDED)
 @pytest.mark.parametrize("norm", [1, math.inf])
 def test_bounds_in_l1_and_linf(name: str, norm: float) -> None:
     naive, liplt, found = naive_of(name, norm), liplt_of(name, norm), attained_of(name, norm)
@@ -223,7 +240,7 @@ def test_bounds_in_l1_and_linf(name: str, norm: float) -> None:
     assert naive.norm == liplt.norm == norm
 
 
-@pytest.mark.parametrize("name", EVERY_NET)
+@pytest.mark.parametrize("name", EVERY_NET_BOUNDED)
 @pytest.mark.parametrize("scaling", ["aol", "sll"])
 def test_other_scalings_hold(name: str, scaling: str) -> None:
     """AOL and SLL need not beat no scaling, but they are upper bounds and never worse than naive."""
@@ -250,7 +267,7 @@ def own_differences(name: str) -> tuple[np.ndarray, np.ndarray]:
     return inputs[0] - inputs[1], values[0] - values[1]
 
 
-@pytest.mark.parametrize("name", EVERY_NET)
+@pytest.mark.parametrize("name", EVERY_NET_BOUNDED)
 @pytest.mark.parametrize("norm", NORMS)
 def test_bounds_hold_for_the_users_own_function(name: str, norm: float) -> None:
     """No part of the library stands between the function and the quotient."""
@@ -266,7 +283,7 @@ def test_bounds_hold_for_the_users_own_function(name: str, norm: float) -> None:
 
 
 # -------------------------------------------------------------------------------------------- pairs
-@pytest.mark.parametrize("name", EVERY_NET)
+@pytest.mark.parametrize("name", EVERY_NET_BOUNDED)
 @pytest.mark.parametrize("norm", NORMS)
 def test_pairs(name: str, norm: float) -> None:
     naive, liplt, found = naive_of(name, norm), liplt_of(name, norm), attained_of(name, norm)
@@ -291,7 +308,7 @@ def test_pairs(name: str, norm: float) -> None:
 
 
 # -------------------------------------------------------------------------------------- metamorphic
-@pytest.mark.parametrize("name", EVERY_NET)
+@pytest.mark.parametrize("name", EVERY_NET_BOUNDED)
 def test_twice_the_function_has_twice_the_bound(name: str) -> None:
     net, fn, x = made(name)
     f = single(net, fn)

@@ -50,7 +50,7 @@ def create(folder: pathlib.Path, config: Config, data: dict[str, Any]) -> None:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         what = (
-            "is a run already: go on with it by resuming, or"
+            f"is a run already: go on with it by `lipbounds train --resume {folder}` (resume(folder) in Python), or"
             if (folder / CONFIG).exists()
             else "is not empty:"
         )

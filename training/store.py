@@ -55,11 +55,17 @@ def load_model(path: str | os.PathLike[str]) -> tuple[nnx.Module, ModelSpec]:
         raise FileNotFoundError(f"there is no file {path}")
     try:
         with safe_open(path, framework="numpy") as file:
-            header = (file.metadata() or {}).get(FORMAT)
+            metadata = file.metadata() or {}
+            header = metadata.get(FORMAT)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
         raise StoreError(f"{path} is not a complete .safetensors file: {error}") from error
     if header is None:
+        if "lipbounds-forged" in metadata:
+            raise StoreError(
+                f"{path} holds forged thresholds, not a network: take the run's model.safetensors, and for the forged "
+                "network lipbounds.analysis.load_forged(model, path), which has no certificate"
+            )
         raise StoreError(f"{path} was not written by lipbounds: its header has no {FORMAT!r} entry")
     spec = _spec_from(path, header)
     try:
