@@ -130,7 +130,7 @@ def test_a_finished_run(whole: Fitted) -> None:
     again = resume(folder)
     assert same(again.state, whole.state) and again.log == whole.log
     with pytest.raises(
-        FileExistsError, match="is a run already: go on with it by, or choose another"
+        FileExistsError, match="is a run already: go on with it by"
     ):
         fit(PLAIN, out=folder)
 
