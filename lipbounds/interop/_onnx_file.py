@@ -1,4 +1,4 @@
-"""An ONNX file as a checked model: its bytes, its external data, its functions inlined. Loading runs no code."""
+"""An ONNX file as a model: its bytes, its external data, its functions inlined. Loading runs no code."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import onnx
 import onnx.inliner
 
 OLDEST = 7  # broadcasting is NumPy's from here on
-_MOST_CHECKED = 2**31 - 2**20  # bytes: the checker serialises the model, and protobuf ends at 2 GiB
 
 
 def read_model(path: str | os.PathLike[str]) -> tuple[onnx.ModelProto, int]:
-    """(model, opset of the domain ai.onnx): external data read, local functions inlined, checked by `onnx.checker`.
+    """(model, opset of the domain ai.onnx): external data read, local functions inlined.
 
     Raises:
-        ValueError: not an ONNX file, cut off, no graph, an opset that cannot be read, external data that are missing,
+        ValueError: not an ONNX file, cut off, an opset that cannot be read, external data that are missing,
             too short or outside the folder of the model.
     """
     path = Path(path)
@@ -31,25 +30,14 @@ def read_model(path: str | os.PathLike[str]) -> tuple[onnx.ModelProto, int]:
             f"{path}: not an ONNX file, or cut off: it lacks a graph or its opset; export or download it again"
         )
     opset = _opset(path, model)
-    size = len(raw) + sum(_read_external(path, tensor) for tensor in _tensors(model.graph))
+    for tensor in _tensors(model.graph):
+        _read_external(path, tensor)
     if model.functions:
         try:
             model = onnx.inliner.inline_local_functions(model)
         except Exception as error:  # the inliner, in C++, raises RuntimeErrors and worse
-            raise ValueError(f"{path}: its local functions cannot be inlined: {_first(error)}") from error
-    if size < _MOST_CHECKED and not unknown(model.graph, opset):
-        try:
-            onnx.checker.check_model(model)
-        except Exception as error:
-            raise ValueError(f"{path}: not a valid ONNX model: {_first(error)}") from error
+            raise ValueError(f"{path}: its local functions cannot be inlined: {error}") from error
     return model, opset
-
-
-def unknown(graph: onnx.GraphProto, opset: int) -> list[onnx.NodeProto]:
-    """The nodes whose operator is not one of ONNX's own at this opset."""
-    return [
-        n for n in graph.node if n.domain not in ("", "ai.onnx") or not onnx.defs.has(n.op_type, opset, "")
-    ]
 
 
 def _opset(path: Path, model: onnx.ModelProto) -> int:
@@ -63,15 +51,12 @@ def _opset(path: Path, model: onnx.ModelProto) -> int:
         raise ValueError(
             f"{path}: opset {found[0]} is older than {OLDEST}; convert it with onnx.version_converter, or export again"
         )
-    if found[0] > newest:
+    if found[0] > newest or model.ir_version > onnx.IR_VERSION:
         raise ValueError(
-            f"{path}: opset {found[0]} is newer than the {newest} of the installed onnx; pip install -U onnx"
+            f"{path}: opset {found[0]} or IR version {model.ir_version} is newer than {newest} or {onnx.IR_VERSION}, "
+            "those of the installed onnx: pip install -U onnx"
         )
     return found[0]
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # --- external data -------------------------------------------------------------------------------------------------
@@ -86,10 +71,10 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
             yield from attribute.tensors
 
 
-def _read_external(path: Path, tensor: onnx.TensorProto) -> int:
-    """Move the external data of a tensor into it; the number of bytes read."""
+def _read_external(path: Path, tensor: onnx.TensorProto) -> None:
+    """Move the external data of a tensor into it."""
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
-        return 0
+        return
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     what = f"{path}: the external data of tensor {tensor.name!r}"
@@ -120,4 +105,3 @@ def _read_external(path: Path, tensor: onnx.TensorProto) -> int:
         tensor.raw_data = stream.read(length)
     del tensor.external_data[:]
     tensor.ClearField("data_location")
-    return length

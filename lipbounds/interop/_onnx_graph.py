@@ -8,6 +8,7 @@ shapes, pads, indices), are plain numbers in it.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,14 @@ from lipbounds.errors import Unsupported, UnsupportedError
 
 Apply = Callable[..., Any]
 Const = np.ndarray
+MOST = 2**28  # entries of a tensor: a damaged file must not take all memory
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def check_size(shape: Sequence[int]) -> None:
+    """ValueError for a tensor that only a damaged file would hold."""
+    if math.prod(int(n) for n in shape) > MOST:
+        raise ValueError(f"it makes a tensor of shape {tuple(shape)}, more than {MOST} entries")
 
 
 class Refused(Exception):
@@ -47,6 +55,13 @@ class Node:
 
     def attr(self, name: str, default: Any = None) -> Any:
         return self.attributes.get(name, default)
+
+    def choice(self, name: str, *allowed: str) -> str:
+        """An attribute out of several words; the first is the default."""
+        value = self.attr(name, allowed[0])
+        if value not in allowed:
+            raise ValueError(f"its {name} is {value!r}, not one of {', '.join(allowed)}")
+        return value
 
     def has(self, i: int) -> bool:
         return i < len(self.inputs) and self.inputs[i] is not None
@@ -151,6 +166,7 @@ class Builder:
     steps: list[Step] = field(default_factory=list)
     refused: list[Unsupported] = field(default_factory=list)
     used: set[str] = field(default_factory=set)  # names that some node reads
+    context: Any = field(default_factory=onnx.checker.C.CheckerContext)
 
     def build(self, name: str, x: jax.ShapeDtypeStruct, output: str) -> tuple[Program, dict[str, Const]]:
         """(program, weights by name) of `output` as a function of the input `name`.
@@ -167,6 +183,7 @@ class Builder:
                     f"initializer {tensor.name!r} is corrupt: {error}; export the model again"
                 ) from error
         self.values[name] = x
+        self.context.ir_version, self.context.opset_imports = onnx.IR_VERSION, {"": self.opset}
         unread: set[str] = set()  # what a refused node would have made
         nodes = needed(self.graph.node, output)
         self.used = {output}.union(*(proto.input for proto in nodes))
@@ -227,6 +244,15 @@ class Builder:
             return False
         label = f"node {proto.name or proto.output[0]!r} ({proto.op_type})"
         missing = [n for n in proto.input if n and n not in self.values]
+        again = [n for n in proto.output if n in self.values]
+        if again:
+            raise ValueError(
+                f"{label}: it makes {again[0]!r}, which the graph has already; the graph is not valid"
+            )
+        try:
+            onnx.checker.check_node(proto, self.context)
+        except onnx.checker.ValidationError as error:
+            raise ValueError(f"{label}: {str(error).strip().splitlines()[0]}") from error
         if missing:
             raise ValueError(
                 f"{label}: nothing makes its input {missing[0]!r}; the graph is incomplete or not sorted"
@@ -246,7 +272,7 @@ class Builder:
         except Refused as refused:
             self.refuse(proto, refused.reason, refused.remedy)
             return False
-        except (TypeError, ValueError, IndexError, MemoryError, ZeroDivisionError) as error:
+        except (TypeError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
             shapes = ", ".join(str(tuple(v.shape)) for v in inputs if v is not None)
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(f"{label}: it does not fit its inputs, of shapes {shapes}: {first}") from error
@@ -267,16 +293,19 @@ class Builder:
             (n, v) for i, (n, v) in enumerate(zip(proto.input, inputs, strict=True)) if i not in node.static
         ]
         present = [(n, v) for n, v in operands if v is not None]
-        if all(isinstance(v, np.ndarray) for _, v in present):
-            out = apply(*(jnp.asarray(v) for _, v in present))
-            return [np.asarray(v) for v in (out if isinstance(out, (list, tuple)) else (out,))]
+        free = any(isinstance(v, jax.ShapeDtypeStruct) for _, v in present)
         wrong = next((v.dtype for _, v in present if np.dtype(v.dtype).name not in FLOATS), None)
-        if wrong is not None:
+        if free and wrong is not None:
             raise Refused(
                 f"it computes with the network's input and {wrong}", "keep the network in floating point"
             )
-        out = jax.eval_shape(apply, *(jax.ShapeDtypeStruct(v.shape, v.dtype) for _, v in present))
-        made = list(out) if isinstance(out, (list, tuple)) else [out]
+        shapes = jax.eval_shape(apply, *(jax.ShapeDtypeStruct(v.shape, v.dtype) for _, v in present))
+        made = list(shapes) if isinstance(shapes, (list, tuple)) else [shapes]
+        for value in made:
+            check_size(value.shape)
+        if not free:
+            out = apply(*(jnp.asarray(v) for _, v in present))
+            return [np.asarray(v) for v in (out if isinstance(out, (list, tuple)) else (out,))]
         scope = (proto.name or proto.output[0]).strip("/")
         self.steps.append(
             Step(apply, tuple(n for n, _ in present), tuple(proto.output), f"{scope}:{proto.op_type}")
@@ -299,6 +328,7 @@ def evaluate(proto: onnx.NodeProto, opset: int, inputs: Sequence[Const]) -> list
     """The outputs of a node of constants."""
     if any(a.name == "sparse_value" for a in proto.attribute):
         raise Refused("it is a sparse constant", "export the model with dense constants")
+    check_size(_grown(proto, inputs))
     names = dict.fromkeys(n for n in proto.input if n)
     graph = onnx.helper.make_graph(
         [proto],
@@ -316,6 +346,25 @@ def evaluate(proto: onnx.NodeProto, opset: int, inputs: Sequence[Const]) -> list
     except Exception as error:  # the evaluator has no error of its own
         raise ValueError(f"it cannot be evaluated on constants: {error}") from error
     return [np.asarray(v) for v in made]
+
+
+def _grown(proto: onnx.NodeProto, inputs: Sequence[Const]) -> Sequence[int]:
+    """The shape that a node of constants makes, or one that is not smaller."""
+    sizes = [v.size for v in inputs]
+    if proto.op_type == "ConstantOfShape":
+        return inputs[0].ravel().tolist()
+    if proto.op_type == "Range":
+        start, limit, delta = (float(v) for v in inputs)
+        return (max(math.ceil((limit - start) / delta), 0),)
+    if proto.op_type == "Gather":
+        axis = next((a.i for a in proto.attribute if a.name == "axis"), 0)
+        return (sizes[0] // max(inputs[0].shape[axis], 1), sizes[1])
+    if proto.op_type == "Concat":
+        return (sum(sizes),)
+    try:
+        return np.broadcast_shapes(*(v.shape for v in inputs))
+    except ValueError:  # not an elementwise operator; the others make nothing larger
+        return ()
 
 
 def _shape(proto: onnx.NodeProto, shape: tuple[int, ...]) -> Const:

@@ -11,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lipbounds.interop._onnx_graph import Apply, Node, Refused
+from lipbounds.interop._onnx_graph import Apply, Node, Refused, check_size
 from lipbounds.interop._onnx_ops import OPERATORS as OPERATORS
 from lipbounds.interop._onnx_ops import operator
 
 _HIGHEST = lax.Precision.HIGHEST
+_WIDEST = 2**16  # entries of a window or a padding along one axis: a damaged file must not take all memory
+_AUTO = ("NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID")
+_ROUNDINGS = ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil")
 Pads = list[tuple[int, int]]
 
 
@@ -49,7 +52,7 @@ def _per_axis(node: Node, name: str, count: int, default: int) -> tuple[int, ...
 
 def _explicit(node: Node, count: int) -> Pads:
     values = [int(n) for n in node.attr("pads", [0] * (2 * count))]
-    if len(values) != 2 * count or min(values, default=0) < 0:
+    if len(values) != 2 * count or min(values, default=0) < 0 or max(values, default=0) > _WIDEST:
         raise ValueError(f"pads are {values} for {count} spatial axes")
     return list(zip(values[:count], values[count:], strict=True))
 
@@ -57,10 +60,10 @@ def _explicit(node: Node, count: int) -> Pads:
 def _window(node: Node, kernel: Sequence[int]) -> Window:
     spatial = node.shape()[2:]
     count = len(spatial)
-    if not count or len(kernel) != count:
+    if not count or len(kernel) != count or max(kernel) > _WIDEST:
         raise ValueError(f"a window of shape {tuple(kernel)} over an input of shape {node.shape()}")
     strides, dilations = (_per_axis(node, name, count, 1) for name in ("strides", "dilations"))
-    auto = node.attr("auto_pad", "NOTSET")
+    auto = node.choice("auto_pad", *_AUTO)
     pads = _explicit(node, count) if auto == "NOTSET" else [(0, 0)] * count
     window = Window(spatial, tuple(kernel), strides, dilations, pads)
     if auto in ("SAME_UPPER", "SAME_LOWER"):
@@ -68,8 +71,6 @@ def _window(node: Node, kernel: Sequence[int]) -> Window:
             (-(-n // s) - 1) * s + r - n for n, s, r in zip(spatial, strides, window.reach, strict=True)
         ]
         return Window(spatial, window.kernel, strides, dilations, [_halves(max(t, 0), auto) for t in totals])
-    if auto not in ("NOTSET", "VALID"):
-        raise ValueError(f"auto_pad is {auto!r}")
     return window
 
 
@@ -113,7 +114,7 @@ def _conv_transpose(node: Node) -> Apply:
     strides, dilations = (_per_axis(node, name, count, 1) for name in ("strides", "dilations"))
     extra = _per_axis(node, "output_padding", count, 0)
     reach = Window(spatial, kernel, strides, dilations, []).reach
-    auto, wanted = node.attr("auto_pad", "NOTSET"), node.attr("output_shape")
+    auto, wanted = node.choice("auto_pad", *_AUTO), node.attr("output_shape")
     full = [s * (n - 1) + e + r for n, s, e, r in zip(spatial, strides, extra, reach, strict=True)]
     if wanted is None and auto in ("SAME_UPPER", "SAME_LOWER"):
         wanted = [n * s for n, s in zip(spatial, strides, strict=True)]
@@ -150,7 +151,7 @@ def _conv_transpose(node: Node) -> Apply:
 def _pooling(node: Node) -> tuple[Window, Pads]:
     """The window of a pool, and its pads with the end moved so that the output has the size that `ceil_mode` asks."""
     window = _window(node, tuple(int(k) for k in node.attr("kernel_shape")))
-    if not node.attr("ceil_mode", 0) or node.attr("auto_pad", "NOTSET") != "NOTSET":
+    if not node.attr("ceil_mode", 0) or node.choice("auto_pad", *_AUTO) != "NOTSET":
         return window, window.pads
     ends: Pads = []
     for n, s, r, (low, high) in zip(window.spatial, window.strides, window.reach, window.pads, strict=True):
@@ -194,6 +195,7 @@ def _average_pool(node: Node) -> Apply:
         strict=True,
     ):
         first = np.arange((n + low + high - r) // s + 1) * s - low
+        check_size((len(first), k))
         places = first[:, None] + np.arange(k) * d
         begin, end = (-low, n + given[1]) if padded else (0, n)
         counts = counts[..., None] * ((places >= begin) & (places < end)).sum(axis=1)
@@ -223,7 +225,7 @@ def _global_max_pool(node: Node) -> Apply:
 
 @operator(25, "Pad")
 def _pad(node: Node) -> Apply:
-    mode, rank = node.attr("mode", "constant"), len(node.shape())
+    mode, rank = node.choice("mode", "constant", "reflect", "edge", "wrap"), len(node.shape())
     if node.version < 11:
         pads, value = [int(n) for n in node.attr("pads")], float(node.attr("value", 0.0))
     else:
@@ -235,9 +237,10 @@ def _pad(node: Node) -> Apply:
     widths = [(0, 0)] * rank
     for axis, low, high in zip(axes, pads[: len(axes)], pads[len(axes) :], strict=True):
         widths[axis] = (low, high)
+    check_size([max(n + low + high, 0) for n, (low, high) in zip(node.shape(), widths, strict=True)])
     if mode == "constant":
         return lambda x: lax.pad(x, np.asarray(value, x.dtype), [(low, high, 0) for low, high in widths])
-    if mode not in ("reflect", "edge", "wrap") or min(pads, default=0) < 0:
+    if min(pads, default=0) < 0:
         raise Refused(
             f"padding by {pads} in mode {mode!r} is not read", "pad with constants, or by numbers >= 0"
         )
@@ -252,7 +255,7 @@ def _pad(node: Node) -> Apply:
 def _depth_to_space(node: Node) -> Apply:
     n, c, h, w = node.shape()
     b = int(node.attr("blocksize"))
-    if node.attr("mode", "DCR") == "DCR":
+    if node.choice("mode", "DCR", "CRD") == "DCR":
         split, order = (n, b, b, c // (b * b), h, w), (0, 3, 4, 1, 5, 2)
     else:
         split, order = (n, c // (b * b), b, b, h, w), (0, 1, 4, 2, 5, 3)
@@ -264,7 +267,7 @@ def _space_to_depth(node: Node) -> Apply:
     n, c, h, w = node.shape()
     b = int(node.attr("blocksize"))
     split = (n, c, h // b, b, w // b, b)
-    order = (0, 3, 5, 1, 2, 4) if node.attr("mode", "DCR") == "DCR" else (0, 1, 3, 5, 2, 4)
+    order = (0, 3, 5, 1, 2, 4) if node.choice("mode", "DCR", "CRD") == "DCR" else (0, 1, 3, 5, 2, 4)
     return lambda x: x.reshape(split).transpose(order).reshape(n, c * b * b, h // b, w // b)
 
 
@@ -315,6 +318,7 @@ def _resizing(
     steps: list[tuple[int, np.ndarray]] = []
     for axis, out in sizes.items():
         size, scale = node.shape()[axis], scales[axis]
+        check_size((out, size))
         if out == size and scale == 1:
             continue
         places = _coordinates(coordinate, size, out, scale)
@@ -380,4 +384,4 @@ def _resize(node: Node) -> Apply:
     else:
         scales, sizes = _scaled(node, axes, factors)
     coordinate = node.attr("coordinate_transformation_mode", "half_pixel")
-    return _resizing(node, scales, sizes, coordinate, node.attr("nearest_mode", "round_prefer_floor"))
+    return _resizing(node, scales, sizes, coordinate, node.choice("nearest_mode", *_ROUNDINGS))

@@ -125,7 +125,9 @@ def load_onnx(
     notes: list[str] = []
     target, dropped = _drop(graph, _output(graph, output), drops)
     batch, example = _example(graph, source, dims, shape, target)
-    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(source.type.tensor_type.elem_type))
+    kind = source.type.tensor_type.elem_type
+    known = kind in onnx.helper.get_all_tensor_dtypes()
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind) if known else object)
     if dtype.name not in _onnx_graph.FLOATS:
         raise ValueError(
             f"the input {source.name!r} holds {dtype.name}, which has no Lipschitz bounds: export with a float input"

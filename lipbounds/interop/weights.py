@@ -12,14 +12,9 @@ from typing import Any
 import numpy as np
 
 _KINDS = {
-    "weight": "weight",
-    "weights": "weight",
-    "w": "weight",
-    "kernel": "weight",
-    "bias": "bias",
-    "biases": "bias",
+    **dict.fromkeys(("weight", "weights", "w", "kernel"), "weight"),
+    **dict.fromkeys(("bias", "biases", "b"), "bias"),
 }
-_KINDS["b"] = "bias"
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 Key = tuple[str, tuple[int, ...]]  # words without the kind, numbers
 
@@ -81,7 +76,10 @@ def load_weights(
 
 def _npz(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with (
+            path.open("rb") as stream,
+            np.load(stream, allow_pickle=False) as file,
+        ):  # np.load may leave a path open
             return {name: file[name] for name in file.files}
     except (ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile) as error:
         if "pickle" in str(error).lower() and zipfile.is_zipfile(path):
@@ -208,5 +206,6 @@ def _check_chain(path: Path, weights: Mapping[str, np.ndarray], transposed: bool
         f"{shapes[broken - 1][0]} outputs"
     )
     if _chains([shape[::-1] for shape in shapes]) is None:
-        text += f"; the matrices are {'(out, in): leave transposed out' if transposed else '(in, out): pass transposed=True'}"
+        layout = "(out, in): leave transposed out" if transposed else "(in, out): pass transposed=True"
+        text += f"; the matrices are {layout}"
     raise ValueError(text)
