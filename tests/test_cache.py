@@ -89,7 +89,7 @@ def test_a_second_call_compiles_nothing(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [n if n in ("relu", "nnx_scan") else pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES],
+    [n if n == "relu" else pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES],
 )
 def test_new_weights_compile_nothing(name: str) -> None:
     """A new trace of the same architecture has an equal static part: compiled functions are found again."""

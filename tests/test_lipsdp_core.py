@@ -305,7 +305,7 @@ def test_deep_networks_in_float32(rng: np.random.Generator) -> None:
     assert float(single.value) == pytest.approx(float(double.value), rel=5e-2)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e38])
+@pytest.mark.parametrize("bad", [np.nan, *(pytest.param(x, marks=pytest.mark.slow) for x in (np.inf, 1e38))])
 def test_weights_that_are_not_finite(bad: float, rng: np.random.Generator) -> None:
     """The last constants come back without gradient, the state says so, and goes on when the weights are well again."""
     weights = mlp(rng, 5, 8, 8, 3)
@@ -325,7 +325,7 @@ def test_weights_that_are_not_finite(bad: float, rng: np.random.Generator) -> No
     assert finite(first.multipliers)
 
 
-@pytest.mark.parametrize("shift", [-3.0, 40.0])
+@pytest.mark.parametrize("shift", [-3.0, pytest.param(40.0, marks=pytest.mark.slow)])
 def test_multipliers_that_are_not_feasible_are_repaired(shift: float, rng: np.random.Generator) -> None:
     weights = mlp(rng, 5, 8, 8, 3)
     form = traced(weights)

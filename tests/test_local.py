@@ -136,7 +136,7 @@ def test_small_balls_give_the_jacobian(activation, norm):
     bound = lb.local(form, x, 1e-6, pairwise=True)
     ratio = bound.value / np.linalg.norm(exact, 2, axis=(1, 2))
     assert (ratio >= 1 - 1e-6).all() and (ratio <= 1.01).all()
-    rows = np.linalg.norm(exact[:, :, np.zeros(1, np.float32)] - exact[:, None], axis=3)
+    rows = np.linalg.norm(exact[:, :, None] - exact[:, None], axis=3)
     off = ~np.eye(6, dtype=bool)
     assert (bound.pairwise[:, off] <= 1.01 * rows[:, off]).all()
     if norm == np.inf:  # not exact there, but far below an l2 ball of radius eps sqrt(d)
@@ -265,7 +265,7 @@ def test_elimination_is_an_upper_bound_in_exact_arithmetic(seed):
     """Z + e I - Q[:, A] (D - Q_AA)^-1 Q[A, :] is positive semidefinite, by mpmath with 80 digits."""
     rng = np.random.default_rng(seed)
     n, m = 7, 4
-    root = rng.standard_normal((n, n)) * 10.0 ** rng.uniform(-3, 1, n)[:, np.zeros(1, np.float32)]
+    root = rng.standard_normal((n, n)) * 10.0 ** rng.uniform(-3, 1, n)[:, None]
     q = (root @ root.T + (root @ root.T).T) / 2
     at = np.sort(rng.choice(n, m, replace=False))
     kappa = rng.uniform(0, 2, m) * (rng.random(m) > 0.3)

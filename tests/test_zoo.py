@@ -27,7 +27,7 @@ NORMS = (2, 1, math.inf)
 
 
 CORE = """constant_control cnn_batch_norm dense_net einsum gather_scatter gelu_exact group_sort half_precision
-hard_swish leaky_relu linear lying_custom_jvp masked max_pool_images max_pool_overlapping maxmin_mlp orthogonal_maxmin
+hard_swish leaky_relu linear lying_custom_jvp masked max_pool_images max_pool_overlapping maxmin_mlp
 postactivation_resnet preactivation_resnet reduce_max_head relu scan_stacked shared_block sigmoid two_branches
 u_net""".split()
 """Every property is shown on these; on the other nets the dear ones are slow tests."""
