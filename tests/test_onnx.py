@@ -341,7 +341,7 @@ def model(case: Case) -> Any:
 
 
 def _quick(case: Case, place: int) -> Any:
-    """Of opsets that leave an operator as it is all but the first and the newest, and every other case, are slow tests."""
+    """Of opsets that change nothing all but the first and the newest, and every other case, are slow tests."""
     alike = [c.opset for c in CASES if c.op == case.op and repr(c[2:]) == repr(case[2:])]
     between = case.opset not in (min(alike), max(alike))
     return pytest.param(case, marks=pytest.mark.slow if between or place % 2 else ())
