@@ -81,6 +81,7 @@ def load_form(
 
     import lipbounds as lb
 
+    fn: Any
     if path.suffix.lower() == ".onnx":
         from lipbounds.interop import load_onnx
 

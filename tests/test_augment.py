@@ -218,6 +218,7 @@ np.testing.assert_allclose(np.asarray(shared), np.asarray(alone), rtol=0, atol=1
 """
 
 
+@pytest.mark.slow
 def test_two_devices_see_what_one_sees():
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}

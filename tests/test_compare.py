@@ -395,6 +395,7 @@ def test_bad_arguments(faked):
         table.compare(chain(4, 3), eps=-1.0)
 
 
+@pytest.mark.slow
 def test_all_methods_on_a_traced_network():
     form = real()
     X = np.random.default_rng(0).standard_normal((60, 6)).astype(np.float32)

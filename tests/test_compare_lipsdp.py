@@ -84,6 +84,7 @@ def test_without_cvxpy_a_row_says_what_to_install(monkeypatch):
     assert "pip install" in c["lipsdp-clarabel"].reason and c["naive"].kind == "upper"
 
 
+@pytest.mark.slow
 def test_solvers_agree_on_a_small_network():
     pytest.importorskip("cvxpy")
     c = lb.compare(net(3, 6, 5, 2), methods=["empirical", *LIPSDP])

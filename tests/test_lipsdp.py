@@ -103,8 +103,10 @@ def test_random_networks_against_clarabel() -> None:
     [
         "relu",
         "gelu",
-        "prelu",
-        *(pytest.param(k, marks=pytest.mark.slow) for k in ("leaky", "tanh", "sigmoid", "abs", "narrow")),
+        *(
+            pytest.param(k, marks=pytest.mark.slow)
+            for k in ("prelu", "leaky", "tanh", "sigmoid", "abs", "narrow")
+        ),
     ],
 )
 def test_the_recursion_alone_against_clarabel(kind: str) -> None:
@@ -263,6 +265,7 @@ def test_weights_that_are_not_finite_are_refused(bad: float) -> None:
 
 
 # ------------------------------------------------------------------------ where the ellipsoid starts
+@pytest.mark.slow
 def test_every_start_is_sound_and_the_last_is_about_liplt() -> None:
     form, other = plain(), lb.liplt(plain()).value
     best = lb.lipsdp(form).value

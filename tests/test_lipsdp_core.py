@@ -71,6 +71,7 @@ SHOWN = ["relu", "absolute", "gelu_exact", "maxmin_mlp", "two_branches"]
 @pytest.mark.parametrize(
     "name", [n if n == "relu" else pytest.param(n, marks=pytest.mark.slow) for n in SHOWN]
 )
+@pytest.mark.slow
 def test_many_steps_come_to_the_proved_bound(name: str) -> None:
     form = trace(name)
     proved = lb.lipsdp(form).value

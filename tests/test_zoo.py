@@ -26,9 +26,9 @@ SMALL = [name for name in NAMES if 0 < NETS[name].neurons < 100 and NETS[name].d
 NORMS = (2, 1, math.inf)
 
 
-CORE = """constant_control cnn_batch_norm dense_net einsum gather_scatter gelu_exact group_sort half_precision
-hard_swish leaky_relu linear lying_custom_jvp masked max_pool_images max_pool_overlapping maxmin_mlp
-postactivation_resnet preactivation_resnet reduce_max_head relu scan_stacked shared_block sigmoid two_branches
+CORE = """constant_control cnn_batch_norm einsum gelu_exact group_sort half_precision
+leaky_relu linear lying_custom_jvp max_pool_images max_pool_overlapping maxmin_mlp
+postactivation_resnet preactivation_resnet relu scan_stacked two_branches
 u_net""".split()
 """Every property is shown on these; on the other nets the dear ones are slow tests."""
 
