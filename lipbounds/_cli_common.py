@@ -85,7 +85,10 @@ def load_form(
     if path.suffix.lower() == ".onnx":
         from lipbounds.interop import load_onnx
 
-        fn, spec = load_onnx(path, drop=drop)
+        try:
+            fn, spec = load_onnx(path, drop=drop)
+        except ImportError as error:
+            raise ValueError(str(error)) from error
         shape, dtype = spec.shape, spec.dtype
         for note in spec.notes:
             typer.echo(f"{path.name}: {note}", err=True)
