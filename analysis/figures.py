@@ -104,7 +104,9 @@ def certified_figure(model: Json, norms: Sequence[str]) -> Figure:
         ax.yaxis.set_major_formatter(PercentFormatter(1.0))
         ax.set_xlabel(f"ε, {NORM_NAMES[norm]} norm, pixel values in [0, 1]", fontsize=9.5, color=INK)
         if curves:
-            ax.legend(fontsize=8.5, frameon=False, loc="upper right", bbox_to_anchor=(1.0, 0.93))
+            ax.legend(
+                fontsize=8.5, frameon=False, loc="upper right", bbox_to_anchor=(1.0, clean / 1.02 - 0.03)
+            )
     axes[0].set_ylabel("test images certified", fontsize=9.5, color=INK)
     return figure
 
@@ -143,7 +145,9 @@ def radii_figure(panels: Sequence[tuple[str, Json]], marks: Sequence[float]) -> 
         ax.yaxis.set_major_formatter(PercentFormatter(1.0))
         ax.set_ylabel("images with a larger radius", fontsize=9.5, color=INK)
         if record["radii"]:
-            ax.legend(fontsize=8.5, frameon=False, loc="upper right", bbox_to_anchor=(1.0, 0.93))
+            ax.legend(
+                fontsize=8.5, frameon=False, loc="upper right", bbox_to_anchor=(1.0, record["clean"] / 1.02)
+            )
     axes[-1].set_xlabel("ε, ℓ₂ norm, pixel values in [0, 1]", fontsize=9.5, color=INK)
     return figure
 

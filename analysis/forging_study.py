@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -27,6 +28,7 @@ from lipbounds.bound import NORM_NAMES, check_norm
 Json = dict[str, Any]
 HOLDS, DOES_NOT, OPEN = "holds here", "does not", "open"
 LEVEL = 0.05  # of the tests behind verdicts
+_NEAR = 0.01  # distance of two inputs around a threshold, as a share of it
 OF_A = 0.95  # the paper: the worst lambda_max(A') is about this share of lambda_max(A)
 
 
@@ -219,6 +221,7 @@ def claims(found: Study, checks: MaskingChecks | None = None) -> tuple[Claim, ..
         why = ", within chance" if verdict == OPEN else ""
         return verdict, f"{listed([f'{p:+.2f}' for p in points])} points (smallest p {min(chance):.2g}{why})"
 
+    place, quotient, norm = _across(found.forged.with_c_r(others[-1].c_r), others[-1].diagnosis)
     withstood, clean = rises("withstood"), rises("correct")
     # a disc of A (columns): of a kept column it is the same in A', as no entry of that column changes
     kept = max((layer.columns_forged / layer.disc).max() for layer in layers if layer.disc)
@@ -235,7 +238,7 @@ def claims(found: Study, checks: MaskingChecks | None = None) -> tuple[Claim, ..
         ),
         Claim(
             "the radii of all discs shrink (proof of Lemma 2)",
-            DOES_NOT,
+            _verdict(kept == 0.0),
             f"the discs of kept columns are those of A: largest disc bound of A' by column {100 * kept:.2f} % of A's",
         ),
         Claim(
@@ -266,8 +269,9 @@ def claims(found: Study, checks: MaskingChecks | None = None) -> tuple[Claim, ..
         ),
         Claim(
             "the forged layer amplifies differences less (eq. 4 with the above)",
-            DOES_NOT,
-            "the gate jumps at c: |f(x) - f(y)| / |x - y| has no bound there, whatever the eigenvalues of A'",
+            _verdict(quotient <= norm),
+            f"{place}: |W f(x) - W f(y)| / |x - y| of two inputs on either side of the threshold, {_NEAR:g} of it "
+            f"apart, is {show(quotient, 'down')}, ||W||_2 at most {show(norm, 'up')}",
         ),
     ]
     if checks is not None:
@@ -293,6 +297,23 @@ def claims(found: Study, checks: MaskingChecks | None = None) -> tuple[Claim, ..
         Claim("robust accuracy under AutoAttack (tables 1 to 5)", OPEN, "AutoAttack is not in this library")
     )
     return tuple(rows)
+
+
+def _across(forged: Forged, diagnosis: Diagnosis) -> tuple[str, float, float]:
+    """(layer, |W f(x) - W f(y)| / |x - y|, bound of ||W||_2) with x and y on either side of the first gate's threshold,
+    along one input entry; attained in float32."""
+    layer = diagnosis.layers[0]
+    gated = forged.gates[layer.path]
+    c, shape = layer.threshold, layer.shape[0]
+    points = np.zeros((2, int(np.prod(shape))), np.float32)
+    points[:, points.shape[1] // 2] = c * (1 - _NEAR / 2), c * (1 + _NEAR / 2)
+    images = np.asarray(gated(jnp.asarray(points.reshape(2, *shape))), np.float64)
+    distance = float(points[1].max()) - float(points[0].max())
+    return (
+        layer.path,
+        float(np.linalg.norm(images[1] - images[0])) / distance,
+        math.sqrt(layer.eigenvalue_bound),
+    )
 
 
 def _verdict(holds: Any) -> str:

@@ -56,6 +56,16 @@ class Matrix:
         wrong = 4 * gamma(inner) * self.size**2 + (2 * self.size + self.error) * self.error
         return (product + product.transpose(0, 2, 1)) / 2, wrong * length * (1 + gamma(8)) + _TINY
 
+    def map_diagonal(self, ball: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `map`, of one diagonal matrix (n,) >= 0 that is never written out."""
+        if self.array is None:
+            return np.diag(ball)[None], np.zeros(1)
+        product = (self.array * ball) @ self.array.T
+        inner = self.array.shape[1] + 4
+        wrong = 4 * gamma(inner) * self.size**2 + (2 * self.size + self.error) * self.error
+        e = wrong * float(ball.max(initial=0.0)) * (1 + gamma(8)) + _TINY
+        return ((product + product.T) / 2)[None], np.array([e])
+
 
 def frobenius(s: np.ndarray) -> np.ndarray:
     """(N,) ||S||_F, rounded up."""
@@ -81,16 +91,14 @@ class Stage:
     lives_on: bool
 
 
-def stages(view: LureForm, first: int = 0) -> tuple[Matrix, tuple[Stage, ...]]:
-    """(A_0, stages) of an elementwise view from its tap `first` on; s_first = A_0 x for first = 0."""
+def stages(view: LureForm) -> tuple[Matrix, tuple[Stage, ...]]:
+    """(A_0, stages) of an elementwise view; s_0 = A_0 x."""
     host = _triangle.host_form(view)
     plain = [TapScaling(None, np.ones(tap.size_out), np.ones(tap.size_in)) for tap in view.taps]
     cuts = state_sequence(view.program)
     start, _, _ = host.between((0,), cuts[0].registers, range(cuts[0].step), None, plain)
     made = []
     for k, (here, there) in enumerate(itertools.pairwise(cuts)):
-        if k < first:
-            continue
         h, g, w = host.between(here.registers, there.registers, range(here.step, there.step), k, plain)
         assert g is not None and w is not None
         lives_on = h.error > 0 or bool(h.matrix.nnz if sp.issparse(h.matrix) else h.matrix.any())

@@ -25,7 +25,7 @@ from threadpoolctl import threadpool_limits
 from lipbounds import _localrun, _proof
 from lipbounds._localrun import Matrix, Stage, Values
 from lipbounds._rounding import U, add_up, gamma, require_gradual_underflow, sqrt_up
-from lipbounds._sequence import WIDEST, first_tap, hybrid_start
+from lipbounds._sequence import WIDEST, first_tap, hybrid_start, split
 from lipbounds._tables import seconds_text, show
 from lipbounds._triangle import Request
 from lipbounds._views import elementwise_view
@@ -190,9 +190,11 @@ def check_eps(eps: Any, count: int) -> np.ndarray:
 class _Ready:
     """What of a form does not depend on the examples.
 
+    whole: the elementwise view; view: of it what is behind a wide front, or all; stages: of view.
     start (1, d, d) of the first state over the unit ball; first_range (n,) of the first pre-activations, or None.
     """
 
+    whole: LureForm
     view: LureForm
     stages: tuple[Stage, ...]
     start: np.ndarray
@@ -220,7 +222,8 @@ class Around:
         self.ready = ready = kept[norm]
         self.guarantee, self.failure, self.notes = ready.guarantee, ready.failure, ready.notes
         seen: Seen = []
-        self.z, self.error = logits(ready.view, x, seen)
+        logits(ready.whole, x, seen)
+        seen = seen[len(ready.whole.taps) - len(ready.view.taps) :]
         self.values = Values(tuple(y for y, _ in seen), tuple(e for _, e in seen))
 
     def chunks(self, count: int) -> list[slice]:
@@ -267,29 +270,35 @@ def _ready(form: LureForm, norm: float) -> _Ready:
     guarantee, failure = "assumed" if form.assumed else "verified", 0.0
     notes: tuple[str, ...] = ()
     first_range = None
-    if wide and norm == 2:
-        seq, s, _, word, failure = hybrid_start(form, wide, Request(norm))
-        guarantee = word if guarantee == "verified" else guarantee
-        first = len(whole.taps) - len(seq.sizes)
-        _, stages = _localrun.stages(whole, first)
-        start = np.array(s)[None]
-        notes = (f"the first {first} taps are bounded as a whole, by LipLT ({word})",)
-    elif wide:
+    if wide and norm != 2:
         raise ValueError(f"local bounds in l-inf are for networks nowhere wider than {WIDEST}")
+    if wide:
+        _, s, scale, word, failure = hybrid_start(form, wide, Request(norm))
+        guarantee = word if guarantee == "verified" else guarantee
+        # the ellipsoid is of the tail's input, in its order: the tail's own view reads it
+        view = elementwise_view(split(form, wide)[1])
+        begin, stages = _localrun.stages(view)
+        start, e = begin.map(np.ldexp(np.array(s), scale)[None])
+        front = len(whole.taps) - len(view.taps)
+        if any(
+            a.expr != b.expr or a.size_in != b.size_in
+            for a, b in zip(whole.taps[front:], view.taps, strict=True)
+        ):
+            raise ValueError("the taps behind the wide front cannot be told apart: use the global bound")
+        notes = (f"the first {front} taps are bounded as a whole, by LipLT ({word})",)
     else:
-        begin, stages = _localrun.stages(whole)
-        n = form.in_size
-        if norm == 2:
-            ball = np.ones(n)
-        else:
+        view, n = whole, form.in_size
+        begin, stages = _localrun.stages(view)
+        ball = np.ones(n)
+        if norm == np.inf:
             # of the ellipsoids sum dx_i^2 / p_i <= 1, sum 1 / p_i <= 1 around the cube, the least trace behind the map
-            columns = _columns(begin, stages, n)
+            columns = np.sqrt(np.square(_first_map(begin, stages, n)).sum(axis=0))
             columns = np.maximum(columns, 1e-3 * columns.max(initial=0.0) + 1e-300)
             ball = _proof.ball(n, np.minimum(columns.sum() / columns, 2.0**60))
             first_range = _row_sums(begin, stages[0]) if stages else None
-        start, e = begin.map(np.diag(ball)[None])
-        start = start + (e[0] + 4 * U * float(_localrun.frobenius(start)[0])) * np.eye(start.shape[1])
-    return _Ready(whole, stages, start, first_range, guarantee, failure, notes)
+        start, e = begin.map_diagonal(ball)
+    start = start + (e[0] + 4 * U * float(_localrun.frobenius(start)[0])) * np.eye(start.shape[1])
+    return _Ready(whole, view, stages, start, first_range, guarantee, failure, notes)
 
 
 def _first_map(begin: Matrix, stages: tuple[Stage, ...], n: int) -> np.ndarray:
@@ -298,10 +307,6 @@ def _first_map(begin: Matrix, stages: tuple[Stage, ...], n: int) -> np.ndarray:
     if stages and stages[0].T.array is not None:
         return stages[0].T.array[: stages[0].neurons] @ a
     return a
-
-
-def _columns(begin: Matrix, stages: tuple[Stage, ...], n: int) -> np.ndarray:
-    return np.sqrt(np.square(_first_map(begin, stages, n)).sum(axis=0))
 
 
 def _row_sums(begin: Matrix, stage: Stage) -> np.ndarray:
