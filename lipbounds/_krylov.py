@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.linalg import eigvalsh_tridiagonal
 
 from lipbounds._rounding import sqrt_up, up
 
@@ -153,7 +154,7 @@ def golub_kahan(
         ended = a * b <= noise * max(alpha) ** 2 or step + 1 == n
         if ended or step % 4 == 3 or step + 1 == min(max_steps, n):
             lower = _largest_singular_value(alpha, beta[:-1])
-            upper = _largest_root(alpha, beta, limit, lower, noise / delta)
+            upper = _largest_root(*_tridiagonal(alpha, beta), limit, lower, noise / delta)
             if ended or upper <= (1.0 + rtol) * lower:
                 break
         right.append(v)
@@ -194,40 +195,107 @@ def _largest_singular_value(alpha: list[float], beta: list[float]) -> float:
     return float(np.linalg.norm(np.diag(alpha) + np.diag(beta, 1), 2))
 
 
-def _log_christoffel(alpha: np.ndarray, beta: np.ndarray, t: float, loss: float) -> float:
+def _tridiagonal(alpha: list[float], beta: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """(diagonal, off-diagonal) of B'B for the bidiagonal B, off-diagonal with the step that would come next."""
+    a, b = np.asarray(alpha), np.asarray(beta)
+    diagonal = a**2
+    diagonal[1:] += b[:-1] ** 2
+    return diagonal, a * b
+
+
+def _log_christoffel(diagonal: np.ndarray, off: np.ndarray, t: float, loss: float) -> float:
     """A lower bound of log K(t), or -inf where t is not right of the largest Ritz value by the rounding loss.
 
-    T = B'B has diagonal alpha_j^2 + beta_{j-1}^2 and off-diagonal alpha_j beta_j; p_{j+1}/p_j is pivot_j of t
-    I - T over alpha_j beta_j. A lower bound of one ratio gives one of the next, so the loss t/p_j may be
-    taken at each step.
+    p_{j+1}/p_j is pivot_j of t I - T over off_j. A lower bound of one ratio gives one of the next, so the loss
+    t/p_j may be taken at each step.
     """
     log_p = log_sum = 0.0
     pivot = 0.0
-    for j in range(len(alpha)):
-        diagonal = alpha[j] ** 2 + (beta[j - 1] ** 2 if j else 0.0)
-        pivot = t - diagonal - ((alpha[j - 1] * beta[j - 1]) ** 2 / pivot if j else 0.0)
+    for j in range(len(diagonal)):
+        pivot = t - diagonal[j] - (off[j - 1] ** 2 / pivot if j else 0.0)
         pivot -= loss * t * math.exp(min(700.0, -0.5 * log_p))
         if not pivot > 0.0:
             return -math.inf
-        off = alpha[j] * beta[j]
-        if off == 0.0:
+        if off[j] == 0.0:
             return math.inf
-        log_p += 2.0 * math.log(pivot / off)
+        log_p += 2.0 * math.log(pivot / off[j])
         log_sum = float(np.logaddexp(log_sum, log_p))
     return log_sum
 
 
-def _largest_root(alpha: list[float], beta: list[float], limit: float, lower: float, loss: float) -> float:
-    """sqrt(t*) rounded up, log K(t*) >= limit: bisection on t above the largest Ritz value."""
-    a, b = np.asarray(alpha), np.asarray(beta)
+def _largest_root(diagonal: np.ndarray, off: np.ndarray, limit: float, lower: float, loss: float) -> float:
+    """sqrt(t*) rounded up, log K(t*) >= limit: bisection on t above the largest Ritz value lower^2."""
     lo = lower * lower
-    hi = 2.0 * lo
-    while _log_christoffel(a, b, hi, loss) < limit:
+    hi = max(2.0 * lo, 1e-300)
+    while _log_christoffel(diagonal, off, hi, loss) < limit:
         hi *= 2.0
     while hi - lo > 1e-12 * hi:
         middle = 0.5 * (lo + hi)
-        if _log_christoffel(a, b, middle, loss) < limit:
+        if _log_christoffel(diagonal, off, middle, loss) < limit:
             lo = middle
         else:
             hi = middle
     return sqrt_up(hi)
+
+
+# ------------------------------------------------------------------------------ Lanczos, many maps side by side
+
+
+def lanczos_columns(
+    apply: Callable[[np.ndarray], np.ndarray],
+    start: np.ndarray,
+    *,
+    failure: float,
+    rtol: float,
+    max_steps: int,
+    noise: float = 2.0**-49,
+) -> np.ndarray:
+    """(N,) upper bounds of lambda_max(A_i)^(1/2), A_i positive semidefinite; each fails with probability <= `failure`.
+
+    `apply` maps (N, n) to (N, n), row i by A_i; `start` (N, n) holds independent normal entries, or one such row
+    repeated. The inequality, the probability and the rounding are those of `golub_kahan` with A'A = A_i and the
+    tridiagonal matrix of the Lanczos recurrence. The rows stop together: when all are within `rtol`, or after
+    max_steps. inf where rounding hides the component that `failure` allows.
+    """
+    count, n = start.shape
+    delta = _overlap(failure, n)
+    limit = -2.0 * math.log(delta)
+    v = start / np.maximum(np.linalg.norm(start, axis=1), 1e-300)[:, None]
+    basis = np.zeros((count, min(max_steps, n), n))
+    diagonal, off = np.zeros((count, 0)), np.zeros((count, 0))
+    upper, slip = np.full(count, math.inf), np.full(count, noise)
+    unit, live = np.ones(count), np.ones(count, bool)
+    last = basis.shape[1]
+    for step in range(last):
+        image = np.asarray(apply(v), np.float64)
+        if not np.all(np.isfinite(image)):
+            raise ValueError("a product has NaN or infinite entries")
+        if step == 0:
+            top = np.abs(image).max(axis=1, initial=0.0)
+            upper[top == 0.0] = 0.0
+            live &= top > 0.0
+            unit = np.ldexp(1.0, np.clip(np.frexp(top)[1], -1000, 1000))
+        if not live.any():
+            break
+        basis[:, step] = v
+        image = image / unit[:, None]
+        diagonal = np.column_stack([diagonal, np.einsum("ij,ij->i", v, image)])
+        rest = image - diagonal[:, -1:] * v - (off[:, -1:] * basis[:, step - 1] if step else 0.0)
+        known, before = basis[:, : step + 1], rest
+        for _ in range(2):
+            parts = np.matmul(known, rest[:, :, None])
+            rest = rest - np.matmul(known.transpose(0, 2, 1), parts)[:, :, 0]
+        removed = np.linalg.norm(before - rest, axis=1)
+        length = np.linalg.norm(rest, axis=1)
+        largest = diagonal.max(axis=1)
+        slip = np.where(live, np.maximum(slip, 2 * removed / np.where(largest > 0, largest, 1.0)), slip)
+        live &= slip / delta <= 0.25
+        ended = (length <= slip * largest) | (step + 1 == n)
+        off = np.column_stack([off, np.where(ended, 0.0, length)])
+        for i in np.flatnonzero(live & (ended | (step % 4 == 3) | (step + 1 == last))):
+            found = math.sqrt(max(eigvalsh_tridiagonal(diagonal[i], off[i, :-1])[-1], 0.0))
+            root = _largest_root(diagonal[i], off[i], limit, found, slip[i] / delta)
+            upper[i] = up(up(root * (1.0 + _ALLOWANCE)) * sqrt_up(unit[i]))
+            live[i] = not (ended[i] or root <= (1.0 + rtol) * found)
+        v = rest / np.where(length > 0, length, 1.0)[:, None]
+    return upper

@@ -35,6 +35,9 @@ from lipbounds.lure import LureForm, proved_slopes, state_sequence
 from lipbounds.norms import Enclosure
 
 _TINY = 2.0**-900
+_APART = 30.0  # how far D may be from the standard deviations of y, up to a common factor
+_RAISED = 1.3  # D is that times the stationary one: the slopes behind it are guesses
+_MARGIN, _ROOM = 1.5, 0.3  # else that times lambda_max; I - D^-1/2 Q D^-1/2 is proved to be at least 0.3 I
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,13 +115,19 @@ def stages(view: LureForm) -> tuple[Matrix, tuple[Stage, ...]]:
 
 @dataclass(frozen=True, eq=False)
 class Values:
-    """What the network computes at N inputs: y (N, n) per tap, and error (N,): ||y - y_exact||_2 is at most that."""
+    """What the network computes at N inputs.
+
+    Args:
+        y: (N, n) per tap; error (N,): ||y - y_exact||_2 is at most that.
+        slope: (N, n) per tap of the elementwise view, near the derivative at y; for choices that cannot be wrong.
+    """
 
     y: tuple[np.ndarray, ...]
     error: tuple[np.ndarray, ...]
+    slope: tuple[np.ndarray, ...] = ()
 
     def rows(self, at: Any) -> Values:
-        return Values(tuple(y[at] for y in self.y), tuple(e[at] for e in self.error))
+        return Values(*(tuple(a[at] for a in part) for part in (self.y, self.error, self.slope)))
 
 
 def ellipsoids(
@@ -129,8 +138,8 @@ def ellipsoids(
     eps: np.ndarray,
     *,
     anchored: bool,
+    directions: np.ndarray,
     first_range: np.ndarray | None = None,
-    sharp: float = 1.0,
 ) -> np.ndarray:
     """(N, K, K): dz dz' <= eps^2 times that, for all pairs of inputs in the ball, or all pairs with its centre.
 
@@ -138,9 +147,10 @@ def ellipsoids(
         s: (N or 1, d, d) of the first state, for the unit ball of the input.
         eps: (N,) radii > 0.
         anchored: the centre is one of the two inputs.
+        directions: (N, J, K), the outputs a' z whose constants D is chosen for; any are sound.
         first_range: (n,) half widths of the first pre-activations per unit of eps, where better than the ellipsoid's.
-        sharp: weight of |c| / r in D; any > 0 is sound.
     """
+    aims = _adjoints(steps, values, directions)
     for place, stage in enumerate(steps):
         n = stage.neurons
         q, e = stage.T.map(s)
@@ -154,8 +164,8 @@ def ellipsoids(
         half = np.sqrt(diagonal[:, :n]) * (1 + 4 * U)
         if place == 0 and first_range is not None:
             half = np.minimum(half, first_range)
-        c, r = _centre_and_radius(view, stage.tap, values, eps, half, anchored)
-        v, rd = _through(q, n, c, r, sharp)
+        c, r = centre_and_radius(view, stage.tap, values, eps, half, anchored)
+        v, rd = _through(q, n, c, r, aims[place])
         inner = c[:, :, None] * v[:, :n, :n] * c[:, None, :]
         wrong = 4 * U * frobenius(inner)
         np.einsum("nii->ni", inner)[:] += rd * (1 + 4 * U)
@@ -178,65 +188,116 @@ def ellipsoids(
     return s
 
 
-def _centre_and_radius(
+def centre_and_radius(
     view: LureForm, k: int, values: Values, eps: np.ndarray, half: np.ndarray, anchored: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """c and r (N, n) with every slope on the ranges in [c - r, c + r]; r = 0 only where it is exact."""
-    tap = view.taps[k]
-    known = proved_slopes(view, k)
     y, wrong = values.y[k], values.error[k][:, None]
     low, high = np.nextafter(y - wrong, -np.inf), np.nextafter(y + wrong, np.inf)
     reach = half * eps[:, None] * (1 + 4 * U)
     lo, hi = np.nextafter(low - reach, -np.inf), np.nextafter(high + reach, np.inf)
-    if tap.assumed or tap.expr is None:
-        a, b = (np.broadcast_to(one, y.shape) for one in known)
-    else:
-        host = _triangle.host_form(view)
-        consts = [c.array if isinstance(c, StaticArray) else host.consts[c] for c in tap.consts]
-        columns = [np.broadcast_to(c, tap.shapes[0]).reshape(-1) if np.ndim(c) else c for c in consts]
-        if anchored:
-            a, b = anchored_slopes(tap.expr, columns, (low, high), lo, hi, known)
-        else:
-            a, b = pair_slopes(tap.expr, columns, lo, hi, known)
+    a, b = slopes_between(view, k, lo, hi, (low, high) if anchored else None)
     c = (a + b) / 2
     r = np.maximum(b - c, c - a)
     return c, np.where(a == b, 0.0, np.nextafter(r, np.inf))
 
 
-def _through(
-    q: np.ndarray, n: int, c: np.ndarray, r: np.ndarray, sharp: float
+def slopes_between(
+    view: LureForm,
+    k: int,
+    lo: np.ndarray,
+    hi: np.ndarray,
+    anchor: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
+    """(a, b) (N, n) of tap k on [lo, hi], between all pairs or with a point of the `anchor` intervals."""
+    tap, known = view.taps[k], proved_slopes(view, k)
+    if tap.assumed or tap.expr is None:
+        return np.broadcast_to(known[0], lo.shape), np.broadcast_to(known[1], lo.shape)
+    host = _triangle.host_form(view)
+    consts = [c.array if isinstance(c, StaticArray) else host.consts[c] for c in tap.consts]
+    columns = [np.broadcast_to(c, tap.shapes[0]).reshape(-1) if np.ndim(c) else c for c in consts]
+    if anchor is not None:
+        return anchored_slopes(tap.expr, columns, anchor, lo, hi, known)
+    return pair_slopes(tap.expr, columns, lo, hi, known)
+
+
+Aim = tuple[np.ndarray, np.ndarray | None]
+
+
+def _adjoints(steps: Sequence[Stage], values: Values, directions: np.ndarray) -> list[Aim]:
+    """Per stage a' dz/dv (N, J, n) and, where the state lives on, a' dz/ds+ (N, J, d+), by the slopes at the centre."""
+    found: list[Aim] = []
+    for stage in reversed(steps):
+        p = directions if stage.G.array is None else directions @ stage.G.array
+        found.append((p, directions if stage.lives_on else None))
+        back = values.slope[stage.tap][:, None] * p
+        if stage.T.array is None:
+            directions = back
+        else:
+            whole = np.concatenate([back, directions], axis=2) if stage.lives_on else back
+            directions = whole @ stage.T.array
+    return found[::-1]
+
+
+def _through(q: np.ndarray, n: int, c: np.ndarray, r: np.ndarray, aim: Aim) -> tuple[np.ndarray, np.ndarray]:
     """(V, r D r): V (N, m, m) >= Q + Q[:, A] (D - Q[A, A])^-1 Q[A, :], and the diagonal r_i D_i r_i (N, n)."""
     v, rd = q.copy(), np.zeros_like(r)
+    linear = c[:, None] * aim[0]
+    if aim[1] is not None:
+        linear = np.concatenate([linear, aim[1]], axis=2)
     for i in range(len(q)):
         at = np.flatnonzero(r[i] > 0)
         if not at.size:
             continue
-        z, extra, d = _eliminate(q[i], at, np.abs(c[i, at]) / r[i, at] * sharp)
+        d = _multipliers(q[i], at, r[i, at], aim[0][i][:, at], linear[i])
+        z, extra, d = _eliminate(q[i], at, d)
         v[i] += z
         v[i].flat[:: len(z) + 1] += extra * (1 + 4 * U)
         rd[i, at] = r[i, at] ** 2 * d * (1 + 4 * U)
     return v, rd
 
 
-def _eliminate(q: np.ndarray, at: np.ndarray, kappa: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
-    """(Z, e, D): Z + e I >= Q[:, A] (D - Q[A, A])^-1 Q[A, :], rounded sums with Q included."""
+def _multipliers(
+    q: np.ndarray, at: np.ndarray, r: np.ndarray, p: np.ndarray, linear: np.ndarray
+) -> np.ndarray:
+    """D (m,) where a' S+ a is stationary, nearly: with u_i = (D - Q)^-1 Q (c p + u) it is |u_i| = r_i |p_i| there.
+
+    So D_i = |dy_i| / (r_i |p_i|) with dy = Q (c p + u), the increment of y that is worst for a' z, and the signs of u
+    those of dy; root mean squares over several directions a. p (J, m): a' dz/dv; linear (J, size of q): c p, and what
+    lives on of the state.
+    """
     own = np.maximum(q.flat[:: len(q) + 1][at], _TINY)
-    root = own**-0.25  # D in proportion to the square roots of the variances: better than to them, or to none
+    fixed, block = linear @ q[:, at], q[np.ix_(at, at)]
+    dy = fixed
+    for _ in range(3):
+        dy = fixed + (np.sign(dy) * r * np.abs(p)) @ block
+    weight = r * np.sqrt(np.square(p).sum(axis=0))
+    moved = np.sqrt(np.square(dy).sum(axis=0))
+    usual = np.sqrt(own)
+    ratio = moved / np.where(weight > 0, weight, 1.0) / usual
+    middle = float(np.median(ratio[weight > 0])) if (weight > 0).any() else 0.0
+    if not 0 < middle < np.inf:
+        return usual
+    return np.asarray(usual * np.clip(np.where(weight > 0, ratio, np.inf), middle / _APART, middle * _APART))
+
+
+def _eliminate(q: np.ndarray, at: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
+    """(Z, e, D): Z + e I >= Q[:, A] (D - Q[A, A])^-1 Q[A, :], D a multiple of d that is feasible with room."""
+    root = 1 / np.sqrt(np.maximum(d, _TINY))
     block = q[np.ix_(at, at)] * root[:, None] * root
-    mu = max(float(np.linalg.eigvalsh(block)[-1]), 1e-6)
-    spare = np.maximum(kappa, 1e-3)
-    for _ in range(40):
-        scale = root / np.sqrt(mu * (1 + spare))
+    times = _RAISED
+    for attempt in range(40):
+        scale = root / np.sqrt(times)
         m = -(q[np.ix_(at, at)] * scale[:, None] * scale)
         m.flat[:: at.size + 1] += 1.0
-        least = 0.5 * float(spare.min() / (1 + spare.min()))
-        slack = 8 * U * (at.size + 1)
         shifted = m.copy()
-        shifted.flat[:: at.size + 1] -= least
-        if prove_psd(shifted, slack):
+        shifted.flat[:: at.size + 1] -= _ROOM
+        if prove_psd(shifted, 8 * U * (at.size + 1)):
             break
-        spare = 2 * spare + 1e-6
+        if attempt == 0:
+            times = max(times, _MARGIN * float(np.linalg.eigvalsh(block)[-1]))
+        else:
+            times = 2 * times + 1e-6
     else:
         raise ValueError("no multipliers could be proved at one of the inputs; use the global bound there")
     columns = q[at] * scale[:, None]
@@ -248,7 +309,7 @@ def _eliminate(q: np.ndarray, at: np.ndarray, kappa: np.ndarray) -> tuple[np.nda
     rounding = gamma(at.size + 8) * (length + (size + 1) * found) * 4
     z = columns.T @ y
     z = (z + z.T) / 2
-    extra = length * (rest + rounding) / least + 4 * gamma(at.size + 8) * length * found
+    extra = length * (rest + rounding) / _ROOM + 4 * gamma(at.size + 8) * length * found
     extra += 4 * U * float(frobenius((np.abs(q) + np.abs(z))[None])[0])
     d = 1 / scale**2 * (1 + 8 * U)  # D is 1 / scale^2 exactly; rounded up where it is used
     return z, extra * (1 + 1e-10), d

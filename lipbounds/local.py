@@ -22,18 +22,20 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from lipbounds import _localrun, _proof
+from lipbounds import _localrun, _localwide, _proof
 from lipbounds._localrun import Matrix, Stage, Values
 from lipbounds._rounding import U, add_up, gamma, require_gradual_underflow, sqrt_up
 from lipbounds._sequence import WIDEST, first_tap, hybrid_start, split
 from lipbounds._tables import seconds_text, show
-from lipbounds._triangle import Request
+from lipbounds._triangle import FAILURE, Request
 from lipbounds._views import elementwise_view
 from lipbounds.bound import NORM_NAMES, UpperBound, check_norm, weakest
 from lipbounds.liplt import liplt
 from lipbounds.lure import LureForm, fingerprint
 
 _CHUNK = 2**23  # numbers in the ellipsoids of one chunk of examples
+_DIRECTIONS = 12  # that D is chosen for
+_WIDE_CHUNK, _SIDE = 2**25, 64  # entries of the rows of a chunk, and its examples, in local LipLT
 Progress = Callable[[str], None]
 
 
@@ -107,6 +109,8 @@ def local(
     norm: Any = 2,
     pairwise: bool = False,
     bound: UpperBound | None = None,
+    guarantee: str = "auto",
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> LocalBounds:
     """Upper bounds of the Lipschitz constants of the network on the balls B(x, eps) around the examples of X.
@@ -118,14 +122,15 @@ def local(
         norm: 2 or inf, of the balls and of the constants.
         pairwise: also the constants of all differences of two outputs.
         bound: a bound of the whole network, which holds in every ball, too: no value is above it. None is `lb.liplt`.
+        guarantee: "auto" or "verified". Networks nowhere wider than 1100 get ellipsoids, every rounding covered. Wider
+            ones get local LipLT (`_localwide`, norm 2), probabilistic; with "verified" they are treated as a whole up
+            to there (LipLT, whose guarantee the result carries) and locally behind.
+        seed: of the random start vectors of probabilistic norms.
         progress: called with a line of text after every chunk.
-
-    Every rounding is covered. Networks wider than 1100 somewhere are treated as a whole up to there (LipLT, whose
-    guarantee the result carries) and locally behind.
 
     Raises:
         TypeError: not a concrete form.
-        ValueError: shapes, values that are not finite, eps not > 0, norm 1.
+        ValueError: shapes, values that are not finite, eps not > 0, norm 1, an unknown guarantee.
     """
     from lipbounds.radius import check_inputs
 
@@ -135,7 +140,7 @@ def local(
     x = check_inputs(form, X)
     radii = check_eps(eps, len(x))
     p = check_norm(norm)
-    around = Around(form, p, x)
+    around = Around(form, p, x, guarantee=guarantee, seed=seed)
     whole = liplt(form, norm=p, pairwise=pairwise) if bound is None else bound
     if not isinstance(whole, UpperBound):
         raise TypeError(f"a bound of the whole network is an UpperBound, got {type(whole).__name__}")
@@ -145,12 +150,14 @@ def local(
     value, pairs = np.zeros(len(x)), np.zeros((len(x), classes, classes) if pairwise else (0, 1, 1))
 
     def one_chunk(part: slice) -> None:
-        out = around.outputs(part, radii[part], anchored=False)
-        for i, matrix in zip(range(part.start, part.stop), out, strict=True):
-            roots = _proof.class_roots(matrix, 0)
-            value[i] = _largest_root(matrix) if p == 2 else float(roots.max(initial=0.0))
+        out = around.outputs(part, radii[part])
+        for i, blocks in zip(range(part.start, part.stop), out, strict=True):
+            if p == 2:
+                value[i] = add_up(*(_largest_root(block) for block in blocks))
+            else:
+                value[i] = float(sum(_proof.class_roots(block, 0) for block in blocks).max(initial=0.0))
             if pairwise:
-                pairs[i] = _proof.pair_roots(matrix, 0)
+                pairs[i] = sum(_proof.pair_roots(block, 0) for block in blocks) * (1 + gamma(len(blocks)))
 
     around.each(len(x), one_chunk, "local bounds", progress)
     value = np.minimum(value, whole.value)
@@ -192,6 +199,7 @@ class _Ready:
 
     whole: the elementwise view; view: of it what is behind a wide front, or all; stages: of view.
     start (1, d, d) of the first state over the unit ball; first_range (n,) of the first pre-activations, or None.
+    front: what local LipLT needs, in place of stages and start.
     """
 
     whole: LureForm
@@ -202,39 +210,66 @@ class _Ready:
     guarantee: str
     failure: float
     notes: tuple[str, ...]
+    front: _localwide.Front | None = None
 
 
-_READY: weakref.WeakKeyDictionary[LureForm, dict[float, _Ready]] = weakref.WeakKeyDictionary()
+_READY: weakref.WeakKeyDictionary[LureForm, dict[tuple[float, str], _Ready]] = weakref.WeakKeyDictionary()
 
 
 class Around:
-    """The recursion around given examples, for several eps."""
+    """The recursion around given examples, for several eps.
 
-    def __init__(self, form: LureForm, norm: float, x: np.ndarray) -> None:
+    Args:
+        calls: how often `outputs` will be asked about one example.
+        failure: of all examples and calls together.
+    """
+
+    def __init__(
+        self,
+        form: LureForm,
+        norm: float,
+        x: np.ndarray,
+        *,
+        guarantee: str = "auto",
+        seed: int = 0,
+        calls: int = 1,
+    ) -> None:
         from lipbounds.radius import Seen, logits
 
         require_gradual_underflow()
         if norm == 1:
             raise ValueError("local bounds are for norm 2 and inf, not 1")
+        if guarantee not in ("auto", "verified"):
+            raise ValueError(f"guarantee must be 'auto' or 'verified' for local bounds, got {guarantee!r}")
         kept = {} if form.assumed else _READY.setdefault(form, {})
-        if norm not in kept:
-            kept[norm] = _ready(form, norm)
-        self.ready = ready = kept[norm]
+        wanted = norm, guarantee
+        if wanted not in kept:
+            kept[wanted] = _ready(form, norm, guarantee)
+        self.ready = ready = kept[wanted]
         self.guarantee, self.failure, self.notes = ready.guarantee, ready.failure, ready.notes
+        self.seed, self.share = seed, FAILURE / calls
+        if ready.front is not None:
+            self.failure = min(1.0, FAILURE * len(x))
         seen: Seen = []
         logits(ready.whole, x, seen)
         seen = seen[len(ready.whole.taps) - len(ready.view.taps) :]
-        self.values = Values(tuple(y for y, _ in seen), tuple(e for _, e in seen))
+        y, error = tuple(y for y, _ in seen), tuple(e for _, e in seen)
+        slope = tuple(
+            sum(_localrun.slopes_between(ready.view, s.tap, y[s.tap], y[s.tap])) / 2 for s in ready.stages
+        )
+        self.values = Values(y, error, slope)
 
     def chunks(self, count: int) -> list[slice]:
-        widest = max(
-            (
-                stage.T.array.shape[0] if stage.T.array is not None else stage.neurons
-                for stage in self.ready.stages
-            ),
-            default=1,
-        )
-        size = max(1, _CHUNK // max(widest, self.ready.start.shape[1]) ** 2)
+        ready = self.ready
+        if ready.front is not None:
+            form = ready.view
+            width = form.num_outputs * (form.in_size + sum(tap.size_out for tap in form.taps))
+            size = 1 << (max(1, min(_SIDE, _WIDE_CHUNK // width)).bit_length() - 1)
+        else:
+            widest = max(
+                (s.T.array.shape[0] if s.T.array is not None else s.neurons for s in ready.stages), default=1
+            )
+            size = max(1, _CHUNK // max(widest, ready.start.shape[1]) ** 2)
         return [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
 
     def each(self, count: int, work: Callable[[slice], None], what: str, progress: Progress | None) -> None:
@@ -246,27 +281,61 @@ class Around:
                 if progress is not None:
                     progress(f"{what}: {done} of {count} examples")
 
-    def outputs(self, rows: Any, eps: np.ndarray, *, anchored: bool) -> np.ndarray:
-        """(N, K, K) ellipsoids of the outputs over the unit ball, at radius eps around these rows."""
-        ready = self.ready
-        out = _localrun.ellipsoids(
-            ready.view,
-            ready.stages,
-            ready.start,
-            self.values.rows(rows),
-            eps,
-            anchored=anchored,
-            first_range=ready.first_range,
-        )
-        out = np.repeat(out, len(eps), axis=0) if len(out) < len(eps) else out
+    def outputs(
+        self, rows: Any, eps: np.ndarray, *, labels: np.ndarray | None = None, call: int = 0
+    ) -> np.ndarray:
+        """(N, J, K, K) for radius eps around these rows: the constant of a' z is at most sum_j sqrt(a' S_j a).
+
+        labels: (N,) classes whose margins matter, against the example itself; None is all outputs and all pairs of
+        points. call: which call about these examples it is, from 0.
+        """
+        anchored = labels is not None
+        ready, values = self.ready, self.values.rows(rows)
+        if ready.front is not None:
+            rng = np.random.default_rng([self.seed, call])
+            pad = np.minimum(
+                np.arange(1 << (len(eps) - 1).bit_length()), len(eps) - 1
+            )  # few shapes to compile
+            out = _localwide.grams(
+                ready.front, values.rows(pad), eps[pad], anchored=anchored, failure=self.share, rng=rng
+            )[: len(eps)]
+        else:
+            one = _localrun.ellipsoids(
+                ready.view,
+                ready.stages,
+                ready.start,
+                values,
+                eps,
+                anchored=anchored,
+                directions=self._directions(labels, len(eps)),
+                first_range=ready.first_range,
+            )
+            out = (np.repeat(one, len(eps), axis=0) if len(one) < len(eps) else one)[:, None]
         if not np.isfinite(out).all():
             raise ValueError("the local bound is above the range of float64; rescale the problem")
         return out
 
+    def _directions(self, labels: np.ndarray | None, count: int) -> np.ndarray:
+        """(N, J, K): margins e_y - e_i, or all e_i; beyond a dozen, sums of them with random signs."""
+        classes = self.ready.view.num_outputs
+        signs = np.eye(classes)
+        if classes > _DIRECTIONS:
+            signs = np.random.default_rng(0).choice([-1.0, 1.0], (_DIRECTIONS, classes))
+        if labels is None:
+            return np.broadcast_to(signs, (count, *signs.shape))
+        own = np.zeros((count, 1, classes))
+        own[np.arange(count), 0, labels] = 1.0
+        return signs.sum(axis=1, keepdims=True) * own - signs
 
-def _ready(form: LureForm, norm: float) -> _Ready:
-    whole = elementwise_view(form)
+
+def _ready(form: LureForm, norm: float, word: str) -> _Ready:
     wide = first_tap(form, WIDEST)
+    if wide and norm == 2 and word == "auto":
+        note = f"wider than {WIDEST}: local LipLT, each example with probability {FAILURE:g} of a failure"
+        front = _localwide.Front(form)
+        word = "assumed" if form.assumed else "probabilistic"
+        return _Ready(form, form, (), np.zeros((1, 0, 0)), None, word, FAILURE, (note,), front)
+    whole = elementwise_view(form)
     guarantee, failure = "assumed" if form.assumed else "verified", 0.0
     notes: tuple[str, ...] = ()
     first_range = None

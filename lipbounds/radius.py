@@ -110,6 +110,8 @@ def certified_radius(
     local: bool = False,
     *,
     tries: int = 4,
+    guarantee: str = "auto",
+    seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Radii:
     """Certified radii of labelled examples.
@@ -124,6 +126,7 @@ def certified_radius(
             of radius eps certifies min(eps, min_i (z_y - z_i) / L_yi(eps)), and the largest of these and of the global
             radius counts. Never below the global radius. Norms 2 and inf.
         tries: with local, how many eps are tried per example.
+        guarantee, seed: with local, as in `lb.local`.
         progress: with local, called with a line of text as examples are done.
 
     Raises:
@@ -163,42 +166,41 @@ def certified_radius(
     radius = np.where(correct, ratio.min(axis=1, initial=np.inf), 0.0)
     if not local:
         return Radii(radius, correct, proof.norm, proof.guarantee, proof.method, notes)
-    radius, words = _locally(form, x, labels, gaps, radius, proof.norm, tries, progress)
-    risk = weakest([proof.guarantee, words[0]])
-    return Radii(radius, correct, proof.norm, risk, f"local, {proof.method}", (*notes, *words[1:]))
+    if isinstance(tries, bool) or not isinstance(tries, int) or tries < 1:
+        raise ValueError(f"tries must be a whole number >= 1, got {tries!r}")
+    todo = np.flatnonzero((radius > 0) & np.isfinite(radius))
+    around = Around(form, proof.norm, x[todo], guarantee=guarantee, seed=seed, calls=tries)
+    radius = _locally(around, labels, gaps, radius, todo, tries, progress)
+    risk = weakest([proof.guarantee, around.guarantee])
+    return Radii(radius, correct, proof.norm, risk, f"local, {proof.method}", (*notes, *around.notes))
 
 
 def _locally(
-    form: LureForm,
-    x: np.ndarray,
+    around: Around,
     labels: np.ndarray,
     gaps: np.ndarray,
     radius: np.ndarray,
-    norm: float,
+    todo: np.ndarray,
     tries: int,
     progress: Callable[[str], None] | None,
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """(radii, (guarantee, notes)): the global radii, raised where a ball around the example certifies more.
+) -> np.ndarray:
+    """The global radii, raised where a ball around the example certifies more; `around` knows the examples `todo`.
 
     With m(eps) = min_i gap_i / L_yi(eps), falling in eps, the best is the eps at which m(eps) = eps: every try narrows
     an interval that holds it.
     """
-    if isinstance(tries, bool) or not isinstance(tries, int) or tries < 1:
-        raise ValueError(f"tries must be a whole number >= 1, got {tries!r}")
     best = radius.copy()
-    todo = np.flatnonzero((radius > 0) & np.isfinite(radius))
-    around = Around(form, norm, x[todo])
 
     def certify(part: slice) -> None:
         rows = np.arange(part.start, part.stop)
         at = todo[rows]
         low, high = best[at].copy(), np.full(len(at), np.inf)
         eps = 1.5 * low
-        for _ in range(tries):
+        for call in range(tries):
             left = np.flatnonzero(high > 1.01 * low)
             if not left.size:
                 break
-            out = around.outputs(rows[left], eps[left], anchored=True)
+            out = around.outputs(rows[left], eps[left], labels=labels[at[left]], call=call)
             scale, gap = _row_roots(out, labels[at[left]]), gaps[at[left]]
             with np.errstate(over="ignore", divide="ignore"):
                 ratio = np.where(scale > 0, gap / np.where(scale > 0, scale, 1.0) * (1 - 4 * U), np.inf)
@@ -210,18 +212,19 @@ def _locally(
         best[at] = low
 
     around.each(len(todo), certify, "local radii", progress)
-    return best, (around.guarantee, *around.notes)
+    return best
 
 
 def _row_roots(out: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(N, K) upper bounds of the constants of z_y - z_i from ellipsoids (N, K, K), inf at i = y."""
+    """(N, K) upper bounds of the constants of z_y - z_i from blocks (N, J, K, K) (`Around.outputs`)."""
     rows = np.arange(len(out))
-    diagonal = np.einsum("nii->ni", out)
-    both = diagonal + diagonal[rows, labels][:, None]
-    square = np.maximum(both - 2 * out[rows, labels], 0.0) * (1 + 4 * U) + 4 * U * both
+    diagonal = np.einsum("njii->nji", out)
+    both = diagonal + diagonal[rows, :, labels][:, :, None]
+    square = np.maximum(both - 2 * out[rows, :, labels], 0.0) * (1 + 4 * U) + 4 * U * both
     roots = np.nextafter(np.sqrt(np.nextafter(square, np.inf)), np.inf)
-    roots[rows, labels] = 1.0  # its gap is inf
-    return roots
+    total = roots.sum(axis=1) * (1 + gamma(out.shape[1]))
+    total[rows, labels] = 1.0  # its gap is inf
+    return total
 
 
 def check_inputs(form: LureForm, X: Any) -> np.ndarray:

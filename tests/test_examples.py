@@ -18,6 +18,7 @@ from lipbounds.training.data import digits
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 NOTEBOOK, FORGED = EXAMPLES / "compare_bounds.ipynb", EXAMPLES / "forged_layers.ipynb"
+ONNX = EXAMPLES / "certify_onnx.ipynb"
 DOCUMENT = pathlib.Path(__file__).parent.parent / "docs" / "lipsdp.md"
 EXECUTE = """
 import sys
@@ -51,7 +52,7 @@ def outputs(cell, kind="text/plain"):
     return "\n".join(text(part) for part in parts)
 
 
-@pytest.mark.parametrize("path", [NOTEBOOK, FORGED], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [NOTEBOOK, FORGED, ONNX], ids=lambda path: path.stem)
 def test_notebooks_are_committed_without_outputs(path):
     found = cells(path)
     code = [c for c in found if c["cell_type"] == "code"]
@@ -154,6 +155,42 @@ def test_the_notebook_on_forged_layers_runs(large_digits, tmp_path, full):
     assert ("MNIST is skipped" in words) != full
     images = pictures(found)
     assert len(images) == 4 and min(map(len, images)) > 5000
+
+
+QUICK_ONNX = {
+    "EPOCHS": 5,
+    "IMAGES": 24,
+    "STEPS": 10,
+    "RESTARTS": 1,
+    "ROUNDS": 5,
+    "MEAN, STD": "np.float32(0.3), np.float32(0.375)",
+}
+
+
+@NEEDS
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_notebook_on_onnx_files_runs(tmp_path, full):
+    pytest.importorskip("onnx")
+    found = execute(ONNX if full else quicker(ONNX, tmp_path, **QUICK_ONNX), tmp_path)
+    for tag in ("load", "state_dict"):
+        gap = re.search(r"largest difference of two logits: (\S+)", outputs(tagged(found, tag)))
+        assert gap and float(gap[1]) < 1e-4
+    least = re.search(r"at least (\S+) times", outputs(tagged(found, "gain")))
+    assert least and float(least[1]) > 1.2
+    attack = outputs(tagged(found, "attack"))
+    flip = re.search(r"found at (\S+) local radii", attack)
+    assert attack.startswith("flips inside a certified radius: 0\n") and flip and 1 < float(flip[1]) < 20
+    assert "the same radii as above: True" in outputs(tagged(found, "cli"))
+    refused = outputs(tagged(found, "refused"))
+    for words in (
+        "Snake at node '/act'",
+        "'height'",
+        "logits, not softmax",
+        "Softmax (node '/softmax'), was dropped",
+    ):
+        assert words in refused
+    images = pictures(found)
+    assert len(images) == 2 and min(map(len, images)) > 5000
 
 
 def test_without_mnist_the_notebook_says_so(monkeypatch, capsys):

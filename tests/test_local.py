@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
+from balls import in_ball, jacobians, largest_slopes, mlp, values
 from gain import form_of
 from zoo import NETS
 
@@ -29,49 +30,6 @@ ACTIVATIONS = {
     "elu": jax.nn.elu,
     "hard_swish": jax.nn.hard_swish,
 }
-
-
-def mlp(widths=(12, 30, 24, 6), seed=0, activation="relu"):
-    rng = np.random.default_rng(seed)
-    w = [
-        (1.5 * rng.standard_normal((m, n)) / np.sqrt(n)).astype(np.float32)
-        for n, m in itertools.pairwise(widths)
-    ]
-    b = [0.3 * rng.standard_normal(len(a)).astype(np.float32) for a in w]
-    return lb.from_weights(w, b, activation=activation)
-
-
-def values(form, x):
-    with jax.enable_x64(True):
-        return np.asarray(
-            jax.jit(jax.vmap(lambda p: form.evaluate(p, jnp.float64)))(jnp.asarray(x, jnp.float64))
-        )
-
-
-def jacobians(form, x):
-    with jax.enable_x64(True):
-        f = jax.jit(jax.vmap(jax.jacrev(lambda p: form.evaluate(p, jnp.float64))))
-        return np.asarray(f(jnp.asarray(x, jnp.float64))).reshape(len(x), form.num_outputs, -1)
-
-
-def in_ball(x, eps, norm, count, rng):
-    """(count, N, *shape) points of the balls, many near the surface."""
-    v = rng.standard_normal((count, *x.shape))
-    if norm == np.inf:
-        v = rng.choice([-1.0, 1.0], v.shape) * rng.uniform(0.8, 1, v.shape)
-    else:
-        v /= np.sqrt(np.square(v).sum(axis=tuple(range(2, v.ndim)), keepdims=True))
-    return x + eps * v * rng.choice([0.3, 1.0], (count, len(x), *[1] * (x.ndim - 1)))
-
-
-def largest_slopes(form, x, eps, norm, rng, count=30):
-    """(N,) of the network and (N, K, K) of pairs, over sampled pairs of points in the balls."""
-    u, v = (in_ball(x, eps, norm, count, rng) for _ in range(2))
-    change = values(form, u.reshape(-1, *x.shape[1:])) - values(form, v.reshape(-1, *x.shape[1:]))
-    distance = np.linalg.norm((u - v).reshape(len(change), -1), norm, axis=1)
-    whole = (np.linalg.norm(change, norm, axis=1) / distance).reshape(count, len(x)).max(axis=0)
-    pairs = np.abs(change[:, :, None] - change[:, None]) / distance[:, None, None]
-    return whole, pairs.reshape(count, len(x), *pairs.shape[1:]).max(axis=0)
 
 
 # --- slopes --------------------------------------------------------------------------------------------------------
@@ -218,9 +176,9 @@ def test_a_wide_front_is_bounded_as_a_whole(monkeypatch):
     monkeypatch.setattr(module, "WIDEST", 26)
     form, rng = mlp(widths=(12, 30, 24, 20, 6)), np.random.default_rng(7)
     x = rng.standard_normal((12, 12)).astype(np.float32)
-    bound = lb.local(form, x, 0.2, pairwise=True)
+    bound = lb.local(form, x, 0.2, pairwise=True, guarantee="verified")
     whole, pairs = largest_slopes(form, x, 0.2, 2, rng)
-    assert "bounded as a whole" in bound.notes[0]
+    assert "bounded as a whole" in bound.notes[0] and bound.guarantee == "verified"
     assert (whole <= bound.value).all() and (pairs <= bound.pairwise + 1e-12).all()
     assert (bound.value < lb.liplt(form).value).all()
     with pytest.raises(ValueError, match="nowhere wider"):
@@ -268,8 +226,7 @@ def test_elimination_is_an_upper_bound_in_exact_arithmetic(seed):
     root = rng.standard_normal((n, n)) * 10.0 ** rng.uniform(-3, 1, n)[:, None]
     q = (root @ root.T + (root @ root.T).T) / 2
     at = np.sort(rng.choice(n, m, replace=False))
-    kappa = rng.uniform(0, 2, m) * (rng.random(m) > 0.3)
-    z, extra, d = _localrun._eliminate(q, at, kappa)
+    z, extra, d = _localrun._eliminate(q, at, 10.0 ** rng.uniform(-2, 2, m) * np.sqrt(np.diag(q)[at]))
     with mpmath.workdps(80):
         exact, inverse = mpmath.matrix(q.tolist()), mpmath.matrix(m, m)
         for i in range(m):
@@ -299,6 +256,7 @@ def test_elimination_is_an_upper_bound_in_exact_arithmetic(seed):
         (np.full((2, 12), np.nan, np.float32), 1.0, {}, "NaN"),
         (np.zeros((2, 12), int), 1.0, {}, "floating point"),
         (np.zeros((2, 12), np.float32), 1.0, {"norm": 1}, "norm 2 and inf"),
+        (np.zeros((2, 12), np.float32), 1.0, {"guarantee": "estimate"}, "'auto' or 'verified'"),
     ],
 )
 def test_refusals(x, eps, options, why):

@@ -1,0 +1,292 @@
+"""Local LipLT: constants around single inputs of networks too wide for ellipsoids (convolutions), matrix-free.
+
+Around an input x every tap is v = C y + q in differences: C linear (the middle of the slopes on the range of y in the
+ball; of a maximum the mean of the entries that can win), and q what is left, zero wherever the range decides. With
+G[k, j] the linear map from q_j to y_k for these C, and a_x + sum_j a_j = 1, every increment is
+
+    dy_k = G[k, x] dx + sum_j G[k, j] q_j = B_k xi,    B_k = [a_x^-1/2 G[k, x], a_j^-1/2 G[k, j] diag(t_j), ...]
+
+with ||xi|| <= ||dx|| if q_j = diag(t_j) xi_j, ||xi_j|| <= ||dx||. ||S_k B_k||, S_k the largest slopes, bounds what the
+tap can pass on; Lanczos on S B B' S bounds it, many inputs side by side. Single entries, which give the ranges, obey
+
+    |dy_ki| <= (||D[k, x]_i|| + sum_j min(||D[k, j]_i alive_j|| m_j, sum_l |D[k, j]_il| rho_jl)) ||dx||,
+
+D the direct linear maps, m_j and rho_j bounds of ||dv_j|| and |dv_jl| per ||dx||. The rows to the outputs are few: the
+Gram matrices of their blocks give all constants without a norm. With the slopes of the whole line this is LipLT (CRM
+paper, Theorem 3.3). l2 norm; holds except with a stated probability, rounding covered by an allowance as there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse as sp
+
+from lipbounds import _triangle
+from lipbounds._krylov import lanczos_columns
+from lipbounds._localrun import Values, centre_and_radius
+from lipbounds._program import Tap
+from lipbounds._rounding import U
+from lipbounds.linmap import Node, TapScaling
+from lipbounds.lure import LureForm, multiplicity, propagate
+
+_ROUNDING = 1e-10  # allowance, relative, of sums of numbers >= 0
+_CANCELLED = 2.0**-40  # allowance, relative to the whole, of the squares of rows
+_RTOL = 0.1  # of the norms of the maps to the taps
+_STEPS = 32
+
+# What stands for C of one tap around N inputs, every array with a leading axis of inputs: elementwise its diagonal,
+# for max and min the shares of a group's entries, for a sort the order of each group and whether it is decided.
+Linear = dict[str, Any]
+
+
+class Front:
+    """What of a form does not depend on the inputs."""
+
+    def __init__(self, form: LureForm) -> None:
+        self.form, self.taps = form, form.taps
+        host = _triangle.host_form(form)
+        plain = [TapScaling(None, np.ones(t.size_out), np.ones(t.size_in)) for t in self.taps]
+        nodes: list[Node] = [(k,) for k in range(len(self.taps))]
+        self.direct: dict[int, dict[int, Any]] = {
+            k: {} for k in range(len(self.taps))
+        }  # source -1: the input
+        for (source, target), block in _triangle.matrices(
+            host, _triangle.structure(host, nodes, plain), plain
+        ):
+            self.direct[target[0]][source[0] if source else -1] = np.abs(block.matrix)
+        self.groups = {k: _Groups(tap) for k, tap in enumerate(self.taps) if tap.groups is not None}
+        self.before: list[tuple[int, ...]] = []  # the taps that a tap depends on
+        for k in range(len(self.taps)):
+            sources = {j for j in self.direct[k] if j >= 0}
+            self.before.append(tuple(sorted(sources.union(*(self.before[j] for j in sources)))))
+
+
+# --- taps around N inputs ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Near:
+    """One tap around N inputs, v = C y + q; every array has a row per input.
+
+    Args:
+        linear: C.
+        passes: (N, size_in) largest |slope|; 0 where an entry has no effect. Below, m is any bound of ||passes * dy||.
+        gain: ||dv|| <= gain m.
+        reach: (N, size_out), |dv_l| <= reach_l ||dx||.
+        weights: (N, size_out), ||q / weights|| <= m; q is 0 where they are.
+        entries: (N, size_out), |q_l| <= entries_l ||dx||.
+    """
+
+    linear: Linear
+    passes: np.ndarray
+    gain: float
+    reach: np.ndarray
+    weights: np.ndarray
+    entries: np.ndarray
+
+
+def _elementwise(c: np.ndarray, r: np.ndarray, rho: np.ndarray) -> Near:
+    passes = (np.abs(c) + r) * (1 + 4 * U)
+    weights = r / np.where(passes > 0, passes, 1.0) * (1 + 4 * U)
+    return Near({"c": c}, passes, 1.0, passes * rho * (1 + 4 * U), weights, r * rho * (1 + 4 * U))
+
+
+class _Groups:
+    """Tables of a group tap: entries of a group that repeat one before them do not count."""
+
+    def __init__(self, tap: Tap) -> None:
+        assert tap.groups is not None
+        table = tap.groups.array
+        self.kind, self.table, self.size = tap.kind, table, tap.size_in
+        order = np.argsort(table, axis=1, kind="stable")
+        ranked = np.take_along_axis(table, order, axis=1)
+        self.fresh = np.ones(table.shape, bool)
+        np.put_along_axis(self.fresh, order[:, 1:], ranked[:, 1:] != ranked[:, :-1], axis=1)
+        flat = table.reshape(-1)
+        self.back = sp.csr_array((np.ones(flat.size), (flat, np.arange(flat.size))), (tap.size_in, flat.size))
+        self.root = float(np.sqrt(multiplicity(tap).max(initial=1.0))) * (1 + 4 * U)
+
+    def near(self, y: np.ndarray, half: np.ndarray, rho: np.ndarray) -> Near:
+        """y, half, rho (N, n): entries stay within `half` of y in the ball, and move by at most rho ||dx||."""
+        low, high = y - half, y + half
+        if self.kind == "sort":
+            return self._sorted(*(a[:, self.table] for a in (y, low, high, rho)))
+        if self.kind == "min":
+            low, high = -high, -low
+        low, high, moves = low[:, self.table], high[:, self.table], rho[:, self.table]  # (N, groups, width)
+        can = self.fresh & (high >= np.where(self.fresh, low, -np.inf).max(axis=2, keepdims=True))
+        rivals = can.sum(axis=2)
+        # dv = lambda' dy with lambda in the simplex on `can`, and ||lambda - share|| <= sqrt(1 - 1 / rivals) there
+        weights = np.where(rivals > 1, np.sqrt(1 - 1 / rivals), 0.0) * (1 + _ROUNDING)
+        total = np.sqrt(np.square(moves * can).sum(axis=2)) * (1 + _ROUNDING)
+        passes = np.minimum((self.back @ can.reshape(len(y), -1).T.astype(float)).T, 1.0)
+        return Near(
+            {"share": can / rivals[:, :, None]},
+            passes,
+            self.root,
+            (moves * can).max(axis=2),
+            weights * self.root,
+            weights * total,
+        )
+
+    def _sorted(self, y: np.ndarray, low: np.ndarray, high: np.ndarray, moves: np.ndarray) -> Near:
+        order = np.argsort(y, axis=2, kind="stable")
+        high, low, own = (np.take_along_axis(a, order, axis=2) for a in (high, low, moves))
+        decided = (np.maximum.accumulate(high, axis=2)[:, :, :-1] < low[:, :, 1:]).all(axis=2)
+        open_ = ~decided[:, :, None]
+        total = np.sqrt(np.square(moves).sum(axis=2, keepdims=True)) * (1 + _ROUNDING)
+        reach = np.where(open_, moves.max(axis=2, keepdims=True), own)
+        # C is the mean of all orders: lambda - C has norm 1 at most for every doubly stochastic lambda
+        weights, entries = np.broadcast_to(open_, y.shape) * 1.0, np.broadcast_to(open_ * total, y.shape)
+        out = [np.zeros((len(y), self.size)) for _ in range(3)]
+        for full, part in zip(out, (reach, weights, entries), strict=True):
+            full[:, self.table] = part
+        return Near({"order": order, "decided": decided}, np.ones((len(y), self.size)), 1.0, *out)
+
+
+def _apply(tap: Tap, linear: Linear, y: jax.Array) -> jax.Array:
+    """C y around one input."""
+    if tap.groups is None:
+        return linear["c"] * y
+    rows = y[tap.groups.array]
+    if tap.kind != "sort":
+        return (linear["share"] * rows).sum(axis=1)
+    ordered = jnp.take_along_axis(rows, linear["order"], axis=1)
+    ordered = jnp.where(linear["decided"][:, None], ordered, rows.mean(axis=1, keepdims=True))
+    return jnp.zeros(tap.size_out, y.dtype).at[tap.groups.array].add(ordered)
+
+
+# --- the recursion -------------------------------------------------------------------------------------------------
+
+
+def grams(
+    front: Front, values: Values, eps: np.ndarray, *, anchored: bool, failure: float, rng: np.random.Generator
+) -> np.ndarray:
+    """(N, J, K, K): the constant of a' z is at most sum_j sqrt(a' g_j a), g the J blocks of an example.
+
+    Args:
+        eps: (N,) radii; anchored: one of the two inputs is the centre.
+        failure: the probability with which this may be wrong, of each example.
+    """
+    taps = front.taps
+    near: list[Near] = []
+    t: list[np.ndarray] = []  # of the module docstring
+    m: list[np.ndarray] = []
+    for k in range(len(taps)):
+        rho = _entries(front, k, near, m, len(eps))
+        if k in front.groups:
+            half = (rho * eps[:, None] + values.error[k][:, None]) * (1 + 8 * U)
+            one = front.groups[k].near(values.y[k], half, rho)
+        else:
+            one = _elementwise(*centre_and_radius(front.form, k, values, eps, rho, anchored), rho)
+        size = np.minimum(
+            _norm(front, k, one, near, t, failure / len(taps), rng), _length(one.passes * rho)
+        ) * (1 + _ROUNDING)
+        near.append(one)
+        m.append(np.minimum(one.gain * size, _length(one.reach)) * (1 + _ROUNDING))
+        # q lies in a ball and in a box: of two ellipsoids the one with the shorter axes
+        ball = one.weights * size[:, None]
+        box = np.sqrt(one.entries * one.entries.sum(axis=1, keepdims=True)) * (1 + _ROUNDING)
+        t.append(np.where((_length(box) < _length(ball))[:, None], box, ball))
+    with jax.enable_x64(True):
+        out = np.array(_rows(front.form, tuple(n.linear for n in near), tuple(t), np.zeros(len(eps))))
+    diagonal = np.einsum("njkk->njk", out)
+    diagonal += _CANCELLED * diagonal.sum(axis=2, keepdims=True)  # a view
+    return out
+
+
+def _length(a: np.ndarray) -> np.ndarray:
+    return np.asarray(np.sqrt(np.einsum("ni,ni->n", a, a)))
+
+
+def _entries(front: Front, k: int, near: list[Near], m: list[np.ndarray], count: int) -> np.ndarray:
+    """rho (N, n_k) of the module docstring."""
+    rho = np.zeros((front.taps[k].size_in, count))
+    for j, block in front.direct[k].items():
+        squares = block.power(2) if sp.issparse(block) else np.square(block)
+        if j < 0:
+            rho += np.sqrt(squares.sum(axis=1))[:, None]
+            continue
+        reach = np.ascontiguousarray(near[j].reach.T)
+        rho += np.minimum(np.sqrt(squares @ (reach > 0).astype(float)) * m[j], block @ reach)
+    return np.ascontiguousarray(rho.T) * (1 + _ROUNDING)
+
+
+def _norm(
+    front: Front,
+    k: int,
+    one: Near,
+    near: list[Near],
+    t: list[np.ndarray],
+    failure: float,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """(N,) bounds of ||S_k B_k||; inf where rounding does not allow one."""
+    # a_j in proportion to how much of what passes tap j is left undecided there
+    shares = {j: _length(t[j]) / np.maximum(_length(near[j].reach), 1e-300) for j in front.before[k]}
+    total = 1.0 + sum(shares.values(), np.zeros(len(one.passes)))
+    scaled = {
+        j: t[j] * np.sqrt(total / np.where(share > 0, share, 1.0))[:, None] * (1 + _ROUNDING)
+        for j, share in shares.items()
+    }
+    linear = {j: near[j].linear for j in front.before[k]}
+    start = np.repeat(rng.standard_normal((1, front.taps[k].size_in)), len(total), axis=0)
+    with jax.enable_x64(True):
+        device = jax.tree.map(jnp.asarray, (linear, scaled, np.sqrt(total), one.passes))
+        product = partial(_there_and_back, front.form, *device, target=k)
+        return lanczos_columns(
+            lambda u: np.asarray(product(jnp.asarray(u))),
+            start,
+            failure=failure,
+            rtol=_RTOL,
+            max_steps=_STEPS,
+        )
+
+
+@partial(jax.jit, static_argnames=("target",))
+def _there_and_back(
+    form: LureForm, linear: Any, scaled: Any, first: Any, passes: Any, u: jax.Array, *, target: int
+) -> jax.Array:
+    """S B B' S u of the target tap, one per input (N, n)."""
+    sizes = {j: jax.ShapeDtypeStruct((form.taps[j].size_out,), u.dtype) for j in scaled}
+
+    def one(linear: Any, scaled: Any, first: Any, passes: Any, u: jax.Array) -> jax.Array:
+        def forward(x: jax.Array, xi: Any) -> jax.Array:
+            seen = {}
+
+            def tap(k: int, y: Any) -> Any:
+                seen[k] = y
+                return _apply(form.taps[k], linear[k], y) + scaled[k] * xi[k] if k in linear else None
+
+            propagate(form, first * x, tap, dtype=u.dtype)
+            return jnp.asarray(passes * seen[target])
+
+        back = jax.linear_transpose(forward, jax.ShapeDtypeStruct((form.in_size,), u.dtype), sizes)
+        return forward(*back(u))
+
+    return jax.vmap(one)(linear, scaled, first, passes, u)
+
+
+@jax.jit
+def _rows(form: LureForm, linear: Any, t: Any, inputs: jax.Array) -> jax.Array:
+    """(N, J, K, K) Gram matrices of the rows of [G[z, x], G[z, j] diag(t_j), ...], one per entry of `inputs`."""
+    sizes = tuple(jax.ShapeDtypeStruct((tap.size_out,), inputs.dtype) for tap in form.taps)
+
+    def one(linear: Any, t: Any, _: jax.Array) -> jax.Array:
+        def forward(x: jax.Array, xi: Any) -> jax.Array:
+            def tap(k: int, y: Any) -> Any:
+                return _apply(form.taps[k], linear[k], y) + t[k] * xi[k]
+
+            return jnp.asarray(propagate(form, x, tap, dtype=inputs.dtype))
+
+        back = jax.linear_transpose(forward, jax.ShapeDtypeStruct((form.in_size,), inputs.dtype), sizes)
+        x, xi = jax.vmap(back)(jnp.eye(form.num_outputs, dtype=inputs.dtype))
+        return jnp.stack([rows @ rows.T for rows in (x, *xi)])
+
+    return jax.vmap(one)(linear, t, inputs)
