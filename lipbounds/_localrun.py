@@ -139,7 +139,7 @@ def ellipsoids(
     *,
     anchored: bool,
     directions: np.ndarray,
-    first_range: np.ndarray | None = None,
+    first: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> np.ndarray:
     """(N, K, K): dz dz' <= eps^2 times that, for all pairs of inputs in the ball, or all pairs with its centre.
 
@@ -148,7 +148,7 @@ def ellipsoids(
         eps: (N,) radii > 0.
         anchored: the centre is one of the two inputs.
         directions: (N, J, K), the outputs a' z whose constants D is chosen for; any are sound.
-        first_range: (n,) half widths of the first pre-activations per unit of eps, where better than the ellipsoid's.
+        first: (N, n) twice, how far the first pre-activations can fall and rise, where better than the ellipsoid.
     """
     aims = _adjoints(steps, values, directions)
     for place, stage in enumerate(steps):
@@ -161,10 +161,10 @@ def ellipsoids(
         diagonal = np.einsum("nii->ni", q)
         diagonal += e[:, None] * (1 + 4 * U)  # a view: q + e I
         diagonal[:] = np.maximum(diagonal, 0) * (1 + 4 * U)
-        half = np.sqrt(diagonal[:, :n]) * (1 + 4 * U)
-        if place == 0 and first_range is not None:
-            half = np.minimum(half, first_range)
-        c, r = centre_and_radius(view, stage.tap, values, eps, half, anchored)
+        down = up = np.sqrt(diagonal[:, :n]) * eps[:, None] * (1 + 8 * U)
+        if place == 0 and first is not None:
+            down, up = np.minimum(down, first[0]), np.minimum(up, first[1])
+        c, r = centre_and_radius(view, stage.tap, values, down, up, anchored)
         v, rd = _through(q, n, c, r, aims[place])
         inner = c[:, :, None] * v[:, :n, :n] * c[:, None, :]
         wrong = 4 * U * frobenius(inner)
@@ -189,13 +189,12 @@ def ellipsoids(
 
 
 def centre_and_radius(
-    view: LureForm, k: int, values: Values, eps: np.ndarray, half: np.ndarray, anchored: bool
+    view: LureForm, k: int, values: Values, down: np.ndarray, up: np.ndarray, anchored: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """c and r (N, n) with every slope on the ranges in [c - r, c + r]; r = 0 only where it is exact."""
+    """c and r (N, n) with every slope on [y - down, y + up] in [c - r, c + r]; r = 0 only where it is exact."""
     y, wrong = values.y[k], values.error[k][:, None]
     low, high = np.nextafter(y - wrong, -np.inf), np.nextafter(y + wrong, np.inf)
-    reach = half * eps[:, None] * (1 + 4 * U)
-    lo, hi = np.nextafter(low - reach, -np.inf), np.nextafter(high + reach, np.inf)
+    lo, hi = np.nextafter(low - down, -np.inf), np.nextafter(high + up, np.inf)
     a, b = slopes_between(view, k, lo, hi, (low, high) if anchored else None)
     c = (a + b) / 2
     r = np.maximum(b - c, c - a)

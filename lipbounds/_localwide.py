@@ -180,11 +180,12 @@ def grams(
     m: list[np.ndarray] = []
     for k in range(len(taps)):
         rho = _entries(front, k, near, m, len(eps))
+        reach = rho * eps[:, None] * (1 + 4 * U)
         if k in front.groups:
-            half = (rho * eps[:, None] + values.error[k][:, None]) * (1 + 8 * U)
+            half = (reach + values.error[k][:, None]) * (1 + 4 * U)
             one = front.groups[k].near(values.y[k], half, rho)
         else:
-            one = _elementwise(*centre_and_radius(front.form, k, values, eps, rho, anchored), rho)
+            one = _elementwise(*centre_and_radius(front.form, k, values, reach, reach, anchored), rho)
         size = np.minimum(
             _norm(front, k, one, near, t, failure / len(taps), rng), _length(one.passes * rho)
         ) * (1 + _ROUNDING)

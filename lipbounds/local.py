@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from lipbounds import _localrun, _localwide, _proof
+from lipbounds import _localbox, _localrun, _localwide, _proof
 from lipbounds._localrun import Matrix, Stage, Values
 from lipbounds._rounding import U, add_up, gamma, require_gradual_underflow, sqrt_up
 from lipbounds._sequence import WIDEST, first_tap, hybrid_start, split
@@ -37,6 +37,7 @@ _CHUNK = 2**23  # numbers in the ellipsoids of one chunk of examples
 _DIRECTIONS = 12  # that D is chosen for
 _WIDE_CHUNK, _SIDE = 2**25, 64  # entries of the rows of a chunk, and its examples, in local LipLT
 Progress = Callable[[str], None]
+Box = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +112,7 @@ def local(
     bound: UpperBound | None = None,
     guarantee: str = "auto",
     seed: int = 0,
+    box: Any = None,
     progress: Progress | None = None,
 ) -> LocalBounds:
     """Upper bounds of the Lipschitz constants of the network on the balls B(x, eps) around the examples of X.
@@ -126,6 +128,8 @@ def local(
             ones get local LipLT (`_localwide`, norm 2), probabilistic; with "verified" they are treated as a whole up
             to there (LipLT, whose guarantee the result carries) and locally behind.
         seed: of the random start vectors of probabilistic norms.
+        box: (lower, upper), numbers or arrays of the shape of an input: only points inside count, (0, 1) for pixels.
+            The first layer's ranges become smaller where X is near its faces; networks wider than 1100 ignore it.
         progress: called with a line of text after every chunk.
 
     Raises:
@@ -140,7 +144,8 @@ def local(
     x = check_inputs(form, X)
     radii = check_eps(eps, len(x))
     p = check_norm(norm)
-    around = Around(form, p, x, guarantee=guarantee, seed=seed)
+    inside = check_box(box, x)
+    around = Around(form, p, x, guarantee=guarantee, seed=seed, box=inside)
     whole = liplt(form, norm=p, pairwise=pairwise) if bound is None else bound
     if not isinstance(whole, UpperBound):
         raise TypeError(f"a bound of the whole network is an UpperBound, got {type(whole).__name__}")
@@ -171,9 +176,18 @@ def local(
         time.perf_counter() - begin,
         pairs if pairwise else None,
         min(around.failure + whole.failure_probability, 1.0),
-        around.notes,
+        (*around.notes, *box_notes(inside)),
         fingerprint(form),
     )
+
+
+def box_notes(box: Box | None) -> tuple[str, ...]:
+    if box is None:
+        return ()
+    low, high = (
+        f"{float(end.flat[0]):g}" if end.size and (end == end.flat[0]).all() else "..." for end in box
+    )
+    return (f"for inputs inside the box [{low}, {high}] only",)
 
 
 def _largest_root(matrix: np.ndarray) -> float:
@@ -193,12 +207,30 @@ def check_eps(eps: Any, count: int) -> np.ndarray:
     return np.broadcast_to(radii, count).copy()
 
 
+def check_box(box: Any, x: np.ndarray) -> Box | None:
+    """(lower, upper) in float64, numbers or of the shape of an input, with every row of x inside."""
+    if box is None:
+        return None
+    try:
+        low, high = (np.broadcast_to(np.asarray(end, np.float64), x.shape[1:]) for end in box)
+    except (TypeError, ValueError):
+        raise ValueError(f"box must be (lower, upper), numbers or arrays of shape {x.shape[1:]}") from None
+    if not (low <= high).all():
+        raise ValueError("box must be (lower, upper) with lower <= upper, not NaN")
+    outside = ((x < low) | (x > high)).reshape(len(x), -1).any(axis=1)
+    if outside.any():
+        raise ValueError(
+            f"{int(outside.sum())} of {len(x)} examples lie outside the box (the first is {int(outside.argmax())})"
+        )
+    return low, high
+
+
 @dataclass(frozen=True, eq=False)
 class _Ready:
     """What of a form does not depend on the examples.
 
     whole: the elementwise view; view: of it what is behind a wide front, or all; stages: of view.
-    start (1, d, d) of the first state over the unit ball; first_range (n,) of the first pre-activations, or None.
+    start (1, d, d) of the first state over the unit ball; first (A, error): A x is the first y, where known.
     front: what local LipLT needs, in place of stages and start.
     """
 
@@ -206,7 +238,7 @@ class _Ready:
     view: LureForm
     stages: tuple[Stage, ...]
     start: np.ndarray
-    first_range: np.ndarray | None
+    first: tuple[np.ndarray, float] | None
     guarantee: str
     failure: float
     notes: tuple[str, ...]
@@ -221,7 +253,7 @@ class Around:
 
     Args:
         calls: how often `outputs` will be asked about one example.
-        failure: of all examples and calls together.
+        box: (lower, upper) of the inputs that count, from `check_box`.
     """
 
     def __init__(
@@ -233,6 +265,7 @@ class Around:
         guarantee: str = "auto",
         seed: int = 0,
         calls: int = 1,
+        box: Box | None = None,
     ) -> None:
         from lipbounds.radius import Seen, logits
 
@@ -248,6 +281,7 @@ class Around:
         self.ready = ready = kept[wanted]
         self.guarantee, self.failure, self.notes = ready.guarantee, ready.failure, ready.notes
         self.seed, self.share = seed, FAILURE / calls
+        self.norm, self.x, self.box = norm, x, box
         if ready.front is not None:
             self.failure = min(1.0, FAILURE * len(x))
         seen: Seen = []
@@ -308,12 +342,19 @@ class Around:
                 eps,
                 anchored=anchored,
                 directions=self._directions(labels, len(eps)),
-                first_range=ready.first_range,
+                first=self._first(rows, eps),
             )
             out = (np.repeat(one, len(eps), axis=0) if len(one) < len(eps) else one)[:, None]
         if not np.isfinite(out).all():
             raise ValueError("the local bound is above the range of float64; rescale the problem")
         return out
+
+    def _first(self, rows: Any, eps: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """How far the first pre-activations can fall and rise; None where the ellipsoid is as good."""
+        if self.ready.first is None or (self.norm == 2 and self.box is None):
+            return None
+        room = _localbox.rooms(self.x[rows], self.box)
+        return _localbox.reach(*self.ready.first, eps, self.norm, *room)
 
     def _directions(self, labels: np.ndarray | None, count: int) -> np.ndarray:
         """(N, J, K): margins e_y - e_i, or all e_i; beyond a dozen, sums of them with random signs."""
@@ -338,7 +379,7 @@ def _ready(form: LureForm, norm: float, word: str) -> _Ready:
     whole = elementwise_view(form)
     guarantee, failure = "assumed" if form.assumed else "verified", 0.0
     notes: tuple[str, ...] = ()
-    first_range = None
+    first = None
     if wide and norm != 2:
         raise ValueError(f"local bounds in l-inf are for networks nowhere wider than {WIDEST}")
     if wide:
@@ -359,39 +400,30 @@ def _ready(form: LureForm, norm: float, word: str) -> _Ready:
         view, n = whole, form.in_size
         begin, stages = _localrun.stages(view)
         ball = np.ones(n)
+        first = _first_map(begin, stages[0]) if stages else None
         if norm == np.inf:
             # of the ellipsoids sum dx_i^2 / p_i <= 1, sum 1 / p_i <= 1 around the cube, the least trace behind the map
-            columns = np.sqrt(np.square(_first_map(begin, stages, n)).sum(axis=0))
+            a = first[0] if first is not None else np.eye(n) if begin.array is None else begin.array
+            columns = np.sqrt(np.square(a).sum(axis=0))
             columns = np.maximum(columns, 1e-3 * columns.max(initial=0.0) + 1e-300)
             ball = _proof.ball(n, np.minimum(columns.sum() / columns, 2.0**60))
-            first_range = _row_sums(begin, stages[0]) if stages else None
         start, e = begin.map_diagonal(ball)
     start = start + (e[0] + 4 * U * float(_localrun.frobenius(start)[0])) * np.eye(start.shape[1])
-    return _Ready(whole, view, stages, start, first_range, guarantee, failure, notes)
+    return _Ready(whole, view, stages, start, first, guarantee, failure, notes)
 
 
-def _first_map(begin: Matrix, stages: tuple[Stage, ...], n: int) -> np.ndarray:
-    """x -> y of the first tap, or the output where there is none; rounded."""
-    a = np.eye(n) if begin.array is None else begin.array
-    if stages and stages[0].T.array is not None:
-        return stages[0].T.array[: stages[0].neurons] @ a
-    return a
-
-
-def _row_sums(begin: Matrix, stage: Stage) -> np.ndarray:
-    """(n,) sums of |.| over the rows of x -> y of the first tap, rounded up."""
-    if begin.array is not None and stage.T.array is not None:
-        rows, error = np.abs(stage.T.array[: stage.neurons]), add_up(stage.T.error, begin.error)
-        product = rows[:, : begin.array.shape[0]] @ np.abs(
-            begin.array
-        )  # an upper bound, not the product itself
-        exact = np.abs(stage.T.array[: stage.neurons] @ begin.array)
-        width = product.shape[1]
-        slip = gamma(begin.array.shape[0] + 4) * product.sum(axis=1)
-        wrong = (stage.T.size + begin.size + error) * error * np.sqrt(width)
-        return (exact.sum(axis=1) * (1 + gamma(width + 4)) + slip + wrong) * (1 + gamma(8))
-    one = begin if begin.array is not None else stage.T
-    width = len(one.array[0]) if one.array is not None else 1
-    array = one.array if one.array is not None else np.eye(stage.neurons)
-    total = np.abs(array[: stage.neurons]).sum(axis=1) * (1 + gamma(width + 4))
-    return (total + one.error * np.sqrt(width)) * (1 + gamma(8))
+def _first_map(begin: Matrix, stage: Stage) -> tuple[np.ndarray, float]:
+    """(A, error): x -> y of the first tap is within `error` (Frobenius norm) of A."""
+    rows, n = stage.T.array, stage.neurons
+    if rows is None or begin.array is None:
+        one = begin if rows is None else stage.T
+        return (np.eye(n) if one.array is None else one.array[:n]), one.error
+    product = rows[:n] @ begin.array
+    wrong = 2 * gamma(len(begin.array) + 4) * stage.T.size * begin.size
+    return product, add_up(
+        wrong,
+        *(
+            2 * e * size
+            for e, size in ((stage.T.error, begin.size + begin.error), (begin.error, stage.T.size))
+        ),
+    )

@@ -27,7 +27,7 @@ from lipbounds._tables import new_axes
 from lipbounds.bound import NORM_NAMES, UpperBound, weakest
 from lipbounds.linmap import HostForm, Node, TapScaling
 from lipbounds.liplt import liplt
-from lipbounds.local import Around
+from lipbounds.local import Around, box_notes, check_box
 from lipbounds.lure import LureForm, fingerprint, multiplicity, proved_slopes
 
 _DECLARED_ACCURACY = 1e-9  # of float64 values of a declared activation that interval arithmetic does not know
@@ -112,6 +112,7 @@ def certified_radius(
     tries: int = 4,
     guarantee: str = "auto",
     seed: int = 0,
+    box: Any = None,
     progress: Callable[[str], None] | None = None,
 ) -> Radii:
     """Certified radii of labelled examples.
@@ -126,7 +127,7 @@ def certified_radius(
             of radius eps certifies min(eps, min_i (z_y - z_i) / L_yi(eps)), and the largest of these and of the global
             radius counts. Never below the global radius. Norms 2 and inf.
         tries: with local, how many eps are tried per example.
-        guarantee, seed: with local, as in `lb.local`.
+        guarantee, seed, box: with local, as in `lb.local`. With a box a radius is about the inputs inside it only.
         progress: with local, called with a line of text as examples are done.
 
     Raises:
@@ -164,15 +165,19 @@ def certified_radius(
     ratio = np.where(zero & (gaps > 0), np.inf, ratio)
     correct = (gaps > 0).all(axis=1)
     radius = np.where(correct, ratio.min(axis=1, initial=np.inf), 0.0)
+    if not local and box is not None:
+        raise ValueError("a box is for local bounds: pass local=True")
     if not local:
         return Radii(radius, correct, proof.norm, proof.guarantee, proof.method, notes)
     if isinstance(tries, bool) or not isinstance(tries, int) or tries < 1:
         raise ValueError(f"tries must be a whole number >= 1, got {tries!r}")
+    inside = check_box(box, x)
     todo = np.flatnonzero((radius > 0) & np.isfinite(radius))
-    around = Around(form, proof.norm, x[todo], guarantee=guarantee, seed=seed, calls=tries)
+    around = Around(form, proof.norm, x[todo], guarantee=guarantee, seed=seed, calls=tries, box=inside)
     radius = _locally(around, labels, gaps, radius, todo, tries, progress)
     risk = weakest([proof.guarantee, around.guarantee])
-    return Radii(radius, correct, proof.norm, risk, f"local, {proof.method}", (*notes, *around.notes))
+    notes = (*notes, *around.notes, *box_notes(inside))
+    return Radii(radius, correct, proof.norm, risk, f"local, {proof.method}", notes)
 
 
 def _locally(
