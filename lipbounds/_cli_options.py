@@ -107,6 +107,18 @@ def eps_of(text: str) -> float:
     return value
 
 
+def memory_of(text: str) -> int:
+    """A memory budget as the commands read it, in bytes."""
+    from lipbounds._budget import parse
+
+    try:
+        size = parse(int(text) if text.isdecimal() else text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    assert size is not None
+    return size
+
+
 def _is_number(text: str) -> bool:
     try:
         number(text)
@@ -147,6 +159,15 @@ CertificateOption = Annotated[
         metavar="FILE",
         dir_okay=False,
         help="Save what proves a LipSDP bound, for `lipbounds verify`.",
+    ),
+]
+MemoryOption = Annotated[
+    int | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        parser=memory_of,
+        help="Memory of the proofs, such as 2GB: larger operators are then verified where their proof fits.",
     ),
 ]
 JsonOption = Annotated[

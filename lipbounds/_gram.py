@@ -18,7 +18,7 @@ pivots.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import scipy.sparse as sp
@@ -41,11 +41,25 @@ def is_sparse(a: Any) -> bool:
     return bool(sp.issparse(a))
 
 
-def _rounding_shift(r: int, k: int, n: int, t: float, diagonal: np.ndarray, absolute_gram: float) -> float:
-    """The shift c of the module docstring; `absolute_gram` is the computed max(|B| (|B|' 1))."""
+def _rounding_shift(
+    r: int,
+    k: int,
+    n: int,
+    t: float,
+    diagonal: np.ndarray,
+    absolute_gram: float,
+    band: int | None = None,
+) -> float:
+    """The shift c of the module docstring; `absolute_gram` is the computed max(|B| (|B|' 1)).
+
+    With `band`, g_ij = 0 for |i - j| > band, and the Cholesky respects it (`_banded`).
+    """
     size = np.abs(diagonal)
     gram = 2.0 * (k + 3) * U * absolute_gram + 4.0 * r * n * TINY
-    cholesky = 2.0 * (r + 4) * U * (r * t + float(size.sum())) + r * r * TINY
+    terms, weight = r, r * t + float(size.sum())
+    if band is not None:
+        terms, weight = min(r, band + 1), min(weight, (2.0 * band + 1.0) * (t + float(size.max())))
+    cholesky = 2.0 * (terms + 4) * U * weight + r * r * TINY
     diagonal_rounding = 4.0 * U * (t + float(size.max()))
     return gram + cholesky + diagonal_rounding
 
@@ -136,6 +150,18 @@ def _mirror(g: np.ndarray) -> None:
         g[lo:hi, hi:] = g[hi:, lo:hi].T
 
 
+class Proof(Protocol):
+    """What `certify` needs of a proof of ||B||_2**2 <= t."""
+
+    diagonal: np.ndarray
+
+    def shift(self, t: float) -> float: ...
+
+    def restore(self) -> None: ...
+
+    def proves(self, t: float) -> bool: ...
+
+
 class ShiftedCholesky:
     """Proofs on one Gram matrix G, kept in its lower triangle and factored in place in the upper one."""
 
@@ -147,13 +173,19 @@ class ShiftedCholesky:
     def shift(self, t: float) -> float:
         return _rounding_shift(self.g.shape[0], self.k, self.n, t, self.diagonal, self.absolute_gram)
 
+    def restore(self) -> None:
+        """Bring back G after a factorisation in its place."""
+        if self.dirty:
+            _mirror(self.g)
+            self.g.flat[:: self.g.shape[0] + 1] = self.diagonal
+            self.dirty = False
+
     def proves(self, t: float) -> bool:
         """True only if ||B||_2**2 <= t (module docstring); False proves nothing."""
         pivots = t - self.diagonal - self.shift(t)
         if not (np.all(np.isfinite(pivots)) and pivots.min() > 0.0):
             return False
-        if self.dirty:
-            _mirror(self.g)
+        self.restore()
         self.dirty = True
         size = self.g.shape[0]
         for lo in range(0, size, _BLOCK):  # M = t I - G: only the triangle that LAPACK reads is negated
@@ -212,7 +244,7 @@ def estimate_gram_norm(g: np.ndarray, b: Any) -> float:
     return top_eigenvalue(lambda v: g @ v, r)
 
 
-def certify(proof: ShiftedCholesky, guess: float, ceiling: float, estimate: Any) -> float:
+def certify(proof: Proof, guess: float, ceiling: float, estimate: Any) -> float:
     """The smallest tried t >= ||B||_2**2 with a proof; `ceiling` (already proved) where none succeeds.
 
     `guess` is tried first (the start of a caller); `estimate()` gives lambda_max when the guess fails or is
@@ -222,10 +254,7 @@ def certify(proof: ShiftedCholesky, guess: float, ceiling: float, estimate: Any)
         t = guess + 2.0 * proof.shift(guess)
         if t < ceiling and proof.proves(t):
             return t
-    if proof.dirty:
-        _mirror(proof.g)
-        proof.g.flat[:: proof.g.shape[0] + 1] = proof.diagonal
-        proof.dirty = False
+    proof.restore()
     top = max(float(estimate()), float(proof.diagonal.max()))
     for growth in (0.0, 1e-11, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-4, 1e-2, 1.0):
         raised = top * (1.0 + growth)

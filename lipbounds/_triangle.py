@@ -26,6 +26,8 @@ import numpy as np
 import scipy.sparse as sp
 
 from lipbounds import norms
+from lipbounds._banded import Plan
+from lipbounds._budget import MOST_STEPS, Budget, proofs, show
 from lipbounds._program import Tap
 from lipbounds._progress import meter, proof_seconds
 from lipbounds._rounding import add_up, gamma, mul_up
@@ -129,6 +131,7 @@ class Request:
     seed: int = 0
     failure: float = FAILURE
     progress: Progress | None = None
+    budget: Budget | None = None
 
 
 def structure(
@@ -163,7 +166,7 @@ def matrices(
             yield (source, target), block.T
 
 
-def block_norm(host: HostForm, block: Enclosure, norm: float) -> float:
+def block_norm(host: HostForm, block: Enclosure, norm: float, plan: Plan | None = None) -> float:
     """A proved bound of the norm; equal matrices up to a power of two are proved once."""
     if norm != 2:
         return norms.enclosure_norm(block, norm)
@@ -180,7 +183,7 @@ def block_norm(host: HostForm, block: Enclosure, norm: float) -> float:
         digest.update(block.matrix.indptr.tobytes())
     key = (block.shape, digest.hexdigest())
     if key not in host.proved:
-        host.proved[key] = math.ldexp(norms.verified_norm(block.matrix), -exponent)
+        host.proved[key] = math.ldexp(norms.verified_norm(block.matrix, plan=plan), -exponent)
     return add_up(math.ldexp(host.proved[key], exponent), block.error)
 
 
@@ -191,7 +194,9 @@ def _cost(host: HostForm, pair: tuple[Node, Node]) -> float:
 def block_norms(
     form: LureForm, pairs: Sequence[tuple[Node, Node]], scalings: Sequence[TapScaling], request: Request
 ) -> dict[tuple[Node, Node], BlockNorm]:
-    """Every block of the list with its norm: proved, or probabilistic where the size rule says so."""
+    """Every block of the list with its norm: proved, or probabilistic where the size rule or the budget says so."""
+    if request.budget is not None:
+        return _within_budget(form, pairs, scalings, request, request.budget)
     host = host_form(form)
     small: list[tuple[Node, Node]] = []
     large: list[tuple[Node, Node]] = []
@@ -205,8 +210,9 @@ def block_norms(
     costs = {pair: _cost(host, pair) if request.norm == 2 else 0.0 for pair in small}
     with meter(len(small), sum(costs.values()), request.progress) as advance:
         for pair, block in matrices(host, small, scalings):
-            value = block_norm(host, block, request.norm)
-            how = "Cholesky" if request.norm == 2 else "exact sums"
+            plan = norms.proof_plan(block.matrix) if request.norm == 2 else None
+            value = block_norm(host, block, request.norm, plan)
+            how = "exact sums" if plan is None else plan.name
             found[pair] = BlockNorm(value, "verified", how, block.shape)
             if block.error > _LOOSE * value:
                 loose.append(pair)
@@ -225,9 +231,67 @@ def block_norms(
                     block_norm(host, block, 2), "verified", "Cholesky", block.shape
                 )
             continue
-        shape = (host.node_size(target, source=False), host.node_size(source, source=True))
+        shape = _shape(host, (source, target))
         found[source, target] = BlockNorm(value, "probabilistic", f"Golub-Kahan, {steps} steps", shape)
     return found
+
+
+def _within_budget(
+    form: LureForm,
+    pairs: Sequence[tuple[Node, Node]],
+    scalings: Sequence[TapScaling],
+    request: Request,
+    budget: Budget,
+) -> dict[tuple[Node, Node], BlockNorm]:
+    """`block_norms` within a budget: proofs that fit it, else the Fourier bound of a convolution, else Golub-Kahan.
+
+    The Fourier bound is verified but not tight: it is taken where proofs are forced, or where it keeps the whole bound
+    verified, that is where every block without a proof has one.
+    """
+    host = host_form(form)
+    size = partial(_shape, host)
+    forced = request.guarantee == "verified"
+    found: dict[tuple[Node, Node], BlockNorm] = {}
+    left: dict[tuple[Node, Node], tuple[float, int] | None] = dict.fromkeys(pairs)
+    if request.guarantee != "probabilistic":
+        with meter(len(pairs), 0.0, request.progress) as advance:
+
+            def prove(block: Enclosure, plan: Plan) -> float:
+                advance(plan.name, 0.0)
+                return block_norm(host, block, 2, plan)
+
+            proved, left = proofs(
+                host, pairs, scalings, budget, forced=forced, prove=prove, name=partial(_block_name, form)
+            )
+        for pair, one in proved.items():
+            found[pair] = BlockNorm(one.value, "verified", one.how, one.shape)
+        loose = [pair for pair, one in proved.items() if one.error > _LOOSE * one.value]
+        # Shorter blocks are formed all at once: only where they fit as dense arrays.
+        if loose and not left and 8 * sum(math.prod(size(pair)) for pair in pairs) <= budget.limit:
+            _shorten(host, pairs, scalings, loose, found, 2)
+    whole = all(bound is not None for bound in left.values())
+    for place, (pair, bound) in enumerate(left.items()):
+        if request.progress is not None:
+            request.progress(_block_name(form, pair))
+        if whole and bound is not None:
+            how = f"Fourier transform, {budget.spend(bound[1])}"
+            found[pair] = BlockNorm(bound[0], "verified", how, size(pair))
+            continue
+        most = budget.steps(sum(size(pair)))
+        share = request.failure / len(left)
+        value, steps = _probabilistic(form, *pair, scalings, request.seed + place, share, most)
+        if value < _TINY:
+            raise ValueError(
+                f"the block {_block_name(form, pair)} is too small for products on the device, and no proof of it fits "
+                f"memory={show(budget.limit)}: give a larger one"
+            )
+        how = f"Golub-Kahan, {steps} steps, {budget.spend(budget.vectors(sum(size(pair)), steps))}"
+        found[pair] = BlockNorm(value, "probabilistic", how, size(pair))
+    return found
+
+
+def _shape(host: HostForm, pair: tuple[Node, Node]) -> tuple[int, int]:
+    return host.node_size(pair[1], source=False), host.node_size(pair[0], source=True)
 
 
 def _shorten(
@@ -298,7 +362,13 @@ def _block_product(
 
 
 def _probabilistic(
-    form: LureForm, source: Node, target: Node, scalings: Sequence[TapScaling], seed: int, failure: float
+    form: LureForm,
+    source: Node,
+    target: Node,
+    scalings: Sequence[TapScaling],
+    seed: int,
+    failure: float,
+    max_steps: int = MOST_STEPS,
 ) -> tuple[float, int]:
     host = host_form(form)
     arrays = tuple((s.c, s.q, s.e) for s in scalings)
@@ -310,6 +380,7 @@ def _probabilistic(
             host.node_size(source, source=True),
             seed=seed,
             failure=failure,
+            max_steps=max_steps,
         )
     return upper, steps
 
@@ -382,12 +453,12 @@ def recursion(
         if source not in rows:
             continue
         row = rows[source]
-        value = block_norm(host, row, request.norm)
-        part(
-            source,
-            (),
-            BlockNorm(value, "verified", "Cholesky" if request.norm == 2 else "exact sums", row.shape),
-        )
+        plan = norms.proof_plan(row.matrix) if request.norm == 2 else None
+        how = "exact sums" if plan is None else plan.name
+        if plan is not None and request.budget is not None:
+            how = f"{how}, {request.budget.rows(plan.memory)}"
+        value = block_norm(host, row, request.norm, plan)
+        part(source, (), BlockNorm(value, "verified", how, row.shape))
         outputs[source] = value
         terms.append(mul_up(value, reach[source]))
         if pairwise:

@@ -37,6 +37,7 @@ from lipbounds._cli_options import (
     JsonOption,
     ManyNumbers,
     MeanOption,
+    MemoryOption,
     ModelPath,
     Multipliers,
     MultipliersOption,
@@ -180,6 +181,7 @@ def bounds(
     std: StdOption = None,
     drop: DropOption = None,
     seed: SeedOption = 0,
+    memory: MemoryOption = None,
     json: JsonOption = None,
     force: ForceOption = False,
 ) -> None:
@@ -200,6 +202,8 @@ def bounds(
     - `lipbounds bounds report/residual_cnn.safetensors --norm inf --method all --json bounds.json`
 
     - `lipbounds bounds net.onnx --method liplt`
+
+    - `lipbounds bounds net.onnx --method liplt --guarantee verified --memory 4GB`
     """
     lipsdp_only = {
         "--solver": solver is not Solver.recursion,
@@ -217,6 +221,8 @@ def bounds(
         )
     if certificate is not None and guarantee is Guarantee.estimate:
         raise typer.BadParameter("an estimate has no certificate", param_hint="--certificate")
+    if memory is not None and chosen == "all":
+        raise typer.BadParameter("belongs to one method, not to all", param_hint="--memory")
     with refusals():
         check_target(json, force)
         check_certificate(certificate, force)
@@ -230,6 +236,8 @@ def bounds(
             "guarantee": guarantee.value,
             "seed": seed,
         }
+        if memory is not None:
+            options["memory"] = memory
         record: Json = {"upper": [], "lower": [], "estimate": [], "refused": []}
         if chosen == "all":
             with tables.working() as tell:
@@ -285,6 +293,7 @@ def certify(
     std: StdOption = None,
     drop: DropOption = None,
     seed: SeedOption = 0,
+    memory: MemoryOption = None,
     json: JsonOption = None,
     force: ForceOption = False,
 ) -> None:
@@ -317,6 +326,7 @@ def certify(
             "pairwise": pairwise,
             "guarantee": guarantee.value,
             "seed": seed,
+            "memory": memory,
         }
         bound = bound_of(form, chosen, scaling, options)
         with tables.working() as tell:

@@ -13,7 +13,7 @@ from lipbounds._cores import Core
 from lipbounds._triangle import Request, Triangle
 from lipbounds.bound import Estimate, UpperBound
 from lipbounds.lure import LureForm
-from lipbounds.naive import Verb, check, estimate, finish
+from lipbounds.naive import Verb, budget_of, check, estimate, finish
 
 SCALINGS = (None, "aol", "sll", "optimized")
 
@@ -26,6 +26,7 @@ def _liplt(
     pairwise: bool = False,
     guarantee: str = "auto",
     seed: int = 0,
+    memory: int | str | None = None,
 ) -> UpperBound | Estimate:
     """LipLT (CRM paper, Theorem 3.3): the loop transformation v = c y + r w, then the triangle recursion.
 
@@ -41,10 +42,16 @@ def _liplt(
         pairwise: also L_ij of z_i - z_j for all pairs, and L_i per class.
         guarantee: "auto" (verified up to 4096, else probabilistic at 1e-9), "verified", "probabilistic", "estimate".
         seed: of the random start vectors of probabilistic norms.
+        memory: None, or a budget of the proofs in bytes ("2GB", "500 MB", "1.5GiB", an int), for norm 2. With "auto" a
+            block of any size is verified where its proof fits (dense or banded Cholesky, at most 5e12 operations),
+            else Golub-Kahan takes as many steps as fit; with "verified" what fits no proof is an error, single
+            convolutions excepted, which have a Fourier bound (verified, a little larger). Parts and notes say what was
+            chosen. It covers the arrays of one proof at a time; not Python, JAX, the network and its steps as matrices.
 
     Raises:
         TypeError: not a form, or a form that is being traced (use `lb.liplt.core`).
-        ValueError: an unknown option, a scaling in another norm than 2, or a scaling of a network too large for it.
+        ValueError: an unknown option, a scaling in another norm than 2, or a scaling of a network too large for it
+            or with a memory budget (it keeps all blocks), a memory that is none or too small.
     """
     started = time.perf_counter()
     norm = check(form, norm, guarantee, "liplt")
@@ -55,7 +62,10 @@ def _liplt(
     if scaling is not None and guarantee in ("estimate", "probabilistic"):
         raise ValueError(f"scaled blocks are stored and verified; guarantee={guarantee!r} needs scaling=None")
     method = "liplt" if scaling is None else f"liplt-{scaling}"
-    request = Request(norm, guarantee if guarantee != "estimate" else "auto", seed)
+    budget = budget_of(memory, norm, guarantee)
+    if budget is not None and scaling is not None:
+        raise ValueError("a scaling keeps all blocks in memory: leave memory out, or use scaling=None")
+    request = Request(norm, guarantee if guarantee != "estimate" else "auto", seed, budget=budget)
 
     def bound() -> Triangle:
         half = replace(request, failure=request.failure / 2)
@@ -70,7 +80,7 @@ def _liplt(
     if scaling is not None:
         for result in _scaled_bounds(form, scaling, request, pairwise):
             best = _triangle.smaller(best, result)
-    return finish(form, best, norm, method, started)
+    return finish(form, best, norm, method, started, budget)
 
 
 def _scaled_bounds(form: LureForm, scaling: str, request: Request, pairwise: bool) -> list[Triangle]:

@@ -21,7 +21,7 @@ from lipbounds.bound import Estimate, Part, UpperBound, weakest
 from lipbounds.certificate import make_certificate
 from lipbounds.liplt import liplt
 from lipbounds.lure import LureForm, fingerprint
-from lipbounds.naive import Verb, check
+from lipbounds.naive import Verb, budget_of, check
 
 SOLVERS = ("recursion", "clarabel", "scs")
 _METHODS = {"neuron": "lipsdp", "layer": "lipsdp-layer"}
@@ -36,6 +36,7 @@ def _lipsdp(
     pairwise: bool = False,
     guarantee: str = "auto",
     seed: int = 0,
+    memory: int | str | None = None,
     objective: str | np.ndarray = "mean",
     refine: int = 0,
     start_at: int | None = None,
@@ -63,6 +64,8 @@ def _lipsdp(
             whole network and one for `objective`; CVXPY solves one problem per pair.
         guarantee: as everywhere; probabilistic parts can only come from LipLT on operators above 4096.
         seed: of probabilistic norms.
+        memory: None, or a budget of the proofs of LipLT's norms, as in `lb.liplt`; the ellipsoid's own arrays, and the
+            norms in front of one that starts behind the input, are chosen by size.
         objective: what the pass for the pairs minimises: "mean" of log L_ij, the "largest" L_ij, or the mean of log
             L_ij with the given weights (K, K), symmetric, >= 0.
         refine: optimise the worst so many pairs once more, each with multipliers of its own.
@@ -81,6 +84,7 @@ def _lipsdp(
     started = time.perf_counter()
     norm = check(form, norm, guarantee, "lipsdp")
     _check_options(form, solver, multipliers, norm, guarantee, objective, refine, start_at)
+    budget_of(memory, norm, guarantee)
     possible = solver == "recursion" and multipliers == "neuron" and norm == 2 and guarantee != "estimate"
     _check_initial(form, initial, possible, start_at)
     request = "auto" if guarantee == "estimate" else guarantee
@@ -93,7 +97,7 @@ def _lipsdp(
         engines.note()
     else:
         through_cvxpy(search, solver, multipliers == "layer", pairwise, memory_gb, time_limit)
-    other = liplt(form, norm=norm, pairwise=pairwise, guarantee=request, seed=seed)
+    other = liplt(form, norm=norm, pairwise=pairwise, guarantee=request, seed=seed, memory=memory)
     assert isinstance(other, UpperBound)
     method = _METHODS[multipliers] + ("" if solver == "recursion" else f"-{solver}")
     return _finish(search, other, pairwise, method, started)
@@ -162,7 +166,7 @@ def _check_initial(form: LureForm, initial: Any, possible: bool, start_at: int |
 def _finish(search: Search, other: UpperBound, pairwise: bool, method: str, started: float) -> UpperBound:
     """The least of what was proved and of LipLT, with its certificate."""
     form, found = search.form, search.constants
-    notes = list(search.notes)
+    notes = [*search.notes, *(f"LipLT: {note}" for note in other.notes)]
     value = min([c.value for c in found] + [other.value])
     classes = pairs = None
     helped = not found or other.value < min(c.value for c in found)

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from lipbounds import _triangle
+from lipbounds import _budget, _triangle
 from lipbounds._cores import Core, run_core
 from lipbounds._triangle import Request, Triangle
 from lipbounds.bound import Estimate, UpperBound, check_norm
@@ -53,6 +53,20 @@ def check(form: Any, norm: Any, guarantee: str, verb: str) -> Any:
     return norm
 
 
+def budget_of(memory: Any, norm: Any, guarantee: str) -> _budget.Budget | None:
+    """The budget of one call; ValueError where there is nothing that it could limit."""
+    limit = _budget.parse(memory)
+    if limit is None:
+        return None
+    if norm != 2:
+        raise ValueError("memory is for norm=2; norms 1 and inf are sums of entries: leave it out")
+    if guarantee == "estimate":
+        raise ValueError(
+            "memory limits proofs, and guarantee='estimate' proves nothing: leave one of them out"
+        )
+    return _budget.Budget(limit)
+
+
 def estimate(
     form: LureForm,
     core: Core,
@@ -85,7 +99,12 @@ def estimate(
 
 
 def finish(
-    form: LureForm, result: Triangle, norm: Any, method: str, started: float, notes: tuple[str, ...] = ()
+    form: LureForm,
+    result: Triangle,
+    norm: Any,
+    method: str,
+    started: float,
+    budget: _budget.Budget | None = None,
 ) -> UpperBound:
     return UpperBound(
         value=result.value,
@@ -97,13 +116,19 @@ def finish(
         per_class=result.per_class,
         parts=result.parts,
         failure_probability=result.failure,
-        notes=notes,
+        notes=() if budget is None else budget.notes(_triangle.host_form(form)),
         network=fingerprint(form),
     )
 
 
 def _naive(
-    form: LureForm, *, norm: Any = 2, pairwise: bool = False, guarantee: str = "auto", seed: int = 0
+    form: LureForm,
+    *,
+    norm: Any = 2,
+    pairwise: bool = False,
+    guarantee: str = "auto",
+    seed: int = 0,
+    memory: int | str | None = None,
 ) -> UpperBound | Estimate:
     """The naive Lipschitz bound: on a chain, the product of the layers' norms.
 
@@ -116,21 +141,27 @@ def _naive(
         pairwise: also L_ij of z_i - z_j for all pairs, and L_i per class.
         guarantee: "auto" (verified up to 4096, else probabilistic at 1e-9), "verified", "probabilistic", "estimate".
         seed: of the random start vectors of probabilistic norms.
+        memory: None, or a budget of the proofs in bytes ("2GB", "500 MB", "1.5GiB", an int), for norm 2. With "auto" a
+            block of any size is verified where its proof fits (dense or banded Cholesky, at most 5e12 operations),
+            else Golub-Kahan takes as many steps as fit; with "verified" what fits no proof is an error, single
+            convolutions excepted, which have a Fourier bound (verified, a little larger). Parts and notes say what was
+            chosen. It covers the arrays of one proof at a time; not Python, JAX, the network and its steps as matrices.
 
     Raises:
         TypeError: not a form, or a form that is being traced (use `lb.naive.core`).
-        ValueError: an unknown norm or guarantee.
+        ValueError: an unknown norm or guarantee, a memory that is none or too small.
     """
     started = time.perf_counter()
     norm = check(form, norm, guarantee, "naive")
-    request = Request(norm, guarantee if guarantee != "estimate" else "auto", seed)
+    budget = budget_of(memory, norm, guarantee)
+    request = Request(norm, guarantee if guarantee != "estimate" else "auto", seed, budget=budget)
 
     def bound() -> Triangle:
         return _triangle.triangle(form, request, pairwise=pairwise, centred=False)
 
     if guarantee == "estimate":
         return estimate(form, naive.core, norm, pairwise, seed, "naive", started, bound)
-    return finish(form, bound(), norm, "naive", started)
+    return finish(form, bound(), norm, "naive", started, budget)
 
 
 _naive.__name__ = "naive"

@@ -3,7 +3,8 @@
 Everything here works on plain matrices (NumPy arrays, scipy.sparse) or on callables; nothing knows about
 networks.
 
-- `verified_norm`: spectral norm of a matrix, an upper bound in real arithmetic (Gram, shifted Cholesky)
+- `verified_norm`: spectral norm of a matrix, an upper bound in real arithmetic (Gram, shifted Cholesky), dense
+  or banded as `proof_plan` chooses
 - `induced_norm`: 1 and infinity norm, sums rounded up
 - `row_norms`, `pairwise_row_norms`: vector norms of rows and of all row differences, rounded up
 - `Enclosure`: a matrix with a normwise error; `multiply`, `add`, `scale`, `stack` carry the error along
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
-from lipbounds import _gram
+from lipbounds import _banded, _gram
 from lipbounds._convfft import conv_fft_bound
 from lipbounds._gram import is_sparse
 from lipbounds._krylov import golub_kahan, power_iteration
@@ -52,6 +53,7 @@ __all__ = [
     "multiply",
     "pairwise_row_norms",
     "power_iteration",
+    "proof_plan",
     "row_norms",
     "scale",
     "stack",
@@ -281,20 +283,43 @@ def _check_order(q: float, allowed: tuple[float, ...]) -> None:
 # ---------------------------------------------------------------------------------------------- spectral norm
 
 
-def verified_norm(a: Any, error: float = 0.0, start: float | None = None) -> float:
+def _wide(a: Any) -> Any:
+    """A or its transpose, whichever has the smaller side first (CSR where sparse)."""
+    if a.shape[0] <= a.shape[1]:
+        return a
+    return a.T.tocsr() if is_sparse(a) else a.T
+
+
+def proof_plan(a: Any, memory: int | None = None) -> _banded.Plan:
+    """How `verified_norm` proves ||A||_2: dense or banded, the bytes of all its arrays and its operations.
+
+    The cheapest proof within `memory` bytes, by a rule of sizes and patterns (no wall time); where none fits, the
+    smallest. Without a limit the cheapest.
+    """
+    return _banded.choose(_wide(as_matrix(a)), memory)
+
+
+def verified_norm(
+    a: Any, error: float = 0.0, start: float | None = None, plan: _banded.Plan | None = None
+) -> float:
     """An upper bound s >= ||A + E||_2 in real arithmetic, for every E with ||E||_2 <= error.
 
-    A is (m, n), dense or scipy.sparse. It is scaled by a power of two, its Gram matrix G formed on the
-    smaller side, and a completed Cholesky factorisation of s**2 I - G - c I with the shift c of
-    `lipbounds._gram` proves the bound; s is raised until that succeeds, and never exceeds sqrt(||A||_1
-    ||A||_inf) or ||A||_F. Usually one factorisation is needed. The slack is about (r + k/4) r U relative, r
-    the smaller side and k the most nonzeros in a row of it: 1e-9 at r = 3000.
+    A is (m, n), dense or scipy.sparse. It is scaled by a power of two, and a completed Cholesky factorisation
+    of s**2 I - G - c I, G the Gram matrix on the smaller side, with the shift c of `lipbounds._gram` proves
+    the bound; s is raised until that succeeds, and never exceeds sqrt(||A||_1 ||A||_inf) or ||A||_F. Usually
+    one factorisation is needed. Where G has a narrow band in some order of its rows (convolutions, pooling,
+    their products), it is never formed as a whole: `lipbounds._banded`. With r the smaller side, k the most
+    nonzeros in a row of it and w the bandwidth, the slack is about (r + k/4) r U relative for the dense proof
+    (1e-9 at r = 3000) and (2 w + k/4) w U for the banded one.
 
     Args:
-        a: the matrix. Memory beside it: r**2 doubles and a block of 1024 rows. error: bound of the norm of
-        what is missing from A, in the units of A. start: a guess of ||A||_2 (say, from an earlier run); it
-        saves the Lanczos estimate. Any positive value is safe;
-            one that is too large may make the result that large, one too small costs another factorisation.
+        a: the matrix. Memory beside it: r**2 doubles and a block of 1024 rows, or about 1.3 w**2 doubles and
+            copies of A (`proof_plan`).
+        error: bound of the norm of what is missing from A, in the units of A.
+        start: a guess of ||A||_2 (say, from an earlier run); it saves the Lanczos estimate. Any positive
+            value is safe; one that is too large may make the result that large, one too small costs another
+            factorisation.
+        plan: from `proof_plan` for this matrix; None chooses without a limit of memory.
 
     Raises:
         ValueError: NaN, infinite, complex or non-matrix input, a bad `error` or `start`, a bound beyond
@@ -307,17 +332,23 @@ def verified_norm(a: Any, error: float = 0.0, start: float | None = None) -> flo
     if 0 in a.shape or _largest(a) == 0.0:
         return error
     b, exponent = _scaled(a)
-    if b.shape[0] > b.shape[1]:
-        b = b.T.tocsr() if is_sparse(b) else b.T
+    b = _wide(b)
     column, row, whole = induced_norm(b, 1), induced_norm(b, math.inf), frobenius_norm(b)
     ceiling = min(mul_up(column, row), mul_up(whole, whole))
     guess = 0.0
     if start is not None:
         with np.errstate(over="ignore", under="ignore"):
             guess = min(float(np.ldexp(start, -exponent)), 2.0**400) ** 2
-    g = _gram.gram(b)
-    proof = _gram.ShiftedCholesky(g, _gram.nonzeros_per_row(b), b.shape[1], _gram.absolute_gram_norm(b))
-    t = _gram.certify(proof, guess, ceiling, lambda: _gram.estimate_gram_norm(g, b))
+    k, absolute_gram = _gram.nonzeros_per_row(b), _gram.absolute_gram_norm(b)
+    if plan is None:
+        plan = _banded.choose(b, None)
+    if plan.way == "banded":
+        banded = _banded.BandedCholesky(b, k, absolute_gram, plan)
+        t = _gram.certify(banded, guess, ceiling, banded.estimate)
+    else:
+        g = _gram.gram(b)
+        dense = _gram.ShiftedCholesky(g, k, b.shape[1], absolute_gram)
+        t = _gram.certify(dense, guess, ceiling, lambda: _gram.estimate_gram_norm(g, b))
     s = up(sqrt_up(t))  # the second step covers entries lost in the scaling
     return add_up(float(unscale_up(s, exponent)), error)
 
