@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.linalg import eigvalsh_tridiagonal
+from threadpoolctl import threadpool_limits
 
 from lipbounds._rounding import sqrt_up, up
 
 _ALLOWANCE = 1e-10
+_BLOCK = 16
 
 
 # -------------------------------------------------------------------------------------------- power iteration
@@ -123,41 +125,45 @@ def golub_kahan(
         raise ValueError("golub_kahan needs n >= 1, 0 < failure < 1, rtol > 0 and max_steps >= 1")
     delta = _overlap(failure, n)
     limit = -2.0 * math.log(delta)
-    start = np.random.default_rng(seed).standard_normal(n)
-    right = [start / np.linalg.norm(start)]
-    left: list[np.ndarray] = []
+    v = np.random.default_rng(seed).standard_normal(n)
+    v = v / np.linalg.norm(v)
+    u = v[:0]
+    right, left = _Basis(), _Basis()
+    right.append(v)
     alpha: list[float] = []
     beta: list[float] = []
     unit = 1.0  # a power of two near the norm: squares below neither overflow nor underflow
     upper = lower = 0.0
-    for step in range(min(max_steps, n)):
-        image = _product(matvec, right[step], None)
-        if step == 0:
-            top = float(np.abs(image).max()) if image.size else 0.0
-            if top == 0.0:
-                return 0.0, 0.0, 1
-            unit = math.ldexp(1.0, max(-1000, min(1000, math.frexp(top)[1])))
-        image = image / unit
-        a, u, removed = _orthogonalised(image - beta[-1] * left[-1] if step else image, left)
-        alpha.append(a)
-        b, v = 0.0, right[step]
-        if a > noise * max(alpha):
-            left.append(u)
-            b, v, again = _orthogonalised(_product(rmatvec, u, n) / unit - a * right[step], right)
-            removed = max(removed, again)
-        beta.append(b if step + 1 < n else 0.0)
-        noise = max(noise, 2.0 * removed / max(alpha))
-        if noise / delta > 0.25:
-            raise ValueError(
-                f"failure={failure} is too small for products accurate to {noise:.1e} in dimension {n}"
-            )
-        ended = a * b <= noise * max(alpha) ** 2 or step + 1 == n
-        if ended or step % 4 == 3 or step + 1 == min(max_steps, n):
-            lower = _largest_singular_value(alpha, beta[:-1])
-            upper = _largest_root(*_tridiagonal(alpha, beta), limit, lower, noise / delta)
-            if ended or upper <= (1.0 + rtol) * lower:
-                break
-        right.append(v)
+    # one thread: products with vectors gain little from more, and lose everything on a busy machine
+    with threadpool_limits(1, "blas"):
+        for step in range(min(max_steps, n)):
+            image = _product(matvec, v, None)
+            if step == 0:
+                top = float(np.abs(image).max()) if image.size else 0.0
+                if top == 0.0:
+                    return 0.0, 0.0, 1
+                unit = math.ldexp(1.0, max(-1000, min(1000, math.frexp(top)[1])))
+            image = image / unit
+            a, u, removed = left.orthogonalised(image - beta[-1] * u if step else image)
+            alpha.append(a)
+            b = 0.0
+            if a > noise * max(alpha):
+                left.append(u)
+                b, v, again = right.orthogonalised(_product(rmatvec, u, n) / unit - a * v)
+                removed = max(removed, again)
+            beta.append(b if step + 1 < n else 0.0)
+            noise = max(noise, 2.0 * removed / max(alpha))
+            if noise / delta > 0.25:
+                raise ValueError(
+                    f"failure={failure} is too small for products accurate to {noise:.1e} in dimension {n}"
+                )
+            ended = a * b <= noise * max(alpha) ** 2 or step + 1 == n
+            if ended or step % 4 == 3 or step + 1 == min(max_steps, n):
+                lower = _largest_singular_value(alpha, beta[:-1])
+                upper = _largest_root(*_tridiagonal(alpha, beta), limit, lower, noise / delta)
+                if ended or upper <= (1.0 + rtol) * lower:
+                    break
+            right.append(v)
     upper = up(up(upper * (1.0 + _ALLOWANCE)) * unit)
     return upper, lower * (1.0 - _ALLOWANCE) * unit, len(alpha)
 
@@ -178,17 +184,30 @@ def _product(apply: Callable[[np.ndarray], np.ndarray], v: np.ndarray, size: int
     return result
 
 
-def _orthogonalised(w: np.ndarray, basis: list[np.ndarray]) -> tuple[float, np.ndarray, float]:
-    """(norm, unit vector, what was removed) of w made orthogonal to the basis, twice."""
-    removed = 0.0
-    if basis:
-        before = w
-        for _ in range(2):
-            for q in basis:
-                w = w - (q @ w) * q
-        removed = float(np.linalg.norm(before - w))
-    norm = float(np.linalg.norm(w))
-    return norm, w / norm if norm > 0.0 else w, removed
+class _Basis:
+    """Orthonormal vectors, a few to a block: products with a block are faster than one vector at a time."""
+
+    def __init__(self) -> None:
+        self.blocks: list[np.ndarray] = []
+        self.size = 0
+
+    def append(self, v: np.ndarray) -> None:
+        if self.size % _BLOCK == 0:
+            self.blocks.append(np.zeros((_BLOCK, v.size)))
+        self.blocks[-1][self.size % _BLOCK] = v
+        self.size += 1
+
+    def orthogonalised(self, w: np.ndarray) -> tuple[float, np.ndarray, float]:
+        """(norm, unit vector, what was removed) of w made orthogonal to the basis, twice."""
+        removed = 0.0
+        if self.blocks:
+            before = w
+            for _ in range(2):
+                for block in self.blocks:  # rows that are not filled yet are zero
+                    w = w - (block @ w) @ block
+            removed = float(np.linalg.norm(before - w))
+        norm = float(np.linalg.norm(w))
+        return norm, w / norm if norm > 0.0 else w, removed
 
 
 def _largest_singular_value(alpha: list[float], beta: list[float]) -> float:
