@@ -139,7 +139,8 @@ QUICK = {
 
 
 @NEEDS
-@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [False, True])
 def test_the_notebook_on_forged_layers_runs(large_digits, tmp_path, full):
     book = FORGED if full else quicker(FORGED, tmp_path, **QUICK)
     found = execute(book, tmp_path, large_digits if full else None)

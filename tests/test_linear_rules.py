@@ -200,7 +200,10 @@ def test_linear_operation_has_its_exact_norm(name: str) -> None:
         assert exact * (1 - 1e-5) <= value <= exact * (1 + 1e-5), (norm, exact, value)
 
 
-@pytest.mark.parametrize("first", range(0, len(LINEAR), 6))
+@pytest.mark.parametrize(
+    "first",
+    [pytest.param(i, marks=[pytest.mark.slow] if i % 18 else []) for i in range(0, len(LINEAR), 6)],
+)
 def test_linear_operations_between_activations(first: int) -> None:
     """Inner blocks are computed in another way than rows of the output. Six operations, stacked, at a time."""
     names = list(LINEAR)[first : first + 6]

@@ -162,7 +162,7 @@ def test_wide_fronts_are_left_to_liplt(name: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     "activation",
     [
-        jax.nn.relu,
+        pytest.param(jax.nn.relu, marks=pytest.mark.slow),
         pytest.param(jnp.abs, marks=pytest.mark.slow),
         pytest.param(lambda x: x + jax.nn.relu(-2 * x), marks=pytest.mark.slow),
     ],
@@ -248,7 +248,9 @@ def finite(tree: Any) -> bool:
     return all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("dead", ["all", pytest.param("first", marks=pytest.mark.slow), "neuron"])
+@pytest.mark.parametrize(
+    "dead", ["all", *(pytest.param(name, marks=pytest.mark.slow) for name in ("first", "neuron"))]
+)
 def test_dead_networks_and_neurons(dead: str, rng: np.random.Generator) -> None:
     weights = mlp(rng, 5, 8, 8, 3)
     if dead == "all":
@@ -272,7 +274,10 @@ def test_dead_networks_and_neurons(dead: str, rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize(
     "sizes",
-    [(1e15, 1e-15, 1.0), pytest.param((1e-25, 1e-5, 1e12), marks=pytest.mark.slow), (1e-18, 1e18, 1e-18)],
+    [
+        (1e15, 1e-15, 1.0),
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ((1e-25, 1e-5, 1e12), (1e-18, 1e18, 1e-18))),
+    ],
 )
 @pytest.mark.parametrize("residual", [False, True])
 def test_huge_and_tiny_weights(sizes: tuple[float, ...], residual: bool, rng: np.random.Generator) -> None:
