@@ -35,7 +35,9 @@ from lipbounds.lure import LureForm, proved_slopes, state_sequence
 from lipbounds.norms import Enclosure
 
 _TINY = 2.0**-900
-_APART = 30.0  # how far D may be from the standard deviations of y, up to a common factor
+# D against the standard deviations of y, up to a common factor: how far apart, and by which power of what p says
+_APART, _TRUST = 30.0, 0.7
+_FLOOR = 0.1  # of the squares of p, relative to their mean: neurons that p forgets
 _RAISED = 1.3  # D is that times the stationary one: the slopes behind it are guesses
 _MARGIN, _ROOM = 1.5, 0.3  # else that times lambda_max; I - D^-1/2 Q D^-1/2 is proved to be at least 0.3 I
 
@@ -263,21 +265,21 @@ def _multipliers(
 
     So D_i = |dy_i| / (r_i |p_i|) with dy = Q (c p + u), the increment of y that is worst for a' z, and the signs of u
     those of dy; root mean squares over several directions a. p (J, m): a' dz/dv; linear (J, size of q): c p, and what
-    lives on of the state.
+    lives on of the state. As p is a guess, D stays nearer to the standard deviations of y than that.
     """
-    own = np.maximum(q.flat[:: len(q) + 1][at], _TINY)
     fixed, block = linear @ q[:, at], q[np.ix_(at, at)]
     dy = fixed
     for _ in range(3):
         dy = fixed + (np.sign(dy) * r * np.abs(p)) @ block
-    weight = r * np.sqrt(np.square(p).sum(axis=0))
-    moved = np.sqrt(np.square(dy).sum(axis=0))
-    usual = np.sqrt(own)
-    ratio = moved / np.where(weight > 0, weight, 1.0) / usual
-    middle = float(np.median(ratio[weight > 0])) if (weight > 0).any() else 0.0
+    usual = np.sqrt(np.maximum(q.flat[:: len(q) + 1][at], _TINY))
+    matters = np.square(p).sum(axis=0)
+    matters = r * np.sqrt(matters + _FLOOR * matters.mean())
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.sqrt(np.square(dy).sum(axis=0)) / (matters * usual)
+    middle = float(np.median(ratio))
     if not 0 < middle < np.inf:
         return usual
-    return np.asarray(usual * np.clip(np.where(weight > 0, ratio, np.inf), middle / _APART, middle * _APART))
+    return np.asarray(usual * middle * np.clip(ratio / middle, 1 / _APART, _APART) ** _TRUST)
 
 
 def _eliminate(q: np.ndarray, at: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
