@@ -119,6 +119,17 @@ def memory_of(text: str) -> int:
     return size
 
 
+def box_of(text: str | None) -> tuple[float, float] | None:
+    """Two numbers, "0,1"."""
+    if text is None:
+        return None
+    try:
+        low, high = (number(part) for part in text.split(","))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise typer.BadParameter(f"{text!r} is not two numbers such as 0,1") from None
+    return low, high
+
+
 def _is_number(text: str) -> bool:
     try:
         number(text)
@@ -197,6 +208,10 @@ DataDirOption = Annotated[
 ]
 DatasetOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="The data set of a model file; a run knows its own.")
+]
+BoxOption = Annotated[
+    str | None,
+    typer.Option(metavar="LOW,HIGH", help="With --local: only inputs between these count, 0,1 for pixels."),
 ]
 MeanOption = Annotated[
     str | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,8 @@ def working() -> Iterator[Callable[[str], None]]:
 
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    drawn = console.is_terminal and sys.stderr.isatty()  # notebooks set FORCE_COLOR
+    with Progress(*columns, console=console, transient=True, disable=not drawn) as bar:
         task = bar.add_task("starting", total=None)
         yield lambda text: bar.update(task, description=text)
 

@@ -48,7 +48,9 @@ def _lagrangian(a: np.ndarray, eps: float, below: np.ndarray, above: np.ndarray)
     tau = np.where(tau > 0, tau, 1.0)[:, None]
     step = np.minimum(size / tau, room)  # of any step the value is at most that of the best one
     bound = (size * step - tau * np.square(step) / 2).sum(axis=1) + tau[:, 0] * eps * eps / 2
-    return np.asarray(np.minimum(bound, (size * np.where(size > 0, room, 0.0)).sum(axis=1)))  # or the box alone
+    return np.asarray(
+        np.minimum(bound, (size * np.where(size > 0, room, 0.0)).sum(axis=1))
+    )  # or the box alone
 
 
 def rooms(x: np.ndarray, box: tuple[np.ndarray, np.ndarray] | None) -> tuple[np.ndarray, np.ndarray]:

@@ -138,8 +138,8 @@ class _Groups:
     def _sorted(self, y: np.ndarray, low: np.ndarray, high: np.ndarray, moves: np.ndarray) -> Near:
         order = np.argsort(y, axis=2, kind="stable")
         high, low, own = (np.take_along_axis(a, order, axis=2) for a in (high, low, moves))
-        decided = (np.maximum.accumulate(high, axis=2)[:, :, :-1] < low[:, :, 1:]).all(axis=2)
-        open_ = ~decided[:, :, None]
+        decided = np.all(np.maximum.accumulate(high, axis=2)[:, :, :-1] < low[:, :, 1:], axis=2)
+        open_ = np.logical_not(decided)[:, :, None]
         total = np.sqrt(np.square(moves).sum(axis=2, keepdims=True)) * (1 + _ROUNDING)
         reach = np.where(open_, moves.max(axis=2, keepdims=True), own)
         # C is the mean of all orders: lambda - C has norm 1 at most for every doubly stochastic lambda

@@ -30,6 +30,7 @@ from lipbounds._cli_evaluate import ManyValues, evaluate
 from lipbounds._cli_forge import ManyRatios, forge
 from lipbounds._cli_options import (
     AnyVerb,
+    BoxOption,
     CertificateOption,
     DropOption,
     ForceOption,
@@ -52,6 +53,7 @@ from lipbounds._cli_options import (
     SolverOption,
     StdOption,
     Verb,
+    box_of,
     eps_of,
 )
 from lipbounds._cli_train import train
@@ -289,6 +291,7 @@ def certify(
     local: Annotated[
         bool, typer.Option("--local", help="Also bound the network around every image: larger radii.")
     ] = False,
+    box: BoxOption = None,
     mean: MeanOption = None,
     std: StdOption = None,
     drop: DropOption = None,
@@ -311,6 +314,9 @@ def certify(
 
     - `lipbounds certify net.onnx --data mine.npz --mean 0.5,0.5,0.5 --std 0.2,0.2,0.2 --local --eps 0.3`
     """
+    inside = box_of(box)
+    if inside is not None and not local:
+        raise typer.BadParameter("belongs to --local", param_hint="--box")
     chosen = choose_method(method, norm, scaling, False)
     levels = sorted(set(eps or (0.05, 0.1, 0.25)))
     with refusals():
@@ -330,7 +336,17 @@ def certify(
         }
         bound = bound_of(form, chosen, scaling, options)
         with tables.working() as tell:
-            radii = lb.certified_radius(form, x, y, bound=bound, local=local, progress=tell)
+            radii = lb.certified_radius(
+                form,
+                x,
+                y,
+                bound=bound,
+                local=local,
+                guarantee="verified" if guarantee is Proof.verified else "auto",
+                seed=seed,
+                box=inside,
+                progress=tell,
+            )
         radius = np.asarray(radii.radius)
         if not len(radius):
             raise ValueError(f"{data} holds no images")

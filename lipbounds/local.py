@@ -160,7 +160,7 @@ def local(
             if p == 2:
                 value[i] = add_up(*(_largest_root(block) for block in blocks))
             else:
-                value[i] = float(sum(_proof.class_roots(block, 0) for block in blocks).max(initial=0.0))
+                value[i] = np.sum([_proof.class_roots(block, 0) for block in blocks], axis=0).max(initial=0.0)
             if pairwise:
                 pairs[i] = sum(_proof.pair_roots(block, 0) for block in blocks) * (1 + gamma(len(blocks)))
 
@@ -288,9 +288,8 @@ class Around:
         logits(ready.whole, x, seen)
         seen = seen[len(ready.whole.taps) - len(ready.view.taps) :]
         y, error = tuple(y for y, _ in seen), tuple(e for _, e in seen)
-        slope = tuple(
-            sum(_localrun.slopes_between(ready.view, s.tap, y[s.tap], y[s.tap])) / 2 for s in ready.stages
-        )
+        ends = [_localrun.slopes_between(ready.view, s.tap, y[s.tap], y[s.tap]) for s in ready.stages]
+        slope = tuple((a + b) / 2 for a, b in ends)
         self.values = Values(y, error, slope)
 
     def chunks(self, count: int) -> list[slice]:
@@ -389,13 +388,13 @@ def _ready(form: LureForm, norm: float, word: str) -> _Ready:
         view = elementwise_view(split(form, wide)[1])
         begin, stages = _localrun.stages(view)
         start, e = begin.map(np.ldexp(np.array(s), scale)[None])
-        front = len(whole.taps) - len(view.taps)
+        ahead = len(whole.taps) - len(view.taps)
         if any(
             a.expr != b.expr or a.size_in != b.size_in
-            for a, b in zip(whole.taps[front:], view.taps, strict=True)
+            for a, b in zip(whole.taps[ahead:], view.taps, strict=True)
         ):
             raise ValueError("the taps behind the wide front cannot be told apart: use the global bound")
-        notes = (f"the first {front} taps are bounded as a whole, by LipLT ({word})",)
+        notes = (f"the first {ahead} taps are bounded as a whole, by LipLT ({word})",)
     else:
         view, n = whole, form.in_size
         begin, stages = _localrun.stages(view)

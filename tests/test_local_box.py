@@ -1,11 +1,17 @@
 """Local bounds over inputs of a box: ranges against exact ones, radii sound inside and larger near the faces."""
 
+import json
+
 import numpy as np
 import pytest
 from balls import in_ball, mlp, values
+from typer.testing import CliRunner
 
 import lipbounds as lb
 from lipbounds import _localbox
+from lipbounds.cli import app
+from lipbounds.training.models import ModelSpec, build
+from lipbounds.training.store import save_model
 
 
 def farthest(a, eps, low, high):
@@ -107,3 +113,21 @@ def test_refusals(box, why):
 def test_a_box_is_for_local_radii():
     with pytest.raises(ValueError, match="local=True"):
         lb.certified_radius(mlp(), np.zeros((2, 12), np.float32), np.zeros(2, int), box=(0, 1))
+
+
+def test_the_command(tmp_path):
+    path, record = tmp_path / "mlp.safetensors", tmp_path / "radii.json"
+    spec = ModelSpec("mlp", (8, 8, 1), {"widths": "64-16-10"})
+    save_model(path, build(spec, seed=0), spec)
+    radii = []
+    for more in ([], ["--local"], ["--local", "--box", "0,1"]):
+        command = ["certify", str(path), "--method", "liplt", "--json", str(record), "--force", *more]
+        found = CliRunner().invoke(app, command)
+        assert found.exit_code == 0, found.output
+        radii.append(np.array(json.loads(record.read_text())["radius"]))
+    known = radii[0] > 0
+    assert (radii[1] >= radii[0]).all() and (radii[2][known] > radii[0][known]).all()
+    assert np.median(radii[2][known] / radii[1][known]) > 1
+    for box, why in (("0,1,2", "two numbers"), ("a,b", "two numbers"), ("0,1", "belongs to --local")):
+        refused = CliRunner().invoke(app, ["certify", str(path), "--box", box])
+        assert refused.exit_code == 2 and why in " ".join(refused.output.split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import tracemalloc
 from typing import Any
@@ -435,3 +436,27 @@ def test_the_commands_take_a_budget(tmp_path: Any) -> None:
     for bad in (["--memory", "lots"], ["--memory", "0"], ["--memory", "1GB", "--method", "all"]):
         done = RUNNER.invoke(app, ["bounds", str(file), *bad])
         assert done.exit_code == 2 and "--memory" in done.output
+
+
+def test_slices_of_stacked_taps_are_the_block() -> None:
+    """Two taps of one level as one source: every slice of its columns, across both."""
+    rng = np.random.default_rng(0)
+    w = [jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((6, 9), (7, 9), (6, 5), (7, 5), (5, 3))]
+
+    def fn(x: Any) -> Any:
+        a, b = jax.nn.relu(w[0] @ x), jnp.abs(w[1] @ x)
+        return jax.nn.relu(a @ w[2] + b @ w[3]) @ w[4]
+
+    form = lb.trace(fn, jax.ShapeDtypeStruct((9,), jnp.float32))
+    host, scalings = _triangle.host_form(form), _triangle.loop_transform(form, 2, centred=True)
+    (source, target) = max(
+        (node for nodes in _triangle.partitions(form) for node in itertools.pairwise(nodes)),
+        key=lambda pair: len(pair[0]),
+    )
+    assert len(source) == 2
+    whole = host.forward(source, [target], scalings)[target].matrix
+    whole = whole.toarray() if sp.issparse(whole) else whole
+    for chosen in (np.arange(13), np.arange(2, 5), np.arange(4, 9), np.array([0, 7, 12]), np.arange(8, 13)):
+        block, _ = _budget._columns(host, source, target, scalings, chosen, 1e9)
+        found = block.matrix.toarray() if sp.issparse(block.matrix) else block.matrix
+        np.testing.assert_allclose(found, whole[:, chosen], rtol=1e-13, atol=1e-13)
