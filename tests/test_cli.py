@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -135,7 +136,11 @@ def test_working_shows_what_is_done_on_a_terminal_only(monkeypatch, capfd):
     with _cli_tables.working() as tell:
         tell("15 iterations")
     assert capfd.readouterr() == ("", "")
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes this for a terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes this for a terminal; notebooks set it
+    with _cli_tables.working() as tell:
+        tell("15 iterations")
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with _cli_tables.working() as tell:
         tell("15 [iterations]")
     shown = capfd.readouterr()
