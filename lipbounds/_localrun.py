@@ -35,8 +35,10 @@ from lipbounds.lure import LureForm, proved_slopes, state_sequence
 from lipbounds.norms import Enclosure
 
 _TINY = 2.0**-900
-# D against the standard deviations of y, up to a common factor: how far apart, and by which power of what p says
-_APART, _TRUST = 30.0, 0.7
+# |dy| / |p| against the standard deviation of y, up to a common factor: how far apart, and by which power
+_APART, _TRUST = 30.0, 0.4
+_LEAST, _MOST = 1e-4, 1e3  # of r in D, and of D r over the variance of y
+_DEAD = 0.1  # least slope of a neuron in a' dz/dv: others may wake up in the ball
 _FLOOR = 0.1  # of the squares of p, relative to their mean: neurons that p forgets
 _RAISED = 1.3  # D is that times the stationary one: the slopes behind it are guesses
 _MARGIN, _ROOM = 1.5, 0.3  # else that times lambda_max; I - D^-1/2 Q D^-1/2 is proved to be at least 0.3 I
@@ -121,7 +123,7 @@ class Values:
 
     Args:
         y: (N, n) per tap; error (N,): ||y - y_exact||_2 is at most that.
-        slope: (N, n) per tap of the elementwise view, near the derivative at y; for choices that cannot be wrong.
+        slope: (N, n) per tap of the elementwise view, about what it is in the ball; for choices that cannot be wrong.
     """
 
     y: tuple[np.ndarray, ...]
@@ -142,8 +144,10 @@ def ellipsoids(
     anchored: bool,
     directions: np.ndarray,
     first: tuple[np.ndarray, np.ndarray] | None = None,
-) -> np.ndarray:
-    """(N, K, K): dz dz' <= eps^2 times that, for all pairs of inputs in the ball, or all pairs with its centre.
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """((N, K, K), c): dz dz' <= eps^2 times that, for all pairs of inputs in the ball, or all pairs with its centre.
+
+    c (N, n) per stage are the middles of the slopes: better than `values.slope` for another run.
 
     Args:
         s: (N or 1, d, d) of the first state, for the unit ball of the input.
@@ -152,7 +156,7 @@ def ellipsoids(
         directions: (N, J, K), the outputs a' z whose constants D is chosen for; any are sound.
         first: (N, n) twice, how far the first pre-activations can fall and rise, where better than the ellipsoid.
     """
-    aims = _adjoints(steps, values, directions)
+    aims, middles = _adjoints(steps, values, directions), []
     for place, stage in enumerate(steps):
         n = stage.neurons
         q, e = stage.T.map(s)
@@ -167,6 +171,7 @@ def ellipsoids(
         if place == 0 and first is not None:
             down, up = np.minimum(down, first[0]), np.minimum(up, first[1])
         c, r = centre_and_radius(view, stage.tap, values, down, up, anchored)
+        middles.append(c)
         v, rd = _through(q, n, c, r, aims[place])
         inner = c[:, :, None] * v[:, :n, :n] * c[:, None, :]
         wrong = 4 * U * frobenius(inner)
@@ -187,7 +192,7 @@ def ellipsoids(
         np.einsum("nii->ni", s)[:] += total[:, None] * (1 + 8 * U)
         # the sum on the diagonal is rounded once more
         np.einsum("nii->ni", s)[:] += np.abs(np.einsum("nii->ni", s)) * 4 * U
-    return s
+    return s, middles
 
 
 def centre_and_radius(
@@ -226,12 +231,15 @@ Aim = tuple[np.ndarray, np.ndarray | None]
 
 
 def _adjoints(steps: Sequence[Stage], values: Values, directions: np.ndarray) -> list[Aim]:
-    """Per stage a' dz/dv (N, J, n) and, where the state lives on, a' dz/ds+ (N, J, d+), by the slopes at the centre."""
+    """Per stage a' dz/dv (N, J, n) and, where the state lives on, a' dz/ds+ (N, J, d+), by `values.slope`."""
     found: list[Aim] = []
     for stage in reversed(steps):
         p = directions if stage.G.array is None else directions @ stage.G.array
         found.append((p, directions if stage.lives_on else None))
-        back = values.slope[stage.tap][:, None] * p
+        slope = values.slope[stage.tap]
+        back = (
+            np.where(np.abs(slope) < _DEAD, _DEAD, slope)[:, None] * p
+        )  # no neuron behind counts for nothing
         if stage.T.array is None:
             directions = back
         else:
@@ -265,7 +273,7 @@ def _multipliers(
 
     So D_i = |dy_i| / (r_i |p_i|) with dy = Q (c p + u), the increment of y that is worst for a' z, and the signs of u
     those of dy; root mean squares over several directions a. p (J, m): a' dz/dv; linear (J, size of q): c p, and what
-    lives on of the state. As p is a guess, D stays nearer to the standard deviations of y than that.
+    lives on of the state. As p is a guess, |dy_i| / |p_i| is drawn to the standard deviation of y_i.
     """
     fixed, block = linear @ q[:, at], q[np.ix_(at, at)]
     dy = fixed
@@ -273,13 +281,13 @@ def _multipliers(
         dy = fixed + (np.sign(dy) * r * np.abs(p)) @ block
     usual = np.sqrt(np.maximum(q.flat[:: len(q) + 1][at], _TINY))
     matters = np.square(p).sum(axis=0)
-    matters = r * np.sqrt(matters + _FLOOR * matters.mean())
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.sqrt(np.square(dy).sum(axis=0)) / (matters * usual)
+        ratio = np.sqrt(np.square(dy).sum(axis=0) / (matters + _FLOOR * matters.mean())) / usual
     middle = float(np.median(ratio))
     if not 0 < middle < np.inf:
-        return usual
-    return np.asarray(usual * middle * np.clip(ratio / middle, 1 / _APART, _APART) ** _TRUST)
+        ratio, middle = np.ones_like(usual), 1.0
+    drawn = middle * np.clip(ratio / middle, 1 / _APART, _APART) ** _TRUST
+    return np.asarray(usual * np.minimum(drawn, _MOST * usual) / np.maximum(r, _LEAST))
 
 
 def _eliminate(q: np.ndarray, at: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:

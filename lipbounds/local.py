@@ -35,6 +35,7 @@ from lipbounds.lure import LureForm, fingerprint
 
 _CHUNK = 2**23  # numbers in the ellipsoids of one chunk of examples
 _DIRECTIONS = 12  # that D is chosen for
+_CALLS = 2  # of `local`
 _WIDE_CHUNK, _SIDE = 2**25, 64  # entries of the rows of a chunk, and its examples, in local LipLT
 Progress = Callable[[str], None]
 Box = tuple[np.ndarray, np.ndarray]
@@ -152,17 +153,26 @@ def local(
     if whole.norm != p or (whole.network is not None and whole.network != fingerprint(form)):
         raise ValueError("`bound` is in another norm, or was computed from another network")
     classes = form.num_outputs
-    value, pairs = np.zeros(len(x)), np.zeros((len(x), classes, classes) if pairwise else (0, 1, 1))
+    value = np.full(len(x), np.inf)
+    pairs = np.full((len(x), classes, classes) if pairwise else (0, 1, 1), np.inf)
 
     def one_chunk(part: slice) -> None:
-        out = around.outputs(part, radii[part])
-        for i, blocks in zip(range(part.start, part.stop), out, strict=True):
-            if p == 2:
-                value[i] = add_up(*(_largest_root(block) for block in blocks))
-            else:
-                value[i] = np.sum([_proof.class_roots(block, 0) for block in blocks], axis=0).max(initial=0.0)
-            if pairwise:
-                pairs[i] = sum(_proof.pair_roots(block, 0) for block in blocks) * (1 + gamma(len(blocks)))
+        for call in range(_CALLS):  # the second knows the slopes of the first
+            for i, blocks in zip(
+                range(part.start, part.stop), around.outputs(part, radii[part], call=call), strict=True
+            ):
+                if p == 2:
+                    found = add_up(*(_largest_root(block) for block in blocks))
+                else:
+                    found = np.sum([_proof.class_roots(block, 0) for block in blocks], axis=0).max(
+                        initial=0.0
+                    )
+                value[i] = min(value[i], found)
+                if pairwise:
+                    roots = sum(_proof.pair_roots(block, 0) for block in blocks) * (1 + gamma(len(blocks)))
+                    pairs[i] = np.minimum(pairs[i], roots)
+            if around.ready.front is not None:
+                break  # nothing is learned there
 
     around.each(len(x), one_chunk, "local bounds", progress)
     value = np.minimum(value, whole.value)
@@ -289,7 +299,7 @@ class Around:
         seen = seen[len(ready.whole.taps) - len(ready.view.taps) :]
         y, error = tuple(y for y, _ in seen), tuple(e for _, e in seen)
         ends = [_localrun.slopes_between(ready.view, s.tap, y[s.tap], y[s.tap]) for s in ready.stages]
-        slope = tuple((a + b) / 2 for a, b in ends)
+        slope = tuple((a + b) / 2 for a, b in ends)  # of the derivatives there, until a call knows better
         self.values = Values(y, error, slope)
 
     def chunks(self, count: int) -> list[slice]:
@@ -333,7 +343,7 @@ class Around:
                 ready.front, values.rows(pad), eps[pad], anchored=anchored, failure=self.share, rng=rng
             )[: len(eps)]
         else:
-            one = _localrun.ellipsoids(
+            one, middles = _localrun.ellipsoids(
                 ready.view,
                 ready.stages,
                 ready.start,
@@ -343,6 +353,8 @@ class Around:
                 directions=self._directions(labels, len(eps)),
                 first=self._first(rows, eps),
             )
+            for known, c in zip(self.values.slope, middles, strict=True):
+                known[rows] = c
             out = (np.repeat(one, len(eps), axis=0) if len(one) < len(eps) else one)[:, None]
         if not np.isfinite(out).all():
             raise ValueError("the local bound is above the range of float64; rescale the problem")
