@@ -11,13 +11,12 @@ what the local bound certifies beyond the global one.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import environment, markdown
+from common import environment, keep
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -106,10 +105,8 @@ def main() -> None:
     Console(width=150).print(table)
     where = environment("certify.py")
     where["command"] = where["command"].replace(str(given.data_dir), "DATA").split(" --out")[0]
-    given.out.mkdir(parents=True, exist_ok=True)
     name = f"certify-{dataset}-{where['device'].split()[0]}"
-    (given.out / f"{name}.json").write_text(json.dumps({"where": where, "rows": rows}, indent=1) + "\n")
-    (given.out / f"{name}.md").write_text(markdown("certify.py", where, [table]))
+    keep(given.out, name, "certify.py", where, rows, [table])
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import os
 import platform
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -47,3 +49,12 @@ def markdown(script: str, where: Json, tables: Sequence[Table]) -> str:
         lines.append("|" + "|".join("---:" if c.justify == "right" else "---" for c in table.columns) + "|")
         lines += ["| " + " | ".join(row) + " |" for row in zip(*cells, strict=True)]
     return "\n".join(lines) + "\n"
+
+
+def keep(
+    out: Path, stem: str, script: str, where: Json, rows: Sequence[Json], tables: Sequence[Table]
+) -> None:
+    """Write out/<stem>.json with the rows and out/<stem>.md with the tables."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{stem}.json").write_text(json.dumps({"where": where, "rows": rows}, indent=1) + "\n")
+    (out / f"{stem}.md").write_text(markdown(script, where, tables))

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import resource
 import time
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import environment, markdown
+from common import environment, keep
 from flax import nnx
 from gallery_nets import GALLERY, SIZES, Network, Size
 from rich.console import Console
@@ -254,10 +253,8 @@ def main() -> None:
     made = tables(rows)
     for one in made:
         Console(width=190).print(one)
-    given.out.mkdir(parents=True, exist_ok=True)
     stem = f"gallery-{where['device'].split()[0]}" + ("" if given.size == "full" else f"-{given.size}")
-    (given.out / f"{stem}.json").write_text(json.dumps({"where": where, "rows": rows}, indent=1) + "\n")
-    (given.out / f"{stem}.md").write_text(markdown("gallery.py", where, made))
+    keep(given.out, stem, "gallery.py", where, rows, made)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from common import environment, markdown
+from common import environment, keep
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -169,10 +169,8 @@ def main() -> None:
     Console(width=190).print(table)
     where = environment("operators.py", ["numpy", "scipy"])
     where["command"] = where["command"].split(" --out")[0]
-    given.out.mkdir(parents=True, exist_ok=True)
     name = f"operators-{where['device'].split()[0]}"
-    (given.out / f"{name}.json").write_text(json.dumps({"where": where, "rows": rows}, indent=1) + "\n")
-    (given.out / f"{name}.md").write_text(markdown("operators.py", where, [table]))
+    keep(given.out, name, "operators.py", where, rows, [table])
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ def _lagrangian(a: np.ndarray, eps: float, below: np.ndarray, above: np.ndarray)
     room = np.where(a > 0, above, below)
     tau = np.sqrt(np.square(size * (room > 0)).sum(axis=1)) / eps
     tau = np.where(tau > 0, tau, 1.0)[:, None]
-    step = np.minimum(size / tau, room)  # of any step the value is at most that of the best one
+    # The bound holds for any step; where the step is the quotient, its rounding costs only the square of it.
+    step = np.minimum(size / tau, room)
     bound = (size * step - tau * np.square(step) / 2).sum(axis=1) + tau[:, 0] * eps * eps / 2
     return np.asarray(
         np.minimum(bound, (size * np.where(size > 0, room, 0.0)).sum(axis=1))

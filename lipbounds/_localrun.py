@@ -237,9 +237,8 @@ def _adjoints(steps: Sequence[Stage], values: Values, directions: np.ndarray) ->
         p = directions if stage.G.array is None else directions @ stage.G.array
         found.append((p, directions if stage.lives_on else None))
         slope = values.slope[stage.tap]
-        back = (
-            np.where(np.abs(slope) < _DEAD, _DEAD, slope)[:, None] * p
-        )  # no neuron behind counts for nothing
+        slope = np.where(np.abs(slope) < _DEAD, _DEAD, slope)  # no neuron behind counts for nothing
+        back = slope[:, None] * p
         if stage.T.array is None:
             directions = back
         else:

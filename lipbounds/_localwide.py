@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
 
-from lipbounds import _triangle
+from lipbounds import _triangle, norms
 from lipbounds._krylov import lanczos_columns
 from lipbounds._localrun import Values, centre_and_radius
 from lipbounds._program import Tap
@@ -53,17 +53,18 @@ class Front:
         host = _triangle.host_form(form)
         plain = [TapScaling(None, np.ones(t.size_out), np.ones(t.size_in)) for t in self.taps]
         nodes: list[Node] = [(k,) for k in range(len(self.taps))]
-        self.direct: dict[int, dict[int, Any]] = {
-            k: {} for k in range(len(self.taps))
-        }  # source -1: the input
-        for (source, target), block in _triangle.matrices(
-            host, _triangle.structure(host, nodes, plain), plain
-        ):
-            self.direct[target[0]][source[0] if source else -1] = np.abs(block.matrix)
+        self.direct: list[dict[int, Any]] = [{} for _ in self.taps]  # |D[k, j]|
+        self.first = [np.zeros(tap.size_in) for tap in self.taps]  # ||D[k, x]_i||
+        pairs = _triangle.structure(host, nodes, plain)
+        for (source, target), block in _triangle.matrices(host, pairs, plain):
+            if source:
+                self.direct[target[0]][source[0]] = np.abs(block.matrix)
+            else:
+                self.first[target[0]] = norms.row_norms(block.matrix, 2)
         self.groups = {k: _Groups(tap) for k, tap in enumerate(self.taps) if tap.groups is not None}
         self.before: list[tuple[int, ...]] = []  # the taps that a tap depends on
         for k in range(len(self.taps)):
-            sources = {j for j in self.direct[k] if j >= 0}
+            sources = set(self.direct[k])
             self.before.append(tuple(sorted(sources.union(*(self.before[j] for j in sources)))))
 
 
@@ -208,12 +209,9 @@ def _length(a: np.ndarray) -> np.ndarray:
 
 def _entries(front: Front, k: int, near: list[Near], m: list[np.ndarray], count: int) -> np.ndarray:
     """rho (N, n_k) of the module docstring."""
-    rho = np.zeros((front.taps[k].size_in, count))
+    rho = np.repeat(front.first[k][:, None], count, axis=1)
     for j, block in front.direct[k].items():
         squares = block.power(2) if sp.issparse(block) else np.square(block)
-        if j < 0:
-            rho += np.sqrt(squares.sum(axis=1))[:, None]
-            continue
         reach = np.ascontiguousarray(near[j].reach.T)
         rho += np.minimum(np.sqrt(squares @ (reach > 0).astype(float)) * m[j], block @ reach)
     return np.ascontiguousarray(rho.T) * (1 + _ROUNDING)

@@ -11,6 +11,8 @@ points is x itself, and slopes anchored there are smaller still: `certified_radi
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import time
 import weakref
@@ -127,7 +129,7 @@ def local(
         bound: a bound of the whole network, which holds in every ball, too: no value is above it. None is `lb.liplt`.
         guarantee: "auto" or "verified". Networks nowhere wider than 1100 get ellipsoids, every rounding covered. Wider
             ones get local LipLT (`_localwide`, norm 2), probabilistic; with "verified" they are treated as a whole up
-            to there (LipLT, whose guarantee the result carries) and locally behind.
+            to there (verified LipLT, which can take minutes) and locally behind.
         seed: of the random start vectors of probabilistic norms.
         box: (lower, upper), numbers or arrays of the shape of an input: only points inside count, (0, 1) for pixels.
             The first layer's ranges become smaller where X is near its faces; networks wider than 1100 ignore it.
@@ -147,7 +149,7 @@ def local(
     p = check_norm(norm)
     inside = check_box(box, x)
     around = Around(form, p, x, guarantee=guarantee, seed=seed, box=inside)
-    whole = liplt(form, norm=p, pairwise=pairwise) if bound is None else bound
+    whole = liplt(form, norm=p, pairwise=pairwise, guarantee=guarantee, seed=seed) if bound is None else bound
     if not isinstance(whole, UpperBound):
         raise TypeError(f"a bound of the whole network is an UpperBound, got {type(whole).__name__}")
     if whole.norm != p or (whole.network is not None and whole.network != fingerprint(form)):
@@ -156,25 +158,22 @@ def local(
     value = np.full(len(x), np.inf)
     pairs = np.full((len(x), classes, classes) if pairwise else (0, 1, 1), np.inf)
 
-    def one_chunk(part: slice) -> None:
-        for call in range(_CALLS):  # the second knows the slopes of the first
-            for i, blocks in zip(
-                range(part.start, part.stop), around.outputs(part, radii[part], call=call), strict=True
-            ):
+    def one_chunk(near: Around, part: slice) -> None:
+        # a second call knows the slopes of the first; local LipLT would learn nothing
+        for call in range(1 if near.ready.front is not None else _CALLS):
+            out = near.outputs(slice(None), radii[part], call=call)
+            for i, blocks in zip(range(part.start, part.stop), out, strict=True):
                 if p == 2:
                     found = add_up(*(_largest_root(block) for block in blocks))
                 else:
-                    found = np.sum([_proof.class_roots(block, 0) for block in blocks], axis=0).max(
-                        initial=0.0
-                    )
+                    roots = np.sum([_proof.class_roots(block, 0) for block in blocks], axis=0)
+                    found = float(roots.max(initial=0.0))
                 value[i] = min(value[i], found)
                 if pairwise:
                     roots = sum(_proof.pair_roots(block, 0) for block in blocks) * (1 + gamma(len(blocks)))
                     pairs[i] = np.minimum(pairs[i], roots)
-            if around.ready.front is not None:
-                break  # nothing is learned there
 
-    around.each(len(x), one_chunk, "local bounds", progress)
+    around.each(one_chunk, "local bounds", progress)
     value = np.minimum(value, whole.value)
     if pairwise and whole.pairwise is not None:
         pairs = np.minimum(pairs, whole.pairwise)
@@ -277,8 +276,6 @@ class Around:
         calls: int = 1,
         box: Box | None = None,
     ) -> None:
-        from lipbounds.radius import Seen, logits
-
         require_gradual_underflow()
         if norm == 1:
             raise ValueError("local bounds are for norm 2 and inf, not 1")
@@ -294,13 +291,25 @@ class Around:
         self.norm, self.x, self.box = norm, x, box
         if ready.front is not None:
             self.failure = min(1.0, FAILURE * len(x))
-        seen: Seen = []
-        logits(ready.whole, x, seen)
+
+    def part(self, rows: slice) -> Around:
+        """These examples alone: pre-activations are kept for one chunk at a time."""
+        some = copy.copy(self)
+        some.x = self.x[rows]
+        some.__dict__.pop("values", None)
+        return some
+
+    @functools.cached_property
+    def values(self) -> Values:
+        from lipbounds.radius import Seen, logits
+
+        ready, seen = self.ready, Seen()
+        logits(ready.whole, self.x, seen)
         seen = seen[len(ready.whole.taps) - len(ready.view.taps) :]
         y, error = tuple(y for y, _ in seen), tuple(e for _, e in seen)
         ends = [_localrun.slopes_between(ready.view, s.tap, y[s.tap], y[s.tap]) for s in ready.stages]
-        slope = tuple((a + b) / 2 for a, b in ends)  # of the derivatives there, until a call knows better
-        self.values = Values(y, error, slope)
+        # the slopes are those of the derivatives there, until a call knows better
+        return Values(y, error, tuple((a + b) / 2 for a, b in ends))
 
     def chunks(self, count: int) -> list[slice]:
         ready = self.ready
@@ -315,11 +324,16 @@ class Around:
             size = max(1, _CHUNK // max(widest, ready.start.shape[1]) ** 2)
         return [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
 
-    def each(self, count: int, work: Callable[[slice], None], what: str, progress: Progress | None) -> None:
-        """work(rows) for every chunk, side by side on all cores: small matrices gain nothing from threads inside."""
-        parts, done = self.chunks(count), 0
+    def each(self, work: Callable[[Around, slice], None], what: str, progress: Progress | None) -> None:
+        """work(part, rows) for every chunk, side by side on all cores: small matrices gain nothing from threads."""
+        count, done = len(self.x), 0
+        parts = self.chunks(count)
+
+        def one(rows: slice) -> None:
+            work(self.part(rows), rows)
+
         with threadpool_limits(1, "blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
-            for part, _ in zip(parts, pool.map(work, parts), strict=True):
+            for part, _ in zip(parts, pool.map(one, parts), strict=True):
                 done += part.stop - part.start
                 if progress is not None:
                     progress(f"{what}: {done} of {count} examples")
@@ -336,9 +350,8 @@ class Around:
         ready, values = self.ready, self.values.rows(rows)
         if ready.front is not None:
             rng = np.random.default_rng([self.seed, call])
-            pad = np.minimum(
-                np.arange(1 << (len(eps) - 1).bit_length()), len(eps) - 1
-            )  # few shapes to compile
+            size = 1 << (len(eps) - 1).bit_length()  # few shapes to compile
+            pad = np.minimum(np.arange(size), len(eps) - 1)
             out = _localwide.grams(
                 ready.front, values.rows(pad), eps[pad], anchored=anchored, failure=self.share, rng=rng
             )[: len(eps)]
@@ -394,7 +407,7 @@ def _ready(form: LureForm, norm: float, word: str) -> _Ready:
     if wide and norm != 2:
         raise ValueError(f"local bounds in l-inf are for networks nowhere wider than {WIDEST}")
     if wide:
-        _, s, scale, word, failure = hybrid_start(form, wide, Request(norm))
+        _, s, scale, word, failure = hybrid_start(form, wide, Request(norm, "verified"))
         guarantee = word if guarantee == "verified" else guarantee
         # the ellipsoid is of the tail's input, in its order: the tail's own view reads it
         view = elementwise_view(split(form, wide)[1])

@@ -10,6 +10,7 @@ and subtracted, so a radius is as good as its bound.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,7 +128,8 @@ def certified_radius(
             of radius eps certifies min(eps, min_i (z_y - z_i) / L_yi(eps)), and the largest of these and of the global
             radius counts. Never below the global radius. Norms 2 and inf.
         tries: with local, how many eps are tried per example.
-        guarantee, seed, box: with local, as in `lb.local`. With a box a radius is about the inputs inside it only.
+        guarantee, seed: of the bound where it is computed here, and with local as in `lb.local`.
+        box: with local, as in `lb.local`: a radius is then about the inputs inside it only.
         progress: with local, called with a line of text as examples are done.
 
     Raises:
@@ -139,7 +141,12 @@ def certified_radius(
     if form.is_traced:
         raise TypeError("certified_radius works on concrete weights, outside jit, grad and vmap")
     x, labels = _examples(form, X, y)
-    proof = liplt(form, pairwise=True) if bound is None else bound
+    if not local and box is not None:
+        raise ValueError("a box is for local bounds: pass local=True")
+    if local and (isinstance(tries, bool) or not isinstance(tries, int) or tries < 1):
+        raise ValueError(f"tries must be a whole number >= 1, got {tries!r}")
+    inside = check_box(box, x)
+    proof = liplt(form, pairwise=True, guarantee=guarantee, seed=seed) if bound is None else bound
     if not isinstance(proof, UpperBound):
         raise TypeError(f"a radius needs an UpperBound, got {type(proof).__name__}: it would prove nothing")
     if proof.network is not None and proof.network != fingerprint(form):
@@ -165,13 +172,8 @@ def certified_radius(
     ratio = np.where(zero & (gaps > 0), np.inf, ratio)
     correct = (gaps > 0).all(axis=1)
     radius = np.where(correct, ratio.min(axis=1, initial=np.inf), 0.0)
-    if not local and box is not None:
-        raise ValueError("a box is for local bounds: pass local=True")
     if not local:
         return Radii(radius, correct, proof.norm, proof.guarantee, proof.method, notes)
-    if isinstance(tries, bool) or not isinstance(tries, int) or tries < 1:
-        raise ValueError(f"tries must be a whole number >= 1, got {tries!r}")
-    inside = check_box(box, x)
     todo = np.flatnonzero((radius > 0) & np.isfinite(radius))
     around = Around(form, proof.norm, x[todo], guarantee=guarantee, seed=seed, calls=tries, box=inside)
     radius = _locally(around, labels, gaps, radius, todo, tries, progress)
@@ -196,16 +198,15 @@ def _locally(
     """
     best = radius.copy()
 
-    def certify(part: slice) -> None:
-        rows = np.arange(part.start, part.stop)
-        at = todo[rows]
+    def certify(near: Around, part: slice) -> None:
+        at = todo[part]
         low, high = best[at].copy(), np.full(len(at), np.inf)
         eps = 1.5 * low
         for call in range(tries):
             left = np.flatnonzero(high > 1.01 * low)
             if not left.size:
                 break
-            out = around.outputs(rows[left], eps[left], labels=labels[at[left]], call=call)
+            out = near.outputs(left, eps[left], labels=labels[at[left]], call=call)
             scale, gap = _row_roots(out, labels[at[left]]), gaps[at[left]]
             with np.errstate(over="ignore", divide="ignore"):
                 ratio = np.where(scale > 0, gap / np.where(scale > 0, scale, 1.0) * (1 - 4 * U), np.inf)
@@ -216,7 +217,7 @@ def _locally(
             eps = low + 0.6 * (np.minimum(high, 16 * low) - low)
         best[at] = low
 
-    around.each(len(todo), certify, "local radii", progress)
+    around.each(certify, "local radii", progress)
     return best
 
 
@@ -281,6 +282,7 @@ def _pair_constants(bound: UpperBound, classes: int) -> tuple[np.ndarray, tuple[
 
 
 Seen = list[tuple[np.ndarray, np.ndarray]]
+_CARRIED: weakref.WeakKeyDictionary[LureForm, dict[tuple[int, int], float]] = weakref.WeakKeyDictionary()
 
 
 def logits(form: LureForm, x: np.ndarray, seen: Seen | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -295,7 +297,9 @@ def logits(form: LureForm, x: np.ndarray, seen: Seen | None = None) -> tuple[np.
     host = _triangle.host_form(form)
     widest = max(int(np.prod(shape)) for shape in form.program.shapes)
     step = max(1, _CHUNK // max(widest, 1))
-    carried = _carriers(form, host)
+    carried = _CARRIED.get(form)
+    if carried is None:
+        carried = _CARRIED[form] = _carriers(form, host)
     z = np.zeros((len(x), form.num_outputs))
     error = np.zeros(len(x))
     if seen is not None:
