@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -73,8 +73,12 @@ def from_weights(
         slopes: instead of `activation`, per hidden layer (lower, upper) slopes, scalars or one per neuron: the network
             certified has phi(y) = lower * y for y < 0 and upper * y for y >= 0.
 
+    No number is rounded: the network has the dtype of the weights if that holds every weight, bias and slope exactly,
+    else float64.
+
     Raises:
-        ValueError: shapes that do not chain, or weights that are not finite.
+        ValueError: shapes that do not chain, weights that are not finite, or numbers that float64 does not hold
+            exactly.
     """
     matrices = [w if isinstance(w, jax.Array) else np.asarray(w) for w in weights]
     if not matrices:
@@ -102,14 +106,17 @@ def from_weights(
         if not callable(named):
             raise ValueError(f"no activation called {activation!r} in jax.nn or jax.numpy; pass a function")
         activation = named
-    double = any(np.dtype(w.dtype) == np.float64 for w in matrices)
+    numbers = {f"weights[{i}]": w for i, w in enumerate(matrices)}
+    numbers |= {f"biases[{i}]": b for i, b in enumerate(biases or ())}
+    numbers |= {f"slopes[{i}][{j}]": pair[j] for i, pair in enumerate(slopes or ()) for j in (0, 1)}
+    dtype = _exact_dtype(matrices, numbers)
 
     function: Any = activation
 
     def hidden(k: int, y: Any) -> Any:
         if slopes is None:
             return function(y)
-        low, high = (jnp.asarray(s, y.dtype) for s in slopes[k])
+        low, high = (_cast(s, y.dtype) for s in slopes[k])
         return jnp.where(y < 0, low * y, high * y)
 
     def network(params: Any, x: Any) -> Any:
@@ -119,10 +126,9 @@ def from_weights(
         return x
 
     offsets = biases if biases is not None else [None] * len(matrices)
-    with jax.enable_x64(True) if double else nullcontext():
-        dtype = jnp.result_type(*(w.dtype for w in matrices))
+    with jax.enable_x64(True) if dtype == np.float64 else nullcontext():
         params = [
-            (jnp.asarray(w, dtype), None if b is None else jnp.asarray(b, dtype))
+            (_cast(w, dtype), None if b is None else _cast(b, dtype))
             for w, b in zip(matrices, offsets, strict=True)
         ]
         spec = jax.ShapeDtypeStruct((int(np.shape(matrices[0])[1]),), dtype)
@@ -167,6 +173,53 @@ def register_activation(fn: Callable[[Any], Any], slopes: tuple[float, float]) -
 
 
 # --- helpers -------------------------------------------------------------------------------------------------------
+
+
+def _exact_dtype(weights: Sequence[Any], numbers: Mapping[str, Any]) -> np.dtype:
+    """The float type that holds all `numbers` (name -> array) exactly: that of the weights, else float64.
+
+    Arrays that are being traced count with their dtype. Weights of a float8 type are computed with in float32.
+    """
+    names = {np.dtype(w.dtype).name for w in weights}
+    only = names.pop() if len(names) == 1 else "float64" if "float64" in names else "float32"
+    narrow = np.dtype(jnp.dtype(only if only in ("bfloat16", "float16", "float64") else "float32"))
+    if all(_exact_in(value, narrow) for value in numbers.values()):
+        return narrow
+    for name, value in numbers.items():
+        if not _exact_in(value, np.dtype(np.float64)):
+            raise ValueError(
+                f"{name} holds a number that float64 cannot represent exactly, and a bound of the network with rounded "
+                "numbers is not one of this network: round them to float64 first, if that is what you mean"
+            )
+    return np.dtype(np.float64)
+
+
+def _exact_in(value: Any, dtype: np.dtype) -> bool:
+    """Whether `dtype` holds every real number of `value`."""
+    if not is_concrete(value):
+        if jnp.issubdtype(value.dtype, jnp.floating):
+            return bool(jnp.promote_types(value.dtype, dtype) == dtype)
+        return value.dtype == np.bool_ or jnp.iinfo(value.dtype).bits <= jnp.finfo(dtype).nmant + 1
+    array = np.asarray(value)
+    if array.dtype in (np.bool_, dtype):
+        return True
+    if array.dtype.kind in "iuO":  # Python compares an integer or a Fraction with a float exactly
+        try:
+            floats = [float(v) for v in array.ravel().tolist()]
+            if any(f != v for f, v in zip(floats, array.ravel().tolist(), strict=True)):
+                return False
+        except (TypeError, ValueError, OverflowError):
+            return False
+        array = np.array(floats, np.float64)
+    if array.dtype.kind == "c":
+        return False
+    with np.errstate(all="ignore"):
+        return bool(np.array_equal(array.astype(dtype).astype(array.dtype), array, equal_nan=True))
+
+
+def _cast(value: Any, dtype: np.dtype) -> Any:
+    """`value` as a jax array; concrete numbers are converted by NumPy, so that nothing passes through float32."""
+    return jnp.asarray(np.asarray(value).astype(dtype) if is_concrete(value) else value, dtype)
 
 
 def _spec(x: Any) -> jax.ShapeDtypeStruct:
