@@ -21,21 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax._src import source_info_util
+from jax._src.core import eval_jaxpr
 from jax.extend.core import Literal
 
+from lipbounds._parameters import not_understood
 from lipbounds.errors import Unsupported
 
 _CALLS = {
     "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
     "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-    "remat": "jaxpr",
 }
 _RANDOM = ("random_", "threefry", "rng_")
 _COMPARE = ("lt", "le", "gt", "ge", "eq", "ne")
@@ -178,7 +174,14 @@ class _Inliner:
     def equation(self, eqn: Any, inputs: list[Value], path: Path) -> list[Value]:
         name = eqn.primitive.name
         params = eqn.params
-        if name in _CALLS and _CALLS[name] in params:
+        if name in _CALLS or name in ("scan", "cond"):
+            why = not_understood(name, params)
+            if why is not None:
+                if not any(value.depends for value in inputs) and not _mutates(eqn):
+                    return self.evaluate(eqn, inputs)
+                self.refuse(eqn, path, _shape(eqn), *why)
+                return [self.unknown(var) for var in eqn.outvars]
+        if name in _CALLS:
             return self.call(
                 params[_CALLS[name]], inputs, (*path, *_stack(eqn), str(params.get("name", name)))
             )
@@ -195,6 +198,8 @@ class _Inliner:
             return self.evaluate(eqn, inputs)
         if name == "scan":
             return self.scan(eqn, inputs, path)
+        if name == "scatter" and params["update_jaxpr"] is not None:
+            return self.apply_at(eqn, inputs, path)
         if name in ("while", "cond"):
             if name == "cond":
                 traced = not inputs[0].depends
@@ -263,6 +268,50 @@ class _Inliner:
             ]
         return [*carry, *(self.stack([row[i] for row in rows], (*base, "scan")) for i in range(count))]
 
+    def apply_at(self, eqn: Any, inputs: list[Value], path: Path) -> list[Value]:
+        """`x.at[i].apply(f)`: read the entries, apply f, write them back; refused where it computes something else."""
+        operand, indices, updates = inputs
+        params = eqn.params
+        function, consts = opened(params["update_jaxpr"])
+        reason = remedy = ""
+        target = np.zeros(0, np.int32)
+        if indices.depends or not is_concrete(indices.const):
+            reason = "it applies a function at indices that " + (
+                "depend on x, so the output jumps" if indices.depends else "are being traced"
+            )
+            remedy = "make the indices constant"
+        elif any(_uses(function, var) for var in function.invars[1:]) or not all(
+            map(is_concrete, (*consts, *params["update_consts"]))
+        ):
+            reason = "the function it applies at the indices depends on more than the entry itself"
+            remedy = "read the entries with x[i], compute, and write them back with x.at[i].set(...)"
+        else:
+            hits = landings(operand.shape, jnp.asarray(indices.const), updates.shape, params)
+            if (hits > 1).any():
+                reason = "an index occurs twice, so the function would be applied twice to one entry"
+                remedy = "use each index once"
+            elif outside(hits, updates.shape, params):
+                reason, remedy = "an index is out of range", "use indices within the tensor"
+            target = np.flatnonzero(hits).astype(np.int32)
+        why = not_understood("scatter", {**params, "update_jaxpr": None, "update_consts": ()})
+        if why is not None:
+            reason, remedy = why
+        if reason:
+            self.refuse(eqn, path, _shape(eqn), reason, remedy)
+            return [self.unknown(var) for var in eqn.outvars]
+
+        def entry(value: Any) -> Any:
+            zero = jnp.zeros((), updates.dtype)
+            (out,) = eval_jaxpr(function, (*consts, *params["update_consts"]), value, zero)
+            return out
+
+        def written(tensor: Any) -> Any:
+            flat = jnp.ravel(tensor)
+            return flat.at[target].set(jax.vmap(entry)(flat[target])).reshape(tensor.shape)
+
+        spec = jax.ShapeDtypeStruct(operand.shape, operand.dtype)
+        return self.call(jax.make_jaxpr(written)(spec), [operand], (*path, *_stack(eqn), "apply"))
+
     def row(self, value: Value, step: int, path: Path) -> Value:
         if not value.depends:
             return self.const(value.const[step], value.randomness)
@@ -288,6 +337,39 @@ class _Inliner:
             for row in rows
         ]
         return self.emit("concatenate", {"dimension": 0}, lifted, (len(rows), *rows[0].shape), path)
+
+
+def checked_mode(mode: Any) -> Any:
+    """What a gather or scatter does out of range; where it was promised that nothing is, so that it can be seen."""
+    modes = lax.GatherScatterMode
+    return modes.FILL_OR_DROP if mode == modes.PROMISE_IN_BOUNDS else mode
+
+
+def landings(
+    shape: Sequence[int], indices: Any, updates: Sequence[int], params: dict[str, Any]
+) -> np.ndarray:
+    """How many updates of a scatter land on each entry of its operand of this shape."""
+    with jax.ensure_compile_time_eval():
+        hits = lax.scatter_add(
+            jnp.zeros(shape, jnp.int32),
+            jnp.asarray(indices),
+            jnp.ones(updates, jnp.int32),
+            params["dimension_numbers"],
+            mode=checked_mode(params["mode"]),
+        )
+        return np.asarray(hits)
+
+
+def outside(hits: np.ndarray, updates: Sequence[int], params: dict[str, Any]) -> bool:
+    """Whether an update lies out of range although it was promised that none does: anything may happen then."""
+    promised = params["mode"] == lax.GatherScatterMode.PROMISE_IN_BOUNDS
+    return promised and int(hits.sum()) != int(np.prod(updates))
+
+
+def _uses(jaxpr: Any, var: Any) -> bool:
+    return any(var is atom for eqn in jaxpr.eqns for atom in eqn.invars) or any(
+        var is atom for atom in jaxpr.outvars
+    )
 
 
 _HARMLESS = ("debug_callback", "debug_print")

@@ -19,6 +19,7 @@ import numpy as np
 from lipbounds import _rules, activations
 from lipbounds._emit import Emitter, constant_key
 from lipbounds._jaxpr import Eqn, Flat, Value, is_concrete
+from lipbounds._parameters import not_understood
 from lipbounds._program import Program
 from lipbounds._rules import Alias, Group, Linear, Refused
 from lipbounds.activations import Expr, Node, SlopeError
@@ -56,6 +57,7 @@ class Lowering:
         self.taps: dict[int, Elementwise | Group] = {}
         self.consumers: dict[int, list[Eqn]] = {}
         self.rules: dict[int, Any] = {}  # what each equation is, by id
+        self.misread: set[int] = set()  # those with parameters that are not understood
         self._find_consumers()
 
     # -- reading the flat program -----------------------------------------------------------------------------------
@@ -71,10 +73,16 @@ class Lowering:
                         self.consumers.setdefault(value.index, []).append(eqn)
 
     def rule(self, eqn: Eqn) -> Any:
-        """What `_rules` says of an equation (None: nothing), asked once."""
+        """What `_rules` says of an equation (None: nothing), asked once, after its parameters were looked at."""
         if id(eqn) not in self.rules:
             rule = _rules.RULES.get(eqn.primitive)
-            self.rules[id(eqn)] = rule(eqn) if rule is not None else None
+            known = rule is not None or eqn.primitive in _rules.ELEMENTWISE
+            why = not_understood(eqn.primitive, eqn.params) if known else None
+            if why is not None:
+                self.misread.add(id(eqn))
+                self.rules[id(eqn)] = Refused(*why)
+            else:
+                self.rules[id(eqn)] = rule(eqn) if rule is not None else None
         return self.rules[id(eqn)]
 
     def resolve(self, value: Value) -> Value:
@@ -109,6 +117,9 @@ class Lowering:
         eqn = value.producer
         if eqn is None or eqn.primitive not in _rules.ELEMENTWISE or len(eqn.outputs) != 1:
             return False
+        self.rule(eqn)
+        if id(eqn) in self.misread:
+            return False
         if not jnp.issubdtype(value.dtype, jnp.floating):
             if value.dtype != np.bool_ or eqn.primitive == "convert_element_type":
                 return False
@@ -119,9 +130,9 @@ class Lowering:
         eqn = value.producer
         if eqn is None:
             return True
-        if eqn.primitive not in _rules.RULES:
-            return eqn.primitive not in _rules.ELEMENTWISE or _is_pair(eqn)
-        return self.rule(eqn) is not None
+        if self.rule(eqn) is not None or _is_pair(eqn):
+            return True
+        return eqn.primitive not in _rules.RULES and eqn.primitive not in _rules.ELEMENTWISE
 
     def dominators(self, value: Value) -> Iterator[tuple[Value, list[Value], bool]]:
         """(base, the values between, whether something nonlinear lies between this base and the nearer one)."""
@@ -319,8 +330,8 @@ class Lowering:
 
 
 _IDENTITIES = frozenset(
-    """convert_element_type copy copy_p stop_gradient optimization_barrier reduce_precision name sharding_constraint
-    pvary mesh_cast reshard device_put integer_pow""".split()
+    """convert_element_type copy stop_gradient optimization_barrier reduce_precision name sharding_constraint reshard
+    device_put integer_pow""".split()
 )
 
 

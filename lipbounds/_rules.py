@@ -3,7 +3,7 @@
 Linearity is a property of *operands*, not of names: `mul`, `dot_general`, `conv_general_dilated` with one operand that
 depends on x are linear, with two they are not; a gather whose index depends on x is not linear either.
 
-A rule takes an equation and returns what it is:
+A rule takes an equation, whose parameters `_parameters.py` has checked, and returns what it is:
 
 * `Alias`    the output is an operand (casts between floats, stop_gradient, optimization_barrier, ...);
 * `Linear`   a step of the canonical program: its kind is a key of `_kinds.KINDS`, which says how to apply it;
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lipbounds._jaxpr import Eqn, Value, is_concrete
+from lipbounds._jaxpr import Eqn, Value, checked_mode, is_concrete, landings, outside
 from lipbounds._kinds import StaticArray
 
 
@@ -100,6 +100,8 @@ NOT_FLOAT = Refused(
     "x becomes an integer, boolean or complex tensor here: the output jumps or is not real",
     "keep everything that depends on x in floating point",
 )
+
+OUTSIDE = Refused("an index is out of range", "use indices within the tensor")
 
 # --- rules ---------------------------------------------------------------------------------------------------------
 
@@ -194,11 +196,11 @@ def _gather(eqn: Eqn) -> Linear | Refused:
         eqn,
         (0,),
         lambda a: lax.gather(
-            a, indices, p["dimension_numbers"], p["slice_sizes"], mode=p["mode"], fill_value=-1
+            a, indices, p["dimension_numbers"], p["slice_sizes"], mode=checked_mode(p["mode"]), fill_value=-1
         ),
     )
     if (moved.params["index"].array < 0).any():
-        return Refused("an index is out of range, so a fill value is read", "use indices within the tensor")
+        return OUTSIDE
     return moved
 
 
@@ -239,9 +241,24 @@ def _scatter(eqn: Eqn) -> Linear | Refused:
     if not _concrete(eqn.inputs[1]):
         return TRACED
     p, indices = eqn.params, jnp.asarray(eqn.inputs[1].const)
+    hits = landings(eqn.inputs[0].shape, indices, eqn.inputs[2].shape, p)
+    if outside(hits, eqn.inputs[2].shape, p):
+        return OUTSIDE
+    if (hits > 1).any() and not _writes_one_number(eqn.inputs[2]):
+        return Refused(
+            "an index occurs twice, so it is not defined which of the updates is kept", "use each index once"
+        )
     return _moved(
         eqn, (0, 2), lambda a, b: lax.scatter(a, indices, b, p["dimension_numbers"], mode=p["mode"])
     )
+
+
+def _writes_one_number(updates: Value) -> bool:
+    """A constant that is the same everywhere, so that it does not matter which of two updates is kept."""
+    if not _concrete(updates):
+        return False
+    values = np.asarray(updates.const)
+    return bool((values == values.flat[0]).all()) if values.size else True
 
 
 def _scatter_add_rule(eqn: Eqn) -> Linear | Refused:
@@ -251,6 +268,11 @@ def _scatter_add_rule(eqn: Eqn) -> Linear | Refused:
         return TRACED
     p, indices = eqn.params, jnp.asarray(eqn.inputs[1].const)
     operand, updates = eqn.inputs[0], eqn.inputs[2]
+    hits = landings(operand.shape, indices, updates.shape, p)
+    if outside(hits, updates.shape, p):
+        return OUTSIDE
+    if p["unique_indices"] and (hits > 1).any():
+        return Refused("unique_indices=True was promised, but an index occurs twice", "drop the promise")
     size = int(np.prod(operand.shape))
     if size >= 2**24:
         return Refused(f"a scatter-add over {size} entries is too large", "split it")
@@ -381,7 +403,6 @@ RULES: dict[str, Rule] = {
     "integer_pow": lambda eqn: Alias(0) if eqn.params["y"] == 1 else None,
     "reshape": _reshape,
     "squeeze": _unary("reshape", lambda p, e: {"shape": e.outputs[0].shape}),
-    "expand_dims": _unary("reshape", lambda p, e: {"shape": e.outputs[0].shape}),
     "transpose": _unary("transpose", lambda p, e: {"permutation": p["permutation"]}),
     "broadcast_in_dim": _unary(
         "broadcast_in_dim", lambda p, e: {"shape": e.outputs[0].shape, "dims": p["broadcast_dimensions"]}
@@ -411,7 +432,6 @@ RULES: dict[str, Rule] = {
     "dynamic_update_slice": _dynamic_update_slice,
     "scatter": _scatter,
     "scatter-add": _scatter_add_rule,
-    "scatter_add": _scatter_add_rule,
     "select_n": _select,
     "split": _split,
     "unstack": _unstack,
@@ -423,14 +443,8 @@ RULES: dict[str, Rule] = {
     "argmax": _refuse(INDEX),
     "argmin": _refuse(INDEX),
     "top_k": _refuse(INDEX),
-    **{
-        name: _aliases
-        for name in ("copy", "copy_p", "stop_gradient", "optimization_barrier", "reduce_precision")
-    },
-    **{
-        name: _aliases
-        for name in ("name", "sharding_constraint", "pvary", "mesh_cast", "reshard", "device_put")
-    },
+    **{name: _aliases for name in ("copy", "stop_gradient", "optimization_barrier", "reduce_precision")},
+    **{name: _aliases for name in ("name", "sharding_constraint", "reshard", "device_put")},
 }
 
 #: Elementwise primitives: functions of one variable are composed of these, and proved in activations.py.
