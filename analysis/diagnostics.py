@@ -19,7 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lipbounds._tables import Direction, html_table, markdown_table, show, text_table
+from lipbounds._html import Html, element, together
+from lipbounds._tables import (
+    Direction,
+    html_table,
+    markdown_table,
+    markdown_text,
+    printable,
+    show,
+    text_table,
+)
 from lipbounds.analysis.batches import chunks
 from lipbounds.analysis.forging import Forged
 from lipbounds.analysis.gates import gate as gate_function
@@ -209,21 +218,21 @@ class Diagnosis:
             f"{title}\n{text_table(header, rows, right=range(1, len(header)))}"
             for title, header, rows in self.tables()
         ]
-        return "\n\n".join([head, *parts, *self._notes()])
+        return "\n\n".join([head, *parts, *map(printable, self._notes())])
 
     def _repr_markdown_(self) -> str:
         parts = [
             f"**{title}**\n\n{markdown_table(header, rows, right=range(1, len(header)))}"
             for title, header, rows in self.tables()
         ]
-        return "\n\n".join([*parts, *self._notes()])
+        return "\n\n".join([*parts, *map(markdown_text, self._notes())])
 
-    def _repr_html_(self) -> str:
+    def _repr_html_(self) -> Html:
         parts = [
-            f"<p><b>{title}</b></p>{html_table(header, rows, right=range(1, len(header)))}"
+            together(element("p", element("b", title)), html_table(header, rows, right=range(1, len(header))))
             for title, header, rows in self.tables()
         ]
-        return "".join([*parts, html_table((), [(note,) for note in self._notes()])])
+        return together(*parts, html_table((), [(note,) for note in self._notes()]))
 
 
 def _shown(mark: str, way: Any, *values: float) -> tuple[str, ...]:

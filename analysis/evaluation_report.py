@@ -5,10 +5,9 @@ from __future__ import annotations
 import base64
 import pathlib
 
-from lipbounds._files import write_atomically
 from lipbounds.analysis.experiment import LABELS, Json
 from lipbounds.analysis.figures import NORM_NAMES, png, radii_figure, svg
-from lipbounds.analysis.report import MEANINGS, environment
+from lipbounds.analysis.report import MEANINGS, environment, write_page
 
 PAGE = "evaluation.html"
 FIGURES = ("radii.png", "radii.svg")
@@ -23,7 +22,7 @@ def write_evaluation_report(record: Json, folder: pathlib.Path) -> pathlib.Path:
     picture = png(figure)
     for name, data in zip(FIGURES, (picture, svg(figure)), strict=True):
         (folder / name).write_bytes(data)
-    write_atomically(folder / PAGE, render_evaluation(record, picture).encode())
+    write_page(folder / PAGE, render_evaluation(record, picture))
     return folder / PAGE
 
 

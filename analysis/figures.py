@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
-from lipbounds._tables import Direction, show
+from lipbounds._tables import Direction, label_text, show
 from lipbounds.analysis.experiment import LABELS
 
 Json = dict[str, Any]
@@ -80,7 +80,7 @@ def certified_figure(model: Json, norms: Sequence[str]) -> Figure:
                 record["eps"],
                 record["accuracy"],
                 where="pre",
-                label=label,
+                label=label_text(label, 40),
                 color=LINES[colours.index(label.removesuffix(NO_PAIRS)) % len(LINES)],
                 linestyle=(0, (2, 1.2)) if label.endswith(NO_PAIRS) else "-",
                 linewidth=1.9,
@@ -130,7 +130,7 @@ def radii_figure(panels: Sequence[tuple[str, Json]], marks: Sequence[float]) -> 
                 [*curve["eps"], top],
                 [*curve["accuracy"], curve["accuracy"][-1]],
                 where="pre",
-                label=f"{LABELS.get(name, name)} ({record['guarantee'][name]})",
+                label=f"{label_text(LABELS.get(name, name), 40)} ({record['guarantee'][name]})",
                 color=RADII_LINES[names.index(name) % len(RADII_LINES)],
                 linewidth=1.9,
             )
@@ -138,7 +138,10 @@ def radii_figure(panels: Sequence[tuple[str, Json]], marks: Sequence[float]) -> 
         for mark in marks:
             ax.axvline(mark, color=MUTED, linewidth=1, linestyle=(0, (4, 2)))
         ax.set_title(
-            f"{title}: clean accuracy {100 * record['clean']:.1f} %", fontsize=10, loc="left", color=INK
+            f"{label_text(title)}: clean accuracy {100 * record['clean']:.1f} %",
+            fontsize=10,
+            loc="left",
+            color=INK,
         )
         ax.set_xlim(0, top)
         ax.set_ylim(0, 1.02)
@@ -165,7 +168,7 @@ def contrast_figure(rivals: Sequence[Json]) -> Figure:
             where="pre",
             color=colour,
             linewidth=1.9,
-            label=f"{model['title']}, {bound['label']}",
+            label=f"{label_text(model['title'], 40)}, {label_text(bound['label'], 40)}",
         )
         ax.axhline(model["training"]["test_accuracy"], color=colour, linewidth=1, linestyle=(0, (1, 2)))
     ax.set_xlim(left=0)
@@ -242,7 +245,7 @@ def bounds_figure(model: Json) -> Figure:
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_xlim(low, high)
-        ax.set_yticks(range(len(bars)), [row["label"] for _, row in bars])
+        ax.set_yticks(range(len(bars)), [label_text(row["label"], 40) for _, row in bars])
         ax.set_ylim(len(bars) - 0.4, -0.75)
         ax.set_title(f"{NORM_NAMES[norm]} norm", fontsize=10, loc="left", color=INK, pad=12)
     handles = [

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from lipbounds._html import Html
 from lipbounds._tables import html_table, markdown_table, show, text_table
 from lipbounds.analysis.attacks import Progress, pgd
 from lipbounds.analysis.forging import Forged, Where, forge
@@ -85,7 +86,7 @@ class Search:
     def _repr_markdown_(self) -> str:
         return markdown_table(*self._table())
 
-    def _repr_html_(self) -> str:
+    def _repr_html_(self) -> Html:
         return html_table(*self._table())
 
 

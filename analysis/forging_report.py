@@ -7,12 +7,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from lipbounds._files import write_atomically
 from lipbounds._tables import html_table
 from lipbounds.analysis.figures import png
 from lipbounds.analysis.forging_study import Claim, Study, power_of_two
 from lipbounds.analysis.masking import MaskingChecks
-from lipbounds.analysis.report import environment
+from lipbounds.analysis.report import environment, write_page
 from lipbounds.analysis.spectra_figures import ratios_figure, zeroed_figure
 
 Json = dict[str, Any]
@@ -53,5 +52,5 @@ def write_forging_report(
             figures=[base64.b64encode(png(figure)).decode("ascii") for figure in figures],
         )
     )
-    write_atomically(folder / PAGE, page.encode())
+    write_page(folder / PAGE, page)
     return folder / PAGE

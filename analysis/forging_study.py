@@ -7,7 +7,6 @@ is not here: accuracies under PGD and Square bound robust accuracy from above, a
 from __future__ import annotations
 
 import dataclasses
-import html
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lipbounds._tables import html_table, markdown_table, show, text_table
+from lipbounds._html import Html, element
+from lipbounds._tables import html_table, markdown_table, markdown_text, show, text_table
 from lipbounds.analysis.attacks import Progress, pgd
 from lipbounds.analysis.diagnostics import Diagnosis, diagnose
 from lipbounds.analysis.forge_search import CANDIDATES
@@ -112,11 +112,11 @@ class Study:
     def __repr__(self) -> str:
         return f"Study: {self._headline()}\n{text_table(*self._table())}"
 
-    def _repr_html_(self) -> str:
-        return f"<div><b>Study</b>: {html.escape(self._headline())}{html_table(*self._table())}</div>"
+    def _repr_html_(self) -> Html:
+        return element("div", element("b", "Study"), f": {self._headline()}", html_table(*self._table()))
 
     def _repr_markdown_(self) -> str:
-        return f"**Study**: {self._headline()}\n\n{markdown_table(*self._table())}"
+        return f"**Study**: {markdown_text(self._headline())}\n\n{markdown_table(*self._table())}"
 
     def to_json(self) -> Json:
         return {"settings": self.settings, "rows": [row.to_json() for row in self.rows]}

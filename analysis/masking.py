@@ -22,7 +22,6 @@ proof that there is none, and none of the five proves robustness.
 from __future__ import annotations
 
 import dataclasses
-import html
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +30,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from lipbounds._tables import html_table, markdown_table, show, text_table
+from lipbounds._html import Html, element
+from lipbounds._tables import html_table, markdown_table, markdown_text, printable, show, text_table
 from lipbounds.analysis.attacks import Attack, Progress, fgsm, pgd, whole
 from lipbounds.analysis.smoothing import Smoothed, clopper_pearson_lower, smooth
 from lipbounds.analysis.square import square
@@ -103,15 +103,19 @@ class MaskingChecks:
 
     def __repr__(self) -> str:
         table = text_table(_HEADER[:3], [row[:3] for row in self._rows()], _RIGHT)
-        lines = [f"{c.name}: {'; '.join(part for part in (c.text, c.reason) if part)}" for c in self.checks]
+        lines = [
+            printable(f"{c.name}: {'; '.join(part for part in (c.text, c.reason) if part)}")
+            for c in self.checks
+        ]
         return "\n".join([f"MaskingChecks: {self._headline()}", table, *lines])
 
-    def _repr_html_(self) -> str:
+    def _repr_html_(self) -> Html:
         table = html_table(_HEADER, self._rows(), _RIGHT)
-        return f"<div><b>MaskingChecks</b>: {html.escape(self._headline())}{table}</div>"
+        return element("div", element("b", "MaskingChecks"), f": {self._headline()}", table)
 
     def _repr_markdown_(self) -> str:
-        return f"**MaskingChecks**: {self._headline()}\n\n{markdown_table(_HEADER, self._rows(), _RIGHT)}"
+        table = markdown_table(_HEADER, self._rows(), _RIGHT)
+        return f"**MaskingChecks**: {markdown_text(self._headline())}\n\n{table}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`."""

@@ -56,7 +56,7 @@ def write_report(results: Json, folder: pathlib.Path) -> pathlib.Path:
         (folder / "training-compared.png").write_bytes(data)
         figures["training-compared"] = {"l2": base64.b64encode(data).decode("ascii")}
     page = folder / "report.html"
-    write_atomically(page, render(results, figures).encode())
+    write_page(page, render(results, figures))
     return page
 
 
@@ -119,6 +119,11 @@ def environment() -> jinja2.Environment:
         "percent2": lambda share: f"{100 * share:.2f} %",
     }
     return found
+
+
+def write_page(page: pathlib.Path, text: str) -> None:
+    """Write a page as UTF-8; what UTF-8 cannot hold (file names that are not text) becomes a character reference."""
+    write_atomically(page, text.encode("utf-8", "xmlcharrefreplace"))
 
 
 def _up(value: float, digits: int = 5) -> str:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import html
 import math
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
+from lipbounds._html import Html, element
 from lipbounds.analysis.attacks import Model, as_labels, as_points, count_classes, split, whole
 
 Progress = Callable[[str], None]
@@ -101,8 +101,8 @@ class Smoothed:
             lines.append(f"  certified accuracy at radius 0: {self.accuracy():.2%}")
         return "\n".join(lines)
 
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(repr(self))}</pre>"
+    def _repr_html_(self) -> Html:
+        return element("pre", repr(self))
 
 
 def smooth(

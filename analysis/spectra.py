@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import scipy.linalg
 
+from lipbounds._html import Html
 from lipbounds._rounding import finite, gamma, mul_up, unscale_up
 from lipbounds._tables import html_table, markdown_table, new_axes, show, text_table
 from lipbounds.norms import as_matrix, frobenius_norm, row_norms
@@ -124,7 +125,7 @@ class Discs:
     def _repr_markdown_(self) -> str:
         return markdown_table(*self._table(), right=(0, 1, 2, 3))
 
-    def _repr_html_(self) -> str:
+    def _repr_html_(self) -> Html:
         return html_table(*self._table(), right=(0, 1, 2, 3))
 
 

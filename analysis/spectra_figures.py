@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from lipbounds._tables import show
+from lipbounds._tables import label_text, show
 from lipbounds.analysis.diagnostics import Diagnosis
 from lipbounds.analysis.figures import INK, MUTED, _dress, _figure
 from lipbounds.analysis.spectra import Discs, Interlacing
@@ -35,7 +35,7 @@ def discs_figure(before: Discs, after: Discs, title: str = "") -> Figure:
         axes[0].set_ylim(bottom=0)
     axes[1].set_xlabel("real part", fontsize=9.5, color=INK)
     if title:
-        figure.suptitle(title, fontsize=10.5, color=INK)
+        figure.suptitle(label_text(title), fontsize=10.5, color=INK)
     return figure
 
 
@@ -55,7 +55,7 @@ def eigenvalues_figure(found: Interlacing, title: str = "") -> Figure:
     ax.set_ylabel("how many", fontsize=9.5, color=INK)
     figure.legend(loc="outside upper right", ncols=2, fontsize=8.5, frameon=False)
     if title:
-        ax.set_title(title, fontsize=10, loc="left", color=INK)
+        ax.set_title(label_text(title), fontsize=10, loc="left", color=INK)
     return figure
 
 
@@ -86,7 +86,7 @@ def ratios_figure(diagnosis: Diagnosis) -> Figure:
     ax.plot(
         support, places, "o", color=BEFORE, markersize=5, fillstyle="none", label="worst input, mask x ≠ 0"
     )
-    ax.set_yticks(list(places), [layer.path for layer in diagnosis.layers])
+    ax.set_yticks(list(places), [label_text(layer.path, 40) for layer in diagnosis.layers])
     ax.set_ylim(len(diagnosis.layers) - 0.4, -0.6)
     ax.set_xlim(right=1.02)
     ax.xaxis.set_major_formatter(PercentFormatter(1.0))
@@ -115,7 +115,9 @@ def zeroed_figure(diagnosis: Diagnosis) -> Figure:
         label="zero before the gate",
         width=0.7,
     )
-    ax.set_xticks(list(places), [layer.path for layer in diagnosis.layers], rotation=30, ha="right")
+    ax.set_xticks(
+        list(places), [label_text(layer.path, 40) for layer in diagnosis.layers], rotation=30, ha="right"
+    )
     ax.set_ylim(0, 1)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.set_ylabel(f"share of entries, {diagnosis.examples} examples", fontsize=9.5, color=INK)

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from matplotlib.figure import Figure
 
 import lipbounds as lb
-from lipbounds._files import write_atomically
 from lipbounds._version import __version__
 from lipbounds.analysis.figures import INK, RADII_LINES, _dress, _figure, png
-from lipbounds.analysis.report import environment
+from lipbounds.analysis.report import environment, write_page
 from lipbounds.training.config import Config
 from lipbounds.training.data import load
 from lipbounds.training.loop import Fitted, proved_bound
@@ -74,7 +73,7 @@ def write_training_report(folder: pathlib.Path, config: Config, log: list[Json],
             seconds=sum(record["seconds"] for record in log),
         )
     )
-    write_atomically(folder / PAGE, page.encode())
+    write_page(folder / PAGE, page)
     return folder / PAGE
 
 

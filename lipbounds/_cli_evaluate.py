@@ -196,7 +196,7 @@ def evaluate(
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / RECORD, record)
             page = write_evaluation_report(record, folder)
-            tables.console().print(f"page: {page}", highlight=False, soft_wrap=True)
+            tables.say(tables.console(), f"page: {page}")
 
 
 # ------------------------------------------------------------------------------------------------- helpers
@@ -347,7 +347,7 @@ def _print(record: Json) -> None:
         for pixel, given in record["paper_units"]["given"].items():
             lines.append(f"eps {given:.6g} as asked is {float(pixel):.6g} in pixel values")
     for line in lines:
-        console.print(line, highlight=False, markup=False)
+        tables.say(console, line)
 
 
 def accuracy_table(record: Json) -> Table:
@@ -356,7 +356,7 @@ def accuracy_table(record: Json) -> Table:
     from lipbounds.bound import NORM_NAMES, check_norm
 
     keys = [str(e) for e in record["eps"]]
-    table = _table(
+    table = tables.titled(
         f"{record['model']['title']}: {record['images']} test images of {record['model']['dataset']}"
     )
     table.add_column("accuracy")
@@ -379,7 +379,7 @@ def constants_table(record: Json) -> Table:
     from lipbounds._tables import seconds_text, show
     from lipbounds.analysis.experiment import LABELS
 
-    table = _table(f"{record['model']['title']}: l2 constants, averaged over pairs of classes")
+    table = tables.titled(f"{record['model']['title']}: l2 constants, averaged over pairs of classes")
     table.add_column("method", no_wrap=True)
     for column in ("L_ij", "L_i + L_j", "sqrt(2) L", "median radius"):
         table.add_column(column, justify="right")
@@ -392,15 +392,6 @@ def constants_table(record: Json) -> Table:
         time = seconds_text(record["seconds"][method])
         table.add_row(LABELS.get(method, method), *bounds, radius, record["guarantee"][method], time)
     return table
-
-
-def _table(title: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    return Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
 
 
 def _percent(share: float) -> str:

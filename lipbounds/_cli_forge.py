@@ -185,7 +185,7 @@ def forge(
         console = tables.console()
         shown = [repr(found), repr(next(row for row in found.rows if row.c_r == chosen).diagnosis)]
         for text in [*shown, *([] if signs is None else [repr(signs)]), _claims(rows)]:
-            console.print(f"\n{text}", highlight=False, markup=False, soft_wrap=True)
+            tables.say(console, f"\n{text}")
         if json is not None:
             write_json(json, record)
         if folder is not None:
@@ -193,7 +193,7 @@ def forge(
             network.save(folder / THRESHOLDS)
             write_json(folder / RECORD, record)
             page = write_forging_report(record, found, signs, folder)
-            console.print(f"\npage: {page}", highlight=False, soft_wrap=True)
+            tables.say(console, f"\npage: {page}")
 
 
 def _ratio(text: str) -> float:

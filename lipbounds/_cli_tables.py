@@ -22,6 +22,20 @@ def console() -> Console:
     return Console()
 
 
+def say(console: Console, text: str) -> None:
+    """Print text as it is: names and paths in it are not markup."""
+    console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def titled(title: str) -> Table:
+    """A table without rows yet, under a title that is not markup."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    return Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
 def progress(console: Console) -> Any:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
@@ -29,7 +43,7 @@ def progress(console: Console) -> Any:
         BarColumn(bar_width=28),
         TaskProgressColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
     )
     return Progress(*columns, console=console, transient=not console.is_terminal)
 
@@ -76,9 +90,7 @@ def training(epochs: int, quiet: bool = False) -> Iterator[Callable[[Json, str],
         def tell(record: Json, text: str) -> None:
             bar.update(task, completed=record["epoch"], description=text)
             if "clean" in record:
-                console.print(
-                    f"epoch {record['epoch']}: {text}", highlight=False, markup=False, soft_wrap=True
-                )
+                say(console, f"epoch {record['epoch']}: {text}")
 
         yield tell
 
@@ -102,14 +114,11 @@ def model_title(model: Json) -> str:
 
 
 def results_table(model: Json, title: str) -> Table:
-    from rich import box
-    from rich.table import Table
+    from rich.text import Text
 
     from lipbounds._tables import seconds_text, show
 
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
+    table = titled(title)
     table.caption = "radius: median of the certified radii, 0 where misclassified, in pixel units"
     table.caption_justify = "left"
     table.add_column("method", no_wrap=True)
@@ -136,12 +145,12 @@ def results_table(model: Json, title: str) -> Table:
                     "" if not quartiles else "inf" if quartiles[1] is None else show(quartiles[1], "down", 3)
                 )
                 table.add_row(
-                    row["label"],
+                    Text(row["label"]),
                     norm,
                     sign + show(row["value"], way, 5),  # type: ignore[arg-type]
                     "" if pair is None else sign + show(pair, way, 4),  # type: ignore[arg-type]
                     radius,
-                    f"[{styles[word]}]{word}[/]",
+                    Text(word, styles[word]),
                     seconds_text(row["seconds"]),
                 )
         table.add_section()

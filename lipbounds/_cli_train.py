@@ -225,7 +225,7 @@ def train(
             f"report: {page}",
             f"next:   lipbounds evaluate {folder}",
         ):
-            tables.console().print(line, highlight=False, markup=False, soft_wrap=True)
+            tables.say(tables.console(), line)
 
 
 def _plain(value: Any) -> Any:

@@ -25,6 +25,7 @@ from jax._src.core import eval_jaxpr
 from jax.extend.core import Literal
 
 from lipbounds._parameters import not_understood
+from lipbounds._tables import printable
 from lipbounds.errors import Unsupported
 
 _CALLS = {
@@ -147,7 +148,7 @@ class _Inliner:
     ) -> Value:
         """An equation of our own (slices and stacks of an unrolled scan)."""
         out = self.value(shape, inputs[0].dtype, depends=True)
-        self.eqns.append(Eqn(primitive, params, tuple(inputs), (out,), "/".join(path)))
+        self.eqns.append(Eqn(primitive, params, tuple(inputs), (out,), printable("/".join(path))))
         out.producer = self.eqns[-1]
         return out
 
@@ -406,7 +407,7 @@ def _stack(eqn: Any) -> Path:
 
 def _where(eqn: Any, path: Path) -> str:
     """The call path of an equation with the user's line, for messages."""
-    parts = "/".join(part for part in (*path, *_stack(eqn)) if part) or "top level"
+    parts = printable("/".join(part for part in (*path, *_stack(eqn)) if part)) or "top level"
     try:
         line = source_info_util.summarize(eqn.source_info)
     except Exception:  # internals of jax: a message must never fail because of them

@@ -49,7 +49,7 @@ def meter(count: int, seconds: float, hook: Callable[[str], None] | None = None)
         return
     console.print(f"[dim]lipbounds: {said}; guarantee='probabilistic' needs seconds[/dim]", highlight=False)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import math
+import re
 from collections.abc import Sequence
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal
 from typing import Any, Literal
+
+from lipbounds._html import Html, element, lines, together
 
 Direction = Literal["up", "down", "near"]
 _ROUNDING = {"up": ROUND_CEILING, "down": ROUND_FLOOR, "near": ROUND_HALF_EVEN}
@@ -39,9 +41,14 @@ def seconds_text(seconds: float) -> str:
     return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
+def printable(text: str) -> str:
+    """Text on one line without control characters, which could move a terminal's cursor: they become escapes."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
+
+
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Aligned columns, two spaces apart; the columns in `right` are set flush right."""
-    cells = [list(header), *[list(row) for row in rows]]
+    """Aligned columns, two spaces apart; the columns in `right` are set flush right; a row is one line."""
+    cells = [[printable(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
@@ -53,30 +60,43 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequ
     return "\n".join([line(cells[0]), "  ".join("-" * w for w in widths), *(line(row) for row in cells[1:])])
 
 
+def markdown_text(text: str) -> str:
+    """Text as one line of Markdown: tags, entities, links, code, emphasis and bars in it are escaped."""
+    return re.sub(r"[\\`*|$]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|(?<=\])\(", r"\\\g<0>", printable(text))
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """A Markdown table; bars and line breaks inside cells are escaped."""
+    """A Markdown table; what is markup or ends a cell is escaped."""
 
     def line(row: Sequence[str]) -> str:
-        return "| " + " | ".join(c.replace("|", "\\|").replace("\n", "<br>") for c in row) + " |"
+        cells = (lines("\n").join(markdown_text(part) for part in cell.split("\n")) for cell in row)
+        return "| " + " | ".join(cells) + " |"
 
     rule = "|" + "|".join("---:" if i in right else "---" for i in range(len(header))) + "|"
     return "\n".join([line(header), rule, *(line(row) for row in rows)])
 
 
-def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Html:
     """An HTML table; every cell is escaped, so names out of a user's program cannot break the page."""
 
-    def line(row: Sequence[str], tag: str) -> str:
+    def line(row: Sequence[str], tag: str) -> Html:
         cells = (
-            f'<{tag} style="text-align:{"right" if i in right else "left"};padding:2px 10px">'
-            f"{html.escape(c).replace(chr(10), '<br>')}</{tag}>"
+            element(tag, lines(c), style=f"text-align:{'right' if i in right else 'left'};padding:2px 10px")
             for i, c in enumerate(row)
         )
-        return "<tr>" + "".join(cells) + "</tr>"
+        return element("tr", *cells)
 
-    head = f"<thead>{line(header, 'th')}</thead>" if any(header) else ""
-    body = "".join(line(row, "td") for row in rows)
-    return f'<table style="border-collapse:collapse">{head}<tbody>{body}</tbody></table>'
+    head = element("thead", line(header, "th")) if any(header) else together()
+    body = element("tbody", *(line(row, "td") for row in rows))
+    return element("table", head, body, style="border-collapse:collapse")
+
+
+def label_text(text: str, longest: int = 80) -> str:
+    """Text for a matplotlib label: long text is shortened in the middle, a dollar sign does not begin a formula."""
+    text = printable(text)
+    if len(text) > longest:
+        text = f"{text[: longest // 2]}…{text[len(text) - longest // 2 + 1 :]}"
+    return text.replace("$", r"\$")
 
 
 def new_axes(width: float = 6.4, height: float = 4.0) -> Any:

@@ -19,7 +19,6 @@ is used as a Lipschitz constant has to be an upper bound. `.value` always reads 
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,7 +26,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from lipbounds._tables import Direction, html_table, markdown_table, new_axes, seconds_text, show, text_table
+from lipbounds._html import Html, element
+from lipbounds._tables import (
+    Direction,
+    html_table,
+    label_text,
+    markdown_table,
+    markdown_text,
+    new_axes,
+    printable,
+    seconds_text,
+    show,
+    text_table,
+)
 
 GUARANTEES = ("verified", "probabilistic", "assumed", "estimate")
 """From the strongest to the weakest; `weakest` is the later one.
@@ -134,8 +145,8 @@ class _Ordered:
         return []
 
     def __repr__(self) -> str:
-        lines = [f"{type(self).__name__}: {self._headline()}"]
-        lines += [f"  {name:<9} {text}" for name, text in self._facts()]
+        lines = [f"{type(self).__name__}: {printable(self._headline())}"]
+        lines += [f"  {name:<9} {printable(text)}" for name, text in self._facts()]
         rows = self._part_rows()
         if rows:
             table = text_table(self._part_header, rows[:_ROWS_IN_REPR], right=(3,))
@@ -144,21 +155,23 @@ class _Ordered:
                 lines.append(f"    ... and {len(rows) - _ROWS_IN_REPR} more: print(b.parts_table())")
         return "\n".join(lines)
 
-    def _repr_html_(self) -> str:
+    def _repr_html_(self) -> Html:
         rows = self._part_rows()
         facts = html_table(("", ""), self._facts())
-        head = f"<div><b>{type(self).__name__}</b>: {html.escape(self._headline())}</div>"
+        head = element("div", element("b", type(self).__name__), f": {self._headline()}")
         if not rows:
-            return f"<div>{head}{facts}</div>"
+            return element("div", head, facts)
         parts = html_table(self._part_header, rows, right=(3,))
-        return f"<div>{head}{facts}<details><summary>{len(rows)} parts</summary>{parts}</details></div>"
+        return element(
+            "div", head, facts, element("details", element("summary", f"{len(rows)} parts"), parts)
+        )
 
     def to_markdown(self) -> str:
         """The whole result as Markdown: the statement, a table of facts, a table of parts."""
         facts = markdown_table(("", ""), self._facts())
         rows = self._part_rows()
         parts = ["", markdown_table(self._part_header, rows, right=(3,))] if rows else []
-        return "\n".join([f"**{type(self).__name__}**: {self._headline()}", "", facts, *parts])
+        return "\n".join([f"**{type(self).__name__}**: {markdown_text(self._headline())}", "", facts, *parts])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -247,7 +260,7 @@ class _Constants(_Ordered):
         if self.pairwise is not None and len(self.pairwise) > 1:
             _draw_pairs(ax, self.pairwise, type(self).__name__)
         elif self.parts:
-            names = [f"{p.source} → {p.target}" for p in self.parts]
+            names = [label_text(f"{p.source} → {p.target}", 40) for p in self.parts]
             ax.barh(range(len(names)), [p.value for p in self.parts], color="#4477aa")
             ax.set(yticks=range(len(names)), xlabel=f"{NORM_NAMES[self.norm]} norm of the block")
             ax.set_yticklabels(names)
@@ -255,8 +268,8 @@ class _Constants(_Ordered):
         else:
             ax.barh([0], [self.value], color="#4477aa")
             ax.set(yticks=[0], xlabel="L")
-            ax.set_yticklabels([self.method])
-        ax.set_title(f"{self.method}: {self._headline()}")
+            ax.set_yticklabels([label_text(self.method, 40)])
+        ax.set_title(f"{label_text(self.method)}: {label_text(self._headline())}")
         return ax
 
     def _direction(self) -> Direction:
@@ -425,8 +438,8 @@ class LowerBound(_Ordered):
         else:
             ax.barh([0], [self.value], color="#cc6677")
             ax.set(yticks=[0], xlabel="L")
-            ax.set_yticklabels([self.method])
-        ax.set_title(f"{self.method}: {self._headline()}")
+            ax.set_yticklabels([label_text(self.method, 40)])
+        ax.set_title(f"{label_text(self.method)}: {label_text(self._headline())}")
         return ax
 
     def _part_rows(self) -> list[list[str]]:

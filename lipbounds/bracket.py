@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lipbounds._tables import new_axes, show
+from lipbounds._tables import new_axes, printable, show
 from lipbounds.bound import NORM_NAMES, LowerBound, UpperBound, check_norm
 from lipbounds.empirical import empirical
 from lipbounds.errors import GuaranteeError
@@ -40,7 +40,8 @@ class Bracket:
         norm, ratio = NORM_NAMES[self.upper.norm], show(self.ratio, "up", 4)
         return (
             f"Bracket: {low} <= L <= {high}  ({norm}, ratio {ratio})\n"
-            f"  lower  {self.lower.method}\n  upper  {self.upper.method}, {self.upper.guarantee}"
+            f"  lower  {printable(self.lower.method)}\n"
+            f"  upper  {printable(self.upper.method)}, {self.upper.guarantee}"
         )
 
     def plot(self, ax: Any = None) -> Any:

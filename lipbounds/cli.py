@@ -154,12 +154,8 @@ def demo(
         for model in results["models"]:
             console.print()
             console.print(tables.results_table(model, tables.model_title(model)))
-        console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
-        console.print(
-            f"next:   lipbounds certify {out / 'mlp.safetensors'} --eps 0.1 0.25",
-            highlight=False,
-            soft_wrap=True,
-        )
+        tables.say(console, f"report: {out / 'report.html'}")
+        tables.say(console, f"next:   lipbounds certify {out / 'mlp.safetensors'} --eps 0.1 0.25")
 
 
 @app.command()

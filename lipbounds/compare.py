@@ -9,7 +9,6 @@ their own and never enter the comparison or a certified accuracy.
 
 from __future__ import annotations
 
-import html
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +17,19 @@ from typing import Any
 
 import numpy as np
 
-from lipbounds._tables import Direction, html_table, markdown_table, new_axes, seconds_text, show, text_table
+from lipbounds._html import Html, element, together
+from lipbounds._tables import (
+    Direction,
+    html_table,
+    label_text,
+    markdown_table,
+    markdown_text,
+    new_axes,
+    printable,
+    seconds_text,
+    show,
+    text_table,
+)
 from lipbounds._views import elementwise_view
 from lipbounds.bound import NORM_NAMES, Estimate, LowerBound, UpperBound, check_norm
 from lipbounds.bracket import check_order
@@ -232,17 +243,21 @@ class Comparison:
         header, rows, right = self._table()
         rows = [[*row[:-1], " ".join(row[-1].split())[:100]] for row in rows] if header[-1] == "" else rows
         table = text_table(header, rows, right)
-        return "\n".join([f"Comparison: {self._statement()}", table, *self._footer()])
+        return "\n".join(
+            [f"Comparison: {printable(self._statement())}", table, *map(printable, self._footer())]
+        )
 
-    def _repr_html_(self) -> str:
-        footer = "".join(f"<div>{html.escape(line)}</div>" for line in self._footer())
-        head = f"<b>Comparison</b>: {html.escape(self._statement())}"
-        return f"<div>{head}{html_table(*self._table())}{footer}</div>"
+    def _repr_html_(self) -> Html:
+        footer = [element("div", line) for line in self._footer()]
+        head = together(element("b", "Comparison"), f": {self._statement()}")
+        return element("div", head, html_table(*self._table()), *footer)
 
     def to_markdown(self) -> str:
         """The table as Markdown, with the statement above it."""
-        footer = ["", *(f"- {line}" for line in self._footer())] if self._footer() else []
-        return "\n".join([f"**{self._statement()}**", "", markdown_table(*self._table()), *footer])
+        footer = ["", *(f"- {markdown_text(line)}" for line in self._footer())] if self._footer() else []
+        return "\n".join(
+            [f"**{markdown_text(self._statement())}**", "", markdown_table(*self._table()), *footer]
+        )
 
     def plot(self, ax: Any = None) -> Any:
         """Bounds side by side (log scale), coloured by guarantee; returns the matplotlib Axes.
@@ -279,9 +294,9 @@ class Comparison:
         ax.set(
             yticks=range(len(self.rows)),
             xlabel=f"bound of L ({NORM_NAMES[self.norm]})",
-            title=self._statement(),
+            title=label_text(self._statement()),
         )
-        ax.set_yticklabels([row.method for row in self.rows])
+        ax.set_yticklabels([label_text(row.method, 40) for row in self.rows])
         ax.invert_yaxis()
         if seen:
             ax.legend(handles=list(seen.values()), fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))

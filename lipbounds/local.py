@@ -25,10 +25,11 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from lipbounds import _localbox, _localrun, _localwide, _proof
+from lipbounds._html import Html, element
 from lipbounds._localrun import Matrix, Stage, Values
 from lipbounds._rounding import U, add_up, gamma, require_gradual_underflow, sqrt_up
 from lipbounds._sequence import WIDEST, first_tap, hybrid_start, split
-from lipbounds._tables import seconds_text, show
+from lipbounds._tables import printable, seconds_text, show
 from lipbounds._triangle import FAILURE, Request
 from lipbounds._views import elementwise_view
 from lipbounds.bound import NORM_NAMES, UpperBound, check_norm, weakest
@@ -99,10 +100,10 @@ class LocalBounds:
             f"  L <=     {show(low, 'up')} to {show(high, 'up')}, median {show(middle, 'up')}",
             f"  time     {seconds_text(self.seconds)}",
         ]
-        return "\n".join([*lines, *(f"  note     {note}" for note in self.notes)])
+        return "\n".join([*lines, *(f"  note     {printable(note)}" for note in self.notes)])
 
-    def _repr_html_(self) -> str:
-        return "<pre>" + self.__repr__().replace("<", "&lt;") + "</pre>"
+    def _repr_html_(self) -> Html:
+        return element("pre", repr(self))
 
 
 def local(

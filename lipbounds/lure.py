@@ -24,9 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipbounds import activations
+from lipbounds._html import Html, element, together
 from lipbounds._jaxpr import is_concrete
 from lipbounds._kinds import KINDS, StaticArray
 from lipbounds._program import Op, Program, Tap
+from lipbounds._tables import html_table, printable
 
 Slopes = tuple[Any, Any] | tuple[()]
 
@@ -109,21 +111,16 @@ class LureForm:
         return tuple(cut.registers for cut in state_sequence(self.program)[:-1])
 
     def __repr__(self) -> str:
-        taps = ", ".join(f"{t.name}[{t.size_out}]" for t in self.taps) or "none (linear)"
+        taps = ", ".join(f"{printable(t.name)}[{t.size_out}]" for t in self.taps) or "none (linear)"
         return (
             f"LureForm({self.in_shape} -> ({self.num_outputs},), {len(self.taps)} taps: {taps}, "
             f"{self.num_neurons} neurons{', assumed slopes' if self.assumed else ''})"
         )
 
-    def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{k}</td><td>{t.name}</td><td>{t.size_in}</td><td>{t.size_out}</td><td><code>{t.path}</code></td></tr>"
-            for k, t in enumerate(self.taps)
-        )
-        return (
-            f"<b>LureForm</b> {self.in_shape} &rarr; ({self.num_outputs},)<table><tr><th>tap</th><th>function</th>"
-            f"<th>inputs</th><th>outputs</th><th>call path</th></tr>{rows}</table>"
-        )
+    def _repr_html_(self) -> Html:
+        rows = [[str(k), t.name, str(t.size_in), str(t.size_out), t.path] for k, t in enumerate(self.taps)]
+        table = html_table(("tap", "function", "inputs", "outputs", "call path"), rows, right=(0, 2, 3))
+        return together(element("b", "LureForm"), f" {self.in_shape} → ({self.num_outputs},)", table)
 
 
 # --- the interpreter -----------------------------------------------------------------------------------------------

@@ -21,10 +21,11 @@ import numpy as np
 import scipy.sparse as sp
 
 from lipbounds import _triangle, activations, norms
+from lipbounds._html import Html, element
 from lipbounds._kinds import KINDS, StaticArray
 from lipbounds._program import Tap
 from lipbounds._rounding import U, add_up, gamma
-from lipbounds._tables import new_axes
+from lipbounds._tables import label_text, new_axes, printable
 from lipbounds.bound import NORM_NAMES, UpperBound, weakest
 from lipbounds.linmap import HostForm, Node, TapScaling
 from lipbounds.liplt import liplt
@@ -74,17 +75,17 @@ class Radii:
 
     def __repr__(self) -> str:
         n = len(self.radius)
-        head = f"Radii: {n} examples, {NORM_NAMES[self.norm]}, {self.guarantee} ({self.method})"
+        head = f"Radii: {n} examples, {NORM_NAMES[self.norm]}, {self.guarantee} ({printable(self.method)})"
         if not n:
             return head
         share = self.correct.mean()
         finite = self.radius[self.correct]
         middle = f"{np.median(finite):.4g}" if finite.size else "none"
         lines = [head, f"  correct   {share:.2%}", f"  median radius of correct examples: {middle}"]
-        return "\n".join([*lines, *(f"  note      {note}" for note in self.notes)])
+        return "\n".join([*lines, *(f"  note      {printable(note)}" for note in self.notes)])
 
-    def _repr_html_(self) -> str:
-        return "<pre>" + self.__repr__().replace("<", "&lt;") + "</pre>"
+    def _repr_html_(self) -> Html:
+        return element("pre", repr(self))
 
     def plot(self, ax: Any = None) -> Any:
         """Certified accuracy against eps; returns the matplotlib Axes."""
@@ -93,7 +94,7 @@ class Radii:
         top = finite[-1] if finite.size and finite[-1] > 0 else 1.0
         eps = np.linspace(0, 1.05 * top, 400)
         share = [self.certified(e).mean() if len(self.radius) else 0.0 for e in eps]
-        ax.plot(eps, share, label=f"{self.method} ({self.guarantee})")
+        ax.plot(eps, share, label=label_text(f"{self.method} ({self.guarantee})"))
         ax.set(
             xlabel=f"eps ({NORM_NAMES[self.norm]}, units of the input)",
             ylabel="certified accuracy",

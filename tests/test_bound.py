@@ -273,7 +273,7 @@ def test_names_cannot_break_html_or_markdown():
     assert (
         "<script>" not in b._repr_html_() and "<i>" not in b._repr_html_() and "&lt;b&gt;" in b._repr_html_()
     )
-    assert "a\\|b<i>" in b.to_markdown()
+    assert "a\\|b\\<i>" in b.to_markdown()
     assert "&lt;" in html_table(("<",), [["<"]]) and "\\|" in markdown_table(("a",), [["|"]])
 
 

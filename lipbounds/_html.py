@@ -1,0 +1,33 @@
+"""The only place outside the templates that writes HTML tags: text is escaped, finished HTML is a type of its own."""
+
+from __future__ import annotations
+
+import html
+
+
+class Html(str):
+    """Finished HTML. Jinja2 reads `__html__` and does not escape it again."""
+
+    __slots__ = ()
+
+    def __html__(self) -> str:
+        return str(self)
+
+
+def element(tag: str, *children: str, **attributes: str) -> Html:
+    """`<tag attributes>children</tag>`; children that are not `Html`, and all attribute values, are escaped.
+
+    `tag` and the names of the attributes are literals of this package.
+    """
+    names = "".join(f' {name}="{html.escape(value)}"' for name, value in attributes.items())
+    return Html(f"<{tag}{names}>{together(*children)}</{tag}>")
+
+
+def together(*children: str) -> Html:
+    """Children one after the other, those that are not `Html` escaped."""
+    return Html("".join(child if isinstance(child, Html) else html.escape(child) for child in children))
+
+
+def lines(text: str) -> Html:
+    """Text with its line breaks."""
+    return Html(html.escape(text).replace("\n", "<br>"))
