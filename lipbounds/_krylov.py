@@ -108,9 +108,11 @@ def golub_kahan(
     so with d_j = c_j/c and |c| >= delta each pivot of t I - T loses at most (noise/delta) t / d_j, which is
     subtracted. This matters: on an orthogonal A the second vector is rounding noise, and a larger singular
     value could hide behind a c of size delta. `noise` is an assumption about the products (2**-50 suits
-    float64), raised to twice the largest component that reorthogonalisation removed; what is left, the loss
-    of orthogonality and the rounding of p_j, is covered by 1e-10 relative. That part is an allowance, not a
-    proof: one reason why the guarantee is "probabilistic".
+    float64), raised to twice the largest component that reorthogonalisation removed, relative to the largest
+    Ritz value: a lower bound of ||A||, so what is divided by it is never taken for too small. (In the first
+    steps it is far below ||A|| where A has few large singular values; no bound is then to be had yet, and
+    the iteration goes on.) What is left, the loss of orthogonality and the rounding of p_j, is covered by
+    1e-10 relative. That part is an allowance, not a proof: one reason why the guarantee is "probabilistic".
 
     `lower` is the largest singular value of the bidiagonal matrix (a lower bound up to the same allowance).
     Stops when upper <= (1 + rtol) lower or after min(max_steps, n) steps; a step is one product with A and
@@ -119,7 +121,7 @@ def golub_kahan(
     Raises:
         ValueError: products that are not finite or of the wrong length, bad arguments, a `failure` so small
         that
-            rounding hides the component that it allows (noise/delta above 1/4).
+            rounding hides the component that it allows (noise/delta above 1/4) until the last step.
     """
     if n < 1 or not 0.0 < failure < 1.0 or not rtol > 0.0 or max_steps < 1:
         raise ValueError("golub_kahan needs n >= 1, 0 < failure < 1, rtol > 0 and max_steps >= 1")
@@ -133,7 +135,8 @@ def golub_kahan(
     alpha: list[float] = []
     beta: list[float] = []
     unit = 1.0  # a power of two near the norm: squares below neither overflow nor underflow
-    upper = lower = 0.0
+    upper, lower, lost = math.inf, 0.0, 0.0
+    size = 0.0  # the largest entry so far, a lower bound of ||A||
     # one thread: products with vectors gain little from more, and lose everything on a busy machine
     with threadpool_limits(1, "blas"):
         for step in range(min(max_steps, n)):
@@ -146,26 +149,38 @@ def golub_kahan(
             image = image / unit
             a, u, removed = left.orthogonalised(image - beta[-1] * u if step else image)
             alpha.append(a)
-            b = 0.0
-            if a > noise * max(alpha):
+            size = max(size, a)
+            b, gone = 0.0, a <= _noise(noise, removed, size)
+            if not gone:
                 left.append(u)
                 b, v, again = right.orthogonalised(_product(rmatvec, u, n) / unit - a * v)
                 removed = max(removed, again)
+            lost, size = max(lost, removed), max(size, b)
             beta.append(b if step + 1 < n else 0.0)
-            noise = max(noise, 2.0 * removed / max(alpha))
-            if noise / delta > 0.25:
-                raise ValueError(
-                    f"failure={failure} is too small for products accurate to {noise:.1e} in dimension {n}"
-                )
-            ended = a * b <= noise * max(alpha) ** 2 or step + 1 == n
-            if ended or step % 4 == 3 or step + 1 == min(max_steps, n):
+            ended = gone or a * b <= _noise(noise, lost, size) * size**2 or step + 1 == n
+            last = ended or step + 1 == min(max_steps, n)
+            if last or step % 4 == 3:
                 lower = _largest_singular_value(alpha, beta[:-1])
-                upper = _largest_root(*_tridiagonal(alpha, beta), limit, lower, noise / delta)
-                if ended or upper <= (1.0 + rtol) * lower:
-                    break
+                relative = _noise(noise, lost, max(size, lower))
+                loss = (2.0 if gone else 1.0) * relative / delta  # a coupling that was dropped is noise too
+                if loss <= 0.25:
+                    upper = _largest_root(*_tridiagonal(alpha, beta), limit, lower, loss)
+                    if ended or upper <= (1.0 + rtol) * lower:
+                        break
+                if last and upper == math.inf:
+                    raise ValueError(
+                        f"failure={failure} is too small for products accurate to {relative:.1e} in dimension {n}"
+                    )
+            if ended:
+                break
             right.append(v)
     upper = up(up(upper * (1.0 + _ALLOWANCE)) * unit)
     return upper, lower * (1.0 - _ALLOWANCE) * unit, len(alpha)
+
+
+def _noise(noise: float, lost: float, size: float) -> float:
+    """The residual of one step relative to ||A|| >= size, where reorthogonalisation removed `lost`."""
+    return max(noise, 2.0 * lost / size) if size > 0.0 else noise
 
 
 def _overlap(failure: float, n: int) -> float:
@@ -282,7 +297,7 @@ def lanczos_columns(
     v = start / np.maximum(np.linalg.norm(start, axis=1), 1e-300)[:, None]
     basis = np.zeros((count, min(max_steps, n), n))
     diagonal, off = np.zeros((count, 0)), np.zeros((count, 0))
-    upper, slip = np.full(count, math.inf), np.full(count, noise)
+    upper, lost = np.full(count, math.inf), np.zeros(count)
     unit, live = np.ones(count), np.ones(count, bool)
     last = basis.shape[1]
     for step in range(last):
@@ -307,13 +322,17 @@ def lanczos_columns(
         removed = np.linalg.norm(before - rest, axis=1)
         length = np.linalg.norm(rest, axis=1)
         largest = diagonal.max(axis=1)
-        slip = np.where(live, np.maximum(slip, 2 * removed / np.where(largest > 0, largest, 1.0)), slip)
-        live &= slip / delta <= 0.25
+        lost = np.maximum(lost, removed)
+        slip = np.maximum(noise, 2 * lost / np.where(largest > 0, largest, 1.0))
         ended = (length <= slip * largest) | (step + 1 == n)
         off = np.column_stack([off, np.where(ended, 0.0, length)])
         for i in np.flatnonzero(live & (ended | (step % 4 == 3) | (step + 1 == last))):
             found = math.sqrt(max(eigvalsh_tridiagonal(diagonal[i], off[i, :-1])[-1], 0.0))
-            root = _largest_root(diagonal[i], off[i], limit, found, slip[i] / delta)
+            loss = max(noise, 2 * lost[i] / found**2 if found > 0 else 0.0) / delta
+            if loss > 0.25:  # `found`, a lower bound, may still grow
+                live[i] = not ended[i]
+                continue
+            root = _largest_root(diagonal[i], off[i], limit, found, loss)
             upper[i] = up(up(root * (1.0 + _ALLOWANCE)) * sqrt_up(unit[i]))
             live[i] = not (ended[i] or root <= (1.0 + rtol) * found)
         v = rest / np.where(length > 0, length, 1.0)[:, None]

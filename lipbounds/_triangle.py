@@ -18,29 +18,26 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
 
 from lipbounds import norms
 from lipbounds._banded import Plan
-from lipbounds._budget import MOST_STEPS, Budget, proofs, show
+from lipbounds._budget import Budget, proofs
 from lipbounds._program import Tap
 from lipbounds._progress import meter, proof_seconds
 from lipbounds._rounding import add_up, gamma, mul_up
+from lipbounds._wide import wide_norm
 from lipbounds.bound import Part, weakest
 from lipbounds.linmap import HostForm, Node, TapScaling
-from lipbounds.lure import LureForm, multiplicity, propagate, proved_slopes
+from lipbounds.lure import LureForm, multiplicity, proved_slopes
 from lipbounds.norms import Enclosure
 
 #: Blocks whose smaller side is at most this are verified by `guarantee="auto"`; larger ones are probabilistic.
 DENSE_LIMIT = 4096
 #: Probability with which a probabilistic bound may fail, all its blocks together.
 FAILURE = 1e-9
-_TINY = 1e-100  # matrix-free norms below this may have lost parts to underflow
 _LOOSE = 1e-6  # rounding error of a block, relative to its norm, above which shorter blocks are tried
 _STORED_ENTRIES = 2**28  # a scaling keeps all blocks: 2 GB
 
@@ -222,17 +219,16 @@ def block_norms(
     for place, (source, target) in enumerate(large):
         if request.progress is not None:
             request.progress(_block_name(form, (source, target)))
-        share = request.failure / len(large)
-        value, steps = _probabilistic(form, source, target, scalings, request.seed + place, share)
-        if value < _TINY:
-            # The device flushes what underflows to zero, so a vanishing product proves nothing: multiply it out.
-            for _, block in matrices(host, [(source, target)], scalings):
-                found[source, target] = BlockNorm(
-                    block_norm(host, block, 2), "verified", "Cholesky", block.shape
-                )
-            continue
-        shape = _shape(host, (source, target))
-        found[source, target] = BlockNorm(value, "probabilistic", f"Golub-Kahan, {steps} steps", shape)
+        bound = wide_norm(
+            form,
+            host,
+            (source, target),
+            scalings,
+            seed=request.seed + place,
+            failure=request.failure / len(large),
+            matrix_free=request.guarantee == "probabilistic",
+        )
+        found[source, target] = BlockNorm(*bound[:3], _shape(host, (source, target)))
     return found
 
 
@@ -278,15 +274,18 @@ def _within_budget(
             found[pair] = BlockNorm(bound[0], "verified", how, size(pair))
             continue
         most = budget.steps(sum(size(pair)))
-        share = request.failure / len(left)
-        value, steps = _probabilistic(form, *pair, scalings, request.seed + place, share, most)
-        if value < _TINY:
-            raise ValueError(
-                f"the block {_block_name(form, pair)} is too small for products on the device, and no proof of it fits "
-                f"memory={show(budget.limit)}: give a larger one"
-            )
-        how = f"Golub-Kahan, {steps} steps, {budget.spend(budget.vectors(sum(size(pair)), steps))}"
-        found[pair] = BlockNorm(value, "probabilistic", how, size(pair))
+        one = wide_norm(
+            form,
+            host,
+            pair,
+            scalings,
+            seed=request.seed + place,
+            failure=request.failure / len(left),
+            matrix_free=request.guarantee == "probabilistic",
+            max_steps=most,
+            limit=budget.limit,
+        )
+        found[pair] = BlockNorm(one.value, one.guarantee, f"{one.how}, {budget.spend(one.need)}", size(pair))
     return found
 
 
@@ -323,66 +322,6 @@ def _shorten(
         old = found[source, target]
         if shorter < old.value:
             found[source, target] = BlockNorm(shorter, "verified", "shorter blocks", old.shape)
-
-
-@partial(jax.jit, static_argnames=("source", "target", "transposed"))
-def _block_product(
-    form: LureForm, scalings: Any, vector: jax.Array, source: Node, target: Node, transposed: bool
-) -> jax.Array:
-    """G[target, source] u, or its transpose, in the vector's dtype."""
-    taps = form.taps
-    in_size = sum(taps[k].size_out for k in source) if source else form.in_size
-
-    def forward(u: jax.Array) -> jax.Array:
-        seen: dict[int, Any] = {}
-
-        def tap(k: int, y: Any) -> Any:
-            c, q, _ = scalings[k]
-            seen[k] = y
-            v = None if y is None or c is None else c.astype(u.dtype) * y
-            if k in source:
-                start = sum(taps[j].size_out for j in source[: source.index(k)])
-                w = q.astype(u.dtype) * u[start : start + taps[k].size_out]
-                v = w if v is None else v + w
-            return v
-
-        propagate(form, None if source else u, tap, dtype=u.dtype)
-        parts = [
-            jnp.zeros(taps[k].size_in, u.dtype)
-            if seen[k] is None
-            else scalings[k][2].astype(u.dtype) * seen[k]
-            for k in target
-        ]
-        return jnp.concatenate(parts)
-
-    if not transposed:
-        return forward(vector)
-    (out,) = jax.linear_transpose(forward, jax.ShapeDtypeStruct((in_size,), vector.dtype))(vector)
-    return out
-
-
-def _probabilistic(
-    form: LureForm,
-    source: Node,
-    target: Node,
-    scalings: Sequence[TapScaling],
-    seed: int,
-    failure: float,
-    max_steps: int = MOST_STEPS,
-) -> tuple[float, int]:
-    host = host_form(form)
-    arrays = tuple((s.c, s.q, s.e) for s in scalings)
-    with jax.enable_x64(True):
-        product = partial(_block_product, form, arrays, source=source, target=target)
-        upper, _, steps = norms.golub_kahan(
-            lambda u: np.asarray(product(jnp.asarray(u), transposed=False)),
-            lambda u: np.asarray(product(jnp.asarray(u), transposed=True)),
-            host.node_size(source, source=True),
-            seed=seed,
-            failure=failure,
-            max_steps=max_steps,
-        )
-    return upper, steps
 
 
 # --- the recursion -------------------------------------------------------------------------------------------------

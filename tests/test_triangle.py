@@ -18,7 +18,7 @@ from gain import dense_gain, form_of
 from zoo_core import gauss
 
 import lipbounds as lb
-from lipbounds import _scaling, _triangle, linmap, norms
+from lipbounds import _scaling, _triangle, _wide, linmap, norms
 from lipbounds._triangle import Request
 from lipbounds.linmap import HostForm, Node
 from lipbounds.lure import LureForm
@@ -286,10 +286,8 @@ def test_matrix_free_products_are_the_blocks() -> None:
         block = np.block([[truth[part, (k,)] for part in parts] for k in target])
         with jax.enable_x64(True):
             u, v = (jnp.asarray(rng.normal(size=n)) for n in block.shape[::-1])
-            forward = _triangle._block_product(
-                form, arrays, u, source=source, target=target, transposed=False
-            )
-            back = _triangle._block_product(form, arrays, v, source=source, target=target, transposed=True)
+            forward = _wide._block_product(form, arrays, u, source=source, target=target, transposed=False)
+            back = _wide._block_product(form, arrays, v, source=source, target=target, transposed=True)
             assert np.allclose(forward, block @ np.asarray(u), rtol=1e-12, atol=1e-12)
             assert np.allclose(back, block.T @ np.asarray(v), rtol=1e-12, atol=1e-12)
 
