@@ -128,14 +128,14 @@ class _Watched(dict[int, Enclosure]):
 
     def __setitem__(self, register: int, value: Enclosure) -> None:
         super().__setitem__(register, value)
-        self.peak = max(self.peak, sum(_bytes(m.matrix) for m in self.values()))
+        self.peak = max(self.peak, sum(_bytes(m) for m in self.values()))
         if self.peak > self.limit:
             raise _TooLarge
 
 
-def _bytes(matrix: Any) -> int:
+def _bytes(m: Enclosure) -> int:
     """Entries of a matrix in bytes, without the row pointers, which slices of columns all share."""
-    return _ENTRY * matrix.nnz if sp.issparse(matrix) else int(matrix.nbytes)
+    return (_ENTRY if m.sparse else 8) * m.stored
 
 
 def _columns(
@@ -193,7 +193,7 @@ def formed(
     pilot = np.unique(np.linspace(0, n - 1, min(n, _PILOT)).astype(np.int64))
     try:
         block, peak = _columns(host, source, target, scalings, pilot, limit / 2)
-        total = _bytes(block.matrix) * n // pilot.size
+        total = _bytes(block) * n // pilot.size
         if 3 * total > limit:
             return None, f"about {show(3 * total)}"
         width = max(1, min(n, int(limit / 4 * pilot.size / max(peak, 1))))
@@ -202,7 +202,7 @@ def formed(
             chosen = np.arange(lo, min(lo + width, n))
             block, _ = _columns(host, source, target, scalings, chosen, limit / 2)
             slices.append(block)
-            held += _bytes(block.matrix)
+            held += _bytes(block)
             if 3 * held > limit:
                 return None, f"about {show(3 * held * n / min(lo + width, n))}"
     except _TooLarge:
@@ -245,7 +245,7 @@ def proofs(
     for pair in sorted(pairs, key=size, reverse=True):
         block, need = formed(host, *pair, scalings, budget.limit)
         if block is not None:
-            plan = norms.proof_plan(block.matrix, budget.limit)
+            plan = norms.proof_plan(block, budget.limit)
             need = show(plan.memory)
             if plan.memory <= budget.limit and (forced or plan.flops <= MOST_FLOPS):
                 if not (forced and needs):

@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg as sl
-import scipy.sparse as sp
 
 from lipbounds import norms
 from lipbounds._lmi import Prepared, closure, prepare
@@ -88,12 +87,12 @@ def dense_gain(form: LureForm) -> DenseGain:
     errors = np.zeros((len(nodes) + 1, len(nodes) + 1))
 
     def place(target: int | None, source: int | None, block: Enclosure) -> None:
-        dense = block.matrix.toarray() if sp.issparse(block.matrix) else block.matrix
+        dense, error = block.dense().with_error()
         into = slice(rows, rows + outputs) if target is None else slice(starts[target], starts[target + 1])
         out_of = slice(0, n) if source is None else slice(n + starts[source], n + starts[source + 1])
         dense = dense if target is None else dense[wide[target]]
         whole[into, out_of] = dense if source is None else dense[:, wide[source]]
-        errors[-1 if target is None else target, 0 if source is None else source + 1] = block.error
+        errors[-1 if target is None else target, 0 if source is None else source + 1] = error
 
     for (source, target), block in matrices(host, structure(host, nodes, scalings), scalings):
         place(target[0], source[0] if source else None, block)
@@ -134,9 +133,10 @@ def _moving(whole: np.ndarray, rows: int, n: int, errors: np.ndarray, taps: np.n
 def reduce_input(gain: DenseGain) -> tuple[np.ndarray, np.ndarray]:
     """(Gy, Gz) in plain float64 with the x-columns Gx replaced by as many columns as their rank.
 
-    Gx Gx' does not change (up to rounding, relative to each row), so neither do rho and T of (LMI).
+    Gx Gx' does not change (up to rounding, relative to each row), so neither do rho and T of (LMI). For solvers: what
+    they find is proved with the gain itself.
     """
-    Gy, Gz, n = gain.Gy.matrix, gain.Gz.matrix, gain.n
+    Gy, Gz, n = gain.Gy.midpoint_for_search(), gain.Gz.midpoint_for_search(), gain.n
     Gx = np.concatenate([Gy[:, :n], Gz[:, :n]])
     size = np.sqrt(np.einsum("ij,ij->i", Gx, Gx))
     size[size == 0] = 1.0

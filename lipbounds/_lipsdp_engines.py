@@ -104,7 +104,7 @@ def parameters_from(
     sigma = start
     taps: list[Any] = []
     for segment in seq.segments:
-        a, b, w = (m.matrix for m in (segment.A, segment.B, segment.W))
+        a, b, w = (m.midpoint_for_search() for m in (segment.A, segment.B, segment.W))
         n = segment.active.size
         if not n:
             taps.append((np.zeros(0), np.zeros(0)))
@@ -150,7 +150,7 @@ class Recursion:
             search.notes.append(f"the ellipsoid starts behind {start_at} taps, which LipLT bounds")
         else:
             self.states = sequence(search.form)
-            first = self.states.start.matrix
+            first = self.states.start.midpoint_for_search()
             first = first if box else first @ first.T
         self.problem = ellipsoid.problem(self.states.segments, first, per_layer=layers, box=box)
         self.effort = ellipsoid.effort(self.problem, iterations)

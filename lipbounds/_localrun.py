@@ -22,10 +22,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 from scipy.linalg.lapack import dpotrf, dpotrs
 
-from lipbounds import _triangle
+from lipbounds import _triangle, norms
 from lipbounds._kinds import StaticArray
 from lipbounds._localslopes import anchored_slopes, pair_slopes
 from lipbounds._rounding import U, gamma
@@ -75,16 +74,17 @@ class Matrix:
 
 
 def frobenius(s: np.ndarray) -> np.ndarray:
-    """(N,) ||S||_F, rounded up."""
+    """(N,) ||S||_F, rounded up; squares below the range are counted as the least number in it."""
     flat = s.reshape(len(s), -1)
-    return np.sqrt(np.einsum("ni,ni->n", flat, flat)) * (1 + gamma(flat.shape[1] + 8)) + _TINY
+    lost = np.sqrt(flat.shape[1]) * 2.0**-510
+    return np.sqrt(np.einsum("ni,ni->n", flat, flat)) * (1 + gamma(flat.shape[1] + 8)) + lost
 
 
 def _matrix(m: Enclosure) -> Matrix:
-    array = m.matrix.toarray() if sp.issparse(m.matrix) else np.asarray(m.matrix, np.float64)
-    if m.error == 0.0 and array.shape[0] == array.shape[1] and is_identity(array):
+    array, error = m.dense().with_error()
+    if error == 0.0 and array.shape[0] == array.shape[1] and is_identity(array):
         return Matrix(None, 0.0, float(np.sqrt(len(array))) * (1 + U))
-    return Matrix(array, m.error, float(frobenius(array[None])[0]))
+    return Matrix(array, error, float(frobenius(array[None])[0]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,11 +108,8 @@ def stages(view: LureForm) -> tuple[Matrix, tuple[Stage, ...]]:
     for k, (here, there) in enumerate(itertools.pairwise(cuts)):
         h, g, w = host.between(here.registers, there.registers, range(here.step, there.step), k, plain)
         assert g is not None and w is not None
-        lives_on = h.error > 0 or bool(h.matrix.nnz if sp.issparse(h.matrix) else h.matrix.any())
-        both = w
-        if lives_on:
-            dense = [m.matrix.toarray() if sp.issparse(m.matrix) else m.matrix for m in (w, h)]
-            both = Enclosure(np.concatenate(dense), float(np.hypot(w.error, h.error)) * (1 + 4 * U))
+        lives_on = bool(h.support(axis=0).any())
+        both = norms.stack([w.dense(), h.dense()]) if lives_on else w
         made.append(Stage(k, view.taps[k].size_in, _matrix(both), _matrix(g), lives_on))
     return _matrix(start), tuple(made)
 

@@ -13,11 +13,13 @@ tap can pass on; Lanczos on S B B' S bounds it, many inputs side by side. Single
 
 D the direct linear maps, m_j and rho_j bounds of ||dv_j|| and |dv_jl| per ||dx||. The rows to the outputs are few: the
 Gram matrices of their blocks give all constants without a norm. With the slopes of the whole line this is LipLT (CRM
-paper, Theorem 3.3). l2 norm; holds except with a stated probability, rounding covered by an allowance as there.
+paper, Theorem 3.3). l2 norm; holds except with a stated probability. Of D the rounding error is known (`Enclosure`); of
+the products on a device with B_k and with the rows it is bounded by `_carried`, and added.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,18 +29,24 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
 
-from lipbounds import _triangle, norms
+from lipbounds import _carried, _triangle, norms
+from lipbounds._carried import OUTPUT, Spread
 from lipbounds._krylov import lanczos_columns
 from lipbounds._localrun import Values, centre_and_radius
 from lipbounds._program import Tap
-from lipbounds._rounding import U
+from lipbounds._rounding import U, gamma
 from lipbounds.linmap import Node, TapScaling
 from lipbounds.lure import LureForm, multiplicity, propagate
 
 _ROUNDING = 1e-10  # allowance, relative, of sums of numbers >= 0
-_CANCELLED = 2.0**-40  # allowance, relative to the whole, of the squares of rows
+_CANCELLED = 2.0**-40  # allowance, relative to the whole, of the squares of rows, beside that of their sums
+_UNDERFLOW = 2.0**-900  # of the squares of rows
+_LARGEST, _SMALLEST = 2.0**400, 2.0**-400  # of bounds of what a tap passes on: squares are in the range
 _RTOL = 0.1  # of the norms of the maps to the taps
 _STEPS = 32
+# Products that err by d make the matrix of the Lanczos recurrence that of an operator within 2 sqrt(steps) of the error
+# of S B B' S, which is 2 s d + d^2: its root s grows by less than that many times d.
+_NOISE = 4 * _STEPS**0.5 + 2 * _STEPS**0.25
 
 # What stands for C of one tap around N inputs, every array with a leading axis of inputs: elementwise its diagonal,
 # for max and min the shares of a group's entries, for a sort the order of each group and whether it is decided.
@@ -53,19 +61,22 @@ class Front:
         host = _triangle.host_form(form)
         plain = [TapScaling(None, np.ones(t.size_out), np.ones(t.size_in)) for t in self.taps]
         nodes: list[Node] = [(k,) for k in range(len(self.taps))]
-        self.direct: list[dict[int, Any]] = [{} for _ in self.taps]  # |D[k, j]|
+        self.direct: list[dict[int, tuple[Any, float]]] = [{} for _ in self.taps]  # |M|, e of D[k, j] = M + E
         self.first = [np.zeros(tap.size_in) for tap in self.taps]  # ||D[k, x]_i||
-        pairs = _triangle.structure(host, nodes, plain)
+        pairs, inputs = _triangle.structure(host, nodes, plain), {}
         for (source, target), block in _triangle.matrices(host, pairs, plain):
             if source:
-                self.direct[target[0]][source[0]] = np.abs(block.matrix)
+                middle, error = block.with_error()
+                self.direct[target[0]][source[0]] = np.abs(middle), error
             else:
-                self.first[target[0]] = norms.row_norms(block.matrix, 2)
+                self.first[target[0]] = norms.enclosure_row_norms(block, 2)
+                inputs[target[0]] = norms.enclosure_cheap_norm(block)
         self.groups = {k: _Groups(tap) for k, tap in enumerate(self.taps) if tap.groups is not None}
         self.before: list[tuple[int, ...]] = []  # the taps that a tap depends on
         for k in range(len(self.taps)):
             sources = set(self.direct[k])
             self.before.append(tuple(sorted(sources.union(*(self.before[j] for j in sources)))))
+        self.legs = _carried.legs(form, inputs)
 
 
 # --- taps around N inputs ------------------------------------------------------------------------------------------
@@ -169,7 +180,8 @@ def _apply(tap: Tap, linear: Linear, y: jax.Array) -> jax.Array:
 def grams(
     front: Front, values: Values, eps: np.ndarray, *, anchored: bool, failure: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """(N, J, K, K): the constant of a' z is at most sum_j sqrt(a' g_j a), g the J blocks of an example.
+    """(N, J, K, K): the constant of a' z is at most sum_j sqrt(a' g_j a), g the J blocks of an example; inf where that
+    is beyond the range of float64.
 
     Args:
         eps: (N,) radii; anchored: one of the two inputs is the centre.
@@ -179,9 +191,16 @@ def grams(
     near: list[Near] = []
     t: list[np.ndarray] = []  # of the module docstring
     m: list[np.ndarray] = []
+    lost = np.zeros(len(eps), bool)  # beyond the range in which squares are safe: no bound
+
+    def usable(a: np.ndarray) -> np.ndarray:
+        beyond = ~(np.abs(a) < _LARGEST)
+        lost[beyond.any(axis=1) if a.ndim > 1 else beyond] = True
+        return np.where(beyond, 0.0, a)
+
     for k in range(len(taps)):
-        rho = _entries(front, k, near, m, len(eps))
-        reach = rho * eps[:, None] * (1 + 4 * U)
+        rho = usable(_entries(front, k, near, m, len(eps)))
+        reach = np.minimum(rho * eps[:, None] * (1 + 4 * U), _LARGEST**2)
         if k in front.groups:
             half = (reach + values.error[k][:, None]) * (1 + 4 * U)
             one = front.groups[k].near(values.y[k], half, rho)
@@ -191,29 +210,49 @@ def grams(
             _norm(front, k, one, near, t, failure / len(taps), rng), _length(one.passes * rho)
         ) * (1 + _ROUNDING)
         near.append(one)
-        m.append(np.minimum(one.gain * size, _length(one.reach)) * (1 + _ROUNDING))
+        m.append(usable(np.minimum(one.gain * size, _length(one.reach)) * (1 + _ROUNDING)))
         # q lies in a ball and in a box: of two ellipsoids the one with the shorter axes
         ball = one.weights * size[:, None]
         box = np.sqrt(one.entries * one.entries.sum(axis=1, keepdims=True)) * (1 + _ROUNDING)
-        t.append(np.where((_length(box) < _length(ball))[:, None], box, ball))
+        box += np.where(one.entries > 0, _SMALLEST, 0.0)
+        t.append(usable(np.where((_length(box) < _length(ball))[:, None], box, ball)))
     with jax.enable_x64(True):
         out = np.array(_rows(front.form, tuple(n.linear for n in near), tuple(t), np.zeros(len(eps))))
-    diagonal = np.einsum("njkk->njk", out)
-    diagonal += _CANCELLED * diagonal.sum(axis=2, keepdims=True)  # a view
-    return out
+    diagonal = np.einsum("njkk->njk", out)  # a view
+    longest = max([front.form.in_size, *(tap.size_out for tap in taps)])
+    diagonal += (_CANCELLED + 2 * gamma(longest)) * diagonal.sum(axis=2, keepdims=True)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        wrong = _spread(front, range(len(taps)), near, t).backward(front.legs, OUTPUT, np.ones(len(eps)))
+        wrong = np.where(np.isfinite(wrong) & ~lost, wrong, np.inf)
+        # sum_k |a_k| wrong <= sqrt(K) wrong ||a||
+        rest = np.square(wrong)[:, None, None] * len(out[0, 0]) * (1 + _ROUNDING) + _UNDERFLOW
+        last = np.where(np.eye(out.shape[2]) > 0, rest, 0.0)
+    return np.concatenate([out, last[:, None]], axis=1)
+
+
+def _spread(front: Front, sources: Iterable[int], near: list[Near], inject: Any) -> Spread:
+    gain, largest, roundings = {}, {}, {}
+    for j in sources:
+        group = j in front.groups
+        gain[j] = np.ones(len(inject[j])) if group else np.abs(near[j].linear["c"]).max(axis=1, initial=0.0)
+        largest[j] = inject[j].max(axis=1, initial=0.0)
+        roundings[j] = 4 + (front.groups[j].table.shape[1] if group else 0)
+    return Spread(gain, largest, roundings)
 
 
 def _length(a: np.ndarray) -> np.ndarray:
-    return np.asarray(np.sqrt(np.einsum("ni,ni->n", a, a)))
+    return np.asarray(np.sqrt(np.einsum("ni,ni->n", a, a)) + np.sqrt(a.shape[1]) * 2.0**-510 * a.any(axis=1))
 
 
 def _entries(front: Front, k: int, near: list[Near], m: list[np.ndarray], count: int) -> np.ndarray:
     """rho (N, n_k) of the module docstring."""
     rho = np.repeat(front.first[k][:, None], count, axis=1)
-    for j, block in front.direct[k].items():
+    for j, (block, error) in front.direct[k].items():
         squares = block.power(2) if sp.issparse(block) else np.square(block)
         reach = np.ascontiguousarray(near[j].reach.T)
-        rho += np.minimum(np.sqrt(squares @ (reach > 0).astype(float)) * m[j], block @ reach)
+        slack = error * np.minimum(m[j], _length(near[j].reach)) * (1 + _ROUNDING)
+        rho += np.minimum(np.sqrt(squares @ (reach > 0).astype(float)) * m[j], block @ reach) + slack
+    rho = np.where(rho > 0, np.maximum(rho, _SMALLEST), 0.0)
     return np.ascontiguousarray(rho.T) * (1 + _ROUNDING)
 
 
@@ -239,13 +278,24 @@ def _norm(
     with jax.enable_x64(True):
         device = jax.tree.map(jnp.asarray, (linear, scaled, np.sqrt(total), one.passes))
         product = partial(_there_and_back, front.form, *device, target=k)
-        return lanczos_columns(
-            lambda u: np.asarray(product(jnp.asarray(u))),
-            start,
-            failure=failure,
-            rtol=_RTOL,
-            max_steps=_STEPS,
-        )
+
+        def apply(u: np.ndarray) -> np.ndarray:
+            image = np.asarray(product(jnp.asarray(u)))
+            if not np.isfinite(image).all():
+                raise OverflowError
+            return image
+
+        try:
+            found = lanczos_columns(apply, start, failure=failure, rtol=_RTOL, max_steps=_STEPS)
+        except OverflowError:
+            return np.full(len(total), np.inf)
+    spread, first = _spread(front, front.before[k], near, scaled), np.sqrt(total)
+    top = one.passes.max(axis=1, initial=0.0)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        size, wrong = spread.forward(front.legs, k, first)
+        wrong = np.maximum(wrong + 4 * U * size, spread.backward(front.legs, k, first)) * top
+        size = (found + _NOISE * wrong) * (1 + _ROUNDING)
+        return np.asarray(np.where(np.isnan(size), np.inf, size))
 
 
 @partial(jax.jit, static_argnames=("target",))

@@ -74,16 +74,15 @@ class StepMatrix:
             if self.rows.size == m.shape[0] and np.array_equal(self.rows, np.arange(self.rows.size)):
                 return m
             if (self.rows >= 0).all():
-                most = int(np.bincount(self.rows).max(initial=0))
-                return Enclosure(m.matrix[self.rows], mul_up(norms.sqrt_up(float(most)), m.error))
+                return m.select(rows=self.rows)
         return norms.multiply(self.matrix, m, self.relerr, self.norm if m.error else None)
 
 
 def _is_identity(m: Enclosure) -> bool:
     """Exactly the identity, where a sweep starts: a product with it is not rounded."""
-    matrix = m.matrix
+    matrix = m.exact_or_none()
     if (
-        m.error
+        matrix is None
         or not sp.issparse(matrix)
         or matrix.shape[0] != matrix.shape[1]
         or matrix.nnz != matrix.shape[0]

@@ -147,12 +147,13 @@ def first_state(seq: Sequence, weights: np.ndarray | None = None) -> Ellipsoid:
     """S_0 of a sequence: all A_0 dx with |dx|_2 <= 1 (or |dx|_inf <= 1, for weights p) lie in it."""
     require_gradual_underflow()
     start = seq.start
-    return _image(_normalised(ball(start.shape[1], weights), 0), start.matrix, start.error)
+    return _image(_normalised(ball(start.shape[1], weights), 0), *start.with_error())
 
 
 def _scaled_tap(segment: Segment, keep: np.ndarray | None) -> tuple[TapMatrices, int, int]:
     """(tap, to_y, to_s): W = 2**to_y tap.w, A = 2**to_s tap.a, B = 2**(to_s - to_y) tap.b; only the neurons `keep`."""
-    a, b, w = _array(segment.A.matrix), _array(segment.B.matrix), _array(segment.W.matrix)
+    (a, e_a), (b, e_b), (w, e_w) = (m.with_error() for m in (segment.A, segment.B, segment.W))
+    a, b, w = _array(a), _array(b), _array(w)
     if keep is not None:
         b, w = b[:, keep], w[keep]
     to_y = _exponent(w)
@@ -161,14 +162,13 @@ def _scaled_tap(segment: Segment, keep: np.ndarray | None) -> tuple[TapMatrices,
     moves = (-to_s, to_y - to_s, -to_y)
     before = (a, b, w)
     a, b, w = (_shifted(m, e) for m, e in zip(before, moves, strict=True))
-    known = (segment.A.error, segment.B.error, segment.W.error)
     errors = [
         float(unscale_up(e, move)) + _lost(x, y)
-        for e, move, x, y in zip(known, moves, before, (a, b, w), strict=True)
+        for e, move, x, y in zip((e_a, e_b, e_w), moves, before, (a, b, w), strict=True)
     ]
     groups = np.zeros(w.shape[0], int), np.zeros(w.shape[1], int)
-    e_a, e_w = np.array([errors[0]]), np.array([[errors[2]]])
-    return TapMatrices(a, b, w, errors[1], e_a, e_w, *groups, not any(errors)), to_y, to_s
+    of_a, of_w = np.array([errors[0]]), np.array([[errors[2]]])
+    return TapMatrices(a, b, w, errors[1], of_a, of_w, *groups, not any(errors)), to_y, to_s
 
 
 def _check_multipliers(d: Any, count: int, place: int) -> np.ndarray:
@@ -204,10 +204,10 @@ def _run(
         if not state.matrix.any():  # nothing moves here, nor behind
             state = Ellipsoid(np.zeros((seq.widths[k + 1],) * 2), 0)
             continue
-        s, keep, w = state.matrix, None, _array(segment.W.matrix)
-        if segment.W.error == 0.0:
+        s, keep, w = state.matrix, None, segment.W.exact_or_none()
+        if w is not None:
             moving = s != 0.0 if s.ndim == 1 else s.diagonal() != 0.0
-            alive = (w != 0.0) @ moving.astype(float) > 0.0  # the others have y = 0, hence w = 0
+            alive = (_array(w) != 0.0) @ moving.astype(float) > 0.0  # the others have y = 0, hence w = 0
             keep = None if alive.all() else alive
         tap, to_y, to_s = _scaled_tap(segment, keep)
         units = state.scale + 2 * to_y
@@ -292,7 +292,8 @@ def propagate_dense(gain: DenseGain, D: np.ndarray, weights: np.ndarray | None =
     require_gradual_underflow()
     count = gain.Gy.shape[0]
     d = _check_multipliers(D, count, 0)
-    gy, gz = _array(gain.Gy.matrix), _array(gain.Gz.matrix)
+    (gy, e_y), (gz, e_z) = gain.Gy.with_error(), gain.Gz.with_error()
+    gy, gz = _array(gy), _array(gz)
     scale = _exponent(d) if count else 0
     to_y, to_z = _exponent(gy), _exponent(gz)
     diagonal = np.concatenate([ball(gain.n, weights), d])
@@ -320,7 +321,7 @@ def propagate_dense(gain: DenseGain, D: np.ndarray, weights: np.ndarray | None =
         e[:-1].reshape(taps, taps + 1),
         gain.labels,
         columns,
-        not errors.any() and lost == 0.0,
+        not errors.any() and e_y == e_z == lost == 0.0,
     )
     out, _ = advance(s, tap, own, 0, False)
     return _normalised(out, scale + 2 * to_z)
@@ -354,7 +355,7 @@ def repair_dense(gain: DenseGain, D: np.ndarray, weights: np.ndarray | None = No
 
 def _raised_dense(gain: DenseGain, D: np.ndarray, unit: np.ndarray, growth: float) -> np.ndarray:
     """D with every tap where Q(T) > 0 fails (nearly) scaled to (1 + growth) times the edge; plain float64."""
-    d, gy, n = np.array(D, np.float64), _array(gain.Gy.matrix), gain.n
+    d, gy, n = np.array(D, np.float64), _array(gain.Gy.midpoint_for_search()), gain.n
     lower = np.zeros((0, 0))  # Cholesky factor of D - Gy diag(p, D) Gy' on the taps so far
     for k in range(len(gain.active)):
         mine = np.flatnonzero(gain.labels == k)

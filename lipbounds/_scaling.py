@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy.sparse as sp
 
 from lipbounds import _triangle, norms
 from lipbounds._triangle import BlockNorm, Request, Triangle
@@ -43,11 +42,7 @@ def stored_blocks(form: LureForm, nodes: Sequence[Node], scalings: Sequence[TapS
     blocks = dict(_triangle.matrices(host, pairs, scalings))
     for source, block in host.backward((), [(), *nodes], scalings).items():
         blocks[source, ()] = block.T
-    return {pair: Enclosure(_dense(b.matrix), b.error) for pair, b in blocks.items()}
-
-
-def _dense(matrix: Any) -> np.ndarray:
-    return matrix.toarray() if sp.issparse(matrix) else matrix
+    return {pair: block.dense() for pair, block in blocks.items()}
 
 
 def factors(form: LureForm, nodes: Sequence[Node], blocks: Blocks, rule: str) -> dict[Node, np.ndarray]:
@@ -60,7 +55,7 @@ def factors(form: LureForm, nodes: Sequence[Node], blocks: Blocks, rule: str) ->
             if source == node:
                 rows = 1.0 if not target else _rows(form, target, found[target])[:, None]
                 with np.errstate(over="ignore", invalid="ignore"):
-                    column.append(rows * block.matrix)
+                    column.append(rows * block.midpoint_for_search())
                 exact = exact and block.error == 0.0
         size = sum(form.taps[k].size_out for k in node)
         b = np.concatenate(column) if column else np.zeros((1, size))
@@ -172,13 +167,15 @@ def optimize(
 
     # Blocks are held relative to their norms, and the norms apart, so that float32 holds networks of any scale.
     order = list(blocks)
-    sizes = np.array([max(_frobenius(blocks[p].matrix), 1e-300) for p in order])
+    sizes = np.array([max(_frobenius(blocks[p].midpoint_for_search()), 1e-300) for p in order])
     shapes: dict[tuple[int, int], list[int]] = {}
     for i, pair in enumerate(order):
         shapes.setdefault(blocks[pair].shape, []).append(i)
     batches = [
         _Batch(
-            jnp.asarray(np.stack([blocks[order[i]].matrix / sizes[i] for i in members]), jnp.float32),
+            jnp.asarray(
+                np.stack([blocks[order[i]].midpoint_for_search() / sizes[i] for i in members]), jnp.float32
+            ),
             np.array([places.get(order[i][0], (0, -1))[1] for i in members]),
             np.array([places.get(order[i][1], (0, -1))[1] for i in members]),
             np.array(members),

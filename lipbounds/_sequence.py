@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 
 from lipbounds import _triangle
 from lipbounds._gram import TINY, gram, nonzeros_per_row
@@ -84,10 +83,6 @@ def sequence(form: LureForm) -> Sequence:
     return found
 
 
-def _dense(m: Enclosure) -> Enclosure:
-    return Enclosure(m.matrix.toarray(), m.error) if sp.issparse(m.matrix) else m
-
-
 def _sequence(view: LureForm) -> Sequence:
     host = _triangle.host_form(view)
     scalings = _triangle.loop_transform(view, 2, centred=True)
@@ -97,26 +92,24 @@ def _sequence(view: LureForm) -> Sequence:
     for k, (here, there) in enumerate(itertools.pairwise(cuts)):
         places = range(here.step, there.step)
         a, b, w = (
-            _dense(m)
+            m.dense()
             for m in host.between(here.registers, there.registers, places, k, scalings)
             if m is not None
         )
         radius, c = scalings[k].q, scalings[k].c
-        moves = w.matrix.any(axis=1) if w.error == 0.0 else np.ones(radius.size, bool)
-        matters = b.matrix.any(axis=0) if b.error == 0.0 else np.ones(radius.size, bool)
-        active = np.flatnonzero((radius > 0) & moves & matters)
+        active = np.flatnonzero((radius > 0) & w.support(axis=1) & b.support(axis=0))
         centre = np.zeros(active.size) if c is None else np.abs(c[active])
         segments.append(
             Segment(
                 k,
                 active,
                 a,
-                Enclosure(np.ascontiguousarray(b.matrix[:, active]), b.error),
-                Enclosure(np.ascontiguousarray(w.matrix[active]), w.error),
+                b.select(cols=active),
+                w.select(rows=active),
                 centre / radius[active],
             )
         )
-    return Sequence(_dense(start), tuple(segments), tuple(tap.size_out for tap in view.taps))
+    return Sequence(start.dense(), tuple(segments), tuple(tap.size_out for tap in view.taps))
 
 
 # --- a form cut in two ---------------------------------------------------------------------------------------------
@@ -211,18 +204,18 @@ def _hybrid_start(form: LureForm, k: int, request: Request) -> tuple[Sequence, n
     total = math.fsum(shares.values()) * (1 + 1e-12)
     s, error = np.zeros((width, width)), 0.0
     for i, share in shares.items():
-        block, norm = rows[i], found.outputs[i]
+        (matrix, wrong), norm = rows[i].with_error(), found.outputs[i]
         weight = mul_up(found.reach[i], found.reach[i], total / share * (1 + 1e-12))
-        squares = weight * gram(block.matrix)
+        squares = weight * gram(matrix)
         s += squares
-        entries = min(block.shape[1], nonzeros_per_row(block.matrix)) + len(shares) + 8
-        lost = width * block.shape[1] * 2.0**-1022  # products below the range
-        rounding = mul_up(2 * gamma(entries), frobenius_norm(block.matrix), frobenius_norm(block.matrix))
+        entries = min(matrix.shape[1], nonzeros_per_row(matrix)) + len(shares) + 8
+        lost = width * matrix.shape[1] * 2.0**-1022  # products below the range
+        rounding = mul_up(2 * gamma(entries), frobenius_norm(matrix), frobenius_norm(matrix))
         error = add_up(
             error,
             mul_up(
                 weight,
-                add_up(rounding, mul_up(2.0, norm, block.error), mul_up(block.error, block.error), lost),
+                add_up(rounding, mul_up(2.0, norm, wrong), mul_up(wrong, wrong), lost),
             ),
         )
     s = (s + s.T) / 2

@@ -167,21 +167,22 @@ def block_norm(host: HostForm, block: Enclosure, norm: float, plan: Plan | None 
     """A proved bound of the norm; equal matrices up to a power of two are proved once."""
     if norm != 2:
         return norms.enclosure_norm(block, norm)
-    entries = block.matrix.data if sp.issparse(block.matrix) else block.matrix
+    matrix, error = block.with_error()
+    entries = matrix.data if sp.issparse(matrix) else matrix
     top = float(np.abs(entries).max(initial=0.0))
     if top == 0.0:
-        return block.error
+        return error
     exponent = math.frexp(top)[1]
     if abs(exponent) > 500:
         return norms.enclosure_norm(block, norm)
     digest = hashlib.sha1(np.ldexp(np.ascontiguousarray(entries), -exponent).tobytes())
-    if sp.issparse(block.matrix):
-        digest.update(block.matrix.indices.tobytes())
-        digest.update(block.matrix.indptr.tobytes())
+    if sp.issparse(matrix):
+        digest.update(matrix.indices.tobytes())
+        digest.update(matrix.indptr.tobytes())
     key = (block.shape, digest.hexdigest())
     if key not in host.proved:
-        host.proved[key] = math.ldexp(norms.verified_norm(block.matrix, plan=plan), -exponent)
-    return add_up(math.ldexp(host.proved[key], exponent), block.error)
+        host.proved[key] = math.ldexp(norms.verified_norm(matrix, plan=plan), -exponent)
+    return add_up(math.ldexp(host.proved[key], exponent), error)
 
 
 def _cost(host: HostForm, pair: tuple[Node, Node]) -> float:
@@ -207,7 +208,7 @@ def block_norms(
     costs = {pair: _cost(host, pair) if request.norm == 2 else 0.0 for pair in small}
     with meter(len(small), sum(costs.values()), request.progress) as advance:
         for pair, block in matrices(host, small, scalings):
-            plan = norms.proof_plan(block.matrix) if request.norm == 2 else None
+            plan = norms.proof_plan(block) if request.norm == 2 else None
             value = block_norm(host, block, request.norm, plan)
             how = "exact sums" if plan is None else plan.name
             found[pair] = BlockNorm(value, "verified", how, block.shape)
@@ -392,7 +393,7 @@ def recursion(
         if source not in rows:
             continue
         row = rows[source]
-        plan = norms.proof_plan(row.matrix) if request.norm == 2 else None
+        plan = norms.proof_plan(row) if request.norm == 2 else None
         how = "exact sums" if plan is None else plan.name
         if plan is not None and request.budget is not None:
             how = f"{how}, {request.budget.rows(plan.memory)}"
@@ -401,10 +402,9 @@ def recursion(
         outputs[source] = value
         terms.append(mul_up(value, reach[source]))
         if pairwise:
-            dense = row.matrix.toarray() if sp.issparse(row.matrix) else row.matrix
-            slack = mul_up(row.error, math.sqrt(dense.shape[1]) * (1 + 1e-12) if q == 1 else 1.0)
-            classes += (norms.row_norms(dense, q) + slack) * reach[source]
-            pairs += norms.pairwise_row_norms(dense, q, row.error) * reach[source]
+            row = row.dense()
+            classes += norms.enclosure_row_norms(row, q) * reach[source]
+            pairs += norms.enclosure_pair_norms(row, q) * reach[source]
     grow = 1 + gamma(4 * (len(nodes) + 2))
     guarantee = weakest(p.guarantee for p in parts) if parts else "verified"
     failure = request.failure if guarantee == "probabilistic" else 0.0

@@ -363,10 +363,11 @@ def problem(
     taps = []
     for segment in segments:
         # With A = 0 (no linear way past the tap) D may lie at the edge; otherwise the margin must not vanish.
-        kappa = np.maximum(segment.kappa, 1.0) if segment.A.matrix.any() else np.zeros_like(segment.kappa)
+        a, b, w = (m.midpoint_for_search() for m in (segment.A, segment.B, segment.W))
+        kappa = np.maximum(segment.kappa, 1.0) if a.any() else np.zeros_like(segment.kappa)
         if per_layer:
             kappa = np.full_like(kappa, kappa.min(initial=1.0))  # D must be one number
-        taps.append(Tap(segment.A.matrix, segment.B.matrix, segment.W.matrix, kappa))
+        taps.append(Tap(a, b, w, kappa))
     groups = group(taps)
     runs = tuple(g[0] if len(g) == 1 else Tap(*(np.stack(a) for a in zip(*g, strict=True))) for g in groups)
     return Problem(start, runs, tuple(len(g) for g in groups), per_layer, box)

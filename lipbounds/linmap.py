@@ -212,7 +212,7 @@ class HostForm:
                     for r in tap.inputs:
                         size = self._rows(r)
                         if r in reached:
-                            part = Enclosure(y.matrix[begin : begin + size], y.error)
+                            part = y.select(rows=slice(begin, begin + size))
                             registers[r] = norms.add(registers[r], part) if r in registers else part
                         begin += size
             elif step.output in registers:
@@ -270,7 +270,7 @@ class HostForm:
         begin = 0
         for r in outputs:
             size = self._rows(r)
-            registers[r] = Enclosure(v.matrix[begin : begin + size], v.error)
+            registers[r] = v.select(rows=slice(begin, begin + size))
             begin += size
 
     def _last_uses(self) -> dict[int, list[int]]:

@@ -164,6 +164,8 @@ def local(
         for call in range(1 if near.ready.front is not None else _CALLS):
             out = near.outputs(slice(None), radii[part], call=call)
             for i, blocks in zip(range(part.start, part.stop), out, strict=True):
+                if not np.isfinite(blocks).all():
+                    continue  # the bound of the whole network stands
                 if p == 2:
                     found = add_up(*(_largest_root(block) for block in blocks))
                 else:
@@ -204,7 +206,7 @@ def _largest_root(matrix: np.ndarray) -> float:
     """An upper bound of the root of the largest eigenvalue; where only the allowance for rounding is left, by the
     Frobenius norm."""
     size = float(_localrun.frobenius(matrix[None])[0])
-    return sqrt_up(size) if size < 2.0**-800 else _proof.largest_root(matrix, 0)
+    return sqrt_up(size) if size < 2.0**-450 else _proof.largest_root(matrix, 0)
 
 
 def check_eps(eps: Any, count: int) -> np.ndarray:
@@ -290,6 +292,9 @@ class Around:
         self.guarantee, self.failure, self.notes = ready.guarantee, ready.failure, ready.notes
         self.seed, self.share = seed, FAILURE / calls
         self.norm, self.x, self.box = norm, x, box
+        self.overflows: list[
+            int
+        ] = []  # of all parts: an entry for every bound that left the range of float64
         if ready.front is not None:
             self.failure = min(1.0, FAILURE * len(x))
 
@@ -347,6 +352,12 @@ class Around:
         labels: (N,) classes whose margins matter, against the example itself; None is all outputs and all pairs of
         points. call: which call about these examples it is, from 0.
         """
+        with np.errstate(all="ignore"):  # what is not finite is no bound
+            out = self._outputs(rows, eps, labels, call)
+        self.overflows += list(np.flatnonzero(~np.isfinite(out).all(axis=(1, 2, 3))))
+        return out
+
+    def _outputs(self, rows: Any, eps: np.ndarray, labels: np.ndarray | None, call: int) -> np.ndarray:
         anchored = labels is not None
         ready, values = self.ready, self.values.rows(rows)
         if ready.front is not None:
@@ -370,8 +381,6 @@ class Around:
             for known, c in zip(self.values.slope, middles, strict=True):
                 known[rows] = c
             out = (np.repeat(one, len(eps), axis=0) if len(one) < len(eps) else one)[:, None]
-        if not np.isfinite(out).all():
-            raise ValueError("the local bound is above the range of float64; rescale the problem")
         return out
 
     def _first(self, rows: Any, eps: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:

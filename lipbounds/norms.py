@@ -46,7 +46,10 @@ __all__ = [
     "Enclosure",
     "add",
     "conv_fft_bound",
+    "enclosure_cheap_norm",
     "enclosure_norm",
+    "enclosure_pair_norms",
+    "enclosure_row_norms",
     "frobenius_norm",
     "golub_kahan",
     "induced_norm",
@@ -291,12 +294,13 @@ def _wide(a: Any) -> Any:
 
 
 def proof_plan(a: Any, memory: int | None = None) -> _banded.Plan:
-    """How `verified_norm` proves ||A||_2: dense or banded, the bytes of all its arrays and its operations.
+    """How `verified_norm` proves ||A||_2: dense or banded, the bytes of all its arrays and its operations. For an
+    enclosure the plan of its midpoint: a plan proves nothing.
 
     The cheapest proof within `memory` bytes, by a rule of sizes and patterns (no wall time); where none fits, the
     smallest. Without a limit the cheapest.
     """
-    return _banded.choose(_wide(as_matrix(a)), memory)
+    return _banded.choose(_wide(as_matrix(a._midpoint if isinstance(a, Enclosure) else a)), memory)
 
 
 def verified_norm(
@@ -362,22 +366,74 @@ class Enclosure:
 
     A real matrix that is only known by a rounded product lies in it. `error` is in the units
     of M. ValueError where M or error is not finite.
+
+    M alone proves nothing about the real matrix, so it cannot be read alone. A proof takes `with_error`, and adds what
+    the error can do; `exact_or_none` and `support` answer questions about every member; a choice whose
+    consequences are proved later (an optimiser, a heuristic) takes `midpoint_for_search`.
     """
 
-    matrix: Any
+    _midpoint: Any
     error: float = 0.0
 
+    __array_ufunc__ = None  # operators of NumPy arrays do not take an enclosure for an array
+
     def __post_init__(self) -> None:
-        object.__setattr__(self, "matrix", as_matrix(self.matrix))
+        object.__setattr__(self, "_midpoint", as_matrix(self._midpoint))
         object.__setattr__(self, "error", finite(self.error, "error"))
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("an enclosure is a set of matrices, not one: take with_error() or exact_or_none()")
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.matrix.shape
+        return self._midpoint.shape
+
+    @property
+    def sparse(self) -> bool:
+        return is_sparse(self._midpoint)
+
+    @property
+    def stored(self) -> int:
+        """How many entries of M are stored."""
+        return int(_entries(self._midpoint).size)
 
     @property
     def T(self) -> Enclosure:
-        return Enclosure(self.matrix.T.tocsr() if is_sparse(self.matrix) else self.matrix.T, self.error)
+        return Enclosure(self._midpoint.T.tocsr() if self.sparse else self._midpoint.T, self.error)
+
+    def with_error(self) -> tuple[Any, float]:
+        """(M, error), for a proof that adds what the error can do."""
+        return self._midpoint, self.error
+
+    def exact_or_none(self) -> Any:
+        """The real matrix, if it is known; else None."""
+        return self._midpoint if self.error == 0.0 else None
+
+    def midpoint_for_search(self) -> Any:
+        """M, for choices that are sound whatever they are: nothing may be proved from it."""
+        return self._midpoint
+
+    def support(self, axis: int) -> np.ndarray:
+        """Which columns (axis 0) or rows (axis 1) are not zero in every member."""
+        if self.error > 0.0:
+            return np.ones(self.shape[1 - axis], bool)
+        return np.asarray((self._midpoint != 0).sum(axis=axis)).reshape(-1) > 0
+
+    def select(self, rows: Any = None, cols: Any = None) -> Enclosure:
+        """The enclosure of some rows and columns, by slices or indices; rows and columns may be repeated."""
+        matrix, error = self._midpoint, self.error
+        for axis, chosen in enumerate((rows, cols)):
+            if chosen is None:
+                continue
+            matrix = matrix[chosen] if axis == 0 else matrix[:, chosen]
+            if error and not isinstance(chosen, slice):
+                index = np.asarray(chosen)
+                most = 1 if index.dtype == bool else int(np.bincount(index % self.shape[axis]).max(initial=0))
+                error = mul_up(sqrt_up(float(most)) if most > 1 else 1.0, error)
+        return Enclosure(matrix if is_sparse(matrix) else np.ascontiguousarray(matrix), error)
+
+    def dense(self) -> Enclosure:
+        return Enclosure(self._midpoint.toarray(), self.error) if self.sparse else self
 
 
 def _cheap_norm(a: Any) -> float:
@@ -403,18 +459,18 @@ def multiply(a: Any, m: Enclosure, relerr: float = 0.0, norm: float | None = Non
     if 0 in (rows, cols, a.shape[1]):
         return Enclosure(np.zeros((rows, cols)))
     require_gradual_underflow()
-    transposed = m.matrix.T.tocsr() if is_sparse(m.matrix) else m.matrix.T
+    transposed = m._midpoint.T.tocsr() if is_sparse(m._midpoint) else m._midpoint.T
     k = min(_gram.nonzeros_per_row(a), _gram.nonzeros_per_row(transposed))
     del transposed
     cheap = _cheap_norm(a)
     grown = add_up(1.0, relerr)
     carried = mul_up(finite(norm, "norm") if norm is not None else mul_up(grown, cheap), m.error)
-    rounding = mul_up(add_up(gamma(k), relerr), cheap, frobenius_norm(m.matrix))
+    rounding = mul_up(add_up(gamma(k), relerr), cheap, frobenius_norm(m._midpoint))
     underflow = 0.0
-    if not _products_stay_normal(a, m.matrix):
+    if not _products_stay_normal(a, m._midpoint):
         underflow = mul_up(float(k), sqrt_up(float(rows) * float(cols)), UNDERFLOW)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        product = _product(a, m.matrix)
+        product = _product(a, m._midpoint)
     return Enclosure(product, add_up(carried, rounding, underflow))
 
 
@@ -445,12 +501,12 @@ def add(*terms: Enclosure) -> Enclosure:
     """An enclosure of the sum; each floating-point addition errs by at most U |result| entrywise."""
     if not terms:
         raise ValueError("nothing to add")
-    total, error = terms[0].matrix, terms[0].error
+    total, error = terms[0]._midpoint, terms[0].error
     for term in terms[1:]:
         if term.shape != total.shape:
             raise ValueError(f"cannot add {total.shape} and {term.shape}")
         with np.errstate(over="ignore"):
-            total = as_matrix(_tidy(total + term.matrix))
+            total = as_matrix(_tidy(total + term._midpoint))
         error = add_up(error, term.error, mul_up(U, frobenius_norm(total)))
     return Enclosure(total, error)
 
@@ -461,7 +517,7 @@ def scale(m: Enclosure, rows: Any = None, cols: Any = None) -> Enclosure:
     Each side gives e' = max|d| e + U ||result||_F + sqrt(m n) 2**-1022; factors that are zero or powers of two
     (slopes of 1/2) are not rounded, and the last two terms are left out.
     """
-    matrix, error = m.matrix, m.error
+    matrix, error = m._midpoint, m.error
     for axis, factors in enumerate((rows, cols)):
         if factors is None:
             continue
@@ -486,7 +542,7 @@ def stack(blocks: list[Enclosure], axis: int = 0) -> Enclosure:
     """The enclosure of the blocks below (axis 0) or beside (axis 1) each other; errors add in squares."""
     if not blocks or axis not in (0, 1):
         raise ValueError("stack needs at least one block and axis 0 or 1")
-    parts = [b.matrix for b in blocks]
+    parts = [b._midpoint for b in blocks]
     joined: Any
     if all(is_sparse(p) for p in parts):
         joined = sp.csr_array(sp.vstack(parts, format="csr") if axis == 0 else sp.hstack(parts, format="csr"))
@@ -498,4 +554,23 @@ def stack(blocks: list[Enclosure], axis: int = 0) -> Enclosure:
 def enclosure_norm(m: Enclosure, p: float = 2, start: float | None = None) -> float:
     """An upper bound of ||M_true||_p, p in {1, 2, inf}, for every M_true in the enclosure."""
     _check_order(p, (1, 2, math.inf))
-    return verified_norm(m.matrix, m.error, start) if p == 2 else induced_norm(m.matrix, p, m.error)
+    return verified_norm(m._midpoint, m.error, start) if p == 2 else induced_norm(m._midpoint, p, m.error)
+
+
+def enclosure_cheap_norm(m: Enclosure) -> float:
+    """An upper bound of ||M_true||_2 without a factorisation: `_cheap_norm` and the error."""
+    return add_up(_cheap_norm(m._midpoint), m.error)
+
+
+def enclosure_row_norms(m: Enclosure, q: float) -> np.ndarray:
+    """`row_norms` (m,) of every M_true in the enclosure."""
+    found = row_norms(m._midpoint, q)
+    if m.error == 0.0:
+        return found
+    slack = mul_up(sqrt_up(m.shape[1]) if q == 1 else 1.0, m.error)
+    return np.asarray(np.nextafter(found + slack, np.inf))
+
+
+def enclosure_pair_norms(m: Enclosure, q: float) -> np.ndarray:
+    """`pairwise_row_norms` (m, m) of every M_true in the enclosure."""
+    return pairwise_row_norms(m._midpoint, q, m.error)

@@ -10,7 +10,6 @@ and subtracted, so a radius is as good as its bound.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,14 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
 
-from lipbounds import _triangle, activations, norms
+from lipbounds import _triangle, activations
+from lipbounds._carried import carriers
 from lipbounds._html import Html, element
 from lipbounds._kinds import KINDS, StaticArray
 from lipbounds._program import Tap
-from lipbounds._rounding import U, add_up, gamma
+from lipbounds._rounding import U, gamma
 from lipbounds._tables import label_text, new_axes, printable
 from lipbounds.bound import NORM_NAMES, UpperBound, weakest
-from lipbounds.linmap import HostForm, Node, TapScaling
+from lipbounds.linmap import HostForm
 from lipbounds.liplt import liplt
 from lipbounds.local import Around, box_notes, check_box
 from lipbounds.lure import LureForm, fingerprint, multiplicity, proved_slopes
@@ -283,7 +283,6 @@ def _pair_constants(bound: UpperBound, classes: int) -> tuple[np.ndarray, tuple[
 
 
 Seen = list[tuple[np.ndarray, np.ndarray]]
-_CARRIED: weakref.WeakKeyDictionary[LureForm, dict[tuple[int, int], float]] = weakref.WeakKeyDictionary()
 
 
 def logits(form: LureForm, x: np.ndarray, seen: Seen | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -298,9 +297,7 @@ def logits(form: LureForm, x: np.ndarray, seen: Seen | None = None) -> tuple[np.
     host = _triangle.host_form(form)
     widest = max(int(np.prod(shape)) for shape in form.program.shapes)
     step = max(1, _CHUNK // max(widest, 1))
-    carried = _CARRIED.get(form)
-    if carried is None:
-        carried = _CARRIED[form] = _carriers(form, host)
+    carried = carriers(form)
     z = np.zeros((len(x), form.num_outputs))
     error = np.zeros(len(x))
     if seen is not None:
@@ -314,28 +311,6 @@ def logits(form: LureForm, x: np.ndarray, seen: Seen | None = None) -> tuple[np.
     if not np.isfinite(z).all() or not np.isfinite(error).all():
         raise ValueError("the network is not finite at some of these examples")
     return z, error
-
-
-def _carriers(form: LureForm, host: HostForm) -> dict[tuple[int, int], float]:
-    """||D[k, j]||_2 of the direct linear map from the output of tap j to y_k (k = -1: the output), proved."""
-    plain = [
-        TapScaling(None, np.ones(t.size_out), s.e)
-        for t, s in zip(form.taps, _triangle.loop_transform(form, 2, centred=False), strict=True)
-    ]
-    nodes: list[Node] = [(k,) for k in range(len(form.taps))]
-    pairs = [p for p in _triangle.structure(host, nodes, plain) if p[0]]
-    found = {}
-    for (source, target), block in _triangle.matrices(host, pairs, plain):
-        found[target[0], source[0]] = _proved(host, block)
-    for source, block in host.backward((), nodes, plain).items():
-        found[-1, source[0]] = _proved(host, block)
-    return found
-
-
-def _proved(host: HostForm, block: norms.Enclosure) -> float:
-    if min(block.shape) <= _triangle.DENSE_LIMIT // 4:
-        return _triangle.block_norm(host, block, 2)
-    return add_up(norms._cheap_norm(block.matrix), block.error)
 
 
 def _run(

@@ -310,7 +310,7 @@ def fn(x):
     return jax.lax.conv_general_dilated(x[None], kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 with jax.enable_x64(True):
     form = lb.trace(lambda x: fn(x).ravel(), np.zeros((32, 32, 32)))
-a = host_form(form).forward((), [()], ())[()].matrix
+a = host_form(form).forward((), [()], ())[()].midpoint_for_search()
 upper, lower, _ = norms.golub_kahan(lambda v: a @ v, lambda v: a.T @ v, a.shape[1])
 print(a.shape[0], norms.verified_norm(a), upper, lower, norms.conv_fft_bound(kernel, (32, 32)),
       resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -72,11 +72,11 @@ def test_groups_read_the_entries_that_the_function_reads(name: str) -> None:
     through = np.zeros((tap.size_out, tap.size_in))
     for g, row in enumerate(tap.groups.array):
         through[np.ix_(row if tap.kind == "sort" else [g], row)] = 1
-    reads = dense(out_of.matrix) @ through @ dense(into.matrix)
+    reads = dense(out_of.midpoint_for_search()) @ through @ dense(into.midpoint_for_search())
     assert seen == {(int(i), int(j)) for i, j in np.argwhere(reads)}
     # and n_j, the number of groups an input belongs to, is what the constant sqrt(n_j) needs
     if tap.kind != "sort" and form.program.output == tap.outputs[0]:
-        assert np.array_equal((reads > 0).sum(axis=0), multiplicity(tap) @ dense(into.matrix))
+        assert np.array_equal((reads > 0).sum(axis=0), multiplicity(tap) @ dense(into.midpoint_for_search()))
 
 
 # ---------------------------------------------------------------------------------------- the gain of nets
@@ -119,7 +119,10 @@ def test_blocks_of_the_gain(name: str, centred: bool) -> None:
             assert not block.any(), f"the block from {source} to {target} is missing"
             continue
         nonzero += 1
-        for got, error in ((dense(one.matrix), one.error), (dense(two.matrix).T, two.error)):
+        for got, error in (
+            (dense(one.midpoint_for_search()), one.error),
+            (dense(two.midpoint_for_search()).T, two.error),
+        ):
             assert got.shape == block.shape
             assert np.linalg.norm(got - block) <= error + 1e-12 * size
             assert error <= 1e-11 * size
@@ -144,15 +147,24 @@ def test_stacked_nodes_are_stacked_blocks() -> None:
     block = np.block([[truth[(j,), (k,)] for j in first] for k in second])
     out = np.concatenate([truth[(j,), ()] for j in second], axis=1)
     up = host.forward((), [first], scalings)[first]
-    assert np.allclose(dense(up.matrix), columns, rtol=1e-13, atol=1e-13)
+    assert np.allclose(dense(up.midpoint_for_search()), columns, rtol=1e-13, atol=1e-13)
     assert np.allclose(
-        dense(host.forward(first, [second], scalings)[second].matrix), block, rtol=1e-13, atol=1e-13
+        dense(host.forward(first, [second], scalings)[second].midpoint_for_search()),
+        block,
+        rtol=1e-13,
+        atol=1e-13,
     )
     assert np.allclose(
-        dense(host.backward(second, [first], scalings)[first].matrix).T, block, rtol=1e-13, atol=1e-13
+        dense(host.backward(second, [first], scalings)[first].midpoint_for_search()).T,
+        block,
+        rtol=1e-13,
+        atol=1e-13,
     )
     assert np.allclose(
-        dense(host.backward((), [second], scalings)[second].matrix).T, out, rtol=1e-13, atol=1e-13
+        dense(host.backward((), [second], scalings)[second].midpoint_for_search()).T,
+        out,
+        rtol=1e-13,
+        atol=1e-13,
     )
 
 
@@ -166,11 +178,17 @@ def test_factors_that_are_powers_of_two_are_not_rounded() -> None:
         d[rng.integers(3)] *= rng.choice([1.0, 1.5])
         scaled = norms.scale(norms.Enclosure(m), rows=d)
         gaps = (
-            Fraction(float(scaled.matrix[i, j])) - Fraction(float(m[i, j])) * Fraction(float(d[i]))
+            Fraction(float(scaled.midpoint_for_search()[i, j]))
+            - Fraction(float(m[i, j])) * Fraction(float(d[i]))
             for i, j in np.ndindex(3, 4)
         )
         assert sum((gap**2 for gap in gaps), Fraction(0)) <= Fraction(scaled.error) ** 2
     ordinary = norms.Enclosure(rng.normal(size=(3, 4)))
     assert norms.scale(ordinary, rows=np.array([0.5, -2.0, 0.0])).error == 0.0
     assert norms.scale(ordinary, rows=np.array([0.5, 0.3, 0.0])).error > 0.0
-    assert norms.scale(norms.Enclosure(ordinary.matrix, 1.0), rows=np.array([0.5, -2.0, 0.0])).error >= 2.0
+    assert (
+        norms.scale(
+            norms.Enclosure(ordinary.midpoint_for_search(), 1.0), rows=np.array([0.5, -2.0, 0.0])
+        ).error
+        >= 2.0
+    )

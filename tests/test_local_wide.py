@@ -1,7 +1,9 @@
 """Local LipLT of wide networks: sound on sampled pairs, the Jacobian for small balls, far below the global constant."""
 
+import itertools
 import sys
 import weakref
+from fractions import Fraction
 from functools import partial
 
 import jax
@@ -13,7 +15,8 @@ from gain import form_of
 from zoo import NETS
 
 import lipbounds as lb
-from lipbounds import _krylov, _localwide
+from lipbounds import _carried, _krylov, _localwide
+from lipbounds.lure import propagate
 
 FEW = ("max_pool_images", "maxmin_mlp", "gelu_exact", "postactivation_resnet", "linear")
 
@@ -104,6 +107,108 @@ def test_every_net_of_the_zoo(name, wide):
         whole, _ = largest_slopes(form, x, eps, 2, rng)
         slope = np.linalg.norm(jacobians(form, x), 2, axis=(1, 2)) if not form.assumed else whole
         assert (np.maximum(whole, slope) <= value * (1 + 1e-9)).all()
+
+
+# --- rounding ------------------------------------------------------------------------------------------------------
+
+
+def cancelling(c, depth):
+    """An exact Lipschitz constant sqrt(8) 0.1^depth around 3; every layer computes 0.1 x from terms of size c."""
+
+    def layer(x):
+        return jax.nn.relu((c * x + 0.1 * x) - c * x)
+
+    def net(x):
+        for _ in range(depth):
+            x = layer(x)
+        return jnp.ones((2, 4), x.dtype) @ x
+
+    with jax.enable_x64(True):
+        return lb.trace(net, jax.ShapeDtypeStruct((4,), jnp.float64))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@pytest.mark.parametrize("c", [1.0, 1e6, 1e12, 1e16, 1e60])
+def test_linear_steps_that_cancel(c, depth, wide):
+    form, exact = cancelling(c, depth), np.sqrt(8) * 0.1**depth
+    x = np.full((2, 4), 3.0)
+    around = sys.modules["lipbounds.local"].Around(form, 2, x)
+    assert around.ready.front is not None
+    out = around.outputs(slice(None), np.full(2, 0.5))
+    value = np.sqrt(np.linalg.eigvalsh(out)[:, :, -1]).sum(axis=1)
+    assert (value >= exact * (1 - 1e-13)).all()
+    if c <= 1e6:
+        assert (value <= exact * (1 + 1e-6)).all()
+    bound = lb.local(form, x, 0.5, pairwise=True)
+    assert (bound.value >= exact * (1 - 1e-13)).all() and (bound.value <= lb.liplt(form).value).all()
+    anchored = around.outputs(slice(None), np.full(2, 0.5), labels=np.zeros(2, int))
+    rows = np.sqrt(np.einsum("njkk->njk", anchored))
+    assert (rows.sum(axis=1) >= exact / np.sqrt(2) * (1 - 1e-13)).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_rounding_of_products_on_a_device(seed):
+    """Errors of a cascade with cancelling steps, forward and back, against the same in rationals."""
+    rng = np.random.default_rng(seed)
+    sizes = (5, 7, 6, 3)
+    w = [rng.standard_normal((m, n)) for n, m in itertools.pairwise(sizes)]
+    big = [10.0 ** rng.integers(0, 14) for _ in w]
+
+    def net(x):
+        for k, (a, c) in enumerate(zip(w, big, strict=True)):
+            x = jnp.asarray(a) @ x
+            x = (x + c * x) - c * x
+            x = jax.nn.relu(x) if k < len(w) - 1 else x
+        return x
+
+    with jax.enable_x64(True):
+        form = lb.trace(net, jax.ShapeDtypeStruct((5,), jnp.float64))
+    front = _localwide.Front(form)
+    gains = [rng.standard_normal(n) for n in sizes[1:-1]]
+    inject = [rng.uniform(0, 2, n) for n in sizes[1:-1]]
+    spread = _carried.Spread(
+        {k: np.abs(c).max(keepdims=True) for k, c in enumerate(gains)},
+        {k: s.max(keepdims=True) for k, s in enumerate(inject)},
+        dict.fromkeys(range(2), 4),
+    )
+    size, error = spread.forward(front.legs, _carried.OUTPUT, np.ones(1))
+    behind = spread.backward(front.legs, _carried.OUTPUT, np.ones(1))
+
+    def forward(u):
+        def tap(k, y):
+            return gains[k] * y + inject[k] * u[1][k]
+
+        return propagate(form, u[0], tap, dtype=jnp.float64)
+
+    def exact(u):
+        y = [Fraction(v) for v in u[0].tolist()]
+        for k, a in enumerate(w):
+            y = [sum(Fraction(float(x)) * v for x, v in zip(row, y, strict=True)) for row in a]
+            if k < len(gains):
+                y = [
+                    Fraction(float(c)) * v + Fraction(float(s)) * Fraction(float(xi))
+                    for c, s, v, xi in zip(gains[k], inject[k], y, u[1][k], strict=True)
+                ]
+        return y
+
+    worst = 0.0
+    units = []
+    with jax.enable_x64(True):
+        for i in range(sum(sizes[:-1])):
+            e = np.eye(sum(sizes[:-1]))[i]
+            units.append((e[: sizes[0]], np.split(e[sizes[0] :], np.cumsum(sizes[1:-2]))))
+            got = np.asarray(forward(units[-1]))
+            gap = [Fraction(float(g)) - v for g, v in zip(got, exact(units[-1]), strict=True)]
+            worst = max(worst, float(sum(g * g for g in gap)) ** 0.5)
+            assert worst <= error[0] and np.linalg.norm(got) <= size[0]
+        back = jax.linear_transpose(forward, units[0])
+        rows = [back(jnp.asarray(e))[0] for e in np.eye(sizes[-1])]
+    truth = np.array([[float(v) for v in exact(u)] for u in units])  # columns of the map
+    for k, (x, xi) in enumerate(rows):
+        gap = np.concatenate([x, *xi]) - truth[:, k]
+        assert np.linalg.norm(gap) <= behind[0] + 1e-15 * np.linalg.norm(truth[:, k])
+    if max(big) > 1e4:
+        assert worst > 1e-16 * size[0] and worst > error[0] * 1e-4  # there is something to see
 
 
 # --- groups --------------------------------------------------------------------------------------------------------

@@ -181,7 +181,7 @@ def test_blocks_formed_by_slices_are_the_blocks(net: str, deep: LureForm) -> Non
         for nodes in _triangle.partitions(form):
             pairs = _triangle.structure(host, nodes, scalings)
             for (source, target), known in _triangle.matrices(host, pairs, scalings):
-                expected = known.matrix.toarray() if sp.issparse(known.matrix) else known.matrix
+                expected = known.dense().midpoint_for_search()
                 limit = 3 * expected.nbytes + 75_000
                 counted = []
                 original = _budget._columns
@@ -197,7 +197,7 @@ def test_blocks_formed_by_slices_are_the_blocks(net: str, deep: LureForm) -> Non
                     assert need
                     continue
                 slices = max(slices, len(counted))
-                dense = block.matrix.toarray() if sp.issparse(block.matrix) else block.matrix
+                dense = block.dense().midpoint_for_search()
                 assert np.allclose(dense, expected, rtol=1e-12, atol=1e-12 * np.abs(expected).max())
                 assert np.linalg.norm(dense - expected) <= block.error + known.error + 1e-300
                 assert block.error <= 1e-10 * np.linalg.norm(expected)
@@ -207,7 +207,7 @@ def test_blocks_formed_by_slices_are_the_blocks(net: str, deep: LureForm) -> Non
 def test_a_block_too_large_is_left_before_it_is_whole(deep: LureForm) -> None:
     host = _triangle.host_form(deep)
     scalings = _triangle.loop_transform(deep, 2, centred=True)
-    stored = next(iter(_triangle.matrices(host, [((0,), (2,))], scalings)))[1].matrix
+    stored = next(iter(_triangle.matrices(host, [((0,), (2,))], scalings)))[1].midpoint_for_search()
     tracemalloc.start()
     block, need = _budget.formed(host, (0,), (2,), scalings, 600_000)
     held = tracemalloc.get_traced_memory()[1]
@@ -317,7 +317,7 @@ def bounds_of(form: LureForm, source: Any, target: Any, *, centred: bool) -> tup
     """(the Fourier bound of a block, its norm by NumPy)."""
     host = _triangle.host_form(form)
     scalings = _triangle.loop_transform(form, 2, centred=centred)
-    (block,) = (b.matrix for _, b in _triangle.matrices(host, [(source, target)], scalings))
+    (block,) = (b.midpoint_for_search() for _, b in _triangle.matrices(host, [(source, target)], scalings))
     dense = block.toarray() if sp.issparse(block) else block
     return _budget.convolution(host, source, target, scalings, 10**12), float(np.linalg.norm(dense, 2))
 
@@ -402,7 +402,7 @@ def test_a_resnet_on_32_by_32_is_verified() -> None:
     scalings = _triangle.loop_transform(form, 2, centred=True)
     nodes = [(k,) for k in range(len(form.taps))]
     for pair, block in _triangle.matrices(host, _triangle.structure(host, nodes, scalings), scalings):
-        a = block.matrix
+        a = block.midpoint_for_search()
         lower = norms.golub_kahan(lambda v, a=a: a @ v, lambda v, a=a: a.T @ v, a.shape[1])[1]
         name = (
             _triangle.node_name(form, pair[0], source=True),
@@ -454,9 +454,9 @@ def test_slices_of_stacked_taps_are_the_block() -> None:
         key=lambda pair: len(pair[0]),
     )
     assert len(source) == 2
-    whole = host.forward(source, [target], scalings)[target].matrix
+    whole = host.forward(source, [target], scalings)[target].midpoint_for_search()
     whole = whole.toarray() if sp.issparse(whole) else whole
     for chosen in (np.arange(13), np.arange(2, 5), np.arange(4, 9), np.array([0, 7, 12]), np.arange(8, 13)):
         block, _ = _budget._columns(host, source, target, scalings, chosen, 1e9)
-        found = block.matrix.toarray() if sp.issparse(block.matrix) else block.matrix
+        found = block.dense().midpoint_for_search()
         np.testing.assert_allclose(found, whole[:, chosen], rtol=1e-13, atol=1e-13)

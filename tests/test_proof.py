@@ -82,8 +82,8 @@ def exact_advance(s: Rational, a: Rational, b: Rational, w: Rational, d: list[Fr
 
 def member(m: Enclosure, rng: np.random.Generator) -> Rational:
     """A matrix of the enclosure on its boundary: the whole error in one entry."""
-    out = fractions(m.matrix)
-    if m.error > 0.0 and m.matrix.size:
+    out = fractions(m.midpoint_for_search())
+    if m.error > 0.0 and m.stored:
         i, j = rng.integers(m.shape[0]), rng.integers(m.shape[1])
         out[i][j] += Fraction(m.error) * int(rng.choice([-1, 1]))
     return out
@@ -119,11 +119,11 @@ def chain(
 
 def multipliers(seq: Sequence, factor: float = 2.0, p: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
     """D = factor lambda_max(W S W') along the sequence, in plain floats: feasible for every network."""
-    start = seq.start.matrix
+    start = seq.start.midpoint_for_search()
     s = (start if p is None else start * p) @ start.T
     out = []
     for segment in seq.segments:
-        a, b, w = segment.A.matrix, segment.B.matrix, segment.W.matrix
+        a, b, w = (m.midpoint_for_search() for m in (segment.A, segment.B, segment.W))
         sy = w @ s @ w.T
         top = float(np.linalg.eigvalsh(sy)[-1]) if len(sy) else 0.0
         d = np.full(len(sy), factor * top if top > 0.0 else 1.0)
@@ -138,7 +138,7 @@ def multipliers(seq: Sequence, factor: float = 2.0, p: np.ndarray | None = None)
 
 def blurred(seq: Sequence, error: float) -> Sequence:
     def blur(m: Enclosure) -> Enclosure:
-        return Enclosure(m.matrix, error)
+        return Enclosure(m.midpoint_for_search(), error)
 
     segments = tuple(Segment(s.tap, s.active, blur(s.A), blur(s.B), blur(s.W), s.kappa) for s in seq.segments)
     return replace(seq, start=blur(seq.start), segments=segments)
@@ -253,9 +253,9 @@ def test_without_margins_a_proof_is_wrong(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_deep_network_keeps_nine_digits() -> None:
     seq = sequence(chain([64] * 66, 0, (0.1, 1.0), gain=1.5))
     D = multipliers(seq)
-    s = seq.start.matrix @ seq.start.matrix.T
+    s = seq.start.midpoint_for_search() @ seq.start.T.midpoint_for_search()
     for segment, d in zip(seq.segments, D, strict=True):
-        a, b, w = segment.A.matrix, segment.B.matrix, segment.W.matrix
+        a, b, w = (m.midpoint_for_search() for m in (segment.A, segment.B, segment.W))
         through = a @ s @ w.T
         s = a @ s @ a.T + (b * d) @ b.T + through @ np.linalg.solve(np.diag(d) - w @ s @ w.T, through.T)
     float_value = math.sqrt(np.linalg.eigvalsh((s + s.T) / 2)[-1])
@@ -269,7 +269,7 @@ def test_the_units_of_weights_do_not_matter(exponent: int) -> None:
     D = multipliers(plain)
 
     def power(m: Enclosure, e: int) -> Enclosure:
-        return Enclosure(np.ldexp(m.matrix, e), math.ldexp(m.error, e))
+        return Enclosure(np.ldexp(m.midpoint_for_search(), e), math.ldexp(m.error, e))
 
     scaled = replace(plain, start=power(plain.start, exponent))
     raised = tuple(np.ldexp(d, 2 * exponent) for d in D)
@@ -431,7 +431,7 @@ def test_the_dense_form_covers_the_exact_one(seed: int) -> None:
     D = _proof.repair_dense(gain, np.full(gain.Gy.shape[0], 0.1))
     ellipsoid = _proof.propagate_dense(gain, D)
     d = [Fraction(float(x)) for x in D]
-    gy, gz = fractions(gain.Gy.matrix), fractions(gain.Gz.matrix)
+    gy, gz = fractions(gain.Gy.midpoint_for_search()), fractions(gain.Gz.midpoint_for_search())
     t = diagonal([1 / x for x in d])
     q = combined(
         diagonal([Fraction(1)] * gain.n + [1 / x for x in d]), product(product(transposed(gy), t), gy), -1

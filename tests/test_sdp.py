@@ -107,10 +107,10 @@ def test_dense_gain_is_the_gain_of_unit_vectors(name: str) -> None:
         return np.hstack([blocks[s, target][:, at] for s, at in zip(sources, pick, strict=True)])
 
     expected = np.vstack([row((k,))[gain.active[k]] for k in range(len(view.taps))])
-    np.testing.assert_allclose(gain.Gy.matrix, expected, atol=1e-13)
-    np.testing.assert_allclose(gain.Gz.matrix, row(()), atol=1e-13)
+    np.testing.assert_allclose(gain.Gy.midpoint_for_search(), expected, atol=1e-13)
+    np.testing.assert_allclose(gain.Gz.midpoint_for_search(), row(()), atol=1e-13)
     assert gain.Gy.error < 1e-12 and gain.Gz.error < 1e-12
-    assert gain.labels.size == gain.kappa.size == len(gain.Gy.matrix)
+    assert gain.labels.size == gain.kappa.size == len(gain.Gy.midpoint_for_search())
     radii = np.concatenate([scalings[k].q[a] for k, a in enumerate(gain.active)])
     centres = np.concatenate([scalings[k].c[a] for k, a in enumerate(gain.active)])
     np.testing.assert_allclose(gain.kappa, np.abs(centres) / radii)
@@ -144,7 +144,9 @@ def test_reduced_inputs_keep_the_gram_matrix() -> None:
     Gy, Gz = reduce_input(gain)
     N = len(Gy)
     assert Gy.shape[1] - N == 6  # the rank of the first matrix
-    whole, short = (np.vstack(pair) for pair in ((gain.Gy.matrix, gain.Gz.matrix), (Gy, Gz)))
+    whole, short = (
+        np.vstack(pair) for pair in ((gain.Gy.midpoint_for_search(), gain.Gz.midpoint_for_search()), (Gy, Gz))
+    )
     np.testing.assert_array_equal(whole[:, 50:], short[:, 6:])
     np.testing.assert_allclose(whole[:, :50] @ whole[:, :50].T, short[:, :6] @ short[:, :6].T, atol=1e-13)
 
@@ -229,7 +231,10 @@ def test_idle_neurons_get_multipliers_too() -> None:
     kept = np.array([0, 2, 4, 5])
     same = lb.from_weights([first, second[kept], third[:, kept]], activation="relu")
     Gy, Gz, _ = problem(form)
-    for gain_y, gain_z in ((Gy, Gz), (dense_gain(form).Gy.matrix, dense_gain(form).Gz.matrix)):
+    for gain_y, gain_z in (
+        (Gy, Gz),
+        (dense_gain(form).Gy.midpoint_for_search(), dense_gain(form).Gz.midpoint_for_search()),
+    ):
         columns = gain_y.shape[1] - len(gain_y)
         found = solve_dense(gain_y, gain_z, columns)
         assert np.isfinite(found.T).all() and (found.T > 0).all()
