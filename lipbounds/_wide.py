@@ -150,26 +150,23 @@ def _by_cut(
 
 def product_norm(u: Enclosure, v: Enclosure) -> tuple[float, float]:
     """(upper bound of ||U V||_2, its float estimate) for U (m, r) and V (r, n) by r x r matrices."""
-    us, vs = _dense(u), _dense(v)
+    vs, wrong = v.dense().with_error()
     gram = norms.multiply(vs, Enclosure(np.ascontiguousarray(vs.T)))
-    values, vectors = np.linalg.eigh(_dense(gram))
-    root = vectors * np.sqrt(np.maximum(values, 0.0))
+    root = _root(gram)
     square = norms.multiply(root, Enclosure(np.ascontiguousarray(root.T)))
     missing = norms.add(gram, norms.scale(square, rows=-np.ones(len(root))))
     known = norms.verified_norm(vs)
-    e = add_up(norms.enclosure_norm(missing), mul_up(2.0, v.error, known), mul_up(v.error, v.error))
+    e = add_up(norms.enclosure_norm(missing), mul_up(2.0, wrong, known), mul_up(wrong, wrong))
     small = norms.multiply(np.ascontiguousarray(root.T), u.T)
     a, whole = norms.enclosure_norm(small), norms.enclosure_norm(u)
-    left = np.linalg.eigh(us.T @ us)
-    half = left[1] * np.sqrt(np.maximum(left[0], 0.0))
-    guess = float(np.linalg.norm(half.T @ root, 2))
+    guess = float(np.linalg.norm(_root(norms.multiply(u.T.dense().midpoint_for_search(), u)).T @ root, 2))
     return sqrt_up(add_up(mul_up(a, a), mul_up(e, whole, whole))), guess
 
 
-def _dense(block: Enclosure) -> np.ndarray:
-    """The middle of an enclosure as an array; whoever calls carries the error."""
-    matrix = block.matrix
-    return matrix.toarray() if sp.issparse(matrix) else matrix
+def _root(gram: Enclosure) -> np.ndarray:
+    """R with R R' about equal to the matrix: how far they are apart is measured where it matters."""
+    values, vectors = np.linalg.eigh(gram.dense().midpoint_for_search())
+    return np.asarray(vectors * np.sqrt(np.maximum(values, 0.0)))
 
 
 # --- matrix-free ---------------------------------------------------------------------------------------------------
@@ -248,10 +245,10 @@ def _by_proof(
     block, _ = _budget.formed(host, source, target, scalings, limit)
     if block is None:
         return None
-    plan = norms.proof_plan(block.matrix, limit)
+    plan = norms.proof_plan(block, limit)
     if plan.memory > limit or plan.flops > _budget.MOST_FLOPS:
         return None
-    value = norms.verified_norm(block.matrix, block.error, plan=plan)
+    value = norms.verified_norm(*block.with_error(), plan=plan)
     return Bound(value, "verified", plan.name, plan.memory)
 
 

@@ -20,6 +20,8 @@ SEARCHES = {
     ("_proof.py", "_raised_dense"),  # a D that propagate_dense proves
     ("_scaling.py", "factors"),  # factors, sound whatever they are; exactly zero ones only without an error
     ("_scaling.py", "optimize"),  # factors, sound whatever they are
+    ("_wide.py", "_root"),  # R, of which R R' is compared with the matrix
+    ("_wide.py", "product_norm"),  # the estimate beside the bound
     ("ellipsoid.py", "problem"),  # the optimiser's problem
 }
 
