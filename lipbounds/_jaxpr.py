@@ -416,17 +416,28 @@ def _where(eqn: Any, path: Path) -> str:
     return f"{parts} ({file.rsplit('/', 1)[-1]}:{rest.strip()})" if rest else parts
 
 
-def run(flat: Flat, x: Any) -> dict[int, Any]:
-    """The flat program at one concrete input, equation by equation as jax executes it: {value index: tensor}."""
+def run(flat: Flat, x: Any, double: bool = False) -> dict[int, Any]:
+    """The flat program at one concrete input, equation by equation as jax executes it: {value index: tensor}.
+
+    With `double` (where float64 is enabled) every float is a float64, and casts between floats do nothing.
+    """
     found: dict[int, Any] = {flat.input.index: x}
 
     def read(value: Value) -> Any:
-        return found[value.index] if value.depends else value.const
+        if value.depends:
+            return found[value.index]
+        wide = double and jnp.issubdtype(value.dtype, jnp.floating)
+        return jnp.asarray(value.const, jnp.float64) if wide else value.const
 
     for eqn in flat.eqns:
         inputs = [read(v) for v in eqn.inputs]
-        if eqn.bind is not None:
-            out = eqn.bind(*inputs, **eqn.params)
+        if double and eqn.primitive == "scatter-add":
+            p = eqn.params
+            results = [lax.scatter_add(*map(jnp.asarray, inputs), p["dimension_numbers"], mode=p["mode"])]
+        elif double and eqn.primitive == "reduce_precision":
+            results = inputs
+        elif eqn.bind is not None:
+            out = eqn.bind(*inputs, **(_widened(eqn.params) if double else eqn.params))
             results = out if eqn.many else [out]
         elif eqn.primitive == "concatenate":
             results = [lax.concatenate([jnp.asarray(v) for v in inputs], eqn.params["dimension"])]
@@ -436,3 +447,9 @@ def run(flat: Flat, x: Any) -> dict[int, Any]:
             results = [lax.reshape(inputs[0], eqn.params["new_sizes"])]
         found.update((value.index, result) for value, result in zip(eqn.outputs, results, strict=True))
     return found
+
+
+def _widened(params: dict[str, Any]) -> dict[str, Any]:
+    names = ("new_dtype", "preferred_element_type", "out_dtype")
+    wide = {k for k in names if params.get(k) is not None and jnp.issubdtype(params[k], jnp.floating)}
+    return {k: np.dtype(np.float64) if k in wide else v for k, v in params.items()}

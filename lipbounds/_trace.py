@@ -6,24 +6,27 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lipbounds import activations
-from lipbounds._jaxpr import Flat, flatten, is_concrete, run
+from lipbounds._agree import Traced, check_values
+from lipbounds._jaxpr import Flat, flatten, is_concrete
 from lipbounds._kinds import KINDS
 from lipbounds._lower import Lowering, lower
 from lipbounds.errors import Unsupported, UnsupportedError
-from lipbounds.lure import LureForm, apply_op, apply_tap, check_weights, propagate
+from lipbounds.local import check_box
+from lipbounds.lure import LureForm, apply_op, check_weights
 
 Function = Callable[[Any, Any], Any]
-_FINITE_REMEDY = "check the weights and the domain of the functions used; all of R^n must be allowed as input"
 
 
-def trace(fn: Callable[..., Any], x: Any, *, batched: bool = False) -> LureForm:
+def trace(
+    fn: Callable[..., Any], x: Any, *, batched: bool = False, box: tuple[Any, Any] | None = None
+) -> LureForm:
     """The Lur'e form of a network.
 
     Units: the bounds and radii of the form are in the units of `fn`'s input. Put the normalisation of the data inside
@@ -35,6 +38,8 @@ def trace(fn: Callable[..., Any], x: Any, *, batched: bool = False) -> LureForm:
             may be tracers.
         x: an example (with `batched`: a batch): an array, or a `jax.ShapeDtypeStruct`.
         batched: refuse when the output of one row depends on another row.
+        box: (lower, upper) of the inputs, numbers or arrays of the shape of an example. The form is for all of R^n
+            whatever it is; its corners are among the points where form and function are compared.
 
     Raises:
         UnsupportedError: everything that has no Lipschitz bound here, at once, with remedies.
@@ -47,14 +52,14 @@ def trace(fn: Callable[..., Any], x: Any, *, batched: bool = False) -> LureForm:
     call, params = _split(fn)
     if not batched:
         form, traced = _form(call, params, spec)
-        _check_values(form, traced, lambda v: call(params, v), spec)
+        check_values(form, traced, lambda v: call(params, v), spec, _corners(box, spec))
         return form
     if not spec.shape:
         raise ValueError("batched=True needs an input with a leading batch axis")
     one = jax.ShapeDtypeStruct(spec.shape[1:], spec.dtype)
     form, traced = _form(lambda p, v: _row(call(p, v[None])), params, one)
     _check_rows(call, params, spec, form)
-    _check_values(form, traced, lambda v: _row(call(params, v[None])), one)
+    check_values(form, traced, lambda v: _row(call(params, v[None])), one, _corners(box, one))
     return form
 
 
@@ -133,7 +138,7 @@ def from_weights(
         ]
         spec = jax.ShapeDtypeStruct((int(np.shape(matrices[0])[1]),), dtype)
         form, traced = _form(network, params, spec)
-        _check_values(form, traced, lambda v: network(params, v), spec)
+        check_values(form, traced, lambda v: network(params, v), spec)
     return form
 
 
@@ -239,6 +244,10 @@ def _spec(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(x.shape), dtype)
 
 
+def _corners(box: Any, spec: jax.ShapeDtypeStruct) -> tuple[np.ndarray, np.ndarray] | None:
+    return check_box(box, np.zeros((0, *spec.shape)))
+
+
 def _split(fn: Callable[..., Any]) -> tuple[Function, Any]:
     """(call, params): the state of an nnx module enters as an argument; the user's module is never touched."""
     nnx = sys.modules.get("flax.nnx")
@@ -269,13 +278,6 @@ def _flatten(call: Function, params: Any, spec: jax.ShapeDtypeStruct) -> Flat:
             "python control flow", "", spec.shape, f"Python needs the value of x: {reason}", remedy
         )
         raise UnsupportedError((item,)) from error
-
-
-class Traced(NamedTuple):
-    """The flat program behind a form, and the register of each of its values that has one."""
-
-    flat: Flat
-    registers: dict[int, int]
 
 
 def _form(call: Function, params: Any, spec: jax.ShapeDtypeStruct) -> tuple[LureForm, Traced]:
@@ -313,56 +315,6 @@ def _owned(leaf: Any) -> Any:
 @partial(jax.jit, static_argnames="dtype")
 def _evaluate_rows(form: LureForm, x: Any, dtype: Any) -> Any:
     return jax.vmap(lambda row: form.evaluate(row, dtype))(x)
-
-
-@partial(jax.jit, static_argnames="dtype")
-def _registers(form: LureForm, x: Any, dtype: Any) -> dict[int, Any]:
-    """Every register of the form at x."""
-    found: dict[int, Any] = {}
-    taps = form.taps
-    propagate(
-        form, x, lambda k, y: apply_tap(taps[k], form.consts, y), dtype=dtype, affine=True, registers=found
-    )
-    return found
-
-
-def _check_values(
-    form: LureForm, traced: Traced, fn: Callable[[Any], Any], spec: jax.ShapeDtypeStruct
-) -> None:
-    """The form agrees with the program at points other than the traced one, in every register, and both are finite.
-
-    Every linear step and every tap is compared where it is made, so that nothing hides behind a dead neuron or beside a
-    larger output. The tolerance is rounding's; what is certified does not rest on this check.
-    """
-    if form.is_traced or not is_concrete(jnp.zeros(())):
-        return
-    rng = np.random.default_rng(0)
-    floats = [v.dtype for v in traced.flat.values if jnp.issubdtype(v.dtype, jnp.floating)]
-    tolerance = min(10 * max(float(jnp.finfo(d).eps) for d in floats) ** 0.5, 0.25)
-    points = [
-        rng.standard_normal(spec.shape),
-        rng.uniform(size=spec.shape),
-        10 * rng.standard_normal(spec.shape),
-    ]
-    for turn, draw in enumerate(points):
-        point = jnp.asarray(draw, spec.dtype)
-        ours = _registers(form, point, spec.dtype)
-        theirs = run(traced.flat, point)
-        pairs = [(theirs[v], ours[r]) for v, r in traced.registers.items() if v in theirs]
-        if turn == 0:
-            pairs.append((fn(point), ours[form.program.output]))
-        for theirs_, ours_ in pairs:
-            a, b = (np.asarray(v, np.float64).ravel() for v in (theirs_, ours_))
-            if not (np.isfinite(a).all() and np.isfinite(b).all()):
-                reason = "the function is not finite at a random point"
-                item = Unsupported("output", "", a.shape, reason, _FINITE_REMEDY)
-                raise UnsupportedError((item,))
-            scale = float(np.abs(a).max(initial=0.0)) + float(np.abs(b).max(initial=0.0)) + 1e-3
-            if np.abs(a - b).max(initial=0.0) > tolerance * scale:
-                raise RuntimeError(
-                    "the traced form does not agree with the function at a random point: either the function is not "
-                    f"a pure function of x, or this is a bug of lipbounds (difference {np.abs(a - b).max():.3g})"
-                )
 
 
 _ROWS = 3  # rows of the batch on which independence is proved

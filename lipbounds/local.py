@@ -229,7 +229,7 @@ def check_box(box: Any, x: np.ndarray) -> Box | None:
         raise ValueError(f"box must be (lower, upper), numbers or arrays of shape {x.shape[1:]}") from None
     if not (low <= high).all():
         raise ValueError("box must be (lower, upper) with lower <= upper, not NaN")
-    outside = ((x < low) | (x > high)).reshape(len(x), -1).any(axis=1)
+    outside = ((x < low) | (x > high)).any(axis=tuple(range(1, x.ndim)))
     if outside.any():
         raise ValueError(
             f"{int(outside.sum())} of {len(x)} examples lie outside the box (the first is {int(outside.argmax())})"
