@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ _HIGHEST = lax.Precision.HIGHEST
 _WIDEST = 2**16  # entries of a window or a padding along one axis: a damaged file must not take all memory
 _AUTO = ("NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID")
 _ROUNDINGS = ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil")
+_EXPLICIT = "export with explicit pads, without auto_pad"
 Pads = list[tuple[int, int]]
 
 
@@ -66,10 +68,23 @@ def _window(node: Node, kernel: Sequence[int]) -> Window:
     auto = node.choice("auto_pad", *_AUTO)
     pads = _explicit(node, count) if auto == "NOTSET" else [(0, 0)] * count
     window = Window(spatial, tuple(kernel), strides, dilations, pads)
+    if not auto.startswith("SAME") and any(
+        n + low + high < r for n, (low, high), r in zip(spatial, pads, window.reach, strict=True)
+    ):
+        raise ValueError(f"its window spans {window.reach} entries, more than the input and its padding hold")
     if auto in ("SAME_UPPER", "SAME_LOWER"):
+        if max(dilations) > 1:
+            raise Refused(
+                f"the standard and onnxruntime pad differently for auto_pad={auto} with dilations", _EXPLICIT
+            )
         totals = [
             (-(-n // s) - 1) * s + r - n for n, s, r in zip(spatial, strides, window.reach, strict=True)
         ]
+        since = {"Conv": 0, "AveragePool": 19}.get(node.proto.op_type, math.inf)  # where onnxruntime runs it
+        if min(totals) < 0 and node.version < since:
+            raise Refused(
+                f"onnxruntime does not run auto_pad={auto} with strides that leave entries out", _EXPLICIT
+            )
         return Window(spatial, window.kernel, strides, dilations, [_halves(max(t, 0), auto) for t in totals])
     return window
 
@@ -113,15 +128,25 @@ def _conv_transpose(node: Node) -> Apply:
     count = len(spatial)
     strides, dilations = (_per_axis(node, name, count, 1) for name in ("strides", "dilations"))
     extra = _per_axis(node, "output_padding", count, 0)
+    if any(e >= s for e, s in zip(extra, strides, strict=True)):
+        raise Refused(
+            f"its output_padding {list(extra)} is not below its strides {list(strides)}: onnxruntime does not run it",
+            "export with output_padding below the strides",
+        )
     reach = Window(spatial, kernel, strides, dilations, []).reach
     auto, wanted = node.choice("auto_pad", *_AUTO), node.attr("output_shape")
     full = [s * (n - 1) + e + r for n, s, e, r in zip(spatial, strides, extra, reach, strict=True)]
     if wanted is None and auto in ("SAME_UPPER", "SAME_LOWER"):
         wanted = [n * s for n, s in zip(spatial, strides, strict=True)]
     if wanted is not None:
-        pads = [_halves(max(f - int(w), 0), auto) for f, w in zip(full, wanted[-count:], strict=True)]
-        # an output larger than the transposed convolution reaches is filled up at the end
-        extra = tuple(e + max(int(w) - f, 0) for e, f, w in zip(extra, full, wanted[-count:], strict=True))
+        sizes = [int(w) for w in wanted[-count:]]
+        if any(w > f for f, w in zip(full, sizes, strict=True)):
+            raise Refused(
+                f"its output_shape or auto_pad={auto} asks for sizes {sizes}, and the windows reach only {full}: the "
+                "standard and onnxruntime differ",
+                "export with explicit pads and output_padding, without auto_pad and output_shape",
+            )
+        pads = [_halves(f - w, auto) for f, w in zip(full, sizes, strict=True)]
     else:
         pads = _explicit(node, count) if auto == "NOTSET" else [(0, 0)] * count
     around = [(r - 1 - low, r - 1 - high + e) for r, (low, high), e in zip(reach, pads, extra, strict=True)]
@@ -151,13 +176,16 @@ def _conv_transpose(node: Node) -> Apply:
 def _pooling(node: Node) -> tuple[Window, Pads]:
     """The window of a pool, and its pads with the end moved so that the output has the size that `ceil_mode` asks."""
     window = _window(node, tuple(int(k) for k in node.attr("kernel_shape")))
-    if not node.attr("ceil_mode", 0) or node.choice("auto_pad", *_AUTO) != "NOTSET":
+    auto = node.choice("auto_pad", *_AUTO)
+    if not node.attr("ceil_mode", 0) or auto in ("SAME_UPPER", "SAME_LOWER"):
         return window, window.pads
     ends: Pads = []
     for n, s, r, (low, high) in zip(window.spatial, window.strides, window.reach, window.pads, strict=True):
         out = -(-(n + low + high - r) // s) + 1
         out -= (out - 1) * s >= n + low  # a window that begins in the padding at the end is left out
         ends.append((low, (out - 1) * s + r - n - low))
+    if auto == "VALID" and any(high > 0 for _, high in ends):
+        raise Refused("the standard and onnxruntime differ on ceil_mode with auto_pad=VALID", _EXPLICIT)
     return window, ends
 
 
