@@ -136,21 +136,22 @@ def _per_channel(text: str | None, name: str, shape: tuple[int, ...], dtype: Any
 
 def read_data(data: str, shape: tuple[int, ...]) -> tuple[Any, Any]:
     """Images (n, *shape) and labels (n,) of `digits` or an .npz file; ValueError for anything else."""
-    import zipfile
-
-    import numpy as np
-
     if data == "digits":
         from lipbounds.training.data import digits
 
         test = digits()
         x, y = test.test_x, test.test_y
     else:
+        from lipbounds._files import read_npz
+
+        wanted = "is not an .npz file with arrays x and y"
         try:
-            with np.load(data, allow_pickle=False) as file:
-                x, y = file["x"], file["y"]
-        except (zipfile.BadZipFile, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{data} is not an .npz file with arrays x and y: {error}") from error
+            arrays = read_npz(Path(data))
+        except ValueError as error:
+            raise ValueError(f"{data} {wanted}: {error}") from error
+        if not {"x", "y"} <= arrays.keys():
+            raise ValueError(f"{data} {wanted}: it holds {', '.join(arrays) or 'none'}")
+        x, y = arrays["x"], arrays["y"]
     if x.shape[1:] != tuple(shape):
         raise ValueError(f"{data} holds images of shape {x.shape[1:]}, the model takes {tuple(shape)}")
     if x.dtype.kind != "f":

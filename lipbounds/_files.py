@@ -1,10 +1,14 @@
-"""Files that are complete or as they were before."""
+"""Files that are written whole or not at all, and files of others, read within what they hold."""
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
+import zipfile
 from pathlib import Path
+
+import numpy as np
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -19,3 +23,82 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+# --- files that other people made: whatever they hold, an array or a ValueError ------------------------------------
+
+DEFLATE = 1032  # deflate makes at most so many bytes of one
+_KINDS = frozenset("F64 F32 F16 BF16 I64 I32 I16 I8 U64 U32 U16 U8 BOOL".split())
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file by name, each read only if the file can hold what its header promises.
+
+    Raises:
+        ValueError: not an .npz file, cut off, damaged, pickled objects, or a header that promises more than is there.
+        OSError: the file cannot be opened.
+    """
+    with path.open("rb") as stream:
+        try:
+            with zipfile.ZipFile(stream) as archive:
+                members = archive.infolist()
+                if len({info.filename for info in members}) != len(members):
+                    raise ValueError("two arrays have one name")
+                size = path.stat().st_size
+                return {info.filename.removesuffix(".npy"): _member(archive, info, size) for info in members}
+        except Exception as error:  # zipfile and NumPy raise nearly anything for a damaged file
+            if "pickle" in str(error):
+                raise ValueError(
+                    f"{path}: holds pickled objects, which are not read; save plain arrays"
+                ) from error
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise ValueError(
+                f"{path}: not an .npz file, or cut off ({reason[0]}); save it again with numpy.savez"
+            ) from error
+
+
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, size: int) -> np.ndarray:
+    """One array of an archive of `size` bytes; ValueError before anything is allocated for a false promise."""
+    with archive.open(info) as stream:
+        version = np.lib.format.read_magic(stream)
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in readers:
+            raise ValueError(f"{info.filename!r} has the version {version} of the format")
+        shape, _, dtype = readers[version](stream)
+        promised = math.prod(shape) * dtype.itemsize
+        held = info.file_size - stream.tell()
+    if dtype.hasobject:
+        raise ValueError("pickle")
+    stored = info.compress_type == zipfile.ZIP_STORED
+    room = min(info.compress_size, size) * (1 if stored else DEFLATE)
+    if min(shape, default=0) < 0 or promised != held or promised > room:
+        raise ValueError(
+            f"the header of {info.filename!r} promises shape {tuple(shape)}, {promised} bytes; there are "
+            f"{min(held, room)}"
+        )
+    with archive.open(info) as stream:
+        array = np.lib.format.read_array(stream, allow_pickle=False)
+        stream.read(1)  # at the end the checksum is compared
+    return np.asarray(array)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(tensors by name, metadata) of a .safetensors file; ValueError if it is damaged or holds what NumPy has not."""
+    from safetensors import safe_open
+
+    with path.open("rb"):  # what cannot be opened is an OSError, as everywhere
+        pass
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = list(file.keys())
+            kinds = {name: file.get_slice(name).get_dtype() for name in names}
+            strange = next((name for name in names if kinds[name] not in _KINDS), None)
+            tensors = {} if strange else {name: file.get_tensor(name) for name in names}
+            metadata = dict(file.metadata() or {})
+    except Exception as error:  # its errors are of many kinds
+        raise ValueError(f"{path}: not a complete .safetensors file, or cut off: {error}") from error
+    if strange is not None:
+        raise ValueError(
+            f"{path}: the tensor {strange!r} is of type {kinds[strange]}, which NumPy does not have; save it as float32"
+        )
+    return tensors, metadata

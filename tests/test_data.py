@@ -5,6 +5,7 @@ The format of MNIST's files is tested in test_mnist.py, Tiny-ImageNet's in test_
 
 import gzip
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -380,3 +381,60 @@ def test_the_real_cifar100():
         pytest.skip(f"needs CIFAR-100: {reason}")
     assert data.train_pixels.shape == (50_000, 32, 32, 3) and data.test_pixels.shape == (10_000, 32, 32, 3)
     assert (np.bincount(data.train_y) == 500).all() and (np.bincount(data.test_y) == 100).all()
+
+
+# --- promises that a file does not keep ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
+def test_a_file_that_unpacks_to_more_than_its_header_says_is_not_unpacked(mnist_folder, name):
+    plain, packed = mnist_folder / name, mnist_folder / f"{name}.gz"
+    content = plain.read_bytes() if plain.exists() else gzip.decompress(packed.read_bytes())
+    plain.unlink(missing_ok=True)
+    packed.write_bytes(gzip.compress(content + bytes(10**8)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=rf"{name}\.gz holds bytes too many: .*, more follow"):
+            load("mnist", mnist_folder)
+        assert tracemalloc.get_traced_memory()[1] < 10**7
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("shape", [(60_000, 256, 256), (2, 2**31, 2**31), (2**32 - 1, 28, 28)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_header_that_promises_more_than_the_file_holds(mnist_folder, shape, packed):
+    for file in mnist_folder.glob("train-images*"):
+        file.unlink()
+    content = bytes((0, 0, 8, 3)) + np.array(shape, ">u4").tobytes() + bytes(100)
+    file = mnist_folder / f"train-images-idx3-ubyte{'.gz' if packed else ''}"
+    file.write_bytes(gzip.compress(content) if packed else content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="is truncated|no image of MNIST|the official file has"):
+            load("mnist", mnist_folder)
+        assert tracemalloc.get_traced_memory()[1] < 10**7
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("tries", [100, pytest.param(3000, marks=pytest.mark.slow)])
+def test_any_content_of_an_mnist_file_is_read_or_a_value_error(mnist_folder, tries, rng):
+    plain = mnist_folder / "t10k-images-idx3-ubyte"
+    (mnist_folder / f"{plain.name}.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    plain.unlink()
+    files = sorted(mnist_folder.iterdir())
+    refused = 0
+    for _ in range(tries):
+        file = files[rng.integers(len(files))]
+        raw = file.read_bytes()
+        content = bytearray(raw)
+        for _ in range(rng.integers(1, 4)):
+            content[rng.integers(min(len(content), 40))] = rng.integers(256)
+        file.write_bytes(raw[: rng.integers(len(raw))] if rng.random() < 0.3 else content)
+        try:
+            load("mnist", mnist_folder)
+        except ValueError:
+            refused += 1
+        file.write_bytes(raw)
+    assert refused > tries / 5

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
+import struct
+import tracemalloc
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +16,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from scipy.io import savemat
+from typer.testing import CliRunner
 
 import lipbounds as lb
+from lipbounds.cli import app
 from lipbounds.interop import load_weights
 
 SIZES = (5, 4, 7, 3)
@@ -176,7 +183,7 @@ def test_damaged_files(end: str, tmp_path: Path) -> None:
     raw = path.read_bytes()
     for content in (b"", b"junk" * 50, raw[: len(raw) // 2], raw[:200]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"mlp\{end}: not an? \{end} file, or cut off"):
+        with pytest.raises(ValueError, match=rf"mlp\{end}: not an? (complete )?\{end} file, or cut off"):
             load_weights(path)
     with pytest.raises(FileNotFoundError, match="absent.* is no file"):
         load_weights(tmp_path / f"absent{end}")
@@ -185,3 +192,127 @@ def test_damaged_files(end: str, tmp_path: Path) -> None:
         ValueError, match=r"the ending must be one of \.npz, \.mat, \.safetensors, got '\.pt'"
     ):
         load_weights(tmp_path / "mlp.pt")
+
+
+# --- promises that a file does not keep ----------------------------------------------------------------------------
+
+
+def _header(shape: str, descr: str = "<f8") -> bytes:
+    """The first bytes of an .npy file."""
+    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text) + 1) + text.encode() + b"\n"
+
+
+@pytest.mark.parametrize("shape", ["(10000000, 1000000)", "(2, 3)", "(-2, -3)", f"({2**62}, 4)"])
+@pytest.mark.parametrize("packed", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_an_array_larger_than_its_file_is_refused_before_it_is_allocated(
+    shape: str, packed: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "mlp.npz"
+    with zipfile.ZipFile(path, "w", packed) as archive:
+        archive.writestr("W0.npy", _header(shape) + bytes(40))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"mlp\.npz: .* promises shape .*; there are 40"):
+            load_weights(path)
+        assert tracemalloc.get_traced_memory()[1] < 10**7
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_archive_that_lies_about_its_own_size_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mlp.npz"
+    shape = "(10000000, 1000000)"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("W0.npy", _header(shape))
+        (info,) = archive.infolist()
+        info.file_size = len(_header(shape)) + 8 * 10**13  # in the central directory, which is what is read
+    with pytest.raises(ValueError, match="promises shape .* 80000000000000 bytes; there are"):
+        load_weights(path)
+
+
+def _tensor(kind: str, size: int) -> bytes:
+    header = json.dumps({"W0": {"dtype": kind, "shape": [2, 2], "data_offsets": [0, 4 * size]}}).encode()
+    return struct.pack("<Q", len(header)) + header + bytes(4 * size)
+
+
+@pytest.mark.parametrize("kind", ["F8_E4M3", "F8_E5M2"])
+def test_float8_is_one_plain_error(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "mlp.safetensors"
+    path.write_bytes(_tensor(kind, 1))
+    with pytest.raises(ValueError, match=f"'W0' is of type {kind}, which NumPy does not have"):
+        load_weights(path)
+    path.write_bytes(_tensor("BF16", 2))
+    assert load_weights(path)[0][0].dtype.name == "bfloat16"
+
+
+def _changed(raw: bytes, rng: np.random.Generator) -> bytes:
+    """Cut off, or with some bytes replaced."""
+    content = bytearray(raw)
+    if rng.random() < 0.3:
+        return raw[: rng.integers(len(raw))]
+    for _ in range(rng.integers(1, 5)):
+        content[rng.integers(len(content))] = rng.integers(256)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("tries", [150, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("end", [".npz", ".mat", ".safetensors"])
+def test_any_content_is_read_or_a_value_error(end: str, tries: int, tmp_path: Path) -> None:
+    path = _save(tmp_path / f"mlp{end}", _named("W{}", "b{}", (2, 3, 2)))
+    raw, rng = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(tries):
+        path.write_bytes(_changed(raw, rng))
+        try:
+            load_weights(path)
+        except ValueError:
+            refused += 1
+    assert refused > tries / 5
+
+
+def test_the_command_line_says_it_in_one_line(tmp_path: Path) -> None:
+    from lipbounds.training.models import ModelSpec, build
+    from lipbounds.training.store import save_model
+
+    spec = ModelSpec("mlp", (2, 2, 1), {"widths": "4-3-2"})
+    model, bad = tmp_path / "m.safetensors", tmp_path / "f8.safetensors"
+    save_model(model, build(spec), spec)
+    bad.write_bytes(_tensor("F8_E4M3", 1))
+    with zipfile.ZipFile(tmp_path / "d.npz", "w") as archive:
+        archive.writestr("x.npy", _header("(10000000, 1000000)") + bytes(40))
+    for words, why in (
+        (("bounds", bad), "of type F8_E4M3, which NumPy does not have"),
+        (("certify", model, "--data", tmp_path / "d.npz"), "promises shape (10000000, 1000000)"),
+    ):
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        assert result.exit_code == 1 and why in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("tries", [60, pytest.param(2000, marks=pytest.mark.slow)])
+def test_any_content_of_a_model_file_is_read_or_a_value_error(tries: int, tmp_path: Path) -> None:
+    from lipbounds.training.models import ModelSpec, build
+    from lipbounds.training.store import load_model, save_model
+
+    spec = ModelSpec("mlp", (2, 2, 1), {"widths": "4-3-2"})
+    path = tmp_path / "m.safetensors"
+    save_model(path, build(spec), spec)
+    raw, rng = path.read_bytes(), np.random.default_rng(0)
+    for old, new in (
+        ("4-3-2", "4-3-x"),
+        ('\\"4-3-2\\"', "[4,3,2]"),
+        ('\\"4-3-2\\"', "null   "),
+        ("[2, 2, 1]", "[2, 2, {}"),
+    ):
+        assert old.encode() in raw, raw
+        path.write_bytes(raw.replace(old.encode(), new.encode().ljust(len(old))))
+        with pytest.raises(ValueError, match=r"m\.safetensors"):
+            load_model(path)
+    for _ in range(tries):
+        content = bytearray(_changed(raw, rng))
+        if len(content) == len(raw) and rng.random() < 0.8:  # mostly in the header
+            content[rng.integers(8, 400)] = rng.integers(32, 127)
+        path.write_bytes(content)
+        with contextlib.suppress(ValueError):
+            load_model(path)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from lipbounds._files import DEFLATE
 from lipbounds.training.cifar import cifar10, cifar100
 from lipbounds.training.dataset import Dataset, Progress, Source, check_count, refuse_copies
 from lipbounds.training.image_folders import tiny_imagenet
@@ -82,9 +83,7 @@ def _images_and_labels(
     images_path: pathlib.Path, labels_path: pathlib.Path, most: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """One part of MNIST: uint8 (n, height, width, 1) and int32 (n,), n at most `most`."""
-    images, labels = _idx(images_path, 3), _idx(labels_path, 1)
-    for path, array in ((images_path, images), (labels_path, labels)):
-        check_count(path, len(array), most, in_training=60_000)
+    images, labels = _idx(images_path, 3, most), _idx(labels_path, 1, most)
     if len(images) != len(labels) or images.size == 0:
         raise ValueError(
             f"{images_path} holds {' x '.join(map(str, images.shape))} numbers and {labels_path} "
@@ -98,34 +97,54 @@ def _images_and_labels(
 _IDX_KINDS = {bytes((0, 0, 8, 3)): "images", bytes((0, 0, 8, 1)): "labels"}
 
 
-def _idx(path: pathlib.Path, dimensions: int) -> np.ndarray:
-    """The unsigned bytes of an IDX file, in its shape.
+_WIDEST = 256  # pixels of a side; the official images have 28
+
+
+def _idx(path: pathlib.Path, dimensions: int, most: int) -> np.ndarray:
+    """The unsigned bytes of an IDX file of at most `most` records, in its shape.
 
     Format: 0, 0, 8 (unsigned byte), the number of dimensions; sizes as big-endian 32-bit integers; the data.
+    Of a compressed file the header is unpacked, then what it promises and one byte more, never the whole.
     """
+    packed, start = path.suffix == ".gz", 4 + 4 * dimensions
+    size = path.stat().st_size
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if packed else path.open("rb") as stream:
+            shape = _idx_shape(path, stream.read(start), dimensions)
+            promised = math.prod(shape)
+            text = f"its header says {' x '.join(map(str, shape))} bytes"
+            if promised > (size * DEFLATE if packed else size - start):
+                follow = f"at most {size * DEFLATE}" if packed else size - start
+                raise ValueError(f"{path} is truncated: {text}, {follow} follow")
+            check_count(path, shape[0], most, in_training=60_000)
+            if max(shape[1:], default=0) > _WIDEST:
+                raise ValueError(
+                    f"{path}: {text}, and no image of MNIST has more than {_WIDEST} pixels a side"
+                )
+            data = stream.read(promised + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is truncated or no gzip file: {error}") from error
+    if len(data) < promised:
+        raise ValueError(f"{path} is truncated: {text}, {len(data)} follow")
+    if len(data) > promised:
+        raise ValueError(f"{path} holds bytes too many: {text}, {'more' if packed else size - start} follow")
+    return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _idx_shape(path: pathlib.Path, header: bytes, dimensions: int) -> tuple[int, ...]:
+    """The shape that an IDX header promises."""
     wanted = bytes((0, 0, 8, dimensions))
-    if data[:4] != wanted:
-        kind = _IDX_KINDS.get(data[:4])
+    if header[:4] != wanted:
+        kind = _IDX_KINDS.get(header[:4])
         raise ValueError(
             f"{path} is no IDX file of bytes in {dimensions} dimensions: "
-            f"it starts with {data[:4].hex()}, not {wanted.hex()}"
+            f"it starts with {header[:4].hex()}, not {wanted.hex()}"
             + (f" (these are {kind}, wanted are {_IDX_KINDS[wanted]})" if kind else "")
         )
     start = 4 + 4 * dimensions
-    if len(data) < start:
-        raise ValueError(f"{path} is truncated: its header ends after {len(data)} of {start} bytes")
-    shape = tuple(int(n) for n in np.frombuffer(data, ">u4", dimensions, offset=4))
-    if len(data) - start != math.prod(shape):
-        trouble = "is truncated" if len(data) - start < math.prod(shape) else "holds bytes too many"
-        raise ValueError(
-            f"{path} {trouble}: "
-            f"its header says {' x '.join(map(str, shape))} bytes, {len(data) - start} follow"
-        )
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+    if len(header) < start:
+        raise ValueError(f"{path} is truncated: its header ends after {len(header)} of {start} bytes")
+    return tuple(int(n) for n in np.frombuffer(header, ">u4", dimensions, offset=4))
 
 
 Reader = Callable[[str | os.PathLike[str] | None, Progress | None], Dataset]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
 from lipbounds.training.dataset import ByteArray, Dataset, IntArray, Progress, Source, read_lines
 
+_WIDEST = 1024  # pixels of a side; the official images have 64
 _TINY = Source(
     title="Tiny-ImageNet-200 (with the folders train/<wnid>/images and val/images)",
     page="http://cs231n.stanford.edu/tiny-imagenet-200.zip",
@@ -40,6 +42,8 @@ def tiny_imagenet(
     wnids = read_lines(place / "wnids.txt")
     if not wnids or len(set(wnids)) != len(wnids):
         raise ValueError(f"{place / 'wnids.txt'} must list at least one class, and none twice")
+    if any(not re.fullmatch(r"[\w.-]{1,100}", wnid) or wnid.startswith(".") for wnid in wnids):
+        raise ValueError(f"{place / 'wnids.txt'} lists something that is no name of a class")
     numbers = {wnid: number for number, wnid in enumerate(wnids)}
     train = _training_files(place / "train", numbers)
     test = _validation_files(place / "val", numbers)
@@ -119,10 +123,12 @@ def _decode(paths: Sequence[pathlib.Path], part: str, report: Progress, done: in
             with Image.open(path, formats=("JPEG",)) as image:
                 width, height = image.size
                 if row == 0:
+                    if max(width, height) > _WIDEST:
+                        raise ValueError(f"{height} x {width} pixels, more than {_WIDEST} a side")
                     images = np.empty((len(paths), height, width, 3), np.uint8)
                 if (height, width) == images.shape[1:3]:
                     images[row] = np.asarray(image.convert("RGB"))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow raises many kinds for a damaged file
             raise ValueError(f"{path} is no JPEG that can be decoded: {error}") from error
         if (height, width) != images.shape[1:3]:
             raise ValueError(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from lipbounds._files import read_npz, read_safetensors
+from lipbounds.interop._matfile import read_mat
 
 _KINDS = {
     **dict.fromkeys(("weight", "weights", "w", "kernel"), "weight"),
@@ -45,7 +47,7 @@ def load_weights(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file")
-    readers = {".npz": _npz, ".mat": _mat, ".safetensors": _safetensors}
+    readers = {".npz": read_npz, ".mat": _mat, ".safetensors": lambda file: read_safetensors(file)[0]}
     if path.suffix not in readers:
         raise ValueError(
             f"{path}: the ending must be one of {', '.join(readers)}, got {path.suffix or 'none'!r}"
@@ -74,55 +76,18 @@ def load_weights(
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-def _npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with (
-            path.open("rb") as stream,
-            np.load(stream, allow_pickle=False) as file,
-        ):  # np.load may leave a path open
-            return {name: file[name] for name in file.files}
-    except (ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile) as error:
-        if "pickle" in str(error).lower() and zipfile.is_zipfile(path):
-            raise ValueError(
-                f"{path}: holds pickled objects, which are not read; save plain arrays"
-            ) from error
-        raise ValueError(f"{path}: not an .npz file, or cut off; save it again with numpy.savez") from error
-
-
 def _mat(path: Path) -> dict[str, np.ndarray]:
-    from scipy.io import loadmat
-
-    try:
-        found = loadmat(path, mat_dtype=True)
-    except NotImplementedError as error:
-        raise ValueError(f"{path}: is of MATLAB version 7.3; save it with -v7") from error
-    except Exception as error:  # loadmat of a damaged file raises nearly anything
-        raise ValueError(f"{path}: not a .mat file, or cut off; save it again") from error
+    """The matrices of a .mat file by name; the entries of a cell array are numbered."""
     tensors: dict[str, np.ndarray] = {}
-    for name, value in found.items():
-        if name.startswith("__"):
-            continue
-        value = np.asarray(value)
+    for name, value in read_mat(path).items():
         cells = {name: value}
         if value.dtype == object:
-            cells = {f"{name}{i}": np.asarray(cell) for i, cell in enumerate(value.ravel())}
+            cells = {f"{name}{i}": cell for i, cell in enumerate(value.ravel())}
         for place, cell in cells.items():
             words = _words(place)
             vector = words is not None and words[0] == "bias" and cell.ndim == 2 and 1 in cell.shape
             tensors[place] = cell.ravel() if vector else cell  # MATLAB has no vectors
     return tensors
-
-
-def _safetensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, KeyError) as error:
-        raise ValueError(
-            f"{path}: not a .safetensors file, or cut off, or of a dtype unknown here: {error}"
-        ) from error
 
 
 # --- layers --------------------------------------------------------------------------------------------------------
