@@ -80,7 +80,9 @@ class Emitter:
         else:
             last = self.register(output, output.shape, 0)
             self.steps.append(Op("constant", (), (-1 - self.leaf(output),), last))
-        program = Program(tuple(self.steps), tuple(self.taps), tuple(self.shapes), last)
+        program = Program(
+            tuple(self.steps), tuple(self.taps), tuple(self.shapes), last, self.low.half_formats()
+        )
         return program, tuple(self.leaves), tuple(self.slopes), self.registers
 
     def emit_linear(self, part: Linear, eqn: Eqn, value: Value) -> None:

@@ -20,6 +20,7 @@ from lipbounds import _rules, activations
 from lipbounds._emit import Emitter, constant_key
 from lipbounds._jaxpr import Eqn, Flat, Value, is_concrete
 from lipbounds._parameters import not_understood
+from lipbounds._precision import TOO_NARROW, below_single, half_or_wider, keeps_half
 from lipbounds._program import Program
 from lipbounds._rules import Alias, Group, Linear, Refused
 from lipbounds.activations import Expr, Node, SlopeError
@@ -58,13 +59,15 @@ class Lowering:
         self.consumers: dict[int, list[Eqn]] = {}
         self.rules: dict[int, Any] = {}  # what each equation is, by id
         self.misread: set[int] = set()  # those with parameters that are not understood
+        self.live: set[int] = set()  # values that reach the output
         self._find_consumers()
 
     # -- reading the flat program -----------------------------------------------------------------------------------
 
     def _find_consumers(self) -> None:
         """Who reads a tensor, counting only equations that reach the output."""
-        live = {v.index for v in self.flat.outputs}
+        live = self.live
+        live.update(v.index for v in self.flat.outputs)
         for eqn in reversed(self.flat.eqns):
             if any(out.index in live for out in eqn.outputs):
                 for value in eqn.inputs:
@@ -316,6 +319,31 @@ class Lowering:
             nearest = next(self.dominators(value), None)
             self.refuse(eqn, found, needed, nearest[0] if nearest else None)
 
+    def rounded(self) -> Iterator[tuple[Eqn, str, bool]]:
+        """(equation, format, whether it is as wide as half precision) where x is narrower than float32."""
+        for eqn in self.flat.eqns:
+            if not any(v.index in self.live for v in eqn.outputs):
+                continue
+            dtype = eqn.outputs[0].dtype
+            if eqn.primitive == "reduce_precision":
+                bits = int(eqn.params["exponent_bits"]), int(eqn.params["mantissa_bits"])
+                if bits[0] < 8 or bits[1] < 23:
+                    yield eqn, "reduce_precision({}, {})".format(*bits), keeps_half(*bits)
+            if jnp.issubdtype(dtype, jnp.floating) and below_single(dtype):
+                yield eqn, jnp.dtype(dtype).name, half_or_wider(dtype)
+
+    def refuse_narrow(self) -> None:
+        reason, remedy = TOO_NARROW
+        for eqn, name, kept in self.rounded():
+            if not kept:
+                self.refuse(eqn, Refused(reason.format(name=name), remedy), set())
+
+    def half_formats(self) -> tuple[str, ...]:
+        names = {name for _, name, _ in self.rounded()}
+        if below_single(self.flat.input.dtype):
+            names.add(jnp.dtype(self.flat.input.dtype).name)
+        return tuple(sorted(names))
+
     def run(self) -> tuple[Program, tuple[Any, ...], tuple[Any, ...], dict[int, int]]:
         (output,) = self.flat.outputs
         needed = {self.resolve(output).index} if output.depends else set()
@@ -324,6 +352,7 @@ class Lowering:
         for eqn in reversed(self.flat.eqns):
             if any(v.index in needed for v in eqn.outputs):
                 self.decide(eqn, needed)
+        self.refuse_narrow()
         if self.refused:
             raise UnsupportedError(tuple(reversed(self.refused.values())))
         return Emitter(self, needed).run(output)

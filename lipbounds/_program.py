@@ -55,12 +55,16 @@ class Tap:
 
 @dataclass(frozen=True)
 class Program:
-    """The static part of a form: a straight list of linear steps and taps over registers; register 0 is x."""
+    """The static part of a form: a straight list of linear steps and taps over registers; register 0 is x.
+
+    `half` names the formats narrower than float32 that x passes through, for the notes of bounds.
+    """
 
     steps: tuple[Op | int, ...]  # an int k stands for tap k
     taps: tuple[Tap, ...]
     shapes: tuple[tuple[int, ...], ...]  # of the registers
     output: int
+    half: tuple[str, ...] = ()
 
     def __hash__(self) -> int:
         try:

@@ -134,7 +134,7 @@ def split(form: LureForm, k: int) -> tuple[LureForm, LureForm]:
         steps.append(Op("reshape", (("shape", (size,)),), (register,), flat[-1]))
     shapes.append((width,))
     steps.append(Op("concatenate", (("dimension", 0),), tuple(flat), len(shapes) - 1))
-    front = Program(tuple(steps), program.taps[:k], tuple(shapes), len(shapes) - 1)
+    front = Program(tuple(steps), program.taps[:k], tuple(shapes), len(shapes) - 1, program.half)
 
     later: list[Op | int] = []
     begin = 0
@@ -152,7 +152,7 @@ def split(form: LureForm, k: int) -> tuple[LureForm, LureForm]:
         replace(tap, inputs=tuple(i + 1 for i in tap.inputs), outputs=tuple(i + 1 for i in tap.outputs))
         for tap in program.taps[k:]
     )
-    tail = Program(tuple(later), taps, ((width,), *program.shapes), program.output + 1)
+    tail = Program(tuple(later), taps, ((width,), *program.shapes), program.output + 1, program.half)
     return (
         LureForm(front, form.consts, form.slopes[:k]),
         LureForm(tail, form.consts, form.slopes[k:]),

@@ -17,6 +17,7 @@ from lipbounds._agree import Traced, check_values
 from lipbounds._jaxpr import Flat, flatten, is_concrete
 from lipbounds._kinds import KINDS
 from lipbounds._lower import Lowering, lower
+from lipbounds._precision import TOO_NARROW, half_or_wider
 from lipbounds.errors import Unsupported, UnsupportedError
 from lipbounds.local import check_box
 from lipbounds.lure import LureForm, apply_op, check_weights
@@ -240,6 +241,10 @@ def _spec(x: Any) -> jax.ShapeDtypeStruct:
             f"the input is {kind} ({dtype})",
             "cast it to a float: x.astype(jnp.float32)",
         )
+        raise UnsupportedError((item,))
+    if not half_or_wider(dtype):
+        reason, remedy = TOO_NARROW
+        item = Unsupported("input", "", tuple(x.shape), reason.format(name=dtype.name), remedy)
         raise UnsupportedError((item,))
     return jax.ShapeDtypeStruct(tuple(x.shape), dtype)
 

@@ -104,7 +104,9 @@ class _Rewriter:
                 self.places[step.output] = self.op(
                     step.kind, inputs, old.shapes[step.output], **dict(step.params)
                 )
-        program = Program(tuple(self.steps), tuple(self.taps), tuple(self.shapes), self.places[old.output])
+        program = Program(
+            tuple(self.steps), tuple(self.taps), tuple(self.shapes), self.places[old.output], old.half
+        )
         return LureForm(program, self.form.consts, tuple(self.slopes))
 
     def copy_tap(self, tap: Tap, slopes: Any) -> None:

@@ -166,7 +166,7 @@ def _check_initial(form: LureForm, initial: Any, possible: bool, start_at: int |
 def _finish(search: Search, other: UpperBound, pairwise: bool, method: str, started: float) -> UpperBound:
     """The least of what was proved and of LipLT, with its certificate."""
     form, found = search.form, search.constants
-    notes = [*search.notes, *(f"LipLT: {note}" for note in other.notes)]
+    notes = [*search.notes, *(f"LipLT: {note}" for note in other.notes if note not in form.notes)]
     value = min([c.value for c in found] + [other.value])
     classes = pairs = None
     helped = not found or other.value < min(c.value for c in found)
@@ -209,7 +209,7 @@ def _finish(search: Search, other: UpperBound, pairwise: bool, method: str, star
         parts=(Part("input", "output", shape, value, guarantee, how),),
         certificate=certificate,
         failure_probability=failure,
-        notes=tuple(notes),
+        notes=(*notes, *form.notes),
         network=fingerprint(form),
     )
 
@@ -224,7 +224,11 @@ def _estimate(engines: Engines, norm: float, pairwise: bool, multipliers: str, s
         seconds=time.perf_counter() - started,
         pairwise=pairs,
         per_class=classes,
-        notes=("the recursion in float arithmetic, nothing proved", *engines.search.notes),
+        notes=(
+            "the recursion in float arithmetic, nothing proved",
+            *engines.search.notes,
+            *engines.search.form.notes,
+        ),
     )
 
 

@@ -188,7 +188,7 @@ def local(
         time.perf_counter() - begin,
         pairs if pairwise else None,
         min(around.failure + whole.failure_probability, 1.0),
-        (*around.notes, *box_notes(inside)),
+        (*around.notes, *form.notes, *box_notes(inside)),
         fingerprint(form),
     )
 

@@ -27,6 +27,7 @@ from lipbounds import activations
 from lipbounds._html import Html, element, together
 from lipbounds._jaxpr import is_concrete
 from lipbounds._kinds import KINDS, StaticArray
+from lipbounds._precision import half_note
 from lipbounds._program import Op, Program, Tap
 from lipbounds._tables import html_table, printable
 
@@ -76,6 +77,11 @@ class LureForm:
     def assumed(self) -> bool:
         """Whether slopes were declared by the user (`register_activation`) rather than proved."""
         return any(tap.assumed for tap in self.taps)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What every bound and radius of this network says."""
+        return half_note(self.program.half)
 
     @property
     def is_traced(self) -> bool:

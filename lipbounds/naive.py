@@ -94,7 +94,7 @@ def estimate(
         seconds=time.perf_counter() - started,
         pairwise=pairs,
         per_class=classes,
-        notes=notes,
+        notes=(*notes, *form.notes),
     )
 
 
@@ -116,7 +116,7 @@ def finish(
         per_class=result.per_class,
         parts=result.parts,
         failure_probability=result.failure,
-        notes=() if budget is None else budget.notes(_triangle.host_form(form)),
+        notes=(*(() if budget is None else budget.notes(_triangle.host_form(form))), *form.notes),
         network=fingerprint(form),
     )
 

@@ -155,6 +155,7 @@ def certified_radius(
             "this bound was computed from another network: bound this form, or leave `bound` out"
         )
     constants, notes = _pair_constants(proof, form.num_outputs)
+    notes = (*notes, *form.notes)
     if not all(_enclosable(_triangle.host_form(form), tap) for tap in form.taps):
         notes = (
             *notes,
