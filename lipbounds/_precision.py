@@ -24,8 +24,8 @@ def below_single(dtype: Any) -> bool:
 
 
 TOO_NARROW = (
-    "x is rounded to {name}, which is coarser than float16 and bfloat16: the output moves in visible steps, and a bound "
-    "for real arithmetic would not hold for this program",
+    "x is rounded to {name}, which is coarser than float16 and bfloat16: the output moves in visible steps, "
+    "and a bound for real arithmetic would not hold for this program",
     "keep everything that depends on x in bfloat16, float16 or wider (narrow weights are fine: they are constants)",
 )
 
