@@ -10,6 +10,7 @@ import numpy as np
 from . import _intervals as I
 from ._expr import Expr, Node, SlopeError
 from ._intervals import Interval
+from ._pieces import slopes_between
 
 _REMEDY = "use an elementwise primitive with an interval rule"
 _MONOTONE = {"floor": np.floor, "ceil": np.ceil, "sign": np.sign}
@@ -63,6 +64,28 @@ def _pow(a: Interval, b: Interval) -> tuple[Interval, Any]:
     return I.exp(I.mul(b, I.log(a))), I.outside("log", a)
 
 
+def _interp(params: tuple, a: Interval) -> Interval:
+    """The range of a piecewise linear function: its values at the ends and at the knots between them."""
+    xp, fp = (np.asarray(p, np.float64) for p in params[:2])
+    slopes = [I.from_fraction(q) for q in slopes_between(params[0], params[1])]
+    zero = (np.float64(0.0), np.float64(0.0))
+    slopes = [slopes[0] if params[2][0] else zero, *slopes, slopes[-1] if params[2][1] else zero]
+    low, high = (np.array([q[i] for q in slopes]) for i in (0, 1))
+
+    def at(t: Any) -> Interval:
+        place = np.searchsorted(xp, t, side="right")
+        base = np.maximum(place - 1, 0)
+        return I.add(
+            I.point(fp[base]), I.mul((low[place], high[place]), I.sub(I.point(t), I.point(xp[base])))
+        )
+
+    lo, hi = I.hull(at(a[0]), at(a[1]))
+    for knot, value in zip(xp, fp, strict=True):
+        inside = (a[0] <= knot) & (knot <= a[1])
+        lo, hi = np.where(inside, np.minimum(lo, value), lo), np.where(inside, np.maximum(hi, value), hi)
+    return lo, hi
+
+
 def _node(node: Node, args: list[Interval]) -> tuple[Interval, Any]:
     """The enclosure of one arithmetic operation and where it may be undefined."""
     op = node.op
@@ -94,6 +117,8 @@ def _node(node: Node, args: list[Interval]) -> tuple[Interval, Any]:
     if op == "round":
         away = not node.params or int(node.params[0]) == 0
         return (_round(a[0], away), _round(a[1], away)), fine
+    if op == "interp":
+        return _interp(node.params, a), fine
     if op in I.VALUE:
         return I.VALUE[op](a), I.outside(op, a)
     raise SlopeError(f"the primitive {op!r} has no interval rule", _REMEDY)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from jax._src import source_info_util
 from jax._src.core import eval_jaxpr
 from jax.extend.core import Literal
 
+from lipbounds import _piecewise
 from lipbounds._parameters import not_understood
 from lipbounds._tables import printable
 from lipbounds.errors import Unsupported
@@ -45,6 +47,7 @@ class Value:
 
     Args:
         randomness: 0, 1 (computed from random bits), 2 (a random mask: a comparison of such numbers).
+        bounds: the range of a small integer that depends on x by comparisons only (which case of jnp.select holds).
     """
 
     index: int
@@ -54,6 +57,7 @@ class Value:
     depends: bool = False
     randomness: int = 0
     producer: Eqn | None = None
+    bounds: tuple[int, int] | None = None
 
 
 @dataclass(eq=False)
@@ -182,6 +186,10 @@ class _Inliner:
                     return self.evaluate(eqn, inputs)
                 self.refuse(eqn, path, _shape(eqn), *why)
                 return [self.unknown(var) for var in eqn.outvars]
+        if name == "jit" and params["name"] == "_interp" and any(value.depends for value in inputs):
+            found = self.interpolation(eqn, inputs, path)
+            if found is not None:
+                return found
         if name in _CALLS:
             return self.call(
                 params[_CALLS[name]], inputs, (*path, *_stack(eqn), str(params.get("name", name)))
@@ -201,6 +209,13 @@ class _Inliner:
             return self.scan(eqn, inputs, path)
         if name == "scatter" and params["update_jaxpr"] is not None:
             return self.apply_at(eqn, inputs, path)
+        if name == "argmax" and tuple(params["axes"]) == (0,):
+            rows = self.rows(inputs[0], path)
+            if rows is not None:
+                return self.rewritten(_piecewise.first_largest, rows, eqn, path)
+        if name == "select_n" and (span := inputs[0].bounds) is not None:
+            if 0 <= span[0] and span[1] < len(inputs) - 1:
+                return self.rewritten(_piecewise.by_comparison, inputs, eqn, path)
         if name in ("while", "cond"):
             if name == "cond":
                 traced = not inputs[0].depends
@@ -218,9 +233,73 @@ class _Inliner:
         record.many = eqn.primitive.multiple_results
         for output in outputs:
             output.producer = record
+            if jnp.issubdtype(output.dtype, jnp.integer):
+                output.bounds = _piecewise.integer_bounds(name, output.dtype, [_range(v) for v in inputs])
         if outputs:
             self.eqns.append(record)
         return outputs
+
+    def rewritten(self, fn: Callable[..., Any], inputs: Sequence[Value], eqn: Any, path: Path) -> list[Value]:
+        """The program of `fn` in place of an equation."""
+        specs, start = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in inputs], len(self.eqns)
+        outputs = self.call(jax.make_jaxpr(fn)(*specs), inputs, path)
+        for record in self.eqns[start:]:
+            record.path = _where(eqn, path)
+        return outputs
+
+    def rows(self, value: Value, path: Path) -> list[Value] | None:
+        """What was stacked along the first axis to make a boolean or integer tensor; None: not known."""
+        if jnp.issubdtype(value.dtype, jnp.floating):
+            return None
+        if not value.depends:
+            return [self.const(row) for row in np.asarray(value.const)] if is_concrete(value.const) else None
+        made = value.producer
+        if made is None:
+            return None
+        first = made.inputs[0]
+        if made.primitive == "stack" and made.params["axis"] == 0:
+            return list(made.inputs)
+        if made.primitive == "concatenate" and made.params["dimension"] == 0:
+            parts = [self.rows(part, path) for part in made.inputs]
+            return None if None in parts else [row for part in parts for row in part or ()]
+        if made.primitive in ("broadcast_in_dim", "reshape") and value.shape == (1, *first.shape):
+            dims = made.params.get("broadcast_dimensions")
+            return [first] if dims is None or tuple(dims) == tuple(range(1, len(value.shape))) else None
+        summed = made.primitive == "cumsum" and made.params["axis"] == 0 and not made.params["reverse"]
+        if not (summed or made.primitive == "convert_element_type"):
+            return None
+        rows = self.rows(first, path)
+        if rows is None or not jnp.issubdtype(value.dtype, jnp.integer):
+            return None
+        out: list[Value] = []
+        for row in rows:
+            args = [out[-1], row] if summed and out else [row]
+            cast = partial(lax.convert_element_type, new_dtype=value.dtype)
+            specs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args]
+            out += self.call(jax.make_jaxpr(lax.add if len(args) == 2 else cast)(*specs), args, path)
+        return out
+
+    def interpolation(self, eqn: Any, inputs: list[Value], path: Path) -> list[Value] | None:
+        """`jnp.interp` of x with constant knots, as one equation `interp`; None: something else of that name."""
+        (out,) = eqn.outvars
+        form = _piecewise.template(eqn.params["jaxpr"], [var.aval for var in eqn.invars])
+        if form is None:
+            return None
+        x, *rest = inputs
+        if any(v.depends or not is_concrete(v.const) for v in rest):
+            why: Any = ("the knots of jnp.interp depend on x or are being traced", "make the knots constant")
+        elif not jnp.issubdtype(x.dtype, jnp.floating):
+            return None
+        else:
+            xp, fp, *ends = (np.asarray(v.const) for v in rest)
+            why = _piecewise.knots(form, x.dtype, xp, fp, ends)
+        if isinstance(why, tuple):
+            self.refused.append(Unsupported("interp", _where(eqn, path), _shape(eqn), *why))
+            return [self.unknown(out)]
+        result = self.value(tuple(out.aval.shape), out.aval.dtype, depends=True)
+        self.eqns.append(Eqn("interp", why, (x,), (result,), _where(eqn, path), _piecewise.interp))
+        result.producer = self.eqns[-1]
+        return [result]
 
     def unknown(self, var: Any) -> Value:
         """The output of something already refused: depends on x, and is not complained about again."""
@@ -365,6 +444,16 @@ def outside(hits: np.ndarray, updates: Sequence[int], params: dict[str, Any]) ->
     """Whether an update lies out of range although it was promised that none does: anything may happen then."""
     promised = params["mode"] == lax.GatherScatterMode.PROMISE_IN_BOUNDS
     return promised and int(hits.sum()) != int(np.prod(updates))
+
+
+def _range(value: Value) -> tuple[int, int] | None:
+    """The range of a boolean or integer tensor."""
+    if value.dtype == np.bool_:
+        return 0, 1
+    if value.depends or not is_concrete(value.const) or not jnp.issubdtype(value.dtype, jnp.integer):
+        return value.bounds
+    array = np.asarray(value.const)
+    return (int(array.min()), int(array.max())) if array.size else None
 
 
 def _uses(jaxpr: Any, var: Any) -> bool:

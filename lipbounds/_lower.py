@@ -124,7 +124,7 @@ class Lowering:
         if id(eqn) in self.misread:
             return False
         if not jnp.issubdtype(value.dtype, jnp.floating):
-            if value.dtype != np.bool_ or eqn.primitive == "convert_element_type":
+            if value.bounds is None and (value.dtype != np.bool_ or eqn.primitive == "convert_element_type"):
                 return False
         return all(v.shape == value.shape for v in eqn.inputs if v.depends)
 
@@ -156,7 +156,8 @@ class Lowering:
                     frontier[operand.index] = operand
             if len(frontier) == 1:
                 (base,) = frontier.values()
-                if self.is_linear(base) and base.shape == value.shape:
+                floating = jnp.issubdtype(base.dtype, jnp.floating)
+                if floating and self.is_linear(base) and base.shape == value.shape:
                     yield base, list(region), nonlinear
                     nonlinear = False
 
@@ -189,6 +190,8 @@ class Lowering:
                 params = (int(eqn.params["y"]),)
             elif name == "round":
                 params = (int(eqn.params["rounding_method"]),)
+            elif name == "interp":
+                params = tuple(eqn.params[key] for key in ("xp", "fp", "extrapolate"))
             elif not activations.knows(name):
                 bind, keywords = eqn.bind, dict(eqn.params)
                 assert bind is not None

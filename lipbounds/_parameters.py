@@ -135,6 +135,7 @@ PARAMETERS: dict[str, dict[str, Allowed]] = {
     "integer_pow": {"y": READ},
     "round": {"rounding_method": READ},
     "convert_element_type": {"new_dtype": READ, "weak_type": FREE, "sharding": _placement},
+    "interp": {"xp": READ, "fp": READ, "extrapolate": READ},  # jnp.interp, recognised in _piecewise.py
     # identities
     "reduce_precision": {"exponent_bits": READ, "mantissa_bits": READ},
     "name": {"name": FREE},

@@ -346,6 +346,32 @@ def _steps(terms: Terms, op: str, a: int, params: tuple, domain: Domain) -> int:
     return terms.poly([half_up if away else round(q)])
 
 
+def slopes_between(xp: Sequence[float], fp: Sequence[float]) -> list[Fraction]:
+    """The exact slopes of the piecewise linear function through the knots."""
+    return [
+        (Fraction(fp[k + 1]) - Fraction(fp[k])) / (Fraction(xp[k + 1]) - Fraction(xp[k]))
+        for k in range(len(xp) - 1)
+    ]
+
+
+def _interpolate(terms: Terms, a: int, params: tuple, domain: Domain) -> int:
+    """The line of a piecewise linear function on which the term `a` lies."""
+    xp, fp, (left, right) = params
+    low, high = 0, len(xp)  # the term lies right of `low` knots, left of the rest
+    while low < high:
+        k = (low + high) // 2
+        sign = terms.sign(terms.add(a, terms.poly([-Fraction(xp[k])])), domain)
+        if sign is None:
+            raise SlopeError("it interpolates at a quantity that is not affine in x", _REMEDY)
+        low, high = (k + 1, high) if sign >= 0 else (low, k)
+    first = min(max(low - 1, 0), len(xp) - 2)
+    if (low == 0 and not left) or (low == len(xp) and not right):
+        return terms.poly([Fraction(fp[0 if low == 0 else -1])])
+    slope = slopes_between(xp[first : first + 2], fp[first : first + 2])[0]
+    line = terms.scale(slope, terms.add(a, terms.poly([-Fraction(xp[first])])))
+    return terms.add(line, terms.poly([Fraction(fp[first])]))
+
+
 def resolve(terms: Terms, expr: Expr, consts: Sequence[Any], x: int, domain: Domain) -> int:
     """The term of ``expr`` with its variable replaced by term ``x`` on the open interval ``domain``.
 
@@ -368,6 +394,8 @@ def resolve(terms: Terms, expr: Expr, consts: Sequence[Any], x: int, domain: Dom
                     "a selection by something other than one comparison has no slope rule", _REMEDY
                 )
             v = a[2] if a[0] else a[1]
+        elif op == "interp" and isinstance(a[0], int) and not isinstance(a[0], bool):
+            v = _interpolate(terms, a[0], node.params, domain)
         elif op in ("and", "or", "xor", "not") and all(isinstance(p, bool) for p in a):
             v = (
                 not a[0]

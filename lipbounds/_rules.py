@@ -452,6 +452,6 @@ ELEMENTWISE = frozenset(
     """add sub mul div neg abs max min sign floor ceil round exp exp2 expm1 log log1p tanh logistic erf erfc erf_inv
     sqrt rsqrt cbrt square integer_pow pow sin cos tan atan asinh acosh sinh cosh asin acos atanh select_n lt le gt ge
     eq ne and or not xor clamp is_finite convert_element_type copy stop_gradient reduce_precision add_any atan2 rem
-    lgamma digamma bessel_i0e bessel_i1e nextafter name optimization_barrier""".split()
+    lgamma digamma bessel_i0e bessel_i1e nextafter name optimization_barrier interp""".split()
 )
 _COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not", "xor", "is_finite"}

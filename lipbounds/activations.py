@@ -21,6 +21,7 @@ from jax import lax
 from . import _intervals as I
 from ._enclose import enclose
 from ._expr import Expr, Node, SlopeError
+from ._piecewise import interp
 from ._slopes import scalar_slopes
 
 __all__ = [
@@ -54,7 +55,7 @@ _OPAQUE: dict[str, Callable[..., Any]] = {}
 
 def knows(name: str) -> bool:
     """Whether `evaluate` has a rule of its own for this primitive."""
-    return name in _LAX or name in ("x", "const", "to_float", "integer_pow", "round")
+    return name in _LAX or name in ("x", "const", "to_float", "integer_pow", "round", "interp")
 
 
 def register_primitive(name: str, fn: Callable[..., Any]) -> None:
@@ -96,6 +97,9 @@ def evaluate(expr: Expr, consts: Sequence[Any], x: Any) -> jax.Array:
             val = lax.integer_pow(args[0], int(node.params[0]))
         elif node.op == "round":
             val = lax.round(args[0], lax.RoundingMethod(int(node.params[0]) if node.params else 0))
+        elif node.op == "interp":
+            xp, fp, extrapolate = node.params
+            val = interp(args[0], xp=xp, fp=fp, extrapolate=extrapolate)
         elif node.op in _LAX:
             val = _LAX[node.op](*args)
         elif node.op in _OPAQUE:
