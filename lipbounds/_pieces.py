@@ -32,6 +32,13 @@ _KNOWN: dict[tuple[str, Fraction | int], Fraction | int] = {
     ("acos", 1): 0, ("acosh", 1): 0, ("atanh", 0): 0,
 }  # fmt: skip
 _REMEDY = "declare its slopes with register_activation, or use an activation without it"
+_STEP = (
+    "use a continuous function in its place; if the whole is continuous, "
+    "its slopes can be declared with register_activation"
+)
+DOMAIN_REMEDY = (
+    "keep the argument inside the domain (1 + x**2, jnp.maximum(x, c), jnp.clip), or use another function"
+)
 
 Poly = tuple[Fraction, ...]
 Value = Any  # a term id (int), a bool (decided predicate) or +-inf (float): what a node of an Expr becomes
@@ -175,7 +182,7 @@ class Terms:
     def div(self, i: int, j: int) -> int:
         q = self.constant(j)
         if q == 0:
-            raise SlopeError("it is not defined on all reals: a division by zero", _REMEDY)
+            raise SlopeError("it is not defined on all reals: a division by zero", DOMAIN_REMEDY)
         if q is not None:
             return self.scale(1 / q, i)
         u = self._one_plus_exp(j)
@@ -191,6 +198,9 @@ class Terms:
                     return self.items[b].args[0]
         return None
 
+    def _negative(self, i: int) -> int:
+        return self.scale(Fraction(-1), i)
+
     def unary(self, op: str, i: int) -> int:
         q, t = self.constant(i), self.items[i]
         if op == "log1p" and t.op == "exp":
@@ -199,6 +209,12 @@ class Terms:
             u = self._one_plus_exp(i)
             if u is not None:
                 return self.unary("softplus", u)
+            if t.op == "logistic":  # log(1 / (1 + exp -u)) = -softplus(-u)
+                return self._negative(self.unary("softplus", self._negative(t.args[0])))
+            if t.op == "cosh":  # softplus(2u) - u - log 2
+                both = self.unary("softplus", self.scale(Fraction(2), t.args[0]))
+                less = self.add(t.args[0], self.unary("log", self.poly([2])))
+                return self.add(both, self._negative(less))
         if q is None:
             return self._intern(op, (i,))
         if op == "softplus" and q == 0:
@@ -206,7 +222,7 @@ class Terms:
         if op == "log1p":
             return self.unary("log", self.poly([1 + q]))
         if (op in ("log", "rsqrt") and q <= 0) or (op == "sqrt" and q < 0):
-            raise SlopeError(f"it is not defined on all reals: {op} of {float(q):g}", _REMEDY)
+            raise SlopeError(f"it is not defined on all reals: {op} of {float(q):g}", DOMAIN_REMEDY)
         exact = _KNOWN.get((op, q))
         if op == "exp2" and q.denominator == 1 and abs(q) < 1024:
             exact = Fraction(2) ** int(q)
@@ -331,11 +347,13 @@ def _steps(terms: Terms, op: str, a: int, params: tuple, domain: Domain) -> int:
         sign = terms.sign(a, domain)
         if sign is not None:
             return terms.poly([sign])
-        raise SlopeError("it contains sign, which jumps at 0", _REMEDY)
+        raise SlopeError(
+            "it contains the sign of a quantity that is not affine in x, so continuity is not proved", _STEP
+        )
     q = terms.constant(a)
     if q is None:
         raise SlopeError(
-            f"it contains {op}, which jumps at every {'half-' if op == 'round' else ''}integer", _REMEDY
+            f"it contains {op}, which jumps at every {'half-' if op == 'round' else ''}integer", _STEP
         )
     if op == "floor":
         return terms.poly([math.floor(q)])
@@ -450,6 +468,15 @@ def _arithmetic(terms: Terms, op: str, a: list[int], params: tuple, domain: Doma
     raise SlopeError(f"the primitive {op!r} has no slope rule", _REMEDY)
 
 
+def _limit(terms: Terms, term: int, c: Fraction) -> int:
+    """The value of a piece at its end."""
+    try:
+        return terms.at(term, c)
+    except SlopeError as error:
+        reason = f"it cannot be bounded here: what a branch tends to at x = {float(c):.9g} is not known"
+        raise SlopeError(f"{reason} ({error.reason})", _REMEDY) from error
+
+
 def pieces(
     terms: Terms, expr: Expr, consts: Sequence[Any]
 ) -> tuple[list[Piece], list[tuple[Fraction, int, int, int]]]:
@@ -474,7 +501,7 @@ def pieces(
         c = left.domain.right
         assert c is not None
         here = resolve(terms, expr, consts, terms.poly([c]), Domain(c, c))
-        joints.append((c, terms.at(left.term, c), here, terms.at(right.term, c)))
+        joints.append((c, _limit(terms, left.term, c), here, _limit(terms, right.term, c)))
     joined: list[Piece] = []
     for piece in out:
         if joined and joined[-1].term == piece.term:

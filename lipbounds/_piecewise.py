@@ -52,7 +52,11 @@ def template(jaxpr: Any, avals: Sequence[Any]) -> tuple[str | None, str | None, 
         fn = call
         for _ in range(depth):
             fn = jax.vmap(fn, in_axes=(0, *(None for _ in avals[1:])))
-        for eqn in jax.make_jaxpr(fn)(*specs).eqns:
+        try:
+            traced = jax.make_jaxpr(fn)(*specs)
+        except (TypeError, ValueError):  # arguments that jnp.interp does not take
+            continue
+        for eqn in traced.eqns:
             if eqn.params.get("name") == "_interp" and str(eqn.params["jaxpr"]) == text:
                 return left, right, periodic
     return None

@@ -12,10 +12,13 @@ import numpy as np
 from . import _intervals as I
 from ._expr import Expr, SlopeError
 from ._intervals import Interval
-from ._pieces import Domain, Terms, pieces
+from ._pieces import DOMAIN_REMEDY, Domain, Terms, pieces
 from ._tails import TailError, tail_slopes
 
 _REMEDY = "declare its slopes with register_activation, or use an activation with bounded slopes"
+_BOUNDED = "clip its argument first (jnp.clip(x, -c, c)), or use a function of bounded slope such as jnp.sqrt(1 + x**2)"
+_SMOOTH = "smooth it there (jnp.sqrt(x**2 + c) in place of jnp.sqrt(jnp.abs(x))), or use a function of bounded slope"
+_STEEP = 1e6  # a slope that is attained; beyond this no slopes are asked for
 _TOLERANCE = 1e-8
 _MAX_BOXES = 40_000
 _MAX_BROKEN = 3_000
@@ -158,16 +161,53 @@ def _midpoint(a: Any, b: Any) -> Any:
     return np.where((a < 0) & (b > 0), 0.0, mid)
 
 
+def _undefined(op: str, done: list[Jet], ends: list[list[Jet]]) -> bool:
+    """Whether an operation is certainly undefined: at the point of ``done``, or between the points of ``ends``."""
+    (lo, hi) = (np.asarray(q) for q in done[-1].v)
+    if op in ("div", "tan"):
+        sides = [(I.cos(a[-1].v) if op == "tan" else a[-1].v) for a in ends]
+        changes = (sides[0][1] < 0 < sides[1][0]) or (sides[1][1] < 0 < sides[0][0])
+        return bool(changes or (op == "div" and lo == hi == 0))
+    certain = {
+        "sqrt": hi < 0, "log": hi <= 0, "rsqrt": hi <= 0, "log1p": hi <= -1, "pow": hi < 0, "acosh": hi < 1,
+        "asin": lo > 1 or hi < -1, "acos": lo > 1 or hi < -1, "atanh": lo >= 1 or hi <= -1,
+    }  # fmt: skip
+    return bool(certain.get(op, False))
+
+
 def _failure(terms: Terms, term: int, a: float, b: float) -> SlopeError:
-    done = jets(terms, term, (np.array([a]), np.array([b])))
-    where = f"near x = {0.5 * (a + b):.6g}"
-    for i, jet in done.items():
+    middle = 0.5 * a + 0.5 * b
+    near = 1e-6 * max(1.0, abs(middle))
+    box, here, *ends = (
+        jets(terms, term, (np.float64(p), np.float64(q)))
+        for p, q in ((a, b), (middle, middle), *((t, t) for t in (middle - near, middle + near)))
+    )
+    where = f"near x = {middle:.6g}"
+    for i, jet in box.items():
         if np.any(jet.bad):
+            t = terms.items[i]
             what = {"div": "a divisor that vanishes", "pow": "a power of a number that is not positive"}
-            op = terms.items[i].op
-            reason = f"it is not defined on all reals: {what.get(op, op + ' outside its domain')} {where}"
-            return SlopeError(reason, _REMEDY)
-    return SlopeError(f"its slope is unbounded or too large {where}", _REMEDY)
+            name = what.get(t.op, t.op + " outside its domain")
+            if _undefined(t.op, [here[j] for j in t.args], [[e[j] for j in t.args] for e in ends]):
+                return SlopeError(f"it is not defined on all reals: {name} {where}", DOMAIN_REMEDY)
+            return SlopeError(f"it cannot be bounded here: perhaps {name} {where}", _REMEDY)
+    steepest = max((_size(terms, term, x), x) for x in (a, middle, b))
+    return _steep(steepest, f"its slope is unbounded or too large {where}", _SMOOTH)
+
+
+def _size(terms: Terms, term: int, x: float) -> float:
+    """A lower bound of ``|f'(x)|``."""
+    jet = jets(terms, term, I.point(x))[term]
+    low, high = float(jet.d[0]), float(jet.d[1])
+    return max(low, -high, 0.0) if not np.any(jet.bad) and not np.isnan(low + high) else 0.0
+
+
+def _steep(steepest: tuple[float, float], reason: str, remedy: str) -> SlopeError:
+    """The refusal of a slope, given (lower bound, x) where it is large: only a bounded one can be declared."""
+    slope, x = steepest
+    if slope < _STEEP:
+        return SlopeError(reason, _REMEDY)
+    return SlopeError(f"{reason}: it is at least {slope:.2g} at x = {x:.6g}", remedy)
 
 
 def _branch(terms: Terms, term: int, left: Interval, right: Interval, found: Range) -> None:
@@ -250,7 +290,7 @@ def _exact(c: Sequence[Fraction], domain: Domain) -> tuple[Fraction, Fraction] |
         q = d[0] if d else Fraction(0)
         return q, q
     if domain.left is None or domain.right is None:
-        raise SlopeError(f"its slope is unbounded: it grows like x**{len(c) - 1}", _REMEDY)
+        raise SlopeError(f"its slope is unbounded: it grows like x**{len(c) - 1}", _BOUNDED)
     if len(d) > 3:
         return None
     spots = [domain.left, domain.right]
@@ -271,15 +311,27 @@ def _check_joint(terms: Terms, c: Fraction, values: tuple[int, int, int]) -> Non
         return
     with I.quiet():
         ranges = [_value(terms, t) for t in values]
-    rational = all(terms.constant(t) is not None for t in values)
-    low, high = max(r[0] for r in ranges), min(r[1] for r in ranges)
-    if rational or low > high:
-        a, h, b = ranges
+    exact = [terms.constant(t) for t in values]
+    known = [q for q in exact if q is not None]
+    least, most = max(r[0] for r in ranges), min(r[1] for r in ranges)
+    if len(known) == 3:
+        gap = I.from_fraction(max(known) - min(known))[0]
+    elif least > most:
+        gap = least - most
+    else:
+        widest = max(r[1] for r in ranges) - min(r[0] for r in ranges)
         raise SlopeError(
-            f"it jumps at {float(c):.7g} (from {a[0]:.7g} over {h[0]:.7g} to {b[0]:.7g}): no slope bounds it",
-            "make the branches of the comparison agree there, or use a continuous activation",
+            f"its branches at {float(c):.9g} cannot be proved equal in exact arithmetic; they differ by {widest:.3g} "
+            "at most",
+            "write it as one expression without the comparison; if the branches are equal, its slopes can be declared "
+            "with register_activation",
         )
-    raise SlopeError(f"its branches at {float(c):.9g} cannot be proved equal in exact arithmetic", _REMEDY)
+    a, h, b = ranges
+    raise SlopeError(
+        f"it jumps at {float(c):.7g}: the branches differ by {gap:.3g} at x = {float(c):.9g} (from {a[0]:.9g} over "
+        f"{h[0]:.9g} to {b[0]:.9g}), so there is no Lipschitz constant",
+        "make the branches of the comparison agree there, or use a continuous activation",
+    )
 
 
 def _tail(terms: Terms, term: int, first: int, reflect: bool, found: Range) -> None:
@@ -302,7 +354,11 @@ def _tail(terms: Terms, term: int, first: int, reflect: bool, found: Range) -> N
     if best is None:
         side = "-infinity" if reflect else "+infinity"
         reason = f"its slope is unbounded, or cannot be bounded, as x tends to {side}"
-        raise SlopeError(reason + (f" ({outside} may leave its domain)" if outside else ""), _REMEDY)
+        if outside:
+            raise SlopeError(f"{reason} ({outside} may leave its domain)", _REMEDY)
+        far = [-x if reflect else x for x in 2.0 ** np.arange(first, max(first, 26) + 1)]
+        sizes = [(_size(terms, term, x), x) for x in far]
+        raise _steep(next((s for s in sizes if s[0] >= _STEEP), (0.0, 0.0)), reason, _BOUNDED)
     _, k, (lo, hi) = best
     found.enclose(lo, hi)
     if k > first:

@@ -76,6 +76,29 @@ _DENSE: dict[str, Build] = {
 enter_many(24, 2, _DENSE)
 
 
+def soft_shrink(h: jax.Array) -> jax.Array:
+    return jnp.sign(h) * jnp.maximum(jnp.abs(h) - 0.25, 0.0)
+
+
+def interpolated(h: jax.Array) -> jax.Array:
+    knots = np.float32([-1.0, -0.3, 0.2, 1.1])
+    return jnp.interp(h, knots, np.float32([0.4, -0.2, 0.7, 0.1]), left="extrapolate")
+
+
+def cases(h: jax.Array) -> jax.Array:
+    """Written with jnp.select and jnp.piecewise."""
+    first = jnp.select([h < 0, h < 1], [0.25 * h, h], 1.5 * h - 0.5)
+    return jnp.piecewise(first, [first < 0, first > 1], [lambda t: -t, lambda t: 2.0 - t, lambda t: t])
+
+
+_SHAPED: dict[str, Build] = {
+    "soft_shrink_interp": lambda rng: mlp(rng, soft_shrink, interpolated),
+    "cases_log_sigmoid": lambda rng: mlp(rng, cases, lambda h: jnp.log(nn.sigmoid(h))),
+    "arctan_arcsinh": lambda rng: mlp(rng, jnp.arctan, jnp.arcsinh),
+}
+enter_many(24, 2, _SHAPED)
+
+
 # --------------------------------------------------------------------------------------- group taps
 @net(4, 1, "group")
 def reduce_max_head(rng: Rng) -> Made:
