@@ -212,7 +212,8 @@ class _Inliner:
         if name == "argmax" and tuple(params["axes"]) == (0,):
             rows = self.rows(inputs[0], path)
             if rows is not None:
-                return self.rewritten(_piecewise.first_largest, rows, eqn, path)
+                largest = partial(_piecewise.first_largest, dtype=params["index_dtype"])
+                return self.rewritten(largest, rows, eqn, path)
         if name == "select_n" and (span := inputs[0].bounds) is not None:
             if 0 <= span[0] and span[1] < len(inputs) - 1:
                 return self.rewritten(_piecewise.by_comparison, inputs, eqn, path)

@@ -53,6 +53,7 @@ ELSEWHERE = {
     "scatter_add": "another name of scatter-add",
     "expand_dims": "another name of broadcast_in_dim and reshape",
     "copy_p": "another name of copy",
+    "interp": "an equation of our own, for a call of jnp.interp",
 }
 
 

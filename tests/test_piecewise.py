@@ -231,6 +231,14 @@ def test_a_function_called_interp_is_not_taken_for_that_of_jax() -> None:
     assert lb.liplt(form).value == pytest.approx(3.0)
 
 
+def test_the_argmax_of_stacked_predicates_keeps_its_dtype() -> None:
+    fn = lambda x: jnp.where(jnp.argmax(jnp.stack([x > 0, x > 1]), 0) == 1, x * 0, x)  # noqa: E731
+    for wide in (False, True):
+        with jax.enable_x64(wide):
+            form = lb.trace(fn, jnp.zeros(6))
+        assert lb.liplt(form).value == pytest.approx(1.0)
+
+
 def test_integers_that_could_wrap_are_refused() -> None:
     for fn in (
         lambda x: ((x > 0).astype(jnp.int8) + jnp.int8(127)).astype(x.dtype),
