@@ -113,7 +113,7 @@ class Emitter:
             return
         sources = tuple(self.registers[self.low.resolve(v).index] for v in eqn.inputs)
         size_in = sum(int(np.prod(self.shapes[s])) for s in sources)
-        if len(sources) == 2 and found.index.size == size_in:
+        if eqn.primitive in ("max", "min") and len(sources) == 2 and found.index.size == size_in:
             twin = self.twin(eqn, sources)
             if twin is not None:  # max and min of one pair are one permutation: 1-Lipschitz together
                 low, high = (twin, value) if eqn.primitive == "max" else (value, twin)

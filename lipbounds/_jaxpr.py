@@ -121,6 +121,9 @@ class _Inliner:
     """Walks a jaxpr with one environment per call."""
 
     def __init__(self) -> None:
+        from lipbounds._rewrites import rewrite  # it writes through an inliner
+
+        self.rewrite = rewrite
         self.values: list[Value] = []
         self.eqns: list[Eqn] = []
         self.refused: list[Unsupported] = []
@@ -179,22 +182,26 @@ class _Inliner:
     def equation(self, eqn: Any, inputs: list[Value], path: Path) -> list[Value]:
         name = eqn.primitive.name
         params = eqn.params
+        dependent = any(value.depends for value in inputs)
         if name in _CALLS or name in ("scan", "cond"):
             why = not_understood(name, params)
             if why is not None:
-                if not any(value.depends for value in inputs) and not _mutates(eqn):
+                if not dependent and not _mutates(eqn):
                     return self.evaluate(eqn, inputs)
                 self.refuse(eqn, path, _shape(eqn), *why)
                 return [self.unknown(var) for var in eqn.outvars]
-        if name == "jit" and params["name"] == "_interp" and any(value.depends for value in inputs):
+        if name == "jit" and params["name"] == "_interp" and dependent:
             found = self.interpolation(eqn, inputs, path)
             if found is not None:
                 return found
+        if dependent:
+            simpler = self.rewrite(self, eqn, inputs, path)
+            if simpler is not None:
+                return simpler
         if name in _CALLS:
             return self.call(
                 params[_CALLS[name]], inputs, (*path, *_stack(eqn), str(params.get("name", name)))
             )
-        dependent = any(value.depends for value in inputs)
         if _mutates(eqn):
             reason = "it reads or writes mutable state, so what it returns is not a function of its operands"
             self.refuse(eqn, path, _shape(eqn), reason, "pass the state in and out as values")
@@ -229,6 +236,14 @@ class _Inliner:
                 remedy = "use lax.scan or a fori_loop with constant bounds"
             self.refuse(eqn, path, _shape(eqn), reason, remedy)
             return [self.unknown(var) for var in eqn.outvars]
+        if eqn.outvars and all(0 in v.aval.shape for v in eqn.outvars):
+            # nothing of x passes through a tensor without entries
+            return [self.const(np.zeros(v.aval.shape, v.aval.dtype)) for v in eqn.outvars]
+        return self.record(eqn, inputs, path)
+
+    def record(self, eqn: Any, inputs: Sequence[Value], path: Path) -> list[Value]:
+        """An equation of the program as it is."""
+        name, params = eqn.primitive.name, eqn.params
         outputs = [self.value(tuple(v.aval.shape), v.aval.dtype, depends=True) for v in eqn.outvars]
         record = Eqn(name, params, tuple(inputs), tuple(outputs), _where(eqn, path), eqn.primitive.bind)
         record.many = eqn.primitive.multiple_results

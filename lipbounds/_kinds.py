@@ -17,7 +17,7 @@ class StaticArray:
     __slots__ = ("_hash", "array")
 
     def __init__(self, array: Any):
-        self.array = np.ascontiguousarray(array)
+        self.array = np.asarray(array, order="C")
         self.array.setflags(write=False)
         self._hash = hash((self.array.shape, self.array.dtype.str, self.array.tobytes()))
 

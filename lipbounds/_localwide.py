@@ -49,7 +49,8 @@ _STEPS = 32
 _NOISE = 4 * _STEPS**0.5 + 2 * _STEPS**0.25
 
 # What stands for C of one tap around N inputs, every array with a leading axis of inputs: elementwise its diagonal,
-# for max and min the shares of a group's entries, for a sort the order of each group and whether it is decided.
+# for max, min and logsumexp the shares of a group's entries, for a sort the order of each group and whether it is
+# decided.
 Linear = dict[str, Any]
 
 
@@ -122,6 +123,9 @@ class _Groups:
         np.put_along_axis(self.fresh, order[:, 1:], ranked[:, 1:] != ranked[:, :-1], axis=1)
         flat = table.reshape(-1)
         self.back = sp.csr_array((np.ones(flat.size), (flat, np.arange(flat.size))), (tap.size_in, flat.size))
+        # how often an entry stands in its group, counted at the first place
+        same = (table[:, :, None] == table[:, None, :]).sum(axis=2) if tap.kind == "logsumexp" else 1
+        self.times = np.where(self.fresh, same, 0)
         self.root = float(np.sqrt(multiplicity(tap).max(initial=1.0))) * (1 + 4 * U)
 
     def near(self, y: np.ndarray, half: np.ndarray, rho: np.ndarray) -> Near:
@@ -132,6 +136,8 @@ class _Groups:
         if self.kind == "min":
             low, high = -high, -low
         low, high, moves = low[:, self.table], high[:, self.table], rho[:, self.table]  # (N, groups, width)
+        if self.kind == "logsumexp":
+            return self._soft(low, high, moves)
         can = self.fresh & (high >= np.where(self.fresh, low, -np.inf).max(axis=2, keepdims=True))
         rivals = can.sum(axis=2)
         # dv = lambda' dy with lambda in the simplex on `can`, and ||lambda - share|| <= sqrt(1 - 1 / rivals) there
@@ -144,6 +150,39 @@ class _Groups:
             self.root,
             (moves * can).max(axis=2),
             weights * self.root,
+            weights * total,
+        )
+
+    def _soft(self, low: np.ndarray, high: np.ndarray, moves: np.ndarray) -> Near:
+        """logsumexp: dv = lambda' dy, lambda a mean of softmax weights in the ball, so in [a, b] entry by entry.
+
+        With |lambda - c| <= r and any b >= lambda, (lambda' dy)^2 <= sum b dy^2 as lambda sums to 1, and
+        ((lambda - c)' dy)^2 <= sum(r^2 / b) sum(b dy^2). Where the weights are known too badly b is 1, c the mean.
+        """
+        top = high.max(axis=2, keepdims=True)
+        least, most = (self.times * np.exp(end - top) for end in (low, high))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            b = most / (most + np.maximum(least.sum(axis=2, keepdims=True) - least, 0.0))
+            a = least / (least + np.maximum(most.sum(axis=2, keepdims=True) - most, 0.0))
+        b = np.minimum(np.where(self.fresh & ~np.isnan(b), b * (1 + _ROUNDING) + 1e-290, 0.0), 1.0)
+        a = np.where(np.isnan(a), 0.0, a * (1 - _ROUNDING))
+        c, r = (a + b) / 2, (b - a) / 2 * (1 + _ROUNDING) + 1e-290
+        weights = np.sqrt((np.where(self.fresh, r * r / np.where(b > 0, b, 1.0), 0.0)).sum(axis=2))
+        rivals = self.fresh.sum(axis=1)
+        mean = np.where(rivals > 1, np.sqrt(1 - 1 / rivals), 0.0)
+        far = (weights > mean)[:, :, None]
+        b = np.where(far, self.fresh, b)
+        weights = np.minimum(weights, mean) * (1 + _ROUNDING)
+        total = np.sqrt((b * np.square(moves)).sum(axis=2)) * (1 + _ROUNDING)
+        reach = np.minimum((moves * self.fresh).max(axis=2), (moves * b).sum(axis=2)) * (1 + _ROUNDING)
+        squares = (self.back @ b.reshape(len(b), -1).T).T
+        share = np.where(far, self.fresh / rivals[:, None], c * self.fresh)
+        return Near(
+            {"share": share},
+            np.sqrt(squares) * (1 + _ROUNDING),
+            1.0,
+            reach,
+            weights,
             weights * total,
         )
 

@@ -318,6 +318,8 @@ class Lowering:
             columns = np.broadcast_arrays(index[0], index[1] + np.int32(sizes[0]), np.empty(value.shape))[:2]
             self.taps[value.index] = Group(eqn.primitive, np.stack([c.ravel() for c in columns], axis=1))
             needed.update(self.resolve(v).index for v in eqn.inputs)
+        elif self.unguard(eqn, needed):
+            return
         else:
             nearest = next(self.dominators(value), None)
             self.refuse(eqn, found, needed, nearest[0] if nearest else None)
@@ -347,6 +349,53 @@ class Lowering:
             names.add(jnp.dtype(self.flat.input.dtype).name)
         return tuple(sorted(names))
 
+    def unguard(self, eqn: Eqn, needed: set[int]) -> bool:
+        """Take the branch that a guard against NaN or inf leaves in real arithmetic, where it is such a guard.
+
+        What the guard looks at is needed, too, so it must have a Lipschitz constant: then it is finite everywhere.
+        """
+        if eqn.primitive != "select_n" or len(eqn.inputs) != 3:
+            return False
+        guarded: list[Value] = []
+        flag = self.settled(eqn.inputs[0], guarded)
+        if flag is None or not eqn.inputs[1 + flag].depends:
+            return False
+        self.aliases[eqn.outputs[0].index] = eqn.inputs[1 + flag]
+        needed.update(self.resolve(v).index for v in (*guarded, eqn.inputs[1 + flag]))
+        return True
+
+    def settled(self, value: Value, guarded: list[Value]) -> bool | None:
+        """The value of every entry of a predicate about NaN and inf; None if it is not one. `guarded`: of what."""
+        eqn = value.producer
+        if eqn is None or not value.depends:
+            return None
+        name, inputs = eqn.primitive, eqn.inputs
+        if name in ("reduce_or", "reduce_and"):
+            if set(eqn.params) - {"axes", "out_sharding"}:
+                return None
+        elif not_understood(name, eqn.params) is not None:
+            return None
+        if name in ("ne", "eq", "is_finite"):
+            if len({self.resolve(v).index if v.depends else -1 - v.index for v in inputs}) != 1:
+                return None
+            if not jnp.issubdtype(inputs[0].dtype, jnp.floating):
+                return None
+            guarded.append(inputs[0])
+            return name != "ne"
+        if value.dtype != np.bool_ or inputs[0].dtype != np.bool_ or 0 in inputs[0].shape:
+            return None
+        if name == "not":
+            inner = self.settled(inputs[0], guarded)
+            return None if inner is None else not inner
+        if name in ("and", "or"):
+            both = [self.settled(v, guarded) for v in inputs]
+            if None in both:
+                return None
+            return all(both) if name == "and" else any(both)
+        if name in _KEEPS_FLAGS and len(inputs) == 1:
+            return self.settled(inputs[0], guarded)
+        return None
+
     def run(self) -> tuple[Program, tuple[Any, ...], tuple[Any, ...], dict[int, int]]:
         (output,) = self.flat.outputs
         needed = {self.resolve(output).index} if output.depends else set()
@@ -364,6 +413,11 @@ class Lowering:
 _IDENTITIES = frozenset(
     """convert_element_type copy stop_gradient optimization_barrier reduce_precision name sharding_constraint reshard
     device_put integer_pow""".split()
+)
+
+
+_KEEPS_FLAGS = frozenset(
+    "reduce_or reduce_and reshape squeeze expand_dims broadcast_in_dim transpose copy convert_element_type".split()
 )
 
 

@@ -182,7 +182,16 @@ PARAMETERS: dict[str, dict[str, Allowed]] = {
         "is_stable": FREE,  # equal entries are equal
         "num_keys": lambda count: count == 1,
     },
+    # written as simpler equations in _rewrites.py; the last two are the ones it writes
+    "cummax": {"axis": READ, "reverse": READ},
+    "cummin": {"axis": READ, "reverse": READ},
+    "scatter-max": {**_INDEXED, "update_jaxpr": combines_by("max"), "update_consts": _empty},
+    "scatter-min": {**_INDEXED, "update_jaxpr": combines_by("min"), "update_consts": _empty},
+    "scatter-mul": {**_INDEXED, "update_jaxpr": combines_by("mul"), "update_consts": _empty},
+    "grouped": {"mode": READ, "index": READ, "shape": READ},
+    "entries": {"index": READ},
     # refused by their rule
+    "cumlogsumexp": {"axis": READ, "reverse": READ},
     "argmax": _ARG,
     "argmin": _ARG,
     "top_k": {"k": READ, "axis": READ, "is_stable": FREE},

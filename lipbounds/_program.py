@@ -9,6 +9,9 @@ from lipbounds._expr import Expr
 from lipbounds._kinds import StaticArray
 
 Params = tuple[tuple[str, Any], ...]
+#: Kinds of group taps. Of each group, v is 1-Lipschitz in l1, l2 and l-inf: where it is differentiable the gradient of
+#: max, min and logsumexp is nonnegative with sum 1, and a sort is a permutation.
+GROUPS = ("max", "min", "sort", "logsumexp")
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Tap:
     """One nonlinearity: flat pre-activations y (the registers `inputs`, concatenated) to flat outputs v.
 
     Args:
-        kind: "elementwise", or "max", "min", "sort" over the rows of `groups`.
+        kind: "elementwise", or one of `GROUPS` over the rows of `groups`: "max", "min", "sort", "logsumexp".
         name: for people only ("relu").
         path: the call path, for people only; not part of equality.
         inputs, outputs: registers.
@@ -51,6 +54,12 @@ class Tap:
     groups: StaticArray | None = None
     assumed: bool = False
     level: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("elementwise", *GROUPS):
+            raise ValueError(f"there is no kind of tap called {self.kind!r}")
+        if (self.groups is None) != (self.kind == "elementwise"):
+            raise ValueError(f"a tap of kind {self.kind!r} has the wrong parts")
 
 
 @dataclass(frozen=True)

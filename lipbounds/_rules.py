@@ -46,7 +46,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Group:
-    """`mode` is max, min or sort over the rows of `index`, a (groups, width) table into the flattened operand."""
+    """`mode` is max, min, sort or logsumexp over the rows of `index`, a (groups, width) table into the operands."""
 
     mode: str
     index: np.ndarray
@@ -274,17 +274,27 @@ def _scatter_add_rule(eqn: Eqn) -> Linear | Refused:
     if p["unique_indices"] and (hits > 1).any():
         return Refused("unique_indices=True was promised, but an index occurs twice", "drop the promise")
     size = int(np.prod(operand.shape))
-    if size >= 2**24:
+    if size >= MOST_TARGETS:
         return Refused(f"a scatter-add over {size} entries is too large", "split it")
-    _, pull = jax.vjp(
-        lambda b: lax.scatter_add(
-            jnp.zeros(operand.shape, jnp.float32), indices, b, p["dimension_numbers"], mode=p["mode"]
-        ),
-        jnp.zeros(updates.shape, jnp.float32),
-    )
-    # The transpose of scatter-add reads the cotangent where each update lands; 0 where it is dropped.
-    (target,) = pull(jnp.arange(1, size + 1, dtype=jnp.float32).reshape(operand.shape))
-    return Linear("scatter_add", {"target": StaticArray(np.asarray(target).astype(np.int32) - 1)}, (0, 2))
+    target = targets(operand.shape, indices, updates.shape, p)
+    return Linear("scatter_add", {"target": StaticArray(target)}, (0, 2))
+
+
+MOST_TARGETS = 2**24  # entries that float32 can number
+
+
+def targets(shape: Sequence[int], indices: Any, updates: Sequence[int], p: dict[str, Any]) -> np.ndarray:
+    """Of the shape of the updates of a scatter: the flat entry of the operand where each lands, -1 if dropped."""
+    with jax.ensure_compile_time_eval():
+        _, pull = jax.vjp(
+            lambda b: lax.scatter_add(
+                jnp.zeros(shape, jnp.float32), indices, b, p["dimension_numbers"], mode=p["mode"]
+            ),
+            jnp.zeros(updates, jnp.float32),
+        )
+        # The transpose of scatter-add reads the cotangent where each update lands; 0 where it is dropped.
+        (target,) = pull(jnp.arange(1, int(np.prod(shape)) + 1, dtype=jnp.float32).reshape(shape))
+        return np.asarray(target).astype(np.int32) - 1
 
 
 def _select(eqn: Eqn) -> Alias | Linear | Refused | None:
@@ -386,6 +396,26 @@ def _sort(eqn: Eqn) -> Group | Refused:
     return Group("sort", along(eqn.inputs[0].shape, [int(eqn.params["dimension"])]))
 
 
+def _scattered(eqn: Eqn) -> Refused:
+    """What `_rewrites` left of at[].max, at[].min and at[].multiply."""
+    if eqn.inputs[1].depends:
+        return INDEX
+    if not _concrete(eqn.inputs[1]):
+        return TRACED
+    if eqn.primitive.endswith("mul") and eqn.inputs[2].depends:
+        return PRODUCT
+    if outside(
+        landings(eqn.inputs[0].shape, eqn.inputs[1].const, eqn.inputs[2].shape, eqn.params),
+        eqn.inputs[2].shape,
+        eqn.params,
+    ):
+        return OUTSIDE
+    return Refused(
+        "unique_indices=True was promised, but an index occurs twice, or the tensor has too many entries",
+        "drop the promise, or split the tensor",
+    )
+
+
 def _refuse(refused: Refused) -> Rule:
     return lambda eqn: refused
 
@@ -440,6 +470,17 @@ RULES: dict[str, Rule] = {
     "reduce_max": _reduce("max"),
     "reduce_min": _reduce("min"),
     "sort": _sort,
+    "grouped": lambda eqn: Group(eqn.params["mode"], eqn.params["index"]),
+    "entries": lambda eqn: Linear(
+        "take", {"index": StaticArray(eqn.params["index"])}, tuple(range(len(eqn.inputs)))
+    ),
+    **{f"scatter-{name}": _scattered for name in ("max", "min", "mul")},
+    "cumlogsumexp": _refuse(
+        Refused(
+            "logsumexp of every prefix is not supported as one operation",
+            "stack jax.nn.logsumexp(x[:i]) for the prefixes that are needed",
+        )
+    ),
     "argmax": _refuse(INDEX),
     "argmin": _refuse(INDEX),
     "top_k": _refuse(INDEX),

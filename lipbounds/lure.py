@@ -4,7 +4,7 @@
 
 with input x, pre-activations y, tap outputs v and network output z; biases cancel in differences. `trace` finds the
 form of any JAX function from its jaxpr, so no method ever looks at layers. Tap k has a proved slope interval
-[a_k, b_k] per entry; groups (max, min, sort) are 1-Lipschitz per group.
+[a_k, b_k] per entry; groups (max, min, sort, logsumexp) are 1-Lipschitz per group.
 
 **What is certified** is the program in the user's own dtype: everything that does not depend on x is evaluated once, as
 the program evaluates it, and taken as exact; every operation on x is exact real arithmetic (float casts of x are the
@@ -143,7 +143,14 @@ def apply_tap(tap: Tap, consts: Sequence[Any], y: jax.Array) -> jax.Array:
     rows = y[tap.groups.array]
     if tap.kind == "sort":
         return jnp.zeros(tap.size_out, y.dtype).at[tap.groups.array].set(jnp.sort(rows, axis=1))
-    return rows.max(axis=1) if tap.kind == "max" else rows.min(axis=1)
+    return _OF_ROWS[tap.kind](rows, axis=1)
+
+
+_OF_ROWS: dict[str, Callable[..., jax.Array]] = {
+    "max": jnp.max,
+    "min": jnp.min,
+    "logsumexp": jax.nn.logsumexp,
+}
 
 
 def apply_op(op: Op, args: Sequence[Any]) -> Any:

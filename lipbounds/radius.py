@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
 
+from lipbounds import _intervals as I
 from lipbounds import _triangle, activations
 from lipbounds._carried import carriers
 from lipbounds._html import Html, element
@@ -445,6 +446,20 @@ def _apply(host: HostForm, tap: Tap, y: np.ndarray) -> tuple[np.ndarray, np.ndar
     if tap.kind == "sort":
         v = np.zeros((tap.size_out, y.shape[1]))
         v[tap.groups.array] = np.sort(rows, axis=1)
+    elif tap.kind == "logsumexp":
+        return _logsumexp(rows)
     else:
-        v = rows.max(axis=1) if tap.kind == "max" else rows.min(axis=1)
+        v = {"max": np.max, "min": np.min}[tap.kind](rows, axis=1)
     return v, np.zeros_like(v)
+
+
+def _logsumexp(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(v, error) of log(sum(exp(rows))) over axis 1: m + log(sum(exp(rows - m))), m the maximum, in intervals."""
+    top = rows.max(axis=1, keepdims=True)
+    with I.quiet():
+        powers = I.exp(I.sub(I.point(rows), I.point(top)))
+        slip = gamma(rows.shape[1] + 1)
+        low, high = (end.sum(axis=1) * (1 + sign * slip) for end, sign in zip(powers, (-1, 1), strict=True))
+        low, high = I.add(I.log((np.maximum(low, 1.0), high)), I.point(top[:, 0]))  # one power is exp(0)
+    middle = low + (high - low) / 2
+    return middle, np.nextafter(np.maximum(high - middle, middle - low), np.inf) * (high > low)

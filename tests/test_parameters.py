@@ -54,7 +54,7 @@ def _reshard(x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, jax.sharding.PartitionSpec("a"))
 
 
-OWN = {"interp"}  # an equation that stands for a call of jnp.interp, not a primitive of jax
+OWN = {"interp", "grouped", "entries"}  # an equation that stands for a call of jnp.interp, not a primitive of jax
 EXAMPLES: dict[str, Fn] = {
     "jit": lambda x: jax.jit(jnp.sin)(x),
     "custom_jvp_call": jax.nn.relu,
@@ -109,6 +109,12 @@ EXAMPLES: dict[str, Fn] = {
     "sort": jnp.sort,
     "argmax": jnp.argmax,
     "argmin": jnp.argmin,
+    "cummax": lax.cummax,
+    "cummin": lambda x: lax.cummin(x, reverse=True),
+    "cumlogsumexp": lax.cumlogsumexp,
+    "scatter-max": lambda x: x.at[WHERE].max(x[:2]),
+    "scatter-min": lambda x: x.at[WHERE].min(x[:2]),
+    "scatter-mul": lambda x: x.at[WHERE].multiply(x[:2]),
     "top_k": lambda x: lax.top_k(x, 2)[0],
     **{
         name: getattr(lax, name)
