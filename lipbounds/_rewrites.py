@@ -413,7 +413,7 @@ def _add(write: _Writer, eqn: Any, inputs: Sequence[Value]) -> Outputs:
             continue
         (whole, c), index = found[0].producer.inputs, np.broadcast_to(found[1], shape)
         if _same(c, index, other, shape):
-            return [write.entries([whole], np.ascontiguousarray(index))]
+            return [write.entries([whole], np.array(index))]
     return None
 
 
@@ -433,7 +433,7 @@ def _sub(write: _Writer, eqn: Any, inputs: Sequence[Value]) -> Outputs:
     a, taken = made.inputs
     if not _same(c, index, taken, shape):
         return None
-    return [write.binary("sub", a, write.entries([whole], np.ascontiguousarray(index)))]
+    return [write.binary("sub", a, write.entries([whole], np.array(index)))]
 
 
 _MAKERS: dict[str, Callable[..., Outputs]] = {

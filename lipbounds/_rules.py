@@ -475,6 +475,7 @@ RULES: dict[str, Rule] = {
         "take", {"index": StaticArray(eqn.params["index"])}, tuple(range(len(eqn.inputs)))
     ),
     **{f"scatter-{name}": _scattered for name in ("max", "min", "mul")},
+    **{name: _refuse(UNKNOWN) for name in ("cummax", "cummin")},  # always rewritten
     "cumlogsumexp": _refuse(
         Refused(
             "logsumexp of every prefix is not supported as one operation",

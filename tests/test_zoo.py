@@ -27,7 +27,7 @@ NORMS = (2, 1, math.inf)
 
 
 CORE = """constant_control cnn_batch_norm einsum gelu_exact group_sort half_precision
-leaky_relu linear lying_custom_jvp max_pool_images max_pool_overlapping maxmin_mlp
+leaky_relu linear log_sum_exp lying_custom_jvp max_pool_images max_pool_overlapping maxmin_mlp
 postactivation_resnet preactivation_resnet relu scan_stacked two_branches
 u_net""".split()
 """Every property is shown on these; on the other nets the dear ones are slow tests."""

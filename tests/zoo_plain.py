@@ -177,6 +177,69 @@ def max_pool_overlapping(rng: Rng) -> Made:
     return fn, point(rng, 9)
 
 
+@net(24, 2, "group")
+def running_extremes(rng: Rng) -> Made:
+    """Maxima of all prefixes, and minima of all suffixes along the first axis."""
+    return mlp(
+        rng,
+        lambda h: lax.cummax(h.reshape(3, 4), axis=1).reshape(12),
+        lambda h: lax.cummin(h.reshape(4, 3), axis=0, reverse=True).reshape(12),
+    )
+
+
+@net(16, 2, "group")
+def log_sum_exp(rng: Rng) -> Made:
+    """logaddexp of two branches, then logsumexp over an axis."""
+    wa, wb, w1, w2 = gauss(rng, 12, 6), gauss(rng, 12, 6), gauss(rng, 12, 12), gauss(rng, 3, 4)
+
+    def fn(x: jax.Array) -> jax.Array:
+        h = jnp.logaddexp(wa @ x, wb @ x + 0.2)
+        return w2 @ nn.logsumexp((w1 @ h).reshape(3, 4), axis=0)
+
+    return fn, point(rng, 6)
+
+
+@net(24, 2, "group")
+def order_statistics(rng: Rng) -> Made:
+    """The largest two of every group; quartiles and the median across groups."""
+    w1, w2, w3 = gauss(rng, 12, 6), gauss(rng, 12, 8), gauss(rng, 4, 12)
+
+    def fn(x: jax.Array) -> jax.Array:
+        h = w2 @ lax.top_k((w1 @ x).reshape(4, 3), 2)[0].reshape(8)
+        quartiles = jnp.quantile(h.reshape(4, 3), jnp.array([0.25, 0.75]), axis=0).reshape(6)
+        return w3[:, :9] @ jnp.concatenate([quartiles, jnp.median(h.reshape(4, 3), axis=0)])
+
+    return fn, point(rng, 6)
+
+
+@net(12, 1, "group")
+def scattered_extremes(rng: Rng) -> Made:
+    """at[].max with an index that occurs twice and one out of range, at[].multiply twice at one entry."""
+    wa, wb, w = gauss(rng, 12, 6), gauss(rng, 4, 6), gauss(rng, 3, 12)
+
+    def fn(x: jax.Array) -> jax.Array:
+        h = (wa @ x).at[jnp.array([1, 5, 5, 20])].max(wb @ x)
+        h = h.at[jnp.array([0, 0, 3])].multiply(jnp.array([0.5, -3.0, 2.0]))
+        return w @ h
+
+    return fn, point(rng, 6)
+
+
+@net(2, 2)
+def householder(rng: Rng) -> Made:
+    """z + 2 v relu(-v'z), |v| = 1, between orthogonal layers: 1-Lipschitz in l2, not in l1 and l-inf."""
+    weights = [exact_orthogonal(rng) for _ in range(3)]
+    v = jnp.asarray([[0.5, 0.5, 0.5, 0.5, 0, 0, 0, 0], [0, 0, 0.5, -0.5, 0.5, 0, -0.5, 0]], jnp.float32)
+
+    def fn(x: jax.Array) -> jax.Array:
+        for w, one in zip(weights, v, strict=False):
+            x = w @ x
+            x = x + 2 * one * nn.relu(-(one @ x))
+        return weights[-1] @ x
+
+    return fn, point(rng, 8)
+
+
 # ------------------------------------------------------------------------------------- graph shapes
 @net(12, 1)
 def two_branches(rng: Rng) -> Made:

@@ -296,6 +296,11 @@ def _last(graph: onnx.GraphProto, target: str) -> list[str]:
     node = _maker(graph, target)
     if node is None or node.op_type not in ("Softmax", "LogSoftmax"):
         return []
+    if node.op_type == "LogSoftmax":
+        return [
+            "the outputs are those of LogSoftmax: differences of classes are those of its inputs, "
+            'each output alone has a larger constant; drop="softmax" leaves it out'
+        ]
     return [f'the outputs are those of {node.op_type}, which lb.trace refuses: drop="softmax" leaves it out']
 
 
