@@ -124,8 +124,9 @@ class _Groups:
         flat = table.reshape(-1)
         self.back = sp.csr_array((np.ones(flat.size), (flat, np.arange(flat.size))), (tap.size_in, flat.size))
         # how often an entry stands in its group, counted at the first place
-        same = (table[:, :, None] == table[:, None, :]).sum(axis=2) if tap.kind == "logsumexp" else 1
-        self.times = np.where(self.fresh, same, 0)
+        self.times = self.fresh.astype(float)
+        if tap.kind == "logsumexp" and not self.fresh.all():
+            self.times *= (table[:, :, None] == table[:, None, :]).sum(axis=2)
         self.root = float(np.sqrt(multiplicity(tap).max(initial=1.0))) * (1 + 4 * U)
 
     def near(self, y: np.ndarray, half: np.ndarray, rho: np.ndarray) -> Near:
@@ -160,12 +161,16 @@ class _Groups:
         ((lambda - c)' dy)^2 <= sum(r^2 / b) sum(b dy^2). Where the weights are known too badly b is 1, c the mean.
         """
         top = high.max(axis=2, keepdims=True)
-        least, most = (self.times * np.exp(end - top) for end in (low, high))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            b = most / (most + np.maximum(least.sum(axis=2, keepdims=True) - least, 0.0))
-            a = least / (least + np.maximum(most.sum(axis=2, keepdims=True) - most, 0.0))
-        b = np.minimum(np.where(self.fresh & ~np.isnan(b), b * (1 + _ROUNDING) + 1e-290, 0.0), 1.0)
-        a = np.where(np.isnan(a), 0.0, a * (1 - _ROUNDING))
+        with np.errstate(under="ignore"):
+            least, most = (self.times * np.exp(end - top) for end in (low, high))
+        most = np.where(self.fresh, np.maximum(most, 1e-300), 0.0)  # nothing that counts is lost to underflow
+        whole = most.sum(axis=2, keepdims=True)
+        # what the others have at least (at most; what a difference may lose is made up for)
+        others = np.maximum(least.sum(axis=2, keepdims=True) - least, 0.0)
+        rivals_most = np.maximum(whole - most, 0.0) + 8 * (low.shape[2] + 4) * U * whole
+        b = np.where(self.fresh, most / np.where(self.fresh, most + others, 1.0), 0.0)
+        b = np.minimum(b * (1 + _ROUNDING), 1.0)
+        a = least / (least + rivals_most) * (1 - _ROUNDING)
         c, r = (a + b) / 2, (b - a) / 2 * (1 + _ROUNDING) + 1e-290
         weights = np.sqrt((np.where(self.fresh, r * r / np.where(b > 0, b, 1.0), 0.0)).sum(axis=2))
         rivals = self.fresh.sum(axis=1)

@@ -14,6 +14,8 @@ from jax import lax, nn
 
 import lipbounds as lb
 from lipbounds import _rewrites
+from lipbounds._kinds import StaticArray
+from lipbounds._localwide import _Groups
 from lipbounds._program import Tap
 from lipbounds._views import elementwise_view
 from lipbounds.radius import logits
@@ -234,6 +236,30 @@ def test_householder_is_tight_in_l2_and_honest_elsewhere() -> None:
         change = np.diff(values64(form, below), axis=0)[0]
         top = np.abs(change).sum() / 0.1 if norm == 1 else np.abs(change).max() / 0.1
         assert abs(top - 2.0) < 1e-9
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 40.0, 2000.0])
+def test_softmax_weights_in_a_ball(spread: float) -> None:
+    """What local LipLT says of a logsumexp holds for pairs of points: dv = C dy + q within its bounds."""
+    table = np.array([[0, 1, 2, 3], [3, 4, 5, 6], [0, 2, 2, 7], [8, 8, 8, 8]])
+    fields = {"groups": StaticArray(table), "level": 0}
+    tap = Tap("logsumexp", "", "", (0,), (1,), ((4,),), 9, 4, **fields)
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=(6, 9)) * np.array([0.1, 1, 10, 100, 1000, 0])[:, None]
+    half = spread * rng.random((6, 9))
+    near = _Groups(tap).near(y, half, 2 * half)
+    for _ in range(300):
+        ends = y[:, None] + half[:, None] * rng.choice([-1.0, 1.0, 0.3], size=(6, 2, 9))
+        dy = ends[:, 0] - ends[:, 1]
+        v = np.logaddexp.reduce(ends[:, :, table], axis=3)
+        dv = v[:, 0] - v[:, 1]
+        q = dv - (near.linear["share"] * dy[:, table]).sum(axis=2)
+        slack = 1e-12 * (np.abs(y).max(axis=1) + spread)
+        size = np.linalg.norm(near.passes * dy, axis=1)
+        assert (np.linalg.norm(dv, axis=1) <= near.gain * size * (1 + 1e-9) + slack).all()
+        assert (np.abs(dv) <= near.reach * (1 + 1e-9) + slack[:, None]).all()
+        assert (np.abs(q) <= near.entries * (1 + 1e-9) + slack[:, None]).all()
+        assert (np.abs(q) <= near.weights * size[:, None] * (1 + 1e-9) + slack[:, None]).all()
 
 
 @pytest.mark.parametrize("width", [2, 3, 6])
