@@ -172,7 +172,8 @@ class _Groups:
         b = np.minimum(b * (1 + _ROUNDING), 1.0)
         a = least / (least + rivals_most) * (1 - _ROUNDING)
         c, r = (a + b) / 2, (b - a) / 2 * (1 + _ROUNDING) + 1e-290
-        weights = np.sqrt((np.where(self.fresh, r * r / np.where(b > 0, b, 1.0), 0.0)).sum(axis=2))
+        ratios = np.where(self.fresh, r / np.sqrt(np.where(b > 0, b, 1.0)), 0.0)
+        weights = np.sqrt(np.square(ratios).sum(axis=2)) + 1e-150  # squares may underflow
         rivals = self.fresh.sum(axis=1)
         mean = np.where(rivals > 1, np.sqrt(1 - 1 / rivals), 0.0)
         far = (weights > mean)[:, :, None]

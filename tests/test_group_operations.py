@@ -262,6 +262,30 @@ def test_softmax_weights_in_a_ball(spread: float) -> None:
         assert (np.abs(q) <= near.weights * size[:, None] * (1 + 1e-9) + slack[:, None]).all()
 
 
+def test_a_softmax_weight_that_seems_certain_is_not() -> None:
+    """With y0 in [-30, 30] and y1 in [-68, -8] the first weight may be 1 + 3e-17 rounded, and 3e-10."""
+    tap = Tap("logsumexp", "", "", (0,), (1,), ((1,),), 2, 1, groups=StaticArray(np.array([[0, 1]])))
+    y = np.array([[0.0, -38.0]])
+    near = _Groups(tap).near(y, np.full((1, 2), 30.0), np.full((1, 2), 60.0))
+    a, b = np.array([-21.0, -17.0]), np.array([-20.0, -17.0])
+    q = np.logaddexp(*b) - np.logaddexp(*a) - near.linear["share"][0, 0] @ (b - a)
+    assert abs(q) > 0.1
+    assert abs(q) <= near.weights[0, 0] * np.linalg.norm(near.passes[0] * (b - a))
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: jnp.stack([nn.logsumexp(x) - x[0], x[1]]),
+        lambda x: -nn.logsumexp(-x)[None],
+        lambda x: nn.logsumexp(x, return_sign=True)[0][None],
+    ],
+)
+def test_a_single_number_keeps_its_shape(fn: Fn) -> None:
+    form = lb.trace(fn, X6)
+    assert [tap.kind for tap in form.taps] == ["logsumexp"] and np.allclose(form(X6), fn(X6), atol=1e-6)
+
+
 @pytest.mark.parametrize("width", [2, 3, 6])
 def test_group_sort_of_any_width_is_a_group(width: int) -> None:
     form = lb.trace(lambda x: jnp.sort(x.reshape(-1, width), axis=1).reshape(6), X6)
