@@ -55,10 +55,6 @@ def _reshard(x: jax.Array) -> jax.Array:
 
 
 OWN = {"interp", "grouped", "entries"}  # equations that lipbounds writes, not primitives of jax
-    "interp",
-    "grouped",
-    "entries",
-}  # an equation that stands for a call of jnp.interp, not a primitive of jax
 EXAMPLES: dict[str, Fn] = {
     "jit": lambda x: jax.jit(jnp.sin)(x),
     "custom_jvp_call": jax.nn.relu,
