@@ -313,7 +313,8 @@ class _Inliner:
             self.refused.append(Unsupported("interp", _where(eqn, path), _shape(eqn), *why))
             return [self.unknown(out)]
         result = self.value(tuple(out.aval.shape), out.aval.dtype, depends=True)
-        self.eqns.append(Eqn("interp", why, (x,), (result,), _where(eqn, path), _piecewise.interp))
+        bind = partial(_piecewise.interp, dtype=out.aval.dtype)
+        self.eqns.append(Eqn("interp", why, (x,), (result,), _where(eqn, path), bind))
         result.producer = self.eqns[-1]
         return [result]
 

@@ -21,11 +21,17 @@ Knots = dict[str, Any]
 _MOST = 256  # integers up to here are exact in every float type
 
 
-def interp(x: Any, *, xp: tuple[float, ...], fp: tuple[float, ...], extrapolate: tuple[bool, bool]) -> Any:
-    """The piecewise linear function through the knots (xp, fp), constant or extrapolated beyond the ends."""
+def interp(
+    x: Any, *, xp: tuple[float, ...], fp: tuple[float, ...], extrapolate: tuple[bool, bool], dtype: Any = None
+) -> Any:
+    """The piecewise linear function through the knots (xp, fp), constant or extrapolated beyond the ends.
+
+    The knots are not rounded to half precision; the result has the given dtype, or that of x.
+    """
     left, right = ("extrapolate" if e else None for e in extrapolate)
-    knots = np.asarray(xp).astype(x.dtype), np.asarray(fp).astype(x.dtype)
-    return jnp.interp(x, *knots, left=left, right=right).astype(x.dtype)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    knots = np.asarray(xp).astype(wide), np.asarray(fp).astype(wide)
+    return jnp.interp(x.astype(wide), *knots, left=left, right=right).astype(dtype or x.dtype)
 
 
 def template(jaxpr: Any, avals: Sequence[Any]) -> tuple[str | None, str | None, bool] | None:

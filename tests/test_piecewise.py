@@ -88,6 +88,16 @@ def test_interp_of_interp_under_vmap_and_jit() -> None:
     assert low - 1e-6 <= quotient.min() <= low + 1e-3 and high - 1e-3 <= quotient.max() <= high + 1e-6
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_knots_wider_than_x(dtype: Any) -> None:
+    """jax goes on in the dtype of the knots."""
+    spec = jax.ShapeDtypeStruct((6,), dtype)
+    with jax.numpy_dtype_promotion("standard"):
+        form = lb.trace(lambda x: 2.0 * jnp.interp(x, XP, FP) + jnp.asarray(FP[0]), spec)
+    assert lb.liplt(form).value == pytest.approx(2 * float(max(map(abs, SLOPES))), rel=1e-6)
+    assert form.taps[0].expr.nodes[-1].params[:2] == (tuple(map(float, XP)), tuple(map(float, FP)))
+
+
 def test_local_slopes_of_interp() -> None:
     _, tap, consts = only_tap(lambda x: jnp.interp(x, XP, FP), 1)
     known = tuple(np.broadcast_to(s, (1,)) for s in slope_range(tap.expr, consts))
