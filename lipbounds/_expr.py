@@ -26,6 +26,12 @@ class Expr:
     nodes: tuple[Node, ...]
 
 
+#: Where the slope is unbounded, or the function jumps or is not defined everywhere: no slopes can be declared.
+REPLACE = "use a function whose slope is bounded on all of R, or bound the part of the network before it"
+#: Where a slope may well be bounded, but is not known.
+DECLARE = "if its slope is bounded declare it with register_activation; otherwise use another activation"
+
+
 class SlopeError(ValueError):
     """The slope range of an expression could not be proved; ``reason`` says why, ``remedy`` what to do."""
 

@@ -105,13 +105,9 @@ def flatten(fn: Callable[..., Any], params: Any, x: jax.ShapeDtypeStruct) -> Fla
         x: shape and dtype of one input.
     """
     leaves, tree = jax.tree.flatten(params)
-    box: list[Any] = []
 
     def flat_fn(*args: Any) -> Any:
-        out = fn(jax.tree.unflatten(tree, args[:-1]), args[-1])
-        flat, structure = jax.tree.flatten(out)
-        box.append(structure)
-        return flat
+        return jax.tree.leaves(fn(jax.tree.unflatten(tree, args[:-1]), args[-1]))
 
     closed = jax.make_jaxpr(flat_fn)(*leaves, x)
     return _Inliner().run(closed, leaves, x)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipbounds import _rules, activations
+from lipbounds._composites import fold
 from lipbounds._emit import Emitter, constant_key
 from lipbounds._jaxpr import Eqn, Flat, Value, is_concrete
 from lipbounds._parameters import not_understood
@@ -53,6 +54,7 @@ class Lowering:
     def __init__(self, flat: Flat):
         self.flat = flat
         self.refused: dict[tuple[str, str, tuple[int, ...], str], Unsupported] = {}
+        self.blamed: dict[tuple[str, str, tuple[int, ...], str], Eqn] = {}
         self.aliases: dict[int, Value] = {}
         self.linear: dict[int, Linear] = {}  # by index of the output value
         self.taps: dict[int, Elementwise | Group] = {}
@@ -211,6 +213,7 @@ class Lowering:
         shape = eqn.outputs[0].shape
         key = (eqn.primitive, eqn.path, shape, why.reason)
         self.refused[key] = Unsupported(eqn.primitive, eqn.path, shape, why.reason, why.remedy)
+        self.blamed[key] = eqn
 
     def sums_nonlinearities(self, eqn: Eqn) -> bool:
         """relu(x) + tanh(x): one tap is tighter than two. (x + relu(x) is left to the linear part, which is equal.)"""
@@ -241,6 +244,7 @@ class Lowering:
             shared = any(id(c) not in inside for v in between for c in self.consumers.get(v.index, ()))
             (open_ if shared else closed).append((base, region))
         failure: SlopeError | None = None
+        remedies = set()
         for base, region in [*reversed(closed), *([] if closed_only else open_)]:
             expr, consts = self.expression(value, base, region)
             try:
@@ -248,9 +252,12 @@ class Lowering:
             except SlopeError as error:
                 nearest = (base, region) == candidates[0]
                 failure = error if failure is None or nearest else failure
+                remedies.add(error.remedy)
         if failure is None:
             return _rules.UNKNOWN
-        return Refused(failure.reason, failure.remedy or _rules.UNKNOWN.remedy)
+        if activations.DECLARE in remedies:  # of the whole, where not of its last part
+            return Refused(failure.reason, activations.DECLARE)
+        return Refused(failure.reason, failure.remedy or _rules.REWRITE)
 
     def prove(self, base: Value, expr: Expr, consts: list[Value]) -> Elementwise:
         values = [v.const for v in consts]
@@ -406,7 +413,8 @@ class Lowering:
                 self.decide(eqn, needed)
         self.refuse_narrow()
         if self.refused:
-            raise UnsupportedError(tuple(reversed(self.refused.values())))
+            found = [(item, self.blamed.get(key)) for key, item in reversed(self.refused.items())]
+            raise UnsupportedError(fold(found))
         return Emitter(self, needed).run(output)
 
 
@@ -438,4 +446,4 @@ def _no_dominator(eqn: Eqn) -> Refused:
             "which branch is taken depends on x, and the branches are different tensors: it can jump",
             "use jnp.maximum, jnp.minimum or an activation of one tensor",
         )
-    return Refused("it is not a function of one tensor that depends on x", _rules.UNKNOWN.remedy)
+    return Refused("it is not a function of one tensor that depends on x", _rules.REWRITE)

@@ -15,7 +15,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
-from ._expr import Expr, SlopeError
+from ._expr import DECLARE, REPLACE, Expr, SlopeError
 
 _MAX_DEGREE = 6
 _MAX_PIECES = 256
@@ -31,7 +31,8 @@ _KNOWN: dict[tuple[str, Fraction | int], Fraction | int] = {
     ("asinh", 0): 0, ("sinh", 0): 0, ("cosh", 0): 1, ("asin", 0): 0,
     ("acos", 1): 0, ("acosh", 1): 0, ("atanh", 0): 0,
 }  # fmt: skip
-_REMEDY = "declare its slopes with register_activation, or use an activation without it"
+_REMEDY = DECLARE
+_UNBOUNDED = frozenset("lgamma digamma erf_inv rem nextafter".split())  # of x itself, or jumping
 _STEP = (
     "use a continuous function in its place; if the whole is continuous, "
     "its slopes can be declared with register_activation"
@@ -465,7 +466,8 @@ def _arithmetic(terms: Terms, op: str, a: list[int], params: tuple, domain: Doma
         return _steps(terms, op, a[0], params, domain)
     if op in _UNARY:
         return terms.unary(op, a[0])
-    raise SlopeError(f"the primitive {op!r} has no slope rule", _REMEDY)
+    unbounded = op in _UNBOUNDED and any(terms.coefficients(i) is not None for i in a)
+    raise SlopeError(f"the primitive {op!r} has no slope rule", REPLACE if unbounded else DECLARE)
 
 
 def _limit(terms: Terms, term: int, c: Fraction) -> int:

@@ -60,16 +60,15 @@ class Refused:
 
 Rule = Callable[[Eqn], "Alias | Linear | Group | Refused | Sequence[Alias | Linear] | None"]
 
+REWRITE = "rewrite it with supported operations, or bound the part of the network before it"
 PRODUCT = Refused(
-    "the product of two tensors that both depend on x has no Lipschitz constant over the whole space "
-    "(attention, gated units such as GLU, LSTM gates, x * x, normalisation by statistics of x)",
-    "make one factor constant, or bound the part of the network before it; "
-    "for BatchNorm in training mode call model.eval() on a copy",
+    "the product of two tensors that both depend on x cannot be bounded here: over the whole space such products "
+    "(attention scores, gated units such as GLU) have no Lipschitz constant in general",
+    "make one factor constant, or bound the part of the network before it",
 )
 DIVISION = Refused(
-    "division by a term that depends on x (LayerNorm, GroupNorm, x/||x||, softmax, BatchNorm in training mode)",
-    "call model.eval() on a copy if this is BatchNorm; trace the logits, not softmax probabilities; "
-    "otherwise replace the normalisation by an affine layer",
+    "division by a term that depends on x cannot be bounded here",
+    "divide by a constant, or bound the part of the network before it",
 )
 INDEX = Refused(
     "an index depends on x (argmax, top_k, sorting order): the output jumps when the index changes",
@@ -78,10 +77,6 @@ INDEX = Refused(
 JUMP = Refused(
     "the output takes discrete values, so it jumps as x moves: there is no Lipschitz constant",
     "remove it from the traced function (trace the logits), or use a continuous function in its place",
-)
-SOFTMAX = Refused(
-    "softmax and logsumexp are not supported inside a network",
-    "drop a final softmax and certify the logits: argmax does not change",
 )
 RANDOM_MASK = Refused(
     "a random mask multiplies or selects entries of x: this looks like Dropout in training mode",
@@ -93,8 +88,7 @@ TRACED = Refused(
 )
 UNKNOWN = Refused(
     "there is no rule for this primitive",
-    "rewrite it with supported operations, add a rule in lipbounds/_rules.py, "
-    "or declare an elementwise function with lb.register_activation",
+    "rewrite it with supported operations, or add a rule in lipbounds/_rules.py",
 )
 NOT_FLOAT = Refused(
     "x becomes an integer, boolean or complex tensor here: the output jumps or is not real",

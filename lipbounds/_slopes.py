@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from . import _intervals as I
-from ._expr import Expr, SlopeError
+from ._expr import DECLARE, Expr, SlopeError
 from ._intervals import Interval
 from ._pieces import DOMAIN_REMEDY, Domain, Terms, pieces
 from ._tails import TailError, tail_slopes
 
-_REMEDY = "declare its slopes with register_activation, or use an activation with bounded slopes"
+_REMEDY = DECLARE
 _BOUNDED = "clip its argument first (jnp.clip(x, -c, c)), or use a function of bounded slope such as jnp.sqrt(1 + x**2)"
 _SMOOTH = "smooth it there (jnp.sqrt(x**2 + c) in place of jnp.sqrt(jnp.abs(x))), or use a function of bounded slope"
 _STEEP = 1e6  # a slope that is attained; beyond this no slopes are asked for

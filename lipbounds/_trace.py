@@ -263,17 +263,39 @@ def _split(fn: Callable[..., Any]) -> tuple[Function, Any]:
 
 
 def _row(out: Any) -> Any:
-    if not hasattr(out, "shape") or out.ndim < 1 or out.shape[0] != 1:
-        shape = getattr(out, "shape", type(out).__name__)
+    out = one_array(out)
+    if out.ndim < 1 or out.shape[0] != 1:
         raise ValueError(
-            f"batched=True: a batch of one gave an output of shape {shape}; its first axis must be the batch"
+            f"batched=True: a batch of one gave an output of shape {out.shape}; its first axis must be the batch"
         )
     return out[0]
 
 
+def one_array(out: Any) -> Any:
+    """The output of a function, which must be one array; ValueError that names what it is instead."""
+    if hasattr(out, "shape") and hasattr(out, "dtype"):
+        return out
+    if isinstance(out, (bool, int, float, np.generic)):
+        return jnp.asarray(out)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(out)
+    if isinstance(out, str) or not leaves:
+        raise ValueError(f"the function must return one array of shape (K,), it returned {_brief(out)}")
+    places = [jax.tree_util.keystr(path) for path, _ in leaves]
+    place = next((p for p in places if "logit" in p.lower()), places[0])
+    inside = f"{_brief(out)} with {', '.join(places[:6])}{', ...' if len(places) > 6 else ''}"
+    raise ValueError(
+        f"the function must return one array of shape (K,), it returned a {inside}: choose what to bound, "
+        f"for example `lambda x: fn(x){place}`"
+    )
+
+
+def _brief(out: Any) -> str:
+    return "a string" if isinstance(out, str) else "None" if out is None else type(out).__name__
+
+
 def _flatten(call: Function, params: Any, spec: jax.ShapeDtypeStruct) -> Flat:
     try:
-        return flatten(call, params, spec)
+        return flatten(lambda p, v: one_array(call(p, v)), params, spec)
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
         reason = str(error).splitlines()[0]
         remedy = (
@@ -287,10 +309,6 @@ def _flatten(call: Function, params: Any, spec: jax.ShapeDtypeStruct) -> Flat:
 
 def _form(call: Function, params: Any, spec: jax.ShapeDtypeStruct) -> tuple[LureForm, Traced]:
     flat = _flatten(call, params, spec)
-    if len(flat.outputs) != 1:
-        raise ValueError(
-            f"the function must return one array of shape (K,), it returned {len(flat.outputs)} arrays"
-        )
     (output,) = flat.outputs
     if len(output.shape) > 1:
         raise ValueError(
@@ -332,7 +350,7 @@ def _check_rows(call: Function, params: Any, spec: jax.ShapeDtypeStruct, form: L
     coefficients replaced by one, so that nothing cancels. Row by row it must also agree with the form of one example,
     at random points, with three rows and with as many as the given batch has.
     """
-    shape = jax.eval_shape(call, params, spec).shape
+    shape = one_array(jax.eval_shape(call, params, spec)).shape
     if len(shape) not in (1, 2) or shape[0] != spec.shape[0]:
         raise ValueError(
             f"batched=True: a batch of {spec.shape[0]} rows gave an output of shape {shape}, not one row each"

@@ -20,11 +20,12 @@ from jax import lax
 
 from . import _intervals as I
 from ._enclose import enclose
-from ._expr import Expr, Node, SlopeError
+from ._expr import DECLARE, Expr, Node, SlopeError
 from ._piecewise import interp
 from ._slopes import scalar_slopes
 
 __all__ = [
+    "DECLARE",
     "Expr",
     "Node",
     "SlopeError",

@@ -32,7 +32,12 @@ class Unsupported:
 
     def __str__(self) -> str:
         where = f" at {self.path}" if self.path else ""
-        return f"{self.primitive}{where}, shape {self.shape}: {self.reason} Remedy: {self.remedy}"
+        return f"{self.primitive}{where}, shape {self.shape}: {sentence(self.reason)} Remedy: {sentence(self.remedy)}"
+
+
+def sentence(text: str) -> str:
+    """With a full stop at its end."""
+    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 class UnsupportedError(ValueError):

@@ -20,8 +20,8 @@ from lipbounds.radius import logits
 
 
 def digamma_like(shift: float) -> Any:
-    """A smooth function that cannot be proved here (lgamma); a new one for every shift."""
-    return lambda h: jax.lax.lgamma(jnp.abs(h) + shift)
+    """A smooth function with bounded slopes that cannot be proved here (lgamma); a new one for every shift."""
+    return lambda h: jax.lax.lgamma(jnp.tanh(h) + shift)
 
 
 def one_layer(activation: Any, n: int = 5) -> Any:
