@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,19 +12,23 @@ from typing import Any
 import typer
 
 from lipbounds import _cli_tables as tables
-from lipbounds._cli_options import Norm, Scaling, Verb
+from lipbounds._cli_options import Norm, Scaling, Verb, number
 from lipbounds._version import __version__
 
 Json = dict[str, Any]
 
 
 @contextlib.contextmanager
-def refusals() -> Iterator[None]:
-    """Turn refusals and failures of files into one message on stderr and exit code 1."""
+def refusals() -> Iterator[contextlib.ExitStack]:
+    """Turn refusals and failures of files into one message on stderr and exit code 1.
+
+    What is entered into the stack is left at the end, such as the float64 mode that `load_form` needs for some files.
+    """
     from lipbounds.errors import GuaranteeError
 
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            yield stack
     except (
         ValueError,
         ArithmeticError,
@@ -71,10 +76,23 @@ def bound_of(form: Any, method: str, scaling: Scaling, options: Json) -> Any:
     return lb.liplt(form, **options, scaling=None if scaling is Scaling.none else scaling.value)
 
 
-def load_form(
-    path: Path, mean: str | None = None, std: str | None = None, drop: Any = None
-) -> tuple[Any, Any]:
-    """(form, shape of one input) of a model file of ours or an ONNX file; x -> (x - mean) / std stands in front."""
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How a model file is read; all but the first two are for ONNX files."""
+
+    mean: str | None = None
+    std: str | None = None
+    drop: Any = None
+    shape: tuple[int, ...] | None = None
+    output: str | None = None
+    constants: tuple[str, ...] = ()
+
+
+def load_form(path: Path, how: Reading, stack: contextlib.ExitStack) -> tuple[Any, tuple[int, ...]]:
+    """(form, shape of one input) of a model file of ours or an ONNX file; x -> (x - mean) / std stands in front.
+
+    JAX's float64 mode is entered into `stack` for a network that computes in float64.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -86,20 +104,27 @@ def load_form(
         from lipbounds.interop import load_onnx
 
         try:
-            fn, spec = load_onnx(path, drop=drop)
+            fn, spec = load_onnx(
+                path, drop=how.drop, shape=how.shape, output=how.output, constants=_constants(how.constants)
+            )
         except ImportError as error:
             raise ValueError(str(error)) from error
         shape, dtype = spec.shape, spec.dtype
+        if fn.program.double:
+            stack.enter_context(jax.enable_x64(True))
         for note in spec.notes:
             typer.echo(f"{path.name}: {note}", err=True)
     else:
         from lipbounds.training.store import load_model
 
-        if drop:
-            raise ValueError("--drop belongs to ONNX files")
+        for name in ("drop", "shape", "output", "constants"):
+            if getattr(how, name):
+                raise ValueError(f"--{name.removesuffix('s')} belongs to ONNX files")
         fn, model = load_model(path)
         shape, dtype = tuple(model.input_shape), np.dtype(np.float32)
-    shift, scale = (_per_channel(text, name, shape, dtype) for text, name in ((mean, "mean"), (std, "std")))
+    shift, scale = (
+        _per_channel(text, name, shape, dtype) for text, name in ((how.mean, "mean"), (how.std, "std"))
+    )
     if scale is not None and not (scale > 0).all():
         raise ValueError("--std must be > 0")
     if shift is None and scale is None:
@@ -111,6 +136,22 @@ def load_form(
     return lb.trace(
         lambda x: fn((x - jnp.asarray(zero)) / jnp.asarray(one)), jax.ShapeDtypeStruct(shape, dtype)
     ), shape
+
+
+def _constants(given: tuple[str, ...]) -> dict[str, Any]:
+    """Values of inputs by name, of name=number or name=file.npy."""
+    from lipbounds._files import read_npy
+
+    found: dict[str, Any] = {}
+    for text in given:
+        name, sign, value = text.rpartition("=")
+        if not sign or not name or name in found:
+            raise ValueError(f"--constant must be name=number or name=file.npy, each name once; got {text!r}")
+        try:
+            found[name] = number(value)
+        except (ValueError, ZeroDivisionError, OverflowError):
+            found[name] = read_npy(Path(value))
+    return found
 
 
 def _per_channel(text: str | None, name: str, shape: tuple[int, ...], dtype: Any) -> Any:

@@ -130,6 +130,19 @@ def box_of(text: str | None) -> tuple[float, float] | None:
     return low, high
 
 
+def shape_of(text: str | None) -> tuple[int, ...] | None:
+    """Numbers with commas between them, "3,32,32"."""
+    if text is None:
+        return None
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        sizes = (0,)
+    if min(sizes) < 1:
+        raise typer.BadParameter(f"{text!r} is no shape such as 3,32,32", param_hint="--shape")
+    return sizes
+
+
 def _is_number(text: str) -> bool:
     try:
         number(text)
@@ -224,4 +237,22 @@ StdOption = Annotated[
 ]
 DropOption = Annotated[
     Drop | None, typer.Option(help="Leave out the last operation of an ONNX file, if it is this one.")
+]
+ShapeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZES",
+        help="Shape of one example, without the batch, where an ONNX file leaves it free: 3,32,32.",
+    ),
+]
+OutputOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The output to bound, where an ONNX file has several.")
+]
+ConstantOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--constant",
+        metavar="NAME=VALUE",
+        help="Value of a further input of an ONNX file: a number, or an .npy file with the array; may be repeated.",
+    ),
 ]

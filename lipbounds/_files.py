@@ -7,6 +7,7 @@ import os
 import secrets
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -57,29 +58,42 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
             ) from error
 
 
+def read_npy(path: Path) -> np.ndarray:
+    """The array of an .npy file; ValueError as `read_npz`."""
+    with path.open("rb") as stream:
+        try:
+            return _array(stream, path.stat().st_size, DEFLATE * path.stat().st_size, repr(path.name))
+        except Exception as error:  # NumPy raises nearly anything for a damaged file
+            raise ValueError(f"{path}: not an .npy file of numbers, or cut off: {error}") from error
+
+
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, size: int) -> np.ndarray:
     """One array of an archive of `size` bytes; ValueError before anything is allocated for a false promise."""
-    with archive.open(info) as stream:
-        version = np.lib.format.read_magic(stream)
-        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        if version not in readers:
-            raise ValueError(f"{info.filename!r} has the version {version} of the format")
-        shape, _, dtype = readers[version](stream)
-        promised = math.prod(shape) * dtype.itemsize
-        held = info.file_size - stream.tell()
-    if dtype.hasobject:
-        raise ValueError("pickle")
     stored = info.compress_type == zipfile.ZIP_STORED
     room = min(info.compress_size, size) * (1 if stored else DEFLATE)
+    with archive.open(info) as stream:
+        array = _array(stream, info.file_size, room, repr(info.filename))
+        stream.read(1)  # at the end the checksum is compared
+    return array
+
+
+def _array(stream: Any, size: int, room: int, what: str) -> np.ndarray:
+    """The array of a stream in NumPy's format, of `size` bytes by its own account and of at most `room`."""
+    version = np.lib.format.read_magic(stream)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"{what} has the version {version} of the format")
+    shape, fortran, dtype = readers[version](stream)
+    promised, held = math.prod(shape) * dtype.itemsize, size - stream.tell()
+    if dtype.hasobject:
+        raise ValueError("pickle")
     if min(shape, default=0) < 0 or promised != held or promised > room:
         raise ValueError(
-            f"the header of {info.filename!r} promises shape {tuple(shape)}, {promised} bytes; there are "
+            f"the header of {what} promises shape {tuple(shape)}, {promised} bytes; there are "
             f"{min(held, room)}"
         )
-    with archive.open(info) as stream:
-        array = np.lib.format.read_array(stream, allow_pickle=False)
-        stream.read(1)  # at the end the checksum is compared
-    return np.asarray(array)
+    flat = np.frombuffer(bytearray(stream.read(promised)), dtype, math.prod(shape))
+    return flat.reshape(shape, order="F" if fortran else "C")
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -52,12 +52,12 @@ def read_mat(path: Path) -> dict[str, np.ndarray]:
 
 def _elements(raw: bytes, order: str) -> Iterator[tuple[int, bytes]]:
     """(type, data) of the elements that stand one after the other."""
-    place, word = 0, "little" if order == "<" else "big"
+    place = 0
     while place < len(raw):
         tag = raw[place : place + 8]
         if len(tag) < 8:
             raise ValueError("a tag is cut off")
-        kind, size = (int.from_bytes(tag[i : i + 4], word) for i in (0, 4))
+        kind, size = (int(n) for n in np.frombuffer(tag, f"{order}u4"))
         if kind >> 16:  # a small element holds its data in the tag
             kind, size, begin, end = kind & 0xFFFF, kind >> 16, place + 4, place + 8
             if size > 4:
@@ -74,8 +74,10 @@ def _elements(raw: bytes, order: str) -> Iterator[tuple[int, bytes]]:
 def _inflated(data: bytes, order: str) -> bytes:
     """The element in a compressed one; ValueError if it is not as long as its tag says."""
     tag = zlib.decompressobj().decompress(data, 8)
-    size = 8 + int.from_bytes(tag[4:8], "little" if order == "<" else "big")
-    if len(tag) < 8 or size > DEFLATE * len(data) + 8:
+    if len(tag) < 8:
+        raise ValueError("a compressed element is cut off")
+    size = 8 + int(np.frombuffer(tag, f"{order}u4")[1])
+    if size > DEFLATE * len(data) + 8:
         raise ValueError(f"a compressed element promises {size} bytes, more than it can hold")
     whole = zlib.decompressobj().decompress(data, size + 1)
     if len(whole) != size:

@@ -41,7 +41,8 @@ def read_model(path: str | os.PathLike[str]) -> tuple[onnx.ModelProto, int]:
 
 
 def _opset(path: Path, model: onnx.ModelProto) -> int:
-    found = [int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx")]
+    # ONNX's checker and onnxruntime accept an entry that stands there twice
+    found = sorted({int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx")})
     newest = int(onnx.defs.onnx_opset_version())
     if len(found) != 1:
         raise ValueError(

@@ -27,6 +27,7 @@ Apply = Callable[..., Any]
 Const = np.ndarray
 MOST = 2**28  # entries of a tensor: a damaged file must not take all memory
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+BOOLEAN = ("Where", "Not", "And", "Or", "Xor", "Cast", "Identity")  # take what a comparison gives
 
 
 def check_size(shape: Sequence[int]) -> None:
@@ -200,6 +201,11 @@ class Builder:
             raise ValueError(
                 f"the output {output!r} does not depend on the input {name!r}; name another output"
             )
+        if np.dtype(self.values[output].dtype).name not in FLOATS:
+            raise ValueError(
+                f"the output {output!r} holds {self.values[output].dtype}, which has no Lipschitz bounds; name another "
+                "output"
+            )
         steps = needed(self.steps, output)
         weights = {n: v for s in steps for n in s.inputs if isinstance(v := self.values[n], np.ndarray)}
         involved = [self.values[n] for s in steps for n in (*s.inputs, *s.outputs) if n in self.values]
@@ -294,7 +300,8 @@ class Builder:
         ]
         present = [(n, v) for n, v in operands if v is not None]
         free = any(isinstance(v, jax.ShapeDtypeStruct) for _, v in present)
-        wrong = next((v.dtype for _, v in present if np.dtype(v.dtype).name not in FLOATS), None)
+        known = (*FLOATS, "bool") if proto.op_type in BOOLEAN else FLOATS
+        wrong = next((v.dtype for _, v in present if np.dtype(v.dtype).name not in known), None)
         if free and wrong is not None:
             raise Refused(
                 f"it computes with the network's input and {wrong}", "keep the network in floating point"

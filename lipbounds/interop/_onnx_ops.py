@@ -86,6 +86,16 @@ _fixed(
     Reciprocal=(13, lambda x: 1 / x),
     Sin=(22, jnp.sin),
     Cos=(22, jnp.cos),
+    Atan=(22, jnp.arctan),
+    # Whether a choice by them is continuous is decided where the network is traced.
+    Greater=(13, jnp.greater),
+    Less=(13, jnp.less),
+    GreaterOrEqual=(16, jnp.greater_equal),
+    LessOrEqual=(16, jnp.less_equal),
+    Not=(1, jnp.logical_not),
+    And=(7, jnp.logical_and),
+    Or=(7, jnp.logical_or),
+    Xor=(7, jnp.logical_xor),
 )
 _numbers(16, "LeakyRelu", lambda x, alpha: jnp.where(x >= 0, x, alpha * x), alpha=0.01)
 _numbers(22, "Elu", lambda x, alpha: jnp.where(x > 0, x, alpha * jnp.expm1(jnp.minimum(x, 0))), alpha=1.0)
@@ -201,6 +211,8 @@ def _batch_normalization(node: Node) -> Apply:
 
 @operator(16, "Where")
 def _where(node: Node) -> Apply:
+    if not isinstance(node.inputs[0], np.ndarray):
+        return jnp.where
     condition = node.constant(0, "condition")
     return lambda x, y: jnp.where(condition, x, y)
 
@@ -368,9 +380,10 @@ EVALUATED = frozenset(
     ReduceSum ReduceProd ReduceMax ReduceMin ReduceMean NonZero CumSum Trilu
     """.split()
 )
+_CUT = "cut the network off before this node with onnx.utils.extract_model"
 _JUMPS = (
     "where its operands depend on the network's input its output jumps, so it has no Lipschitz constant",
-    "use it on constants only, or export the network up to this node",
+    f"use it on constants only, or {_CUT}",
 )
 _REASONS: dict[tuple[str, ...], tuple[str, str]] = {
     ("If", "Loop", "Scan", "SequenceMap"): (
@@ -388,9 +401,9 @@ _REASONS: dict[tuple[str, ...], tuple[str, str]] = {
         "it divides by statistics of its input, so it has no Lipschitz constant over the whole space",
         "use BatchNormalization in evaluation mode, or no normalisation",
     ),
-    ("LSTM", "GRU", "RNN", "Attention", "LinearAttention", "SwiGLU"): (
-        "gates and attention multiply tensors that both depend on the input, and recurrence is not read",
-        "export the part of the network before it, or one without it",
+    ("LSTM", "GRU", "Attention", "LinearAttention", "SwiGLU"): (
+        "gates and attention multiply tensors that both depend on the input",
+        f"{_CUT}, or use a network without it",
     ),
     (
         "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial",
@@ -399,12 +412,12 @@ _REASONS: dict[tuple[str, ...], tuple[str, str]] = {
         "SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceLength",
         "SplitToSequence", "ConcatFromSequence", "Optional", "OptionalGetElement", "OptionalHasElement",
     ): ("sequences and optional values are not read", "export with plain tensors"),
-    ("ArgMax", "ArgMin", "Hardmax", "TopK"): (
+    ("ArgMax", "ArgMin", "Hardmax"): (
         "it gives positions or picks by them, and jumps when the order of its entries changes",
         'export the logits; where ArgMax is the last operation, pass drop="argmax"',
     ),
     (
-        "Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual", "Not", "And", "Or", "Xor", "Mod", "Sign", "Floor",
+        "Equal", "Mod", "Sign", "Floor",
         "Ceil", "Round", "NonZero", "OneHot", "IsNaN", "IsInf", "Range", "ConstantOfShape",
     ): _JUMPS,
 }  # fmt: skip

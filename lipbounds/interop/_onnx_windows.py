@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lipbounds.interop import _onnx_sequences as _onnx_sequences  # puts its operators into the table
 from lipbounds.interop._onnx_graph import Apply, Node, Refused, check_size
 from lipbounds.interop._onnx_ops import OPERATORS as OPERATORS
 from lipbounds.interop._onnx_ops import operator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -80,6 +80,7 @@ def load_onnx(
     drop: str | Sequence[str] | None = None,
     shape: Sequence[int] | None = None,
     output: str | None = None,
+    constants: Mapping[str, Any] | None = None,
 ) -> tuple[OnnxNetwork, InputSpec]:
     """The network of an ONNX file as a JAX function of one example, for `lb.trace` and anything else in JAX.
 
@@ -97,6 +98,8 @@ def load_onnx(
             outputs, or ArgMax. Nothing is dropped unless asked. Softmax is refused by `lb.trace`, ArgMax here.
         shape: of one example, without the batch axis: needed where the file leaves axes of its input free.
         output: the name of the output, where the graph has several.
+        constants: values of all inputs but one, by their names, where the graph has several: arrays in the shape of
+            the graph, with a batch axis of 1 where it has one.
 
     Returns:
         (fn, spec). Weights are stored in `fn.weights`.
@@ -106,7 +109,7 @@ def load_onnx(
         FileNotFoundError: there is no such file.
         UnsupportedError: operators that are not read, all of them at once, each with its node, reason and remedy.
         ValueError: not an ONNX file, cut off, external data missing or outside the model's folder, free axes,
-            several inputs or outputs, or nothing to drop.
+            several inputs or outputs, constants that do not fit the graph's inputs, or nothing to drop.
     """
     try:
         import onnx
@@ -120,6 +123,7 @@ def load_onnx(
         raise ValueError(f'drop must be "softmax", "argmax" or both, got {unknown[0]!r}')
     model, opset = _onnx_file.read_model(path)
     graph = model.graph
+    _fix(graph, constants or {})
     source = _input(graph)
     dims = _dims(source, shape)
     notes: list[str] = []
@@ -169,12 +173,49 @@ def _sizes(value: onnx.ValueInfoProto) -> Dims | None:
     return [int(d.dim_value) if d.dim_value > 0 else str(d.dim_param) for d in kind.shape.dim]
 
 
+def _fix(graph: onnx.GraphProto, constants: Mapping[str, Any]) -> None:
+    """Make constants of the inputs that are given; ValueError where an array does not fit."""
+    import onnx
+
+    inputs = {str(value.name): value for value in graph.input}
+    for name, given in constants.items():
+        if name not in inputs:
+            raise ValueError(
+                f"constants: the graph has no input {name!r}; it has {', '.join(map(repr, inputs))}"
+            )
+        kind = inputs[name].type.tensor_type.elem_type
+        if kind not in onnx.helper.get_all_tensor_dtypes() or kind == onnx.TensorProto.STRING:
+            raise ValueError(f"constants: the input {name!r} is no tensor of numbers")
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind))
+        value = np.asarray(given)
+        dims = _sizes(inputs[name])
+        if dims is not None and (
+            len(dims) != value.ndim
+            or any(isinstance(d, int) and d != n for d, n in zip(dims, value.shape, strict=True))
+        ):
+            raise ValueError(f"constants: {name!r} has shape {value.shape}, the graph takes {_text(dims)}")
+        with np.errstate(all="ignore"):
+            cast = value.astype(dtype) if value.dtype.kind in "biufV" else None
+        if cast is None or not np.array_equal(cast.astype(value.dtype), value):
+            raise ValueError(
+                f"constants: {name!r} holds {value.dtype}, which are not exact in the graph's {dtype.name}"
+            )
+        for tensor in [t for t in graph.initializer if t.name == name]:
+            graph.initializer.remove(tensor)
+        graph.initializer.append(
+            onnx.numpy_helper.from_array(np.ascontiguousarray(cast).reshape(value.shape), name)
+        )
+
+
 def _input(graph: onnx.GraphProto) -> onnx.ValueInfoProto:
     constants = {tensor.name for tensor in graph.initializer}
     found = [value for value in graph.input if value.name not in constants]
     if len(found) != 1:
         names = ", ".join(repr(value.name) for value in found) or "none"
-        raise ValueError(f"one input is needed, the graph has {names}: export with the others as constants")
+        raise ValueError(
+            f"one input is needed, the graph has {names}: give the others by constants={{name: array}} (--constant on "
+            "the command line), or export with them as constants"
+        )
     if not found[0].type.HasField("tensor_type"):
         raise ValueError(f"the input {found[0].name!r} is no tensor: export with a tensor as input")
     return found[0]
@@ -186,7 +227,9 @@ def _output(graph: onnx.GraphProto, output: str | None) -> str:
         return names[0]
     if output is None or output not in names:
         problem = "several outputs" if output is None else f"no output {output!r}"
-        raise ValueError(f"the graph has {problem}: pass output= one of {', '.join(map(repr, names))}")
+        raise ValueError(
+            f"the graph has {problem}: pass output= one of {', '.join(map(repr, names))} (--output on the command line)"
+        )
     return output
 
 
@@ -232,7 +275,8 @@ def _example(
         axis = f"axis {free[0]} ({dims[free[0]] or 'unnamed'!r})"
         known = ", ".join(str(d) or "?" for d in dims[batch:])
         raise ValueError(
-            f"{axis} of the input {name!r} {_text(dims)} is free: pass shape=({known}) with numbers"
+            f"{axis} of the input {name!r} {_text(dims)} is free: pass shape=({known}) with numbers (--shape on the "
+            "command line)"
         )
     sizes = [d for d in dims[batch:] if isinstance(d, int)]
     ends = [_sizes(value) or [] for value in graph.output]
