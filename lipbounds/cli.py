@@ -340,7 +340,7 @@ def certify(
 
         form, sizes = load_form(model, how, stack)
         x, y = read_data(data, sizes)
-        if jax.config.jax_enable_x64:
+        if jax.dtypes.canonicalize_dtype(np.float64) == np.float64:
             x = x.astype(np.float64)
         options: Json = {
             "norm": norm_of(norm),
