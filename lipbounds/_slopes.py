@@ -356,8 +356,8 @@ def _tail(terms: Terms, term: int, first: int, reflect: bool, found: Range) -> N
         reason = f"its slope is unbounded, or cannot be bounded, as x tends to {side}"
         if outside:
             raise SlopeError(f"{reason} ({outside} may leave its domain)", _REMEDY)
-        far = [-x if reflect else x for x in 2.0 ** np.arange(first, max(first, 26) + 1)]
-        sizes = [(_size(terms, term, x), x) for x in far]
+        spots = [-x if reflect else x for x in 2.0 ** np.arange(first, max(first, 26) + 1)]
+        sizes = [(_size(terms, term, float(x)), float(x)) for x in spots]
         raise _steep(next((s for s in sizes if s[0] >= _STEEP), (0.0, 0.0)), reason, _BOUNDED)
     _, k, (lo, hi) = best
     found.enclose(lo, hi)
