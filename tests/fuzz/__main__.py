@@ -41,7 +41,7 @@ def main() -> int:
         worker.start()
     console = Console(soft_wrap=True)
     counts, families, refusals, ops = Counter(), Counter(), Counter(), Counter()
-    slowest = 0.0
+    slowest, told = 0.0, started
     console.print(f"seed {options.seed}, {options.processes} processes, {options.minutes:g} minutes")
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -71,6 +71,9 @@ def main() -> int:
                     break
             text = "{programs} programs, {checks} checks, {break} breaks, {foreign} foreign errors"
             shown = {k: counts[k] for k in ("programs", "checks", "break", "foreign")}
+            if not console.is_terminal and time.monotonic() > told + 60.0:
+                told = time.monotonic()
+                console.print(text.format(**shown))
             progress.update(task, completed=time.monotonic() - started, description=text.format(**shown))
     died = [w.exitcode for w in workers if w.exitcode not in (0, None)]
     for worker in workers:

@@ -259,7 +259,7 @@ def window_sum(g: Context) -> str | None:
     if not g.rank:
         return None
     text, size = window(g)
-    return f"lax.reducewindow({{0}}, 0.0, lax.add, {text}) / {float(size)}"
+    return f"lax.reduce_window({{0}}, 0.0, lax.add, {text}) / {float(size)}"
 
 
 @op()
@@ -448,5 +448,22 @@ def gradient_inside(g: Context) -> str | None:
             f"jax.grad(lambda a: 0.5 * a @ ({a} @ a))({{0}})",
             f"jax.vjp(lambda a: {a} @ a + a[::-1], {{0}})[1]({{0}})[0]",
             f"jax.jvp(lambda a: {a} @ a + a[::-1], ({{0}},), ({{0}},))[1]",
+        ]
+    )
+
+
+@op(weight=3)
+def cancelling(g: Context) -> str | None:
+    """Large terms that cancel: what is left has the rounding errors of the large ones."""
+    if g.rank != 1 or g.dtypes[0] in ("float16", "bfloat16") or g.extreme != 1.0:
+        return None
+    n = g.shape[0]
+    large = g.pick([1e3, 1e4] if g.dtypes[0] == "float32" else [1e4, 1e6, 1e7])
+    big, small = g.const((n, n), large), g.const((n, n), 1.0)
+    return g.pick(
+        [
+            f"({big} @ {{0}} + {small} @ {{0}}) - {big} @ {{0}}",
+            f"({large} * {{0}} + {small} @ {{0}}) - {large} * {{0}}",
+            f"jnp.diff({big} @ jnp.cumsum({{0}})) / {large} + jnp.sum({{0}})",
         ]
     )

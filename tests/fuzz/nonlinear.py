@@ -248,7 +248,7 @@ def pooling(g: Context) -> str | None:
         return None
     text, _ = window(g)
     how, start = g.pick([("max", "-jnp.inf"), ("min", "jnp.inf")])
-    return f"lax.reducewindow({{0}}, {start}, lax.{how}, {text})"
+    return f"lax.reduce_window({{0}}, {start}, lax.{how}, {text})"
 
 
 # --- structure -----------------------------------------------------------------------------------------------------

@@ -98,12 +98,10 @@ class Program:
     @property
     def largest_constant(self) -> float:
         """About the size of the largest constant."""
-        scales = [
-            float(s)
-            for step in self.steps
-            for s in re.findall(r"const\(\d+, \(.*?\), ([\d.e+-]+)", step.text)
+        numbers = [
+            x for step in self.steps for x in re.findall(r"\d+\.\d*(?:e[+-]?\d+)?|\d+e[+-]?\d+", step.text)
         ]
-        return 4.0 * max([1.0, *scales])
+        return 4.0 * max([1.0, *map(float, numbers)])
 
     def ops(self) -> list[str]:
         return [s.op for s in self.steps]

@@ -23,6 +23,7 @@ import lipbounds as lb
 from lipbounds.errors import CertificateError, UnsupportedError
 
 from .program import Program
+from .rational import attained_jacobian, exceeds
 from .search import Pairs, Reference
 
 PACKAGE = Path(lb.__file__).parent
@@ -91,7 +92,15 @@ class Checker:
         with quiet, jax.enable_x64(self.program.double), contextlib.suppress(_Stop):
             self.trace()
             self.bounds()
-            for part in (self.evaluates, self.slopes, self.local, self.radii, self.certificate, self.texts):
+            for part in (
+                self.evaluates,
+                self.exactly,
+                self.slopes,
+                self.local,
+                self.radii,
+                self.certificate,
+                self.texts,
+            ):
                 with contextlib.suppress(_Stop):
                     part()
         return self.report
@@ -133,7 +142,8 @@ class Checker:
             name = f"liplt {scaling} 2"
             self.found[name] = self.verb(name, lambda: lb.liplt(form, scaling=scaling, pairwise=True))
         with contextlib.suppress(_Stop):
-            self.found["lipsdp 2"] = self.verb("lipsdp", lambda: lb.lipsdp(form, pairwise=True))
+            pairs = rng.random() < 0.4  # a proof for each pair
+            self.found["lipsdp 2"] = self.verb("lipsdp", lambda: lb.lipsdp(form, pairwise=pairs))
         if rng.random() < 0.2:
             with contextlib.suppress(_Stop):
                 self.found["lipsdp-layer 2"] = self.verb(
@@ -195,6 +205,20 @@ class Checker:
         self.report.check(
             (over <= 1e-300).all(), f"{name}: pair slopes attained above the bound by {over.max():.3g}"
         )
+
+    def exactly(self) -> None:
+        """Jacobians of piecewise linear programs, in rational arithmetic: no rounding is forgiven."""
+        if self.extreme:
+            return
+        for x in self.reference.points(8)[[1, 4]]:
+            jacobian = self.verb("exact", lambda x=x: attained_jacobian(self.form, x))
+            if jacobian is None:
+                continue
+            one = x.reshape(1, *self.form.in_shape)
+            ball = self.verb("local", lambda one=one: lb.local(self.form, one, 1e-3, pairwise=True))
+            for name, bound in [*self.found.items(), ("local", ball[0])]:
+                wrong = exceeds(jacobian, bound)
+                self.report.check(not wrong, f"{name}, exactly: {wrong}")
 
     def slopes(self) -> None:
         pairs = self.reference.search()

@@ -114,7 +114,7 @@ class Reference:
     def noise(self, *points: np.ndarray) -> np.ndarray:
         """What rounding may have done to outputs at these points."""
         size = sum(np.abs(p).max(axis=1, initial=0.0) for p in points)
-        return 2e-15 * self.growth * (size * math.sqrt(self.size) + self.constant)
+        return 2e-15 * self.growth * self.constant * (1.0 + size * math.sqrt(self.size))
 
     def pairs(self, a: np.ndarray, b: np.ndarray) -> Pairs:
         za, zb = self.values(a), self.values(b)
