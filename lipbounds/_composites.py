@@ -159,7 +159,8 @@ def _softmax(eqn: Eqn) -> Iterator[tuple[Eqn, ...]]:
 
 def _sources(eqn: Eqn) -> list[Eqn]:
     """Products of two tensors from which the argument of exp comes, by arithmetic and moves."""
-    found, stack, seen = [], list(eqn.inputs), set()
+    found, stack = [], list(eqn.inputs)
+    seen: set[int] = set()
     while stack and len(seen) < _MOST:
         value = _back(stack.pop())
         inner = value.producer

@@ -535,7 +535,8 @@ def run(flat: Flat, x: Any, double: bool = False) -> dict[int, Any]:
         inputs = [read(v) for v in eqn.inputs]
         if double and eqn.primitive == "scatter-add":
             p = eqn.params
-            results = [lax.scatter_add(*map(jnp.asarray, inputs), p["dimension_numbers"], mode=p["mode"])]
+            operand, indices, updates = map(jnp.asarray, inputs)
+            results = [lax.scatter_add(operand, indices, updates, p["dimension_numbers"], mode=p["mode"])]
         elif double and eqn.primitive == "reduce_precision":
             results = inputs
         elif eqn.bind is not None:

@@ -87,24 +87,24 @@ _ROUNDED = "cbrt cos erfc exp exp2 expm1 log log1p logistic rsqrt sin sqrt tan t
 _PLAIN = """add sub div neg abs max min sign floor ceil erf erf_inv square pow atan asinh acosh sinh cosh asin acos
     atanh select_n lt le gt ge eq ne and or not xor clamp is_finite copy stop_gradient add_any atan2 rem lgamma digamma
     bessel_i0e bessel_i1e nextafter optimization_barrier dynamic_update_slice""".split()
-_WINDOW = dict.fromkeys(
+_WINDOW: dict[str, Allowed] = dict.fromkeys(
     "window_dimensions window_strides padding base_dilation window_dilation".split(), READ
 )
-_PRODUCT = {
+_PRODUCT: dict[str, Allowed] = {
     "dimension_numbers": READ,
     "precision": _precision,
     "preferred_element_type": _float,
     "out_sharding": _placement,
 }
-_INDEXED = {
+_INDEXED: dict[str, Allowed] = {
     "dimension_numbers": READ,
     "indices_are_sorted": FREE,  # a promise about constant indices, for speed
     "unique_indices": READ,
     "mode": _mode,
 }
-_REDUCE = {"axes": READ, "out_sharding": _placement}
-_ARG = {"axes": READ, "index_dtype": READ}
-_DERIVATIVE = {"num_consts": FREE, "symbolic_zeros": FREE}
+_REDUCE: dict[str, Allowed] = {"axes": READ, "out_sharding": _placement}
+_ARG: dict[str, Allowed] = {"axes": READ, "index_dtype": READ}
+_DERIVATIVE: dict[str, Allowed] = {"num_consts": FREE, "symbolic_zeros": FREE}
 
 PARAMETERS: dict[str, dict[str, Allowed]] = {
     # calls and control flow, taken apart in _jaxpr.py

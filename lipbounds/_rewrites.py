@@ -94,8 +94,8 @@ def _group(a: Any, *, mode: str, index: np.ndarray, shape: tuple[int, ...]) -> A
     rows = jnp.ravel(a)[index]
     if mode == "sort":
         return jnp.zeros(a.size, a.dtype).at[index].set(jnp.sort(rows, axis=1)).reshape(shape)
-    of_rows = {"max": jnp.max, "min": jnp.min, "logsumexp": jax.nn.logsumexp}[mode]
-    return of_rows(rows, axis=1).reshape(shape)
+    of_rows: dict[str, Callable[..., Any]] = {"max": jnp.max, "min": jnp.min, "logsumexp": jax.nn.logsumexp}
+    return of_rows[mode](rows, axis=1).reshape(shape)
 
 
 # --- prefixes ------------------------------------------------------------------------------------------------------

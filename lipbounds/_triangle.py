@@ -260,9 +260,9 @@ def _within_budget(
             proved, left = proofs(
                 host, pairs, scalings, budget, forced=forced, prove=prove, name=partial(_block_name, form)
             )
-        for pair, one in proved.items():
-            found[pair] = BlockNorm(one.value, "verified", one.how, one.shape)
-        loose = [pair for pair, one in proved.items() if one.error > _LOOSE * one.value]
+        for pair, proof in proved.items():
+            found[pair] = BlockNorm(proof.value, "verified", proof.how, proof.shape)
+        loose = [pair for pair, proof in proved.items() if proof.error > _LOOSE * proof.value]
         # Shorter blocks are formed all at once: only where they fit as dense arrays.
         if loose and not left and 8 * sum(math.prod(size(pair)) for pair in pairs) <= budget.limit:
             _shorten(host, pairs, scalings, loose, found, 2)
