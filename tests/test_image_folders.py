@@ -149,3 +149,16 @@ def test_the_real_tiny_imagenet():
         pytest.skip(f"needs Tiny-ImageNet-200: {reason}")
     assert data.train_pixels.shape == (100_000, 64, 64, 3) and data.test_pixels.shape == (10_000, 64, 64, 3)
     assert (np.bincount(data.train_y) == 500).all() and (np.bincount(data.test_y) == 50).all()
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "n" * 300, "n\0", "/n01"])
+def test_what_is_no_name_of_a_class_is_refused(tiny, name):
+    (tiny / "wnids.txt").write_text("\n".join([*WNIDS, name]) + "\n")
+    with pytest.raises(ValueError, match="no name of a class"):
+        tiny_imagenet(tiny)
+
+
+def test_images_so_large_that_all_together_would_fill_the_memory(tiny):
+    jpeg(tiny / "train" / "n02" / "images" / "n02_0.JPEG", 90, size=(2000, 8))
+    with pytest.raises(ValueError, match="8 x 2000 pixels, more than 1024 a side"):
+        tiny_imagenet(tiny)

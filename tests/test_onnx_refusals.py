@@ -13,7 +13,7 @@ import pytest
 onnx = pytest.importorskip("onnx")
 
 from onnx import TensorProto, helper  # noqa: E402
-from onnx_nets import Net, mlp, saved  # noqa: E402
+from onnx_nets import NETS, Net, mlp, saved  # noqa: E402
 
 import lipbounds as lb  # noqa: E402
 from lipbounds.interop import load_onnx  # noqa: E402
@@ -272,3 +272,19 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r'pip install "lipbounds\[onnx\]"'):
         load_onnx("net.onnx")
+
+
+@pytest.mark.parametrize("tries", [60, pytest.param(2000, marks=pytest.mark.slow)])
+def test_any_content_is_read_or_a_value_error(tries: int, tmp_path: Path, rng: np.random.Generator) -> None:
+    raws = [build().SerializeToString() for build in NETS]
+    path, refused = tmp_path / "net.onnx", 0
+    for _ in range(tries):
+        content = bytearray(raws[rng.integers(len(raws))])
+        for _ in range(rng.integers(1, 4)):
+            content[rng.integers(min(len(content), 2500))] = rng.integers(256)
+        path.write_bytes(content if rng.random() < 0.8 else content[: rng.integers(len(content))])
+        try:
+            load_onnx(path)
+        except ValueError:
+            refused += 1
+    assert refused > tries / 5
