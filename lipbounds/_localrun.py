@@ -45,7 +45,8 @@ _MARGIN, _ROOM = 1.5, 0.3  # else that times lambda_max; I - D^-1/2 Q D^-1/2 is 
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A matrix M within `error` (normwise) of the real one, with an upper bound of ||M||_F; None is the identity."""
+    """A matrix M within `error` (normwise) of the real one, with an upper bound of ||M||_F; None is the identity, which
+    is square, and never zero."""
 
     array: np.ndarray | None
     error: float
@@ -61,6 +62,14 @@ class Matrix:
         inner = m.shape[1] + 4
         wrong = 4 * gamma(inner) * self.size**2 + (2 * self.size + self.error) * self.error
         return (product + product.transpose(0, 2, 1)) / 2, wrong * length * (1 + gamma(8)) + _TINY
+
+    def behind(self, a: np.ndarray) -> np.ndarray:
+        """a M (..., n) in plain float64, for a (..., m)."""
+        return a if self.array is None else a @ self.array
+
+    def ahead(self, a: np.ndarray) -> np.ndarray:
+        """M a (..., m, k) in plain float64, for a (..., n, k)."""
+        return a if self.array is None else np.matmul(self.array, a)
 
     def map_diagonal(self, ball: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As `map`, of one diagonal matrix (n,) >= 0 that is never written out."""
@@ -178,10 +187,8 @@ def ellipsoids(
         total = more + wrong * (stage.G.size if stage.G.array is not None else 1.0) ** 2
         if stage.lives_on:
             cross = c[:, :, None] * v[:, :n, n:]
-            if stage.G.array is None:
-                block, slip = cross, 2 * U * frobenius(cross)
-            else:
-                block = np.matmul(stage.G.array, cross)
+            block, slip = stage.G.ahead(cross), 2 * U * frobenius(cross)
+            if stage.G.array is not None:
                 slip = (2 * gamma(n + 4) * stage.G.size + stage.G.error) * frobenius(cross)
             s = s + (block + block.transpose(0, 2, 1)) + v[:, n:, n:]
             total = total + 2 * slip + 4 * U * frobenius(s)
@@ -231,16 +238,12 @@ def _adjoints(steps: Sequence[Stage], values: Values, directions: np.ndarray) ->
     """Per stage a' dz/dv (N, J, n) and, where the state lives on, a' dz/ds+ (N, J, d+), by `values.slope`."""
     found: list[Aim] = []
     for stage in reversed(steps):
-        p = directions if stage.G.array is None else directions @ stage.G.array
+        p = stage.G.behind(directions)
         found.append((p, directions if stage.lives_on else None))
         slope = values.slope[stage.tap]
         slope = np.where(np.abs(slope) < _DEAD, _DEAD, slope)  # no neuron behind counts for nothing
         back = slope[:, None] * p
-        if stage.T.array is None:
-            directions = back
-        else:
-            whole = np.concatenate([back, directions], axis=2) if stage.lives_on else back
-            directions = whole @ stage.T.array
+        directions = stage.T.behind(np.concatenate([back, directions], axis=2) if stage.lives_on else back)
     return found[::-1]
 
 

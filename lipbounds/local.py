@@ -264,7 +264,6 @@ class Around:
     """The recursion around given examples, for several eps.
 
     Args:
-        calls: how often `outputs` will be asked about one example.
         box: (lower, upper) of the inputs that count, from `check_box`.
     """
 
@@ -276,7 +275,6 @@ class Around:
         *,
         guarantee: str = "auto",
         seed: int = 0,
-        calls: int = 1,
         box: Box | None = None,
     ) -> None:
         require_gradual_underflow()
@@ -290,7 +288,7 @@ class Around:
             kept[wanted] = _ready(form, norm, guarantee)
         self.ready = ready = kept[wanted]
         self.guarantee, self.failure, self.notes = ready.guarantee, ready.failure, ready.notes
-        self.seed, self.share = seed, FAILURE / calls
+        self.seed = seed
         self.norm, self.x, self.box = norm, x, box
         self.overflows: list[
             int
@@ -362,10 +360,11 @@ class Around:
         ready, values = self.ready, self.values.rows(rows)
         if ready.front is not None:
             rng = np.random.default_rng([self.seed, call])
+            share = FAILURE / ((call + 1) * (call + 2))  # the sum over all calls is FAILURE
             size = 1 << (len(eps) - 1).bit_length()  # few shapes to compile
             pad = np.minimum(np.arange(size), len(eps) - 1)
             out = _localwide.grams(
-                ready.front, values.rows(pad), eps[pad], anchored=anchored, failure=self.share, rng=rng
+                ready.front, values.rows(pad), eps[pad], anchored=anchored, failure=share, rng=rng
             )[: len(eps)]
         else:
             one, middles = _localrun.ellipsoids(
@@ -398,6 +397,8 @@ class Around:
             signs = np.random.default_rng(0).choice([-1.0, 1.0], (_DIRECTIONS, classes))
         if labels is None:
             return np.broadcast_to(signs, (count, *signs.shape))
+        if classes == 1:
+            return np.ones((count, 1, 1))
         own = np.zeros((count, 1, classes))
         own[np.arange(count), 0, labels] = 1.0
         return signs.sum(axis=1, keepdims=True) * own - signs
@@ -434,7 +435,7 @@ def _ready(form: LureForm, norm: float, word: str) -> _Ready:
         view, n = whole, form.in_size
         begin, stages = _localrun.stages(view)
         ball = np.ones(n)
-        first = _first_map(begin, stages[0]) if stages else None
+        first = _first_map(begin, stages[0], n) if stages else None
         if norm == np.inf:
             # of the ellipsoids sum dx_i^2 / p_i <= 1, sum 1 / p_i <= 1 around the cube, the least trace behind the map
             a = first[0] if first is not None else np.eye(n) if begin.array is None else begin.array
@@ -446,12 +447,12 @@ def _ready(form: LureForm, norm: float, word: str) -> _Ready:
     return _Ready(whole, view, stages, start, first, guarantee, failure, notes)
 
 
-def _first_map(begin: Matrix, stage: Stage) -> tuple[np.ndarray, float]:
-    """(A, error): x -> y of the first tap is within `error` (Frobenius norm) of A."""
+def _first_map(begin: Matrix, stage: Stage, size: int) -> tuple[np.ndarray, float]:
+    """(A, error): x -> y of the first tap is within `error` (Frobenius norm) of A; x has `size` entries."""
     rows, n = stage.T.array, stage.neurons
     if rows is None or begin.array is None:
         one = begin if rows is None else stage.T
-        return (np.eye(n) if one.array is None else one.array[:n]), one.error
+        return (np.eye(n, size) if one.array is None else one.array[:n]), one.error
     product = rows[:n] @ begin.array
     wrong = 2 * gamma(len(begin.array) + 4) * stage.T.size * begin.size
     return product, add_up(

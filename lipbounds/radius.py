@@ -2,6 +2,7 @@
 
     r(x) = min over i != y of (z_y - z_i) / L_yi       for correctly classified x, 0 otherwise
 
+(one output f is a binary classifier, of class 1 where f > 0 and of class 0 where f < 0: r(x) = |f| / L)
 in the norm of the bound and in the units of the traced function's input. The logits are those of the certified network
 (exact real arithmetic): they are computed in float64 on the host and the rounding error of that computation is bounded
 and subtracted, so a radius is as good as its bound.
@@ -9,6 +10,7 @@ and subtracted, so a radius is as good as its bound.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,6 +37,12 @@ from lipbounds.lure import LureForm, fingerprint, multiplicity, proved_slopes
 
 _DECLARED_ACCURACY = 1e-9  # of float64 values of a declared activation that interval arithmetic does not know
 _CHUNK = 2**24  # entries of the widest tensor of one chunk of examples
+_ROOM, _SAID = (
+    4.0,
+    1.5,
+)  # a search goes on while the last ball was certified and the radius may grow by more; is said
+_STEP, _PATIENCE = 16.0, 16  # the next ball is at most that much larger; after so many, its fourth power
+_FARTHEST = 1e100  # no larger ball is tried
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,13 +131,14 @@ def certified_radius(
     Args:
         form: from `lb.trace`; radii are in the units of its input. Put normalisation inside the traced function.
         X: (N, *in_shape), floating point.
-        y: (N,) integer labels.
+        y: (N,) integer labels; of a network with one output 1 or 0, by its sign.
         bound: an UpperBound of this form, best with `pairwise=True`; without pairs, the constant of every pair is
             sqrt(2) L (norm 2; L for norm 1, 2 L for norm inf). None computes `lb.liplt(form, pairwise=True)`.
         local: also bound the network around each example (`lb.local`, with slopes anchored at the example): every ball
             of radius eps certifies min(eps, min_i (z_y - z_i) / L_yi(eps)), and the largest of these and of the global
             radius counts. Never below the global radius. Norms 2 and inf.
-        tries: with local, how many eps are tried per example.
+        tries: with local, how many eps are tried per example. Balls that are certified as a whole do not count while
+            larger ones may be.
         guarantee, seed: of the bound where it is computed here, and with local as in `lb.local`.
         box: with local, as in `lb.local`: a radius is then about the inputs inside it only.
         progress: with local, called with a line of text as examples are done.
@@ -162,27 +171,40 @@ def certified_radius(
             *notes,
             f"a declared activation is evaluated in float64, assumed right to {_DECLARED_ACCURACY:g}",
         )
-    z, error = logits(form, x)
-    rows = np.arange(len(labels))
-    slack = error * (math.sqrt(2) * (1 + 8 * U))
-    with np.errstate(over="ignore"):
-        gaps = z[rows, labels][:, None] - z
-        gaps = gaps - (np.abs(gaps) * 4 * U + slack[:, None])  # proved margins, rounded down
-        gaps[rows, labels] = np.inf
-        scale = constants[labels]
-        zero = scale == 0
-        ratio = gaps / np.where(zero, 1.0, scale) * (1 - 4 * U)
-    ratio = np.where(zero & (gaps > 0), np.inf, ratio)
+    gaps = _margins(*logits(form, x), labels)
+    scale = constants[labels] if form.num_outputs > 1 else np.broadcast_to(constants, gaps.shape)
     correct = (gaps > 0).all(axis=1)
-    radius = np.where(correct, ratio.min(axis=1, initial=np.inf), 0.0)
+    radius = np.where(correct, _ratios(gaps, scale), 0.0)
     if not local:
         return Radii(radius, correct, proof.norm, proof.guarantee, proof.method, notes)
     todo = np.flatnonzero((radius > 0) & np.isfinite(radius))
-    around = Around(form, proof.norm, x[todo], guarantee=guarantee, seed=seed, calls=tries, box=inside)
-    radius = _locally(around, labels, gaps, radius, todo, tries, progress)
+    around = Around(form, proof.norm, x[todo], guarantee=guarantee, seed=seed, box=inside)
+    radius, more = _locally(around, labels, gaps, radius, todo, tries, progress)
     risk = weakest([proof.guarantee, around.guarantee])
-    notes = (*notes, *around.notes, *box_notes(inside))
+    notes = (*notes, *around.notes, *more, *box_notes(inside))
     return Radii(radius, correct, proof.norm, risk, f"local, {proof.method}", notes)
+
+
+def _margins(z: np.ndarray, error: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(N, K) proved margins z_y - z_i, rounded down, inf for i = y; of one output f (N, 1), f for label 1, else -f."""
+    rows = np.arange(len(labels))
+    with np.errstate(over="ignore"):
+        if z.shape[1] == 1:
+            gaps = np.where(labels == 1, z[:, 0], -z[:, 0])[:, None]
+            return gaps - (np.abs(gaps) * 4 * U + (error * (1 + 4 * U))[:, None])
+        slack = error * (math.sqrt(2) * (1 + 8 * U))
+        gaps = z[rows, labels][:, None] - z
+        gaps = gaps - (np.abs(gaps) * 4 * U + slack[:, None])
+    gaps[rows, labels] = np.inf
+    return gaps
+
+
+def _ratios(gaps: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """(N,) the least gap over its constant, rounded down; a constant of 0 never lets the margin vanish."""
+    zero = scale == 0
+    with np.errstate(over="ignore", invalid="ignore"):
+        ratio = gaps / np.where(zero, 1.0, scale) * (1 - 4 * U)
+    return np.asarray(np.where(zero & (gaps > 0), np.inf, ratio).min(axis=1, initial=np.inf))
 
 
 def _locally(
@@ -193,46 +215,63 @@ def _locally(
     todo: np.ndarray,
     tries: int,
     progress: Callable[[str], None] | None,
-) -> np.ndarray:
-    """The global radii, raised where a ball around the example certifies more; `around` knows the examples `todo`.
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """(the global radii, raised where a ball around the example certifies more; notes); `around` knows the examples
+    `todo`.
 
     With m(eps) = min_i gap_i / L_yi(eps), falling in eps, the best is the eps at which m(eps) = eps: every try narrows
-    an interval that holds it.
+    an interval that holds it. A ball that is certified as a whole does not count as a try while the radius may still
+    grow much.
     """
-    best = radius.copy()
+    best, unfinished = radius.copy(), np.zeros(len(radius), bool)
 
     def certify(near: Around, part: slice) -> None:
         at = todo[part]
         low, high = best[at].copy(), np.full(len(at), np.inf)
+        used, whole = np.zeros(len(at), int), np.zeros(len(at), bool)
         eps = 1.5 * low
-        for call in range(tries):
-            left = np.flatnonzero(high > 1.01 * low)
+        for call in itertools.count():
+            left = np.flatnonzero((high > 1.01 * low) & (used < tries) & (eps < _FARTHEST))
             if not left.size:
                 break
             out = near.outputs(left, eps[left], labels=labels[at[left]], call=call)
-            scale, gap = _row_roots(out, labels[at[left]]), gaps[at[left]]
-            with np.errstate(over="ignore", divide="ignore"):
-                ratio = np.where(scale > 0, gap / np.where(scale > 0, scale, 1.0) * (1 - 4 * U), np.inf)
-            m = ratio.min(axis=1)
-            found = np.minimum(eps[left], m)
-            low[left] = np.maximum(low[left], found)
+            scale = _row_roots(out, labels[at[left]])
+            m = np.where(np.isinf(scale).any(axis=1), 0.0, _ratios(gaps[at[left]], scale))
+            whole[left] = m >= eps[left]
+            low[left] = np.maximum(low[left], np.minimum(eps[left], m))
             high[left] = np.minimum(high[left], np.maximum(eps[left], m))
-            eps = low + 0.6 * (np.minimum(high, 16 * low) - low)
-        best[at] = low
+            used[left] += ~(whole[left] & (high[left] > _ROOM * low[left]))
+            step = _STEP if call < _PATIENCE else _STEP**4
+            eps = low + 0.6 * (np.minimum(high, step * low) - low)
+        best[at], unfinished[at] = low, whole & (high > _SAID * low)
 
     around.each(certify, "local radii", progress)
-    return best
+    notes: tuple[str, ...] = ()
+    if unfinished.any():
+        notes = (
+            f"for {int(unfinished.sum())} of {len(best)} examples the search ended with a ball certified as a whole: "
+            f"their radii may be more than {_SAID:g} times larger, raise tries={tries}",
+        )
+    return best, notes
 
 
 def _row_roots(out: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(N, K) upper bounds of the constants of z_y - z_i from blocks (N, J, K, K) (`Around.outputs`)."""
+    """(N, K) upper bounds of the constants of z_y - z_i from blocks (N, J, K, K) (`Around.outputs`), of one output
+    (N, 1) its own; inf where the blocks are not finite."""
     rows = np.arange(len(out))
     diagonal = np.einsum("njii->nji", out)
-    both = diagonal + diagonal[rows, :, labels][:, :, None]
-    square = np.maximum(both - 2 * out[rows, :, labels], 0.0) * (1 + 4 * U) + 4 * U * both
-    roots = np.nextafter(np.sqrt(np.nextafter(square, np.inf)), np.inf)
-    total = roots.sum(axis=1) * (1 + gamma(out.shape[1]))
-    total[rows, labels] = 1.0  # its gap is inf
+    with np.errstate(over="ignore", invalid="ignore"):
+        if out.shape[-1] == 1:
+            square = diagonal * (1 + 4 * U)
+        else:
+            both = diagonal + diagonal[rows, :, labels][:, :, None]
+            square = np.maximum(both - 2 * out[rows, :, labels], 0.0) * (1 + 4 * U) + 4 * U * both
+        roots = np.nextafter(np.sqrt(np.nextafter(square, np.inf)), np.inf)
+        total = roots.sum(axis=1) * (1 + gamma(out.shape[1]))
+    total[~np.isfinite(out).all(axis=(1, 2, 3))] = np.inf
+    if out.shape[-1] > 1:
+        own = total[rows, labels]
+        total[rows, labels] = np.where(np.isinf(own), np.inf, 1.0)  # its gap is inf
     return total
 
 
@@ -259,16 +298,19 @@ def _examples(form: LureForm, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"y must have shape ({len(x)},), one label per example, got {labels.shape}")
     if len(labels) and labels.dtype.kind not in "iu":
         raise ValueError(f"labels must be integers, got {labels.dtype}")
-    if form.num_outputs < 2:
-        raise ValueError("a radius needs at least two outputs (classes), this network has one")
+    if form.num_outputs < 1:
+        raise ValueError("a radius needs outputs: the logits of the classes, or one whose sign decides")
     labels = labels.astype(np.int64)
-    if ((labels < 0) | (labels >= form.num_outputs)).any():
-        bad = labels[(labels < 0) | (labels >= form.num_outputs)][0]
-        raise ValueError(f"labels must lie in 0..{form.num_outputs - 1}, got {bad}")
+    last = max(form.num_outputs, 2) - 1
+    if ((labels < 0) | (labels > last)).any():
+        bad = labels[(labels < 0) | (labels > last)][0]
+        raise ValueError(f"labels must lie in 0..{last}, got {bad}")
     return x, labels
 
 
 def _pair_constants(bound: UpperBound, classes: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    if classes == 1 and (bound.pairwise is None or bound.pairwise.shape == (1, 1)):
+        return np.full((1, 1), bound.value), ("one output: its sign decides, label 1 where it is positive",)
     if bound.pairwise is not None:
         if bound.pairwise.shape != (classes, classes):
             raise ValueError(

@@ -21,7 +21,7 @@ import pytest
 from gain import form_of
 
 import lipbounds as lb
-from lipbounds import _triangle, radius
+from lipbounds import _carried, _triangle, radius
 from lipbounds.lure import LureForm
 
 NORMS = (2, 1, math.inf)
@@ -299,7 +299,7 @@ def test_an_error_made_early_is_carried_to_the_output(monkeypatch: pytest.Monkey
     exact = [rational_relu([first, second], zero, v) for v in x]
     z, error = radius.logits(form, x)
     assert all(within(z[k], error[k], exact[k]) for k in range(40))
-    monkeypatch.setitem(radius._CARRIED, form, {})
+    monkeypatch.setitem(_carried._CARRIED, form, {})
     z, error = radius.logits(form, x)
     assert not all(within(z[k], error[k], exact[k]) for k in range(40))
 
@@ -409,7 +409,115 @@ def test_large_blocks_are_carried_by_a_cheaper_norm(monkeypatch: pytest.MonkeyPa
     x = np.random.default_rng(1).normal(size=(5, 5))
     _, tight = radius.logits(form, x)
     monkeypatch.setattr(_triangle, "DENSE_LIMIT", 4)
-    radius._CARRIED.clear()  # the norms of a form are kept
+    _carried._CARRIED.clear()  # the norms of a form are kept
     z, error = radius.logits(form, x)
     assert (error >= tight).all() and (error > tight).any()
     assert all(within(z[k], error[k], rational_relu(weights, biases, x[k])) for k in range(5))
+
+
+# --- the search of local radii -------------------------------------------------------------------------------------
+
+
+def far_away(slope: float) -> LureForm:
+    """z = (x, slope relu(x - 100)): the class changes at 0, and again far behind 100."""
+    weights = [np.array([[1], [-1], [1]], np.float32), np.array([[1, -1, 0], [0, 0, slope]], np.float32)]
+    return lb.from_weights(weights, biases=[np.array([0, 0, -100], np.float32), np.zeros(2, np.float32)])
+
+
+@pytest.mark.parametrize("slope", [1e3, 1e6])
+def test_a_local_search_goes_on_while_whole_balls_are_certified(slope: float) -> None:
+    form, x = far_away(slope), np.array([[1.0], [50.0]], np.float32)
+    bound = lb.liplt(form, pairwise=True)
+    globally = lb.certified_radius(form, x, [0, 0], bound=bound).radius
+    found = lb.certified_radius(form, x, [0, 0], bound=bound, local=True)
+    assert globally[0] < 2 / slope
+    assert 0.9 < found.radius[0] <= 1 and 45 < found.radius[1] <= 50 and found.notes == ()
+    short = lb.certified_radius(form, x, [0, 0], bound=bound, local=True, tries=1)
+    assert (short.radius <= found.radius).all() and (short.radius > 0.5 * found.radius).all()
+
+
+def test_a_search_that_stops_early_says_so() -> None:
+    form, x = far_away(1e6), np.array([[1.0]], np.float32)
+    found = lb.certified_radius(form, x, [0], local=True, tries=1)
+    assert found.radius[0] < 0.7 and any(
+        "for 1 of 1 examples the search ended" in note for note in found.notes
+    )
+
+
+def test_a_search_without_an_end_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near x the network is constant, and very large balls are certified; the largest one that is tried is a limit."""
+    dead = [np.array([[1e-30]], np.float32), np.array([[1], [0]], np.float32)]
+    form = lb.from_weights(dead, biases=[np.array([-1e6], np.float32), np.array([0, 1], np.float32)])
+    found = lb.certified_radius(form, np.array([[1.0]], np.float32), [1], local=True)
+    assert 0.5e36 < found.radius[0] <= 1.00001e36
+    monkeypatch.setattr(radius, "_FARTHEST", 1e33)
+    short = lb.certified_radius(form, np.array([[1.0]], np.float32), [1], local=True)
+    assert 1e32 < short.radius[0] < 2e34 and any("the search ended" in note for note in short.notes)
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_a_local_bound_that_is_not_finite_is_no_bound(broken: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    form, x = far_away(10.0), np.array([[1.0], [50.0]], np.float32)
+    bound = lb.liplt(form, pairwise=True)
+    globally = lb.certified_radius(form, x, [0, 0], bound=bound)
+    from lipbounds.local import Around
+
+    monkeypatch.setattr(
+        Around, "_outputs", lambda self, rows, eps, labels, call: np.full((len(eps), 1, 2, 2), broken)
+    )
+    found = lb.certified_radius(form, x, [0, 0], bound=bound, local=True)
+    assert np.array_equal(found.radius, globally.radius)
+    near = lb.local(form, x, 0.1, pairwise=True)
+    assert (near.value == lb.liplt(form).value).all() and np.array_equal(near.pairwise[0], bound.pairwise)
+
+
+# --- one output ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_one_output_is_a_binary_classifier(norm: float) -> None:
+    rng = np.random.default_rng(3)
+    form, weights, biases = chain(rng, (6, 20, 20, 1), "tanh")
+    x = rng.normal(size=(40, 6)).astype(np.float32)
+
+    def value(points: np.ndarray) -> np.ndarray:
+        h = points.astype(np.float64)
+        for k, (w, b) in enumerate(zip(weights, biases, strict=True)):
+            h = h @ w.T.astype(np.float64) + b
+            h = np.tanh(h) if k < 2 else h
+        return h[:, 0]
+
+    f = value(x)
+    y = (f > 0).astype(int)
+    y[:5] = 1 - y[:5]
+    bound = lb.liplt(form, norm=norm)
+    found = lb.certified_radius(form, x, y, bound=bound)
+    assert np.array_equal(found.correct, np.arange(40) >= 5) and (found.radius[:5] == 0).all()
+    assert np.allclose(found.radius[5:], np.abs(f[5:]) / bound.value, rtol=1e-9)
+    assert any("one output" in note for note in found.notes)
+    with_pairs = lb.certified_radius(form, x, y, bound=lb.liplt(form, norm=norm, pairwise=True))
+    assert np.allclose(with_pairs.radius, found.radius, rtol=1e-9)
+    radii = [found.radius]
+    if norm != 1:
+        radii.append(lb.certified_radius(form, x, y, bound=bound, local=True).radius)
+        assert (radii[1] >= radii[0]).all() and radii[1].sum() > 1.3 * radii[0].sum()
+    for within_it in radii:
+        for _ in range(50):
+            step = rng.normal(size=x.shape)
+            step /= np.linalg.norm(step, norm, axis=1, keepdims=True)
+            moved = value(x + step * within_it[:, None] * (1 - 1e-9))
+            assert ((moved > 0) == y)[5:].all()
+
+
+def test_one_output_at_its_edges() -> None:
+    scalar = lb.trace(lambda x: jnp.sum(x) - 1, jax.ShapeDtypeStruct((2,), jnp.float32))
+    x = np.array([[1, 0], [0, 0], [2, 0], [np.nextafter(np.float32(1), np.float32(2)), 0]], np.float32)
+    for local in (False, True):
+        found = lb.certified_radius(scalar, x, [1, 0, 1, 1], local=local)
+        assert found.correct.tolist() == [False, True, True, True] and found.radius[0] == 0  # f = 0 is a tie
+        assert np.allclose(found.radius[1:], np.array([1, 1, 2.0**-23]) / 2**0.5, rtol=1e-6)
+    for wrong in ([0, 1, 2, 1], [0, 1, -1, 1]):
+        with pytest.raises(ValueError, match="0..1"):
+            lb.certified_radius(scalar, x, wrong)
+    found = lb.local(scalar, x, 0.1, pairwise=True)
+    assert np.allclose(found.value, 2**0.5) and found.pairwise.shape == (4, 1, 1) and not found.pairwise.any()
