@@ -173,7 +173,7 @@ def certified_radius(
         )
     gaps = _margins(*logits(form, x), labels)
     scale = constants[labels] if form.num_outputs > 1 else np.broadcast_to(constants, gaps.shape)
-    correct = (gaps > 0).all(axis=1)
+    correct = np.asarray((gaps > 0).all(axis=1))
     radius = np.where(correct, _ratios(gaps, scale), 0.0)
     if not local:
         return Radii(radius, correct, proof.norm, proof.guarantee, proof.method, notes)
