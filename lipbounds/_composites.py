@@ -34,8 +34,8 @@ SOFTMAX = _Words(
     "inside a network use another function in its place",
 )
 LOG_SOFTMAX = _Words(
-    "the logarithm of a sum of exponentials (log_softmax, logsumexp) cannot be bounded here in this form",
-    "drop a final log_softmax and certify the logits: all differences of outputs stay the same",
+    "the logarithm of a weighted or masked sum of exponentials cannot be bounded here in this form",
+    "call jax.nn.logsumexp without weights: of x + log(b) for constant weights b > 0, of x[index] in place of a mask",
 )
 ATTENTION = _Words(
     "attention (a product of two tensors that both depend on x, softmax, and another product) cannot be bounded here: "
@@ -148,6 +148,8 @@ def _softmax(eqn: Eqn) -> Iterator[tuple[Eqn, ...]]:
         pairs = [(_past_constants(a), b) for a, b in _quotients(eqn)]
     for top, below in pairs:
         total = _past_constants(below).producer
+        if total is not None and total.primitive == "abs":  # as jax writes logsumexp
+            total = _past_constants(total.inputs[0]).producer
         if total is None or total.primitive != "reduce_sum":
             continue
         summand = _past_constants(total.inputs[0])

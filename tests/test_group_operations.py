@@ -202,7 +202,7 @@ def test_extremes_at_indices_hold_for_every_update() -> None:
         (lambda x: x.at[jnp.array([0, 0])].max(x[1:3], unique_indices=True), "an index occurs twice"),
         (lambda x: lax.top_k(x, 2)[1].astype(jnp.float32), "index depends on x"),
         (lax.cumlogsumexp, "logsumexp of every prefix"),
-        (lambda x: nn.logsumexp(x, b=jnp.arange(-2.0, 4.0))[None], "log"),
+        (lambda x: nn.logsumexp(x, b=jnp.arange(-2.0, 4.0))[None], "weighted or masked sum of exponentials"),
         (lambda x: nn.logsumexp(x, b=x)[None], "log"),
         (lambda x: jnp.where(jnp.any(jnp.isnan(jnp.exp(x))), 0.0, x), "slope is unbounded"),
         (nn.softmax, "div"),
@@ -322,8 +322,8 @@ def test_layers_of_no_neurons(fn: Fn, truth: float, label: int) -> None:
         radius = lb.certified_radius(form, x, [label], local=local).radius[0]
         assert radius == math.inf if truth == 0 else 0 < radius <= 1
     assert lb.empirical(form, x, steps=2).value <= truth
-    assert {row.kind for row in lb.compare(form).rows} <= {"upper", "lower", "estimate", "none"}
-    assert "no taps" not in repr(form)
+    if truth == 0:
+        assert all(row.kind != "upper" or row.value == 0 for row in lb.compare(form).rows)
 
 
 def test_weights_of_no_neurons() -> None:
