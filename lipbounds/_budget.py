@@ -63,6 +63,21 @@ def show(size: float) -> str:
     return f"{math.ceil(10 * value - 1e-9) / 10:.1f} {unit}"
 
 
+#: Bytes of the pairs of all classes where no budget is given.
+_PAIRS = 2**32
+
+
+def check_pairs(count: int, budget: Budget | None) -> None:
+    """ValueError where arrays over all pairs of classes, about four at a time, do not fit the budget."""
+    need, limit = 4 * 8 * count * count, _PAIRS if budget is None else budget.limit
+    if need > limit:
+        raise ValueError(
+            f"the pairs of {count} outputs take about {show(need)}, more than {show(limit)}"
+            + (": " if budget is None else " (memory): ")
+            + "leave pairwise=True out (sqrt2() or any_pair() of the bound holds for every pair), or keep fewer outputs"
+        )
+
+
 @dataclass(eq=False)
 class Budget:
     """The limit in bytes, and what was spent under it."""
@@ -163,6 +178,9 @@ def _columns(
         begin += q.size
     alive = host._leading_to({target}, scalings)
     seen = host._advance(range(len(host.program.steps)), registers, width, scalings, {}, alive)
+    if not target:
+        none = Enclosure(sp.csr_array((host.num_outputs, width)))
+        return registers.get(host.program.output, none), registers.peak
     parts = [
         norms.scale(seen[k], rows=scalings[k].e)
         if k in seen

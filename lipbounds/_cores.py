@@ -337,7 +337,9 @@ def _distances(gram: jax.Array) -> jax.Array:
     return _root((squares[:, None] + squares[None, :] - 2 * gram) * off)
 
 
-@partial(jax.jit, static_argnames=("core", "steps", "pairwise"))
-def run_core(core: Core, form: LureForm, key: Any, steps: int, pairwise: bool) -> Constants:
+@partial(jax.jit, static_argnames=("core", "steps", "pairwise", "dtype"))
+def run_core(
+    core: Core, form: LureForm, key: Any, steps: int, pairwise: bool, dtype: Any = np.float32
+) -> Constants:
     """The core from a random start, compiled once per architecture."""
-    return core(form, core.init(form, key), steps=steps, pairwise=pairwise)[0]
+    return core(form, core.init(form, key, dtype), steps=steps, pairwise=pairwise)[0]

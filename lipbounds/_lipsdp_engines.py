@@ -16,7 +16,7 @@ import numpy as np
 from scipy.linalg import eigvalsh, solve
 from threadpoolctl import threadpool_limits
 
-from lipbounds import _triangle, ellipsoid
+from lipbounds import _triangle, ellipsoid, norms
 from lipbounds._dense import DenseGain, dense_gain, reduce_input, solve_dense
 from lipbounds._lipsdp_core import LipSdpState, relative_multipliers
 from lipbounds._lmi import feasible_start, smallest_rho
@@ -26,6 +26,7 @@ from lipbounds._triangle import Request
 from lipbounds._views import elementwise_view
 from lipbounds.certificate import Constants, Proof, proved_constants
 from lipbounds.lure import LureForm
+from lipbounds.norms import Enclosure
 
 #: Networks with at most this many multipliers and inputs (after reduction) together are solved by Newton's method.
 POLISHED = 330
@@ -166,17 +167,24 @@ class Recursion:
             def wanted(segment: Any, sy: np.ndarray) -> np.ndarray:
                 return own[segment.tap] * np.diagonal(sy)
 
-            self.starts = [parameters_from(self.problem, self.states, first, wanted)]
+            with np.errstate(all="ignore"):
+                self.starts = [parameters_from(self.problem, self.states, first, wanted)]
             return
         self.starts = [ellipsoid.parameters_of(self.problem, s) for s in (0.0, -2.0, -6.0, -12.0)]
         if not start_at and not box:
-            D = closed_form(elementwise_view(search.form), request)
+            D = None
+            with contextlib.suppress(ValueError, ArithmeticError):
+                D = closed_form(elementwise_view(search.form), request)
             if D is not None:
 
                 def one_each(segment: Any, sy: np.ndarray) -> np.ndarray:
                     return np.full(len(sy), D[segment.tap])
 
-                self.starts.append(parameters_from(self.problem, self.states, first, one_each))
+                with (
+                    np.errstate(all="ignore"),
+                    contextlib.suppress(ValueError, ArithmeticError),
+                ):  # one of several
+                    self.starts.append(parameters_from(self.problem, self.states, first, one_each))
 
     def initial(self) -> Proof:
         """What the multipliers to begin with prove as they are."""
@@ -201,8 +209,8 @@ class Recursion:
         self.search.notes.append(f"recursion ({kind}): {done} iterations, {value:.6g} in float arithmetic")
         return Proof(D, self.start_at, box, relative=True)
 
-    def ellipsoid(self) -> np.ndarray:
-        """The last Sigma_out in float arithmetic, for estimates."""
+    def ellipsoid(self) -> tuple[np.ndarray, int]:
+        """(S, e): the last Sigma_out is 4^e S, in float arithmetic, for estimates."""
         assert self.best is not None
         return ellipsoid.last_ellipsoid(self.problem, self.best)
 
@@ -291,7 +299,19 @@ class Dense:
 def _dense(search: Search, layers: bool, limit: int | None) -> Dense | None:
     """The dense form, unless it has more neurons than `limit`."""
     neurons = sum(tap.size_out for tap in elementwise_view(search.form).taps)
-    return None if limit is not None and neurons > limit else Dense(search, dense_gain(search.form), layers)
+    if limit is not None and neurons > limit:
+        return None
+    gain = dense_gain(search.form)
+    if limit is not None and not (_moderate(gain.Gy) and _moderate(gain.Gz)):
+        search.notes.append("weights of this size have no dense form in float64")
+        return None
+    return Dense(search, gain, layers)
+
+
+def _moderate(block: Enclosure) -> bool:
+    """Whether squares and quotients of squares of the entries stay within the range of floats."""
+    size = norms.frobenius_norm(block.midpoint_for_search())
+    return size == 0.0 or 2.0**-150 < size < 2.0**150
 
 
 @contextlib.contextmanager
@@ -327,8 +347,9 @@ class Engines:
         limit = DENSE_ONLY if place else POLISHED
         self.dense = None
         if search.norm == 2 and start_at is None and iterations is None:
-            dense = _dense(search, layers, limit)
-            self.dense = dense if dense is not None and dense.size <= limit else None
+            with self._noting("the dense form"):
+                dense = _dense(search, layers, limit)
+                self.dense = dense if dense is not None and dense.size <= limit else None
         self.recursion: Recursion | None = None
         self.make: Callable[[], Recursion] | None = None
         if search.norm == 2 or not place:
@@ -336,24 +357,32 @@ class Engines:
         else:
             search.notes.append("too wide for an ellipsoid in the l-inf norm")
 
+    @contextlib.contextmanager
+    def _noting(self, what: str) -> Iterator[None]:
+        """An engine that finds nothing, or multipliers that prove nothing, are a note: others bound the network."""
+        try:
+            yield
+        except (ValueError, ArithmeticError) as error:
+            self.search.notes.append(f"{what} failed: {error}")
+
     def by_recursion(self, kind: str, weights: np.ndarray | None = None) -> bool:
-        """Add a proof by the recursion; False where the network has no state that it can start from."""
+        """Add a proof by the recursion; False where it fails or the network has no state that it can start from."""
         if self.make is None:
             return False
-        self.recursion = self.make() if self.recursion is None else self.recursion
-        self.search.add(self.recursion.solve(kind, weights))
-        return True
+        with self._noting(f"recursion ({kind})"):
+            self.recursion = self.make() if self.recursion is None else self.recursion
+            self.search.add(self.recursion.solve(kind, weights))
+            return True
+        return False
 
     def by_newton(self, C: np.ndarray, what: str) -> bool:
         """Add a proof by Newton's method for the outputs C z; False, with a note, where it fails."""
         if self.dense is None:
             return False
-        try:
+        with self._noting(f"Newton ({what})"):
             self.search.add(self.dense.solve(C, what, self.progress))
-        except ValueError as error:
-            self.search.notes.append(f"Newton ({what}) failed: {error}")
-            return False
-        return True
+            return True
+        return False
 
     def run(self, pairwise: bool, objective: str | np.ndarray, refine: int) -> None:
         """Add proofs to the search: for the whole network, then for the pairs, then for the worst of them."""
@@ -361,8 +390,9 @@ class Engines:
             k = self.search.form.num_outputs
             if self.initial and self.make is not None:
                 self.recursion = self.make()
-                self.search.add(self.recursion.initial())
-                self.search.notes.append("multipliers proved as they were given")
+                with self._noting("the proof of the multipliers given"):
+                    self.search.add(self.recursion.initial())
+                    self.search.notes.append("multipliers proved as they were given")
             if not self.iterate:
                 return
             loose = not self.by_newton(np.eye(k), "network") or self._lost()
@@ -408,22 +438,26 @@ class Engines:
         weights[i, j] = weights[j, i] = 1.0
         self.by_recursion("pairs", weights)
 
-    def estimate(self, pairwise: bool) -> tuple[float, np.ndarray | None, np.ndarray | None]:
-        """(value, per class, pairs) in float arithmetic."""
+    def check_estimate(self) -> None:
         if self.make is None:
             raise ValueError("guarantee='estimate' is for norm=2, and inf where no state is wide")
+
+    def estimate(self, pairwise: bool) -> tuple[float, np.ndarray | None, np.ndarray | None]:
+        """(value, per class, pairs) in float arithmetic."""
+        assert self.make is not None
         with threads(self.dense):
             self.recursion = self.make()
             self.recursion.solve("value")
-            sigma = self.recursion.ellipsoid()
+            sigma, exponent = self.recursion.ellipsoid()
         diagonal = np.diagonal(sigma)
         box = self.search.norm == math.inf
         value = math.sqrt(diagonal.max() if box else np.linalg.eigvalsh(sigma)[-1])
+        unit = np.ldexp(1.0, exponent)
         if not pairwise:
-            return value, None, None
+            return value * unit, None, None
         pairs = np.sqrt(np.maximum(diagonal[:, None] + diagonal[None, :] - 2 * sigma, 0))
         np.fill_diagonal(pairs, 0)
-        return value, np.sqrt(diagonal), pairs
+        return value * unit, np.sqrt(diagonal) * unit, pairs * unit
 
 
 def pair_objective(objective: str | np.ndarray, k: int) -> tuple[str, np.ndarray | None]:
@@ -462,7 +496,10 @@ def through_cvxpy(
             time_limit=time_limit,
         )
         solved.append(found)
-        search.add(dense.proof(C, found.T))
+        try:
+            search.add(dense.proof(C, found.T))
+        except Infeasible as error:
+            search.notes.append(f"{solver}: {error}")
 
     one(np.eye(k))
     if pairwise:

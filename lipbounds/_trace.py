@@ -14,6 +14,7 @@ import numpy as np
 
 from lipbounds import activations
 from lipbounds._agree import Traced, check_values
+from lipbounds._floats import usual_floats
 from lipbounds._jaxpr import Flat, flatten, is_concrete
 from lipbounds._kinds import KINDS
 from lipbounds._lower import Lowering, lower
@@ -25,6 +26,7 @@ from lipbounds.lure import LureForm, apply_op, check_weights
 Function = Callable[[Any, Any], Any]
 
 
+@usual_floats
 def trace(
     fn: Callable[..., Any], x: Any, *, batched: bool = False, box: tuple[Any, Any] | None = None
 ) -> LureForm:
@@ -64,6 +66,7 @@ def trace(
     return form
 
 
+@usual_floats
 def from_weights(
     weights: Sequence[Any],
     biases: Sequence[Any] | None = None,
@@ -143,6 +146,7 @@ def from_weights(
     return form
 
 
+@usual_floats
 def register_activation(fn: Callable[[Any], Any], slopes: tuple[float, float]) -> Callable[[Any], Any]:
     """Declare the slope interval of an elementwise function whose range this library cannot prove.
 

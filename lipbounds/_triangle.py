@@ -28,7 +28,7 @@ from lipbounds._budget import Budget, proofs
 from lipbounds._program import Tap
 from lipbounds._progress import meter, proof_seconds
 from lipbounds._rounding import add_up, gamma, mul_up
-from lipbounds._wide import wide_norm
+from lipbounds._wide import LIMIT, wide_norm
 from lipbounds.bound import Part, weakest
 from lipbounds.linmap import HostForm, Node, TapScaling
 from lipbounds.lure import LureForm, multiplicity, proved_slopes
@@ -365,10 +365,18 @@ def recursion(
 ) -> Triangle:
     """The triangle recursion for one partition and one centre, every operation rounded up."""
     host = host_form(form)
+    many = not pairwise and form.num_outputs > DENSE_LIMIT and request.norm == 2 and rows is None
+    many = many and request.guarantee != "verified"
     if found is None:
-        found = block_norms(form, structure(host, nodes, scalings), scalings, request)
+        # Random norms of blocks to the output have the other half of what may fail.
+        share = replace(request, failure=request.failure / 2) if many else request
+        found = block_norms(form, structure(host, nodes, scalings), scalings, share)
+    known: dict[Node, BlockNorm] = {}
     if rows is None:
-        rows = {source: block.T for source, block in host.backward((), [(), *nodes], scalings).items()}
+        if many:
+            rows, known = {}, _to_many_outputs(form, nodes, scalings, request)
+        else:
+            rows = {source: block.T for source, block in host.backward((), [(), *nodes], scalings).items()}
     reach: dict[Node, float] = {(): 1.0}
     parts: list[Part] = []
 
@@ -386,10 +394,14 @@ def recursion(
         reach[target] = add_up(*terms)
     terms = []
     outputs: dict[Node, float] = {}
-    classes = np.zeros(form.num_outputs)
-    pairs = np.zeros((form.num_outputs,) * 2)
+    count = form.num_outputs if pairwise else 0
+    classes, pairs = np.zeros(count), np.zeros((count, count))
     q = dual(request.norm)
     for source in [(), *nodes]:
+        if source in known:
+            part(source, (), known[source])
+            outputs[source] = known[source].value
+            terms.append(mul_up(known[source].value, reach[source]))
         if source not in rows:
             continue
         row = rows[source]
@@ -420,6 +432,38 @@ def recursion(
         reach,
         outputs,
     )
+
+
+def _to_many_outputs(
+    form: LureForm, nodes: Sequence[Node], scalings: Sequence[TapScaling], request: Request
+) -> dict[Node, BlockNorm]:
+    """Norms of the blocks to more outputs than one dense proof takes: nothing of the size outputs x outputs."""
+    host = host_form(form)
+    found: dict[Node, BlockNorm] = {}
+    for place, source in enumerate([(), *nodes]):
+        if host.program.output not in host._coming_from({source}, scalings):
+            continue
+        shape = _shape(host, (source, ()))
+        if shape[1] <= DENSE_LIMIT:
+            block = host.forward(source, [()], scalings)[()]
+            plan = norms.proof_plan(block)
+            how = plan.name
+            if request.budget is not None:
+                how = f"{how}, {request.budget.rows(plan.memory)}"
+            found[source] = BlockNorm(block_norm(host, block, 2, plan), "verified", how, shape)
+            continue
+        one = wide_norm(
+            form,
+            host,
+            (source, ()),
+            scalings,
+            seed=request.seed + 2**20 + place,
+            failure=request.failure / (2 * (len(nodes) + 1)),
+            matrix_free=request.guarantee == "probabilistic",
+            limit=LIMIT if request.budget is None else request.budget.limit,
+        )
+        found[source] = BlockNorm(*one[:3], shape)
+    return found
 
 
 def _least(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:

@@ -138,8 +138,11 @@ def _by_cut(
         held[r] = Enclosure(sp.csr_array(entries, shape=(size, width)))
         begin += size
     seen = host._advance(range(place, len(host.program.steps)), held, width, scalings, {}, alive)
-    ends = [norms.scale(seen[k], rows=scalings[k].e) if k in seen else None for k in target]
-    u = host._joined(ends, [taps[k].size_in for k in target], width)
+    if target:
+        ends = [norms.scale(seen[k], rows=scalings[k].e) if k in seen else None for k in target]
+        u = host._joined(ends, [taps[k].size_in for k in target], width)
+    else:
+        u = held.get(host.program.output)
     if u is None or v is None:
         return Bound(0.0, "verified", "no path")
     value, guess = product_norm(u, v)
@@ -193,7 +196,9 @@ def _block_product(
                 v = w if v is None else v + w
             return v
 
-        propagate(form, None if source else u, tap, dtype=u.dtype)
+        z = propagate(form, None if source else u, tap, dtype=u.dtype)
+        if not target:
+            return jnp.ravel(z)
         parts = [
             jnp.zeros(taps[k].size_in, u.dtype)
             if seen[k] is None
@@ -270,4 +275,6 @@ def product_of_steps(host: HostForm, source: Node, target: Node, scalings: Seque
         elif step.output in alive:
             parts = [mul_up(m.norm, size[m.register]) for m in host.step(place) if size.get(m.register)]
             size[step.output] = add_up(*parts)
+    if not target:
+        return size.get(host.program.output, 0.0)
     return norms.frobenius_norm(np.array([arrived]))

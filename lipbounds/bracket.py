@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lipbounds._floats import usual_floats
 from lipbounds._tables import new_axes, printable, show
 from lipbounds.bound import NORM_NAMES, LowerBound, UpperBound, check_norm
 from lipbounds.empirical import empirical
@@ -77,6 +78,7 @@ def check_order(lower: LowerBound, upper: UpperBound) -> None:
         raise GuaranteeError(f"{clash} ({upper.guarantee}), and both cannot hold: {cause}")
 
 
+@usual_floats
 def bracket(
     form: Any,
     X: Any = None,

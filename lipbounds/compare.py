@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from lipbounds._floats import usual_floats
 from lipbounds._html import Html, element, together
 from lipbounds._tables import (
     Direction,
@@ -353,6 +354,7 @@ def _usual_eps(rows: Iterable[Row]) -> tuple[float, ...]:
     return (float(f"{max(best):.2g}"),) if best else ()
 
 
+@usual_floats
 def compare(
     form: Any,
     X: Any = None,

@@ -317,6 +317,8 @@ class Problem:
         counts: number of taps in each run.
         per_layer: one multiplier per tap.
         box: the l-inf norm.
+        exponent: the outputs of the network are 2^exponent times those of these arrays, which are scaled where their
+            squares would leave the range of floats.
     """
 
     start: np.ndarray
@@ -324,6 +326,7 @@ class Problem:
     counts: tuple[int, ...]
     per_layer: bool
     box: bool
+    exponent: int = 0
 
     @property
     def sharpest(self) -> int:
@@ -359,18 +362,36 @@ def problem(
     per_layer: bool = False,
     box: bool = False,
 ) -> Problem:
-    """Stacks consecutive taps of one shape, so that they are compiled once."""
+    """Stacks consecutive taps of one shape, so that they are compiled once.
+
+    Arrays with entries outside 2**+-100 are scaled by powers of two: y and w of a tap, and the state behind it. D in
+    units of W S W' does not change.
+    """
     taps = []
+    start, exponent = _moderate(start)
+    exponent = exponent if box else exponent / 2  # S, or the map whose square it is
     for segment in segments:
         # With A = 0 (no linear way past the tap) D may lie at the edge; otherwise the margin must not vanish.
         a, b, w = (m.midpoint_for_search() for m in (segment.A, segment.B, segment.W))
         kappa = np.maximum(segment.kappa, 1.0) if a.any() else np.zeros_like(segment.kappa)
         if per_layer:
             kappa = np.full_like(kappa, kappa.min(initial=1.0))  # D must be one number
+        w, to_y = _moderate(w)
+        b = np.ldexp(b, to_y) if to_y else b
+        to_s = _moderate(np.concatenate([a.ravel(), b.ravel()]))[1]
+        a, b = (np.ldexp(a, -to_s), np.ldexp(b, -to_s)) if to_s else (a, b)
+        exponent += to_s
         taps.append(Tap(a, b, w, kappa))
     groups = group(taps)
     runs = tuple(g[0] if len(g) == 1 else Tap(*(np.stack(a) for a in zip(*g, strict=True))) for g in groups)
-    return Problem(start, runs, tuple(len(g) for g in groups), per_layer, box)
+    return Problem(start, runs, tuple(len(g) for g in groups), per_layer, box, int(exponent))
+
+
+def _moderate(a: np.ndarray) -> tuple[np.ndarray, int]:
+    """(2**-e a, e): e = 0 where the entries are within 2**+-100, else even, and the largest entry is near 1."""
+    exponent = int(np.frexp(np.abs(a).max(initial=0.0))[1])
+    exponent = 0 if abs(exponent) <= 100 else exponent + exponent % 2
+    return (np.ldexp(a, -exponent), exponent) if exponent else (a, 0)
 
 
 def parameters_of(
@@ -407,15 +428,22 @@ def multipliers(p: Problem, parameters: Parameters) -> tuple[tuple[np.ndarray, .
     return tuple(out), weights
 
 
-def last_ellipsoid(p: Problem, parameters: Parameters) -> np.ndarray:
-    """Sigma_out (K, K) in float arithmetic."""
+def last_ellipsoid(p: Problem, parameters: Parameters) -> tuple[np.ndarray, int]:
+    """(S, e) with Sigma_out = 4^e S (K, K) in float arithmetic."""
     with jax.enable_x64(True):
         passed = _evaluate(*_on_device(p), parameters, p.sharpest)
-        return np.ldexp(np.asarray(passed.sigma), int(passed.exponent))
+        own = int(passed.exponent)
+        return np.ldexp(np.asarray(passed.sigma), own % 2), own // 2 + p.exponent
 
 
 def _on_device(p: Problem) -> tuple[Any, Any]:
     return jnp.asarray(p.start), jax.tree.map(jnp.asarray, p.runs)
+
+
+def _constant(p: Problem, log: float) -> float:
+    """exp of the log, in units of the network; infinite beyond the range of floats (it is only shown)."""
+    with np.errstate(over="ignore", under="ignore"):
+        return float(np.exp(log + p.exponent * _LOG2))
 
 
 @dataclass(frozen=True)
@@ -466,7 +494,7 @@ def optimize(
         done = 0
         size = max(outputs, 2)
         if not jax.tree.leaves(current):
-            return current, float(np.exp(value)), 0
+            return current, _constant(p, value), 0
         best_yet = current
         for place, stage in enumerate(how.stages):
             current, state = best_yet, _fresh(best_yet)
@@ -487,8 +515,8 @@ def optimize(
                 if score < value:
                     value, best_yet = score, trial
                 if progress is not None:
-                    progress(f"{done} iterations", float(np.exp(value)))
+                    progress(f"{done} iterations", _constant(p, value))
                 if curve[0] - curve[-1] < how.tolerance * blur:
                     break
         current = best_yet
-    return current, float(np.exp(value)), done
+    return current, _constant(p, value), done

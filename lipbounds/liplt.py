@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lipbounds import _scaling, _triangle
+from lipbounds._budget import check_pairs
 from lipbounds._cores import Core
 from lipbounds._triangle import Request, Triangle
 from lipbounds.bound import Estimate, UpperBound
@@ -65,6 +66,8 @@ def _liplt(
     budget = budget_of(memory, norm, guarantee)
     if budget is not None and scaling is not None:
         raise ValueError("a scaling keeps all blocks in memory: leave memory out, or use scaling=None")
+    if pairwise:
+        check_pairs(form.num_outputs, budget)
     request = Request(norm, guarantee if guarantee != "estimate" else "auto", seed, budget=budget)
 
     def bound() -> Triangle:

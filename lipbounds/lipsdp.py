@@ -10,10 +10,12 @@ between neurons (LipSDP-Network) are invalid (Pauli et al., arXiv 2005.02929) an
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from lipbounds._budget import check_pairs
 from lipbounds._lipsdp_core import LipSdpCore, LipSdpState
 from lipbounds._lipsdp_engines import Engines, Progress, Search, through_cvxpy
 from lipbounds._sequence import WIDEST, first_tap
@@ -23,6 +25,8 @@ from lipbounds.liplt import liplt
 from lipbounds.lure import LureForm, fingerprint
 from lipbounds.naive import Verb, budget_of, check
 
+#: Ellipsoids and proofs hold several matrices of outputs x outputs.
+MOST_OUTPUTS = 2048
 SOLVERS = ("recursion", "clarabel", "scs")
 _METHODS = {"neuron": "lipsdp", "layer": "lipsdp-layer"}
 
@@ -84,12 +88,22 @@ def _lipsdp(
     started = time.perf_counter()
     norm = check(form, norm, guarantee, "lipsdp")
     _check_options(form, solver, multipliers, norm, guarantee, objective, refine, start_at)
-    budget_of(memory, norm, guarantee)
+    budget = budget_of(memory, norm, guarantee)
+    if pairwise:
+        check_pairs(form.num_outputs, budget)
     possible = solver == "recursion" and multipliers == "neuron" and norm == 2 and guarantee != "estimate"
     _check_initial(form, initial, possible, start_at)
     request = "auto" if guarantee == "estimate" else guarantee
     search = Search(form, norm, request, seed)
-    if solver == "recursion":
+    if form.num_outputs > MOST_OUTPUTS:
+        if guarantee == "estimate" or solver != "recursion":
+            raise ValueError(
+                f"{form.num_outputs} outputs are more than the {MOST_OUTPUTS} of this solver: use liplt"
+            )
+        search.notes.append(
+            f"{form.num_outputs} outputs are more than the {MOST_OUTPUTS} that ellipsoids take"
+        )
+    elif solver == "recursion":
         engines = Engines(search, multipliers == "layer", start_at, iterations, progress, initial)
         if guarantee == "estimate":
             return _estimate(engines, norm, pairwise, multipliers, started)
@@ -100,6 +114,7 @@ def _lipsdp(
     other = liplt(form, norm=norm, pairwise=pairwise, guarantee=request, seed=seed, memory=memory)
     assert isinstance(other, UpperBound)
     method = _METHODS[multipliers] + ("" if solver == "recursion" else f"-{solver}")
+    method = method if search.constants else other.method
     return _finish(search, other, pairwise, method, started)
 
 
@@ -171,7 +186,11 @@ def _finish(search: Search, other: UpperBound, pairwise: bool, method: str, star
     classes = pairs = None
     helped = not found or other.value < min(c.value for c in found)
     if helped:
-        notes.append("LipLT is the smaller bound here" if found else "this is LipLT's bound")
+        notes.append(
+            "LipLT is the smaller bound here"
+            if found
+            else "no multipliers of LipSDP could be proved: this is LipLT's bound"
+        )
     if pairwise:
         assert other.pairwise is not None and other.per_class is not None
         classes = np.min([c.per_class for c in found] + [other.per_class], axis=0)
@@ -215,7 +234,21 @@ def _finish(search: Search, other: UpperBound, pairwise: bool, method: str, star
 
 
 def _estimate(engines: Engines, norm: float, pairwise: bool, multipliers: str, started: float) -> Estimate:
-    value, classes, pairs = engines.estimate(pairwise)
+    """The recursion in float arithmetic; where that leaves the range of floats, LipLT's estimate with a note."""
+    search = engines.search
+    engines.check_estimate()
+    try:
+        value, classes, pairs = engines.estimate(pairwise)
+        arrays = [np.array(value)] + ([] if pairs is None or classes is None else [classes, pairs])
+        fine = value > 0 and all(np.isfinite(a).all() for a in arrays)
+        reason = "" if fine else "the result is outside the range of floats"
+    except (ValueError, ArithmeticError) as error:
+        reason = str(error)
+    if reason:
+        other = liplt(search.form, norm=norm, pairwise=pairwise, guarantee="estimate", seed=search.seed)
+        assert isinstance(other, Estimate)
+        notes = (f"recursion failed: {reason}; this is LipLT's estimate", *other.notes)
+        return replace(other, notes=notes, seconds=time.perf_counter() - started)
     return Estimate(
         value=value,
         norm=norm,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
 import jax
+import numpy as np
 
 from lipbounds import _budget, _triangle
 from lipbounds._cores import Core, run_core
+from lipbounds._floats import usual_floats
 from lipbounds._triangle import Request, Triangle
 from lipbounds.bound import Estimate, UpperBound, check_norm
 from lipbounds.lure import LureForm, check_weights, fingerprint
@@ -28,6 +31,7 @@ class Verb:
         self.core = core
         self.init = core.init
 
+    @usual_floats
     def __call__(self, form: LureForm, **kwargs: Any) -> UpperBound | Estimate:
         return self.__wrapped__(form, **kwargs)
 
@@ -77,15 +81,30 @@ def estimate(
     started: float,
     fallback: Any,
 ) -> Estimate:
-    """The core's result as an Estimate; in norms 1 and inf, where the exact sums are cheap, the bound itself."""
-    if norm == 2:
-        constants = run_core(core, form, jax.random.key(seed), _ESTIMATE_STEPS, pairwise)
-        value, classes, pairs = constants
+    """The core's result as an Estimate; in norms 1 and inf, where the exact sums are cheap, the bound itself.
+
+    float32 where the weights are moderate, else float64; the bound where the result is 0 or not finite even so.
+    """
+    notes = ("induced norms are summed exactly also in estimate mode",)
+    constants = None
+    if norm == 2 and not pairwise and form.num_outputs > _triangle.DENSE_LIMIT:
+        notes = (f"the core takes Gram matrices of all {form.num_outputs} outputs: this is the bound itself",)
+    elif norm == 2:
+        dtype = np.float32 if _moderate(form) else np.float64
+        wide = jax.enable_x64(True) if dtype == np.float64 else contextlib.nullcontext()
+        with wide, jax.debug_nans(False), jax.debug_infs(False):
+            found = run_core(core, form, jax.random.key(seed), _ESTIMATE_STEPS, pairwise, dtype)
+            constants = [None if c is None else np.asarray(c, np.float64) for c in found]
         notes = (f"{_ESTIMATE_STEPS} power iterations per block: neither an upper nor a lower bound",)
-    else:
+        if not (constants[0] > 0 and all(c is None or np.isfinite(c).all() for c in constants)):
+            notes = (
+                "power iteration vanishes or leaves the range of float64 here: this is the bound itself",
+            )
+            constants = None
+    if constants is None:
         result = fallback()
-        value, classes, pairs = result.value, result.per_class, result.pairwise
-        notes = ("induced norms are summed exactly also in estimate mode",)
+        constants = [result.value, result.per_class, result.pairwise]
+    value, classes, pairs = constants
     return Estimate(
         value=float(value),
         norm=norm,
@@ -96,6 +115,16 @@ def estimate(
         per_class=classes,
         notes=(*notes, *form.notes),
     )
+
+
+def _moderate(form: LureForm) -> bool:
+    """Whether float32 holds every product of constants of the form, some of its digits included."""
+    logs = [float(np.log2(np.abs(c[c != 0]).max(initial=1.0))) for c in map(_host, form.consts) if c.size]
+    return sum(map(abs, logs)) < 60
+
+
+def _host(c: Any) -> np.ndarray:
+    return np.asarray(c) if np.issubdtype(np.asarray(c).dtype, np.floating) else np.zeros(0)
 
 
 def finish(
@@ -154,6 +183,8 @@ def _naive(
     started = time.perf_counter()
     norm = check(form, norm, guarantee, "naive")
     budget = budget_of(memory, norm, guarantee)
+    if pairwise:
+        _budget.check_pairs(form.num_outputs, budget)
     request = Request(norm, guarantee if guarantee != "estimate" else "auto", seed, budget=budget)
 
     def bound() -> Triangle:

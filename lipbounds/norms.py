@@ -438,7 +438,8 @@ class Enclosure:
 
 def _cheap_norm(a: Any) -> float:
     """An upper bound of || |A| ||_2, hence of ||A||_2: min(sqrt(||A||_1 ||A||_inf), ||A||_F)."""
-    return min(sqrt_up(mul_up(induced_norm(a, 1), induced_norm(a, math.inf))), frobenius_norm(a))
+    column, row = sqrt_up(induced_norm(a, 1)), sqrt_up(induced_norm(a, math.inf))
+    return min(mul_up(column, row), frobenius_norm(a))
 
 
 def multiply(a: Any, m: Enclosure, relerr: float = 0.0, norm: float | None = None) -> Enclosure:

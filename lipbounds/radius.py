@@ -24,6 +24,7 @@ import scipy.sparse as sp
 from lipbounds import _intervals as I
 from lipbounds import _triangle, activations
 from lipbounds._carried import carriers
+from lipbounds._floats import usual_floats
 from lipbounds._html import Html, element
 from lipbounds._kinds import KINDS, StaticArray
 from lipbounds._program import Tap
@@ -36,6 +37,7 @@ from lipbounds.local import Around, box_notes, check_box
 from lipbounds.lure import LureForm, fingerprint, multiplicity, proved_slopes
 
 _DECLARED_ACCURACY = 1e-9  # of float64 values of a declared activation that interval arithmetic does not know
+_MOST_PAIRED = 2048  # outputs up to which pairs are bounded where no bound is given
 _CHUNK = 2**24  # entries of the widest tensor of one chunk of examples
 _ROOM, _SAID = (
     4.0,
@@ -113,6 +115,7 @@ class Radii:
         return ax
 
 
+@usual_floats
 def certified_radius(
     form: LureForm,
     X: Any,
@@ -133,7 +136,8 @@ def certified_radius(
         X: (N, *in_shape), floating point.
         y: (N,) integer labels; of a network with one output 1 or 0, by its sign.
         bound: an UpperBound of this form, best with `pairwise=True`; without pairs, the constant of every pair is
-            sqrt(2) L (norm 2; L for norm 1, 2 L for norm inf). None computes `lb.liplt(form, pairwise=True)`.
+            sqrt(2) L (norm 2; L for norm 1, 2 L for norm inf). None computes `lb.liplt(form, pairwise=True)`, without
+            pairs where the outputs are more than 2048.
         local: also bound the network around each example (`lb.local`, with slopes anchored at the example): every ball
             of radius eps certifies min(eps, min_i (z_y - z_i) / L_yi(eps)), and the largest of these and of the global
             radius counts. Never below the global radius. Norms 2 and inf.
@@ -157,7 +161,8 @@ def certified_radius(
     if local and (isinstance(tries, bool) or not isinstance(tries, int) or tries < 1):
         raise ValueError(f"tries must be a whole number >= 1, got {tries!r}")
     inside = check_box(box, x)
-    proof = liplt(form, pairwise=True, guarantee=guarantee, seed=seed) if bound is None else bound
+    few = form.num_outputs <= _MOST_PAIRED
+    proof = liplt(form, pairwise=few, guarantee=guarantee, seed=seed) if bound is None else bound
     if not isinstance(proof, UpperBound):
         raise TypeError(f"a radius needs an UpperBound, got {type(proof).__name__}: it would prove nothing")
     if proof.network is not None and proof.network != fingerprint(form):
@@ -320,7 +325,7 @@ def _pair_constants(bound: UpperBound, classes: int) -> tuple[np.ndarray, tuple[
     constant = bound.any_pair()
     name = "sqrt(2) L" if bound.norm == 2 else "L" if bound.norm == 1 else "2 L"
     note = f"without pairwise constants every pair uses {name} = {constant:.6g}; pairwise=True is never worse"
-    return np.full((classes, classes), constant), (note,)
+    return np.broadcast_to(constant, (classes, classes)), (note,)
 
 
 # --- logits with a proved error ------------------------------------------------------------------------------------
