@@ -66,7 +66,7 @@ class Builder:
     def finish(self, most: int = 8) -> Program:
         """A vector of a few outputs over the values that nothing reads yet."""
         used = {a for s in self.steps for a in s.args}
-        ends = [i for i in range(len(self.values)) if i not in used][-3:]
+        ends = [i for i in range(len(self.values)) if i not in used][-6:]
         ends = [i for i in ends if self.values[i][1] == self.values[ends[-1]][1]]
         flat = "jnp.ravel({0})"
         if len(ends) > 1:
@@ -92,11 +92,13 @@ def program_of(seed: int) -> Program:
     if extreme != 1.0:
         dtype = g.pick(["float32", "float64"])
     builder = Builder(rng, g.pick(INPUTS), dtype, extreme)
-    wanted = g.pick([1, 2, 2, 3, 3, 4, 5, 6, 8])
+    wanted, mix, deep = g.pick([1, 2, 2, 3, 3, 4, 5, 6, 8]), MIX, 80
+    if g.chance(20):  # linear branches: quick to check, and many rules at once
+        wanted, mix, deep = 9, ["linear"], 40
     for _ in range(4 * wanted):
-        entry = OPS[g.pick(KINDS[g.pick(MIX)])]
+        entry = OPS[g.pick(KINDS[g.pick(mix)])]
         last = len(builder.values) - 1
-        first = last if g.chance(80) else g.integer(0, last)
+        first = last if g.chance(deep) else g.integer(0, last)
         args = (first,) if entry.operands == 1 else (first, g.integer(0, last))
         if entry.operands == 2 and g.chance(75):
             alike = [i for i, v in enumerate(builder.values) if v == builder.values[first] and i != first]

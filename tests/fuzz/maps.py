@@ -236,6 +236,7 @@ def running_sum(g: Context) -> str | None:
     return g.pick(
         [
             f"lax.cumsum({{0}}, axis={g.axis()}, reverse={g.chance(60)})",
+            f"lax.cumsum({{0}}, axis={g.axis()}, reverse=True)",
             f"jnp.cumsum({{0}}, axis={g.axis()})",
             "lax.associative_scan(jnp.add, {0})",
         ]

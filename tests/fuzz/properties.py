@@ -88,7 +88,7 @@ class Checker:
         self.tolerance = program.tolerance
 
     def run(self) -> Report:
-        quiet = np.errstate(all="raise") if self.rng.random() < 0.15 else contextlib.nullcontext()
+        quiet = np.errstate(all="raise") if self.rng.random() < 0.05 else contextlib.nullcontext()
         with quiet, jax.enable_x64(self.program.double), contextlib.suppress(_Stop):
             self.trace()
             self.bounds()

@@ -30,7 +30,7 @@ def step_matrices(op: Any, form: LureForm) -> dict[int, fmpq_mat]:
     size_out = math.prod(shapes[op.output])
     same = all(i < 0 or shapes[i] == shapes[op.output] for i in op.inputs)
     if kind in ("reshape", "take") or (kind in ("add", "sub", "neg") and same):
-        return _plain(op, shapes)
+        return _plain(op, form)
     bilinear = not KINDS[kind].joint
     division = kind == "div"
     out: dict[int, fmpq_mat] = {}
@@ -69,14 +69,15 @@ def step_matrices(op: Any, form: LureForm) -> dict[int, fmpq_mat]:
     return out
 
 
-def _plain(op: Any, shapes: Any) -> dict[int, fmpq_mat]:
+def _plain(op: Any, form: LureForm) -> dict[int, fmpq_mat]:
     """Steps whose matrices need no evaluation."""
+    shapes = form.program.shapes
     size_out = math.prod(shapes[op.output])
     out: dict[int, fmpq_mat] = {}
     begin = 0
     for place, register in enumerate(op.inputs):
         if register < 0:
-            assert op.kind != "take", "constants of a take are folded"
+            begin += np.size(form.consts[-1 - register])
             continue
         size = math.prod(shapes[register])
         matrix = out.setdefault(register, fmpq_mat(size_out, size))
