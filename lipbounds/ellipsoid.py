@@ -423,7 +423,8 @@ def multipliers(p: Problem, parameters: Parameters) -> tuple[tuple[np.ndarray, .
     weights = None
     if p.box:
         logits = np.asarray(parameters.input, np.float64)
-        share = np.exp(logits - logits.max())
+        # An input without effect has a share that goes to 0; kept away from it, the others lose less than a rounding.
+        share = np.maximum(np.exp(logits - logits.max()), 2.0**-60)
         weights = share.sum() * (1 + 1e-12) / share
     return tuple(out), weights
 
