@@ -29,7 +29,7 @@ def interp(
     The knots are not rounded to half precision; the result has the given dtype, or that of x.
     """
     left, right = ("extrapolate" if e else None for e in extrapolate)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.dtype(jnp.float32)
     knots = np.asarray(xp).astype(wide), np.asarray(fp).astype(wide)
     return jnp.interp(x.astype(wide), *knots, left=left, right=right).astype(dtype or x.dtype)
 

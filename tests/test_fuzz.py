@@ -19,8 +19,6 @@ from lipbounds._lower import lower
 from lipbounds._rules import ELEMENTWISE, RULES
 
 PROGRAMS = 10
-#: Findings that are being mended (issue 13, item 7).
-KNOWN = ("encountered in",)
 SETTINGS: Any = {
     "database": None,
     "deadline": None,
@@ -37,8 +35,6 @@ SETTINGS: Any = {
 def test_random_programs(program: Program) -> None:
     report = check(program)
     for finding in report.findings:
-        if any(known in finding.what for known in KNOWN):
-            continue
         small = minimised(program, finding.family)
         pytest.fail(f"{finding.kind}: {finding.what}\n\n{small.source()}", pytrace=False)
     assert report.checks

@@ -17,3 +17,14 @@ def test_inputs_without_effect_keep_the_weights_of_an_linf_ball_in_range() -> No
         bound = lb.lipsdp(form, norm=math.inf)
     assert bound.certificate is not None, bound.notes
     assert 1.0 <= bound.value <= 1.0 + 1e-6
+
+
+def test_interp_in_float64_under_strict_promotion() -> None:
+    """The dtype of the knots was found by a promotion that strict mode refuses (a JAX error reached the user)."""
+
+    def fn(v: jax.Array) -> jax.Array:
+        return jnp.interp(v, jnp.array([-1, -0.25, 2], v.dtype), jnp.array([0.5, -2, 1], v.dtype))
+
+    with jax.enable_x64(True):
+        bound = lb.liplt(lb.trace(fn, jax.ShapeDtypeStruct((1,), "float64")))
+    assert 10 / 3 <= bound.value <= 10 / 3 * (1 + 1e-9)
