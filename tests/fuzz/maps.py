@@ -453,13 +453,13 @@ def gradient_inside(g: Context) -> str | None:
     )
 
 
-@op(weight=3)
+@op(weight=8)
 def cancelling(g: Context) -> str | None:
     """Large terms that cancel: what is left has the rounding errors of the large ones."""
     if g.rank != 1 or g.dtypes[0] in ("float16", "bfloat16") or g.extreme != 1.0:
         return None
     n = g.shape[0]
-    large = g.pick([1e3, 1e4] if g.dtypes[0] == "float32" else [1e4, 1e6, 1e7])
+    large = g.pick([1e3, 1e4] if g.dtypes[0] == "float32" else [1e6, 1e7, 1e8])
     big, small = g.const((n, n), large), g.const((n, n), 1.0)
     return g.pick(
         [
