@@ -75,7 +75,7 @@ INDEX = Refused(
     "use constant indices, or reduce_max / sort, which are supported as groups",
 )
 JUMP = Refused(
-    "the output takes discrete values, so it jumps as x moves: there is no Lipschitz constant",
+    "the output takes discrete values, so it jumps as x moves: what is computed from it cannot be bounded here",
     "remove it from the traced function (trace the logits), or use a continuous function in its place",
 )
 RANDOM_MASK = Refused(
@@ -91,8 +91,8 @@ UNKNOWN = Refused(
     "rewrite it with supported operations, or add a rule in lipbounds/_rules.py",
 )
 NOT_FLOAT = Refused(
-    "x becomes an integer, boolean or complex tensor here: the output jumps or is not real",
-    "keep everything that depends on x in floating point",
+    "x becomes an integer, boolean or complex tensor here: it jumps or is not real, and cannot be bounded here",
+    "keep everything that depends on x in floating point; a comparison is cast to it at once, (x > 0).astype(x.dtype)",
 )
 
 OUTSIDE = Refused("an index is out of range", "use indices within the tensor")

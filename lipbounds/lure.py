@@ -252,7 +252,14 @@ def proved_slopes(form: LureForm, k: int) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.broadcast_to(s, tap.shapes[0]).reshape(-1) for s in (lower, upper))  # type: ignore[return-value]
 
 
+_MASKED = (
+    "; where a constant mask writes -inf in front of a maximum or a logsumexp, take the entries that count by an "
+    "index, x[..., np.flatnonzero(mask)], or write a finite number that never wins, such as -1e9"
+)
+
+
 def check_weights(form: LureForm) -> None:
+    """Raises ValueError where a weight or a constant of a linear step is not finite, or a guard is NaN."""
     in_steps = {
         -1 - i for step in form.program.steps if not isinstance(step, int) for i in step.inputs if i < 0
     }
@@ -262,9 +269,10 @@ def check_weights(form: LureForm) -> None:
             # Guards of an activation may compare with infinity; NaN is never meant.
             bad = ~np.isfinite(values) if place in in_steps else np.isnan(values)
             if bad.any():
+                masked = "" if np.isnan(values).any() else _MASKED
                 raise ValueError(
                     f"the network has weights or constants that are not finite: {int(bad.sum())} of {bad.size} entries "
-                    f"of an array of shape {bad.shape} are NaN or infinite"
+                    f"of an array of shape {bad.shape} are NaN or infinite{masked}"
                 )
 
 

@@ -474,6 +474,33 @@ def test_that_there_is_no_constant_is_not_said_where_it_is_not_known(fn: Fn) -> 
     assert "there is no Lipschitz constant" not in item.reason
 
 
+def test_a_jump_on_the_way_does_not_prove_that_there_is_no_constant() -> None:
+    """|x| by way of integers; the remedy works."""
+    with pytest.raises(lb.UnsupportedError) as caught:
+        lb.trace(lambda x: ((x > 0).astype(jnp.int32) * 2 - 1).astype(x.dtype) * x, X)
+    check_message(caught.value)
+    assert "there is no Lipschitz constant" not in str(caught.value)
+    assert "(x > 0).astype(x.dtype)" in str(caught.value)
+    form = lb.trace(lambda x: ((x > 0).astype(x.dtype) * 2 - 1) * x, X)
+    assert lb.liplt(form).value == pytest.approx(1.0, rel=1e-6)
+
+
+def test_masks_of_minus_infinity_have_a_remedy_that_works() -> None:
+    mask = np.arange(X.size) % 2 == 0
+    for reduce in (jnp.max, nn.logsumexp):
+
+        def masked(x: jax.Array, low: float, reduce: Fn = reduce) -> jax.Array:
+            return reduce(jnp.where(mask, x, low))[None]
+
+        with pytest.raises(ValueError, match=r"np\.flatnonzero\(mask\).* such as -1e9"):
+            lb.trace(lambda x, f=masked: f(x, -jnp.inf), X)
+        taken = lb.trace(lambda x, f=reduce: f(x[..., np.flatnonzero(mask)])[None], X)
+        finite = lb.trace(lambda x, f=masked: f(x, -1e9), X)
+        assert lb.liplt(taken).value == pytest.approx(lb.liplt(finite).value, rel=1e-6)
+    with pytest.raises(ValueError, match="NaN or infinite$"):
+        lb.trace(lambda x: x * np.float32(np.nan), X)
+
+
 def test_reason_and_remedy_are_sentences() -> None:
     item = Unsupported("mul", "a/b", (3,), "it is a product", "make it a sum.")
     assert str(item) == "mul at a/b, shape (3,): it is a product. Remedy: make it a sum."
