@@ -187,12 +187,13 @@ def composite(g: Context) -> str:
 def own_slopes(g: Context) -> str | None:
     """Slopes and clips that differ from neuron to neuron."""
     alpha, low = g.const(g.shape, 0.5), g.const(g.shape, 1.0)
+    high = g.const(g.shape, 1.0, "uniform")  # a sum of constants would be rounded in the network's dtype
     return g.pick(
         [
             f"jnp.where({{0}} > 0, {{0}}, {alpha} * {{0}})",
             f"jnp.maximum({{0}}, {low})",
             f"jnp.tanh({alpha} * {{0}})",
-            f"jnp.clip({{0}}, {low}, {low} + 1.0)",
+            f"jnp.clip({{0}}, jnp.minimum({low}, {high}), {high})",
             f"nn.relu({{0}} - {low})",
         ]
     )
