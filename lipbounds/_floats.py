@@ -1,4 +1,4 @@
-"""The state of NumPy's floating-point errors inside the library, whatever the caller has set."""
+"""What surrounds every public verb: NumPy's usual floating-point state inside, plain errors outside."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import functools
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+import jax
 import numpy as np
+
+#: How a method fails on one network: a refusal, a factorisation or a number out of range, memory that is not there.
+FAILURES = (ValueError, ArithmeticError, MemoryError, jax.errors.JaxRuntimeError)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -22,3 +26,27 @@ def usual_floats(verb: Callable[P, R]) -> Callable[P, R]:
             return verb(*args, **kwargs)
 
     return run
+
+
+def plain_errors(verb: Callable[P, R]) -> Callable[P, R]:
+    """The verb with a plain ValueError, the reason in it, in place of numerical failures and of exceptions that only
+    this library's own modules know; whatever `lipbounds.errors` defines, and every other error, passes unchanged."""
+
+    @functools.wraps(verb)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return verb(*args, **kwargs)
+        except Exception as error:
+            home = type(error).__module__
+            own = home.startswith("lipbounds.") and home != "lipbounds.errors"
+            if not own and not isinstance(error, (ArithmeticError, np.linalg.LinAlgError)):
+                raise
+            what = str(error) if own else f"the arithmetic failed ({reason(error)})"
+            raise ValueError(what) from error
+
+    return run
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, or its name where it says nothing."""
+    return str(error) or type(error).__name__

@@ -18,9 +18,10 @@ from threadpoolctl import threadpool_limits
 
 from lipbounds import _triangle, ellipsoid, norms
 from lipbounds._dense import DenseGain, dense_gain, reduce_input, solve_dense
+from lipbounds._floats import FAILURES, reason
 from lipbounds._lipsdp_core import LipSdpState, relative_multipliers
 from lipbounds._lmi import feasible_start, smallest_rho
-from lipbounds._proof import Infeasible, propagate_dense, repair, repair_dense
+from lipbounds._proof import propagate_dense, repair, repair_dense
 from lipbounds._sequence import WIDEST, Segment, Sequence, first_tap, hybrid_start, sequence
 from lipbounds._triangle import Request
 from lipbounds._views import elementwise_view
@@ -284,7 +285,7 @@ class Dense:
         D = (rho if rho > 0 else 1.0) / T
         try:
             matrix, scale = propagate_dense(self.gain, D)
-        except Infeasible:
+        except (ValueError, ArithmeticError):  # no proof with these
             return None, math.inf
         with np.errstate(over="ignore"):
             return D, float(np.ldexp(np.linalg.eigvalsh(C @ matrix @ C.T)[-1], scale))
@@ -362,8 +363,8 @@ class Engines:
         """An engine that finds nothing, or multipliers that prove nothing, are a note: others bound the network."""
         try:
             yield
-        except (ValueError, ArithmeticError) as error:
-            self.search.notes.append(f"{what} failed: {error}")
+        except FAILURES as error:
+            self.search.notes.append(f"{what} failed: {reason(error)}")
 
     def by_recursion(self, kind: str, weights: np.ndarray | None = None) -> bool:
         """Add a proof by the recursion; False where it fails or the network has no state that it can start from."""
@@ -498,8 +499,8 @@ def through_cvxpy(
         solved.append(found)
         try:
             search.add(dense.proof(C, found.T))
-        except Infeasible as error:
-            search.notes.append(f"{solver}: {error}")
+        except FAILURES as error:
+            search.notes.append(f"the proof of {solver}'s multipliers failed: {reason(error)}")
 
     one(np.eye(k))
     if pairwise:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lipbounds._floats import usual_floats
+from lipbounds._floats import plain_errors, usual_floats
 from lipbounds._tables import new_axes, printable, show
 from lipbounds.bound import NORM_NAMES, LowerBound, UpperBound, check_norm
 from lipbounds.empirical import empirical
@@ -78,6 +78,7 @@ def check_order(lower: LowerBound, upper: UpperBound) -> None:
         raise GuaranteeError(f"{clash} ({upper.guarantee}), and both cannot hold: {cause}")
 
 
+@plain_errors
 @usual_floats
 def bracket(
     form: Any,
@@ -91,14 +92,15 @@ def bracket(
     """A lower and an upper bound of L together, and their ratio.
 
     The lower one is `empirical(form, X)`, the upper one `liplt(form)` unless another `upper` is passed
-    (its norm is used then). guarantee="estimate" is refused: an estimate bounds nothing.
+    (its norm is used then); where LipLT fails it is `naive(form)`, with a note. guarantee="estimate" is refused: an
+    estimate bounds nothing.
     """
     if guarantee == "estimate":
         raise ValueError("a bracket needs a bound: guarantee='estimate' gives none")
     if upper is None:
-        from lipbounds.liplt import liplt
+        from lipbounds.liplt import or_naive
 
-        made = liplt(form, norm=check_norm(norm), pairwise=pairwise, guarantee=guarantee, seed=seed)
+        made = or_naive(form, norm=check_norm(norm), pairwise=pairwise, guarantee=guarantee, seed=seed)
     else:
         made = upper
     if not isinstance(made, UpperBound):

@@ -32,7 +32,7 @@ from lipbounds import _proof
 from lipbounds._certfile import is_certificate, pack, take, take_float, take_sizes, unpack
 from lipbounds._dense import dense_gain
 from lipbounds._files import write_atomically
-from lipbounds._floats import usual_floats
+from lipbounds._floats import FAILURES, plain_errors, reason, usual_floats
 from lipbounds._rounding import add_up
 from lipbounds._sequence import hybrid_start, sequence
 from lipbounds._tables import show
@@ -283,8 +283,8 @@ def _prove(c: Certificate, form: LureForm, request: str) -> None:
     for number, proof in enumerate(c.proofs):
         try:
             found.append(proved_constants(form, proof, norm=c.norm, guarantee=request, seed=c.seed))
-        except ValueError as error:
-            raise CertificateError(f"proof {number} fails: {error}") from error
+        except FAILURES as error:
+            raise CertificateError(f"proof {number} fails: {reason(error)}") from error
     _compare(c, form, found, request)
 
 
@@ -327,8 +327,8 @@ def _compare(c: Certificate, form: LureForm, found: list[Constants], request: st
         pairs = "pairwise" in claims or "per_class" in claims
         try:
             other = liplt(form, norm=c.norm, pairwise=pairs, guarantee=request, seed=c.seed)
-        except ValueError as error:
-            raise CertificateError(f"LipLT, which it needs, fails: {error}") from error
+        except FAILURES as error:
+            raise CertificateError(f"LipLT, which it needs, fails: {reason(error)}") from error
         guarantee, failure = weakest([guarantee, other.guarantee]), add_up(failure, other.failure_probability)
         for name in claims:
             own, liplts = proved[name], np.asarray(getattr(other, name))
@@ -391,6 +391,7 @@ def load_certificate(path: str | os.PathLike[str]) -> Certificate:
     return _certificate(*unpack(Path(path).read_bytes()))
 
 
+@plain_errors
 @usual_floats
 def verify_certificate(path: str | os.PathLike[str], form: LureForm) -> bool:
     """True if the file proves its claims for this form, recomputed from the form; CertificateError otherwise.

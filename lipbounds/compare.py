@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lipbounds._floats import usual_floats
+from lipbounds._floats import FAILURES, plain_errors, reason, usual_floats
 from lipbounds._html import Html, element, together
 from lipbounds._tables import (
     Direction,
@@ -310,16 +310,14 @@ def _run(name: str, question: Question) -> Row:
         question.tell(name)
     try:
         result = METHODS[name](question)
-    except ValueError as refusal:
-        if not _is_refusal(refusal):
-            raise
-        return Row(name, "none", seconds=time.perf_counter() - begin, reason=str(refusal))
+    except FAILURES as failure:
+        return Row(name, "none", seconds=time.perf_counter() - begin, reason=_words(failure))
     return _row(name, result)
 
 
-def _is_refusal(error: ValueError) -> bool:
-    """Ours, or a plain ValueError; what others derive from it (LinAlgError, ...) is a failure, no answer."""
-    return type(error) is ValueError or type(error).__module__.startswith("lipbounds.")
+def _words(failure: Exception) -> str:
+    """Why a method has no number."""
+    return f"out of memory: {reason(failure)}" if isinstance(failure, MemoryError) else reason(failure)
 
 
 def _row(name: str, result: Any) -> Row:
@@ -335,10 +333,8 @@ def _certify(form: Any, row: Row, X: Any, y: Any) -> Row:
 
     try:
         radii = certified_radius(form, X, y, bound=row.result)
-    except ValueError as refusal:
-        if not _is_refusal(refusal):
-            raise
-        return replace(row, reason=f"no radii: {refusal}")
+    except FAILURES as failure:
+        return replace(row, reason=f"no radii: {_words(failure)}")
     radius = np.asarray(radii.radius, dtype=np.float64)
     return replace(row, radii=radii, median_radius=float(np.median(radius)) if radius.size else None)
 
@@ -354,6 +350,7 @@ def _usual_eps(rows: Iterable[Row]) -> tuple[float, ...]:
     return (float(f"{max(best):.2g}"),) if best else ()
 
 
+@plain_errors
 @usual_floats
 def compare(
     form: Any,
@@ -379,8 +376,8 @@ def compare(
               radii that the best bound proves, in two digits, so that it certifies about half of the points
     progress  called with a line of text: what is being done
 
-    A method that refuses (UnsupportedError or another ValueError) becomes a row that says why. ValueError
-    for an unknown method or norm, labels without points or out of range; GuaranteeError if a lower bound
+    A method that refuses or fails (a ValueError, numbers out of range, no memory) becomes a row that says why.
+    ValueError for an unknown method or norm, labels without points or out of range; GuaranteeError if a lower bound
     exceeds an upper one.
     """
     p = check_norm(norm)

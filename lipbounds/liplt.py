@@ -11,10 +11,11 @@ import numpy as np
 from lipbounds import _scaling, _triangle
 from lipbounds._budget import check_pairs
 from lipbounds._cores import Core
+from lipbounds._floats import FAILURES, reason
 from lipbounds._triangle import Request, Triangle
 from lipbounds.bound import Estimate, UpperBound
 from lipbounds.lure import LureForm
-from lipbounds.naive import Verb, budget_of, check, estimate, finish
+from lipbounds.naive import Verb, budget_of, check, estimate, finish, naive
 
 SCALINGS = (None, "aol", "sll", "optimized")
 
@@ -107,3 +108,16 @@ def _scaled_bounds(form: LureForm, scaling: str, request: Request, pairwise: boo
 
 _liplt.__name__ = "liplt"
 liplt = Verb(_liplt, Core(centred=True))
+
+
+def or_naive(form: LureForm, **options: Any) -> UpperBound | Estimate:
+    """LipLT's bound, or the product of norms with a note where LipLT fails; LipLT's error where both do."""
+    try:
+        return liplt(form, **options)
+    except FAILURES as failure:
+        try:
+            made = naive(form, **options)
+        except FAILURES:
+            raise failure from None
+        note = f"LipLT failed: {reason(failure)}; this is the product of norms"
+        return replace(made, notes=(note, *made.notes))

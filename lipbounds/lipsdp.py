@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from lipbounds._budget import check_pairs
+from lipbounds._floats import FAILURES, reason
 from lipbounds._lipsdp_core import LipSdpCore, LipSdpState
 from lipbounds._lipsdp_engines import Engines, Progress, Search, through_cvxpy
 from lipbounds._sequence import WIDEST, first_tap
 from lipbounds.bound import Estimate, Part, UpperBound, weakest
 from lipbounds.certificate import make_certificate
-from lipbounds.liplt import liplt
+from lipbounds.liplt import or_naive
 from lipbounds.lure import LureForm, fingerprint
 from lipbounds.naive import Verb, budget_of, check
 
@@ -111,7 +112,7 @@ def _lipsdp(
         engines.note()
     else:
         through_cvxpy(search, solver, multipliers == "layer", pairwise, memory_gb, time_limit)
-    other = liplt(form, norm=norm, pairwise=pairwise, guarantee=request, seed=seed, memory=memory)
+    other = or_naive(form, norm=norm, pairwise=pairwise, guarantee=request, seed=seed, memory=memory)
     assert isinstance(other, UpperBound)
     method = _METHODS[multipliers] + ("" if solver == "recursion" else f"-{solver}")
     method = method if search.constants else other.method
@@ -184,12 +185,13 @@ def _finish(search: Search, other: UpperBound, pairwise: bool, method: str, star
     notes = [*search.notes, *(f"LipLT: {note}" for note in other.notes if note not in form.notes)]
     value = min([c.value for c in found] + [other.value])
     classes = pairs = None
+    named = "LipLT's" if other.method == "liplt" else "the naive"
     helped = not found or other.value < min(c.value for c in found)
     if helped:
         notes.append(
             "LipLT is the smaller bound here"
             if found
-            else "no multipliers of LipSDP could be proved: this is LipLT's bound"
+            else f"no multipliers of LipSDP could be proved: this is {named} bound"
         )
     if pairwise:
         assert other.pairwise is not None and other.per_class is not None
@@ -241,13 +243,13 @@ def _estimate(engines: Engines, norm: float, pairwise: bool, multipliers: str, s
         value, classes, pairs = engines.estimate(pairwise)
         arrays = [np.array(value)] + ([] if pairs is None or classes is None else [classes, pairs])
         fine = value > 0 and all(np.isfinite(a).all() for a in arrays)
-        reason = "" if fine else "the result is outside the range of floats"
-    except (ValueError, ArithmeticError) as error:
-        reason = str(error)
-    if reason:
-        other = liplt(search.form, norm=norm, pairwise=pairwise, guarantee="estimate", seed=search.seed)
+        why = "" if fine else "the result is outside the range of floats"
+    except FAILURES as error:
+        why = reason(error)
+    if why:
+        other = or_naive(search.form, norm=norm, pairwise=pairwise, guarantee="estimate", seed=search.seed)
         assert isinstance(other, Estimate)
-        notes = (f"recursion failed: {reason}; this is LipLT's estimate", *other.notes)
+        notes = (f"recursion failed: {why}; this is LipLT's estimate", *other.notes)
         return replace(other, notes=notes, seconds=time.perf_counter() - started)
     return Estimate(
         value=value,

@@ -25,7 +25,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from lipbounds import _localbox, _localrun, _localwide, _proof
-from lipbounds._floats import usual_floats
+from lipbounds._floats import plain_errors, usual_floats
 from lipbounds._html import Html, element
 from lipbounds._localrun import Matrix, Stage, Values
 from lipbounds._rounding import U, add_up, gamma, require_gradual_underflow, sqrt_up
@@ -107,6 +107,7 @@ class LocalBounds:
         return element("pre", repr(self))
 
 
+@plain_errors
 @usual_floats
 def local(
     form: LureForm,

@@ -24,7 +24,7 @@ import scipy.sparse as sp
 from lipbounds import _intervals as I
 from lipbounds import _triangle, activations
 from lipbounds._carried import carriers
-from lipbounds._floats import usual_floats
+from lipbounds._floats import plain_errors, usual_floats
 from lipbounds._html import Html, element
 from lipbounds._kinds import KINDS, StaticArray
 from lipbounds._program import Tap
@@ -115,6 +115,7 @@ class Radii:
         return ax
 
 
+@plain_errors
 @usual_floats
 def certified_radius(
     form: LureForm,
