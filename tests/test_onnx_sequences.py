@@ -218,9 +218,16 @@ def test_inputs_that_are_given_as_constants(tmp_path: Path, rng: np.random.Gener
         ({"shift": shift, "scale": 1 + 2**-30}, "holds float64, which are not exact in the graph's float32"),
         ({"shift": shift, "scale": "2"}, "not exact"),
         ({"shift": shift, "size": 2.0}, "the graph has no input 'size'"),
+        ({"shift": shift * np.float32(np.nan), "scale": 2.0}, "'shift' holds NaN"),
+        (
+            {"x": shift, "shift": shift, "scale": 2.0},
+            "every input of the graph is a constant: leave one of them free",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             load_onnx(path, constants=wrong)
+    with pytest.raises(TypeError, match="constants must be a mapping from names to arrays, got list"):
+        load_onnx(path, constants=[("shift", shift)])  # type: ignore[arg-type]
 
 
 def test_a_remedy_names_the_tool_that_cuts(tmp_path: Path) -> None:

@@ -177,6 +177,8 @@ def _fix(graph: onnx.GraphProto, constants: Mapping[str, Any]) -> None:
     """Make constants of the inputs that are given; ValueError where an array does not fit."""
     import onnx
 
+    if not isinstance(constants, Mapping):
+        raise TypeError(f"constants must be a mapping from names to arrays, got {type(constants).__name__}")
     inputs = {str(value.name): value for value in graph.input}
     for name, given in constants.items():
         if name not in inputs:
@@ -194,6 +196,8 @@ def _fix(graph: onnx.GraphProto, constants: Mapping[str, Any]) -> None:
             or any(isinstance(d, int) and d != n for d, n in zip(dims, value.shape, strict=True))
         ):
             raise ValueError(f"constants: {name!r} has shape {value.shape}, the graph takes {_text(dims)}")
+        if value.dtype.kind == "f" and np.isnan(value).any():
+            raise ValueError(f"constants: {name!r} holds NaN")
         with np.errstate(all="ignore"):
             cast = value.astype(dtype) if value.dtype.kind in "biufV" else None
         if cast is None or not np.array_equal(cast.astype(value.dtype), value):
@@ -210,8 +214,10 @@ def _fix(graph: onnx.GraphProto, constants: Mapping[str, Any]) -> None:
 def _input(graph: onnx.GraphProto) -> onnx.ValueInfoProto:
     constants = {tensor.name for tensor in graph.initializer}
     found = [value for value in graph.input if value.name not in constants]
-    if len(found) != 1:
-        names = ", ".join(repr(value.name) for value in found) or "none"
+    if not found:
+        raise ValueError("every input of the graph is a constant: leave one of them free")
+    if len(found) > 1:
+        names = ", ".join(repr(value.name) for value in found)
         raise ValueError(
             f"one input is needed, the graph has {names}: give the others by constants={{name: array}} (--constant on "
             "the command line), or export with them as constants"
