@@ -173,7 +173,8 @@ def ellipsoids(
         diagonal = np.einsum("nii->ni", q)
         diagonal += e[:, None] * (1 + 4 * U)  # a view: q + e I
         diagonal[:] = np.maximum(diagonal, 0) * (1 + 4 * U)
-        down = up = np.sqrt(diagonal[:, :n]) * eps[:, None] * (1 + 8 * U)
+        down = np.sqrt(diagonal[:, :n]) * eps[:, None] * (1 + 8 * U)
+        down = up = np.where(np.isnan(down), np.inf, down)  # beyond the range of float64
         if place == 0 and first is not None:
             down, up = np.minimum(down, first[0]), np.minimum(up, first[1])
         c, r = centre_and_radius(view, stage.tap, values, down, up, anchored)
@@ -256,6 +257,9 @@ def _through(q: np.ndarray, n: int, c: np.ndarray, r: np.ndarray, aim: Aim) -> t
     for i in range(len(q)):
         at = np.flatnonzero(r[i] > 0)
         if not at.size:
+            continue
+        if not np.isfinite(q[i]).all():
+            v[i] = np.inf  # beyond the range of float64: no bound
             continue
         d = _multipliers(q[i], at, r[i, at], aim[0][i][:, at], linear[i])
         z, extra, d = _eliminate(q[i], at, d)

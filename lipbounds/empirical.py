@@ -64,6 +64,12 @@ def _norm(a: np.ndarray, p: float) -> np.ndarray:
     return np.sqrt((a * a).sum(-1)) if p == 2 else a.max(-1, initial=0.0)
 
 
+def _directions(rows: np.ndarray) -> np.ndarray:
+    """The rows of a Jacobian up to a factor, in the range in which squares are safe: float32 may have overflowed."""
+    rows = np.nan_to_num(rows.astype(np.float64))
+    return np.asarray(rows / max(float(np.abs(rows).max(initial=0.0)), 1e-300))
+
+
 def _best_direction(rows: np.ndarray, p: float) -> np.ndarray:
     """A flat v with ||J v||_p = ||J||_p ||v||_p for J = rows (K, n), up to float rounding."""
     rows = np.asarray(rows, dtype=np.float64)
@@ -221,7 +227,7 @@ def empirical(
     directions = [vs[order].reshape(-1, n).astype(np.float64)]
     if k * n <= _DENSE_ENTRIES or pairwise:
         for s in final if k * n <= _DENSE_ENTRIES else final[:1]:
-            rows = np.asarray(_climb.jacobian(form, jnp.asarray(xs[s])))
+            rows = _directions(np.asarray(_climb.jacobian(form, jnp.asarray(xs[s]))))
             centres.append(xs[s].reshape(1, n))
             members.append(final[final == s])
             directions.append(_best_direction(rows, p)[None])
@@ -334,7 +340,7 @@ def _climb_pairs(
 ) -> _Quotients:
     """Difference quotients for the pairs with the largest Jacobian row differences, after their own climb."""
     k, n = int(form.num_outputs), xs[0].size
-    rows = np.asarray(_climb.jacobian(form, jnp.asarray(xs[final[0]])), dtype=np.float64)
+    rows = _directions(np.asarray(_climb.jacobian(form, jnp.asarray(xs[final[0]]))))
     gram = rows @ rows.T  # only ranks the pairs: nothing is claimed from it
     square = np.diagonal(gram)
     i, j = np.triu_indices(k, 1)

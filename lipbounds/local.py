@@ -37,6 +37,7 @@ from lipbounds.bound import NORM_NAMES, UpperBound, check_norm, weakest
 from lipbounds.liplt import liplt
 from lipbounds.lure import LureForm, fingerprint
 
+_MOST_OUTPUTS = 4096  # of a local bound, which holds K x K blocks per example
 _CHUNK = 2**23  # numbers in the ellipsoids of one chunk of examples
 _DIRECTIONS = 12  # that D is chosen for
 _CALLS = 2  # of `local`
@@ -141,7 +142,7 @@ def local(
 
     Raises:
         TypeError: not a concrete form.
-        ValueError: shapes, values that are not finite, eps not > 0, norm 1, an unknown guarantee.
+        ValueError: shapes, values that are not finite, eps not > 0, norm 1, an unknown guarantee, too many outputs.
     """
     from lipbounds.radius import check_inputs
 
@@ -285,6 +286,11 @@ class Around:
             raise ValueError("local bounds are for norm 2 and inf, not 1")
         if guarantee not in ("auto", "verified"):
             raise ValueError(f"guarantee must be 'auto' or 'verified' for local bounds, got {guarantee!r}")
+        if form.num_outputs > _MOST_OUTPUTS:
+            raise ValueError(
+                f"local bounds are for at most {_MOST_OUTPUTS} outputs, this network has {form.num_outputs}: keep the "
+                "outputs that matter, or use the bound of the whole network (lb.liplt)"
+            )
         kept = {} if form.assumed else _READY.setdefault(form, {})
         wanted = norm, guarantee
         if wanted not in kept:

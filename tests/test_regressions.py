@@ -147,3 +147,28 @@ def test_group_factors_are_rounded_up() -> None:
         numerator, denominator = float(factor).as_integer_ratio()
         assert numerator**2 >= n * denominator**2
         assert factor == pytest.approx(math.sqrt(n), rel=1e-15)
+
+
+def test_weights_whose_squares_leave_the_range_of_float64_keep_their_bounds() -> None:
+    """The ellipsoids of `local` and a Gram matrix of `empirical` overflowed: "Eigenvalues did not converge"."""
+    rng = np.random.default_rng(5)
+    w, v = rng.standard_normal((5, 4)) * 1e160, rng.standard_normal((3, 5))
+    with jax.enable_x64():
+        form = lb.trace(lambda x: v @ jax.nn.relu(w @ x), jax.ShapeDtypeStruct((4,), np.float64))
+        whole = lb.liplt(form).value
+        near = lb.local(form, rng.standard_normal((2, 4)) * 1e-160, 1e-170)
+        assert np.all((near.value > 0) & (near.value <= whole))
+        assert 0.0 <= lb.empirical(form, pairwise=True, seed=0).value <= whole
+
+
+def test_local_bounds_of_outputs_by_the_thousand_are_refused_before_anything_is_allocated() -> None:
+    """30 000 of them ended the process in an allocation of K x K numbers."""
+    v = np.ones((30_000, 2), np.float32)
+    form = lb.trace(lambda x: v @ jax.nn.relu(x), jax.ShapeDtypeStruct((2,), np.float32))
+    x = np.ones((1, 2), np.float32)
+    for verb in (
+        lambda: lb.local(form, x, 0.1),
+        lambda: lb.certified_radius(form, x, np.zeros(1, int), local=True),
+    ):
+        with pytest.raises(ValueError, match="at most 4096 outputs, this network has 30000: keep"):
+            verb()
