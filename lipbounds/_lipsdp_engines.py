@@ -75,8 +75,8 @@ def closed_form(view: LureForm, request: Request) -> list[float] | None:
     """D_k = m_k m_out / u_k per tap: multipliers one per layer that prove no more than LipLT.
 
     With the block norms n_kj, m_k from the triangle recursion and u_out = 1, u_j = sum_k u_k n_kj from the output
-    back, T_k = u_k / (m_k m_out) is Perron's scaling of the matrix of block norms. None where LipLT is 0 or the blocks
-    are many.
+    back, T_k = u_k / (m_k m_out) is Perron's scaling of the matrix of block norms. None where LipLT is 0, a D
+    leaves the range of float64 or the blocks are many.
     """
     count = len(view.taps)
     if count * (count + 1) // 2 > _MANY_BLOCKS:
@@ -93,10 +93,10 @@ def closed_form(view: LureForm, request: Request) -> list[float] | None:
         )
     if not triangle.value > 0:
         return None
-    return [
-        triangle.reach[(k,)] * triangle.value / below[k] if below[k] > 0 and triangle.reach[(k,)] > 0 else 0.0
-        for k in range(count)
-    ]
+    reach = np.array([triangle.reach[(k,)] for k in range(count)])
+    with np.errstate(all="ignore"):
+        D = np.where((below > 0) & (reach > 0), reach / below * triangle.value, 0.0)
+    return D.tolist() if np.isfinite(D).all() else None
 
 
 def parameters_from(

@@ -28,7 +28,9 @@ from lipbounds.lure import LureForm
 Scalings = tuple[tuple[Any, Any, Any], ...]
 Batch = dict[int, jax.Array]  # register -> (rows, *shape); absent is zero
 _CHUNK = 16  # rows at a time
-_SMALLEST = 1e-30  # rows are divided by their size, but not by less
+_SMALLEST = (
+    0.8  # rows are divided by their size, but not by less than this power of the smallest normal number
+)
 
 
 class RowGram(NamedTuple):
@@ -175,7 +177,8 @@ def _grams(
 def _size(rows: jax.Array) -> jax.Array:
     """The largest entry, or 1 where nothing is there to be scaled."""
     top = jnp.max(jnp.abs(rows), initial=0.0)
-    return jnp.where(top > 0, jnp.maximum(top, _SMALLEST), 1)
+    least = float(jnp.finfo(rows.dtype).tiny) ** _SMALLEST
+    return jnp.where(top > 0, jnp.maximum(top, least), 1)
 
 
 # --- the program backward and forward ------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import tracemalloc
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,6 +23,13 @@ def network(scale: float = 1.0, place: int = 0) -> LureForm:
     weights = [rng.standard_normal(shape) for shape in SHAPES]
     weights[place] *= scale
     return lb.from_weights(weights)
+
+
+def powers(exponents: tuple[int, int, int]) -> LureForm:
+    """`network()` with its layers times these powers of two."""
+    rng = np.random.default_rng(0)
+    weights = [rng.standard_normal(shape) for shape in SHAPES]
+    return lb.from_weights([np.ldexp(w, e) for w, e in zip(weights, exponents, strict=True)])
 
 
 def results(form: LureForm, verb: Any, **options: Any) -> np.ndarray:
@@ -59,6 +67,88 @@ def test_lipsdp_of_a_scaled_network(norm: float, scale: float) -> None:
         assert bound.value <= lb.liplt(network(scale, place), norm=norm).value
     estimate = lb.lipsdp(network(scale), norm=norm, guarantee="estimate")
     assert estimate.value / scale == pytest.approx(plain.value, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "exponents", [(664, -664, 0), (-664, 664, 0), (0, 664, -664), (996, 0, 0), (0, 0, -996)]
+)
+def test_powers_of_two_scale_every_bound_exactly(exponents: tuple[int, int, int]) -> None:
+    """Also where the scales of layers cancel, and where squares of weights leave the range of float64."""
+    form = powers(exponents)
+    back = -sum(exponents)
+    for verb in (lb.naive, lb.liplt):
+        for norm in (1, 2, math.inf):
+            for guarantee in ("auto", "estimate"):
+                reference = verb(network(), norm=norm, pairwise=True)
+                found = verb(form, norm=norm, guarantee=guarantee, pairwise=True)
+                for name in ("value", "per_class", "pairwise"):
+                    value = np.ldexp(getattr(found, name), back)
+                    np.testing.assert_allclose(value, getattr(reference, name), rtol=1e-6, err_msg=guarantee)
+    for scaling in ("aol", "sll"):
+        scaled = math.ldexp(lb.liplt(form, scaling=scaling).value, back)
+        assert lb.lipsdp(network()).value <= scaled <= lb.liplt(network()).value * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("exponents", [(664, -664, 0), (0, 664, -664)])
+def test_lipsdp_where_scales_cancel(exponents: tuple[int, int, int]) -> None:
+    form = powers(exponents)
+    bound = lb.lipsdp(form)
+    assert lb.lipsdp(network()).value * (1 - 1e-6) <= bound.value <= lb.liplt(network()).value * (1 + 1e-9)
+    assert bound.value == pytest.approx(lb.lipsdp(network()).value, rel=1e-3)
+
+
+def test_a_bound_below_the_range_of_float64_is_rounded_up_and_one_above_is_refused() -> None:
+    form = powers((-500, -500, -500))
+    for verb in (lb.naive, lb.liplt):
+        assert verb(form).value == verb(form, guarantee="estimate").value == 5e-324
+    with pytest.raises(ValueError, match="not finite"):
+        powers((500, 500, 500))
+
+
+# --- states of NumPy and JAX ---------------------------------------------------------------------------------------
+
+
+def everything(tmp_path: Any) -> dict[str, float]:
+    """A number from every public verb, on a network that compiles in no time."""
+    rng = np.random.default_rng(1)
+    form = lb.from_weights([rng.standard_normal((4, 3)), rng.standard_normal((2, 4))])
+    X, y = rng.standard_normal((2, 3)), np.zeros(2, int)
+    out = {f"{verb.__name__} {p}": verb(form, norm=p).value for verb in (lb.naive, lb.liplt) for p in (1, 2)}
+    out["estimate"] = lb.liplt(form, guarantee="estimate").value
+    bound = lb.lipsdp(form, pairwise=True)
+    out["lipsdp"] = bound.value
+    lb.save_certificate(bound, tmp_path / "bound.cert")
+    out["verified"] = float(lb.verify_certificate(tmp_path / "bound.cert", form))
+    out["local"] = float(lb.local(form, X, 0.1, bound=bound).value.max())
+    made = lb.bracket(form, X, upper=bound)
+    out |= {"bracket": made.ratio, "empirical": lb.empirical(form, X).value}
+    out["radius"] = float(lb.certified_radius(form, X, y, bound).radius.max())
+    rows = lb.compare(form, X, y, methods=["naive", "liplt", made.lower])
+    out |= {row.method + " row": row.value for row in rows.rows if row.value is not None}
+    traced = lb.trace(lambda x: jnp.tanh(x @ np.ones((5, 2), np.float32)), np.zeros(5, np.float32))
+    return {**out, "traced": lb.naive(traced).value}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    return everything(tmp_path_factory.mktemp("plain"))
+
+
+def test_verbs_work_where_numpy_raises(tmp_path: Any, plain: dict[str, float]) -> None:
+    with np.errstate(all="raise"):
+        assert everything(tmp_path) == pytest.approx(plain, rel=1e-9)
+
+
+def test_verbs_work_where_jax_looks_for_nan(tmp_path: Any, plain: dict[str, float]) -> None:
+    with jax.debug_nans(True):
+        assert everything(tmp_path) == pytest.approx(plain, rel=1e-9)
+
+
+def test_verbs_work_where_products_are_rounded_to_bfloat16(tmp_path: Any, plain: dict[str, float]) -> None:
+    with jax.default_matmul_precision("bfloat16"):
+        found = everything(tmp_path)
+    # Searches and estimates may find other points; what they prove may not change.
+    assert found == pytest.approx(plain, rel=1e-5)
 
 
 # --- many outputs --------------------------------------------------------------------------------------------------
