@@ -97,11 +97,11 @@ class Program:
 
     @property
     def largest_constant(self) -> float:
-        """About the size of the largest constant."""
-        numbers = [
-            x for step in self.steps for x in re.findall(r"\d+\.\d*(?:e[+-]?\d+)?|\d+e[+-]?\d+", step.text)
-        ]
-        return 4.0 * max([1.0, *map(float, numbers)])
+        """About the size of the largest product of constants: those of two steps may follow each other and cancel."""
+        number = r"\d+\.\d*(?:e[+-]?\d+)?|\d+e[+-]?\d+"
+        sizes = [max([1.0, *map(float, re.findall(number, step.text))]) for step in self.steps]
+        first, second, *_ = [*sorted(sizes, reverse=True), 1.0, 1.0]
+        return 4.0 * first * second
 
     def ops(self) -> list[str]:
         return [s.op for s in self.steps]
