@@ -328,8 +328,10 @@ def test_one_output_has_no_pairs() -> None:
         bound = verb(form, pairwise=True)
         assert bound.pairwise.shape == (1, 1) and bound.worst_pair is None
         assert bound.value == pytest.approx(2.0, rel=1e-6)
-    with pytest.raises(ValueError, match=r"(?i)class|output"):
-        lb.certified_radius(form, np.zeros((2, 4), np.float32), np.array([0, 0]))
+    radii = lb.certified_radius(form, np.ones((2, 4), np.float32), np.array([1, 0]))  # the sign decides
+    assert radii.radius == pytest.approx([2 * np.tanh(1.0), 0.0], rel=1e-5)
+    with pytest.raises(ValueError, match="labels"):
+        lb.certified_radius(form, np.ones((1, 4), np.float32), np.array([2]))
 
 
 def test_a_bound_of_another_network_is_refused(form: Any) -> None:
