@@ -159,8 +159,12 @@ def climb(
 
 @jax.jit
 def jacobian(form: Any, x: jax.Array) -> jax.Array:
-    """All rows at one point, (K, n), by K vector-Jacobian products."""
+    """All rows at one point, (K, n), by K vector-Jacobian products, or n Jacobian-vector products where n < K."""
     f = _objective(form, None)
+    if x.size < form.num_outputs:
+        _, push = jax.linearize(f, x)
+        units = jnp.eye(x.size, dtype=x.dtype).reshape(-1, *x.shape)
+        return jax.lax.map(push, units, batch_size=16).reshape(x.size, -1).T
     z, pull = jax.vjp(f, x)
     return jax.lax.map(lambda e: pull(e)[0].reshape(-1), jnp.eye(z.size, dtype=z.dtype), batch_size=16)
 

@@ -73,6 +73,8 @@ def _directions(rows: np.ndarray) -> np.ndarray:
 def _best_direction(rows: np.ndarray, p: float) -> np.ndarray:
     """A flat v with ||J v||_p = ||J||_p ||v||_p for J = rows (K, n), up to float rounding."""
     rows = np.asarray(rows, dtype=np.float64)
+    if p == 2 and len(rows) > rows.shape[1]:  # the smaller of the two Gram matrices
+        return np.asarray(np.linalg.eigh(rows.T @ rows)[1][:, -1])
     if p == 2:
         _, vectors = np.linalg.eigh(rows @ rows.T)
         return rows.T @ vectors[:, -1]

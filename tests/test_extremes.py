@@ -181,6 +181,20 @@ def test_thousands_of_outputs_without_pairs_take_no_square_of_them() -> None:
     assert peak < 60e6 < 21_125**2
 
 
+def test_attained_slopes_of_thousands_of_outputs_take_no_square_of_them() -> None:
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((21_125, 3)).astype(np.float32)
+    form = lb.from_weights([matrix])
+    tracemalloc.start()
+    try:
+        found = lb.bracket(form, rng.standard_normal((2, 3)).astype(np.float32))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.lower.value == pytest.approx(np.linalg.norm(matrix.astype(float), 2), rel=1e-5)
+    assert found.ratio < 1 + 1e-4 and peak < 400e6 < 21_125**2
+
+
 def test_pairs_of_many_outputs_fit_or_are_refused_with_their_size() -> None:
     for count in (200, 1000):
         bound = lb.liplt(many(count), pairwise=True)
