@@ -369,7 +369,7 @@ def problem(
     """
     taps = []
     start, exponent = _moderate(start)
-    exponent = exponent if box else exponent / 2  # S, or the map whose square it is
+    exponent = exponent if box else exponent // 2  # S, or the map whose square it is
     for segment in segments:
         # With A = 0 (no linear way past the tap) D may lie at the edge; otherwise the margin must not vanish.
         a, b, w = (m.midpoint_for_search() for m in (segment.A, segment.B, segment.W))

@@ -87,7 +87,7 @@ def estimate(
     float32 where the weights are moderate, else float64; the bound where the result is 0 or not finite even so.
     """
     notes = ("induced norms are summed exactly also in estimate mode",)
-    constants = None
+    constants: list[Any] | None = None
     if norm == 2 and not pairwise and form.num_outputs > _triangle.DENSE_LIMIT:
         notes = (f"the core takes Gram matrices of all {form.num_outputs} outputs: this is the bound itself",)
     elif norm == 2:

@@ -15,6 +15,7 @@ SOURCE = pathlib.Path(lipbounds.__file__).parent
 #: Where M may be read without its error, as nothing is proved from it: (file, function), with what comes of it.
 SEARCHES = {
     ("_dense.py", "reduce_input"),  # the problem of the barrier method, which finds T
+    ("_lipsdp_engines.py", "_moderate"),  # whether the dense form is tried
     ("_lipsdp_engines.py", "parameters_from"),  # a start of the optimiser, which finds D
     ("_lipsdp_engines.py", "Recursion.__init__"),  # the first state of the optimiser
     ("_proof.py", "_raised_dense"),  # a D that propagate_dense proves
