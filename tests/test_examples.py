@@ -186,7 +186,7 @@ def test_the_notebook_on_onnx_files_runs(tmp_path, full):
     for words in (
         "Snake at node '/act'",
         "'height'",
-        "logits, not softmax",
+        "certify the logits",
         "Softmax (node '/softmax'), was dropped",
     ):
         assert words in refused
