@@ -338,7 +338,7 @@ def concatenated(x: Any) -> Any:
     return jnp.concatenate([x, whole(x, 1, 2), x[1:], x], axis=0)
 
 
-@case((3, 2), "slice", "concatenate")
+@case((3, 2), "concatenate")  # tensors without entries are constants when a program is lowered
 def empty_pieces(x: Any) -> Any:
     return jnp.concatenate([x[3:], x, x[:0]], axis=0)
 
