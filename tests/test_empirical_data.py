@@ -107,6 +107,7 @@ def test_the_steepest_pair_of_the_data_counts():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", [1, 2, np.inf])
 def test_within_a_ball_and_within_the_range(norm):
     """f is steep at a distance from the data: outside the region it must not be used."""

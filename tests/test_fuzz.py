@@ -18,7 +18,7 @@ from lipbounds._jaxpr import flatten
 from lipbounds._lower import lower
 from lipbounds._rules import ELEMENTWISE, RULES
 
-PROGRAMS = 10
+PROGRAMS = 6
 SETTINGS: Any = {
     "database": None,
     "deadline": None,

@@ -145,6 +145,7 @@ def test_logits_of_a_logsumexp_are_enclosed() -> None:
             assert gap <= wrong < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fn",
     [

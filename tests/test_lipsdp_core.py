@@ -272,6 +272,7 @@ def test_dead_networks_and_neurons(dead: str, rng: np.random.Generator) -> None:
         assert float(run(traced(weights), state, 200)[0].value) == pytest.approx(float(smaller), rel=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
     [

@@ -62,6 +62,7 @@ def test_a_convolutional_network(eps):
         assert (bound.value < 0.5 * lb.liplt(form).value).all() and (bound.value < 3 * slope).all()
 
 
+@pytest.mark.slow
 def test_radii_of_a_convolutional_network():
     form, rng = conv_net(), np.random.default_rng(2)
     x = rng.standard_normal((6, 24, 24, 2)).astype(np.float32)
