@@ -185,13 +185,12 @@ def _finish(search: Search, other: UpperBound, pairwise: bool, method: str, star
     notes = [*search.notes, *(f"LipLT: {note}" for note in other.notes if note not in form.notes)]
     value = min([c.value for c in found] + [other.value])
     classes = pairs = None
-    named = "LipLT's" if other.method == "liplt" else "the naive"
     helped = not found or other.value < min(c.value for c in found)
     if helped:
         notes.append(
             "LipLT is the smaller bound here"
             if found
-            else f"no multipliers of LipSDP could be proved: this is {named} bound"
+            else f"no multipliers of LipSDP could be proved: this is {_whose(other)} bound"
         )
     if pairwise:
         assert other.pairwise is not None and other.per_class is not None
@@ -235,6 +234,10 @@ def _finish(search: Search, other: UpperBound, pairwise: bool, method: str, star
     )
 
 
+def _whose(other: UpperBound | Estimate) -> str:
+    return "LipLT's" if other.method == "liplt" else "the naive"
+
+
 def _estimate(engines: Engines, norm: float, pairwise: bool, multipliers: str, started: float) -> Estimate:
     """The recursion in float arithmetic; where that leaves the range of floats, LipLT's estimate with a note."""
     search = engines.search
@@ -249,7 +252,7 @@ def _estimate(engines: Engines, norm: float, pairwise: bool, multipliers: str, s
     if why:
         other = or_naive(search.form, norm=norm, pairwise=pairwise, guarantee="estimate", seed=search.seed)
         assert isinstance(other, Estimate)
-        notes = (f"recursion failed: {why}; this is LipLT's estimate", *other.notes)
+        notes = (f"recursion failed: {why}; this is {_whose(other)} estimate", *other.notes)
         return replace(other, notes=notes, seconds=time.perf_counter() - started)
     return Estimate(
         value=value,

@@ -299,9 +299,8 @@ class Around:
         self.guarantee, self.failure, self.notes = ready.guarantee, ready.failure, ready.notes
         self.seed = seed
         self.norm, self.x, self.box = norm, x, box
-        self.overflows: list[
-            int
-        ] = []  # of all parts: an entry for every bound that left the range of float64
+        #: Shared by all parts: an entry for every bound that left the range of float64.
+        self.overflows: list[int] = []
         if ready.front is not None:
             self.failure = min(1.0, FAILURE * len(x))
 

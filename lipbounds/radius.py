@@ -39,10 +39,8 @@ from lipbounds.lure import LureForm, fingerprint, multiplicity, proved_slopes
 _DECLARED_ACCURACY = 1e-9  # of float64 values of a declared activation that interval arithmetic does not know
 _MOST_PAIRED = 2048  # outputs up to which pairs are bounded where no bound is given
 _CHUNK = 2**24  # entries of the widest tensor of one chunk of examples
-_ROOM, _SAID = (
-    4.0,
-    1.5,
-)  # a search goes on while the last ball was certified and the radius may grow by more; is said
+_ROOM = 4.0  # a search goes on while the last ball was certified and the radius may grow by a larger factor
+_SAID = 1.5  # a search that ended where the radius may grow by a larger factor is said in a note
 _STEP, _PATIENCE = 16.0, 16  # the next ball is at most that much larger; after so many, its fourth power
 _FARTHEST = 1e100  # no larger ball is tried
 
