@@ -18,6 +18,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from lipbounds import _triangle, norms
+from lipbounds._gram import nonzeros_per_row
 from lipbounds._program import Op
 from lipbounds._rounding import UNDERFLOW, U, gamma
 from lipbounds.linmap import HostForm, Node, TapScaling
@@ -149,11 +150,8 @@ def _sweep(host: HostForm, start: list[int], target: int | None) -> dict[int, tu
 
 def _terms(matrix: Any) -> int:
     """The longest inner product with a matrix or its transpose."""
-    if not sp.issparse(matrix):
-        return max(matrix.shape)
-    m = sp.csr_array(matrix)
-    rows = int(np.diff(m.indptr).max(initial=0))
-    return max(rows, int(np.bincount(m.indices, minlength=1).max(initial=0)))
+    pair = (sp.csr_array(matrix), sp.csr_array(matrix.T)) if sp.issparse(matrix) else (matrix, matrix.T)
+    return max(map(nonzeros_per_row, pair))
 
 
 @dataclass(frozen=True, eq=False)

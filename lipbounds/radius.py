@@ -19,12 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.sparse as sp
 
 from lipbounds import _intervals as I
 from lipbounds import _triangle, activations
 from lipbounds._carried import carriers
 from lipbounds._floats import plain_errors, usual_floats
+from lipbounds._gram import nonzeros_per_row
 from lipbounds._html import Html, element
 from lipbounds._kinds import KINDS, StaticArray
 from lipbounds._program import Tap
@@ -412,11 +412,7 @@ def _run(
                     product, spread = value[m.rows], wrong[m.rows]
                 else:
                     size = abs(m.matrix)
-                    terms = (
-                        int(np.diff(m.matrix.indptr).max(initial=0))
-                        if sp.issparse(m.matrix)
-                        else size.shape[1]
-                    )
+                    terms = nonzeros_per_row(m.matrix)
                     product = m.matrix @ value
                     spread = size @ (
                         wrong * (1 + 2 * m.relerr) + np.abs(value) * (gamma(terms + 1) + m.relerr)
