@@ -7,6 +7,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import jax
@@ -14,6 +16,41 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+_own_cache: str | None = None
+
+
+def pytest_configure() -> None:
+    """Share compiled programs between tests, workers and commands: many compile the same small ones.
+
+    Set JAX_COMPILATION_CACHE_DIR to keep them from one run to the next, which takes less than half the time.
+    """
+    global _own_cache
+    if _CACHE not in os.environ:
+        _own_cache = os.environ[_CACHE] = tempfile.mkdtemp(prefix="lipbounds-tests-")
+    for name, value in (("MIN_COMPILE_TIME_SECS", 0), ("MIN_ENTRY_SIZE_BYTES", -1)):
+        os.environ[f"JAX_PERSISTENT_CACHE_{name}"] = str(value)
+        jax.config.update(f"jax_persistent_cache_{name.lower()}", value)
+    jax.config.update(_CACHE.lower(), os.environ[_CACHE])
+
+
+def pytest_unconfigure() -> None:
+    if _own_cache is not None:  # not in a worker, which inherits the variable
+        shutil.rmtree(_own_cache, ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest drops the slow tests
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``sampled(k)``: every k-th set of parameters of a test runs by default, the others are slow tests."""
+    turns: dict[str, int] = {}
+    for item in items:
+        for mark in item.iter_markers("sampled"):
+            test = item.nodeid.partition("[")[0]
+            turn = turns[test] = turns.get(test, -1) + 1
+            if turn % mark.args[0]:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

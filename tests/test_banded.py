@@ -111,6 +111,7 @@ def small_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_banded, "_height", lambda w: 7)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", CASES)
 def test_banded_and_dense_proofs_agree(name: str) -> None:
     a = CASES[name]
@@ -280,6 +281,7 @@ def peak_of(call: Any) -> int:
         tracemalloc.stop()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("first", [False, True])
 def test_the_stated_memory_covers_what_is_held(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()

@@ -133,6 +133,7 @@ def scalar(constants: Any) -> jax.Array:
     return constants.value if hasattr(constants, "value") else constants
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["relu", "cnn_batch_norm", "max_pool_overlapping", "nnx_scan"])
 @pytest.mark.parametrize("verb", sorted(CORES))
 def test_cores_converge_to_the_verified_value(verb: str, name: str) -> None:
@@ -192,6 +193,7 @@ def test_gradients_through_the_trace(verb: str, rng: np.random.Generator) -> Non
     assert slope == pytest.approx(quotient, rel=0.05, abs=0.02 * float(value))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("verb", sorted(CORES))
 def test_cores_under_vmap(verb: str, rng: np.random.Generator) -> None:
     """Several networks of one architecture at once give the same constants as one after the other."""
@@ -205,6 +207,7 @@ def test_cores_under_vmap(verb: str, rng: np.random.Generator) -> None:
     assert together.shape == (4,) and np.allclose(together, alone, rtol=1e-4)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("verb", sorted(CORES))
 def test_cores_of_a_dead_network_have_finite_gradients(verb: str) -> None:
     core, x = CORES[verb].core, jnp.ones(6)

@@ -77,6 +77,7 @@ def test_linear_maps_are_found_exactly(norm):
     assert np.all(found.pairwise <= pairs) and np.all(found.pairwise >= pairs * (1 - 1e-8))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("norm", "kind"), [(1, "relu"), (2, "relu"), (math.inf, "relu"), (2, "tanh")])
 def test_the_witness_shows_the_value(norm, kind):
     form = chain(2, 8, 6, 3) if kind == "relu" else chain(6, 12, 4, kind=kind, shape=(2, 3))
@@ -259,6 +260,7 @@ def real(seed=0, dtype=np.float32):
     )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("norm", NORMS)
 def test_bracket_of_a_traced_network(norm):
     b = lb.bracket(real(), norm=norm, pairwise=True)

@@ -53,6 +53,7 @@ def _layer(name: str) -> tuple[Any, tuple[int, ...]]:
     return layer, shape
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_discs_of_a_convolution_equal_those_of_its_matrix(name: str, rng: np.random.Generator) -> None:
     layer, shape = _layer(name)
@@ -77,6 +78,7 @@ def test_discs_of_a_convolution_equal_those_of_its_matrix(name: str, rng: np.ran
             assert (one.radii >= known[1].radii * (1 - 1e-14)).all()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["4x4 stride 2 valid", "groups"])
 def test_eigenvalues_of_a_convolution_equal_those_of_its_matrix(name: str, rng: np.random.Generator) -> None:
     layer, shape = _layer(name)

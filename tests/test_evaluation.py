@@ -77,6 +77,7 @@ def test_certified_is_below_attacked_is_below_clean(record):
     assert record["certified"]["naive"]["0.3"] < record["certified"]["lipsdp"]["0.3"]
 
 
+@pytest.mark.slow
 def test_the_figures_are_those_of_the_library(record, model, test_set):
     x, y = test_set
     assert record["clean"] == pytest.approx(accuracy(model, x, y), abs=1e-12)

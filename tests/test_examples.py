@@ -168,6 +168,7 @@ QUICK_ONNX = {
 }
 
 
+@pytest.mark.slow
 @NEEDS
 @pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_notebook_on_onnx_files_runs(tmp_path, full):

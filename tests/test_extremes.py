@@ -46,6 +46,7 @@ CALLS: list[tuple[Any, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("scale", [1e-160, 1e40, 1e160])
 def test_a_scaled_network_has_the_scaled_bounds(scale: float) -> None:
     """Outside x64, where the device's floats end at 1e38."""
@@ -188,6 +189,7 @@ def test_thousands_of_outputs_without_pairs_take_no_square_of_them() -> None:
     assert peak < 60e6 < 21_125**2
 
 
+@pytest.mark.slow
 def test_attained_slopes_of_thousands_of_outputs_take_no_square_of_them() -> None:
     rng = np.random.default_rng(0)
     matrix = rng.standard_normal((21_125, 3)).astype(np.float32)

@@ -171,6 +171,7 @@ FIRST_STEPS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", FIRST_STEPS)
 def test_the_first_step_follows_the_gradient_of_the_whole_loss(fields: dict[str, Any]) -> None:
     """The split where loss, network and bound meet changes nothing; the weights are then Adam's."""

@@ -47,6 +47,7 @@ def run(*arguments, code=0):
     return result
 
 
+@pytest.mark.slow
 def test_the_study_measures_every_threshold(found, model):
     data = digits()
     assert [row.c_r for row in found.rows] == [0.0, 2**-6, 0.3, 0.9]
@@ -78,6 +79,7 @@ def test_claims_follow_from_the_figures(found):
         claims(type(found)(found.rows[:1], found.forged, found.settings))
 
 
+@pytest.mark.slow
 def test_claims_with_signs_of_masking(found, model):
     data = digits()
     signs = gradient_masking(
@@ -109,6 +111,7 @@ def test_the_command_writes_a_page_a_record_and_thresholds(model_file, tmp_path)
     run(*words[:-6], "--no-checks", *QUICK, "--out", out)  # our own folder is refreshed
 
 
+@pytest.mark.slow
 def test_one_ratio_and_the_smooth_gate(model_file, tmp_path):
     out = tmp_path / "out"
     words = ("forge", model_file, "--dataset", "digits", "--c-r", "2**-5", "--kind", "smooth", "--no-checks")

@@ -18,7 +18,7 @@ from lipbounds._jaxpr import flatten
 from lipbounds._lower import lower
 from lipbounds._rules import ELEMENTWISE, RULES
 
-PROGRAMS = 6
+PROGRAMS = 4
 SETTINGS: Any = {
     "database": None,
     "deadline": None,

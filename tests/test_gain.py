@@ -99,6 +99,7 @@ ZOO = [
 ]  # fmt: skip
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ZOO)
 @pytest.mark.parametrize("centred", [True, False])
 def test_blocks_of_the_gain(name: str, centred: bool) -> None:

@@ -46,7 +46,7 @@ TIGHT = {
 """Per member, limits measured with some room on untrained weights: LipLT over the attained slope, naive over LipLT at
 least, and the local constant at eps 0.001 over the norm of the Jacobian."""
 
-QUICK = ("squeezenet", "u_net")
+QUICK = ("squeezenet",)
 MEMBERS = [
     pytest.param(
         name,
@@ -144,6 +144,7 @@ def test_batch_norms_carry_statistics_of_images(name: str) -> None:
         assert np.ptp(scale) > 0.01
 
 
+@pytest.mark.slow
 def test_a_u_net_per_pixel() -> None:
     """640 outputs; as the mean over P pixels has at most 1 / sqrt(P) of their constant, the slope attained by the mean
     is a lower bound for the maps."""

@@ -78,6 +78,7 @@ SHIFTED = [
 ]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("fn", SHIFTED)
 @pytest.mark.parametrize("norm", [1, 2, math.inf])
 def test_logsumexp_has_constant_one_in_every_norm(fn: Fn, norm: float) -> None:
@@ -145,6 +146,7 @@ def test_logits_of_a_logsumexp_are_enclosed() -> None:
             assert gap <= wrong < 1e-10
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "fn",
@@ -307,6 +309,7 @@ def beside_nothing(x: jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.ones((2, 0)) @ h, nn.relu(2 * x[:1])])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("fn, truth, label", [(through_nothing, 0.0, 2), (beside_nothing, 2.0, 2)])
 def test_layers_of_no_neurons(fn: Fn, truth: float, label: int) -> None:
     form = lb.trace(fn, X6)

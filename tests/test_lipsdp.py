@@ -134,6 +134,7 @@ def test_other_architectures_against_clarabel(build: Any) -> None:
     assert tied > exact * (1 + 1e-4), "the two problems are the same here, so this shows less than it says"
 
 
+@pytest.mark.sampled(2)
 @needs_cvxpy
 @pytest.mark.parametrize(
     "options", [{}, {"iterations": 900}, {"solver": "clarabel"}, {"solver": "scs"}], ids=str

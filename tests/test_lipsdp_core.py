@@ -272,6 +272,7 @@ def test_dead_networks_and_neurons(dead: str, rng: np.random.Generator) -> None:
         assert float(run(traced(weights), state, 200)[0].value) == pytest.approx(float(smaller), rel=1e-2)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
@@ -332,6 +333,7 @@ def test_weights_that_are_not_finite(bad: float, rng: np.random.Generator) -> No
     assert finite(first.multipliers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [-3.0, pytest.param(40.0, marks=pytest.mark.slow)])
 def test_multipliers_that_are_not_feasible_are_repaired(shift: float, rng: np.random.Generator) -> None:
     weights = mlp(rng, 5, 8, 8, 3)
@@ -444,6 +446,7 @@ def test_training_with_the_core_certifies_more_than_with_liplts() -> None:
     assert radius["steps"] > 1.01 * radius["liplt"] and radius["joint"] > 1.01 * radius["liplt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", [maxmin, pytest.param(jax.nn.relu, marks=pytest.mark.slow)])
 def test_trained_multipliers_prove_what_the_core_says(activation: Callable[..., Any]) -> None:
     """With the core's margins: multipliers of neurons without a centre (MaxMin) are trained beyond the edge."""

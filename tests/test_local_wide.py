@@ -47,6 +47,7 @@ def conv_net(seed=0, size=24):
     return lb.trace(net, jax.ShapeDtypeStruct((size, size, 2), jnp.float32))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("eps", [0.01, 0.3])
 def test_a_convolutional_network(eps):
     form, rng = conv_net(), np.random.default_rng(1)
@@ -93,6 +94,7 @@ def test_small_balls_give_the_jacobian(wide):
         assert (bound.pairwise <= 1.01 * rows + 1e-6 * rows.max()).all()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in FEW else pytest.mark.slow) for n in sorted(NETS)]
 )
@@ -147,6 +149,7 @@ def test_linear_steps_that_cancel(c, depth, wide):
     assert (rows.sum(axis=1) >= exact / np.sqrt(2) * (1 - 1e-13)).all()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("seed", range(4))
 def test_the_rounding_of_products_on_a_device(seed):
     """Errors of a cascade with cancelling steps, forward and back, against the same in rationals."""

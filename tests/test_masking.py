@@ -91,6 +91,7 @@ def test_the_figures_are_those_of_the_attacks(honest, trained):
     assert honest[4].figures["model"] == honest[4].figures["original"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("mask", ["rounded", "saturated"])
 def test_a_masked_network_fails(trained, mask):
     fn, x, y = trained
@@ -127,6 +128,7 @@ def test_without_an_original_two_checks_say_why(trained):
     assert set(found[4].figures) == {"radius_l2", "guarantee", "model"}
 
 
+@pytest.mark.slow
 def test_few_images_and_attacks_that_break_nothing_are_inconclusive(trained):
     fn, x, y = trained
     small = SETTINGS | {"queries": 5, "steps": 2, "samples": 10}

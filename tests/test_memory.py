@@ -151,6 +151,7 @@ def test_what_a_budget_cannot_limit_is_refused(form: LureForm) -> None:
 # ------------------------------------------------------------------------------------------------------- blocks
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("net", ["resnet", "stacked", "groups"])
 def test_blocks_formed_by_slices_are_the_blocks(net: str, deep: LureForm) -> None:
     """Every block within budgets that force slices of columns: the same matrix up to its stated error."""
@@ -333,6 +334,7 @@ def test_the_fourier_bound_of_a_block_holds_and_is_close() -> None:
     assert _budget.convolution(_triangle.host_form(form), (0,), (1,), small, 1000) is None
 
 
+@pytest.mark.slow
 def test_the_fourier_bound_is_not_taken_for_other_blocks() -> None:
     slopes = jnp.linspace(0.1, 0.9, 4)
     leaky = two_convolutions(lambda y: jnp.where(y > 0, y, slopes * y))
@@ -373,6 +375,7 @@ def test_the_fourier_bound_keeps_a_bound_verified() -> None:
 # ----------------------------------------------------------------------------------------------- what is held
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("limit", [20_000_000, 5_500_000])
 def test_the_budget_is_kept(limit: int, form: LureForm) -> None:
     """Beside the network's own steps, arrays never take more than the budget."""

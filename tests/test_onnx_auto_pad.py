@@ -108,6 +108,7 @@ def sweep(op: str, some: list[tuple[int, Attributes]], path: Path) -> Counter[st
     return found
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("op", OPS)
 def test_a_sample_of_windows_is_equal_or_refused(op: str, tmp_path: Path) -> None:
     found = sweep(op, list(cases(op))[:: SAMPLE[op]], tmp_path / "net.onnx")

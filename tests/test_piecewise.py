@@ -276,7 +276,7 @@ def guarded_sinc(x: Any) -> Any:
         (jnp.tan, "tan outside its domain", False),
         (guarded_sinc, "what a branch tends to at x = 0", True),
         (lax.lgamma, "no slope rule", False),
-        (lambda x: jnp.abs(jnp.mod(x, 2.0) - 1), "no slope rule", False),
+        pytest.param(lambda x: jnp.abs(jnp.mod(x, 2.0) - 1), "no slope rule", False, marks=pytest.mark.slow),
     ],
 )
 def test_slopes_are_asked_for_only_where_they_may_be_bounded(fn: Fn, word: str, declare: bool) -> None:

@@ -72,12 +72,20 @@ def test_a_narrow_input_is_refused_and_narrow_weights_are_not() -> None:
     [
         (through("bfloat16"), "float32", "bfloat16"),
         (through("float16"), "float32", "float16"),
-        (lambda x: W @ lax.reduce_precision(jax.nn.relu(x), 8, 7), "float32", "reduce_precision(8, 7)"),
-        (lambda x: jnp.float16(2.0) * jax.nn.relu(x), "float16", "float16"),
-        (
+        pytest.param(
+            lambda x: W @ lax.reduce_precision(jax.nn.relu(x), 8, 7),
+            "float32",
+            "reduce_precision(8, 7)",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            lambda x: jnp.float16(2.0) * jax.nn.relu(x), "float16", "float16", marks=pytest.mark.slow
+        ),
+        pytest.param(
             lambda x: W @ jnp.sort(jax.nn.relu(x).astype(jnp.bfloat16)).astype(jnp.float32),
             "float32",
             "bfloat16",
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["bfloat16", "float16", "reduce_precision", "input", "group"],

@@ -205,6 +205,7 @@ def test_prove_psd_on_edges() -> None:
 # --- sequences -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("seed", range(3))
 def test_the_output_ellipsoid_covers_the_exact_one(name: str, seed: int) -> None:
@@ -408,6 +409,7 @@ def test_an_inf_bound_holds_on_the_corners_and_is_exact_for_one_row() -> None:
 # --- the dense form ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "name", ["relu", "tanh", "dense_net", "preactivation_resnet", "max_pool_overlapping", "linear"]
 )

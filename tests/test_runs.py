@@ -174,6 +174,7 @@ def test_a_torn_last_line_is_left_out_and_a_broken_one_refused(tmp_path: pathlib
 
 
 # ----------------------------------------------------------------------------------------------- resumption
+@pytest.mark.slow
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(copied: pathlib.Path, whole: Fitted) -> None:
     """Also with a log that is ahead of the checkpoint, and torn."""
     record = {**whole.log[2], "loss": 7.0}
@@ -198,6 +199,7 @@ RESUMED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", RESUMED)
 def test_resumption_with_constants_in_the_loss(tmp_path: pathlib.Path, fields: dict[str, Any]) -> None:
     """In the middle of a refresh cycle: vectors, held constants and their gradient, multipliers come back."""

@@ -154,6 +154,7 @@ def test_reduced_inputs_keep_the_gram_matrix() -> None:
 # --- the barrier method --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("tied", [False, True], ids=["neuron", "layer"])
 @pytest.mark.parametrize("name", FORMS)
 def test_multipliers_are_feasible_and_between_the_bounds(name: str, tied: bool) -> None:
@@ -291,6 +292,7 @@ def test_layers_out_of_order_are_refused() -> None:
 # --- through CVXPY -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(4)
 @needs_cvxpy
 @pytest.mark.parametrize("name", FORMS)
 def test_the_barrier_method_agrees_with_clarabel(name: str) -> None:

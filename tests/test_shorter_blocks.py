@@ -10,6 +10,7 @@ import lipbounds as lb
 from lipbounds import _triangle
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "name", ["relu", "preactivation_resnet", "max_pool_overlapping", "dense_net", "fori_loop"]
 )

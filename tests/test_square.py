@@ -43,6 +43,7 @@ def images(rng, net, count=30):
 
 
 # ------------------------------------------------------------------------------------------- what must be found
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("norm", "above"), [(2, 1.6), (math.inf, 1.15)])
 @pytest.mark.parametrize("shape", [SHAPE, (30,)])
 def test_a_linear_classifier_is_broken_above_its_distance_and_never_below(rng, norm, above, shape):
@@ -102,6 +103,7 @@ def test_every_point_lies_in_ball_and_box_exactly(rng, net, norm):
 
 
 # ------------------------------------------------------------------------------------------------ what is drawn
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("norm", NORMS)
 def test_what_is_drawn_depends_on_the_seed_and_on_no_batch(rng, net, norm):
     x, y = images(rng, net)
@@ -210,6 +212,7 @@ def test_mass_moves_from_one_window_to_another_and_fills_the_ball(rng):
     assert emptied > 45  # the second window, except for what the first covers of it
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("rows", "columns"), [(3, 3), (6, 6), (7, 7), (1, 8), (5, 4)])
 def test_bumps_are_those_of_the_paper(rows, columns):
     """eta = sum over k = 0..M of 1/(n + 1 - k)^2 with n = h1 // 2, of two halves with opposite signs."""

@@ -67,6 +67,7 @@ def close(a: Any, b: Any) -> bool:
     return a.shape == b.shape and bool(np.abs(a - b).max(initial=0) <= 1e-12 * (1 + np.abs(b).max(initial=0)))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ZOO)
 def test_the_recursion_reproduces_the_differences_of_the_network(name: str) -> None:
     form, ys, _, _, dz, (outs, states) = recorded(name)
@@ -141,6 +142,7 @@ def widths(fn: Callable[[Any], Any], n: int) -> list[int]:
     return [cut.width for cut in state_sequence(lb.trace(fn, jnp.ones(n)).program)]
 
 
+@pytest.mark.slow
 def test_widths_of_known_architectures(rng: np.random.Generator) -> None:
     """A chain's states are its layers (the narrower side of each matrix), a residual block adds its skip, parallel
     branches share what they read."""

@@ -87,6 +87,7 @@ def test_help_teaches_by_examples() -> None:
     assert "same weights bit for bit" in " ".join(text.split())
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(trained: Any, tmp_path: pathlib.Path) -> None:
     folder, _ = trained
 

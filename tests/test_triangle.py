@@ -176,6 +176,7 @@ def steepest(jacobians: np.ndarray, norm: float) -> float:
     return float(np.abs(jacobians).sum(axis=1 if norm == 1 else 2).max())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("build", [residual, concatenated])
 @pytest.mark.parametrize("norm", NORMS)
 def test_bounds_are_above_every_pattern(build: Callable[..., Any], norm: float) -> None:
@@ -248,6 +249,7 @@ def test_one_partition_where_stacking_changes_nothing() -> None:
 
 
 # ------------------------------------------------------------------------------------------ probabilistic
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "name", ["cnn_batch_norm", "two_branches", "u_net", "max_pool_overlapping", "dense_net"]
 )
@@ -384,6 +386,7 @@ def test_a_neuron_that_reaches_nothing_is_dropped() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- cores
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "name", ["gelu_exact", "prelu", "dense_net", "u_net", "maxmin_mlp", "reduce_max_head"]
 )
@@ -416,6 +419,7 @@ def test_warm_starts_make_up_for_few_steps() -> None:
     assert errors[-1] < 1e-4 < errors[0]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("verb", [lb.naive, lb.liplt], ids=["naive", "liplt"])
 def test_gradients_are_difference_quotients_in_float64(verb: Any) -> None:
     """d value / d weights through the trace, residual net, against central differences of the same core."""

@@ -21,6 +21,7 @@ GROUPED = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", GROUPED)
 def test_the_rewritten_network_is_the_same_function(name: str) -> None:
     fn, x = NETS[name].make(0)
@@ -34,6 +35,7 @@ def test_the_rewritten_network_is_the_same_function(name: str) -> None:
             np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "name",
     [

@@ -26,11 +26,9 @@ SMALL = [name for name in NAMES if 0 < NETS[name].neurons < 100 and NETS[name].d
 NORMS = (2, 1, math.inf)
 
 
-CORE = """constant_control cnn_batch_norm einsum gelu_exact group_sort half_precision
-leaky_relu linear log_sum_exp lying_custom_jvp max_pool_images max_pool_overlapping maxmin_mlp
-postactivation_resnet preactivation_resnet relu scan_stacked two_branches
-u_net""".split()
-"""Every property is shown on these; on the other nets the dear ones are slow tests."""
+CORE = """constant_control cnn_batch_norm gelu_exact group_sort leaky_relu linear lying_custom_jvp max_pool_overlapping
+maxmin_mlp postactivation_resnet relu scan_stacked two_branches""".split()
+"""Every property is shown on these; on the other nets the expensive ones are slow tests."""
 
 
 def in_groups(names: list[str], quick: bool = True) -> list[Any]:
@@ -38,9 +36,12 @@ def in_groups(names: list[str], quick: bool = True) -> list[Any]:
     return [
         pytest.param(
             name,
-            marks=[pytest.mark.xdist_group(name), *([] if quick or name in CORE else [pytest.mark.slow])],
+            marks=[
+                pytest.mark.xdist_group(name),
+                *([] if name in CORE or (quick and place % 2 == 0) else [pytest.mark.slow]),
+            ],
         )
-        for name in names
+        for place, name in enumerate(names)
     ]
 
 
@@ -213,6 +214,7 @@ def steepest(name: str, seed: int = 1) -> float:
     return float(np.exp(height.max()))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", EVERY_SMALL_NET)
 def test_lipsdp_is_within_1_5_times_of_an_attained_slope(name: str) -> None:
     bound, found = lipsdp_of(name).value, attained_of(name).value
@@ -308,6 +310,7 @@ def test_pairs(name: str, norm: float) -> None:
 
 
 # -------------------------------------------------------------------------------------- metamorphic
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", EVERY_NET_BOUNDED)
 def test_twice_the_function_has_twice_the_bound(name: str) -> None:
     net, fn, x = made(name)
@@ -429,6 +432,7 @@ def test_two_branches_are_no_worse_than_one_wide_tap(rng: np.random.Generator) -
 
 
 # --------------------------------------------------------------------------------------- guarantees
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["relu", "two_branches", "max_pool_overlapping"])
 def test_guarantee_words(name: str) -> None:
     form, found = form_of(name), attained_of(name).value
