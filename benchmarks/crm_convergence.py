@@ -1,0 +1,482 @@
+"""Which CRM settings hold a certified radius on CIFAR-10: many candidates in one process, by successive halving.
+
+    python benchmarks/crm_convergence.py --data-dir DATA --out OUT --seconds 330        6C2F, all images, on a GPU
+    python benchmarks/crm_convergence.py --data-dir DATA --out OUT --proxy --seconds 900  a small copy of it, on a CPU
+
+The network, its LipLT constants, batch, augmentation, optimiser and learning rates are those of the preset
+cifar10-6C2F of `lipbounds.training`; a candidate changes the initial weights, the warm-up, or the terms of the loss.
+All settings are arrays, so that one compiled epoch serves every candidate. The candidates run in the order of `LIST`
+for `--epochs` of the first rung, the best of them (with a radius term, and without one) for the second, and so on;
+every rung trains from the start with its schedule squeezed into its epochs, the warm-up keeping its number of epochs.
+A rung takes its share of `--seconds`; what does not fit is left out and named.
+
+OUT/log.jsonl has one line an epoch: cross-entropy (or the candidate's data term), clean accuracy, certified accuracy at
+eps, mean radius of what is right, largest constant, share of images with 0 < R < r0, norms of the gradients of the data
+term and of the radius term on one batch, skipped steps. Accuracy and radii are of test images. Constants are those of
+the loss, which nothing proves: certified accuracies are estimates. Candidates are compared on test images, so the
+winner's figures are a little optimistic. OUT/rung1.safetensors is the network of the best last epoch of the first rung,
+OUT/rung2-1.safetensors that of the first run of the second; `lb.liplt` can then prove their constants.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from common import environment
+from flax import nnx
+
+from lipbounds.training import Config, losses, parallel, preset
+from lipbounds.training.augment import Augmentation
+from lipbounds.training.data import load
+from lipbounds.training.models import ConvNet, ModelSpec, build
+from lipbounds.training.step import Trainer, trainer
+from lipbounds.training.store import save_model
+
+Json = dict[str, Any]
+NEGATIVE, LOGARITHM = 0.0, 1.0  # the penalty: -R_soft, or -log((R_soft + log(K - 1) / t) / r0)
+
+# A candidate is what it changes of these. lam is the factor of the radius term. margin adds margin * L_yi to every
+# wrong class in the cross-entropy (Lipschitz-margin training). With scale > 0 the data term is scale-free: the
+# cross-entropy of scale * (z_i - z_y + margin L_yi) / L_yi. lam and margin rise from 0 over `ramp` epochs after the
+# warm-up.
+PUBLISHED: Mapping[str, Any] = {
+    "init": "lecun",
+    "warmup": 10,
+    "ramp": 0,
+    "lam": 30.0,
+    "r0": 0.1,
+    "t": 10.0,
+    "penalty": NEGATIVE,
+    "margin": 0.0,
+    "scale": 0.0,
+}
+EPS = 36 / 255
+_NOW = {"warmup": 0}
+_WIDE = {"r0": 0.2, "lam": 15.0}
+_LOG = {"penalty": LOGARITHM, "r0": 0.2, "lam": 1.0}
+_MARGIN = {"warmup": 0, "lam": 0.0, "margin": EPS}
+LIST: Mapping[str, Mapping[str, Any]] = {
+    "Lipschitz margin, ramp 5": {**_MARGIN, "ramp": 5},
+    "no warm-up, log penalty, r0 .2": {**_NOW, **_LOG},
+    "scale-free 20, unit norm, ramp 5": {"init": "unit", **_MARGIN, "scale": 20.0, "ramp": 5},
+    "torch, log penalty, r0 .2": {"init": "torch", **_LOG},
+    "no warm-up, r0 .2": {**_NOW, **_WIDE},
+    "torch": {"init": "torch"},
+    "published": {},
+    "torch, r0 .2": {"init": "torch", **_WIDE},
+    "unit norm, warm-up 1, log penalty, r0 .2": {"init": "unit", **_LOG, "warmup": 1},
+    "log penalty, r0 .2": {**_LOG},
+    "no warm-up": {**_NOW},
+    "torch, warm-up 2, ramp 5, r0 .2": {"init": "torch", "warmup": 2, **_WIDE, "ramp": 5},
+    "Lipschitz margin + log penalty, ramp 5": {**_NOW, **_LOG, "margin": EPS / 2, "ramp": 5},
+    "scale-free 40, unit norm, ramp 5": {"init": "unit", **_MARGIN, "scale": 40.0, "ramp": 5},
+    "no warm-up, ramp 10, log penalty x3, r0 .2": {**_NOW, **_LOG, "lam": 3.0, "ramp": 10},
+    "torch, no warm-up, r0 .2": {"init": "torch", **_NOW, **_WIDE},
+}
+
+
+class Settings(NamedTuple):
+    """A candidate as arrays (); epochs counted in steps."""
+
+    warmup: Any
+    ramp: Any
+    lam: Any
+    r0: Any
+    t: Any
+    penalty: Any
+    margin: Any
+    scale: Any
+    steps: Any
+    decay_from: Any
+    final_rate: Any
+
+
+class State(NamedTuple):
+    weights: Any
+    moments: Any
+    bound: Any
+    step: Any
+
+
+def settings(candidate: Mapping[str, Any], epochs: int, steps: int, config: Config, rate: float) -> Settings:
+    """For a run of so many epochs of so many steps, down to the learning rate `rate`."""
+    c = {**PUBLISHED, **candidate}
+    decay = round(config.decay_from * epochs / config.epochs)
+    numbers = [c["warmup"] * steps, c["ramp"] * steps]
+    numbers += [c[name] for name in ("lam", "r0", "t", "penalty", "margin", "scale")]
+    numbers += [epochs * steps, decay * steps, rate]
+    return Settings(*(np.float32(number) for number in numbers))
+
+
+def data_term(s: Settings, logits: jax.Array, labels: jax.Array, pairs: jax.Array) -> jax.Array:
+    plain = losses.lipschitz_margin(
+        logits, labels, pairs, eps=s.margin
+    )  # cross-entropy where the margin is 0
+    scaled, others = losses.scaled_margins(logits, labels, pairs)
+    free = losses.cross_entropy(jnp.where(others, s.scale * (s.margin - scaled), 0), labels)
+    return jnp.where(s.scale > 0, free, plain)
+
+
+def radius_term(s: Settings, logits: jax.Array, labels: jax.Array, pairs: jax.Array) -> jax.Array:
+    """Without lambda. R_soft + log(K - 1) / t is at least R, so the logarithm is of something positive."""
+    hard = losses.radius(logits, labels, pairs)
+    chosen = (hard > 0) & (hard < s.r0)
+    soft = losses.soft_radius(logits, labels, pairs, s.t)
+    above = jnp.where(chosen, soft + jnp.log(logits.shape[-1] - 1.0) / s.t, s.r0)
+    value = jnp.where(s.penalty == LOGARITHM, -jnp.log(jnp.maximum(above, 1e-8) / s.r0), -soft)
+    return jnp.sum(jnp.where(chosen, value, 0)) / len(labels)
+
+
+class Experiment:
+    """The compiled epoch and the compiled look at a state, for all candidates."""
+
+    def __init__(self, base: Trainer, pixels: jax.Array, labels: jax.Array):
+        self.base, self.config = base, base.config
+        self.pixels, self.labels = pixels, labels
+        self.adam = optax.scale_by_adam()
+        self.first_bound = jax.device_get(base.init().bound)
+        self._visit_one = jax.jit(self._visit, donate_argnums=0)
+        self._plan_all = jax.jit(self._plan)
+        self._scan_all = jax.jit(self._scan, donate_argnums=0)
+        self._look_at = jax.jit(self._look)
+
+    def start(self, weights: Any) -> State:
+        host = jax.device_get(weights)
+        moments = jax.eval_shape(self.adam.init, host)
+        moments = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), moments)
+        return jax.device_put(State(host, moments, self.first_bound, np.int32(0)))
+
+    def compile(self, s: Settings, test: Sequence[jax.Array]) -> None:
+        """Both programs at once, in two threads."""
+        state = self.start(self.base.weights)
+        jobs = [lambda: self._look_at.lower(s, state.weights, state.bound, *test).compile()]
+        if not self.base.one_by_one:
+            jobs.append(lambda: self._scan_all.lower(state, s, self.pixels, self.labels).compile())
+        with ThreadPoolExecutor(2) as pool:
+            done = [pool.submit(job) for job in jobs]
+            programs = [job.result() for job in done]
+        self._look_at = programs[0]
+        if len(programs) > 1:
+            self._scan_all = programs[1]
+
+    # --- training --------------------------------------------------------------------------------------------------
+
+    def epoch(self, state: State, s: Settings) -> tuple[State, Any]:
+        """(state, (data term, accuracy on augmented images, skipped steps))."""
+        if not self.base.one_by_one:
+            return self._scan_all(state, s, self.pixels, self.labels)
+        seen = []
+        for rows, key in zip(*self._plan_all(state.step), strict=True):
+            state, one = self._visit_one(state, s, self.pixels, self.labels, rows, key)
+            seen.append(one)
+        return state, self._summary(jax.tree.map(lambda *a: jnp.stack(a), *seen))
+
+    def _plan(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return self.base._plan(step)
+
+    def _scan(self, state: State, s: Settings, pixels: Any, labels: Any) -> tuple[State, Any]:
+        def visit(state: State, item: Any) -> tuple[State, Any]:
+            return self._visit(state, s, pixels, labels, *item)
+
+        state, seen = jax.lax.scan(visit, state, self._plan(state.step))
+        return state, self._summary(seen)
+
+    @staticmethod
+    def _summary(seen: Any) -> Any:
+        term, right, skipped = seen
+        return jnp.mean(term), jnp.mean(right), jnp.sum(skipped)
+
+    def _visit(self, state: State, s: Settings, pixels: Any, labels: Any, rows: Any, key: Any) -> Any:
+        c = self.config
+        augment = Augmentation(flip=c.flip, degrees=c.degrees, translate=c.translate)
+        x = augment(key, pixels[rows].astype(jnp.float32) / np.float32(self.base.levels))
+        y = labels[rows]
+        logits, pull = jax.vjp(lambda weights: self.base.network(weights, x), state.weights)
+        step = state.step.astype(jnp.float32)
+        raised = jnp.where(s.ramp > 0, jnp.clip((step - s.warmup) / jnp.maximum(s.ramp, 1), 0, 1), 1)
+        now = s._replace(lam=s.lam * raised, margin=s.margin * raised)
+
+        def plain() -> tuple[Any, ...]:
+            loss, along = jax.value_and_grad(losses.cross_entropy)(logits, y)
+            return loss, loss, along, jax.tree.map(jnp.zeros_like, state.weights), state.bound
+
+        def bounded() -> tuple[Any, ...]:
+            pairs, back, bound = jax.vjp(partial(self._constants, state.bound), state.weights, has_aux=True)
+
+            def loss(logits: Any, pairs: Any) -> tuple[Any, Any]:
+                term = data_term(now, logits, y, pairs)
+                return term + now.lam * radius_term(now, logits, y, pairs), term
+
+            (total, term), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(logits, pairs)
+            return total, term, grads[0], back(grads[1])[0], bound
+
+        total, term, along, through, bound = jax.lax.cond(step < s.warmup, plain, bounded)
+        gradient = jax.tree.map(jnp.add, pull(along)[0], through)
+        fine = jnp.isfinite(total) & jnp.isfinite(optax.tree.norm(gradient))
+        gradient = jax.tree.map(lambda a: jnp.where(fine, a, 0), gradient)
+        updates, moments = self.adam.update(gradient, state.moments)
+        share = jnp.clip((step - s.decay_from) / jnp.maximum(s.steps - s.decay_from, 1), 0, 1)
+        rate = c.learning_rate * (s.final_rate / c.learning_rate) ** share
+        weights = jax.tree.map(lambda w, u: w - rate * u, state.weights, updates)
+        new = State(weights, moments, bound, state.step)
+        new = jax.tree.map(lambda a, b: jnp.where(fine, a.astype(b.dtype), b), new, state)
+        right = jnp.mean((jnp.argmax(logits, axis=-1) == y).astype(jnp.float32))
+        return new._replace(step=state.step + 1), (term, right, ~fine)
+
+    def _constants(self, bound: Any, weights: Any) -> tuple[jax.Array, Any]:
+        return self.base.constants((weights, ()), bound)
+
+    # --- looking ---------------------------------------------------------------------------------------------------
+
+    def _look(self, s: Settings, weights: Any, bound: Any, pixels: Any, labels: Any) -> tuple[Json, Any]:
+        """Figures of test images, and the gradients of both terms on one batch of training images as they are."""
+        pairs, back, bound = jax.vjp(partial(self._constants, bound), weights, has_aux=True)
+        level = np.float32(self.base.levels)
+        y = self.labels[: self.config.batch_size]
+        x = self.pixels[: self.config.batch_size].astype(jnp.float32) / level
+        logits, pull = jax.vjp(lambda w: self.base.network(w, x), weights)
+
+        def norm(term: Any) -> jax.Array:
+            along, toward = jax.grad(term, argnums=(1, 3))(s, logits, y, pairs)
+            return optax.tree.norm(jax.tree.map(jnp.add, pull(along)[0], back(toward)[0]))
+
+        near = losses.radius(logits, y, pairs)
+        radii = losses.radius(self.base.network(weights, pixels.astype(jnp.float32) / level), labels, pairs)
+        right = radii > 0
+        found = {
+            "clean": jnp.mean(right),
+            "certified": jnp.mean(radii > EPS),
+            "certified_half": jnp.mean(radii > EPS / 2),
+            "mean_radius": jnp.sum(jnp.where(right, radii, 0)) / jnp.maximum(jnp.sum(right), 1),
+            "largest_constant": jnp.max(pairs),
+            "below_r0": jnp.mean((near > 0) & (near < s.r0)),
+            "force_data": norm(data_term),
+            "force_radius": s.lam * norm(radius_term),
+        }
+        return found, bound
+
+    def look(self, state: State, s: Settings, test: Sequence[jax.Array]) -> tuple[State, Json]:
+        found, bound = self._look_at(s, state.weights, state.bound, *test)
+        found = {name: float(value) for name, value in jax.device_get(found).items()}
+        return state._replace(bound=bound), found  # so that the vectors keep up in the warm-up, too
+
+
+# --- initial weights ---------------------------------------------------------------------------------------------
+
+
+def initial(shapes: Any, layers: Sequence[Any], kind: str, seed: int) -> Any:
+    """Parameters of such shapes as NumPy arrays, which need no compilation.
+
+    lecun       the distribution of flax: truncated normal, standard deviation 1/sqrt(fan_in), bias 0
+    torch       PyTorch's default: kernel and bias uniform on +-1/sqrt(fan_in), so the standard deviation is
+                1/sqrt(3 fan_in)
+    unit        orthogonal (kernel as a matrix), then scaled so that each layer's operator has about norm 1; bias 0
+    """
+    rng = np.random.default_rng(seed)
+    leaves, tree = jax.tree.flatten(shapes)  # bias and kernel of each layer
+    values = []
+    for layer, bias, kernel in zip(layers, leaves[::2], leaves[1::2], strict=True):
+        shape, fan_in = kernel.shape, int(np.prod(kernel.shape[:-1]))
+        b = np.zeros(bias.shape)
+        if kind == "lecun":
+            k = rng.standard_normal(shape)
+            while (far := np.abs(k) > 2).any():
+                k[far] = rng.standard_normal(int(far.sum()))
+            k *= fan_in**-0.5 / 0.87962566  # the standard deviation of what is left within +-2
+        elif kind == "torch":
+            b, k = (rng.uniform(-(fan_in**-0.5), fan_in**-0.5, size) for size in (bias.shape, shape))
+        else:
+            u, _, v = np.linalg.svd(rng.standard_normal((fan_in, shape[-1])), full_matrices=False)
+            k = (u @ v).reshape(shape)
+            k = k / operator_norm(k, np.max(layer.strides)) if k.ndim == 4 else k
+        values += [b.astype(np.float32), k.astype(np.float32)]
+    return jax.tree.unflatten(tree, values)
+
+
+def operator_norm(kernel: np.ndarray, stride: int, grid: int = 8) -> float:
+    """Of the convolution of an infinite image: largest singular value of its transfer function on a grid."""
+    phases = [kernel[i::stride, j::stride] for i in range(stride) for j in range(stride)]
+    transfer = np.concatenate([np.fft.fft2(phase, (grid, grid), axes=(0, 1)) for phase in phases], axis=2)
+    return float(np.linalg.svd(transfer, compute_uv=False).max())
+
+
+# --- the runs ------------------------------------------------------------------------------------------------------
+
+
+class Race:
+    """Rungs of runs against the clock."""
+
+    def __init__(
+        self, experiment: Experiment, starts: Mapping[str, Any], test: Any, out: Path, spec: ModelSpec | None
+    ):
+        self.experiment, self.starts, self.test, self.out, self.spec = experiment, starts, test, out, spec
+        self.log = (out / "log.jsonl").open("a")
+        self.slowest = 0.0  # seconds of an epoch with constants
+
+    def note(self, record: Json) -> None:
+        self.log.write(json.dumps(record) + "\n")
+        self.log.flush()
+
+    def rung(
+        self, number: int, names: Sequence[str], epochs: int, until: float, rate: float, shrink: bool
+    ) -> list[Json]:
+        """Last records of the candidates, best first. What takes longer than until `until` is left out, or (shrink)
+        gets fewer epochs, the same share of the time for each."""
+        ends: list[Json] = []
+        best = -1.0
+        for place, name in enumerate(names):
+            count = epochs
+            if self.slowest:
+                left = until - spent()
+                fitting = int((left / (len(names) - place) if shrink else left) / self.slowest)
+                count = min(epochs, fitting) if shrink else epochs
+                if fitting < (5 if shrink else epochs):
+                    print(f"rung {number}  {name}: left out, {left:.0f} s left", flush=True)
+                    self.note({"rung": number, "candidate": name, "left_out": True})
+                    continue
+            record, weights = self.run(number, name, count, until, rate)
+            ends.append(record)
+            if self.spec is not None and (shrink or record["certified"] > best):
+                base = self.experiment.base
+                model = nnx.merge(base.graph, weights, base.rest)
+                stem = f"rung{number}-{place + 1}" if shrink else f"rung{number}"
+                save_model(self.out / f"{stem}.safetensors", model, self.spec)
+            best = max(best, record["certified"])
+        return sorted(ends, key=lambda record: -record["certified"])
+
+    def run(self, number: int, name: str, epochs: int, until: float, rate: float) -> tuple[Json, Any]:
+        """Train one candidate; (its last record, its weights)."""
+        e = self.experiment
+        candidate = {**PUBLISHED, **LIST[name]}
+        s = settings(candidate, epochs, e.base.steps, e.config, rate)
+        state = e.start(self.starts[candidate["init"]])
+        record: Json = {}
+        for epoch in range(epochs + 1):
+            begin = time.perf_counter()
+            seen: Json = {"skipped": 0}
+            if epoch:
+                state, (term, accuracy, skipped) = e.epoch(state, s)
+                seen = {"skipped": int(skipped), "data_term": float(term), "train_accuracy": float(accuracy)}
+            state, found = e.look(state, s, self.test)
+            seconds = time.perf_counter() - begin
+            if epoch > candidate["warmup"] + 1:  # the first one may compile
+                self.slowest = max(seconds, 0.9 * self.slowest)
+            record = {"rung": number, "candidate": name, "epochs": epochs, "epoch": epoch, **seen, **found}
+            record |= {"seconds": round(seconds, 3), "spent": round(spent(), 1)}
+            self.note(record)
+            if seen["skipped"] > e.base.steps // 2 or spent() > until + 15:
+                break
+        print(
+            f"rung {number}  {name:42s} {record['epoch']:4d} epochs  clean {100 * record['clean']:5.2f}  "
+            f"certified {100 * record['certified']:5.2f}  at 18/255 {100 * record['certified_half']:5.2f}  "
+            f"R {record['mean_radius']:.4f}  L {record['largest_constant']:.3g}  force radius / data "
+            f"{record['force_radius']:.2g} / {record['force_data']:.2g}  {record['spent']:.0f} s",
+            flush=True,
+        )
+        return record, state.weights
+
+
+def kept(names: Sequence[str], count: int) -> list[str]:
+    """The first `count` of the names, best first, but with the best of either kind: with a radius term and without."""
+    kinds = [LIST[name].get("lam", PUBLISHED["lam"]) > 0 for name in names]
+    first = [kinds.index(kind) for kind in (True, False) if kind in kinds]
+    order = sorted(first) + [place for place in range(len(names)) if place not in first]
+    return [names[place] for place in sorted(order[:count])]
+
+
+_BEGIN = time.perf_counter()
+
+
+def spent() -> float:
+    """Seconds since the script was started, but for its imports."""
+    return time.perf_counter() - _BEGIN
+
+
+def proxy_model(config: Config, spec: ModelSpec) -> ConvNet:
+    """6C2F with a quarter of its channels."""
+    table = [(8, 3, 1, 1), (8, 4, 2, 1), (16, 3, 1, 1), (16, 4, 2, 1), (16, 3, 1, 1), (16, 4, 2, 1)]
+    return ConvNet(
+        spec.input_shape,
+        convolutions=table,
+        dense=[128],
+        mean=config.mean,
+        std=config.std,
+        rngs=nnx.Rngs(config.seed),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data-dir", help="folder of CIFAR-10 in its official binary layout")
+    parser.add_argument("--out", type=Path, required=True, help="folder of log and networks")
+    parser.add_argument("--seconds", type=float, default=330.0, help="of everything, compilation included")
+    parser.add_argument("--epochs", type=int, nargs="+", default=[20, 400], help="of every rung")
+    parser.add_argument(
+        "--keep", type=int, nargs="*", default=[2], help="candidates that enter the next rung"
+    )
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=[0.55, 1.0], help="of the time: end of rungs"
+    )
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-5, 1e-5], help="last learning rates")
+    parser.add_argument("--candidates", nargs="+", default=list(LIST), choices=list(LIST), metavar="NAME")
+    parser.add_argument(
+        "--proxy", action="store_true", help="a quarter of the channels, a tenth of the images"
+    )
+    args = parser.parse_args()
+    if not len(args.epochs) == len(args.shares) == len(args.rates) == len(args.keep) + 1:
+        parser.error("epochs, shares and rates need one number for each rung, keep one fewer")
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    changes: Json = {"data_dir": args.data_dir, "warmup": 0}
+    if args.proxy:
+        changes["batch_size"] = 128
+    config = Config.from_json(preset("cifar10-6C2F") | changes)
+    data = load("cifar10", args.data_dir)
+    part = slice(None, None, 10 if args.proxy else 1)
+    pixels, labels, *test = jax.device_put(
+        (data.train_pixels[part], data.train_y[part], data.test_pixels[part], data.test_y[part])
+    )
+    shape = (32, 32, 3)
+    spec = config.spec(shape, 10)
+    abstract = nnx.eval_shape(lambda: proxy_model(config, spec) if args.proxy else build(spec, config.seed))
+    graph, shapes, rest = nnx.split(abstract, nnx.Param, ...)
+    kinds = sorted({{**PUBLISHED, **LIST[name]}["init"] for name in args.candidates})
+    layers = [*abstract.convs, *abstract.dense]
+    starts = {kind: initial(shapes, layers, kind, config.seed) for kind in kinds}
+    model = nnx.merge(graph, starts[kinds[0]], rest)
+    base = trainer(config, model, shape, data.levels, len(labels), parallel.devices(1))
+    experiment = Experiment(base, pixels, labels)
+    race = Race(experiment, starts, test, args.out, None if args.proxy else spec)
+    print(f"data and initial weights: {spent():.1f} s, {jax.devices()[0].device_kind}", flush=True)
+    experiment.compile(settings(PUBLISHED, 1, base.steps, config, 1e-5), test)
+    print(f"compiled: {spent():.1f} s", flush=True)
+    race.note({"environment": environment("crm_convergence.py", ("flax", "optax")), "compiled": spent()})
+
+    names = args.candidates
+    for number, epochs in enumerate(args.epochs, 1):
+        until = args.shares[number - 1] * args.seconds
+        ends = race.rung(number, names, epochs, until, args.rates[number - 1], shrink=number > 1)
+        names = [record["candidate"] for record in ends]
+        print(
+            f"rung {number}, best first: "
+            + "; ".join(f"{r['candidate']} {100 * r['certified']:.2f}" for r in ends)
+        )
+        if number < len(args.epochs):
+            names = kept(names, args.keep[number - 1])
+
+
+if __name__ == "__main__":
+    main()
