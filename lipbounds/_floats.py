@@ -28,6 +28,19 @@ def usual_floats(verb: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+def exact_products(verb: Callable[P, R]) -> Callable[P, R]:
+    """`usual_floats`, and products of JAX arrays inside in their own precision, whatever `jax_default_matmul_precision`
+    says: with a preset such as "BF16_BF16_F32" even float64 operands would be rounded to bfloat16."""
+    inner = usual_floats(verb)
+
+    @functools.wraps(verb)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with jax.default_matmul_precision("highest"):
+            return inner(*args, **kwargs)
+
+    return run
+
+
 def plain_errors(verb: Callable[P, R]) -> Callable[P, R]:
     """The verb with a plain ValueError, the reason in it, in place of numerical failures and of exceptions that only
     this library's own modules know; whatever `lipbounds.errors` defines, and every other error, passes unchanged."""

@@ -521,7 +521,8 @@ def _where(eqn: Any, path: Path) -> str:
 def run(flat: Flat, x: Any, double: bool = False) -> dict[int, Any]:
     """The flat program at one concrete input, equation by equation as jax executes it: {value index: tensor}.
 
-    With `double` (where float64 is enabled) every float is a float64, and casts between floats do nothing.
+    Products are computed in the precision of their operands: by default a GPU would round float32 to TF32. With
+    `double` (where float64 is enabled) every float is a float64, and casts between floats do nothing.
     """
     found: dict[int, Any] = {flat.input.index: x}
 
@@ -540,7 +541,10 @@ def run(flat: Flat, x: Any, double: bool = False) -> dict[int, Any]:
         elif double and eqn.primitive == "reduce_precision":
             results = inputs
         elif eqn.bind is not None:
-            out = eqn.bind(*inputs, **(_widened(eqn.params) if double else eqn.params))
+            params = _widened(eqn.params) if double else eqn.params
+            if "precision" in params:
+                params = {**params, "precision": lax.Precision.HIGHEST}
+            out = eqn.bind(*inputs, **params)
             results = out if eqn.many else [out]
         elif eqn.primitive == "concatenate":
             results = [lax.concatenate([jnp.asarray(v) for v in inputs], eqn.params["dimension"])]

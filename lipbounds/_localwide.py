@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
+from jax import lax
 
 from lipbounds import _carried, _triangle, norms
 from lipbounds._carried import OUTPUT, Spread
@@ -381,6 +382,6 @@ def _rows(form: LureForm, linear: Any, t: Any, inputs: jax.Array) -> jax.Array:
 
         back = jax.linear_transpose(forward, jax.ShapeDtypeStruct((form.in_size,), inputs.dtype), sizes)
         x, xi = jax.vmap(back)(jnp.eye(form.num_outputs, dtype=inputs.dtype))
-        return jnp.stack([rows @ rows.T for rows in (x, *xi)])
+        return jnp.stack([jnp.matmul(rows, rows.T, precision=lax.Precision.HIGHEST) for rows in (x, *xi)])
 
     return jax.vmap(one)(linear, t, inputs)

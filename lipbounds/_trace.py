@@ -372,7 +372,8 @@ def _check_rows(call: Function, params: Any, spec: jax.ShapeDtypeStruct, form: L
     for count in (_ROWS, spec.shape[0]) if not mixed else ():
         shape = (count, *spec.shape[1:])
         point = jnp.asarray(np.random.default_rng(1).standard_normal(shape), batch.dtype)
-        rows = np.asarray(call(params, point), np.float64).reshape(count, -1)
+        with jax.default_matmul_precision("highest"):
+            rows = np.asarray(call(params, point), np.float64).reshape(count, -1)
         ones = np.asarray(_evaluate_rows(form, point, batch.dtype), np.float64)
         scale = np.abs(rows).max(axis=0, initial=0.0) + 1e-3  # per output
         mixed = mixed or bool((np.abs(rows - ones) > 0.01 * scale).any())

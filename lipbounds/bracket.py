@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lipbounds._floats import plain_errors, usual_floats
+from lipbounds._floats import exact_products, plain_errors
 from lipbounds._tables import new_axes, printable, show
 from lipbounds.bound import NORM_NAMES, LowerBound, UpperBound, check_norm
 from lipbounds.empirical import empirical
@@ -79,7 +79,7 @@ def check_order(lower: LowerBound, upper: UpperBound) -> None:
 
 
 @plain_errors
-@usual_floats
+@exact_products
 def bracket(
     form: Any,
     X: Any = None,

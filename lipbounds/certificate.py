@@ -32,7 +32,7 @@ from lipbounds import _proof
 from lipbounds._certfile import is_certificate, pack, take, take_float, take_sizes, unpack
 from lipbounds._dense import dense_gain
 from lipbounds._files import write_atomically
-from lipbounds._floats import FAILURES, plain_errors, reason, usual_floats
+from lipbounds._floats import FAILURES, exact_products, plain_errors, reason
 from lipbounds._rounding import add_up
 from lipbounds._sequence import hybrid_start, sequence
 from lipbounds._tables import show
@@ -355,7 +355,7 @@ def _brief(sizes: tuple[int, ...]) -> str:
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-@usual_floats
+@exact_products
 def save_certificate(bound: UpperBound, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write the certificate of a bound to a file (format in the module's docstring), atomically.
 
@@ -392,7 +392,7 @@ def load_certificate(path: str | os.PathLike[str]) -> Certificate:
 
 
 @plain_errors
-@usual_floats
+@exact_products
 def verify_certificate(path: str | os.PathLike[str], form: LureForm) -> bool:
     """True if the file proves its claims for this form, recomputed from the form; CertificateError otherwise.
 

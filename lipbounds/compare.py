@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lipbounds._floats import FAILURES, plain_errors, reason, usual_floats
+from lipbounds._floats import FAILURES, exact_products, plain_errors, reason
 from lipbounds._html import Html, element, together
 from lipbounds._tables import (
     Direction,
@@ -351,7 +351,7 @@ def _usual_eps(rows: Iterable[Row]) -> tuple[float, ...]:
 
 
 @plain_errors
-@usual_floats
+@exact_products
 def compare(
     form: Any,
     X: Any = None,

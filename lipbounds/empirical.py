@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipbounds import _climb
-from lipbounds._floats import plain_errors, usual_floats
+from lipbounds._floats import exact_products, plain_errors
 from lipbounds._jaxpr import is_concrete
 from lipbounds._survey import BATCH, Survey, direct_sources, layer_ratios64, survey
 from lipbounds.bound import NORM_NAMES, LayerBound, LowerBound, check_norm
@@ -161,7 +161,7 @@ def _random(count: int, shape: tuple[int, ...], size: float, rng: np.random.Gene
 
 
 @plain_errors
-@usual_floats
+@exact_products
 def empirical(
     form: Any,
     X: Any = None,

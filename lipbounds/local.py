@@ -21,11 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from lipbounds import _localbox, _localrun, _localwide, _proof
-from lipbounds._floats import plain_errors, usual_floats
+from lipbounds._floats import exact_products, plain_errors
 from lipbounds._html import Html, element
 from lipbounds._localrun import Matrix, Stage, Values
 from lipbounds._rounding import U, add_up, gamma, require_gradual_underflow, sqrt_up
@@ -109,7 +110,7 @@ class LocalBounds:
 
 
 @plain_errors
-@usual_floats
+@exact_products
 def local(
     form: LureForm,
     X: Any,
@@ -342,7 +343,10 @@ class Around:
         parts = self.chunks(count)
 
         def one(rows: slice) -> None:
-            work(self.part(rows), rows)
+            with jax.default_matmul_precision(
+                "highest"
+            ):  # the setting of a thread does not reach another one
+                work(self.part(rows), rows)
 
         with threadpool_limits(1, "blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
             for part, _ in zip(parts, pool.map(one, parts), strict=True):

@@ -12,7 +12,7 @@ import numpy as np
 
 from lipbounds import _budget, _triangle
 from lipbounds._cores import Core, run_core
-from lipbounds._floats import plain_errors, usual_floats
+from lipbounds._floats import exact_products, plain_errors
 from lipbounds._triangle import Request, Triangle
 from lipbounds.bound import Estimate, UpperBound, check_norm
 from lipbounds.lure import LureForm, check_weights, fingerprint
@@ -33,7 +33,7 @@ class Verb:
         self.init = core.init
 
     @plain_errors
-    @usual_floats
+    @exact_products
     def __call__(self, form: LureForm, **kwargs: Any) -> UpperBound | Estimate:
         return self.__wrapped__(form, **kwargs)
 

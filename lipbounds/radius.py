@@ -23,7 +23,7 @@ import numpy as np
 from lipbounds import _intervals as I
 from lipbounds import _triangle, activations
 from lipbounds._carried import carriers
-from lipbounds._floats import plain_errors, usual_floats
+from lipbounds._floats import exact_products, plain_errors
 from lipbounds._gram import nonzeros_per_row
 from lipbounds._html import Html, element
 from lipbounds._kinds import KINDS, StaticArray
@@ -114,7 +114,7 @@ class Radii:
 
 
 @plain_errors
-@usual_floats
+@exact_products
 def certified_radius(
     form: LureForm,
     X: Any,

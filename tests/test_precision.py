@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -127,3 +129,50 @@ def test_a_cast_that_does_not_reach_the_output_does_not_count() -> None:
         return W @ x
 
     assert lb.trace(fn, X).notes == ()
+
+
+@pytest.fixture
+def rounded_products() -> Iterator[None]:
+    """Products of JAX arrays are rounded to bfloat16 unless they ask for more (on a CPU: those of float64)."""
+    before = jax.config.jax_default_matmul_precision
+    jax.config.update("jax_default_matmul_precision", "BF16_BF16_F32")
+    yield
+    jax.config.update("jax_default_matmul_precision", before)
+
+
+def test_local_bounds_do_not_depend_on_the_precision_of_products(
+    rounded_products: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Local LipLT fell below its value by 2e-4: the products of its rows were rounded to bfloat16."""
+    monkeypatch.setattr(sys.modules["lipbounds.local"], "WIDEST", 0)
+    rng = np.random.default_rng(4)
+    w, v = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((9, 4), (3, 9)))
+    seen = []
+
+    def found() -> np.ndarray:
+        form = lb.trace(lambda x: v @ jax.nn.relu(w @ x), X)  # a form keeps what was computed from it
+        look = lambda _: seen.append(jax.config.jax_default_matmul_precision)  # noqa: E731
+        return lb.local(form, X[None], 0.1, progress=look).value
+
+    rounded = found()
+    jax.config.update("jax_default_matmul_precision", None)
+    np.testing.assert_array_equal(rounded, found())
+    assert set(seen) == {"highest"}  # of the other products in a verb
+
+
+def test_a_program_with_rounded_products_is_traced(rounded_products: None) -> None:
+    """It was "a bug of lipbounds": the program's products differed from the form's by what a GPU loses in TF32."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64():
+        w, v, kernel = (jnp.asarray(rng.normal(size=s)) for s in ((12, 40), (40, 5), (3, 3, 1, 1)))
+
+        def fn(x: jax.Array) -> jax.Array:
+            image = lax.conv_general_dilated(x.reshape(1, 1, 3, 4), kernel, (1, 1), "SAME")
+            return jax.nn.relu(image.reshape(-1) @ w) @ v
+
+        kernel = kernel.reshape(1, 1, 3, 3)
+        x = jnp.ones(12)
+        assert np.abs(fn(x) - lb.trace(fn, x).evaluate(x)).max() > 1e-4  # there is something to see
+        assert lb.trace(jax.vmap(fn), x[None], batched=True).num_outputs == 5
+        asked = partial(jnp.matmul, precision="BF16_BF16_F32")
+        assert lb.trace(lambda x: asked(jax.nn.relu(asked(x, w)), v), x).num_outputs == 5
