@@ -15,10 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 
 from lipbounds import _triangle, norms
-from lipbounds._gram import nonzeros_per_row
 from lipbounds._program import Op
 from lipbounds._rounding import UNDERFLOW, U, gamma
 from lipbounds.linmap import HostForm, Node, TapScaling
@@ -111,8 +109,7 @@ def _sweep(host: HostForm, start: list[int], target: int | None) -> dict[int, tu
     sizes = [int(np.prod(shape)) for shape in program.shapes]
     held: _Held = {r: (np.full(sizes[r], float(start.count(r))), np.zeros(sizes[r]), 0) for r in set(start)}
 
-    def pour(into: int, matrix: Any, value: tuple[np.ndarray, np.ndarray, int]) -> None:
-        terms = _terms(matrix)
+    def pour(into: int, matrix: Any, terms: int, value: tuple[np.ndarray, np.ndarray, int]) -> None:
         entries, lost = (np.asarray(abs(matrix) @ a) for a in value[:2])
         lost = lost * (1 + 1e-6) + terms * UNDERFLOW
         old = held.get(into, (np.zeros(sizes[into]), np.zeros(sizes[into]), 0))
@@ -133,7 +130,7 @@ def _sweep(host: HostForm, start: list[int], target: int | None) -> dict[int, tu
                 else:
                     for m in host.step(place):
                         if m.register in held:
-                            pour(step.output, m.matrix, held[m.register])
+                            pour(step.output, m.matrix, m.terms, held[m.register])
             arrive(OUTPUT, [program.output])
             return found
         for place in range(len(program.steps) - 1, -1, -1):
@@ -141,17 +138,11 @@ def _sweep(host: HostForm, start: list[int], target: int | None) -> dict[int, tu
             if isinstance(step, Op):
                 if step.output in held:
                     for m in host.step(place):
-                        pour(m.register, m.matrix.T, held[step.output])
+                        pour(m.register, m.matrix.T, m.terms, held[step.output])
             else:
                 arrive(step, program.taps[step].outputs)
         arrive(INPUT, [0])
     return found
-
-
-def _terms(matrix: Any) -> int:
-    """The longest inner product with a matrix or its transpose."""
-    pair = (sp.csr_array(matrix), sp.csr_array(matrix.T)) if sp.issparse(matrix) else (matrix, matrix.T)
-    return max(map(nonzeros_per_row, pair))
 
 
 @dataclass(frozen=True, eq=False)

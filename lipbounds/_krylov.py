@@ -12,7 +12,7 @@ import numpy as np
 from scipy.linalg import eigvalsh_tridiagonal
 from threadpoolctl import threadpool_limits
 
-from lipbounds._rounding import sqrt_up, up
+from lipbounds._rounding import U, sqrt_up, up
 
 _ALLOWANCE = 1e-10
 _BLOCK = 16
@@ -80,6 +80,7 @@ def golub_kahan(
     rtol: float = 1e-3,
     max_steps: int = 300,
     noise: float = 2.0**-50,
+    rounding: float = 0.0,
 ) -> tuple[float, float, int]:
     """(upper, lower, steps): bounds of ||A||_2; `upper` holds except with probability at most `failure`.
 
@@ -107,75 +108,179 @@ def golub_kahan(
         c_{j+1} = ((||A||^2 - T_jj) c_j - T_{j-1,j} c_{j-1} - eta) / T_{j,j+1},  |eta| <= noise ||A||^2,
     so with d_j = c_j/c and |c| >= delta each pivot of t I - T loses at most (noise/delta) t / d_j, which is
     subtracted. This matters: on an orthogonal A the second vector is rounding noise, and a larger singular
-    value could hide behind a c of size delta. `noise` is an assumption about the products (2**-50 suits
-    float64), raised to twice the largest component that reorthogonalisation removed, relative to the largest
+    value could hide behind a c of size delta. `noise` stands for the arithmetic of the recurrence, raised to twice
+    the largest component that reorthogonalisation removed, relative to the largest
     Ritz value: a lower bound of ||A||, so what is divided by it is never taken for too small. (In the first
     steps it is far below ||A|| where A has few large singular values; no bound is then to be had yet, and
     the iteration goes on.) What is left, the loss of orthogonality and the rounding of p_j, is covered by
     1e-10 relative. That part is an allowance, not a proof: one reason why the guarantee is "probabilistic".
 
+    *Rounding of the products.* If each product errs by at most r = `rounding` for unit vectors, A v_j = alpha_j u_j +
+    beta_{j-1} u_{j-1} - f_j and A'u_j = alpha_j v_j + beta_j v_{j+1} - g_j, then eta contains <x, alpha_j g_j +
+    beta_{j-1} g_{j-1} + A'f_j>, at most 3 r ||A|| (and ||A|| >= lower - sqrt(steps) r): noise grows by 4 r / lower.
+    Where that hides a component of size delta, several starts share the probability: the largest of the bounds of m
+    independent starts, each of failure probability p, fails with probability p^m only, so their delta is larger by
+    orders of magnitude and they need fewer steps. The number of starts follows from the first run, which counts as one
+    of them, so each of the numbers 1, 2, 4, 8 has a quarter of `failure` to itself. The starts after the first stop
+    when they confirm its value, and the first goes on until its own rounding is covered below that.
+
     `lower` is the largest singular value of the bidiagonal matrix (a lower bound up to the same allowance).
     Stops when upper <= (1 + rtol) lower or after min(max_steps, n) steps; a step is one product with A and
-    one with A'. Memory: steps (n + m) doubles.
+    one with A'; `steps` is the number of the longest run. Memory: steps (n + m) doubles.
 
     Raises:
         ValueError: products that are not finite or of the wrong length, bad arguments, a `failure` so small
         that
             rounding hides the component that it allows (noise/delta above 1/4) until the last step.
     """
-    if n < 1 or not 0.0 < failure < 1.0 or not rtol > 0.0 or max_steps < 1:
-        raise ValueError("golub_kahan needs n >= 1, 0 < failure < 1, rtol > 0 and max_steps >= 1")
-    delta = _overlap(failure, n)
-    limit = -2.0 * math.log(delta)
-    v = np.random.default_rng(seed).standard_normal(n)
-    v = v / np.linalg.norm(v)
-    u = v[:0]
-    right, left = _Basis(), _Basis()
-    right.append(v)
-    alpha: list[float] = []
-    beta: list[float] = []
-    unit = 1.0  # a power of two near the norm: squares below neither overflow nor underflow
-    upper, lower, lost = math.inf, 0.0, 0.0
-    size = 0.0  # the largest entry so far, a lower bound of ||A||
-    # one thread: products with vectors gain little from more, and lose everything on a busy machine
-    with threadpool_limits(1, "blas"):
-        for step in range(min(max_steps, n)):
-            image = _product(matvec, v, None)
-            if step == 0:
-                top = float(np.abs(image).max()) if image.size else 0.0
-                if top == 0.0:
-                    return 0.0, 0.0, 1
-                unit = math.ldexp(1.0, max(-1000, min(1000, math.frexp(top)[1])))
-            image = image / unit
-            a, u, removed = left.orthogonalised(image - beta[-1] * u if step else image)
-            alpha.append(a)
-            size = max(size, a)
-            b, gone = 0.0, a <= _noise(noise, removed, size)
-            if not gone:
-                left.append(u)
-                b, v, again = right.orthogonalised(_product(rmatvec, u, n) / unit - a * v)
-                removed = max(removed, again)
-            lost, size = max(lost, removed), max(size, b)
-            beta.append(b if step + 1 < n else 0.0)
-            ended = gone or a * b <= _noise(noise, lost, size) * size**2 or step + 1 == n
-            last = ended or step + 1 == min(max_steps, n)
-            if last or step % 4 == 3:
-                lower = _largest_singular_value(alpha, beta[:-1])
-                relative = _noise(noise, lost, max(size, lower))
-                loss = (2.0 if gone else 1.0) * relative / delta  # a coupling that was dropped is noise too
-                if loss <= 0.25:
-                    upper = _largest_root(*_tridiagonal(alpha, beta), limit, lower, loss)
-                    if ended or upper <= (1.0 + rtol) * lower:
-                        break
-                if last and upper == math.inf:
-                    raise ValueError(
-                        f"failure={failure} is too small for products accurate to {relative:.1e} in dimension {n}"
-                    )
-            if ended:
-                break
-            right.append(v)
-    upper = up(up(upper * (1.0 + _ALLOWANCE)) * unit)
-    return upper, lower * (1.0 - _ALLOWANCE) * unit, len(alpha)
+    if n < 1 or not 0.0 < failure < 1.0 or not rtol > 0.0 or max_steps < 1 or not 0.0 <= rounding < math.inf:
+        raise ValueError(
+            "golub_kahan needs n >= 1, 0 < failure < 1, rtol > 0, max_steps >= 1 and a finite rounding >= 0"
+        )
+
+    products = (matvec, rmatvec)
+    with threadpool_limits(
+        1, "blas"
+    ):  # products with vectors gain little from more, and a busy machine loses
+        first = _Run(*products, np.random.default_rng(seed).standard_normal(n), noise, min(max_steps, n))
+        upper = first.upper(_overlap(failure, n), 0.0, rtol)
+        steps = len(first.alpha)
+        if rounding > 0.0:
+            goal = upper if math.isfinite(upper) else 0.0
+            starts, delta = _starts(first, rounding, failure, n)
+            patience = steps + 8
+            upper = max(goal, first.upper(delta, rounding, rtol, goal, patience))
+            for start in range(1, starts):
+                if upper < math.inf:
+                    v = np.random.default_rng([seed, start]).standard_normal(n)
+                    again = _Run(*products, v, noise, min(max_steps, n))
+                    upper = max(upper, again.upper(delta, rounding, rtol, goal, patience))
+                    steps = max(steps, len(again.alpha))
+    if upper == math.inf:
+        raise ValueError(
+            f"failure={failure} is too small for products accurate to "
+            f"{first.relative + first.of_products(rounding):.1e} in dimension {n}"
+        )
+    if upper == 0.0:
+        return 0.0, 0.0, steps
+    return up(up(upper * (1.0 + _ALLOWANCE))), first.lower * (1.0 - _ALLOWANCE) * first.unit, steps
+
+
+_STARTS = (1, 2, 4, 8)
+_SMALL_LOSS = 1e-3
+
+
+def _starts(first: _Run, rounding: float, failure: float, n: int) -> tuple[int, float]:
+    """(starts, delta of each): the fewest that the rounding of the products leaves room for."""
+    for starts in _STARTS:
+        delta = _overlap((failure / len(_STARTS)) ** (1.0 / starts), n)
+        if first.loss(delta, rounding) <= _SMALL_LOSS:
+            break
+    return starts, delta
+
+
+class _Run:
+    """The recurrence from v, its vectors and its bidiagonal matrix over `unit`, and what was lost in it."""
+
+    def __init__(
+        self,
+        matvec: Callable[[np.ndarray], np.ndarray],
+        rmatvec: Callable[[np.ndarray], np.ndarray],
+        v: np.ndarray,
+        noise: float,
+        most: int,
+    ) -> None:
+        self.matvec, self.rmatvec, self.noise, self.most = matvec, rmatvec, noise, most
+        self.v = v / np.linalg.norm(v)
+        self.u = v[:0]
+        self.right, self.left = _Basis(), _Basis()
+        self.right.append(self.v)
+        self.alpha: list[float] = []
+        self.beta: list[float] = []
+        self.unit = 1.0  # a power of two near the norm: squares below neither overflow nor underflow
+        self.lower, self.lost = 0.0, 0.0
+        self.size = 0.0  # the largest entry so far, a lower bound of ||A||
+        self.gone = self.ended = False
+
+    def upper(
+        self, delta: float, rounding: float, rtol: float, goal: float = 0.0, patience: int = 0
+    ) -> float:
+        """A bound of ||A||_2 where |c| >= delta, within rtol if the steps suffice.
+
+        With a goal it is to be at most that; what is within rtol does after `patience` steps, since rounding sets a
+        limit to how near to the norm a bound can come.
+        """
+        while True:
+            count = len(self.alpha)
+            if self.ended or (count and count % (2 if goal else 4) == 0):
+                near = not goal or count >= patience
+                found = self.bound(delta, rounding, 0.0 if near or self.ended else goal)
+                if self.ended or found <= max(goal, (1.0 + rtol) * self.lower * self.unit if near else 0.0):
+                    return found
+            self.step()
+
+    def step(self) -> None:
+        n, step, unit = self.v.size, len(self.alpha), self.unit
+        image = _product(self.matvec, self.v, None)
+        if step == 0:
+            top = float(np.abs(image).max()) if image.size else 0.0
+            if top == 0.0:
+                self.alpha, self.ended = [0.0], True
+                return
+            self.unit = unit = math.ldexp(1.0, max(-1000, min(1000, math.frexp(top)[1])))
+        image = image / unit
+        a, self.u, removed = self.left.orthogonalised(image - self.beta[-1] * self.u if step else image)
+        self.alpha.append(a)
+        self.size = max(self.size, a)
+        b, self.gone = 0.0, a <= _noise(self.noise, removed, self.size)
+        if not self.gone:
+            self.left.append(self.u)
+            b, self.v, again = self.right.orthogonalised(
+                _product(self.rmatvec, self.u, n) / unit - a * self.v
+            )
+            removed = max(removed, again)
+        self.lost, self.size = max(self.lost, removed), max(self.size, b)
+        self.beta.append(b if step + 1 < n else 0.0)
+        small = a * b <= _noise(self.noise, self.lost, self.size) * self.size**2
+        self.ended = self.gone or small or step + 1 == self.most
+        if not self.ended:
+            self.right.append(self.v)
+
+    @property
+    def relative(self) -> float:
+        """The residual of the recurrence relative to ||A||^2, products aside."""
+        return _noise(self.noise, self.lost, max(self.size, self.lower))
+
+    def of_products(self, rounding: float) -> float:
+        """What products that err by `rounding` add to it; inf where they hide the norm itself."""
+        if rounding == 0.0:
+            return 0.0
+        wrong = rounding / self.unit
+        hidden = 8.0 * math.sqrt(len(self.alpha)) * wrong >= self.lower
+        return math.inf if hidden else 4.0 * wrong / self.lower
+
+    def loss(self, delta: float, rounding: float) -> float:
+        # a coupling that was dropped is noise too
+        return (2.0 if self.gone else 1.0) * (self.relative + self.of_products(rounding)) / delta
+
+    def bound(self, delta: float, rounding: float, goal: float = 0.0) -> float:
+        """sqrt(t*) after the steps that were done; with a goal only whether it is below: goal, or inf.
+
+        inf where rounding hides a component of size delta.
+        """
+        if self.alpha == [0.0]:
+            return 0.0 if rounding == 0.0 else math.inf
+        self.lower = _largest_singular_value(self.alpha, self.beta[:-1])
+        loss = self.loss(delta, rounding)
+        if not loss <= 0.25:
+            return math.inf
+        limit = -2.0 * math.log(delta)
+        diagonal, off = _tridiagonal(self.alpha, self.beta)
+        if goal > 0.0:
+            t = (goal / self.unit) ** 2 * (1.0 - 4.0 * U)
+            confirmed = t > self.lower**2 and _log_christoffel(diagonal, off, t, loss) >= limit
+            return goal if confirmed else math.inf
+        return self.unit * _largest_root(diagonal, off, limit, self.lower, loss)
 
 
 def _noise(noise: float, lost: float, size: float) -> float:

@@ -16,12 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
 
-from lipbounds import _rules, norms
+from lipbounds import _gram, _rules, norms
 from lipbounds._kinds import KINDS
 from lipbounds._program import Op
 from lipbounds._rounding import U, mul_up
 from lipbounds.norms import Enclosure
 
+_COARSE = 12  # points an axis of a convolution of which a quick norm is enough
+_QUICK = 2e9  # operations of a factorisation for a quick norm
 _VERIFY_STEP = 1100  # steps up to this size get a proved spectral norm, larger ones sqrt(||A||_1 ||A||_inf)
 
 
@@ -34,14 +36,15 @@ class StepMatrix:
         matrix: csr_array or ndarray (out, in), or None where `rows` says all.
         rows: for a pure selection, the input entry each output entry copies (-1: zero).
         relerr: entrywise relative error of the entries.
-        bound: a proved bound of the spectral norm that is cheaper than one from the matrix, if there is one.
+        bound: a proved bound of the spectral norm that is cheaper than one from the matrix, if there is one; with a
+            number, a looser one from so many points an axis.
     """
 
     register: int
     matrix: Any
     rows: np.ndarray | None = None
     relerr: float = 0.0
-    bound: Callable[[], float] | None = None
+    bound: Callable[..., float] | None = None
 
     @cached_property
     def transposed(self) -> StepMatrix:
@@ -64,6 +67,28 @@ class StepMatrix:
         if self.bound is not None:
             cheap = min(cheap, self.bound())
         return cheap * (1 + 4 * self.relerr)
+
+    @cached_property
+    def terms(self) -> int:
+        """The longest inner product with the matrix or its transpose."""
+        if not sp.issparse(self.matrix):
+            return max(map(_gram.nonzeros_per_row, (self.matrix, self.matrix.T)))
+        columns = np.bincount(self.matrix.indices, minlength=1)
+        return max(_gram.nonzeros_per_row(self.matrix), int(columns.max()) if self.matrix.nnz else 0)
+
+    @cached_property
+    def quick_norm(self) -> float:
+        """A proved bound of the spectral norm that costs little: a factorisation only where it is small."""
+        if self.bound is not None:
+            return min(self.absolute_norm, self.bound(_COARSE) * (1 + 4 * self.relerr))
+        small, large = sorted(self.matrix.shape)
+        cheap = self.rows is None and small <= _VERIFY_STEP and small * small * large <= _QUICK
+        return self.norm if cheap and small > 1 else self.absolute_norm
+
+    @cached_property
+    def absolute_norm(self) -> float:
+        """A proved bound of the spectral norm of the absolute values."""
+        return norms._cheap_norm(self.matrix) * (1 + 4 * self.relerr)
 
     def apply(self, m: Enclosure) -> Enclosure:
         """matrix @ m, with its error."""
@@ -274,7 +299,7 @@ def _conv_matrix(
     return _coo(values, rows, cols, (size_of(out_shape), size_of(shape)))
 
 
-def _conv_bound(p: dict[str, Any], shape: tuple[int, ...], kernel: np.ndarray) -> Callable[[], float] | None:
+def _conv_bound(p: dict[str, Any], shape: tuple[int, ...], kernel: np.ndarray) -> Callable[..., float] | None:
     """The Fourier bound of a convolution, its strides made 1.
 
     Output o reads input s o + a - pad at window position a. With a - pad = s b + f, 0 <= f < s, this is entry o + b of
@@ -283,7 +308,7 @@ def _conv_bound(p: dict[str, Any], shape: tuple[int, ...], kernel: np.ndarray) -
     if p["feature_group_count"] != 1 or {*p["lhs_dilation"], *p["rhs_dilation"]} != {1}:
         return None
 
-    def bound() -> float:
+    def bound(most: int | None = None) -> float:
         numbers = p["dimension_numbers"]
         weights = kernel.transpose([*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0]])
         sizes = [shape[d] for d in numbers.lhs_spec[2:]]
@@ -298,7 +323,7 @@ def _conv_bound(p: dict[str, Any], shape: tuple[int, ...], kernel: np.ndarray) -
             )  # window back in place, phase before channels
             weights = phases.reshape(*phases.shape[:-3], stride * phases.shape[-2], phases.shape[-1])
             sizes[axis] = -(-sizes[axis] // stride)
-        return norms.conv_fft_bound(weights, tuple(sizes))
+        return norms.conv_fft_bound(weights, tuple(sizes), most)
 
     return cache(bound)
 

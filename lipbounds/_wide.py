@@ -11,6 +11,7 @@ one, so a block never goes without a bound.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,8 +23,8 @@ import scipy.sparse as sp
 
 from lipbounds import _budget, norms
 from lipbounds._program import Op
-from lipbounds._rounding import add_up, mul_up, sqrt_up
-from lipbounds.linmap import HostForm, Node, TapScaling
+from lipbounds._rounding import UNDERFLOW, add_up, gamma, mul_up, sqrt_up
+from lipbounds.linmap import HostForm, Node, StepMatrix, TapScaling
 from lipbounds.lure import LureForm, propagate
 from lipbounds.norms import Enclosure
 
@@ -31,6 +32,7 @@ from lipbounds.norms import Enclosure
 LIMIT = 2**31
 #: Entries of a cut up to which its Gram matrix is formed.
 WIDEST_CUT = 2048
+_STEPS_SHARE = 2.0**-30  # of the failure probability of a block, for the norms of the steps in its rounding
 _TINY = 1e-100  # matrix-free norms below this may have lost parts to underflow
 _TIGHT = 1.001  # a cut's proof is taken where it is within this factor of its own float estimate
 
@@ -223,6 +225,7 @@ def _by_golub_kahan(
     failure: float,
     max_steps: int,
 ) -> Bound | None:
+    rounding = product_rounding(host, source, target, scalings, failure * _STEPS_SHARE)
     arrays = tuple((s.c, s.q, s.e) for s in scalings)
     with jax.enable_x64(True):
         product = partial(_block_product, form, arrays, source=source, target=target)
@@ -231,14 +234,119 @@ def _by_golub_kahan(
             lambda u: np.asarray(product(jnp.asarray(u), transposed=True)),
             host.node_size(source, source=True),
             seed=seed,
-            failure=failure,
+            failure=failure * (1.0 - _STEPS_SHARE),
             max_steps=max_steps,
+            rounding=rounding,
         )
     if upper < _TINY:  # the device flushes what underflows to zero, so a vanishing product proves nothing
         return None
     size = host.node_size(source, source=True) + host.node_size(target, source=False)
     need = _budget.Budget.vectors(size, steps)
     return Bound(upper, "probabilistic", f"Golub-Kahan, {steps} steps", need)
+
+
+def product_rounding(
+    host: HostForm, source: Node, target: Node, scalings: Sequence[TapScaling], failure: float
+) -> float:
+    """A bound of the error of a product of G[target, source], or its transpose, with a unit vector on a device.
+
+    A step M errs by at most w ||u||, w = gamma_t || |M| ||, where t counts the roundings of one entry (Higham, section
+    3.5), and passes errors on by N >= ||M||. Summed over all paths of steps, first and last the scalings of the taps,
+        sum of paths of (product of (N + w) - product of N),
+    which is the same from both ends. What underflow loses is below 2**-1022 an operation and is passed on likewise.
+
+    Args:
+        failure: of the norms N of large dense steps, which are found by Golub-Kahan.
+
+    Raises:
+        ValueError: weights that a device may take for zero.
+    """
+    program, alive = host.program, host._leading_to({target}, scalings)
+    # The transposed product sums what comes back to a register from all steps that read it.
+    uses = 2 + max(collections.Counter(r for s in program.steps for r in _reads(host, s)).values(), default=1)
+    held: dict[int, _Path] = {} if source else {0: _Path(1.0, 0.0, 0.0)}
+    arrived = []
+    for place, step in enumerate(program.steps):
+        if isinstance(step, int):
+            tap, scaling = program.taps[step], scalings[step]
+            y = _together([held[r] for r in tap.inputs if r in held])
+            if step in target:
+                arrived.append(y.scaled(scaling.e, uses))
+            terms = [_Path(1.0, 0.0, 0.0).scaled(scaling.q, uses)] if step in source else []
+            if scaling.c is not None:
+                terms.append(y.scaled(scaling.c, uses))
+            if terms:
+                held.update(dict.fromkeys(tap.outputs, _together(terms)))
+        elif step.output in alive:
+            parts = [m for m in host.step(place) if m.register in held]
+            through = []
+            for m in parts:
+                if _may_vanish(m.matrix):
+                    raise ValueError("the network has weights that the device may flush to zero")
+                wrong = mul_up(add_up(gamma(m.terms + len(parts) + uses), 2.0 * m.relerr), m.absolute_norm)
+                lost = UNDERFLOW * 8.0 * (m.terms + 1) * sum(m.matrix.shape)
+                norm = _norm_of_step(host, place, m, failure)
+                through.append(held[m.register].through(norm, wrong, lost))
+            if through:
+                held[step.output] = _together(through)
+    end = _together(arrived) if target else held.get(program.output, _Path(0.0, 0.0, 0.0))
+    return add_up(end.error, end.back)
+
+
+class _Path(NamedTuple):
+    """Sums over the paths from the source: of the norms, of what rounding makes of them, and of what underflow on the
+    way loses of a transposed product."""
+
+    size: float
+    error: float
+    back: float
+
+    def through(self, norm: float, wrong: float, lost: float) -> _Path:
+        return _Path(
+            mul_up(norm, self.size),
+            add_up(mul_up(norm, self.error), mul_up(wrong, add_up(self.size, self.error)), lost),
+            add_up(self.back, mul_up(lost, add_up(self.size, self.error))),
+        )
+
+    def scaled(self, factors: np.ndarray, uses: int) -> _Path:
+        top = float(np.abs(factors).max(initial=0.0))
+        return self.through(top, mul_up(gamma(uses + 2), top), UNDERFLOW * 8.0 * factors.size)
+
+
+def _together(paths: Sequence[_Path]) -> _Path:
+    return _Path(*(add_up(*(path[i] for path in paths)) for i in range(3)))
+
+
+def _reads(host: HostForm, step: Op | int) -> Sequence[int]:
+    return host.program.taps[step].inputs if isinstance(step, int) else [i for i in step.inputs if i >= 0]
+
+
+def _may_vanish(matrix: Any) -> bool:
+    """Has it entries that are subnormal numbers in the float32 of the weights?"""
+    entries = np.abs(matrix.data if sp.issparse(matrix) else matrix)
+    return bool(((entries > 0.0) & (entries < 2.0**-126)).any())
+
+
+def _norm_of_step(host: HostForm, place: int, m: StepMatrix, failure: float) -> float:
+    """N >= ||M||; of a large dense step by Golub-Kahan, within a factor of two."""
+    if sp.issparse(m.matrix) or m.quick_norm < m.absolute_norm:
+        return m.quick_norm
+    share = failure / len(host.program.steps)
+    key = ("step", place, m.register, share)
+    if key not in host.proved:
+        wrong = gamma(m.terms) * m.absolute_norm
+        matrix = np.asarray(m.matrix, np.float64)
+        found, _, _ = norms.golub_kahan(
+            lambda v: matrix @ v,
+            lambda v: matrix.T @ v,
+            matrix.shape[1],
+            seed=place,
+            failure=share,
+            rtol=1.0,
+            rounding=wrong,
+        )
+        host.proved[key] = min(found * (1 + 4 * m.relerr), m.absolute_norm)
+    return host.proved[key]
 
 
 # --- what always exists --------------------------------------------------------------------------------------------

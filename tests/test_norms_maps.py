@@ -58,6 +58,11 @@ def test_conv_bound_is_above_the_norm_and_tight() -> None:
         assert exact * (1 - 1e-14) <= bound <= exact * (1 + 1e-11)
         for factor in (1e-310, 1e200):
             assert math.isclose(norms.conv_fft_bound(kernel * factor, n), bound * factor, rel_tol=1e-9)
+    for taps in (2, 3, 5):  # few points: above every frequency, by no more than the factor of the grid
+        kernel = rng.standard_normal((taps, taps, 3, 2))
+        fine, coarse = norms.conv_fft_bound(kernel, (200, 200)), norms.conv_fft_bound(kernel, (200, 200), 6)
+        grid = max(6, 3 * taps) + taps - 1
+        assert fine <= coarse <= fine / math.cos((taps - 1) * math.pi / grid) * (1 + 1e-9)
     point = rng.standard_normal((1, 5, 4))  # one tap: the bound is the norm of a plain matrix
     assert exceeds(Fraction(norms.conv_fft_bound(point, (2,))), fractions(point[0]))
     assert norms.conv_fft_bound(np.zeros((3, 3, 1, 1)), (4, 4)) == 0.0

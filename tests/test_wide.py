@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -167,3 +169,107 @@ def test_random_norms_keep_the_order_of_naive_and_liplt(seed: int) -> None:
     form = lb.trace(network, jnp.ones(20))
     naive, liplt = (verb(form, guarantee="probabilistic", seed=seed) for verb in (lb.naive, lb.liplt))
     assert liplt.value <= naive.value and naive.failure_probability <= liplt.failure_probability <= 1e-9
+
+
+# --- the rounding of matrix-free products --------------------------------------------------------------------------
+
+
+def cancelling(c: np.ndarray, a: np.ndarray) -> LureForm:
+    """relu((C x + a x) - C x), its constants put in after tracing, where the check of values would refuse them."""
+    ones = np.ones(c.size)
+    with jax.enable_x64(True):
+        form = lb.trace(lambda x: jax.nn.relu((2 * ones * x + 3 * ones * x) - 4 * ones * x), ones)
+    values = {2.0: c, 3.0: a, 4.0: c}
+    return replace(form, consts=tuple(values.get(float(np.ravel(k)[0]), k) for k in form.consts))
+
+
+def _by_products(form: LureForm, seed: int = 0) -> _wide.Bound | None:
+    host, scalings = _triangle.host_form(form), _triangle.loop_transform(form, 2, centred=True)
+    return _wide._by_golub_kahan(form, host, (), (0,), scalings, seed, 1e-9, 300)
+
+
+@pytest.mark.parametrize("power", [20, 26, 32, 44, 56])
+def test_products_that_cancel_are_no_bound_without_their_rounding(power: int) -> None:
+    """||diag(a)|| = 1 in exact arithmetic; at C = 2^56 all but the first entry vanishes in every float64 product."""
+    n = 40
+    c, a = np.full(n, 2.0**power), np.linspace(0.5, 1.0, n)
+    c[0], a[0] = 0.0, 1e-3
+    form = cancelling(c, a)
+    found = None
+    try:
+        found = _by_products(form)
+    except ValueError as error:
+        assert "too small for products accurate to" in str(error)
+    assert found is None or 1.0 <= found.value <= 1.02
+    assert (found is None) == (power > 32)
+    limited = lb.naive(form, guarantee="probabilistic")  # the next way takes over
+    assert limited.value >= 1.0
+
+
+def test_the_rounding_of_products_is_covered() -> None:
+    """Errors of the products on a device against rational arithmetic, forward and transposed."""
+    rng = np.random.default_rng(0)
+    c, a = 2.0**40 * rng.uniform(1, 2, 40), rng.uniform(-1, 1, 40)
+    form = cancelling(c, a)
+    host, scalings = _triangle.host_form(form), _triangle.loop_transform(form, 2, centred=True)
+    limit = _wide.product_rounding(host, (), (0,), scalings, 1e-12)
+    arrays = tuple((s.c, s.q, s.e) for s in scalings)
+    for transposed in (False, True):
+        u = rng.standard_normal(40)
+        u /= np.linalg.norm(u)
+        with jax.enable_x64(True):
+            found = np.asarray(_wide._block_product(form, arrays, jnp.asarray(u), (), (0,), transposed))
+        errors = [
+            Fraction(f) - Fraction(b) * Fraction(v) for f, b, v in zip(found.tolist(), a, u, strict=True)
+        ]
+        wrong = float(sum(e * e for e in errors)) ** 0.5
+        assert 1e-5 < wrong <= limit < 1e4 * wrong
+
+
+def test_more_starts_cover_what_rounding_hides() -> None:
+    """Products that do not show the top direction of diag(1, 1, 1, 1.9) where that is within their rounding."""
+    n, wrong, values = 4, 2e-3, np.array([1.0, 1.0, 1.0, 1.9])
+
+    def apply(v: np.ndarray) -> np.ndarray:
+        return v if 0.9 * abs(v[-1]) <= wrong else values * v
+
+    unlucky = [
+        seed
+        for seed in range(3000)
+        if abs((v := np.random.default_rng(seed).standard_normal(n))[-1]) < wrong / 2 * np.linalg.norm(v)
+    ]
+    assert len(unlucky) >= 3
+    for seed in unlucky:
+        assert norms.golub_kahan(apply, apply, n, seed=seed, failure=1e-4)[0] < 1.9
+        assert norms.golub_kahan(apply, apply, n, seed=seed, failure=1e-4, rounding=wrong)[0] >= 1.9
+    with pytest.raises(ValueError, match="too small for products"):
+        norms.golub_kahan(apply, apply, n, failure=1e-4, rounding=1.0)
+
+
+def test_the_rounding_of_ordinary_products_changes_no_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deep and wide networks without cancellation: the same numbers as for exact products."""
+    rng = np.random.default_rng(0)
+    kernels = [(rng.normal(size=(6, 6, 3, 3)) / 5).astype(np.float32) for _ in range(12)]
+
+    def network(x: jax.Array) -> jax.Array:
+        for k in kernels:
+            x = jax.nn.relu(jax.lax.conv(x[None], k, (1, 1), "SAME")[0])
+        return x.sum((1, 2))
+
+    form = lb.trace(network, jax.ShapeDtypeStruct((6, 6, 6), np.float32))
+    host, scalings = _triangle.host_form(form), _triangle.loop_transform(form, 2, centred=True)
+    for source, target in (((), (0,)), ((), (11,))):
+        found = _wide._by_golub_kahan(form, host, source, target, scalings, 0, 1e-9, 300)
+        with monkeypatch.context() as patch:
+            patch.setattr(_wide, "product_rounding", lambda *args: 0.0)
+            exact = _wide._by_golub_kahan(form, host, source, target, scalings, 0, 1e-9, 300)
+        assert found is not None and exact is not None
+        assert found.value == pytest.approx(exact.value, rel=1e-6)
+
+
+def test_weights_that_a_device_flushes_are_left_to_the_next_way() -> None:
+    tiny = np.full(40, 1e-40, np.float32)
+    form = lb.trace(lambda x: jax.nn.relu(tiny * x * np.float32(1e30)), np.zeros(40, np.float32))
+    with pytest.raises(ValueError, match="flush"):
+        _by_products(form)
+    assert lb.naive(form, guarantee="probabilistic").value >= float(tiny[0]) * 1e30 * (1 - 1e-6)
