@@ -25,7 +25,6 @@ export XLA_PYTHON_CLIENT_PREALLOCATE=false JAX_PLATFORMS=$GPU
 PART="$PYTHON benchmarks/gpu.py"
 FAST="env JAX_DEFAULT_MATMUL_PRECISION=BF16_BF16_F32"
 HOST="env JAX_PLATFORMS=cpu"
-QUICK="env XLA_FLAGS=--xla_gpu_autotune_level=0"
 : > "$WORK/sections.tsv"
 
 section() { # NAME LIMIT COMMAND...
@@ -61,19 +60,22 @@ checked() { # NAME PREFIX...: bounds on the device, then the check, once the CPU
         "$WORK/bounds-$name.json" "$WORK/check-$name.json"
 }
 traced() {
-    section traces 45 $QUICK $PART traces "$WORK/traces.json" $SMALL
-    section traces-fast 45 $QUICK $FAST $PART traces "$WORK/traces-fast.json" $SMALL
+    section traces 45 $PART traces "$WORK/traces.json" $SMALL
+    section traces-fast 45 $FAST $PART traces "$WORK/traces-fast.json" $SMALL
 }
+# Most of their time is compilation of small programs that run once.
+export XLA_FLAGS="--xla_backend_optimization_level=0 --xla_gpu_autotune_level=0"
 side section bounds-cpu 75 $HOST $PART bounds "$WORK/bounds-cpu.json" $SMALL
 side section slopes 75 $HOST $PART slopes "$WORK/slopes.json" $SMALL
-side checked gpu $QUICK
-side checked fast $QUICK $FAST
+side checked gpu
+side checked fast $FAST
 side traced
-TAIL=12 side section fuzz 100 $QUICK $PYTHON -m tests.fuzz --minutes $MINUTES --processes $MANY --seed 1
-TAIL=12 side section fuzz-fast 100 $QUICK $FAST $PYTHON -m tests.fuzz --minutes $MINUTES --processes $MANY --seed 2
-TAIL=12 side section tests 100 $QUICK $PYTHON -m pytest -q --maxfail=20 -n $MANY -p no:cacheprovider \
+TAIL=12 side section fuzz 100 $PYTHON -m tests.fuzz --minutes $MINUTES --processes $MANY --seed 1
+TAIL=12 side section fuzz-fast 100 $FAST $PYTHON -m tests.fuzz --minutes $MINUTES --processes $MANY --seed 2
+TAIL=12 side section tests 100 $PYTHON -m pytest -q --maxfail=20 -n $MANY -p no:cacheprovider \
     tests/test_local_wide.py tests/test_precision.py tests/test_wide.py tests/test_norms.py tests/test_radius.py $TESTS
 wait
+unset XLA_FLAGS
 
 # 2. Fast? One after the other on the device; the CPU's turn at the verbs is beside the training, which needs few cores.
 section steps 60 $PART steps "$WORK/steps.json" $SMALL
