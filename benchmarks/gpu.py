@@ -319,11 +319,14 @@ def steps(out: Path, small: bool) -> None:
         found = attempt(lambda settings=settings: crm.Job(net, settings, count))
         job = found.pop("value", None)
         rows.add(loss=name, what="compile and first epoch", **found)
-        if job is not None:
-            jobs[name] = job
-    for turn in range(1 if small else 4):
-        for name, job in jobs.items():
-            rows.add(loss=name, what="epoch", turn=turn, value=job(), images=count * crm.BATCH)
+        if job is None:
+            continue
+        jobs[name] = job
+        for _ in range(
+            1 if small else 3
+        ):  # at once, so that a section that is stopped has measured something
+            for other, compiled in jobs.items():
+                rows.add(loss=other, what="epoch", beside=name, value=compiled(), images=count * crm.BATCH)
 
 
 def data(folder: Path, small: bool) -> None:

@@ -78,8 +78,8 @@ wait
 unset XLA_FLAGS
 
 # 2. Fast? One after the other on the device; the CPU's turn at the verbs is beside the training, which needs few cores.
-section steps 60 $PART steps "$WORK/steps.json" $SMALL
-section speed-gpu 50 $PART speed "$WORK/speed-gpu.json" $SMALL
+section steps 75 $PART steps "$WORK/steps.json" $SMALL
+section speed-gpu 45 $PART speed "$WORK/speed-gpu.json" $SMALL
 side section speed-cpu 75 $HOST $PART speed "$WORK/speed-cpu.json" $SMALL
 section data 20 $HOST $PART data "$WORK/cifar10" $SMALL
 TAIL=12 section train 75 $PYTHON -m lipbounds.cli train crm --preset cifar10-6C2F --data-dir "$WORK/cifar10" \
