@@ -68,20 +68,21 @@ _LOG = {"penalty": LOGARITHM, "r0": 0.2, "lam": 1.0}
 _MARGIN = {"warmup": 0, "lam": 0.0, "margin": EPS}
 LIST: Mapping[str, Mapping[str, Any]] = {
     "Lipschitz margin, ramp 5": {**_MARGIN, "ramp": 5},
-    "no warm-up, log penalty, r0 .2": {**_NOW, **_LOG},
-    "scale-free 20, unit norm, ramp 5": {"init": "unit", **_MARGIN, "scale": 20.0, "ramp": 5},
-    "torch, log penalty, r0 .2": {"init": "torch", **_LOG},
     "no warm-up, r0 .2": {**_NOW, **_WIDE},
+    "torch, r0 .2": {"init": "torch", **_WIDE},
+    "no warm-up, ramp 5, log penalty x3, r0 .2": {**_NOW, **_LOG, "lam": 3.0, "ramp": 5},
+    "torch, log penalty, r0 .2": {"init": "torch", **_LOG},
     "torch": {"init": "torch"},
     "published": {},
-    "torch, r0 .2": {"init": "torch", **_WIDE},
-    "unit norm, warm-up 1, log penalty, r0 .2": {"init": "unit", **_LOG, "warmup": 1},
-    "log penalty, r0 .2": {**_LOG},
-    "no warm-up": {**_NOW},
     "torch, warm-up 2, ramp 5, r0 .2": {"init": "torch", "warmup": 2, **_WIDE, "ramp": 5},
     "Lipschitz margin + log penalty, ramp 5": {**_NOW, **_LOG, "margin": EPS / 2, "ramp": 5},
-    "scale-free 40, unit norm, ramp 5": {"init": "unit", **_MARGIN, "scale": 40.0, "ramp": 5},
-    "no warm-up, ramp 10, log penalty x3, r0 .2": {**_NOW, **_LOG, "lam": 3.0, "ramp": 10},
+    "log penalty x3, r0 .2": {**_LOG, "lam": 3.0},
+    "unit norm, warm-up 1, ramp 5, r0 .2": {"init": "unit", **_WIDE, "warmup": 1, "ramp": 5},
+    "no warm-up, log penalty, r0 .2": {**_NOW, **_LOG},
+    "scale-free 20, unit norm, ramp 5": {"init": "unit", **_MARGIN, "scale": 20.0, "ramp": 5},
+    "Lipschitz margin x1.4, ramp 5": {**_MARGIN, "margin": 1.4 * EPS, "ramp": 5},
+    "no warm-up": {**_NOW},
+    "scale-free 8, unit norm, ramp 5": {"init": "unit", **_MARGIN, "scale": 8.0, "ramp": 5},
     "torch, no warm-up, r0 .2": {"init": "torch", **_NOW, **_WIDE},
 }
 
@@ -430,7 +431,7 @@ def main() -> None:
     parser.add_argument(
         "--shares", type=float, nargs="+", default=[0.55, 1.0], help="of the time: end of rungs"
     )
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-5, 1e-5], help="last learning rates")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 1e-5], help="last learning rates")
     parser.add_argument("--candidates", nargs="+", default=list(LIST), choices=list(LIST), metavar="NAME")
     parser.add_argument(
         "--proxy", action="store_true", help="a quarter of the channels, a tenth of the images"
