@@ -32,10 +32,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from lipbounds._files import write_atomically
+from lipbounds._files import read_safetensors, write_atomically
 from lipbounds._tables import show, text_table
 from lipbounds.analysis.attacks import whole
 from lipbounds.analysis.batches import Example, chunks, examples
@@ -361,30 +360,28 @@ def load_forged(model: nnx.Module, path: str | os.PathLike[str]) -> Forged:
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
     try:
-        with safe_open(path, framework="numpy") as file:
-            fields = json.loads((file.metadata() or {})[FORMAT])
-            if fields["version"] != FORMAT_VERSION:
-                raise ValueError(f"it has version {fields['version']!r}, this program reads {FORMAT_VERSION}")
-            shape, dtype = fields["example"]
-            example = (tuple(int(n) for n in shape), str(dtype))
-            sites = tuple(
-                Site(
-                    str(site["path"]),
-                    str(site["layer"]),
-                    tuple(site["kernel"]),
-                    tuple(tuple(read) for read in site["reads"]),
-                )
-                for site in fields["sites"]
+        tensors, metadata = read_safetensors(path)
+        fields = json.loads(metadata[FORMAT])
+        if fields["version"] != FORMAT_VERSION:
+            raise ValueError(f"it has version {fields['version']!r}, this program reads {FORMAT_VERSION}")
+        shape, dtype = fields["example"]
+        example = (tuple(int(n) for n in shape), str(dtype))
+        sites = tuple(
+            Site(
+                str(site["path"]),
+                str(site["layer"]),
+                tuple(site["kernel"]),
+                tuple(tuple(read) for read in site["reads"]),
             )
-            kind, tau = fields["kind"], float(fields["tau"])
-            numbers = {
-                name: np.asarray(file.get_tensor(name), np.float32) for name in ("peaks", "thresholds")
-            }
+            for site in fields["sites"]
+        )
+        kind, tau = fields["kind"], float(fields["tau"])
+        numbers = {name: np.asarray(tensors[name], np.float32) for name in ("peaks", "thresholds")}
         _check_kind(kind, tau)
         for name, values in numbers.items():
             if values.shape != (len(sites),) or not (np.isfinite(values) & (values >= 0)).all():
                 raise ValueError(f"its {name} are not {len(sites)} finite numbers >= 0")
-    except (SafetensorError, OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} holds no forged thresholds that can be read: {error!r}") from error
     check_sites(sites, survey(model, example).sites, str(path))
     peaks, thresholds = (

@@ -88,10 +88,13 @@ class Reading:
     constants: tuple[str, ...] = ()
 
 
-def load_form(path: Path, how: Reading, stack: contextlib.ExitStack) -> tuple[Any, tuple[int, ...]]:
+def load_form(
+    path: Path, how: Reading, stack: contextlib.ExitStack, box: tuple[float, float] | None = None
+) -> tuple[Any, tuple[int, ...]]:
     """(form, shape of one input) of a model file of ours or an ONNX file; x -> (x - mean) / std stands in front.
 
-    JAX's float64 mode is entered into `stack` for a network that computes in float64.
+    `box` (lower, upper) of the inputs is for the check of values after tracing. JAX's float64 mode is entered into
+    `stack` for a network that computes in float64.
     """
     import jax
     import jax.numpy as jnp
@@ -128,13 +131,13 @@ def load_form(path: Path, how: Reading, stack: contextlib.ExitStack) -> tuple[An
     if scale is not None and not (scale > 0).all():
         raise ValueError("--std must be > 0")
     if shift is None and scale is None:
-        return lb.trace(fn, jax.ShapeDtypeStruct(shape, dtype)), shape
+        return lb.trace(fn, jax.ShapeDtypeStruct(shape, dtype), box=box), shape
     zero, one = (
         np.zeros((), dtype) if shift is None else shift,
         np.ones((), dtype) if scale is None else scale,
     )
     return lb.trace(
-        lambda x: fn((x - jnp.asarray(zero)) / jnp.asarray(one)), jax.ShapeDtypeStruct(shape, dtype)
+        lambda x: fn((x - jnp.asarray(zero)) / jnp.asarray(one)), jax.ShapeDtypeStruct(shape, dtype), box=box
     ), shape
 
 

@@ -385,6 +385,8 @@ class _Inliner:
                 remedy = "use each index once"
             elif outside(hits, updates.shape, params):
                 reason, remedy = "an index is out of range", "use indices within the tensor"
+            elif unsorted(indices.const, params):
+                reason, remedy = UNSORTED
             target = np.flatnonzero(hits).astype(np.int32)
         why = not_understood("scatter", {**params, "update_jaxpr": None, "update_consts": ()})
         if why is not None:
@@ -457,6 +459,33 @@ def outside(hits: np.ndarray, updates: Sequence[int], params: dict[str, Any]) ->
     """Whether an update lies out of range although it was promised that none does: anything may happen then."""
     promised = params["mode"] == lax.GatherScatterMode.PROMISE_IN_BOUNDS
     return promised and int(hits.sum()) != int(np.prod(updates))
+
+
+#: (reason, remedy) for `unsorted` indices.
+UNSORTED = (
+    "indices_are_sorted=True was promised, but the indices are not sorted",
+    "drop the promise, or sort them",
+)
+
+
+def unsorted(indices: Any, params: dict[str, Any]) -> bool:
+    """Whether the indices of a gather or scatter are not in order although that was promised: a device may then compute
+    anything. The order is that of the places in the operand, batch by batch."""
+    numbers, array = params["dimension_numbers"], np.asarray(indices)
+    if not params["indices_are_sorted"] or not array.size:
+        return False
+    if isinstance(numbers, lax.GatherDimensionNumbers):
+        columns, batches = numbers.start_index_map, numbers.start_indices_batching_dims
+    else:
+        columns, batches = numbers.scatter_dims_to_operand_dims, numbers.scatter_indices_batching_dims
+    rest = [d for d in range(array.ndim - 1) if d not in batches]
+    array = array.transpose(*batches, *rest, array.ndim - 1)
+    ordered = array[..., np.argsort(columns, kind="stable")]
+    rows = ordered.reshape(int(np.prod(array.shape[: len(batches)])), -1, array.shape[-1])
+    ahead, behind = rows[:, :-1], rows[:, 1:]
+    first = np.argmax(ahead != behind, axis=-1)[..., None]
+    smaller = np.take_along_axis(behind, first, -1) < np.take_along_axis(ahead, first, -1)
+    return bool(smaller.any())
 
 
 def _range(value: Value) -> tuple[int, int] | None:

@@ -98,7 +98,7 @@ _PRODUCT: dict[str, Allowed] = {
 }
 _INDEXED: dict[str, Allowed] = {
     "dimension_numbers": READ,
-    "indices_are_sorted": FREE,  # a promise about constant indices, for speed
+    "indices_are_sorted": READ,  # a promise: a false one is refused
     "unique_indices": READ,
     "mode": _mode,
 }

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipbounds import _rules
-from lipbounds._jaxpr import Eqn, Path, Value, is_concrete, landings, opened, outside
+from lipbounds._jaxpr import Eqn, Path, Value, is_concrete, landings, opened, outside, unsorted
 from lipbounds._jaxpr import _where as place_of
 from lipbounds._kinds import KINDS
 from lipbounds._parameters import not_understood
@@ -223,6 +223,8 @@ def _rounds(eqn: Any, inputs: Sequence[Value]) -> list[np.ndarray] | None:
         return None
     places = jnp.asarray(indices.const)
     if outside(landings(operand.shape, places, updates.shape, eqn.params), updates.shape, eqn.params):
+        return None
+    if unsorted(places, eqn.params):
         return None
     flat = _rules.targets(operand.shape, places, updates.shape, eqn.params).reshape(-1)
     landed = np.flatnonzero(flat >= 0)

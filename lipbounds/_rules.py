@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lipbounds._jaxpr import Eqn, Value, checked_mode, is_concrete, landings, outside
+from lipbounds._jaxpr import UNSORTED, Eqn, Value, checked_mode, is_concrete, landings, outside, unsorted
 from lipbounds._kinds import StaticArray
 
 
@@ -96,6 +96,7 @@ NOT_FLOAT = Refused(
 )
 
 OUTSIDE = Refused("an index is out of range", "use indices within the tensor")
+DISORDER = Refused(*UNSORTED)
 
 # --- rules ---------------------------------------------------------------------------------------------------------
 
@@ -195,6 +196,8 @@ def _gather(eqn: Eqn) -> Linear | Refused:
     )
     if (moved.params["index"].array < 0).any():
         return OUTSIDE
+    if unsorted(indices, p):
+        return DISORDER
     return moved
 
 
@@ -238,6 +241,8 @@ def _scatter(eqn: Eqn) -> Linear | Refused:
     hits = landings(eqn.inputs[0].shape, indices, eqn.inputs[2].shape, p)
     if outside(hits, eqn.inputs[2].shape, p):
         return OUTSIDE
+    if unsorted(indices, p):
+        return DISORDER
     if (hits > 1).any() and not _writes_one_number(eqn.inputs[2]):
         return Refused(
             "an index occurs twice, so it is not defined which of the updates is kept", "use each index once"
@@ -265,6 +270,8 @@ def _scatter_add_rule(eqn: Eqn) -> Linear | Refused:
     hits = landings(operand.shape, indices, updates.shape, p)
     if outside(hits, updates.shape, p):
         return OUTSIDE
+    if unsorted(indices, p):
+        return DISORDER
     if p["unique_indices"] and (hits > 1).any():
         return Refused("unique_indices=True was promised, but an index occurs twice", "drop the promise")
     size = int(np.prod(operand.shape))
@@ -398,6 +405,8 @@ def _scattered(eqn: Eqn) -> Refused:
         return TRACED
     if eqn.primitive.endswith("mul") and eqn.inputs[2].depends:
         return PRODUCT
+    if unsorted(eqn.inputs[1].const, eqn.params):
+        return DISORDER
     if outside(
         landings(eqn.inputs[0].shape, eqn.inputs[1].const, eqn.inputs[2].shape, eqn.params),
         eqn.inputs[2].shape,

@@ -338,7 +338,7 @@ def certify(
 
         import lipbounds as lb
 
-        form, sizes = load_form(model, how, stack)
+        form, sizes = load_form(model, how, stack, inside)
         x, y = read_data(data, sizes)
         if jax.dtypes.canonicalize_dtype(np.float64) == np.float64:
             x = x.astype(np.float64)

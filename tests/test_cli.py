@@ -325,6 +325,20 @@ def test_certify_own_data(model_file, tmp_path):
     assert json.loads(file.read_text())["images"] == 20
 
 
+def test_the_box_reaches_the_check_of_values(model_file, monkeypatch):
+    traced, seen = lb.trace, []
+
+    def trace(*args, box=None):
+        seen.append(box)
+        return traced(*args, box=box)
+
+    monkeypatch.setattr(lb, "trace", trace)
+    run("certify", model_file, "--local", "--box", "0,1", "--method", "naive", "--no-pairwise")
+    run("certify", model_file, "--local", "--box", "0,1", "--method", "naive", "--mean", "0.1", "--std", "2")
+    run("certify", model_file, "--method", "naive", "--no-pairwise")
+    assert seen == [(0.0, 1.0), (0.0, 1.0), None]
+
+
 def test_certify_refuses_bad_data(model_file, tmp_path):
     data = digits()
     x, y = data.test_x[:4], data.test_y[:4]

@@ -187,3 +187,18 @@ def test_a_gate_before_integers_is_refused(net, x):
         assert list(forge(net, whole, 0.1).gates) == ["layers.1", "layers.2"]
         with pytest.raises(ValueError, match=r"layers\.0 reads int32: scale the data to floating point"):
             forge(net, whole, 0.1, where="layers.0")
+
+
+def test_types_that_numpy_has_not_are_named(net, x, tmp_path):
+    good = forge(net, x, 0.1).save(tmp_path / "good")
+    length = int.from_bytes(good.read_bytes()[:8], "little")
+    header = json.loads(good.read_bytes()[8 : 8 + length])
+    size = header["peaks"]["shape"][0]
+    tensors = {
+        name: {"dtype": "F8_E4M3", "shape": [size], "data_offsets": [k * size, (k + 1) * size]}
+        for k, name in enumerate(("peaks", "thresholds"))
+    }
+    text = json.dumps({"__metadata__": header["__metadata__"], **tensors}).encode()
+    (tmp_path / "bad").write_bytes(len(text).to_bytes(8, "little") + text + bytes(2 * size))
+    with pytest.raises(ValueError, match="is of type F8_E4M3, which NumPy does not have"):
+        load_forged(net, tmp_path / "bad")

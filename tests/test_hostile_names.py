@@ -253,6 +253,49 @@ def test_call_paths_of_a_traced_function():
     assert "\x1b" not in str(caught.value) and HOSTILE[0] in str(caught.value)
 
 
+def test_names_in_an_onnx_file(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    from onnx import TensorProto, helper, numpy_helper
+
+    from lipbounds.interop import load_onnx
+
+    def write(operator, file):
+        rng = np.random.default_rng(0)
+        weights = [rng.normal(size=shape).astype(np.float32) for shape in ((3, 4), (4, 2))]
+        names = [f"{HOSTILE[0]} {k}" for k in range(2)]
+        nodes = [
+            helper.make_node("MatMul", ["x", names[0]], [HOSTILE[1]], name=HOSTILE[2]),
+            helper.make_node(operator, [HOSTILE[1]], [HOSTILE[3]], name=ALL),
+            helper.make_node("MatMul", [HOSTILE[3], names[1]], ["y"], name=HOSTILE[8]),
+        ]
+        graph = helper.make_graph(
+            nodes,
+            ALL,
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 2])],
+            [numpy_helper.from_array(w, name) for w, name in zip(weights, names, strict=True)],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+        model.ir_version = 8
+        onnx.save(model, tmp_path / file)
+        return tmp_path / file
+
+    path = write("Relu", "net.onnx")
+    fn, spec = load_onnx(path)
+    form = lb.trace(fn, spec)
+    page = form._repr_html_()
+    check_page(page, HOSTILE[0], HOSTILE[1])
+    assert "\x1b" not in repr(form) + page
+    for bound in (lb.naive(form), lb.liplt(form), lb.lipsdp(form)):
+        check_page(bound._repr_html_())
+        check_markdown(bound.to_markdown())
+    shown = CliRunner().invoke(app, ["bounds", str(path), "--method", "all"])
+    assert shown.exit_code == 0 and "\x1b]" not in shown.output and "\x07" not in shown.output
+    refused = CliRunner().invoke(app, ["bounds", str(write("Round", "bad.onnx"))])
+    assert refused.exit_code == 1 and HOSTILE[0] in refused.output
+    assert "\x1b" not in refused.output and "\x07" not in refused.output
+
+
 def test_names_of_registered_functions():
     name = "[red]<script>alert(1)</script>\x1b[2J"
 

@@ -253,6 +253,15 @@ def test_apply_is_supported_for_functions_of_the_entry(fn: Fn, slope: float) -> 
         (lambda x: x.at[np.array([1, 9])].apply(jnp.tanh, mode="promise_in_bounds"), "out of range"),
         (lambda x: x.at[np.array([0, 0])].set(x[:2]), "twice"),
         (lambda x: x.at[np.array([0, 0])].add(x[:2], unique_indices=True), "twice"),
+        (lambda x: x.at[np.array([2, 0])].get(indices_are_sorted=True), "not sorted"),
+        (lambda x: x.at[np.array([2, 0])].set(x[:2], indices_are_sorted=True), "not sorted"),
+        (lambda x: x.at[np.array([2, 0])].add(x[:2], indices_are_sorted=True), "not sorted"),
+        (lambda x: x.at[np.array([2, 0])].max(x[:2], indices_are_sorted=True), "not sorted"),
+        (lambda x: x.at[np.array([2, 0])].apply(jnp.tanh, indices_are_sorted=True), "not sorted"),
+        (
+            lambda x: x.reshape(2, 2).at[np.array([1, 0]), np.array([0, 1])].get(indices_are_sorted=True),
+            "not sorted",
+        ),
         (lambda x: x.at[np.array([0, 9])].set(x[:2], mode="promise_in_bounds"), "out of range"),
         (lambda x: x.at[np.array([0, 9])].get(mode="promise_in_bounds"), "out of range"),
     ],
@@ -260,6 +269,23 @@ def test_apply_is_supported_for_functions_of_the_entry(fn: Fn, slope: float) -> 
 def test_scatters_that_are_not_one_function_are_refused(fn: Fn, word: str) -> None:
     with pytest.raises(lb.UnsupportedError, match=word):
         lb.trace(fn, X)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: x.at[np.array([0, 2])].get(indices_are_sorted=True),
+        lambda x: x.at[np.array([0, 0])].add(x[:2], indices_are_sorted=True),
+        lambda x: x.at[np.array([1, 2])].max(x[:2], indices_are_sorted=True),
+        lambda x: x.reshape(2, 2).at[np.array([0, 1]), np.array([1, 0])].get(indices_are_sorted=True),
+        lambda x: jnp.append(x, x.at[np.zeros(0, np.int32)].get(indices_are_sorted=True)),
+        # jax promises by itself that the indices of each row are sorted
+        lambda x: jax.vmap(lambda row, i: row.at[i].add(1.0))(x.reshape(2, 2), np.array([1, 0])).ravel(),
+        lambda x: jax.vmap(lambda i: x.at[i].set(2 * x[0]))(np.array([2, 0, 1])).ravel(),
+    ],
+)
+def test_promises_about_the_order_of_indices_that_hold_are_believed(fn: Fn) -> None:
+    assert np.allclose(lb.trace(fn, X)(X), fn(X))
 
 
 def test_one_number_written_twice_is_one_number() -> None:
