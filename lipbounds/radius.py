@@ -10,7 +10,6 @@ and subtracted, so a radius is as good as its bound.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,27 +21,25 @@ import numpy as np
 
 from lipbounds import _intervals as I
 from lipbounds import _triangle, activations
+from lipbounds._around import NoEngineError, bounded
 from lipbounds._carried import carriers
 from lipbounds._floats import exact_products, plain_errors
 from lipbounds._gram import nonzeros_per_row
 from lipbounds._html import Html, element
 from lipbounds._kinds import KINDS, StaticArray
+from lipbounds._localradius import Search, ratios
 from lipbounds._program import Tap
 from lipbounds._rounding import U, gamma
 from lipbounds._tables import label_text, new_axes, printable
 from lipbounds.bound import NORM_NAMES, UpperBound, weakest
 from lipbounds.linmap import HostForm
 from lipbounds.liplt import liplt
-from lipbounds.local import Around, box_notes, check_box
+from lipbounds.local import box_notes, check_box
 from lipbounds.lure import LureForm, fingerprint, multiplicity, proved_slopes
 
 _DECLARED_ACCURACY = 1e-9  # of float64 values of a declared activation that interval arithmetic does not know
 _MOST_PAIRED = 2048  # outputs up to which pairs are bounded where no bound is given
 _CHUNK = 2**24  # entries of the widest tensor of one chunk of examples
-_ROOM = 4.0  # a search goes on while the last ball was certified and the radius may grow by a larger factor
-_SAID = 1.5  # a search that ended where the radius may grow by a larger factor is said in a note
-_STEP, _PATIENCE = 16.0, 16  # the next ball is at most that much larger; after so many, its fourth power
-_FARTHEST = 1e100  # no larger ball is tried
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,9 +136,10 @@ def certified_radius(
             pairs where the outputs are more than 2048.
         local: also bound the network around each example (`lb.local`, with slopes anchored at the example): every ball
             of radius eps certifies min(eps, min_i (z_y - z_i) / L_yi(eps)), and the largest of these and of the global
-            radius counts. Never below the global radius. Norms 2 and inf.
-        tries: with local, how many eps are tried per example. Balls that are certified as a whole do not count while
-            larger ones may be.
+            radius counts. Never below the global radius. Norms 2 and inf. Where no local bound applies (more than 4096
+            outputs, or l-inf and wider than 1100) the global radii stand, with a note.
+        tries: with local, how many eps are tried per example and engine. Balls that are certified as a whole do not
+            count while larger ones may be.
         guarantee, seed: of the bound where it is computed here, and with local as in `lb.local`.
         box: with local, as in `lb.local`: a radius is then about the inputs inside it only.
         progress: with local, called with a line of text as examples are done.
@@ -178,15 +176,26 @@ def certified_radius(
     gaps = _margins(*logits(form, x), labels)
     scale = constants[labels] if form.num_outputs > 1 else np.broadcast_to(constants, gaps.shape)
     correct = np.asarray((gaps > 0).all(axis=1))
-    radius = np.where(correct, _ratios(gaps, scale), 0.0)
+    radius = np.where(correct, ratios(gaps, scale), 0.0)
+    fields = correct, proof.norm
     if not local:
-        return Radii(radius, correct, proof.norm, proof.guarantee, proof.method, notes)
-    todo = np.flatnonzero((radius > 0) & np.isfinite(radius))
-    around = Around(form, proof.norm, x[todo], guarantee=guarantee, seed=seed, box=inside)
-    radius, more = _locally(around, labels, gaps, radius, todo, tries, progress)
-    risk = weakest([proof.guarantee, around.guarantee])
-    notes = (*notes, *around.notes, *more, *box_notes(inside))
-    return Radii(radius, correct, proof.norm, risk, f"local, {proof.method}", notes)
+        return Radii(radius, *fields, proof.guarantee, proof.method, notes)
+    search = Search(labels, gaps, radius, tries)
+    try:
+        found = bounded(
+            form,
+            proof.norm,
+            x[search.todo],
+            lambda around: search.run(around, progress),
+            guarantee=guarantee,
+            seed=seed,
+            box=inside,
+        )
+    except NoEngineError as error:
+        return Radii(radius, *fields, proof.guarantee, proof.method, (*notes, f"global radii: {error}"))
+    notes = (*notes, *found.notes, *search.notes(), *box_notes(inside))
+    risk = weakest([proof.guarantee, *found.guarantees])
+    return Radii(search.best, *fields, risk, f"local, {proof.method}", notes)
 
 
 def _margins(z: np.ndarray, error: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -201,82 +210,6 @@ def _margins(z: np.ndarray, error: np.ndarray, labels: np.ndarray) -> np.ndarray
         gaps = gaps - (np.abs(gaps) * 4 * U + slack[:, None])
     gaps[rows, labels] = np.inf
     return gaps
-
-
-def _ratios(gaps: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """(N,) the least gap over its constant, rounded down; a constant of 0 never lets the margin vanish."""
-    zero = scale == 0
-    with np.errstate(over="ignore", invalid="ignore"):
-        ratio = gaps / np.where(zero, 1.0, scale) * (1 - 4 * U)
-    return np.asarray(np.where(zero & (gaps > 0), np.inf, ratio).min(axis=1, initial=np.inf))
-
-
-def _locally(
-    around: Around,
-    labels: np.ndarray,
-    gaps: np.ndarray,
-    radius: np.ndarray,
-    todo: np.ndarray,
-    tries: int,
-    progress: Callable[[str], None] | None,
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """(the global radii, raised where a ball around the example certifies more; notes); `around` knows the examples
-    `todo`.
-
-    With m(eps) = min_i gap_i / L_yi(eps), falling in eps, the best is the eps at which m(eps) = eps: every try narrows
-    an interval that holds it. A ball that is certified as a whole does not count as a try while the radius may still
-    grow much.
-    """
-    best, unfinished = radius.copy(), np.zeros(len(radius), bool)
-
-    def certify(near: Around, part: slice) -> None:
-        at = todo[part]
-        low, high = best[at].copy(), np.full(len(at), np.inf)
-        used, whole = np.zeros(len(at), int), np.zeros(len(at), bool)
-        eps = 1.5 * low
-        for call in itertools.count():
-            left = np.flatnonzero((high > 1.01 * low) & (used < tries) & (eps < _FARTHEST))
-            if not left.size:
-                break
-            out = near.outputs(left, eps[left], labels=labels[at[left]], call=call)
-            scale = _row_roots(out, labels[at[left]])
-            m = np.where(np.isinf(scale).any(axis=1), 0.0, _ratios(gaps[at[left]], scale))
-            whole[left] = m >= eps[left]
-            low[left] = np.maximum(low[left], np.minimum(eps[left], m))
-            high[left] = np.minimum(high[left], np.maximum(eps[left], m))
-            used[left] += ~(whole[left] & (high[left] > _ROOM * low[left]))
-            step = _STEP if call < _PATIENCE else _STEP**4
-            eps = low + 0.6 * (np.minimum(high, step * low) - low)
-        best[at], unfinished[at] = low, whole & (high > _SAID * low)
-
-    around.each(certify, "local radii", progress)
-    notes: tuple[str, ...] = ()
-    if unfinished.any():
-        notes = (
-            f"for {int(unfinished.sum())} of {len(best)} examples the search ended with a ball certified as a whole: "
-            f"their radii may be more than {_SAID:g} times larger, raise tries={tries}",
-        )
-    return best, notes
-
-
-def _row_roots(out: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(N, K) upper bounds of the constants of z_y - z_i from blocks (N, J, K, K) (`Around.outputs`), of one output
-    (N, 1) its own; inf where the blocks are not finite."""
-    rows = np.arange(len(out))
-    diagonal = np.einsum("njii->nji", out)
-    with np.errstate(over="ignore", invalid="ignore"):
-        if out.shape[-1] == 1:
-            square = diagonal * (1 + 4 * U)
-        else:
-            both = diagonal + diagonal[rows, :, labels][:, :, None]
-            square = np.maximum(both - 2 * out[rows, :, labels], 0.0) * (1 + 4 * U) + 4 * U * both
-        roots = np.nextafter(np.sqrt(np.nextafter(square, np.inf)), np.inf)
-        total = roots.sum(axis=1) * (1 + gamma(out.shape[1]))
-    total[~np.isfinite(out).all(axis=(1, 2, 3))] = np.inf
-    if out.shape[-1] > 1:
-        own = total[rows, labels]
-        total[rows, labels] = np.where(np.isinf(own), np.inf, 1.0)  # its gap is inf
-    return total
 
 
 def check_inputs(form: LureForm, X: Any) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import lipbounds as lb
-from lipbounds import _budget, _lipsdp_engines, _triangle, ellipsoid
+from lipbounds import _around, _budget, _lipsdp_engines, _triangle, ellipsoid
 from lipbounds._proof import Infeasible
 from lipbounds.errors import GuaranteeError
 
@@ -151,7 +151,7 @@ def test_no_internal_error_leaves_a_public_verb(
             lb.verify_certificate(tmp_path / "bound.cert", form)
     fail(monkeypatch, _triangle, "triangle", error=error)
     fail(monkeypatch, empirical, "survey", error=error)
-    fail(monkeypatch, local, "Around", error=error)
+    fail(monkeypatch, _around, "Around", error=error)
     verbs: list[Any] = [lambda: lb.naive(form), lambda: lb.liplt(form), lambda: lb.lipsdp(form)]
     verbs += [lambda: lb.empirical(form, X), lambda: lb.local(form, X, 0.1, bound=known)]
     if error is FAILURES[1]:  # each starts a process

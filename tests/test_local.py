@@ -174,7 +174,7 @@ def test_every_net_of_the_zoo(name):
 
 
 def test_a_wide_front_is_bounded_as_a_whole(monkeypatch):
-    module = sys.modules["lipbounds.local"]
+    module = sys.modules["lipbounds._around"]
     monkeypatch.setattr(module, "WIDEST", 26)
     form, rng = mlp(widths=(12, 30, 24, 20, 6)), np.random.default_rng(7)
     x = rng.standard_normal((12, 12)).astype(np.float32)

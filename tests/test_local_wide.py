@@ -24,7 +24,7 @@ FEW = ("max_pool_images", "maxmin_mlp", "gelu_exact", "postactivation_resnet", "
 @pytest.fixture
 def wide(monkeypatch):
     """Every network counts as wide."""
-    module = sys.modules["lipbounds.local"]
+    module = sys.modules["lipbounds._around"]
     monkeypatch.setattr(module, "WIDEST", 0)
     monkeypatch.setattr(module, "_READY", weakref.WeakKeyDictionary())
 
@@ -55,7 +55,7 @@ def test_a_convolutional_network(eps):
     bound = lb.local(form, x, eps, pairwise=True)
     whole, pairs = largest_slopes(form, x, eps, 2, rng)
     assert bound.guarantee == "probabilistic" and bound.failure_probability == pytest.approx(3e-9)
-    assert "local LipLT" in bound.notes[0]
+    assert any("local LipLT" in note for note in bound.notes)
     assert (whole <= bound.value).all() and (pairs <= bound.pairwise + 1e-12).all()
     slope = np.linalg.norm(jacobians(form, x), 2, axis=(1, 2))
     assert (slope <= bound.value * (1 + 1e-9)).all()
@@ -101,7 +101,7 @@ def test_small_balls_give_the_jacobian(wide):
 def test_every_net_of_the_zoo(name, wide):
     form, rng = form_of(name), np.random.default_rng(6)
     x = rng.standard_normal((4, *form.in_shape)).astype(np.float32)
-    around = sys.modules["lipbounds.local"].Around(form, 2, x.astype(np.float64))
+    around = sys.modules["lipbounds._around"].Around(form, 2, x.astype(np.float64))
     word = "probabilistic" if form.taps else "verified"
     assert around.guarantee == ("assumed" if form.assumed else word)
     for call, eps in enumerate((0.02, 0.7)):
@@ -135,7 +135,7 @@ def cancelling(c, depth):
 def test_linear_steps_that_cancel(c, depth, wide):
     form, exact = cancelling(c, depth), np.sqrt(8) * 0.1**depth
     x = np.full((2, 4), 3.0)
-    around = sys.modules["lipbounds.local"].Around(form, 2, x)
+    around = sys.modules["lipbounds._around"].Around(form, 2, x)
     assert around.ready.front is not None
     out = around.outputs(slice(None), np.full(2, 0.5))
     value = np.sqrt(np.linalg.eigvalsh(out)[:, :, -1]).sum(axis=1)

@@ -21,7 +21,7 @@ import pytest
 from gain import form_of
 
 import lipbounds as lb
-from lipbounds import _carried, _triangle, radius
+from lipbounds import _carried, _localradius, _triangle, radius
 from lipbounds.lure import LureForm
 
 NORMS = (2, 1, math.inf)
@@ -450,7 +450,7 @@ def test_a_search_without_an_end_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     form = lb.from_weights(dead, biases=[np.array([-1e6], np.float32), np.array([0, 1], np.float32)])
     found = lb.certified_radius(form, np.array([[1.0]], np.float32), [1], local=True)
     assert 0.5e36 < found.radius[0] <= 1.00001e36
-    monkeypatch.setattr(radius, "_FARTHEST", 1e33)
+    monkeypatch.setattr(_localradius, "_FARTHEST", 1e33)
     short = lb.certified_radius(form, np.array([[1.0]], np.float32), [1], local=True)
     assert 1e32 < short.radius[0] < 2e34 and any("the search ended" in note for note in short.notes)
 
@@ -460,7 +460,7 @@ def test_a_local_bound_that_is_not_finite_is_no_bound(broken: float, monkeypatch
     form, x = far_away(10.0), np.array([[1.0], [50.0]], np.float32)
     bound = lb.liplt(form, pairwise=True)
     globally = lb.certified_radius(form, x, [0, 0], bound=bound)
-    from lipbounds.local import Around
+    from lipbounds._around import Around
 
     monkeypatch.setattr(
         Around, "_outputs", lambda self, rows, eps, labels, call: np.full((len(eps), 1, 2, 2), broken)
