@@ -74,7 +74,7 @@ def test_radii_of_a_convolutional_network():
     far = lb.certified_radius(form, x, y, bound=bound)
     assert seen[-1].endswith("6 of 6 examples")
     assert (near.radius >= far.radius).all() and np.median(near.radius / far.radius) > 1.5
-    assert near.guarantee == "probabilistic" and far.guarantee == "verified"
+    assert near.guarantee == far.guarantee == "verified"  # local LipLT is better nowhere, so it is not used
     step = in_ball(x, 1.0, 2, 60, rng) - x
     moved = (x + step * near.radius.reshape(-1, 1, 1, 1) * (1 - 1e-9)).reshape(-1, 24, 24, 2)
     assert (values(form, moved).argmax(axis=1).reshape(60, -1) == y).all()
