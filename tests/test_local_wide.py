@@ -49,7 +49,8 @@ def conv_net(seed=0, size=24):
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("eps", [0.01, 0.3])
-def test_a_convolutional_network(eps):
+def test_a_convolutional_network(eps, monkeypatch):
+    monkeypatch.setattr(sys.modules["lipbounds._around"], "ways", lambda form, norm, guarantee: ("LipLT",))
     form, rng = conv_net(), np.random.default_rng(1)
     x = rng.standard_normal((3, 24, 24, 2)).astype(np.float32)
     bound = lb.local(form, x, eps, pairwise=True)
