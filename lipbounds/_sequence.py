@@ -191,9 +191,8 @@ def _hybrid_start(form: LureForm, k: int, request: Request) -> tuple[Sequence, n
     scalings = _triangle.loop_transform(front, 2, centred=True)
     nodes = [(j,) for j in range(k)]
     host = _triangle.host_form(front)
-    host.proved = _triangle.host_form(
-        form
-    ).proved  # by content: what a bound of the whole network proved is known
+    # keyed by content: what a bound of the whole network proved is not proved again
+    host.proved = _triangle.host_form(form).proved
     rows = {source: block.T for source, block in host.backward((), [(), *nodes], scalings).items()}
     found = _triangle.recursion(front, nodes, scalings, request, pairwise=False, rows=rows)
     shares = {
