@@ -28,7 +28,7 @@ from lipbounds._budget import Budget, proofs
 from lipbounds._program import Tap
 from lipbounds._progress import meter, proof_seconds
 from lipbounds._rounding import add_up, gamma, mul_up
-from lipbounds._wide import LIMIT, wide_norm
+from lipbounds._wide import LIMIT, cut_norm, wide_norm
 from lipbounds.bound import Part, weakest
 from lipbounds.linmap import HostForm, Node, TapScaling
 from lipbounds.lure import LureForm, multiplicity, proved_slopes
@@ -196,14 +196,19 @@ def block_norms(
     if request.budget is not None:
         return _within_budget(form, pairs, scalings, request, request.budget)
     host = host_form(form)
+    found: dict[tuple[Node, Node], BlockNorm] = {}
     small: list[tuple[Node, Node]] = []
     large: list[tuple[Node, Node]] = []
     for pair in pairs:
         side = min(host.node_size(pair[0], source=True), host.node_size(pair[1], source=False))
         forced = request.norm != 2 or request.guarantee == "verified"
         dense = request.guarantee == "auto" and side <= DENSE_LIMIT
+        if forced and request.norm == 2 and side > DENSE_LIMIT:
+            cut = cut_norm(host, pair, scalings)
+            if cut is not None:
+                found[pair] = BlockNorm(*cut[:3], _shape(host, pair))
+                continue
         (small if forced or dense else large).append(pair)
-    found: dict[tuple[Node, Node], BlockNorm] = {}
     loose = []
     costs = {pair: _cost(host, pair) if request.norm == 2 else 0.0 for pair in small}
     with meter(len(small), sum(costs.values()), request.progress) as advance:

@@ -79,6 +79,16 @@ def wide_norm(
     return Bound(product_of_steps(host, source, target, scalings), "verified", "product of steps")
 
 
+def cut_norm(
+    host: HostForm, pair: tuple[Node, Node], scalings: Sequence[TapScaling], *, limit: int = LIMIT
+) -> Bound | None:
+    """A verified bound through a narrow cut; None where there is no such cut, no memory for it, or no tight proof."""
+    try:
+        return _by_cut(host, *pair, scalings, limit)
+    except (ValueError, _budget._TooLarge, MemoryError):
+        return None
+
+
 # --- a narrow cut --------------------------------------------------------------------------------------------------
 
 

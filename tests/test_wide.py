@@ -77,6 +77,18 @@ def test_low_rank_blocks_are_verified_through_their_thin_side(n: int, r: int, la
     assert lb.liplt(form).value <= bound.value
 
 
+def test_proofs_that_are_asked_for_take_a_narrow_cut_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    form, _ = low_rank(60, 4)
+    dense = lb.naive(form, guarantee="verified")
+    monkeypatch.setattr(_triangle, "DENSE_LIMIT", 20)
+    cut = lb.naive(form, guarantee="verified")
+    assert [part.how for part in (*dense.parts, *cut.parts)].count("Cholesky through 4 entries") == 1
+    assert cut.parts[0].how == "Cholesky through 4 entries" and cut.guarantee == "verified"
+    assert cut.value == pytest.approx(dense.value, rel=1e-6)
+    for norm in (1, np.inf):
+        assert lb.naive(form, norm=norm, guarantee="verified").guarantee == "verified"
+
+
 def test_product_norm_holds_and_is_tight() -> None:
     rng = np.random.default_rng(0)
     for m, r, n in ((30, 3, 40), (8, 8, 8), (50, 1, 9), (7, 20, 6)):
