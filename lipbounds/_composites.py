@@ -35,7 +35,8 @@ SOFTMAX = _Words(
 )
 LOG_SOFTMAX = _Words(
     "the logarithm of a weighted or masked sum of exponentials cannot be bounded here in this form",
-    "call jax.nn.logsumexp without weights: of x + log(b) for constant weights b > 0, of x[index] in place of a mask",
+    "use constant weights b >= 0, not all 0: with negative weights, or weights that depend on x, there is no bound in "
+    "general",
 )
 ATTENTION = _Words(
     "attention (a product of two tensors that both depend on x, softmax, and another product) cannot be bounded here: "
@@ -96,7 +97,9 @@ def _composites(refused: list[Eqn]) -> Iterator[_Composite]:
             if last and first:
                 found = _Composite(last[0], _ids(*parts, *last, *first), ATTENTION)
             else:
-                found = _Composite(eqn, _ids(*parts), SOFTMAX if eqn.primitive != "log" else LOG_SOFTMAX)
+                log = eqn.primitive == "log"
+                around = _around(refused, parts[-1]) if log else []
+                found = _Composite(eqn, _ids(*parts, *around), LOG_SOFTMAX if log else SOFTMAX)
             yield found
             taken |= found.members
     for eqn in refused:
@@ -106,6 +109,38 @@ def _composites(refused: list[Eqn]) -> Iterator[_Composite]:
                 if whole is not None:
                     yield whole
                     break
+
+
+def _around(refused: list[Eqn], exp: Eqn) -> list[Eqn]:
+    """What jax.nn.logsumexp computes besides: entries of weight 0 are masked, a sum below 0 is made NaN."""
+    found, masks = [], [exp]
+    for eqn in reversed(refused):
+        if eqn.primitive in ("select_n", "ne") and any(
+            eqn in _producers(v) for mask in masks for v in mask.inputs
+        ):
+            found.append(eqn)
+            masks.append(eqn)
+    made = [exp]
+    for eqn in refused:
+        if eqn.primitive in ("mul", "reduce_sum", "sign", "lt", "select_n") and any(
+            before in _producers(v) for v in eqn.inputs for before in made
+        ):
+            found.append(eqn)
+            made.append(eqn)
+    return found
+
+
+def _producers(value: Value) -> list[Eqn]:
+    """Where a value comes from, through moves, sums and differences."""
+    found: list[Eqn] = []
+    stack = [value]
+    while stack and len(found) < _MOST:
+        eqn = _back(stack.pop()).producer
+        if eqn is not None and eqn not in found:
+            found.append(eqn)
+            if eqn.primitive in ("sub", "add", "mul", "reduce_sum"):
+                stack.extend(v for v in eqn.inputs if v.depends)
+    return found
 
 
 def _ids(*eqns: Eqn) -> frozenset[int]:
@@ -153,6 +188,11 @@ def _softmax(eqn: Eqn) -> Iterator[tuple[Eqn, ...]]:
         if total is None or total.primitive != "reduce_sum":
             continue
         summand = _past_constants(total.inputs[0])
+        if top is None and summand.producer is not None and summand.producer.primitive == "mul":
+            factors = map(_past_constants, summand.producer.inputs)  # a weight that depends on x
+            summand = next(
+                (v for v in factors if v.producer is not None and v.producer.primitive == "exp"), summand
+            )
         exp = summand.producer
         if exp is not None and exp.primitive in ("exp", "exp2") and top in (None, summand):
             yield eqn, exp

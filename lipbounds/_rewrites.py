@@ -8,8 +8,8 @@ Each is an identity of real arithmetic, so the certified network is the same:
     scatter-max, -min   an entry is the extreme of what was there and of all updates that land there
     scatter-mul         with constant factors, one product per entry and round; linear
     logaddexp(x, y)     log(e^x + e^y), recognised because its jaxpr is the one that jax makes for `jnp.logaddexp`
-    log(sum(exp(z)))    logsumexp over constant groups; with z = a - c and c constant in each group it is
-                        logsumexp(a) - c, and log(sum(exp(a - c))) + c is logsumexp(a), whatever c is
+    log(sum(b exp(z)))  logsumexp of z + log(b) over constant groups, b constants >= 0; with z = a - c and c constant in
+                        each group it is that of a, less c, and log(sum(b exp(a - c))) + c is that of a, whatever c is
 
 The equations made here have names of their own, with rules in `_rules`: `grouped` (max, min, sort or logsumexp over the
 rows of an index table, -1 nowhere) and `entries` (the output reads entries of the operands, laid end to end).
@@ -325,25 +325,84 @@ def origin(value: Value) -> tuple[Value, np.ndarray]:
         index = step.reshape(-1)[index]
 
 
-def _exponents(value: Value) -> tuple[Value, np.ndarray] | None:
-    """(z, table) with value = sum over each row of the (entries, width) table of exp(z); None if it is no such sum."""
+def _exponents(value: Value) -> tuple[Value, np.ndarray, np.ndarray] | None:
+    """(z, table, b) with value = sum over each row of the (entries, width) tables of b exp(z), b >= 0 constants; else
+    None."""
     value, index = origin(value)
     eqn = value.producer
     if eqn is None or not _understood(eqn):
         return None
     inner = None
     if eqn.primitive == "exp":
-        inner = eqn.inputs[0], _iota(value.shape).reshape(-1, 1)
+        inner = eqn.inputs[0], _iota(value.shape).reshape(-1, 1), np.ones((_size(value), 1))
     elif eqn.primitive == "abs":
         inner = _exponents(eqn.inputs[0])  # a sum of exponentials is positive
+    elif eqn.primitive == "mul":
+        depending = [v for v in eqn.inputs if v.depends]
+        others = [v for v in eqn.inputs if not v.depends]
+        found = _exponents(depending[0]) if len(depending) == 1 and is_concrete(others[0].const) else None
+        if found is not None:
+            b = np.broadcast_to(np.asarray(others[0].const, np.float64), value.shape).reshape(-1, 1)
+            rows = np.broadcast_to(_iota(depending[0].shape), value.shape).reshape(-1)
+            if np.isfinite(b).all() and (b >= 0).all() and not others[0].randomness:
+                inner = found[0], found[1][rows], found[2][rows] * b
     elif eqn.primitive == "reduce_sum":
         found = _exponents(eqn.inputs[0])
         if found is not None:
             rows = _rules.along(eqn.inputs[0].shape, [int(a) for a in eqn.params["axes"]])
-            inner = found[0], found[1][rows].reshape(len(rows), -1)
+            inner = found[0], *(part[rows].reshape(len(rows), -1) for part in found[1:])
     if inner is None or not inner[1].size:
         return None
-    return inner[0], inner[1][index.reshape(-1)]
+    return inner[0], *(part[index.reshape(-1)] for part in inner[1:])
+
+
+def _weighted(write: _Writer, a: Value, table: np.ndarray, b: np.ndarray, shape: Any) -> Value | None:
+    """log(sum(b exp(a))) over the rows of the table, b >= 0: logsumexp of a + log(b) where b > 0.
+
+    An entry that fills up a short row is there several times, with equal shares of its weight. log(b) is subtracted in
+    two parts, so that it is right to about twice the digits of a.
+    """
+    if (b == 1.0).all():
+        return write.grouped("logsumexp", [a], table.astype(np.int32), shape)
+    kept = b > 0.0
+    width = kept.sum(axis=1)
+    if not width.all():
+        return None
+    columns = np.argsort(~kept, axis=1, kind="stable")[:, : width.max()]
+    filled = np.arange(width.max()) < width[:, None]
+    columns = np.where(filled, columns, columns[:, :1])
+    copies = np.where(columns == columns[:, :1], 1 + (~filled).sum(axis=1, keepdims=True), 1)
+    logs = -np.log(np.take_along_axis(b, columns, 1).astype(np.longdouble)) + np.log(
+        copies.astype(np.longdouble)
+    )
+    index = np.take_along_axis(table, columns, 1).astype(np.int32)
+    value = write.entries([_case(a, index)], index)
+    for _ in range(2):
+        part = logs.astype(a.dtype)
+        value = write.binary("sub", value, write.inliner.const(part))
+        logs = logs - part.astype(np.longdouble)
+    return write.grouped("logsumexp", [value], _iota(index.shape), shape)
+
+
+def _case(a: Value, index: np.ndarray) -> Value:
+    """What a is read from where a constant predicate chooses the same tensor for all of these entries; else a."""
+    eqn = a.producer
+    if eqn is None or eqn.primitive != "select_n" or eqn.inputs[0].depends or not _understood(eqn):
+        return a
+    which, *cases = eqn.inputs
+    if not is_concrete(which.const) or which.randomness:
+        return a
+    chosen = np.unique(np.broadcast_to(np.asarray(which.const).astype(int), a.shape).reshape(-1)[index])
+    case = cases[chosen[0]]
+    return case if chosen.size == 1 and case.depends and case.shape == a.shape else a
+
+
+def _sign(write: _Writer, eqn: Any, inputs: Sequence[Value]) -> Outputs:
+    """The sign of a sum of exponentials with weights >= 0, not all 0, as jax asks for it: 1."""
+    found = _exponents(inputs[0])
+    if found is None or not found[2].any(axis=1).all():
+        return None
+    return [write.inliner.const(np.ones(inputs[0].shape, inputs[0].dtype))]
 
 
 def _shift(z: Value, table: np.ndarray) -> tuple[Value, np.ndarray, Value, np.ndarray] | None:
@@ -372,12 +431,14 @@ def _log(write: _Writer, eqn: Any, inputs: Sequence[Value]) -> Outputs:
     if found is None:
         return None
     shape = inputs[0].shape
-    shifted = _shift(*found)
+    z, table, weights = found
+    shifted = _shift(z, table)
     if shifted is None:
-        return [write.grouped("logsumexp", [found[0]], found[1].astype(np.int32), shape)]
+        whole = _weighted(write, z, table, weights, shape)
+        return None if whole is None else [whole]
     a, table, c, index = shifted
-    whole = write.grouped("logsumexp", [a], table.astype(np.int32), shape)
-    return [write.binary("sub", whole, write.entries([c], index.reshape(shape)))]
+    whole = _weighted(write, a, table, weights, shape)
+    return None if whole is None else [write.binary("sub", whole, write.entries([c], index.reshape(shape)))]
 
 
 def _is_shifted(value: Value) -> bool:
@@ -448,6 +509,7 @@ _MAKERS: dict[str, Callable[..., Outputs]] = {
     "jit": _accumulate,
     "custom_jvp_call": _logaddexp,
     "log": _log,
+    "sign": _sign,
     "add": _add,
     "sub": _sub,
 }

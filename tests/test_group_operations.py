@@ -196,6 +196,49 @@ def test_extremes_at_indices_hold_for_every_update() -> None:
     assert np.array_equal(form(X6), [-1.0, 1.0])
 
 
+_RNG = np.random.default_rng(5)
+_B = _RNG.uniform(0.1, 5.0, (3, 6)).astype(np.float32)
+_MASKED = np.where(_RNG.uniform(size=_B.shape) < 0.5, np.float32(0), _B) + np.eye(3, 6, dtype=np.float32)
+_W = _RNG.normal(size=(6, 6)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: nn.logsumexp(jnp.broadcast_to(x, (3, 6)), axis=1, b=_B),
+        lambda x: nn.logsumexp(
+            jnp.broadcast_to(_W @ x, (3, 6)), axis=1, b=_MASKED
+        ),  # rows of different lengths
+        lambda x: nn.logsumexp(jnp.broadcast_to(x, (3, 6)), axis=1, b=_MASKED, return_sign=True)[0],
+        lambda x: nn.logsumexp(_W @ x, b=_B[0], keepdims=True),
+        lambda x: nn.logsumexp(x, b=7.0)[None],
+        lambda x: jnp.log((_MASKED * jnp.exp(x)).sum(1)),
+        lambda x: jnp.log(3 * jnp.exp(_W @ x).reshape(2, 3).sum(0)),
+    ],
+)
+def test_constant_weights_of_a_logsumexp(fn: Fn) -> None:
+    """logsumexp(x, b) = logsumexp(x + log b), to more digits than float32 has; entries of weight 0 drop out."""
+    form = lb.trace(fn, X6)
+    whole = lb.liplt(form).value
+    points = 3 * np.random.default_rng(0).normal(size=(20, 6)).astype(np.float32)
+    near = lb.local(form, points, 0.01).value
+    for x, bound in zip(points, near, strict=True):
+        assert np.allclose(form(x), fn(x), atol=1e-5)
+        slope = float(np.linalg.norm(jax.jacobian(fn)(x), 2))
+        assert slope * (1 - 1e-5) <= bound <= whole * (1 + 1e-9)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        exact = fn(points[0].astype(np.float64))
+        assert np.allclose(form(points[0].astype(np.float64)), exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("b", ["x", "negative", "zero"])
+def test_other_weights_of_a_logsumexp_are_one_entry(b: str) -> None:
+    weights = {"x": None, "negative": np.arange(-2.0, 4.0), "zero": np.zeros(6)}[b]
+    with pytest.raises(lb.UnsupportedError, match="weighted or masked sum") as caught:
+        lb.trace(lambda x: nn.logsumexp(x, b=x if weights is None else weights)[None], X6)
+    assert str(caught.value).count("why:") == 1 and "constant weights b >= 0" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "fn, word",
     [
