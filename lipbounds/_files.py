@@ -36,7 +36,8 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz file by name, each read only if the file can hold what its header promises.
 
     Raises:
-        ValueError: not an .npz file, cut off, damaged, pickled objects, or a header that promises more than is there.
+        ValueError: not an .npz file, cut off, damaged, pickled objects, a header that promises more than is there, or
+            arrays that take more memory than is free.
         OSError: the file cannot be opened.
     """
     with path.open("rb") as stream:
@@ -46,8 +47,11 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
                 if len({info.filename for info in members}) != len(members):
                     raise ValueError("two arrays have one name")
                 size = path.stat().st_size
+                _check_room([min(i.file_size, DEFLATE * min(i.compress_size, size)) for i in members])
                 return {info.filename.removesuffix(".npy"): _member(archive, info, size) for info in members}
         except Exception as error:  # zipfile and NumPy raise nearly anything for a damaged file
+            if isinstance(error, MemoryError):
+                raise ValueError(f"{path}: {error or 'its arrays do not fit in memory'}") from error
             if "pickle" in str(error):
                 raise ValueError(
                     f"{path}: holds pickled objects, which are not read; save plain arrays"
@@ -65,6 +69,17 @@ def read_npy(path: Path) -> np.ndarray:
             return _array(stream, path.stat().st_size, DEFLATE * path.stat().st_size, repr(path.name))
         except Exception as error:  # NumPy raises nearly anything for a damaged file
             raise ValueError(f"{path}: not an .npy file of numbers, or cut off: {error}") from error
+
+
+def _check_room(sizes: list[int]) -> None:
+    """MemoryError where arrays of these bytes, one of them twice while it is read, exceed the memory that is free."""
+    from lipbounds._sdp import available_memory
+
+    need, free = sum(sizes) + max(sizes, default=0), available_memory()
+    if free is not None and need > free * 2**30:
+        raise MemoryError(
+            f"its arrays need {need / 2**30:.3g} GiB, but only {free:.3g} GiB of memory are free: keep fewer examples"
+        )
 
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, size: int) -> np.ndarray:

@@ -19,6 +19,7 @@ from scipy.io import savemat
 from typer.testing import CliRunner
 
 import lipbounds as lb
+from lipbounds import _sdp
 from lipbounds.cli import app
 from lipbounds.interop import load_weights
 
@@ -316,3 +317,15 @@ def test_any_content_of_a_model_file_is_read_or_a_value_error(tries: int, tmp_pa
         path.write_bytes(content)
         with contextlib.suppress(ValueError):
             load_model(path)
+
+
+def test_arrays_that_exceed_the_free_memory(tmp_path, monkeypatch):
+    """A small file may really hold what does not fit: it is not unpacked."""
+    path = tmp_path / "zeros.npz"
+    np.savez_compressed(path, W0=np.zeros((2000, 500)), W1=np.zeros((3, 2000)))
+    assert path.stat().st_size < 30_000
+    assert [w.shape for w in load_weights(path)[0]] == [(2000, 500), (3, 2000)]
+    monkeypatch.setattr(_sdp, "available_memory", lambda: 2.0**-7)
+    monkeypatch.setattr(np, "frombuffer", None)
+    with pytest.raises(ValueError, match=r"zeros\.npz: its arrays need 0.0149 GiB, but only 0.00781 GiB"):
+        load_weights(path)
