@@ -116,18 +116,15 @@ def broken(monkeypatch, module, name, error, calls=0):
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "left"),
+    ("module", "name", "error", "left"),
     [
-        (_around, "hybrid_start", "LipLT"),
-        (_localrun, "ellipsoids", "LipLT"),
-        (_localwide, "Front", "hybrid"),
-        (_localwide, "grams", "hybrid"),
+        (_around, "hybrid_start", _TooLarge("no way"), "LipLT"),
+        (_localrun, "ellipsoids", ValueError("no way"), "LipLT"),
+        (_localwide, "Front", MemoryError("no way"), "hybrid"),
+        (_localwide, "grams", ZeroDivisionError("no way"), "hybrid"),
     ],
 )
-@pytest.mark.parametrize(
-    "error", [ValueError("no way"), MemoryError("no way"), _TooLarge("no way")], ids=repr
-)
-def test_an_engine_that_fails_takes_nothing_away(net, monkeypatch, module, name, left, error):
+def test_an_engine_that_fails_takes_nothing_away(net, monkeypatch, module, name, error, left):
     expected = alone(net, monkeypatch, left)
     _around._READY.clear()
     broken(monkeypatch, module, name, error)
