@@ -72,7 +72,7 @@ side checked fast $FAST
 side traced
 TAIL=12 side section fuzz 100 $PYTHON -m tests.fuzz --minutes $MINUTES --processes $MANY --seed 1
 TAIL=12 side section fuzz-fast 100 $FAST $PYTHON -m tests.fuzz --minutes $MINUTES --processes $MANY --seed 2
-TAIL=12 side section tests 100 $PYTHON -m pytest -q --maxfail=20 -n $MANY -p no:cacheprovider \
+TAIL=12 side section tests 100 $PYTHON -m pytest -q -p no:benchmark --maxfail=20 -n $MANY -p no:cacheprovider \
     tests/test_local_wide.py tests/test_precision.py tests/test_wide.py tests/test_norms.py tests/test_radius.py $TESTS
 wait
 unset XLA_FLAGS
