@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lipbounds.bound import NORM_NAMES, check_norm
+from lipbounds.results import NORM_NAMES, check_norm
 
 LOSSES = ("margin", "ce", "cw")
 Progress = Callable[[str], None]

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lipbounds._html import Html, element, together
-from lipbounds._tables import (
+from lipbounds._text.html import Html, element, together
+from lipbounds._text.tables import (
     Direction,
     html_table,
     markdown_table,

@@ -22,14 +22,14 @@ import numpy as np
 from flax import nnx
 
 import lipbounds as lb
+from lipbounds._comparison.compare import METHODS
+from lipbounds._form.lure import fingerprint
+from lipbounds._lipsdp.certificate import check, load_certificate
+from lipbounds._local.radius import logits
 from lipbounds.analysis.attacks import Attack, length, pgd
 from lipbounds.analysis.experiment import Json, Progress, eps_grid, norm_key, radii_record
-from lipbounds.bound import Part, check_norm
-from lipbounds.certificate import check, load_certificate
-from lipbounds.compare import METHODS
 from lipbounds.errors import GuaranteeError
-from lipbounds.lure import fingerprint
-from lipbounds.radius import logits
+from lipbounds.results import Part, check_norm
 
 UNIT = "pixel values in [0, 1]"
 FROM_CERTIFICATE = "from the run's certificate, proved again: its time is that of the proof"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import lipbounds as lb
-from lipbounds.compare import METHODS
+from lipbounds._comparison.compare import METHODS
 
 Json = dict[str, Any]
 Progress = Callable[[str], None]

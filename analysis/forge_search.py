@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from lipbounds._html import Html
-from lipbounds._tables import html_table, markdown_table, show, text_table
+from lipbounds._text.html import Html
+from lipbounds._text.tables import html_table, markdown_table, show, text_table
 from lipbounds.analysis.attacks import Progress, pgd
 from lipbounds.analysis.forging import Forged, Where, forge
-from lipbounds.bound import NORM_NAMES, check_norm
+from lipbounds.results import NORM_NAMES, check_norm
 
 CANDIDATES = (0.0, *(2.0**-k for k in range(8, 3, -1)))
 

@@ -34,8 +34,8 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save
 
-from lipbounds._files import read_safetensors, write_atomically
-from lipbounds._tables import show, text_table
+from lipbounds._text.files import read_safetensors, write_atomically
+from lipbounds._text.tables import show, text_table
 from lipbounds.analysis.attacks import whole
 from lipbounds.analysis.batches import Example, chunks, examples
 from lipbounds.analysis.gates import (

@@ -15,15 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lipbounds._html import Html, element
-from lipbounds._tables import html_table, markdown_table, markdown_text, show, text_table
+from lipbounds._text.html import Html, element
+from lipbounds._text.tables import html_table, markdown_table, markdown_text, show, text_table
 from lipbounds.analysis.attacks import Progress, pgd
 from lipbounds.analysis.diagnostics import Diagnosis, diagnose
 from lipbounds.analysis.forge_search import CANDIDATES
 from lipbounds.analysis.forging import Forged, Where, forge
 from lipbounds.analysis.masking import FAILS, INCONCLUSIVE, PASSES, MaskingChecks, differ, p_value
 from lipbounds.analysis.square import square
-from lipbounds.bound import NORM_NAMES, check_norm
+from lipbounds.results import NORM_NAMES, check_norm
 
 Json = dict[str, Any]
 HOLDS, DOES_NOT, OPEN = "holds here", "does not", "open"

@@ -30,12 +30,12 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from lipbounds._html import Html, element
-from lipbounds._tables import html_table, markdown_table, markdown_text, printable, show, text_table
+from lipbounds._text.html import Html, element
+from lipbounds._text.tables import html_table, markdown_table, markdown_text, printable, show, text_table
 from lipbounds.analysis.attacks import Attack, Progress, fgsm, pgd, whole
 from lipbounds.analysis.smoothing import Smoothed, clopper_pearson_lower, smooth
 from lipbounds.analysis.square import square
-from lipbounds.bound import NORM_NAMES, check_norm
+from lipbounds.results import NORM_NAMES, check_norm
 
 PASSES, FAILS, INCONCLUSIVE = "passes", "fails", "inconclusive"
 _HEADER = ("check", "verdict", "images", "figures", "reason")

@@ -29,7 +29,7 @@ import numpy as np
 from flax import nnx
 
 import lipbounds as lb
-from lipbounds._rounding import gamma
+from lipbounds._norms.rounding import gamma
 from lipbounds.analysis.spectra import By, Discs, largest_eigenvalue, spectral_norm_forged
 
 DENSE_ENTRIES = 2**22  # largest matrix (m n) that a convolution is written out as

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from lipbounds._html import Html, element
+from lipbounds._text.html import Html, element
 from lipbounds.analysis.attacks import Model, as_labels, as_points, count_classes, split, whole
 
 Progress = Callable[[str], None]

@@ -20,7 +20,7 @@ import numpy as np
 
 from lipbounds.analysis import attacks
 from lipbounds.analysis.attacks import Attack, Problem, Progress, keep, margin_of, per_example, project, whole
-from lipbounds.bound import check_norm
+from lipbounds.results import check_norm
 
 #: Queries of 10 000, after each of which the window's share of the image is halved (section 5 of the paper).
 _HALVINGS = (10, 50, 200, 1000, 2000, 4000, 6000, 8000)

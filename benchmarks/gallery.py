@@ -38,9 +38,9 @@ from rich.progress import track
 from rich.table import Table
 
 import lipbounds as lb
-from lipbounds._sequence import WIDEST, first_tap
-from lipbounds._tables import show
-from lipbounds.bracket import Bracket
+from lipbounds._comparison.bracket import Bracket
+from lipbounds._lipsdp.state_matrices import WIDEST, first_tap
+from lipbounds._text.tables import show
 from lipbounds.training.data import digits
 
 Json = dict[str, Any]

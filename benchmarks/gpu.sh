@@ -82,7 +82,7 @@ section steps 75 $PART steps "$WORK/steps.json" $SMALL
 section speed-gpu 45 $PART speed "$WORK/speed-gpu.json" $SMALL
 side section speed-cpu 75 $HOST $PART speed "$WORK/speed-cpu.json" $SMALL
 section data 20 $HOST $PART data "$WORK/cifar10" $SMALL
-TAIL=12 section train 75 $PYTHON -m lipbounds.cli train crm --preset cifar10-6C2F --data-dir "$WORK/cifar10" \
+TAIL=12 section train 75 $PYTHON -m lipbounds train crm --preset cifar10-6C2F --data-dir "$WORK/cifar10" \
     --epochs 3 --warmup 0 --validate-every 0 --out "$WORK/run" ${SMALL:+--arch 3072-16-10 --batch-size 64}
 wait
 echo

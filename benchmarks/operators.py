@@ -29,8 +29,8 @@ from rich.progress import track
 from rich.table import Table
 
 import lipbounds as lb
-from lipbounds import norms
-from lipbounds._triangle import host_form
+from lipbounds._norms import matrices as norms
+from lipbounds._triangle.recursion import host_form
 
 Json = dict[str, Any]
 WAYS = ("matrix", "verified", "Golub-Kahan", "Fourier")

@@ -24,9 +24,9 @@ import numpy as np
 from flint import arb, ctx, fmpq, fmpq_mat
 from fuzz.rational import add_step, rational, taken
 
-from lipbounds._triangle import partitions
-from lipbounds._views import elementwise_view
-from lipbounds.lure import LureForm, proved_slopes
+from lipbounds._form.elementwise import elementwise_view
+from lipbounds._form.lure import LureForm, proved_slopes
+from lipbounds._triangle.recursion import partitions
 
 PRECISION = 600  # bits: elimination of a few hundred rows loses far fewer than the 500 to spare
 
@@ -164,8 +164,8 @@ class Network:
 
     def multipliers(self, proof: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """(active neurons, D) per tap, as the library pairs them."""
-        from lipbounds._dense import dense_gain
-        from lipbounds._sequence import sequence
+        from lipbounds._lipsdp.barrier import dense_gain
+        from lipbounds._lipsdp.state_matrices import sequence
 
         active = (
             dense_gain(self.view).active

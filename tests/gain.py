@@ -16,10 +16,10 @@ import scipy.sparse as sp
 from zoo import NETS
 
 import lipbounds as lb
-from lipbounds._jaxpr import flatten
-from lipbounds._lower import lower
-from lipbounds.linmap import Node, TapScaling
-from lipbounds.lure import LureForm, propagate
+from lipbounds._form.lure import LureForm, propagate
+from lipbounds._gain.blocks import Node, TapScaling
+from lipbounds._tracing.jaxpr import flatten
+from lipbounds._tracing.lowering import lower
 
 
 @functools.cache

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from jax.extend.core import Literal
 
-from lipbounds import _intervals as I
-from lipbounds import activations as act
-from lipbounds._pieces import Domain, Terms, resolve
-from lipbounds._tails import tail_slopes
-from lipbounds.activations import Expr, Node, SlopeError, enclose, evaluate, slope_range
+from lipbounds._activations import activations as act
+from lipbounds._activations import intervals as I
+from lipbounds._activations.activations import Expr, Node, SlopeError, enclose, evaluate, slope_range
+from lipbounds._activations.pieces import Domain, Terms, resolve
+from lipbounds._activations.tails import tail_slopes
 
 
 def expr_of(fn: Callable[..., Any], shape: tuple[int, ...] = (3,)) -> tuple[Expr, tuple[Any, ...]]:

@@ -15,17 +15,17 @@ import pytest
 from jax import lax
 
 import lipbounds as lb
-from lipbounds import _agree, _jaxpr, _rules
+from lipbounds._tracing import jaxpr, rules, value_check
 
 Fn = Callable[[jax.Array], Any]
 X = jnp.ones(3)
 
 
-def _as_zeros(self: Any, eqn: Any, inputs: list[_jaxpr.Value], path: Any) -> list[_jaxpr.Value]:
+def _as_zeros(self: Any, eqn: Any, inputs: list[jaxpr.Value], path: Any) -> list[jaxpr.Value]:
     """`x.at[i].apply(f)` taken for a scatter of its operands, as it once was."""
     params = {**eqn.params, "update_jaxpr": None}
     out = self.value(inputs[0].shape, inputs[0].dtype, depends=True)
-    record = _jaxpr.Eqn("scatter", params, tuple(inputs), (out,), "")
+    record = jaxpr.Eqn("scatter", params, tuple(inputs), (out,), "")
     record.bind = lambda *args, **_: eqn.primitive.bind(*args, **eqn.params)
     out.producer = record
     self.eqns.append(record)
@@ -39,14 +39,14 @@ def kinked(x: jax.Array) -> jax.Array:
 
 def test_a_mistake_that_shows_far_out_only_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The value check saw nothing of it as long as its points were of size 1 and 10."""
-    monkeypatch.setattr(_jaxpr._Inliner, "apply_at", _as_zeros)
+    monkeypatch.setattr(jaxpr._Inliner, "apply_at", _as_zeros)
     with pytest.raises(RuntimeError, match="a random point of size 100"):
         lb.trace(kinked, X)
 
 
 def test_a_mistake_at_the_corners_of_the_box_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_jaxpr._Inliner, "apply_at", _as_zeros)
-    monkeypatch.setattr(_agree, "_SIZES", ())
+    monkeypatch.setattr(jaxpr._Inliner, "apply_at", _as_zeros)
+    monkeypatch.setattr(value_check, "_SIZES", ())
     lb.trace(kinked, X)
     lb.trace(kinked, X, box=(0.0, 100.0))
     box = (0.0, np.array([255.0, 1.0, 1.0]))
@@ -63,8 +63,8 @@ def test_what_is_no_box_is_refused(box: Any) -> None:
 
 
 def test_a_wrong_rule_is_still_called_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = _rules.Linear("cumsum", {"axis": 0, "reverse": False}, (0,))
-    monkeypatch.setitem(_rules.RULES, "cumsum", lambda eqn: wrong)
+    wrong = rules.Linear("cumsum", {"axis": 0, "reverse": False}, (0,))
+    monkeypatch.setitem(rules.RULES, "cumsum", lambda eqn: wrong)
     with pytest.raises(RuntimeError, match="bug of lipbounds"):
         lb.trace(lambda x: lax.cumsum(x, reverse=True), X)
 
@@ -93,10 +93,10 @@ def test_cancellation_is_said_to_be_rounding(
 
     def fused(form: lb.LureForm, x: jax.Array, dtype: Any) -> dict[int, Any]:
         with jax.enable_x64(True):
-            found = _agree._one_by_one(form, jnp.asarray(x, jnp.float64), jnp.float64)
+            found = value_check._one_by_one(form, jnp.asarray(x, jnp.float64), jnp.float64)
             return {r: value.astype(dtype) for r, value in found.items()}
 
-    monkeypatch.setattr(_agree, "_registers", fused)
+    monkeypatch.setattr(value_check, "_registers", fused)
     with pytest.raises(lb.UnsupportedError, match="loses its digits in float32") as caught:
         lb.trace(wrap(cancelling(scale)), jnp.ones(4))
     (item,) = caught.value.items

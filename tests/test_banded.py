@@ -1,4 +1,4 @@
-"""The banded proof of `_banded.py`: against dense proofs, against rational arithmetic, and in bounded memory."""
+"""The banded proof of `banded_cholesky`: against dense proofs, against rational arithmetic, and in bounded memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ import scipy.sparse as sp
 from exact import exceeds, fractions
 from jax import lax
 
-from lipbounds import _banded, _gram, norms
+from lipbounds._norms import banded_cholesky, cholesky
+from lipbounds._norms import matrices as norms
 
 
 def operator(fn: Any, shape: tuple[int, ...]) -> sp.csr_array:
@@ -98,17 +99,17 @@ def cases() -> dict[str, sp.csr_array]:
 CASES = cases()
 
 
-def proof(a: Any, way: str = "banded") -> _banded.Plan:
+def proof(a: Any, way: str = "banded") -> banded_cholesky.Plan:
     """The plan of one way, whatever the rule of sizes would choose."""
-    (plan,) = (p for p in _banded.plans(norms._wide(norms.as_matrix(a))) if p.way == way)
+    (plan,) = (p for p in banded_cholesky.plans(norms._wide(norms.as_matrix(a))) if p.way == way)
     return plan
 
 
 @pytest.fixture(autouse=True)
 def small_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small matrices are planned, and in several block columns."""
-    monkeypatch.setattr(_banded, "LEAST", 1)
-    monkeypatch.setattr(_banded, "_height", lambda w: 7)
+    monkeypatch.setattr(banded_cholesky, "LEAST", 1)
+    monkeypatch.setattr(banded_cholesky, "_height", lambda w: 7)
 
 
 @pytest.mark.sampled(3)
@@ -127,12 +128,12 @@ def test_banded_and_dense_proofs_agree(name: str) -> None:
 
 @pytest.mark.parametrize("route", ["sparse", "dense", "slices"])
 def test_block_rows_of_the_gram_matrix_are_its_own(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_gram, "_SPARSE_FLOPS", 1e30 if route == "sparse" else 1e-30)
-    monkeypatch.setattr(_banded, "_slice", lambda w: 5 if route == "slices" else 10**6)
+    monkeypatch.setattr(cholesky, "_SPARSE_FLOPS", 1e30 if route == "sparse" else 1e-30)
+    monkeypatch.setattr(banded_cholesky, "_slice", lambda w: 5 if route == "slices" else 10**6)
     for name in ("random", "channels first", "empty rows"):
         b = norms._wide(CASES[name])
         plan = proof(b)
-        banded = _banded.BandedCholesky(b, 1, 1.0, plan)
+        banded = banded_cholesky.BandedCholesky(b, 1, 1.0, plan)
         gram = (banded.b @ banded.b.T).toarray()
         for lo, hi in ((0, 7), (7, 14), (b.shape[0] - 3, b.shape[0])):
             top = min(hi + plan.width, b.shape[0])
@@ -178,7 +179,9 @@ def wrong_proofs(count: int) -> int:
     wrong = 0
     for a in near_singular(count):
         b = norms._wide(a)
-        banded = _banded.BandedCholesky(b, _gram.nonzeros_per_row(b), _gram.absolute_gram_norm(b), proof(b))
+        banded = banded_cholesky.BandedCholesky(
+            b, cholesky.nonzeros_per_row(b), cholesky.absolute_gram_norm(b), proof(b)
+        )
         rows = b.toarray()
         gram = [[math.fsum(x * y) for y in rows] for x in rows]  # LAPACK loses small entries of long rows
         top = float(np.linalg.eigvalsh(np.array(gram))[-1])
@@ -194,21 +197,21 @@ def wrong_proofs(count: int) -> int:
 
 @pytest.mark.parametrize("height", [1, 3, 64])
 def test_nothing_below_the_exact_norm_is_proved(height: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_banded, "_height", lambda w: height)
+    monkeypatch.setattr(banded_cholesky, "_height", lambda w: height)
     assert wrong_proofs(72) == 0
 
 
 def test_without_the_shift_some_matrices_are_wrongly_proved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_gram, "_rounding_shift", lambda *args: 0.0)
+    monkeypatch.setattr(cholesky, "_rounding_shift", lambda *args: 0.0)
     assert wrong_proofs(72) >= 10
 
 
 def test_the_factor_is_the_cholesky_factor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each t is proved exactly where t I - G has positive pivots, far from rounding, in any block height."""
     for height, name in itertools.product((1, 5, 40), ("channels first", "random tall", "two taps")):
-        monkeypatch.setattr(_banded, "_height", lambda w, height=height: height)
+        monkeypatch.setattr(banded_cholesky, "_height", lambda w, height=height: height)
         b = norms._wide(CASES[name])
-        banded = _banded.BandedCholesky(b, 100, 1.0, proof(b))
+        banded = banded_cholesky.BandedCholesky(b, 100, 1.0, proof(b))
         top = float(np.linalg.norm(b.toarray(), 2)) ** 2
         assert banded.proves(top * (1 + 1e-8))
         assert not banded.proves(top * (1 - 1e-8)) and not banded.proves(top * 0.5)
@@ -217,9 +220,9 @@ def test_the_factor_is_the_cholesky_factor(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_shift_is_taken_with_the_band() -> None:
     g = np.full(5000, 0.5)
-    whole = _gram._rounding_shift(5000, 9, 5000, 1.0, g, 3.0)
-    assert _gram._rounding_shift(5000, 9, 5000, 1.0, g, 3.0, 4999) == pytest.approx(whole, rel=1e-3)
-    narrow = _gram._rounding_shift(5000, 9, 5000, 1.0, g, 3.0, 40)
+    whole = cholesky._rounding_shift(5000, 9, 5000, 1.0, g, 3.0)
+    assert cholesky._rounding_shift(5000, 9, 5000, 1.0, g, 3.0, 4999) == pytest.approx(whole, rel=1e-3)
+    narrow = cholesky._rounding_shift(5000, 9, 5000, 1.0, g, 3.0, 40)
     rest = 2 * 12 * 2.0**-53 * 3 + 4 * 2.0**-53 * 1.5
     assert narrow - rest == pytest.approx(2 * 45 * 2.0**-53 * 81 * 1.5, rel=1e-6)
 
@@ -234,20 +237,20 @@ def test_orders_and_bandwidths(name: str) -> None:
     pattern = (b != 0).astype(float)
     gram = (pattern @ pattern.T).toarray() > 0
     i, j = np.nonzero(gram)
-    assert _banded.bandwidth(columns) == np.abs(i - j).max(initial=0)
-    order, width = _banded.row_order(b)
+    assert banded_cholesky.bandwidth(columns) == np.abs(i - j).max(initial=0)
+    order, width = banded_cholesky.row_order(b)
     order = np.arange(b.shape[0]) if order is None else order
     assert np.array_equal(np.sort(order), np.arange(b.shape[0]))
     i, j = np.nonzero(gram[order][:, order])
-    assert width == np.abs(i - j).max(initial=0) <= _banded.bandwidth(columns)
+    assert width == np.abs(i - j).max(initial=0) <= banded_cholesky.bandwidth(columns)
 
 
 def test_orders_find_narrow_bands() -> None:
-    widths = {name: _banded.row_order(norms._wide(a))[1] for name, a in CASES.items()}
+    widths = {name: banded_cholesky.row_order(norms._wide(a))[1] for name, a in CASES.items()}
     assert widths["channels first"] == widths["channels last"] == 2 * 12 * 3 + 2 * 3 + 2
     assert widths["one axis"] == 2 * 4 + 3
     assert widths["stride"] <= 8 * 5 * 2 and widths["stride, first"] <= 2 * 8 * 2 * 2
-    assert widths["shuffled"] <= 200 and _banded.bandwidth(CASES["shuffled"].T.tocsr()) > 350
+    assert widths["shuffled"] <= 200 and banded_cholesky.bandwidth(CASES["shuffled"].T.tocsr()) > 350
     assert widths["two narrow taps"] <= 130, "315 tap after tap, 165 by Cuthill-McKee"
 
 
@@ -263,7 +266,7 @@ def test_the_cheaper_way_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     dense, banded = (proof(b, way) for way in ("dense", "banded"))
     assert banded.memory < dense.memory
     for limit in (None, dense.memory, banded.memory, 10):
-        plan = _banded.choose(b, limit)
+        plan = banded_cholesky.choose(b, limit)
         assert plan.way == "banded" or plan.memory <= dense.memory
     exact = math.sqrt(1.25 + math.cos(math.pi / 5001))  # of the bidiagonal matrix, to 1e-7
     assert math.isclose(norms.verified_norm(wide), exact, rel_tol=1e-6)
@@ -289,12 +292,12 @@ def test_the_stated_memory_covers_what_is_held(first: bool, monkeypatch: pytest.
     a = sp.csr_array(sp.block_diag([a, a, a], format="csr"))
     plan = norms.proof_plan(a)
     assert plan.way == "banded"
-    held = peak_of(lambda: norms.verified_norm(a, plan=plan)) + _banded.stored(a)
+    held = peak_of(lambda: norms.verified_norm(a, plan=plan)) + banded_cholesky.stored(a)
     assert held <= plan.memory <= 4 * held
     assert held < 8 * a.shape[1] ** 2 / 2, "the Gram matrix is never held"
     small = convolution((14, 14), 5, 5, first=first)
     dense = proof(small, "dense")
-    held = peak_of(lambda: norms.verified_norm(small, plan=dense)) + _banded.stored(small)
+    held = peak_of(lambda: norms.verified_norm(small, plan=dense)) + banded_cholesky.stored(small)
     assert held <= dense.memory <= 4 * held
 
 
@@ -306,7 +309,7 @@ import resource
 import jax, numpy as np
 import lipbounds as lb
 from lipbounds import norms
-from lipbounds._triangle import host_form
+from lipbounds._triangle.recursion import host_form
 kernel = np.random.default_rng(0).standard_normal((3, 3, 32, 32)) / 17
 def fn(x):
     return jax.lax.conv_general_dilated(x[None], kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))

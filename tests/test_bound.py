@@ -9,10 +9,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from lipbounds import bound as module
-from lipbounds._tables import html_table, markdown_table, show, text_table
-from lipbounds.bound import Estimate, LowerBound, Part, UpperBound, check_norm, weakest
+from lipbounds import results as module
+from lipbounds._text.tables import html_table, markdown_table, show, text_table
 from lipbounds.errors import CertificateError, GuaranteeError, Unsupported, UnsupportedError
+from lipbounds.results import Estimate, LowerBound, Part, UpperBound, check_norm, weakest
 
 PAIRS = np.array([[0.0, 1.0, 4.0], [1.0, 0.0, 2.5], [4.0, 2.5, 0.0]])
 PART = Part("x", "relu", (4, 3), 1.25, "verified", "Cholesky 3 x 3")

@@ -20,13 +20,14 @@ import pytest
 from safetensors.numpy import load, load_file, save, save_file
 
 import lipbounds as lb
-from lipbounds import _certfile, _proof, certificate
-from lipbounds._dense import dense_gain
-from lipbounds._sequence import hybrid_start, sequence
-from lipbounds._triangle import Request
-from lipbounds.bound import UpperBound
-from lipbounds.certificate import Certificate, Proof
+from lipbounds._lipsdp import certificate, certificate_file
+from lipbounds._lipsdp import proof as _proof
+from lipbounds._lipsdp.barrier import dense_gain
+from lipbounds._lipsdp.certificate import Certificate, Proof
+from lipbounds._lipsdp.state_matrices import hybrid_start, sequence
+from lipbounds._triangle.recursion import Request
 from lipbounds.errors import CertificateError
+from lipbounds.results import UpperBound
 
 WIDTHS = (5, 8, 7, 4)
 Fields, Tensors = dict[str, Any], dict[str, np.ndarray]
@@ -187,10 +188,10 @@ def test_slopes_that_a_user_declared_make_a_certificate_assumed() -> None:
 
 def rewritten(path: Path, change: Callable[[Fields, Tensors], None]) -> None:
     """The file with another header or other tensors and a digest that fits them: only the proof can refuse it."""
-    fields, tensors = _certfile.unpack(path.read_bytes())
+    fields, tensors = certificate_file.unpack(path.read_bytes())
     tensors = {name: array.copy() for name, array in tensors.items()}
     change(fields, tensors)
-    path.write_bytes(_certfile.pack(fields, tensors))
+    path.write_bytes(certificate_file.pack(fields, tensors))
 
 
 def lower(name: str, factor: float) -> Callable[[Fields, Tensors], None]:
@@ -389,7 +390,7 @@ def test_files_that_are_none_of_ours(saved: Path, form: lb.LureForm, tmp_path: P
 
 def test_metadata_that_do_not_fit(saved: Path, form: lb.LureForm) -> None:
     tensors = load_file(saved)
-    index, _ = _certfile._metadata(saved.read_bytes())
+    index, _ = certificate_file._metadata(saved.read_bytes())
     good = index["__metadata__"]
     cases: list[tuple[dict[str, str] | None, str]] = [
         (None, "no certificate of lipbounds"),
@@ -399,8 +400,8 @@ def test_metadata_that_do_not_fit(saved: Path, form: lb.LureForm) -> None:
         ({k: v for k, v in good.items() if k != "header"}, "metadata lack header"),
         ({k: v for k, v in good.items() if k != "digest"}, "metadata lack digest"),
         (good | {"header": good["header"].replace("verified", "assumed")}, "digest does not fit"),
-        (good | {"header": "{", "digest": _certfile.digest("{", tensors)}, "header is no JSON"),
-        (good | {"header": "[]", "digest": _certfile.digest("[]", tensors)}, "no JSON object"),
+        (good | {"header": "{", "digest": certificate_file.digest("{", tensors)}, "header is no JSON"),
+        (good | {"header": "[]", "digest": certificate_file.digest("[]", tensors)}, "no JSON object"),
     ]
     for metadata, reason in cases:
         save_file(tensors, saved, metadata)
@@ -427,7 +428,7 @@ def test_the_file_is_documented_safetensors(saved: Path, bound: UpperBound) -> N
     tensors = load(saved.read_bytes())
     assert set(tensors) == {"proof0.D0", "proof0.D1", "pairwise", "per_class"}
     assert all(a.dtype == np.float64 for a in tensors.values())
-    index, _ = _certfile._metadata(saved.read_bytes())
+    index, _ = certificate_file._metadata(saved.read_bytes())
     metadata = index["__metadata__"]
     header = json.loads(metadata["header"])
     assert metadata["format"] == "lipbounds-certificate" and metadata["version"] == "1"

@@ -10,10 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 import lipbounds as lb
+from lipbounds._cli.main import app
 from lipbounds.analysis.demo import run_demo
 from lipbounds.analysis.experiment import measure
 from lipbounds.analysis.report import render, write_report
-from lipbounds.cli import app
 from lipbounds.training.config import Config
 from lipbounds.training.data import digits
 from lipbounds.training.loop import accuracy, fit
@@ -131,17 +131,17 @@ def test_options_of_lipsdp_reach_the_library(model_file, monkeypatch, words, opt
 
 
 def test_working_shows_what_is_done_on_a_terminal_only(monkeypatch, capfd):
-    from lipbounds import _cli_tables
+    from lipbounds._cli import tables
 
-    with _cli_tables.working() as tell:
+    with tables.working() as tell:
         tell("15 iterations")
     assert capfd.readouterr() == ("", "")
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes this for a terminal; notebooks set it
-    with _cli_tables.working() as tell:
+    with tables.working() as tell:
         tell("15 iterations")
     assert capfd.readouterr() == ("", "")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with _cli_tables.working() as tell:
+    with tables.working() as tell:
         tell("15 [iterations]")
     shown = capfd.readouterr()
     assert shown.out == "" and "15 [iterations]" in shown.err
@@ -200,8 +200,8 @@ def test_a_saved_certificate_is_proved_again(model_file, form, certificate):
 
 
 def test_the_line_of_a_certificate_without_pairs_that_may_fail(certificate):
-    from lipbounds._cli_tables import proved
-    from lipbounds.certificate import load_certificate
+    from lipbounds._cli.tables import proved
+    from lipbounds._lipsdp.certificate import load_certificate
 
     claims = dataclasses.replace(
         load_certificate(certificate),

@@ -1,7 +1,6 @@
 """Lower bounds, brackets and the table of all methods."""
 
 import dataclasses
-import importlib
 import itertools
 import logging
 import math
@@ -14,12 +13,11 @@ import pytest
 
 import lipbounds as lb
 from lipbounds import compare as compare_function
-from lipbounds.bound import Estimate, LowerBound, UpperBound
-from lipbounds.bracket import Bracket, bracket, check_order
-from lipbounds.empirical import empirical
+from lipbounds._comparison import compare as table
+from lipbounds._comparison.bracket import Bracket, bracket, check_order
+from lipbounds._empirical.empirical import empirical
 from lipbounds.errors import GuaranteeError, Unsupported, UnsupportedError
-
-table = importlib.import_module("lipbounds.compare")
+from lipbounds.results import Estimate, LowerBound, UpperBound
 
 NORMS = [1, 2, math.inf]
 

@@ -1,7 +1,7 @@
 """LipSDP in the table of all methods."""
 
 import dataclasses
-import importlib
+import importlib.util
 import itertools
 
 import jax.numpy as jnp
@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import lipbounds as lb
+from lipbounds._comparison import compare as table
+from lipbounds._lipsdp import lipsdp as lipsdp_module
 
-table = importlib.import_module("lipbounds.compare")
 LIPSDP = ["lipsdp", "lipsdp-clarabel", "lipsdp-scs", "lipsdp-layer"]
 
 
@@ -24,7 +25,7 @@ def solved(monkeypatch):
         asked.append(options)
         return dataclasses.replace(lb.naive(form, pairwise=options["pairwise"]), method="fake")
 
-    monkeypatch.setattr(importlib.import_module("lipbounds.lipsdp"), "lipsdp", fake)
+    monkeypatch.setattr(lipsdp_module, "lipsdp", fake)
     return asked
 
 
@@ -115,7 +116,7 @@ def test_the_report_measures_lipsdp_and_leaves_its_references_to_those_who_name_
 def test_a_quick_report_limits_the_recursion_on_larger_networks(solved, monkeypatch, neurons, quick):
     from lipbounds.analysis.experiment import measure
 
-    monkeypatch.setattr(lb, "lipsdp", importlib.import_module("lipbounds.lipsdp").lipsdp)
+    monkeypatch.setattr(lb, "lipsdp", lipsdp_module.lipsdp)
     form = net(3, neurons, 2)
     measure(form, np.zeros((1, 3)), np.zeros(1, int), norms=(2,), methods=("lipsdp",), quick=quick)
     assert [o.get("iterations") for o in solved] == [45 if quick and neurons > 300 else None]

@@ -10,8 +10,8 @@ from gain import form_of
 from zoo import NETS
 
 import lipbounds as lb
-from lipbounds import _survey
-from lipbounds.bound import LayerBound
+from lipbounds._empirical import survey
+from lipbounds.results import LayerBound
 
 RNG = np.random.default_rng(0)
 W = [RNG.standard_normal(shape).astype(np.float32) for shape in ((12, 6), (9, 12), (4, 9))]
@@ -83,7 +83,7 @@ def test_a_stream_of_any_batches_gives_what_the_array_gives(form):
 
 
 def test_a_pass_over_a_stream_is_compiled_once_and_holds_a_batch(form):
-    _survey.look.clear_cache()
+    survey.look.clear_cache()
     alive = []
 
     def stream():
@@ -92,8 +92,8 @@ def test_a_pass_over_a_stream_is_compiled_once_and_holds_a_batch(form):
             yield alive[-1]
 
     lb.empirical(form, stream(), steps=0, layers=True)
-    assert _survey.look._cache_size() == 1
-    pool = _survey.survey(form, parts(np.concatenate(alive), [150] * 20), 2, 32, 8, True, RNG)
+    assert survey.look._cache_size() == 1
+    pool = survey.survey(form, parts(np.concatenate(alive), [150] * 20), 2, 32, 8, True, RNG)
     assert pool.count == 3000 and len(pool.starts) == 32 and len(pool.pairs) <= 8
 
 
@@ -162,7 +162,7 @@ def test_every_lower_bound_is_below_every_upper_bound(name):
     x = rng.standard_normal((8, *form.in_shape)).astype(np.float32)
     found = lb.empirical(form, x, steps=0, layers=True)
     assert found.value <= lb.liplt(form).value <= lb.naive(form).value
-    sources = _survey.direct_sources(form.program)
+    sources = survey.direct_sources(form.program)
     assert len(found.layers) == len(form.taps) + 1
     for k, (layer, reads) in enumerate(zip(found.layers, sources, strict=True)):
         assert layer.value <= np.linalg.norm(dense(form, k, reads), 2) * (1 + 1e-12), layer
@@ -182,7 +182,7 @@ def dense(form, k, reads):
             return given.get(i)
 
         x = given.get(-1)
-        seen[len(form.taps)] = _survey.propagate(form, x, tap, dtype=jnp.float64)
+        seen[len(form.taps)] = survey.propagate(form, x, tap, dtype=jnp.float64)
         rows = form.num_outputs if k == len(form.taps) else form.taps[k].size_in
         return jnp.zeros(rows, jnp.float64) if seen[k] is None else seen[k]
 

@@ -8,21 +8,21 @@ import pytest
 import scipy.sparse as sp
 
 import lipbounds
-from lipbounds import norms
-from lipbounds.norms import Enclosure
+from lipbounds._norms import matrices as norms
+from lipbounds._norms.matrices import Enclosure
 
 SOURCE = pathlib.Path(lipbounds.__file__).parent
 #: Where M may be read without its error, as nothing is proved from it: (file, function), with what comes of it.
 SEARCHES = {
-    ("_dense.py", "reduce_input"),  # the problem of the barrier method, which finds T
-    ("_lipsdp_engines.py", "_moderate"),  # whether the dense form is tried
-    ("_lipsdp_engines.py", "parameters_from"),  # a start of the optimiser, which finds D
-    ("_lipsdp_engines.py", "Recursion.__init__"),  # the first state of the optimiser
-    ("_proof.py", "_raised_dense"),  # a D that propagate_dense proves
-    ("_scaling.py", "factors"),  # factors, sound whatever they are; exactly zero ones only without an error
-    ("_scaling.py", "optimize"),  # factors, sound whatever they are
-    ("_wide.py", "_root"),  # R, of which R R' is compared with the matrix
-    ("_wide.py", "product_norm"),  # the estimate beside the bound
+    ("barrier.py", "reduce_input"),  # the problem of the barrier method, which finds T
+    ("search.py", "_moderate"),  # whether the dense form is tried
+    ("search.py", "parameters_from"),  # a start of the optimiser, which finds D
+    ("search.py", "Recursion.__init__"),  # the first state of the optimiser
+    ("proof.py", "_raised_dense"),  # a D that propagate_dense proves
+    ("scaling.py", "factors"),  # factors, sound whatever they are; exactly zero ones only without an error
+    ("scaling.py", "optimize"),  # factors, sound whatever they are
+    ("wide_blocks.py", "_root"),  # R, of which R R' is compared with the matrix
+    ("wide_blocks.py", "product_norm"),  # the estimate beside the bound
     ("ellipsoid.py", "problem"),  # the optimiser's problem
 }
 

@@ -13,13 +13,13 @@ import typer
 from typer.testing import CliRunner
 
 import lipbounds as lb
-from lipbounds._cli_evaluate import ManyValues
-from lipbounds._cli_evaluate import evaluate as command
+from lipbounds._cli.evaluate import ManyValues
+from lipbounds._cli.evaluate import evaluate as command
+from lipbounds._comparison.compare import METHODS as BOUNDS
 from lipbounds.analysis.attacks import pgd
 from lipbounds.analysis.evaluation import USUAL_EPS, certificates, evaluate, paper_units
 from lipbounds.analysis.evaluation_report import write_evaluation_report
 from lipbounds.analysis.figures import radii_figure
-from lipbounds.compare import METHODS as BOUNDS
 from lipbounds.errors import GuaranteeError
 from lipbounds.training import data, runs
 from lipbounds.training.config import Config

@@ -12,9 +12,9 @@ from exact_certificate import Unproved, exact_gain, recheck
 from zoo import NETS
 
 import lipbounds as lb
-from lipbounds._dense import dense_gain
-from lipbounds._views import elementwise_view
-from lipbounds.certificate import load_certificate
+from lipbounds._form.elementwise import elementwise_view
+from lipbounds._lipsdp.barrier import dense_gain
+from lipbounds._lipsdp.certificate import load_certificate
 
 #: gather_scatter and custom_vjp have classes whose constant is LipLT's.
 QUICK = ("linear", "two_branches", "maxmin_mlp", "scan_stacked", "custom_vjp")

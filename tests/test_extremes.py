@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import lipbounds as lb
-from lipbounds import _triangle
-from lipbounds.lure import LureForm
+from lipbounds._form.lure import LureForm
+from lipbounds._triangle import recursion
 
 SHAPES = ((6, 5), (4, 6), (3, 4))
 
@@ -221,7 +221,7 @@ def test_blocks_to_many_outputs_are_bounded_like_any_other(monkeypatch: pytest.M
     rng = np.random.default_rng(0)
     form = lb.from_weights([rng.standard_normal(s) for s in ((30, 25), (28, 30), (26, 28))], activation="abs")
     truth = lb.liplt(form)
-    monkeypatch.setattr(_triangle, "DENSE_LIMIT", 20)
+    monkeypatch.setattr(recursion, "DENSE_LIMIT", 20)
     for options in ({}, {"memory": "50 MB"}, {"guarantee": "probabilistic"}):
         bound = lb.liplt(form, **options)
         assert truth.value * (1 - 1e-9) <= bound.value <= 1.01 * truth.value

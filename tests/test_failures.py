@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 from dataclasses import replace
@@ -13,14 +12,13 @@ import numpy as np
 import pytest
 
 import lipbounds as lb
-from lipbounds import _around, _budget, _lipsdp_engines, _triangle, ellipsoid
-from lipbounds._proof import Infeasible
+from lipbounds._empirical import empirical
+from lipbounds._gain import memory_budget
+from lipbounds._lipsdp import certificate, ellipsoid, search
+from lipbounds._lipsdp.proof import Infeasible
+from lipbounds._local import engines, radius
+from lipbounds._triangle import recursion
 from lipbounds.errors import GuaranteeError
-
-certificate, compare, empirical, local, radius = (
-    importlib.import_module(f"lipbounds.{name}")
-    for name in ("certificate", "compare", "empirical", "local", "radius")
-)
 
 FAILURES = (
     Infeasible(0, "they are too near the edge"),
@@ -51,7 +49,7 @@ def test_lipsdp_without_a_proof_is_liplt_with_a_note(
     monkeypatch.setattr(ellipsoid, "optimize", lambda problem, starts, *rest: (starts[0], 1.0, 0))  # quick
     form = network()
     reference = lb.liplt(form, pairwise=True)
-    fail(monkeypatch, _lipsdp_engines, *PROOFS, error=error)
+    fail(monkeypatch, search, *PROOFS, error=error)
     bound = lb.lipsdp(form, pairwise=True)
     assert bound.value == reference.value and (bound.pairwise == reference.pairwise).all()
     assert (bound.per_class == reference.per_class).all()
@@ -65,7 +63,7 @@ def test_lipsdp_without_a_proof_is_liplt_with_a_note(
 def test_lipsdp_without_a_proof_in_other_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     form = network()
     monkeypatch.setattr(ellipsoid, "optimize", lambda problem, starts, *rest: (starts[0], 1.0, 0))  # quick
-    fail(monkeypatch, _lipsdp_engines, *PROOFS, error=FAILURES[0])
+    fail(monkeypatch, search, *PROOFS, error=FAILURES[0])
     for norm in (2, math.inf):
         reference = lb.liplt(form, norm=norm, pairwise=True)
         for options in ({"iterations": 3}, {"multipliers": "layer"}):
@@ -78,7 +76,7 @@ def test_lipsdp_without_a_proof_in_other_ways(monkeypatch: pytest.MonkeyPatch) -
 def test_multipliers_of_a_solver_that_cannot_be_proved(monkeypatch: pytest.MonkeyPatch, solver: str) -> None:
     pytest.importorskip("cvxpy")
     form = network()
-    fail(monkeypatch, _lipsdp_engines.Dense, "proof", error=FAILURES[1])
+    fail(monkeypatch, search.Dense, "proof", error=FAILURES[1])
     bound = lb.lipsdp(form, solver=solver)
     assert bound.value == lb.liplt(form).value and bound.certificate is None
     assert any("multipliers failed: Singular matrix" in note for note in bound.notes)
@@ -108,14 +106,14 @@ def test_a_method_that_fails_is_a_row_that_says_why(
 
 def fail_centred(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """LipLT fails, the product of norms does not."""
-    whole = _triangle.triangle
+    whole = recursion.triangle
 
     def some(*args: Any, centred: bool, **kwargs: Any) -> Any:
         if centred:
             raise error
         return whole(*args, centred=centred, **kwargs)
 
-    monkeypatch.setattr(_triangle, "triangle", some)
+    monkeypatch.setattr(recursion, "triangle", some)
 
 
 def test_radii_that_fail_leave_the_bound_in_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +132,7 @@ def test_a_contradiction_is_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", FAILURES[:3] + (_budget._TooLarge("too large"),), ids=lambda e: type(e).__name__
+    "error", FAILURES[:3] + (memory_budget._TooLarge("too large"),), ids=lambda e: type(e).__name__
 )
 def test_no_internal_error_leaves_a_public_verb(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
@@ -149,9 +147,9 @@ def test_no_internal_error_leaves_a_public_verb(
         caught = isinstance(error, (ValueError, ArithmeticError))
         with pytest.raises(lb.CertificateError if caught else ValueError, match=words):
             lb.verify_certificate(tmp_path / "bound.cert", form)
-    fail(monkeypatch, _triangle, "triangle", error=error)
+    fail(monkeypatch, recursion, "triangle", error=error)
     fail(monkeypatch, empirical, "survey", error=error)
-    fail(monkeypatch, _around, "Around", error=error)
+    fail(monkeypatch, engines, "Around", error=error)
     verbs: list[Any] = [lambda: lb.naive(form), lambda: lb.liplt(form), lambda: lb.lipsdp(form)]
     verbs += [lambda: lb.empirical(form, X), lambda: lb.local(form, X, 0.1, bound=known)]
     if error is FAILURES[1]:  # each starts a process

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from lipbounds._cli.main import app
 from lipbounds.analysis.forging import load_forged
 from lipbounds.analysis.forging_study import DOES_NOT, HOLDS, OPEN, claims, claims_table, study
 from lipbounds.analysis.masking import gradient_masking
-from lipbounds.cli import app
 from lipbounds.training.config import Config
 from lipbounds.training.data import digits
 from lipbounds.training.loop import fit

@@ -19,8 +19,8 @@ from scipy.io import savemat
 from typer.testing import CliRunner
 
 import lipbounds as lb
-from lipbounds import _sdp
-from lipbounds.cli import app
+from lipbounds._cli.main import app
+from lipbounds._text import files
 from lipbounds.interop import load_weights
 
 SIZES = (5, 4, 7, 3)
@@ -325,7 +325,7 @@ def test_arrays_that_exceed_the_free_memory(tmp_path, monkeypatch):
     np.savez_compressed(path, W0=np.zeros((2000, 500)), W1=np.zeros((3, 2000)))
     assert path.stat().st_size < 30_000
     assert [w.shape for w in load_weights(path)[0]] == [(2000, 500), (3, 2000)]
-    monkeypatch.setattr(_sdp, "available_memory", lambda: 2.0**-7)
+    monkeypatch.setattr(files, "available_memory", lambda: 2.0**-7)
     monkeypatch.setattr(np, "frombuffer", None)
     with pytest.raises(ValueError, match=r"zeros\.npz: its arrays need 0.0149 GiB, but only 0.00781 GiB"):
         load_weights(path)

@@ -14,9 +14,9 @@ from fuzz.properties import check, minimised
 from hypothesis import HealthCheck, Phase, given, settings
 from zoo import primitive_set
 
-from lipbounds._jaxpr import flatten
-from lipbounds._lower import lower
-from lipbounds._rules import ELEMENTWISE, RULES
+from lipbounds._tracing.jaxpr import flatten
+from lipbounds._tracing.lowering import lower
+from lipbounds._tracing.rules import ELEMENTWISE, RULES
 
 PROGRAMS = 4
 SETTINGS: Any = {

@@ -16,9 +16,10 @@ from jax import lax
 from zoo import NETS
 from zoo_core import gauss
 
-from lipbounds import linmap, norms
-from lipbounds.linmap import HostForm, Node
-from lipbounds.lure import LureForm, multiplicity
+from lipbounds._form.lure import LureForm, multiplicity
+from lipbounds._gain import blocks
+from lipbounds._gain.blocks import HostForm, Node
+from lipbounds._norms import matrices as norms
 
 
 # ------------------------------------------------------------------------------------------------- groups
@@ -66,7 +67,7 @@ def test_groups_read_the_entries_that_the_function_reads(name: str) -> None:
     seen = set()
     for order, row in zip(orders, values, strict=True):
         seen |= set(enumerate(np.argsort(order)[row.astype(int)].tolist()))
-    ones = (linmap.TapScaling(None, np.ones(tap.size_out), np.ones(tap.size_in)),)
+    ones = (blocks.TapScaling(None, np.ones(tap.size_out), np.ones(tap.size_in)),)
     host = HostForm(form)
     into, out_of = host.forward((), [(0,)], ones)[0,], host.forward((0,), [()], ones)[()]
     through = np.zeros((tap.size_out, tap.size_in))

@@ -13,12 +13,12 @@ import pytest
 from jax import lax, nn
 
 import lipbounds as lb
-from lipbounds import _rewrites
-from lipbounds._kinds import StaticArray
-from lipbounds._localwide import _Groups
-from lipbounds._program import Tap
-from lipbounds._views import elementwise_view
-from lipbounds.radius import logits
+from lipbounds._form.elementwise import elementwise_view
+from lipbounds._form.program import Tap
+from lipbounds._form.steps import StaticArray
+from lipbounds._local.liplt import _Groups
+from lipbounds._local.radius import logits
+from lipbounds._tracing import rewrites
 
 Fn = Callable[[jax.Array], jax.Array]
 X6 = jnp.linspace(-1.0, 1.5, 6)
@@ -59,7 +59,7 @@ def test_running_extremes_have_their_exact_constant(fn: Fn, norm: float, truth: 
 def test_long_running_extremes_need_no_table_of_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
     x = jnp.sin(jnp.arange(11.0)).reshape(1, 11)
     short = lb.trace(lambda x: lax.cummax(x, axis=1)[0], x)
-    monkeypatch.setattr(_rewrites, "_PREFIX_ENTRIES", 100)
+    monkeypatch.setattr(rewrites, "_PREFIX_ENTRIES", 100)
     form = lb.trace(lambda x: lax.cummax(x, axis=1)[0], x)
     assert len(form.taps) == 4 and all(tap.groups.array.shape == (11, 2) for tap in form.taps)
     assert np.array_equal(form(x), lax.cummax(x, axis=1)[0]) and np.array_equal(short(x), form(x))

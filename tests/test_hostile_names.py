@@ -15,9 +15,15 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import lipbounds as lb
-from lipbounds import _cli_evaluate, _cli_tables
-from lipbounds._html import Html, element, together
-from lipbounds._tables import html_table, markdown_table, markdown_text, printable, text_table
+from lipbounds._cli import evaluate, tables
+from lipbounds._cli.main import app
+from lipbounds._comparison.bracket import Bracket
+from lipbounds._comparison.compare import Comparison
+from lipbounds._comparison.compare import Row as Compared
+from lipbounds._local.local import LocalBounds
+from lipbounds._local.radius import Radii
+from lipbounds._text.html import Html, element, together
+from lipbounds._text.tables import html_table, markdown_table, markdown_text, printable, text_table
 from lipbounds.analysis import (
     diagnostics,
     evaluation_report,
@@ -28,13 +34,7 @@ from lipbounds.analysis import (
     report,
     training_report,
 )
-from lipbounds.bound import Estimate, LowerBound, Part, UpperBound
-from lipbounds.bracket import Bracket
-from lipbounds.cli import app
-from lipbounds.compare import Comparison
-from lipbounds.compare import Row as Compared
-from lipbounds.local import LocalBounds
-from lipbounds.radius import Radii
+from lipbounds.results import Estimate, LowerBound, Part, UpperBound
 from lipbounds.training.config import Config
 
 ROOT = Path(__file__).parents[1]
@@ -133,10 +133,10 @@ def test_html_is_written_in_one_place():
     found = [
         f"{path.relative_to(ROOT)}:{line}"
         for path in files
-        if path != ROOT / "lipbounds/_html.py"
+        if path != ROOT / "lipbounds/_text/html.py"
         for line in _html_in(path.read_text(encoding="utf-8"))
     ]
-    assert not found, f"tags are written by lipbounds._html alone, or by the templates: {found}"
+    assert not found, f"tags are written by lipbounds._text.html alone, or by the templates: {found}"
 
 
 def test_nothing_is_marked_safe_and_attributes_are_quoted():
@@ -150,7 +150,7 @@ def test_nothing_is_marked_safe_and_attributes_are_quoted():
     makers = [
         path for path in _sources() if re.search(r"Markup\(|\bHtml\(", path.read_text(encoding="utf-8"))
     ]
-    assert makers == [ROOT / "lipbounds/_html.py"]
+    assert makers == [ROOT / "lipbounds/_text/html.py"]
 
 
 def test_the_writer_escapes_text_and_attributes():
@@ -476,11 +476,11 @@ def test_the_terminal_shows_markup_as_text(terminal):
     record = _evaluation() | {"model": {"title": name, "dataset": name}, "certified": {}}
     model = _demo()["models"][0] | {"title": name}
     model["upper"][0]["label"] = name
-    console.print(_cli_evaluate.accuracy_table(record))
-    console.print(_cli_evaluate.constants_table(record | {"constants": {}}))
-    console.print(_cli_tables.results_table(model, _cli_tables.model_title(model)))
-    _cli_tables.say(console, name)
-    with _cli_tables.progress(console) as bar:
+    console.print(evaluate.accuracy_table(record))
+    console.print(evaluate.constants_table(record | {"constants": {}}))
+    console.print(tables.results_table(model, tables.model_title(model)))
+    tables.say(console, name)
+    with tables.progress(console) as bar:
         bar.add_task(name, total=1)
     assert "".join(console.file.getvalue().split()).count("".join(name.split())) >= 6
 

@@ -1,4 +1,4 @@
-"""What lipbounds/_jaxpr.py and the rules believe about jax. Fails first, and names the fact, when jax changes.
+"""What lipbounds/_tracing/jaxpr.py and the rules believe about jax. Fails first, and names the fact, when jax changes.
 
 Public API only, so that a new jax version is judged by what it does. Each message starts with the fact that fell.
 """
@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from lipbounds import _jaxpr, _rules
+from lipbounds._tracing import jaxpr as _jaxpr
+from lipbounds._tracing import rules
 
 VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
 X = jax.ShapeDtypeStruct((4,), jnp.float32)
@@ -256,7 +257,7 @@ def test_primitives_of_common_functions(fn: Any, wanted: set[str]) -> None:
     assert wanted <= names, (
         f"FACT: this function has the primitives {sorted(wanted)}; it has {sorted(names)} now"
     )
-    known = set(_rules.RULES) | set(_rules.ELEMENTWISE) | set(_jaxpr._CALLS)
+    known = set(rules.RULES) | set(rules.ELEMENTWISE) | set(_jaxpr._CALLS)
     assert names <= known | {"iota"}, f"no rule for {sorted(names - known)}"
 
 

@@ -19,12 +19,12 @@ from gain import dense, lowered
 from jax import lax
 
 import lipbounds as lb
-from lipbounds import linmap
-from lipbounds._kinds import KINDS
-from lipbounds._program import Op
-from lipbounds.linmap import HostForm
-from lipbounds.lure import LureForm
-from lipbounds.norms import Enclosure
+from lipbounds._form.lure import LureForm
+from lipbounds._form.program import Op
+from lipbounds._form.steps import KINDS
+from lipbounds._gain import blocks
+from lipbounds._gain.blocks import HostForm
+from lipbounds._norms.matrices import Enclosure
 
 Case = tuple[Callable[[Any], Any], tuple[int, ...], set[str]]
 CASES: dict[str, Case] = {}
@@ -409,7 +409,7 @@ def test_views_of_a_step_agree(name: str) -> None:
     consts = [np.asarray(c) for c in form.consts]
     for op in form.program.steps:
         assert isinstance(op, Op)
-        found = linmap.step_matrices(op, consts, form.program.shapes)
+        found = blocks.step_matrices(op, consts, form.program.shapes)
         assert [m.register for m in found] == [i for i in op.inputs if i >= 0]
         for matrix in found:
             got = dense(matrix.matrix)
@@ -446,7 +446,7 @@ def test_stack_step() -> None:
         shapes = [(2, 3)] * count
         out = np.stack([np.zeros(s) for s in shapes], axis).shape
         op = Op("stack", (("axis", axis),), tuple(range(count)), count)
-        found = linmap.step_matrices(op, [], [*shapes, out])
+        found = blocks.step_matrices(op, [], [*shapes, out])
         values = [np.arange(6.0).reshape(2, 3) + 10 * i for i in range(count)]
         got = sum(dense(m.matrix) @ values[m.register].ravel() for m in found)
         assert np.array_equal(np.asarray(got), np.stack(values, axis).ravel())
@@ -458,7 +458,7 @@ def test_division_is_within_its_stated_error() -> None:
     extreme = np.array([3.0, 1.7e308, -1.1e308, 2.3e-308, 1e300])
     for c in (divisors, extreme):
         op = Op("div", (), (0, -1), 1)
-        (step,) = linmap.step_matrices(op, [c], [c.shape, c.shape])
+        (step,) = blocks.step_matrices(op, [c], [c.shape, c.shape])
         entries = dense(step.matrix).diagonal()
         for got, by in zip(entries, c, strict=True):
             exact = 1 / Fraction(float(by))
@@ -469,7 +469,7 @@ def test_division_is_within_its_stated_error() -> None:
 def test_division_by_zero_is_an_error() -> None:
     op = Op("div", (), (0, -1), 1)
     with pytest.raises(ValueError, match="divides by a constant that is zero"):
-        linmap.step_matrices(op, [np.array([1.0, 0.0])], [(2,), (2,)])
+        blocks.step_matrices(op, [np.array([1.0, 0.0])], [(2,), (2,)])
 
 
 def test_a_form_that_is_traced_has_no_matrices() -> None:

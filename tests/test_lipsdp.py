@@ -34,7 +34,7 @@ from test_lipsdp_slow import (
 )
 
 import lipbounds as lb
-from lipbounds.lure import LureForm
+from lipbounds._form.lure import LureForm
 
 pytestmark = pytest.mark.xdist_group("lipsdp")  # one worker, one compilation
 WIDTHS = [4, 8, 8, 3]

@@ -17,8 +17,8 @@ from zoo import NETS
 from zoo_core import gauss
 
 import lipbounds as lb
-from lipbounds import _lipsdp_core as core_module
-from lipbounds import _stages
+from lipbounds._lipsdp import core as core_module
+from lipbounds._lipsdp import core_states
 from lipbounds.training.data import digits
 from lipbounds.training.models import maxmin
 
@@ -124,7 +124,7 @@ def test_slopes_that_are_traced_or_almost_linear(rng: np.random.Generator) -> No
     for slope, kind in [(jnp.zeros(9), "zero"), (jnp.full(9, 0.3), "wide"), (thin, "any")]:
         form = traced(weights, lambda x, s=slope: jnp.where(x >= 0, x, s * x))
         with jax.enable_x64(True):
-            assert {r.slopes for r in _stages.stages(form, jnp.float64)[1]} == {kind}
+            assert {r.slopes for r in core_states.stages(form, jnp.float64)[1]} == {kind}
             outside, _ = CORE(form, begin(form, jnp.float64), steps=0)
             inside, _ = run(form, begin(form, jnp.float64), 0)  # the slopes are tracers here
             assert float(inside.value) == pytest.approx(float(outside.value), rel=1e-9)

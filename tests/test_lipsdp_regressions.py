@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import lipbounds as lb
-from lipbounds._sequence import hybrid_start
-from lipbounds._triangle import Request
-from lipbounds.certificate import Proof, check, make_certificate, proved_constants
+from lipbounds._lipsdp.certificate import Proof, check, make_certificate, proved_constants
+from lipbounds._lipsdp.state_matrices import hybrid_start
+from lipbounds._triangle.recursion import Request
 
 
 def test_a_corrected_declaration_reaches_the_bound_and_the_check() -> None:

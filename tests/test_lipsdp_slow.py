@@ -23,9 +23,9 @@ import pytest
 from attained import Search, attained, attained_slope
 
 import lipbounds as lb
-from lipbounds._views import elementwise_view
-from lipbounds.linmap import TapScaling
-from lipbounds.lure import LureForm, flat_slopes
+from lipbounds._form.elementwise import elementwise_view
+from lipbounds._form.lure import LureForm, flat_slopes
+from lipbounds._gain.blocks import TapScaling
 
 needs_cvxpy = pytest.mark.skipif(
     importlib.util.find_spec("cvxpy") is None, reason="CVXPY is not installed (pip install lipbounds[sdp])"

@@ -13,10 +13,10 @@ from gain import form_of
 from zoo import NETS
 
 import lipbounds as lb
-from lipbounds import _localrun
-from lipbounds._kinds import StaticArray
-from lipbounds._localslopes import anchored_slopes, pair_slopes
-from lipbounds.lure import proved_slopes
+from lipbounds._activations.slopes_on_intervals import anchored_slopes, pair_slopes
+from lipbounds._form.lure import proved_slopes
+from lipbounds._form.steps import StaticArray
+from lipbounds._local import ellipsoids
 
 FEW = ("relu", "gelu_exact", "maxmin_mlp", "max_pool_images", "linear")
 ACTIVATIONS = {
@@ -174,7 +174,7 @@ def test_every_net_of_the_zoo(name):
 
 
 def test_a_wide_front_is_bounded_as_a_whole(monkeypatch):
-    module = sys.modules["lipbounds._around"]
+    module = sys.modules["lipbounds._local.engines"]
     monkeypatch.setattr(module, "WIDEST", 26)
     form, rng = mlp(widths=(12, 30, 24, 20, 6)), np.random.default_rng(7)
     x = rng.standard_normal((12, 12)).astype(np.float32)
@@ -228,7 +228,7 @@ def test_elimination_is_an_upper_bound_in_exact_arithmetic(seed):
     root = rng.standard_normal((n, n)) * 10.0 ** rng.uniform(-3, 1, n)[:, None]
     q = (root @ root.T + (root @ root.T).T) / 2
     at = np.sort(rng.choice(n, m, replace=False))
-    z, extra, d = _localrun._eliminate(q, at, 10.0 ** rng.uniform(-2, 2, m) * np.sqrt(np.diag(q)[at]))
+    z, extra, d = ellipsoids._eliminate(q, at, 10.0 ** rng.uniform(-2, 2, m) * np.sqrt(np.diag(q)[at]))
     with mpmath.workdps(80):
         exact, inverse = mpmath.matrix(q.tolist()), mpmath.matrix(m, m)
         for i in range(m):

@@ -15,8 +15,8 @@ import pytest
 from flax import nnx
 
 import lipbounds as lb
+from lipbounds._form.lure import LureForm
 from lipbounds.analysis.attacks import pgd
-from lipbounds.lure import LureForm
 from lipbounds.training import Config, fit
 from lipbounds.training.data import digits
 from lipbounds.training.models import maxmin

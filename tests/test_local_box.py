@@ -8,8 +8,8 @@ from balls import in_ball, mlp, values
 from typer.testing import CliRunner
 
 import lipbounds as lb
-from lipbounds import _localbox
-from lipbounds.cli import app
+from lipbounds._cli.main import app
+from lipbounds._local import box as _localbox
 from lipbounds.training.models import ModelSpec, build
 from lipbounds.training.store import save_model
 

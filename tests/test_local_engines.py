@@ -11,9 +11,11 @@ from balls import in_ball, largest_slopes, mlp, values
 from test_local_wide import conv_net
 
 import lipbounds as lb
-from lipbounds import _around, _localrun, _localwide, _sequence, _triangle
-from lipbounds._budget import _TooLarge
-from lipbounds._triangle import Request
+from lipbounds._gain.memory_budget import _TooLarge
+from lipbounds._lipsdp import state_matrices
+from lipbounds._local import ellipsoids, engines, liplt
+from lipbounds._triangle import recursion
+from lipbounds._triangle.recursion import Request
 
 ENGINES = ("hybrid", "LipLT")
 WIDE = {"mlp": 26, "conv": 200}  # wider than that is wide
@@ -50,8 +52,8 @@ def known(name):
 @pytest.fixture
 def net(request, monkeypatch):
     name = getattr(request, "param", "mlp")
-    monkeypatch.setattr(_around, "_READY", weakref.WeakKeyDictionary())
-    monkeypatch.setattr(_around, "WIDEST", WIDE[name])
+    monkeypatch.setattr(engines, "_READY", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(engines, "WIDEST", WIDE[name])
     return known(name)
 
 
@@ -63,14 +65,14 @@ def results(net, tries=2, **options):
 
 def alone(net, monkeypatch, engine, **options):
     with monkeypatch.context() as patch:
-        patch.setattr(_around, "ways", lambda form, norm, guarantee: (engine,))
+        patch.setattr(engines, "ways", lambda form, norm, guarantee: (engine,))
         return results(net, **options)
 
 
 @pytest.mark.parametrize("net", WIDE, indirect=True)
 def test_no_engine_alone_does_better(net, monkeypatch):
     form, x, y, _ = net
-    assert _around.ways(form, 2, "auto") == ENGINES
+    assert engines.ways(form, 2, "auto") == ENGINES
     radii, near = results(net)
     first, second = (alone(net, monkeypatch, engine) for engine in ENGINES)
     assert first[0].guarantee == first[1].guarantee == "verified"
@@ -118,15 +120,15 @@ def broken(monkeypatch, module, name, error, calls=0):
 @pytest.mark.parametrize(
     ("module", "name", "error", "left"),
     [
-        (_around, "hybrid_start", _TooLarge("no way"), "LipLT"),
-        (_localrun, "ellipsoids", ValueError("no way"), "LipLT"),
-        (_localwide, "Front", MemoryError("no way"), "hybrid"),
-        (_localwide, "grams", ZeroDivisionError("no way"), "hybrid"),
+        (engines, "hybrid_start", _TooLarge("no way"), "LipLT"),
+        (ellipsoids, "ellipsoids", ValueError("no way"), "LipLT"),
+        (liplt, "Front", MemoryError("no way"), "hybrid"),
+        (liplt, "grams", ZeroDivisionError("no way"), "hybrid"),
     ],
 )
 def test_an_engine_that_fails_takes_nothing_away(net, monkeypatch, module, name, error, left):
     expected = alone(net, monkeypatch, left)
-    _around._READY.clear()
+    engines._READY.clear()
     broken(monkeypatch, module, name, error)
     radii, near = results(net)
     np.testing.assert_array_equal(radii.radius, expected[0].radius)
@@ -141,7 +143,7 @@ def test_an_engine_that_fails_takes_nothing_away(net, monkeypatch, module, name,
 def test_an_engine_that_fails_on_the_way_leaves_what_it_found(net, monkeypatch):
     first = alone(net, monkeypatch, "hybrid", tries=4)[0].radius
     whole = results(net, tries=4)[0].radius
-    broken(monkeypatch, _localwide, "grams", MemoryError("full"), calls=3)
+    broken(monkeypatch, liplt, "grams", MemoryError("full"), calls=3)
     found = lb.certified_radius(*net, local=True, tries=4)
     assert (found.radius >= first).all() and (found.radius > first).any()
     assert (found.radius <= whole).all() and found.guarantee == "probabilistic"
@@ -150,7 +152,7 @@ def test_an_engine_that_fails_on_the_way_leaves_what_it_found(net, monkeypatch):
 
 def test_an_error_where_both_engines_fail(net, monkeypatch):
     for name in ("ellipsoids", "grams"):
-        broken(monkeypatch, _localrun if name == "ellipsoids" else _localwide, name, ValueError(f"no {name}"))
+        broken(monkeypatch, ellipsoids if name == "ellipsoids" else liplt, name, ValueError(f"no {name}"))
     with pytest.raises(ValueError, match="no ellipsoids"):
         results(net)
 
@@ -158,7 +160,7 @@ def test_an_error_where_both_engines_fail(net, monkeypatch):
 def test_the_front_is_bounded_as_asked_for(net, monkeypatch):
     """Seed and guarantee reach the bound of the front; what is kept of a form is of the same question."""
     form, x, _, bound = net
-    asked, real = [], _sequence.hybrid_start
+    asked, real = [], state_matrices.hybrid_start
 
     def uncertain(form, k, request):
         asked.append(request)
@@ -167,8 +169,8 @@ def test_the_front_is_bounded_as_asked_for(net, monkeypatch):
         )
         return *real(form, k, request)[:3], word, failure
 
-    monkeypatch.setattr(_around, "hybrid_start", uncertain)
-    monkeypatch.setattr(_around, "ways", lambda form, norm, guarantee: ("hybrid",))
+    monkeypatch.setattr(engines, "hybrid_start", uncertain)
+    monkeypatch.setattr(engines, "ways", lambda form, norm, guarantee: ("hybrid",))
     for guarantee, seed in (("auto", 3), ("auto", 4), ("verified", 4), ("auto", 3)):
         near = lb.local(form, x, EPS, bound=bound, guarantee=guarantee, seed=seed)
         assert near.guarantee == ("verified" if guarantee == "verified" else "probabilistic")
@@ -177,32 +179,32 @@ def test_the_front_is_bounded_as_asked_for(net, monkeypatch):
 
 
 def test_verified_is_the_verified_engine_alone(net, monkeypatch):
-    broken(monkeypatch, _localwide, "grams", AssertionError("probabilistic"))
+    broken(monkeypatch, liplt, "grams", AssertionError("probabilistic"))
     radii, near = results(net, guarantee="verified")
     assert radii.guarantee == near.guarantee == "verified" and near.failure_probability == 0
 
 
 def test_blocks_of_the_front_are_proved_once(monkeypatch):
     form = known("mlp")[0]
-    proved, real = [], _triangle.norms.verified_norm
+    proved, real = [], recursion.norms.verified_norm
     monkeypatch.setattr(
-        _triangle.norms, "verified_norm", lambda m, *a, **k: proved.append(m.shape) or real(m, *a, **k)
+        recursion.norms, "verified_norm", lambda m, *a, **k: proved.append(m.shape) or real(m, *a, **k)
     )
     lb.liplt(form)
     before = len(proved)
-    _sequence._hybrid_start(form, 1, Request(2, "auto", 77))
+    state_matrices._hybrid_start(form, 1, Request(2, "auto", 77))
     assert (40, 12) not in proved[before:]
 
 
 def test_the_only_engine_that_applies(net, monkeypatch):
     form, x, _, bound = net
-    monkeypatch.setattr(_around, "WIDEST", 5)  # the outputs are wider: nothing is left behind a cut
-    assert _around.ways(form, 2, "auto") == ("LipLT",) and _around.ways(form, 2, "verified") == ("hybrid",)
+    monkeypatch.setattr(engines, "WIDEST", 5)  # the outputs are wider: nothing is left behind a cut
+    assert engines.ways(form, 2, "auto") == ("LipLT",) and engines.ways(form, 2, "verified") == ("hybrid",)
     near = lb.local(form, x, EPS, bound=bound)
     assert near.guarantee == "probabilistic" and (near.value < bound.value).all()
     assert (lb.local(form, x, EPS, bound=bound, guarantee="verified").value <= bound.value).all()
-    monkeypatch.setattr(_around, "LIMIT", 100)
-    monkeypatch.setattr(_around, "WIDEST", WIDE["mlp"])
+    monkeypatch.setattr(engines, "LIMIT", 100)
+    monkeypatch.setattr(engines, "WIDEST", WIDE["mlp"])
     near = lb.local(form, x, EPS, bound=bound)
     assert any("wide front would take" in note for note in near.notes)
 
@@ -211,7 +213,7 @@ def test_the_only_engine_that_applies(net, monkeypatch):
 def test_global_radii_stand_where_no_engine_applies(name, value, norm, monkeypatch):
     form, x, y, _ = known("mlp")
     bound = lb.liplt(form, norm=norm, pairwise=True)
-    monkeypatch.setattr(_around, name, value)
+    monkeypatch.setattr(engines, name, value)
     found = lb.certified_radius(form, x, y, bound=bound, local=True)
     reference = lb.certified_radius(form, x, y, bound=bound)
     np.testing.assert_array_equal(found.radius, reference.radius)
@@ -230,6 +232,6 @@ def test_a_network_that_is_wide_by_itself(monkeypatch):
     found = lb.certified_radius(*net, local=True).radius
     for engine in ENGINES:
         with monkeypatch.context() as patch:
-            patch.setattr(_around, "ways", lambda form, norm, guarantee, engine=engine: (engine,))
+            patch.setattr(engines, "ways", lambda form, norm, guarantee, engine=engine: (engine,))
             assert (found >= lb.certified_radius(*net, local=True).radius).all()
-    assert _around.ways(form, 2, "auto") == ENGINES
+    assert engines.ways(form, 2, "auto") == ENGINES

@@ -15,8 +15,10 @@ from gain import form_of
 from zoo import NETS
 
 import lipbounds as lb
-from lipbounds import _carried, _krylov, _localwide
-from lipbounds.lure import propagate
+from lipbounds._form.lure import propagate
+from lipbounds._local import liplt
+from lipbounds._norms import lanczos
+from lipbounds._triangle import product_rounding
 
 FEW = ("max_pool_images", "maxmin_mlp", "gelu_exact", "postactivation_resnet", "linear")
 
@@ -24,7 +26,7 @@ FEW = ("max_pool_images", "maxmin_mlp", "gelu_exact", "postactivation_resnet", "
 @pytest.fixture
 def wide(monkeypatch):
     """Every network counts as wide."""
-    module = sys.modules["lipbounds._around"]
+    module = sys.modules["lipbounds._local.engines"]
     monkeypatch.setattr(module, "WIDEST", 0)
     monkeypatch.setattr(module, "_READY", weakref.WeakKeyDictionary())
 
@@ -50,7 +52,9 @@ def conv_net(seed=0, size=24):
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("eps", [0.01, 0.3])
 def test_a_convolutional_network(eps, monkeypatch):
-    monkeypatch.setattr(sys.modules["lipbounds._around"], "ways", lambda form, norm, guarantee: ("LipLT",))
+    monkeypatch.setattr(
+        sys.modules["lipbounds._local.engines"], "ways", lambda form, norm, guarantee: ("LipLT",)
+    )
     form, rng = conv_net(), np.random.default_rng(1)
     x = rng.standard_normal((3, 24, 24, 2)).astype(np.float32)
     bound = lb.local(form, x, eps, pairwise=True)
@@ -102,7 +106,7 @@ def test_small_balls_give_the_jacobian(wide):
 def test_every_net_of_the_zoo(name, wide):
     form, rng = form_of(name), np.random.default_rng(6)
     x = rng.standard_normal((4, *form.in_shape)).astype(np.float32)
-    around = sys.modules["lipbounds._around"].Around(form, 2, x.astype(np.float64))
+    around = sys.modules["lipbounds._local.engines"].Around(form, 2, x.astype(np.float64))
     word = "probabilistic" if form.taps else "verified"
     assert around.guarantee == ("assumed" if form.assumed else word)
     for call, eps in enumerate((0.02, 0.7)):
@@ -136,7 +140,7 @@ def cancelling(c, depth):
 def test_linear_steps_that_cancel(c, depth, wide):
     form, exact = cancelling(c, depth), np.sqrt(8) * 0.1**depth
     x = np.full((2, 4), 3.0)
-    around = sys.modules["lipbounds._around"].Around(form, 2, x)
+    around = sys.modules["lipbounds._local.engines"].Around(form, 2, x)
     assert around.ready.front is not None
     out = around.outputs(slice(None), np.full(2, 0.5))
     value = np.sqrt(np.linalg.eigvalsh(out)[:, :, -1]).sum(axis=1)
@@ -168,16 +172,16 @@ def test_the_rounding_of_products_on_a_device(seed):
 
     with jax.enable_x64(True):
         form = lb.trace(net, jax.ShapeDtypeStruct((5,), jnp.float64))
-    front = _localwide.Front(form)
+    front = liplt.Front(form)
     gains = [rng.standard_normal(n) for n in sizes[1:-1]]
     inject = [rng.uniform(0, 2, n) for n in sizes[1:-1]]
-    spread = _carried.Spread(
+    spread = product_rounding.Spread(
         {k: np.abs(c).max(keepdims=True) for k, c in enumerate(gains)},
         {k: s.max(keepdims=True) for k, s in enumerate(inject)},
         dict.fromkeys(range(2), 4),
     )
-    size, error = spread.forward(front.legs, _carried.OUTPUT, np.ones(1))
-    behind = spread.backward(front.legs, _carried.OUTPUT, np.ones(1))
+    size, error = spread.forward(front.legs, product_rounding.OUTPUT, np.ones(1))
+    behind = spread.backward(front.legs, product_rounding.OUTPUT, np.ones(1))
 
     def forward(u):
         def tap(k, y):
@@ -236,7 +240,7 @@ def test_what_a_group_leaves_undecided(name, reach):
     y = rng.standard_normal((6, 12))
     rho = rng.uniform(0.1, 1, (6, 12))
     half = reach * rho
-    near = _localwide._Groups(tap).near(y, half, rho)
+    near = liplt._Groups(tap).near(y, half, rho)
     with jax.enable_x64(True):
         linear = jax.tree.map(jnp.asarray, near.linear)
 
@@ -245,7 +249,7 @@ def test_what_a_group_leaves_undecided(name, reach):
         def change(u, v):
             dv = jax.vmap(lambda p: form.evaluate(p, jnp.float64))
             dv = dv(u) - dv(v)
-            return dv, dv - jax.vmap(partial(_localwide._apply, tap))(linear, u - v)
+            return dv, dv - jax.vmap(partial(liplt._apply, tap))(linear, u - v)
 
         u, v = (y + half * rng.uniform(-1, 1, (300, *y.shape)) for _ in range(2))
         dv, q = (np.asarray(a) for a in change(u, v))
@@ -278,9 +282,9 @@ def test_lanczos_is_never_below_the_norm_and_tight():
     exact = np.linalg.norm(a, 2, axis=(1, 2))
     for seed in range(20):
         start = np.repeat(np.random.default_rng(seed).standard_normal((1, 40)), 6, axis=0)
-        upper = _krylov.lanczos_columns(squares(a), start, failure=1e-9, rtol=0.01, max_steps=40)
+        upper = lanczos.lanczos_columns(squares(a), start, failure=1e-9, rtol=0.01, max_steps=40)
         assert (upper >= exact).all() and (upper <= 1.01 * exact).all() and upper[3] == 0
-        rough = _krylov.lanczos_columns(squares(a), start, failure=1e-9, rtol=0.01, max_steps=5)
+        rough = lanczos.lanczos_columns(squares(a), start, failure=1e-9, rtol=0.01, max_steps=5)
         assert (rough >= exact).all()
 
 
@@ -290,7 +294,7 @@ def test_lanczos_fails_as_often_as_allowed_and_no_more():
     values[0] = 1.0
     a = np.repeat(np.diag(values + 1e-3)[None], 4000, axis=0)
     start = np.random.default_rng(1).standard_normal((4000, 10))
-    upper = _krylov.lanczos_columns(squares(a), start, failure=0.3, rtol=1e-3, max_steps=1)
+    upper = lanczos.lanczos_columns(squares(a), start, failure=0.3, rtol=1e-3, max_steps=1)
     missed = (upper < a[0, 0, 0]).mean()
     assert 0.02 < missed <= 0.3
 
@@ -302,25 +306,25 @@ def test_lanczos_covers_a_direction_that_rounding_hides(monkeypatch):
     side = np.random.default_rng(1).standard_normal(n)
     side -= (side @ start) * start
     x = c * start + np.sqrt(1 - c * c) * side / np.linalg.norm(side)
-    missed, root = 0, _krylov._largest_root
+    missed, root = 0, lanczos._largest_root
     for extra in (1e-8, 1e-6, 1e-4):
 
         def apply(v, extra=extra):
             return v + extra * (v @ x)[:, None] * x
 
         exact, settings = np.sqrt(1 + extra), {"failure": 1e-9, "rtol": 1e-3, "max_steps": 50}
-        assert _krylov.lanczos_columns(apply, start[None], **settings)[0] >= exact
+        assert lanczos.lanczos_columns(apply, start[None], **settings)[0] >= exact
         with monkeypatch.context() as patch:
             patch.setattr(
-                _krylov, "_largest_root", lambda d, o, limit, low, loss: root(d, o, limit, low, 0.0)
+                lanczos, "_largest_root", lambda d, o, limit, low, loss: root(d, o, limit, low, 0.0)
             )
-            missed += _krylov.lanczos_columns(apply, start[None], **settings)[0] < exact
+            missed += lanczos.lanczos_columns(apply, start[None], **settings)[0] < exact
     assert missed > 0
 
 
 def test_lanczos_says_so_where_it_cannot():
     a = np.eye(4)[None]
     start = np.ones((1, 4))
-    assert np.isinf(_krylov.lanczos_columns(squares(a), start, failure=1e-16, rtol=0.1, max_steps=4)[0])
+    assert np.isinf(lanczos.lanczos_columns(squares(a), start, failure=1e-16, rtol=0.1, max_steps=4)[0])
     with pytest.raises(ValueError, match="NaN"):
-        _krylov.lanczos_columns(lambda v: v * np.nan, start, failure=1e-9, rtol=0.1, max_steps=4)
+        lanczos.lanczos_columns(lambda v: v * np.nan, start, failure=1e-9, rtol=0.1, max_steps=4)

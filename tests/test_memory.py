@@ -17,9 +17,12 @@ from jax import lax
 from typer.testing import CliRunner
 
 import lipbounds as lb
-from lipbounds import _banded, _budget, _triangle, norms
-from lipbounds.cli import app
-from lipbounds.lure import LureForm
+from lipbounds._cli.main import app
+from lipbounds._form.lure import LureForm
+from lipbounds._gain import memory_budget
+from lipbounds._norms import banded_cholesky
+from lipbounds._norms import matrices as norms
+from lipbounds._triangle import recursion
 from lipbounds.training.models import ModelSpec, build
 from lipbounds.training.store import save_model
 
@@ -108,8 +111,8 @@ def test_budgets_are_read_and_shown() -> None:
         (12345, 12345),
         (np.int64(9), 9),
     ):
-        assert _budget.parse(text) == size
-    assert _budget.parse(None) is None
+        assert memory_budget.parse(text) == size
+    assert memory_budget.parse(None) is None
     for bad in (
         "2",
         "GB",
@@ -130,10 +133,10 @@ def test_budgets_are_read_and_shown() -> None:
         with pytest.raises(
             ValueError, match=r"bytes >= 1 or a text such as '2GB', '500 MB' or '1.5GiB', got"
         ):
-            _budget.parse(bad)
+            memory_budget.parse(bad)
     shown = {0: "0 B", 999: "999 B", 1001: "1.1 kB", 20_000_000: "20 MB", 129_000_001: "130 MB"}
     shown |= {1_100_000_000: "1.1 GB", 999_600_000: "1.0 GB", 10**13: "10 TB"}
-    assert {n: _budget.show(n) for n in shown} == shown
+    assert {n: memory_budget.show(n) for n in shown} == shown
 
 
 def test_what_a_budget_cannot_limit_is_refused(form: LureForm) -> None:
@@ -175,25 +178,25 @@ def test_blocks_formed_by_slices_are_the_blocks(net: str, deep: LureForm) -> Non
             return jax.nn.relu(conv(h, v)).mean((0, 1))
 
         form = lb.trace(fn, jax.ShapeDtypeStruct((9, 9, 2), jnp.float32))
-    host = _triangle.host_form(form)
+    host = recursion.host_form(form)
     slices = 0
     for centred in (False, True):
-        scalings = _triangle.loop_transform(form, 2, centred=centred)
-        for nodes in _triangle.partitions(form):
-            pairs = _triangle.structure(host, nodes, scalings)
-            for (source, target), known in _triangle.matrices(host, pairs, scalings):
+        scalings = recursion.loop_transform(form, 2, centred=centred)
+        for nodes in recursion.partitions(form):
+            pairs = recursion.structure(host, nodes, scalings)
+            for (source, target), known in recursion.matrices(host, pairs, scalings):
                 expected = known.dense().midpoint_for_search()
                 limit = 3 * expected.nbytes + 75_000
                 counted = []
-                original = _budget._columns
+                original = memory_budget._columns
 
                 def count(*args: Any, original: Any = original, counted: list = counted) -> Any:
                     counted.append(args)
                     return original(*args)
 
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(_budget, "_columns", count)
-                    block, need = _budget.formed(host, source, target, scalings, limit)
+                    patch.setattr(memory_budget, "_columns", count)
+                    block, need = memory_budget.formed(host, source, target, scalings, limit)
                 if block is None:
                     assert need
                     continue
@@ -206,15 +209,15 @@ def test_blocks_formed_by_slices_are_the_blocks(net: str, deep: LureForm) -> Non
 
 
 def test_a_block_too_large_is_left_before_it_is_whole(deep: LureForm) -> None:
-    host = _triangle.host_form(deep)
-    scalings = _triangle.loop_transform(deep, 2, centred=True)
-    stored = next(iter(_triangle.matrices(host, [((0,), (2,))], scalings)))[1].midpoint_for_search()
+    host = recursion.host_form(deep)
+    scalings = recursion.loop_transform(deep, 2, centred=True)
+    stored = next(iter(recursion.matrices(host, [((0,), (2,))], scalings)))[1].midpoint_for_search()
     tracemalloc.start()
-    block, need = _budget.formed(host, (0,), (2,), scalings, 600_000)
+    block, need = memory_budget.formed(host, (0,), (2,), scalings, 600_000)
     held = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert block is None and re.search(r"(about|more than) [\d.]+ [kM]B", need)
-    assert held < _banded.stored(stored), "less than the block itself was ever held"
+    assert held < banded_cholesky.stored(stored), "less than the block itself was ever held"
 
 
 # ------------------------------------------------------------------------------------------------------ choices
@@ -258,7 +261,9 @@ def test_what_does_not_fit_is_probabilistic_and_said(form: LureForm, plain: Any)
     for part in bound.parts:
         if part.guarantee == "probabilistic":
             steps, size = re.fullmatch(r"Golub-Kahan, (\d+) steps, ([\d.]+ [kM]B)", part.how).groups()  # type: ignore
-            assert size == _budget.show(8 * sum(part.shape) * (int(steps) + 8)) and float(size.split()[0])
+            assert size == memory_budget.show(8 * sum(part.shape) * (int(steps) + 8)) and float(
+                size.split()[0]
+            )
             assert 8 * sum(part.shape) * (int(steps) + 8) <= 3e6
     assert (
         bound.notes[1].startswith("without a Cholesky proof (")
@@ -270,7 +275,7 @@ def test_what_does_not_fit_is_probabilistic_and_said(form: LureForm, plain: Any)
 
 def test_fewer_steps_where_fewer_vectors_fit(form: LureForm) -> None:
     vector = 2 * 12 * 12 * 8
-    few = lb.liplt(form, memory=_budget.Budget.vectors(vector, 9), guarantee="probabilistic")
+    few = lb.liplt(form, memory=memory_budget.Budget.vectors(vector, 9), guarantee="probabilistic")
     steps = [int(p.how.split()[1]) for p in few.parts if p.shape == (1152, 1152)]
     assert steps and set(steps) == {9}
     assert few.value > lb.liplt(form, guarantee="probabilistic").value
@@ -296,7 +301,7 @@ def test_a_budget_that_no_proof_fits_is_refused_by_name(deep: LureForm) -> None:
 def test_proofs_of_too_many_operations_are_left(
     form: LureForm, plain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_budget, "MOST_FLOPS", 1e3)
+    monkeypatch.setattr(memory_budget, "MOST_FLOPS", 1e3)
     bound = lb.liplt(form, memory="1GB")
     assert all(p.how.startswith("Golub-Kahan") for p in bound.parts if p.target != "output")
     assert "operations, more than 1e+03" in bound.notes[1]
@@ -316,11 +321,11 @@ def test_results_repeat(form: LureForm) -> None:
 
 def bounds_of(form: LureForm, source: Any, target: Any, *, centred: bool) -> tuple[Any, float]:
     """(the Fourier bound of a block, its norm by NumPy)."""
-    host = _triangle.host_form(form)
-    scalings = _triangle.loop_transform(form, 2, centred=centred)
-    (block,) = (b.midpoint_for_search() for _, b in _triangle.matrices(host, [(source, target)], scalings))
+    host = recursion.host_form(form)
+    scalings = recursion.loop_transform(form, 2, centred=centred)
+    (block,) = (b.midpoint_for_search() for _, b in recursion.matrices(host, [(source, target)], scalings))
     dense = block.toarray() if sp.issparse(block) else block
-    return _budget.convolution(host, source, target, scalings, 10**12), float(np.linalg.norm(dense, 2))
+    return memory_budget.convolution(host, source, target, scalings, 10**12), float(np.linalg.norm(dense, 2))
 
 
 def test_the_fourier_bound_of_a_block_holds_and_is_close() -> None:
@@ -330,8 +335,8 @@ def test_the_fourier_bound_of_a_block_holds_and_is_close() -> None:
             (bound, need), exact = bounds_of(form, *pair, centred=centred)
             assert exact <= bound <= 1.05 * exact and need > 0
     assert bounds_of(form, (), (1,), centred=True)[0] is None, "two convolutions"
-    small = _triangle.loop_transform(form, 2, centred=True)
-    assert _budget.convolution(_triangle.host_form(form), (0,), (1,), small, 1000) is None
+    small = recursion.loop_transform(form, 2, centred=True)
+    assert memory_budget.convolution(recursion.host_form(form), (0,), (1,), small, 1000) is None
 
 
 @pytest.mark.slow
@@ -380,7 +385,7 @@ def test_the_fourier_bound_keeps_a_bound_verified() -> None:
 def test_the_budget_is_kept(limit: int, form: LureForm) -> None:
     """Beside the network's own steps, arrays never take more than the budget."""
     lb.liplt(form, memory=limit)  # the steps as matrices are made, JAX is warm
-    host = _triangle.host_form(form)
+    host = recursion.host_form(form)
     host.proved.clear()
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
@@ -399,17 +404,17 @@ def test_a_resnet_on_32_by_32_is_verified() -> None:
     assert bound.guarantee == "verified" and bound.failure_probability == 0
     likely = lb.liplt(form, guarantee="probabilistic")
     assert bound.value <= likely.value * (1 + 1e-6)
-    host = _triangle.host_form(form)
+    host = recursion.host_form(form)
     found = {(p.source, p.target): p for p in bound.parts}
     assert any(min(p.shape) > 6000 and "banded" in p.how for p in bound.parts)
-    scalings = _triangle.loop_transform(form, 2, centred=True)
+    scalings = recursion.loop_transform(form, 2, centred=True)
     nodes = [(k,) for k in range(len(form.taps))]
-    for pair, block in _triangle.matrices(host, _triangle.structure(host, nodes, scalings), scalings):
+    for pair, block in recursion.matrices(host, recursion.structure(host, nodes, scalings), scalings):
         a = block.midpoint_for_search()
         lower = norms.golub_kahan(lambda v, a=a: a @ v, lambda v, a=a: a.T @ v, a.shape[1])[1]
         name = (
-            _triangle.node_name(form, pair[0], source=True),
-            _triangle.node_name(form, pair[1], source=False),
+            recursion.node_name(form, pair[0], source=True),
+            recursion.node_name(form, pair[1], source=False),
         )
         assert lower <= found[name].value <= lower * (1 + 2e-3)
 
@@ -451,15 +456,15 @@ def test_slices_of_stacked_taps_are_the_block() -> None:
         return jax.nn.relu(a @ w[2] + b @ w[3]) @ w[4]
 
     form = lb.trace(fn, jax.ShapeDtypeStruct((9,), jnp.float32))
-    host, scalings = _triangle.host_form(form), _triangle.loop_transform(form, 2, centred=True)
+    host, scalings = recursion.host_form(form), recursion.loop_transform(form, 2, centred=True)
     (source, target) = max(
-        (node for nodes in _triangle.partitions(form) for node in itertools.pairwise(nodes)),
+        (node for nodes in recursion.partitions(form) for node in itertools.pairwise(nodes)),
         key=lambda pair: len(pair[0]),
     )
     assert len(source) == 2
     whole = host.forward(source, [target], scalings)[target].midpoint_for_search()
     whole = whole.toarray() if sp.issparse(whole) else whole
     for chosen in (np.arange(13), np.arange(2, 5), np.arange(4, 9), np.array([0, 7, 12]), np.arange(8, 13)):
-        block, _ = _budget._columns(host, source, target, scalings, chosen, 1e9)
+        block, _ = memory_budget._columns(host, source, target, scalings, chosen, 1e9)
         found = block.dense().midpoint_for_search()
         np.testing.assert_allclose(found, whole[:, chosen], rtol=1e-13, atol=1e-13)

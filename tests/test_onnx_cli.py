@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import lipbounds as lb
-from lipbounds.cli import app
+from lipbounds._cli.main import app
 from lipbounds.interop import load_onnx
 
 onnx = pytest.importorskip("onnx")

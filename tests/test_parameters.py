@@ -1,4 +1,4 @@
-"""No rule ignores a parameter: every parameter of every primitive that has a rule is named in `_parameters.py`.
+"""No rule ignores a parameter: every parameter of every primitive that has a rule is named in `parameters`.
 
 `EXAMPLES` builds each primitive by public functions. A jax version that brings a new parameter fails
 `test_every_parameter_is_known` until somebody has thought about what it means.
@@ -20,8 +20,8 @@ from jax.ad_checkpoint import checkpoint_name
 from test_jaxpr_contract import equations
 
 import lipbounds as lb
-from lipbounds import _jaxpr, _parameters, _rules
-from lipbounds._lower import lower
+from lipbounds._tracing import jaxpr, parameters, rules
+from lipbounds._tracing.lowering import lower
 
 Fn = Callable[[jax.Array], Any]
 X = jnp.asarray([0.3, -0.8, 1.2, 0.5])
@@ -142,20 +142,20 @@ def example(name: str) -> Any:
 
 
 def test_rules_and_rows_of_parameters_are_the_same_primitives() -> None:
-    ruled = set(_rules.RULES) | set(_rules.ELEMENTWISE) | set(_jaxpr._CALLS) | {"scan", "cond"}
-    assert ruled == set(_parameters.PARAMETERS), ruled ^ set(_parameters.PARAMETERS)
+    ruled = set(rules.RULES) | set(rules.ELEMENTWISE) | set(jaxpr._CALLS) | {"scan", "cond"}
+    assert ruled == set(parameters.PARAMETERS), ruled ^ set(parameters.PARAMETERS)
     assert ruled == set(EXAMPLES) | OWN, ruled ^ set(EXAMPLES)
 
 
-@pytest.mark.parametrize("name", sorted(set(_parameters.PARAMETERS) - OWN))
+@pytest.mark.parametrize("name", sorted(set(parameters.PARAMETERS) - OWN))
 def test_every_parameter_is_known(name: str) -> None:
     params = example(name).params
-    unknown = set(params) - set(_parameters.PARAMETERS[name])
+    unknown = set(params) - set(parameters.PARAMETERS[name])
     assert not unknown, (
-        f"jax {jax.__version__} gives {name} the parameters {sorted(unknown)}: say in _parameters.py what they mean"
+        f"jax {jax.__version__} gives {name} the parameters {sorted(unknown)}: say in parameters.py what they mean"
     )
     if name != "cond":
-        assert _parameters.not_understood(name, params) is None, "the plain use of it is understood"
+        assert parameters.not_understood(name, params) is None, "the plain use of it is understood"
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_an_unknown_parameter_of_an_equation_is_refused(name: str) -> None:
         y = jnp.maximum(jnp.tanh(jnp.ones((4, 4)) @ x + X), X) * X
         return jnp.max(y[WHERE].astype(jnp.bfloat16).reshape(2, 1), axis=1)
 
-    flat = _jaxpr.flatten(fn, (), SPEC)
+    flat = jaxpr.flatten(fn, (), SPEC)
     lower(flat)  # accepted as it is
     eqn = next(e for e in flat.eqns if e.primitive == name)
     eqn.params = {**eqn.params, "new_switch": 7}
@@ -178,11 +178,11 @@ def test_an_unknown_parameter_of_an_equation_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["jit", "custom_jvp_call", "custom_vjp_call", "remat2", "scan"])
 def test_an_unknown_parameter_of_a_call_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = dict(_parameters.PARAMETERS[name])
+    row = dict(parameters.PARAMETERS[name])
     del row["length" if name == "scan" else next(k for k in row if "jaxpr" not in k)]
     fn = EXAMPLES[name] if name != "scan" else lambda x: lax.scan(lambda c, r: (c + r * x, None), x, X)[0]
     lb.trace(fn, X)
-    monkeypatch.setitem(_parameters.PARAMETERS, name, row)
+    monkeypatch.setitem(parameters.PARAMETERS, name, row)
     with pytest.raises(lb.UnsupportedError, match="is not known to this version"):
         lb.trace(fn, X)
     assert lb.trace(lambda x: x * jax.jit(jnp.sin)(X), X).num_outputs == 4, "constants are computed by jax"

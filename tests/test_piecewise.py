@@ -14,8 +14,8 @@ import pytest
 from jax import lax, nn
 
 import lipbounds as lb
-from lipbounds._localslopes import anchored_slopes, pair_slopes
-from lipbounds.activations import enclose, slope_range
+from lipbounds._activations.activations import enclose, slope_range
+from lipbounds._activations.slopes_on_intervals import anchored_slopes, pair_slopes
 
 Fn = Callable[[Any], Any]
 XP = np.array([-1.0, -0.25, 0.1, 2.0], np.float32)

@@ -13,11 +13,11 @@ from exact import exceeds, fractions, product
 from zoo import NETS
 
 import lipbounds as lb
-from lipbounds import _proof, _tapproof
-from lipbounds._dense import dense_gain
-from lipbounds._proof import Infeasible, prove_psd
-from lipbounds._sequence import Segment, Sequence, sequence
-from lipbounds.norms import Enclosure
+from lipbounds._lipsdp import proof, tap_proof
+from lipbounds._lipsdp.barrier import dense_gain
+from lipbounds._lipsdp.proof import Infeasible, prove_psd
+from lipbounds._lipsdp.state_matrices import Segment, Sequence, sequence
+from lipbounds._norms.matrices import Enclosure
 
 Rational = list[list[Fraction]]
 ACTIVATIONS = {"relu": (0.0, 1.0), "leaky": (0.1, 1.0), "abs": (-1.0, 1.0), "steep": (-0.3, 2.7)}
@@ -98,7 +98,7 @@ def exact_out(seq: Sequence, D: tuple[np.ndarray, ...], rng: np.random.Generator
     return s
 
 
-def covers(ellipsoid: _proof.Ellipsoid, s: Rational) -> bool:
+def covers(ellipsoid: proof.Ellipsoid, s: Rational) -> bool:
     """2**scale S_out >= s exactly."""
     factor = Fraction(2) ** ellipsoid.scale
     return is_psd(combined([[factor * x for x in row] for row in fractions(ellipsoid.matrix)], s, -1))
@@ -170,7 +170,7 @@ def test_a_matrix_that_is_not_psd_is_never_proved_and_the_shift_is_why(
 ) -> None:
     assert not is_psd(fractions(nearly_singular(3)))
     assert false_proofs(200) == []
-    monkeypatch.setattr(_tapproof, "U", 0.0)
+    monkeypatch.setattr(tap_proof, "U", 0.0)
     wrong = false_proofs(200)
     assert wrong, "without the shift no proof was wrong: the matrices are too easy"
     assert not is_psd(fractions(nearly_singular(wrong[0])))
@@ -212,23 +212,23 @@ def test_the_output_ellipsoid_covers_the_exact_one(name: str, seed: int) -> None
     widths = [[3, 4, 4, 3], [4, 3, 5, 2], [2, 5, 3, 4, 2]][seed]
     seq = sequence(chain(widths, seed, ACTIVATIONS[name]))
     D = multipliers(seq, 1.3)
-    ellipsoid = _proof.propagate_sequence(seq, D)
+    ellipsoid = proof.propagate_sequence(seq, D)
     rng = np.random.default_rng(seed)
     for _ in range(3):
         assert covers(ellipsoid, exact_out(seq, D, rng))
     plain = np.array([[float(x) for x in row] for row in exact_out(seq, D, rng)])
     top = math.sqrt(np.linalg.eigvalsh(plain)[-1])
-    assert top <= _proof.largest_root(*ellipsoid) <= top * (1 + 1e-11)
+    assert top <= proof.largest_root(*ellipsoid) <= top * (1 + 1e-11)
 
 
 @pytest.mark.parametrize("error", [1e-9, 1e-4, 1e-2])
 def test_the_output_ellipsoid_covers_every_matrix_of_the_enclosures(error: float) -> None:
     seq = blurred(sequence(chain([3, 4, 3, 2], 5, (0.1, 1.0))), error)
-    D = _proof.repair(seq, multipliers(seq, 1.2))
-    ellipsoid = _proof.propagate_sequence(seq, D)
+    D = proof.repair(seq, multipliers(seq, 1.2))
+    ellipsoid = proof.propagate_sequence(seq, D)
     rng = np.random.default_rng(0)
     assert all(covers(ellipsoid, exact_out(seq, D, rng)) for _ in range(30))
-    sharp = _proof.propagate_sequence(sequence(chain([3, 4, 3, 2], 5, (0.1, 1.0))), D)
+    sharp = proof.propagate_sequence(sequence(chain([3, 4, 3, 2], 5, (0.1, 1.0))), D)
     assert not all(covers(sharp, exact_out(seq, D, rng)) for _ in range(30))
 
 
@@ -240,14 +240,14 @@ def test_without_margins_a_proof_is_wrong(monkeypatch: pytest.MonkeyPatch) -> No
     ]
 
     def covered() -> list[bool]:
-        return [covers(_proof.propagate_sequence(seq, D), s) for seq, D, s in exact]
+        return [covers(proof.propagate_sequence(seq, D), s) for seq, D, s in exact]
 
     assert all(covered())
-    monkeypatch.setattr(_tapproof, "prove_psd", lambda m, slack=0.0: True)  # it refuses what has no margin
+    monkeypatch.setattr(tap_proof, "prove_psd", lambda m, slack=0.0: True)  # it refuses what has no margin
     assert all(covered())
-    monkeypatch.setattr(_tapproof, "U", 0.0)
-    monkeypatch.setattr(_tapproof, "gamma", lambda n: 0.0)
-    monkeypatch.setattr(_tapproof, "_enclosure_slack", lambda tap, s, d, a, w: (0.0, np.zeros(len(w))))
+    monkeypatch.setattr(tap_proof, "U", 0.0)
+    monkeypatch.setattr(tap_proof, "gamma", lambda n: 0.0)
+    monkeypatch.setattr(tap_proof, "_enclosure_slack", lambda tap, s, d, a, w: (0.0, np.zeros(len(w))))
     assert not all(covered())
 
 
@@ -260,7 +260,7 @@ def test_a_deep_network_keeps_nine_digits() -> None:
         through = a @ s @ w.T
         s = a @ s @ a.T + (b * d) @ b.T + through @ np.linalg.solve(np.diag(d) - w @ s @ w.T, through.T)
     float_value = math.sqrt(np.linalg.eigvalsh((s + s.T) / 2)[-1])
-    value = _proof.largest_root(*_proof.propagate_sequence(seq, D))
+    value = proof.largest_root(*proof.propagate_sequence(seq, D))
     assert value == pytest.approx(float_value, rel=1e-9) and value >= float_value * (1 - 1e-12)
 
 
@@ -274,8 +274,8 @@ def test_the_units_of_weights_do_not_matter(exponent: int) -> None:
 
     scaled = replace(plain, start=power(plain.start, exponent))
     raised = tuple(np.ldexp(d, 2 * exponent) for d in D)
-    first, second = _proof.propagate_sequence(plain, D), _proof.propagate_sequence(scaled, raised)
-    assert _proof.largest_root(*second) == math.ldexp(_proof.largest_root(*first), exponent)
+    first, second = proof.propagate_sequence(plain, D), proof.propagate_sequence(scaled, raised)
+    assert proof.largest_root(*second) == math.ldexp(proof.largest_root(*first), exponent)
     assert np.array_equal(first.matrix, second.matrix)
 
 
@@ -284,15 +284,15 @@ def test_zero_and_dead_parts_give_exact_zeros() -> None:
     weights = [rng.standard_normal((5, 4)), rng.standard_normal((6, 5)), rng.standard_normal((3, 6))]
     dead = lb.from_weights([weights[0], np.zeros((6, 5)), weights[2]], activation="relu")
     seq = sequence(dead)
-    ellipsoid = _proof.propagate_sequence(seq, multipliers(seq))
-    assert _proof.largest_root(*ellipsoid) == 0.0 and not _proof.pair_roots(*ellipsoid).any()
+    ellipsoid = proof.propagate_sequence(seq, multipliers(seq))
+    assert proof.largest_root(*ellipsoid) == 0.0 and not proof.pair_roots(*ellipsoid).any()
     nothing = lb.from_weights([np.zeros((5, 4)), weights[1], weights[2]], activation="relu")
     seq = sequence(nothing)
-    ellipsoid = _proof.propagate_sequence(seq, tuple(np.ones(s.active.size) for s in seq.segments))
-    assert _proof.largest_root(*ellipsoid) == 0.0
+    ellipsoid = proof.propagate_sequence(seq, tuple(np.ones(s.active.size) for s in seq.segments))
+    assert proof.largest_root(*ellipsoid) == 0.0
     weights[2][1] = 0.0
     seq = sequence(lb.from_weights(weights, activation="relu"))
-    classes = _proof.class_roots(*_proof.propagate_sequence(seq, multipliers(seq)))
+    classes = proof.class_roots(*proof.propagate_sequence(seq, multipliers(seq)))
     assert classes[1] < 1e-5 * min(
         classes[0], classes[2]
     )  # the error of A is known for the matrix, not its rows
@@ -305,7 +305,7 @@ def test_a_linear_network_gets_its_norm() -> None:
         lambda x: weights[1].astype(np.float32) @ (weights[0].astype(np.float32) @ x), np.zeros(7, np.float32)
     )
     seq = sequence(form)
-    value = _proof.largest_root(*_proof.propagate_sequence(seq, ()))
+    value = proof.largest_root(*proof.propagate_sequence(seq, ()))
     exact = product(fractions(weights[1].astype(np.float32)), fractions(weights[0].astype(np.float32)))
     assert exceeds(Fraction(value), exact) and not exceeds(Fraction(value * (1 - 1e-12)), exact)
 
@@ -315,20 +315,20 @@ def test_infeasible_multipliers_are_named_and_repaired() -> None:
     D = multipliers(seq)
     small = (D[0], D[1] * 0.3, D[2])
     with pytest.raises(Infeasible) as caught:
-        _proof.propagate_sequence(seq, small)
+        proof.propagate_sequence(seq, small)
     assert caught.value.place == 1 and "tap 1" in str(caught.value)
-    repaired = _proof.repair(seq, small)
+    repaired = proof.repair(seq, small)
     assert np.array_equal(repaired[0], D[0]) and (repaired[1] > small[1]).all()
-    value = _proof.largest_root(*_proof.propagate_sequence(seq, repaired))
-    assert value < 2 * _proof.largest_root(*_proof.propagate_sequence(seq, D))
-    assert _proof.repair(seq, repaired)[1].tolist() == repaired[1].tolist()
+    value = proof.largest_root(*proof.propagate_sequence(seq, repaired))
+    assert value < 2 * proof.largest_root(*proof.propagate_sequence(seq, D))
+    assert proof.repair(seq, repaired)[1].tolist() == repaired[1].tolist()
 
 
 @pytest.mark.parametrize("factor", [1e-320, 1e-30, 1e-3, 1e30])
 def test_repair_finds_a_proof_from_anywhere(factor: float) -> None:
     seq = sequence(chain([5, 8, 8, 3], 4, (-1.0, 1.0)))
-    D = _proof.repair(seq, tuple(np.maximum(d * factor, 5e-324) for d in multipliers(seq)))
-    assert math.isfinite(_proof.largest_root(*_proof.propagate_sequence(seq, D)))
+    D = proof.repair(seq, tuple(np.maximum(d * factor, 5e-324) for d in multipliers(seq)))
+    assert math.isfinite(proof.largest_root(*proof.propagate_sequence(seq, D)))
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
@@ -337,51 +337,51 @@ def test_multipliers_that_are_no_positive_numbers_are_refused(bad: float) -> Non
     D = multipliers(seq)
     D[1][2] = bad
     with pytest.raises(ValueError, match="tap 1 must be finite numbers > 0"):
-        _proof.propagate_sequence(seq, D)
+        proof.propagate_sequence(seq, D)
 
 
 def test_multipliers_of_another_shape_are_refused() -> None:
     seq = sequence(chain([3, 4, 4, 2], 0))
     D = multipliers(seq)
     with pytest.raises(ValueError, match="2 taps, the multipliers are for 1"):
-        _proof.propagate_sequence(seq, D[:1])
+        proof.propagate_sequence(seq, D[:1])
     with pytest.raises(ValueError, match="needs 4 multipliers"):
-        _proof.propagate_sequence(seq, (D[0], D[1][:3]))
+        proof.propagate_sequence(seq, (D[0], D[1][:3]))
 
 
 def test_a_given_start_replaces_the_first_state() -> None:
     seq = sequence(chain([4, 6, 5, 3], 2))
     D = multipliers(seq)
-    first = _proof.first_state(seq)
-    usual = _proof.propagate_sequence(seq, D)
-    assert np.array_equal(_proof.propagate_sequence(seq, D, start=first).matrix, usual.matrix)
+    first = proof.first_state(seq)
+    usual = proof.propagate_sequence(seq, D)
+    assert np.array_equal(proof.propagate_sequence(seq, D, start=first).matrix, usual.matrix)
     odd = (first.matrix * 2.0, first.scale - 1)
-    assert _proof.largest_root(*_proof.propagate_sequence(seq, D, start=odd)) == pytest.approx(
-        _proof.largest_root(*usual), rel=1e-12
+    assert proof.largest_root(*proof.propagate_sequence(seq, D, start=odd)) == pytest.approx(
+        proof.largest_root(*usual), rel=1e-12
     )
     flat = 2.0 * first.matrix
     assert flat.ndim == 1  # the input itself
-    larger = _proof.propagate_sequence(
-        seq, _proof.repair(seq, D, start=(flat, first.scale)), start=(flat, first.scale)
+    larger = proof.propagate_sequence(
+        seq, proof.repair(seq, D, start=(flat, first.scale)), start=(flat, first.scale)
     )
-    assert _proof.largest_root(*larger) > _proof.largest_root(*usual)
+    assert proof.largest_root(*larger) > proof.largest_root(*usual)
     with pytest.raises(ValueError, match="symmetric"):
-        _proof.propagate_sequence(seq, D, start=(np.triu(np.ones((4, 4))), 0))
+        proof.propagate_sequence(seq, D, start=(np.triu(np.ones((4, 4))), 0))
 
 
 # --- inputs in the l-inf norm --------------------------------------------------------------------------------------
 
 
 def test_weights_of_an_inf_input_are_normalised_and_cover_the_cube() -> None:
-    p = _proof.ball(3, np.array([2.0, 4.0, 4.0]))
+    p = proof.ball(3, np.array([2.0, 4.0, 4.0]))
     assert np.allclose(p, [2.0, 4.0, 4.0], rtol=1e-15)
     for weights in (np.ones(3), np.full(7, 7.0), np.array([3.0, 3.0, 3.0]), np.array([1.0, 1e30, 5.0])):
-        raised = _proof.ball(len(weights), weights)
+        raised = proof.ball(len(weights), weights)
         assert sum(1 / Fraction(float(x)) for x in raised) <= 1
         assert np.allclose(raised, weights * max(1.0, np.sum(1 / weights)), rtol=1e-12)
     for bad in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="weights must be"):
-            _proof.ball(2, np.array([1.0, bad]))
+            proof.ball(2, np.array([1.0, bad]))
 
 
 def test_an_inf_bound_holds_on_the_corners_and_is_exact_for_one_row() -> None:
@@ -389,11 +389,11 @@ def test_an_inf_bound_holds_on_the_corners_and_is_exact_for_one_row() -> None:
     row = rng.standard_normal((1, 6)).astype(np.float32)
     seq = sequence(lb.trace(lambda x: row @ x, np.zeros(6, np.float32)))
     size = np.abs(row[0]).astype(float)
-    ellipsoid = _proof.propagate_sequence(seq, (), weights=size.sum() / size)
-    assert size.sum() <= _proof.class_roots(*ellipsoid)[0] <= size.sum() * (1 + 1e-12)
+    ellipsoid = proof.propagate_sequence(seq, (), weights=size.sum() / size)
+    assert size.sum() <= proof.class_roots(*ellipsoid)[0] <= size.sum() * (1 + 1e-12)
     seq = sequence(chain([6, 8, 8, 3], 7))
     p = np.full(6, 6.0)
-    ellipsoid = _proof.propagate_sequence(seq, multipliers(seq, p=p), weights=p)
+    ellipsoid = proof.propagate_sequence(seq, multipliers(seq, p=p), weights=p)
     form = chain([6, 8, 8, 3], 7)
     x = rng.standard_normal((200, 6))
     steps = rng.choice([-1e-3, 1e-3], (200, 6))
@@ -403,7 +403,7 @@ def test_an_inf_bound_holds_on_the_corners_and_is_exact_for_one_row() -> None:
             for a, b in zip(x.astype(np.float32), steps.astype(np.float32), strict=True)
         ]
     )
-    assert (np.abs(moved).max(axis=0) <= 1.01e-3 * _proof.class_roots(*ellipsoid)).all()
+    assert (np.abs(moved).max(axis=0) <= 1.01e-3 * proof.class_roots(*ellipsoid)).all()
 
 
 # --- the dense form ------------------------------------------------------------------------------------------------
@@ -422,16 +422,16 @@ def test_the_dense_form_proves_what_the_sequence_proves(name: str) -> None:
         s.tap: dict(zip(s.active.tolist(), d, strict=True)) for s, d in zip(seq.segments, D, strict=True)
     }
     dense = np.array([known[k][i] for k, active in enumerate(gain.active) for i in active.tolist()])
-    one, other = _proof.propagate_sequence(seq, D), _proof.propagate_dense(gain, dense)
-    assert _proof.largest_root(*other) == pytest.approx(_proof.largest_root(*one), rel=1e-9)
-    assert np.allclose(_proof.pair_roots(*other), _proof.pair_roots(*one), rtol=1e-6)
+    one, other = proof.propagate_sequence(seq, D), proof.propagate_dense(gain, dense)
+    assert proof.largest_root(*other) == pytest.approx(proof.largest_root(*one), rel=1e-9)
+    assert np.allclose(proof.pair_roots(*other), proof.pair_roots(*one), rtol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_dense_form_covers_the_exact_one(seed: int) -> None:
     gain = dense_gain(chain([3, 3, 4, 2], seed, ACTIVATIONS["leaky"]))
-    D = _proof.repair_dense(gain, np.full(gain.Gy.shape[0], 0.1))
-    ellipsoid = _proof.propagate_dense(gain, D)
+    D = proof.repair_dense(gain, np.full(gain.Gy.shape[0], 0.1))
+    ellipsoid = proof.propagate_dense(gain, D)
     d = [Fraction(float(x)) for x in D]
     gy, gz = fractions(gain.Gy.midpoint_for_search()), fractions(gain.Gz.midpoint_for_search())
     t = diagonal([1 / x for x in d])
@@ -445,10 +445,10 @@ def test_the_dense_form_covers_the_exact_one(seed: int) -> None:
 def test_infeasible_dense_multipliers() -> None:
     gain = dense_gain(chain([3, 6, 6, 2], 1))
     with pytest.raises(Infeasible):
-        _proof.propagate_dense(gain, np.full(gain.Gy.shape[0], 1e-3))
-    D = _proof.repair_dense(gain, np.full(gain.Gy.shape[0], 1e-3))
-    assert math.isfinite(_proof.largest_root(*_proof.propagate_dense(gain, D)))
-    assert np.array_equal(_proof.repair_dense(gain, D), D)
+        proof.propagate_dense(gain, np.full(gain.Gy.shape[0], 1e-3))
+    D = proof.repair_dense(gain, np.full(gain.Gy.shape[0], 1e-3))
+    assert math.isfinite(proof.largest_root(*proof.propagate_dense(gain, D)))
+    assert np.array_equal(proof.repair_dense(gain, D), D)
 
 
 # --- constants -----------------------------------------------------------------------------------------------------
@@ -462,11 +462,11 @@ def test_roots_are_above_the_exact_ones_and_near() -> None:
         low = np.tril(half @ half.T)
         s = low + np.tril(low, -1).T
         exact = fractions(s)
-        value = Fraction(_proof.largest_root(s, -6)) * 8
+        value = Fraction(proof.largest_root(s, -6)) * 8
         assert is_psd(combined(diagonal([value**2] * 4), exact, -1))
         slightly = value * (1 - Fraction(1, 10**11))
         assert not is_psd(combined(diagonal([slightly**2] * 4), exact, -1))
-        pairs, classes = _proof.pair_roots(s, 4), _proof.class_roots(s, 4)
+        pairs, classes = proof.pair_roots(s, 4), proof.class_roots(s, 4)
         assert np.array_equal(pairs, pairs.T) and not pairs.diagonal().any()
         for i in range(4):
             assert (
@@ -484,6 +484,6 @@ def test_roots_are_above_the_exact_ones_and_near() -> None:
 
 def test_a_bound_beyond_float64_is_an_error() -> None:
     with pytest.raises(ValueError, match="float64"):
-        _proof.largest_root(np.eye(2), 4000)
+        proof.largest_root(np.eye(2), 4000)
     with pytest.raises(ValueError, match="even"):
-        _proof.largest_root(np.eye(2), 3)
+        proof.largest_root(np.eye(2), 3)

@@ -21,8 +21,9 @@ import pytest
 from gain import form_of
 
 import lipbounds as lb
-from lipbounds import _carried, _localradius, _triangle, radius
-from lipbounds.lure import LureForm
+from lipbounds._form.lure import LureForm
+from lipbounds._local import radius, radius_search
+from lipbounds._triangle import product_rounding, recursion
 
 NORMS = (2, 1, math.inf)
 DUAL = {2: 2, 1: math.inf, math.inf: 1}
@@ -299,7 +300,7 @@ def test_an_error_made_early_is_carried_to_the_output(monkeypatch: pytest.Monkey
     exact = [rational_relu([first, second], zero, v) for v in x]
     z, error = radius.logits(form, x)
     assert all(within(z[k], error[k], exact[k]) for k in range(40))
-    monkeypatch.setitem(_carried._CARRIED, form, {})
+    monkeypatch.setitem(product_rounding._CARRIED, form, {})
     z, error = radius.logits(form, x)
     assert not all(within(z[k], error[k], exact[k]) for k in range(40))
 
@@ -408,8 +409,8 @@ def test_large_blocks_are_carried_by_a_cheaper_norm(monkeypatch: pytest.MonkeyPa
     form, weights, biases = chain(np.random.default_rng(0), (5, 8, 8, 4))
     x = np.random.default_rng(1).normal(size=(5, 5))
     _, tight = radius.logits(form, x)
-    monkeypatch.setattr(_triangle, "DENSE_LIMIT", 4)
-    _carried._CARRIED.clear()  # the norms of a form are kept
+    monkeypatch.setattr(recursion, "DENSE_LIMIT", 4)
+    product_rounding._CARRIED.clear()  # the norms of a form are kept
     z, error = radius.logits(form, x)
     assert (error >= tight).all() and (error > tight).any()
     assert all(within(z[k], error[k], rational_relu(weights, biases, x[k])) for k in range(5))
@@ -450,7 +451,7 @@ def test_a_search_without_an_end_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     form = lb.from_weights(dead, biases=[np.array([-1e6], np.float32), np.array([0, 1], np.float32)])
     found = lb.certified_radius(form, np.array([[1.0]], np.float32), [1], local=True)
     assert 0.5e36 < found.radius[0] <= 1.00001e36
-    monkeypatch.setattr(_localradius, "_FARTHEST", 1e33)
+    monkeypatch.setattr(radius_search, "_FARTHEST", 1e33)
     short = lb.certified_radius(form, np.array([[1.0]], np.float32), [1], local=True)
     assert 1e32 < short.radius[0] < 2e34 and any("the search ended" in note for note in short.notes)
 
@@ -460,7 +461,7 @@ def test_a_local_bound_that_is_not_finite_is_no_bound(broken: float, monkeypatch
     form, x = far_away(10.0), np.array([[1.0], [50.0]], np.float32)
     bound = lb.liplt(form, pairwise=True)
     globally = lb.certified_radius(form, x, [0, 0], bound=bound)
-    from lipbounds._around import Around
+    from lipbounds._local.engines import Around
 
     monkeypatch.setattr(
         Around, "_outputs", lambda self, rows, eps, labels, call: np.full((len(eps), 1, 2, 2), broken)

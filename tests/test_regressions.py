@@ -12,9 +12,9 @@ import pytest
 from jax import lax
 
 import lipbounds as lb
-from lipbounds import _triangle
-from lipbounds._kinds import StaticArray
-from lipbounds.lure import multiplicity
+from lipbounds._form.lure import multiplicity
+from lipbounds._form.steps import StaticArray
+from lipbounds._triangle import recursion
 
 S = jax.ShapeDtypeStruct
 VECTOR = S((2,), jnp.float32)
@@ -80,9 +80,9 @@ def test_failure_probabilities_add_up() -> None:
     form = lb.trace(fn, S((6,), jnp.float32))
     bound = lb.liplt(form, guarantee="probabilistic")
     assert 0 < bound.failure_probability <= 1.0000001e-9
-    request = _triangle.Request(guarantee="probabilistic")
-    once = _triangle.triangle(form, request, pairwise=True, centred=True)
-    assert _triangle.smaller(once, once).failure == pytest.approx(2 * once.failure)
+    request = recursion.Request(guarantee="probabilistic")
+    once = recursion.triangle(form, request, pairwise=True, centred=True)
+    assert recursion.smaller(once, once).failure == pytest.approx(2 * once.failure)
 
 
 def test_slopes_are_proved_again_from_the_constants() -> None:
@@ -143,7 +143,7 @@ def test_group_factors_are_rounded_up() -> None:
     for n in range(1, 100):
         shared = replace(tap, groups=StaticArray(np.tile(np.arange(3), (n, 1))), size_out=n)
         assert (multiplicity(shared) == n).all()
-        factor = _triangle._multiplicity_factor(shared, 2)[0]
+        factor = recursion._multiplicity_factor(shared, 2)[0]
         numerator, denominator = float(factor).as_integer_ratio()
         assert numerator**2 >= n * denominator**2
         assert factor == pytest.approx(math.sqrt(n), rel=1e-15)

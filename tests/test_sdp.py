@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 import lipbounds as lb
-from lipbounds import _dense, _lmi, _sdp
-from lipbounds._dense import dense_gain, reduce_input, solve_dense
-from lipbounds._lmi import prepare, smallest_rho
-from lipbounds._triangle import loop_transform
-from lipbounds._views import elementwise_view
-from lipbounds.lure import LureForm
+from lipbounds._form.elementwise import elementwise_view
+from lipbounds._form.lure import LureForm
+from lipbounds._lipsdp import barrier, cvxpy_solver, matrix_inequality
+from lipbounds._lipsdp.barrier import dense_gain, reduce_input, solve_dense
+from lipbounds._lipsdp.matrix_inequality import prepare, smallest_rho
+from lipbounds._triangle.recursion import loop_transform
 
 needs_cvxpy = pytest.mark.skipif(
     importlib.util.find_spec("cvxpy") is None, reason="CVXPY is not installed (pip install lipbounds[sdp])"
@@ -133,7 +133,7 @@ def test_linear_neurons_have_no_multiplier() -> None:
 
 
 def test_a_gain_beyond_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dense, "MAX_ENTRIES", 100)
+    monkeypatch.setattr(barrier, "MAX_ENTRIES", 100)
     with pytest.raises(ValueError, match="18 neurons and 6 inputs.*solver='recursion'"):
         dense_gain(FORMS["chain"]())
 
@@ -299,7 +299,7 @@ def test_the_barrier_method_agrees_with_clarabel(name: str) -> None:
     form = FORMS[name]()
     labels = dense_gain(form).labels if name in ("deep", "residual") else None
     Gy, Gz, n = problem(form)
-    found, reference = solve_dense(Gy, Gz, n, labels), _sdp.solve(Gy, Gz, n, labels)
+    found, reference = solve_dense(Gy, Gz, n, labels), cvxpy_solver.solve(Gy, Gz, n, labels)
     assert reference.status == "optimal"
     assert math.sqrt(found.rho) == pytest.approx(reference.raw_value, rel=2e-7)
     assert (reference.T > 0).all() and reference.T.shape == found.T.shape
@@ -311,7 +311,7 @@ def test_pairs_and_scales_through_scs() -> None:
     layers = [1e5 * w for w in weights([6, 8, 3])]
     Gy, Gz, n = problem(lb.from_weights(layers, activation="relu"))
     row = Gz[[0]] - Gz[[2]]
-    found, reference = solve_dense(Gy, row, n), _sdp.solve(Gy, row, n, solver="scs")
+    found, reference = solve_dense(Gy, row, n), cvxpy_solver.solve(Gy, row, n, solver="scs")
     assert reference.raw_value == pytest.approx(math.sqrt(found.rho), rel=1e-4)
     assert smallest_rho(Gy, row, n, reference.T) == pytest.approx(found.rho, rel=1e-3)
 
@@ -322,7 +322,7 @@ def test_the_value_of_scs_is_not_a_bound() -> None:
     layers = [np.abs(w) for w in weights([8, 10, 8, 3], 3)]
     exact = np.linalg.norm(layers[2] @ layers[1] @ layers[0], 2)
     Gy, Gz, n = problem(lb.from_weights(layers, activation="relu"))
-    reference = _sdp.solve(Gy, Gz, n, solver="scs", options={"eps_abs": 1e-4, "eps_rel": 1e-4})
+    reference = cvxpy_solver.solve(Gy, Gz, n, solver="scs", options={"eps_abs": 1e-4, "eps_rel": 1e-4})
     assert reference.status == "optimal" and reference.raw_value < exact * (1 - 1e-6)
     assert "not a bound" in reference.message
     assert math.sqrt(smallest_rho(Gy, Gz, n, reference.T)) >= exact * (1 - 1e-12)
@@ -332,16 +332,16 @@ def test_the_value_of_scs_is_not_a_bound() -> None:
 def test_limits_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     Gy, Gz, n = problem(lb.from_weights(weights([10, 20, 20, 5]), activation="relu"))
     with pytest.raises(ValueError, match="did not finish within time_limit=0.2 s"):
-        _sdp.solve(Gy, Gz, n, time_limit=0.2)
+        cvxpy_solver.solve(Gy, Gz, n, time_limit=0.2)
     with pytest.raises(ValueError, match="status 'user_limit'.*solver='recursion'"):
-        _sdp.solve(Gy, Gz, n, options={"max_iter": 2})
+        cvxpy_solver.solve(Gy, Gz, n, options={"max_iter": 2})
     with pytest.raises(ValueError, match="network too large for clarabel: 40 neurons.*0.05 GB allowed"):
-        _sdp.solve(Gy, Gz, n, memory_gb=0.05)
-    if _sdp.available_memory() is None:
+        cvxpy_solver.solve(Gy, Gz, n, memory_gb=0.05)
+    if cvxpy_solver.available_memory() is None:
         pytest.skip("this platform does not tell its memory")
-    monkeypatch.setattr(_sdp, "memory_estimate", lambda *_: 0.0)
+    monkeypatch.setattr(cvxpy_solver, "memory_estimate", lambda *_: 0.0)
     with pytest.raises(ValueError, match="network too large for clarabel: 40 neurons.*recursion"):
-        _sdp.solve(Gy, Gz, n, memory_gb=0.03)
+        cvxpy_solver.solve(Gy, Gz, n, memory_gb=0.03)
 
 
 @pytest.mark.parametrize(
@@ -354,20 +354,20 @@ def test_limits_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_bad_keywords(keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        _sdp.solve(*problem(FORMS["chain"]()), **keywords)
+        cvxpy_solver.solve(*problem(FORMS["chain"]()), **keywords)
 
 
 def test_without_cvxpy_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install lipbounds\[sdp\]"):
-        _sdp.solve(*problem(FORMS["chain"]()))
+        cvxpy_solver.solve(*problem(FORMS["chain"]()))
 
 
 def test_the_memory_estimate_grows_with_the_fourth_power() -> None:
-    small, large = (_sdp.memory_estimate(k * 80, k * 20, k * 80, "clarabel") for k in (1, 2))
+    small, large = (cvxpy_solver.memory_estimate(k * 80, k * 20, k * 80, "clarabel") for k in (1, 2))
     assert 1.0 < small < 2.0  # 1.25 GB measured
     assert 14 < large / small < 17
-    assert _sdp.memory_estimate(160, 40, 160, "scs") < large / 20
+    assert cvxpy_solver.memory_estimate(160, 40, 160, "scs") < large / 20
 
 
 def test_a_prepared_problem_is_feasible_at_one() -> None:
@@ -376,5 +376,7 @@ def test_a_prepared_problem_is_feasible_at_one() -> None:
         ready = prepare(Gy, Gz, n)
         assert least_eigenvalue(ready.Gy, ready.Gz, n, np.ones(len(Gy)), 1.0) > 0
         assert (
-            ready.rho0 <= (lb.liplt(FORMS[name]()).value * _lmi._SLACK ** (len(FORMS[name]().taps) + 1)) ** 2
+            ready.rho0
+            <= (lb.liplt(FORMS[name]()).value * matrix_inequality._SLACK ** (len(FORMS[name]().taps) + 1))
+            ** 2
         )

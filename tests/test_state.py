@@ -15,7 +15,7 @@ from gain import form_of
 from zoo_core import gauss
 
 import lipbounds as lb
-from lipbounds.lure import LureForm, advance, apply_tap, propagate, state_sequence
+from lipbounds._form.lure import LureForm, advance, apply_tap, propagate, state_sequence
 
 ZOO = [
     "linear", "relu", "two_branches", "dense_net", "shared_block", "u_net", "mlp_mixer", "max_min_of_branches",

@@ -13,7 +13,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from lipbounds.cli import app
+from lipbounds._cli.main import app
 from lipbounds.training.config import PRESETS, Config, defaults
 from lipbounds.training.data import digits
 from lipbounds.training.loop import fit
@@ -238,7 +238,7 @@ def test_options_that_would_do_nothing_are_refused(
 
 
 def test_the_words_of_the_command_line_are_those_of_the_configuration() -> None:
-    from lipbounds import _cli_train as cli
+    from lipbounds._cli import train as cli
     from lipbounds.training import config
     from lipbounds.training.losses import TRANSFORMS
     from lipbounds.training.models import ACTIVATIONS

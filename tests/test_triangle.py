@@ -18,10 +18,14 @@ from gain import dense_gain, form_of
 from zoo_core import gauss
 
 import lipbounds as lb
-from lipbounds import _scaling, _triangle, _wide, linmap, norms
-from lipbounds._triangle import Request
-from lipbounds.linmap import HostForm, Node
-from lipbounds.lure import LureForm
+from lipbounds._form.lure import LureForm
+from lipbounds._gain import blocks as linmap
+from lipbounds._gain import wide_blocks
+from lipbounds._gain.blocks import HostForm, Node
+from lipbounds._norms import matrices as norms
+from lipbounds._triangle import recursion as _triangle
+from lipbounds._triangle import scaling as _scaling
+from lipbounds._triangle.recursion import Request
 
 NORMS = (2, 1, math.inf)
 Exact = list[list[Fraction]]
@@ -288,8 +292,10 @@ def test_matrix_free_products_are_the_blocks() -> None:
         block = np.block([[truth[part, (k,)] for part in parts] for k in target])
         with jax.enable_x64(True):
             u, v = (jnp.asarray(rng.normal(size=n)) for n in block.shape[::-1])
-            forward = _wide._block_product(form, arrays, u, source=source, target=target, transposed=False)
-            back = _wide._block_product(form, arrays, v, source=source, target=target, transposed=True)
+            forward = wide_blocks._block_product(
+                form, arrays, u, source=source, target=target, transposed=False
+            )
+            back = wide_blocks._block_product(form, arrays, v, source=source, target=target, transposed=True)
             assert np.allclose(forward, block @ np.asarray(u), rtol=1e-12, atol=1e-12)
             assert np.allclose(back, block.T @ np.asarray(v), rtol=1e-12, atol=1e-12)
 

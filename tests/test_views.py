@@ -9,7 +9,7 @@ import pytest
 from zoo import NETS
 
 import lipbounds as lb
-from lipbounds._views import elementwise_view
+from lipbounds._form.elementwise import elementwise_view
 
 GROUPED = [
     "max_pool_overlapping",

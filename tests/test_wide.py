@@ -14,9 +14,12 @@ import pytest
 from gain import dense_gain, form_of
 
 import lipbounds as lb
-from lipbounds import _krylov, _triangle, _wide, norms
-from lipbounds.lure import LureForm
-from lipbounds.norms import Enclosure
+from lipbounds._form.lure import LureForm
+from lipbounds._gain import wide_blocks
+from lipbounds._norms import lanczos
+from lipbounds._norms import matrices as norms
+from lipbounds._norms.matrices import Enclosure
+from lipbounds._triangle import recursion
 
 
 def low_rank(n: int, r: int, layers: int = 1, outputs: int = 2) -> tuple[LureForm, list[np.ndarray]]:
@@ -57,7 +60,7 @@ def test_lanczos_waits_for_the_norm_to_show() -> None:
     u = rng.standard_normal((r, n))
     exact = float(np.linalg.norm(u, 2))
     start = rng.standard_normal((1, n))
-    (upper,) = _krylov.lanczos_columns(lambda x: (x @ u.T) @ u, start, failure=1e-10, rtol=1e-3, max_steps=40)
+    (upper,) = lanczos.lanczos_columns(lambda x: (x @ u.T) @ u, start, failure=1e-10, rtol=1e-3, max_steps=40)
     assert exact * (1 - 1e-9) <= upper <= exact * 1.001
 
 
@@ -80,7 +83,7 @@ def test_low_rank_blocks_are_verified_through_their_thin_side(n: int, r: int, la
 def test_proofs_that_are_asked_for_take_a_narrow_cut_too(monkeypatch: pytest.MonkeyPatch) -> None:
     form, _ = low_rank(60, 4)
     dense = lb.naive(form, guarantee="verified")
-    monkeypatch.setattr(_triangle, "DENSE_LIMIT", 20)
+    monkeypatch.setattr(recursion, "DENSE_LIMIT", 20)
     cut = lb.naive(form, guarantee="verified")
     assert [part.how for part in (*dense.parts, *cut.parts)].count("Cholesky through 4 entries") == 1
     assert cut.parts[0].how == "Cholesky through 4 entries" and cut.guarantee == "verified"
@@ -95,12 +98,12 @@ def test_product_norm_holds_and_is_tight() -> None:
         for size in (1.0, 1e-60, 1e60):
             u, v = rng.standard_normal((m, r)), size * rng.standard_normal((r, n))
             eu, ev = 1e-3 * rng.standard_normal((m, r)), 1e-3 * size * rng.standard_normal((r, n))
-            value, guess = _wide.product_norm(Enclosure(u), Enclosure(v))
+            value, guess = wide_blocks.product_norm(Enclosure(u), Enclosure(v))
             exact = float(np.linalg.norm(u @ (v / size), 2)) * size
             assert exact * (1 - 1e-12) <= value <= exact * (1 + 1e-6)
             assert guess == pytest.approx(exact, rel=1e-6)
             errors = [float(np.linalg.norm(e)) * (1 + 1e-12) for e in (eu, ev)]
-            value, _ = _wide.product_norm(Enclosure(u, errors[0]), Enclosure(v, errors[1]))
+            value, _ = wide_blocks.product_norm(Enclosure(u, errors[0]), Enclosure(v, errors[1]))
             assert value >= float(np.linalg.norm((u + eu) @ ((v + ev) / size), 2)) * size
 
 
@@ -108,18 +111,20 @@ def test_product_norm_holds_and_is_tight() -> None:
 def test_every_way_bounds_every_block(name: str) -> None:
     """Each way on its own, on all blocks of the zoo, against the dense gain."""
     form = form_of(name)
-    host = _triangle.host_form(form)
-    scalings = _triangle.loop_transform(form, 2, centred=True)
+    host = recursion.host_form(form)
+    scalings = recursion.loop_transform(form, 2, centred=True)
     truth = dense_gain(form, scalings)
     ways = {
-        "cut": partial(_wide._by_cut, host),
-        "proof": partial(_wide._by_proof, host),
-        "steps": lambda *pair, limit: _wide.Bound(_wide.product_of_steps(host, *pair), "verified", ""),
-        "free": lambda *pair, limit: _wide._by_golub_kahan(form, host, *pair, 0, 1e-9, 300),
+        "cut": partial(wide_blocks._by_cut, host),
+        "proof": partial(wide_blocks._by_proof, host),
+        "steps": lambda *pair, limit: wide_blocks.Bound(
+            wide_blocks.product_of_steps(host, *pair), "verified", ""
+        ),
+        "free": lambda *pair, limit: wide_blocks._by_golub_kahan(form, host, *pair, 0, 1e-9, 300),
     }
     used = set()
-    for nodes in _triangle.partitions(form):
-        for source, target in _triangle.structure(host, nodes, scalings):
+    for nodes in recursion.partitions(form):
+        for source, target in recursion.structure(host, nodes, scalings):
             parts: list[Any] = [(j,) for j in source] if source else [()]
             block = np.block([[truth.get((p, (k,)), 0) for p in parts] for k in target])
             exact = float(np.linalg.norm(block, 2))
@@ -135,16 +140,16 @@ def test_every_way_bounds_every_block(name: str) -> None:
 def test_a_way_that_fails_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:
     form = form_of("cnn_batch_norm")
     truth = lb.liplt(form, pairwise=True)
-    monkeypatch.setattr(_triangle, "DENSE_LIMIT", 3)
+    monkeypatch.setattr(recursion, "DENSE_LIMIT", 3)
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise ValueError("failure is too small for products")
 
     monkeypatch.setattr(norms, "golub_kahan", refuse)
-    monkeypatch.setattr(_wide, "_by_cut", refuse)
+    monkeypatch.setattr(wide_blocks, "_by_cut", refuse)
     proved = lb.liplt(form, pairwise=True)
     assert proved.guarantee == "verified" and proved.value == pytest.approx(truth.value, rel=1e-9)
-    monkeypatch.setattr(_wide, "_by_proof", refuse)
+    monkeypatch.setattr(wide_blocks, "_by_proof", refuse)
     product = lb.liplt(form, pairwise=True)
     assert product.guarantee == "verified" and product.value >= truth.value * (1 - 1e-12)
     assert "product of steps" in {part.how for part in product.parts}
@@ -159,9 +164,9 @@ def test_a_cut_is_found_only_where_everything_passes_it() -> None:
     plain = lb.trace(lambda x: jax.nn.relu(u @ (v @ x)), np.zeros(n, np.float32))
     past = lb.trace(lambda x: jax.nn.relu(u @ (v @ x) + x), np.zeros(n, np.float32))
     for form, width in ((plain, r), (past, None)):
-        host = _triangle.host_form(form)
-        scalings = _triangle.loop_transform(form, 2, centred=True)
-        cut = _wide.narrow_cut(host, (), (0,), scalings)
+        host = recursion.host_form(form)
+        scalings = recursion.loop_transform(form, 2, centred=True)
+        cut = wide_blocks.narrow_cut(host, (), (0,), scalings)
         assert (None if cut is None else sum(host._rows(i) for i in cut[1])) == width
     assert lb.naive(plain).value == pytest.approx(np.linalg.norm(u @ v, 2), rel=1e-5)
     assert jnp.allclose(plain(np.ones(n, np.float32)), jax.nn.relu(u @ v.sum(1)), rtol=1e-3)
@@ -195,9 +200,9 @@ def cancelling(c: np.ndarray, a: np.ndarray) -> LureForm:
     return replace(form, consts=tuple(values.get(float(np.ravel(k)[0]), k) for k in form.consts))
 
 
-def _by_products(form: LureForm, seed: int = 0) -> _wide.Bound | None:
-    host, scalings = _triangle.host_form(form), _triangle.loop_transform(form, 2, centred=True)
-    return _wide._by_golub_kahan(form, host, (), (0,), scalings, seed, 1e-9, 300)
+def _by_products(form: LureForm, seed: int = 0) -> wide_blocks.Bound | None:
+    host, scalings = recursion.host_form(form), recursion.loop_transform(form, 2, centred=True)
+    return wide_blocks._by_golub_kahan(form, host, (), (0,), scalings, seed, 1e-9, 300)
 
 
 @pytest.mark.parametrize("power", [20, 26, 32, 44, 56])
@@ -223,14 +228,14 @@ def test_the_rounding_of_products_is_covered() -> None:
     rng = np.random.default_rng(0)
     c, a = 2.0**40 * rng.uniform(1, 2, 40), rng.uniform(-1, 1, 40)
     form = cancelling(c, a)
-    host, scalings = _triangle.host_form(form), _triangle.loop_transform(form, 2, centred=True)
-    limit = _wide.product_rounding(host, (), (0,), scalings, 1e-12)
+    host, scalings = recursion.host_form(form), recursion.loop_transform(form, 2, centred=True)
+    limit = wide_blocks.product_rounding(host, (), (0,), scalings, 1e-12)
     arrays = tuple((s.c, s.q, s.e) for s in scalings)
     for transposed in (False, True):
         u = rng.standard_normal(40)
         u /= np.linalg.norm(u)
         with jax.enable_x64(True):
-            found = np.asarray(_wide._block_product(form, arrays, jnp.asarray(u), (), (0,), transposed))
+            found = np.asarray(wide_blocks._block_product(form, arrays, jnp.asarray(u), (), (0,), transposed))
         errors = [
             Fraction(f) - Fraction(b) * Fraction(v) for f, b, v in zip(found.tolist(), a, u, strict=True)
         ]
@@ -269,12 +274,12 @@ def test_the_rounding_of_ordinary_products_changes_no_bound(monkeypatch: pytest.
         return x.sum((1, 2))
 
     form = lb.trace(network, jax.ShapeDtypeStruct((6, 6, 6), np.float32))
-    host, scalings = _triangle.host_form(form), _triangle.loop_transform(form, 2, centred=True)
+    host, scalings = recursion.host_form(form), recursion.loop_transform(form, 2, centred=True)
     for source, target in (((), (0,)), ((), (11,))):
-        found = _wide._by_golub_kahan(form, host, source, target, scalings, 0, 1e-9, 300)
+        found = wide_blocks._by_golub_kahan(form, host, source, target, scalings, 0, 1e-9, 300)
         with monkeypatch.context() as patch:
-            patch.setattr(_wide, "product_rounding", lambda *args: 0.0)
-            exact = _wide._by_golub_kahan(form, host, source, target, scalings, 0, 1e-9, 300)
+            patch.setattr(wide_blocks, "product_rounding", lambda *args: 0.0)
+            exact = wide_blocks._by_golub_kahan(form, host, source, target, scalings, 0, 1e-9, 300)
         assert found is not None and exact is not None
         assert found.value == pytest.approx(exact.value, rel=1e-6)
 

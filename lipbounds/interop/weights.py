@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lipbounds._files import read_npz, read_safetensors
+from lipbounds._text.files import read_npz, read_safetensors
 from lipbounds.interop._matfile import read_mat
 
 _KINDS = {

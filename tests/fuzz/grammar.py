@@ -1,4 +1,4 @@
-"""Random programs over all rules of lipbounds/_rules.py, written with public functions of JAX.
+"""Random programs over all rules of lipbounds/_tracing/rules.py, written with public functions of JAX.
 
 Every entry of `OPS` (in `maps` and `nonlinear`) draws one expression for given shapes. `supported` entries have a bound
 on their own (a test says so); others may be refused, but by the library's own errors, and are held to the same

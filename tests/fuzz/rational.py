@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flint import fmpq, fmpq_mat
 
-from lipbounds._kinds import KINDS
-from lipbounds._views import elementwise_view
-from lipbounds.lure import LureForm, apply_op, apply_tap, propagate, proved_slopes
+from lipbounds._form.elementwise import elementwise_view
+from lipbounds._form.lure import LureForm, apply_op, apply_tap, propagate, proved_slopes
+from lipbounds._form.steps import KINDS
 
 
 def rational(x: Any) -> fmpq:

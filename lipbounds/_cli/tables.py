@@ -1,0 +1,168 @@
+"""What the commands of `lipbounds` print: progress while they work, tables and lines when they are done."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+Json = dict[str, Any]
+
+
+def console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def say(console: Console, text: str) -> None:
+    """Print text as it is: names and paths in it are not markup."""
+    console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def titled(title: str) -> Table:
+    """A table without rows yet, under a title that is not markup."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    return Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
+def progress(console: Console) -> Any:
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        BarColumn(bar_width=28),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
+    return Progress(*columns, console=console, transient=not console.is_terminal)
+
+
+@contextlib.contextmanager
+def working() -> Iterator[Callable[[str], None]]:
+    """Yields tell(text), which shows on stderr what is being done; silent where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    drawn = console.is_terminal and sys.stderr.isatty()  # notebooks set FORCE_COLOR
+    with Progress(*columns, console=console, transient=True, disable=not drawn) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda text: bar.update(task, description=text)
+
+
+@contextlib.contextmanager
+def training(epochs: int, quiet: bool = False) -> Iterator[Callable[[Json, str], None]]:
+    """Yields tell(record of an epoch, text): a bar on a terminal; elsewhere a line for every validated epoch."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True, quiet=quiet)
+    columns = (
+        TextColumn("epoch"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=20),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading the data, compiling", total=epochs)
+
+        def tell(record: Json, text: str) -> None:
+            bar.update(task, completed=record["epoch"], description=text)
+            if "clean" in record:
+                say(console, f"epoch {record['epoch']}: {text}")
+
+        yield tell
+
+
+def proved(certificate: Any, seconds: float) -> str:
+    """One line: what a certificate that was just proved again says."""
+    from lipbounds._text.tables import seconds_text, show
+    from lipbounds.results import NORM_NAMES
+
+    k = certificate.num_outputs
+    pairs = "" if certificate.pairwise is None else f", {k * (k - 1) // 2} pairs"
+    risk = certificate.failure_probability
+    word = certificate.guarantee + (f", fails with probability <= {show(risk, digits=3)}" if risk else "")
+    claim = f"L <= {show(certificate.value, 'up')} ({NORM_NAMES[certificate.norm]}, {word})"
+    return f"{claim}{pairs}, proved again in {seconds_text(seconds)}"
+
+
+def model_title(model: Json) -> str:
+    training = model["training"]
+    return f"{model['title']}: {100 * training['test_accuracy']:.1f} % of the test images correct"
+
+
+def results_table(model: Json, title: str) -> Table:
+    from rich.text import Text
+
+    from lipbounds._text.tables import seconds_text, show
+
+    table = titled(title)
+    table.caption = "radius: median of the certified radii, 0 where misclassified, in pixel units"
+    table.caption_justify = "left"
+    table.add_column("method", no_wrap=True)
+    table.add_column("norm")
+    for column in ("bound", "worst pair", "radius"):
+        table.add_column(column, justify="right")
+    table.add_column("guarantee")
+    table.add_column("time", justify="right")
+    styles = {
+        "verified": "green",
+        "probabilistic": "cyan",
+        "assumed": "yellow",
+        "estimate": "dim",
+        "attained": "red",
+    }
+    signs = {"upper": ("≤ ", "up"), "estimate": ("≈ ", "near"), "lower": ("≥ ", "down")}
+    for norm in ("2", "inf", "1"):
+        for kind, (sign, way) in signs.items():
+            for row in (r for r in model[kind] if r["norm"] == norm):
+                word = row.get("guarantee", "attained")
+                pair = row.get("pairs", {}).get("worst_value")
+                quartiles = row.get("certified", {}).get("quartiles") or []
+                radius = (
+                    "" if not quartiles else "inf" if quartiles[1] is None else show(quartiles[1], "down", 3)
+                )
+                table.add_row(
+                    Text(row["label"]),
+                    norm,
+                    sign + show(row["value"], way, 5),  # type: ignore[arg-type]
+                    "" if pair is None else sign + show(pair, way, 4),  # type: ignore[arg-type]
+                    radius,
+                    Text(word, styles[word]),
+                    seconds_text(row["seconds"]),
+                )
+        table.add_section()
+    return table
+
+
+def print_certified(bound: Any, radii: Any, levels: list[float], shares: list[float]) -> None:
+    from lipbounds._text.tables import show
+
+    typer.echo(f"bound:     L <= {show(bound.value, 'up')} by {bound.method}, {bound.guarantee}")
+    typer.echo(f"radii:     {radii.guarantee}, {len(radii.radius)} images, units of the model's input")
+    for level, share in zip(levels, shares, strict=True):
+        typer.echo(f"eps {level:<7g} {100 * share:5.1f} % certified")
+    for note in radii.notes:
+        typer.echo(f"note:      {note}")

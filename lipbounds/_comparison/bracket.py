@@ -1,0 +1,108 @@
+"""A lower and an upper bound of one constant, side by side and checked against each other."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lipbounds._empirical.empirical import empirical
+from lipbounds._text.calls import exact_products, plain_errors
+from lipbounds._text.tables import new_axes, printable, show
+from lipbounds.errors import GuaranteeError
+from lipbounds.results import NORM_NAMES, LowerBound, UpperBound, check_norm
+
+
+@dataclass(frozen=True)
+class Bracket:
+    """lower.value <= L <= upper.value; `ratio` = upper / lower (0 / 0 is 1)."""
+
+    lower: LowerBound
+    upper: UpperBound
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.lower, LowerBound) or not isinstance(self.upper, UpperBound):
+            raise TypeError(
+                f"a bracket is a LowerBound and an UpperBound, "
+                f"got {type(self.lower).__name__} and {type(self.upper).__name__}"
+            )
+        check_order(self.lower, self.upper)
+
+    @property
+    def ratio(self) -> float:
+        if self.lower.value == 0.0:
+            return 1.0 if self.upper.value == 0.0 else math.inf
+        return self.upper.value / self.lower.value
+
+    def __repr__(self) -> str:
+        low, high = show(self.lower.value, "down"), show(self.upper.value, "up")
+        norm, ratio = NORM_NAMES[self.upper.norm], show(self.ratio, "up", 4)
+        return (
+            f"Bracket: {low} <= L <= {high}  ({norm}, ratio {ratio})\n"
+            f"  lower  {printable(self.lower.method)}\n"
+            f"  upper  {printable(self.upper.method)}, {self.upper.guarantee}"
+        )
+
+    def plot(self, ax: Any = None) -> Any:
+        """The interval as a bar; returns the matplotlib Axes."""
+        ax = new_axes(height=2.0) if ax is None else ax
+        ax.barh([0], [self.upper.value - self.lower.value], left=[self.lower.value], color="#4477aa")
+        ax.set(yticks=[], xlabel=f"L ({NORM_NAMES[self.upper.norm]})", title=repr(self).splitlines()[0])
+        return ax
+
+
+def check_order(lower: LowerBound, upper: UpperBound) -> None:
+    """GuaranteeError if an attained slope (or a pair's) exceeds the bound; ValueError if norms differ."""
+    if lower.norm != upper.norm:
+        a, b = NORM_NAMES[lower.norm], NORM_NAMES[upper.norm]
+        raise ValueError(f"a lower bound in {a} and an upper bound in {b} say nothing about each other")
+    clash = (
+        ""
+        if lower.value <= upper.value
+        else f"L >= {lower.value!r} but {upper.method} says L <= {upper.value!r}"
+    )
+    if not clash and lower.pairwise is not None and upper.pairwise is not None:
+        above = np.argwhere(lower.pairwise > upper.pairwise)
+        if len(above):
+            i, j = (int(c) for c in above[0])
+            low, high = float(lower.pairwise[i, j]), float(upper.pairwise[i, j])
+            clash = f"L_{i},{j} >= {low!r} but {upper.method} says L_{i},{j} <= {high!r}"
+    if clash:
+        cause = (
+            "the slopes declared for a registered activation are false"
+            if upper.guarantee == "assumed"
+            else "this is a bug of lipbounds, please report it"
+        )
+        raise GuaranteeError(f"{clash} ({upper.guarantee}), and both cannot hold: {cause}")
+
+
+@plain_errors
+@exact_products
+def bracket(
+    form: Any,
+    X: Any = None,
+    norm: Any = 2,
+    pairwise: bool = False,
+    guarantee: str = "auto",
+    seed: int = 0,
+    upper: UpperBound | None = None,
+) -> Bracket:
+    """A lower and an upper bound of L together, and their ratio.
+
+    The lower one is `empirical(form, X)`, the upper one `liplt(form)` unless another `upper` is passed
+    (its norm is used then); where LipLT fails it is `naive(form)`, with a note. guarantee="estimate" is refused: an
+    estimate bounds nothing.
+    """
+    if guarantee == "estimate":
+        raise ValueError("a bracket needs a bound: guarantee='estimate' gives none")
+    if upper is None:
+        from lipbounds._triangle.liplt import or_naive
+
+        made = or_naive(form, norm=check_norm(norm), pairwise=pairwise, guarantee=guarantee, seed=seed)
+    else:
+        made = upper
+    if not isinstance(made, UpperBound):
+        raise TypeError(f"a bracket needs an UpperBound, got {type(made).__name__}")
+    return Bracket(empirical(form, X, made.norm, pairwise, seed=seed), made)

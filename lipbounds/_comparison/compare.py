@@ -1,0 +1,452 @@
+"""All bounds of one network side by side: proved from above, attained from below, or only estimated.
+
+    lower <= L <= upper      for every row of kind "lower" and every row of kind "upper"
+
+`compare` checks this for all of them (also for every pair of classes) and raises GuaranteeError
+rather than showing a table in which two rows contradict each other. Estimates stand in a column of
+their own and never enter the comparison or a certified accuracy.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lipbounds._comparison.bracket import check_order
+from lipbounds._empirical.empirical import empirical, values64
+from lipbounds._form.elementwise import elementwise_view
+from lipbounds._text.calls import FAILURES, exact_products, plain_errors, reason
+from lipbounds._text.html import Html, element, together
+from lipbounds._text.tables import (
+    Direction,
+    html_table,
+    label_text,
+    markdown_table,
+    markdown_text,
+    new_axes,
+    printable,
+    seconds_text,
+    show,
+    text_table,
+)
+from lipbounds.results import NORM_NAMES, Estimate, LowerBound, UpperBound, check_norm
+
+_KINDS: dict[type, str] = {UpperBound: "upper", LowerBound: "lower", Estimate: "estimate"}
+_WAYS: dict[str, Direction] = {"upper": "up", "lower": "down", "estimate": "near", "none": "near"}
+_COLOURS = {"verified": "#228833", "probabilistic": "#4477aa", "assumed": "#ccbb44", "estimate": "#bbbbbb"}
+
+
+#: Without being asked for by name, CVXPY solves nothing with more neurons or more pairs of classes than these.
+CVXPY_NEURONS = 60
+CVXPY_PAIRS = 3
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What every method is asked: the arguments of `compare` that a method may need.
+
+    named   the method was asked for by name, not as one of all: it then takes as long as it takes
+    tell    called with what is being done
+    """
+
+    form: Any
+    X: Any
+    norm: float
+    pairwise: bool
+    guarantee: str
+    seed: int
+    named: bool = True
+    tell: Tell | None = None
+
+    def options(self, **more: Any) -> dict[str, Any]:
+        return {
+            "norm": self.norm,
+            "pairwise": self.pairwise,
+            "guarantee": self.guarantee,
+            "seed": self.seed,
+            **more,
+        }
+
+
+def _lower(q: Question) -> LowerBound:
+    return empirical(q.form, q.X, q.norm, q.pairwise, seed=q.seed)
+
+
+def _naive(q: Question) -> Any:
+    from lipbounds._triangle.naive import naive
+
+    return naive(q.form, **q.options())
+
+
+def _liplt(scaling: str | None = None, **more: Any) -> Callable[[Question], Any]:
+    def run(q: Question) -> Any:
+        from lipbounds._triangle.liplt import liplt
+
+        return liplt(q.form, **q.options(scaling=scaling, **more))
+
+    return run
+
+
+def _lipsdp(name: str, solver: str = "recursion", multipliers: str = "neuron") -> Callable[[Question], Any]:
+    def run(q: Question) -> Any:
+        from lipbounds._lipsdp.lipsdp import lipsdp
+
+        if solver != "recursion" and not q.named and q.norm == 2 and q.guarantee != "estimate":
+            _keep_small(q, name)
+        tell = q.tell
+        progress = None if tell is None else lambda what, value: tell(f"{name}, {what}: {show(value)}")
+        return lipsdp(q.form, **q.options(solver=solver, multipliers=multipliers, progress=progress))
+
+    return run
+
+
+def _keep_small(q: Question, name: str) -> None:
+    """ValueError where CVXPY would take minutes; the limits depend on sizes alone."""
+    neurons, k = sum(tap.size_out for tap in elementwise_view(q.form).taps), q.form.num_outputs
+    pairs = k * (k - 1) // 2 if q.pairwise else 0
+    if neurons > CVXPY_NEURONS:
+        why = f"{neurons} neurons, more than {CVXPY_NEURONS}"
+    elif pairs > CVXPY_PAIRS:
+        why = f"{pairs} pairs of classes, more than {CVXPY_PAIRS}"
+    else:
+        return
+    raise ValueError(f"{why}, can take minutes; it runs if named: methods=[{name!r}]")
+
+
+METHODS: dict[str, Callable[[Question], Any]] = {
+    "empirical": _lower,
+    "lipsdp": _lipsdp("lipsdp"),
+    "lipsdp-clarabel": _lipsdp("lipsdp-clarabel", solver="clarabel"),
+    "lipsdp-scs": _lipsdp("lipsdp-scs", solver="scs"),
+    "lipsdp-layer": _lipsdp("lipsdp-layer", multipliers="layer"),
+    "liplt-optimized": _liplt("optimized"),
+    "liplt-sll": _liplt("sll"),
+    "liplt-aol": _liplt("aol"),
+    "liplt": _liplt(),
+    "naive": _naive,
+    "liplt-estimate": _liplt(guarantee="estimate"),
+}
+"""Every method, in the order of the table: name -> function of the Question, returning one of three types."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method: its result, or the reason why it has none.
+
+    kind       "upper", "lower", "estimate", or "none" where the method refused; `reason` says why
+    value      of the whole network (None where refused);  pair  the largest L_ij, with pairwise=True
+    guarantee  as the result states it; "attained" for a lower bound
+    certified  accuracies proved at each eps of the comparison; () without labels or a bound
+    radii, result   the Radii and the bound themselves
+    """
+
+    method: str
+    kind: str
+    value: float | None = None
+    guarantee: str = ""
+    seconds: float = 0.0
+    pair: float | None = None
+    certified: tuple[float, ...] = ()
+    median_radius: float | None = None
+    radii: Any = None
+    result: Any = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison:
+    """Rows of `compare`; iterate, index by position or by method name.
+
+    clean   share of X that the network classifies correctly (None without labels)
+    eps     the radii, in units of the traced function's input, at which accuracy is certified
+    """
+
+    rows: tuple[Row, ...]
+    norm: float
+    eps: tuple[float, ...] = ()
+    clean: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, which: int | str) -> Row:
+        if not isinstance(which, str):
+            return self.rows[which]
+        for row in self.rows:
+            if row.method == which:
+                return row
+        raise KeyError(f"no row {which!r}; there are {', '.join(row.method for row in self.rows)}")
+
+    @property
+    def upper(self) -> UpperBound | None:
+        """The smallest upper bound, None if no method gave one."""
+        return min((r.result for r in self.rows if r.kind == "upper"), key=lambda b: b.value, default=None)
+
+    @property
+    def lower(self) -> LowerBound | None:
+        """The largest lower bound, None if no method gave one."""
+        return max((r.result for r in self.rows if r.kind == "lower"), key=lambda b: b.value, default=None)
+
+    def _statement(self) -> str:
+        low = show(self.lower.value, "down") + " <= " if self.lower is not None else ""
+        high = " <= " + show(self.upper.value, "up") if self.upper is not None else ""
+        if not low and not high:
+            return f"no bound of L  ({NORM_NAMES[self.norm]})"
+        return f"{low}L{high}  ({NORM_NAMES[self.norm]})"
+
+    def _table(self) -> tuple[list[str], list[list[str]], list[int]]:
+        """Header, rows and the columns that stand flush right; columns without any entry are left out."""
+        header = ["method", "upper", "lower", "estimate", "guarantee", "worst pair", "median radius"]
+        header += [f"certified at {eps:.4g}" for eps in self.eps] + ["time", ""]
+        rows = []
+        for row in self.rows:
+            way = _WAYS[row.kind]
+            values = [
+                show(row.value, way) if row.kind == kind else "" for kind in ("upper", "lower", "estimate")
+            ]
+            shares = [f"{100 * a:.1f} %" for a in row.certified] or [""] * len(self.eps)
+            rows.append(
+                [
+                    row.method,
+                    *values,
+                    row.guarantee or "-",
+                    show(row.pair, way),
+                    show(row.median_radius, "down", 4),
+                    *shares,
+                    seconds_text(row.seconds),
+                    row.reason,
+                ]
+            )
+        keep = [i for i in range(len(header)) if i < 4 or any(row[i] for row in rows)]
+        right = [keep.index(i) for i in keep if i in (1, 2, 3) or 5 <= i < len(header) - 1]
+        return [header[i] for i in keep], [[row[i] for i in keep] for row in rows], right
+
+    def _footer(self) -> list[str]:
+        clean = (
+            []
+            if self.clean is None
+            else [f"clean accuracy {100 * self.clean:.1f} %; radii in units of the input"]
+        )
+        return clean + list(self.notes)
+
+    def __repr__(self) -> str:
+        header, rows, right = self._table()
+        rows = [[*row[:-1], " ".join(row[-1].split())[:100]] for row in rows] if header[-1] == "" else rows
+        table = text_table(header, rows, right)
+        return "\n".join(
+            [f"Comparison: {printable(self._statement())}", table, *map(printable, self._footer())]
+        )
+
+    def _repr_html_(self) -> Html:
+        footer = [element("div", line) for line in self._footer()]
+        head = together(element("b", "Comparison"), f": {self._statement()}")
+        return element("div", head, html_table(*self._table()), *footer)
+
+    def to_markdown(self) -> str:
+        """The table as Markdown, with the statement above it."""
+        footer = ["", *(f"- {markdown_text(line)}" for line in self._footer())] if self._footer() else []
+        return "\n".join(
+            [f"**{markdown_text(self._statement())}**", "", markdown_table(*self._table()), *footer]
+        )
+
+    def plot(self, ax: Any = None) -> Any:
+        """Bounds side by side (log scale), coloured by guarantee; returns the matplotlib Axes.
+
+        Lower bounds are hollow, estimates grey and hatched; methods without a number say so.
+        """
+        from matplotlib.patches import Patch
+
+        ax = new_axes(7.0, 1.2 + 0.45 * len(self.rows)) if ax is None else ax
+        positive = [r.value for r in self.rows if r.value]
+        floor = min(positive, default=1.0) / 2
+        seen: dict[str, Any] = {}
+        for place, row in enumerate(self.rows):
+            if row.value is None:
+                ax.text(floor, place, " no result", va="center", color="#888888", fontsize=8)
+                continue
+            colour = "#cc6677" if row.kind == "lower" else _COLOURS[row.guarantee]
+            look: dict[str, Any] = {
+                "facecolor": "none" if row.kind == "lower" else colour,
+                "edgecolor": colour,
+            }
+            look |= {"hatch": "///", "facecolor": "none"} if row.kind == "estimate" else {}
+            ax.barh(place, max(row.value - floor, 0.0), left=floor, **look)
+            ax.text(
+                max(row.value, floor),
+                place,
+                " " + show(row.value, _WAYS[row.kind], 4),
+                va="center",
+                fontsize=8,
+            )
+            seen.setdefault(row.guarantee, Patch(label=row.guarantee, **look))
+        ax.set_xscale("log")
+        ax.set_xlim(floor, 4 * max(positive, default=1.0))
+        ax.set(
+            yticks=range(len(self.rows)),
+            xlabel=f"bound of L ({NORM_NAMES[self.norm]})",
+            title=label_text(self._statement()),
+        )
+        ax.set_yticklabels([label_text(row.method, 40) for row in self.rows])
+        ax.invert_yaxis()
+        if seen:
+            ax.legend(handles=list(seen.values()), fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        return ax
+
+
+def _run(name: str, question: Question) -> Row:
+    begin = time.perf_counter()
+    if question.tell is not None:
+        question.tell(name)
+    try:
+        result = METHODS[name](question)
+    except FAILURES as failure:
+        return Row(name, "none", seconds=time.perf_counter() - begin, reason=_words(failure))
+    return _row(name, result)
+
+
+def _words(failure: Exception) -> str:
+    """Why a method has no number."""
+    return f"out of memory: {reason(failure)}" if isinstance(failure, MemoryError) else reason(failure)
+
+
+def _row(name: str, result: Any) -> Row:
+    kind = _KINDS[type(result)]
+    guarantee = "attained" if kind == "lower" else result.guarantee
+    pair = float(result.pairwise.max()) if result.pairwise is not None and result.pairwise.size else None
+    return Row(name, kind, result.value, guarantee, result.seconds, pair, result=result)
+
+
+def _certify(form: Any, row: Row, X: Any, y: Any) -> Row:
+    """The row with the radii that its upper bound proves."""
+    from lipbounds._local.radius import certified_radius
+
+    try:
+        radii = certified_radius(form, X, y, bound=row.result)
+    except FAILURES as failure:
+        return replace(row, reason=f"no radii: {_words(failure)}")
+    radius = np.asarray(radii.radius, dtype=np.float64)
+    return replace(row, radii=radii, median_radius=float(np.median(radius)) if radius.size else None)
+
+
+def _usual_eps(rows: Iterable[Row]) -> tuple[float, ...]:
+    """One radius to compare at: the median positive radius of the best row, in two digits."""
+    best: list[float] = []
+    for row in rows:
+        if row.radii is not None:
+            radius = np.asarray(row.radii.radius, dtype=np.float64)
+            positive = radius[(radius > 0) & np.isfinite(radius)]
+            best += [float(np.median(positive))] if positive.size else []
+    return (float(f"{max(best):.2g}"),) if best else ()
+
+
+@plain_errors
+@exact_products
+def compare(
+    form: Any,
+    X: Any = None,
+    y: Any = None,
+    methods: Iterable[str | UpperBound | LowerBound | Estimate] | None = None,
+    norm: Any = 2,
+    pairwise: bool = False,
+    guarantee: str = "auto",
+    seed: int = 0,
+    eps: float | Iterable[float] | None = None,
+    progress: Tell | None = None,
+) -> Comparison:
+    """Every method on one network, as a table of upper bounds, lower bounds and estimates.
+
+    form      a traced form
+    X, y      (N, *form.in_shape) points for the lower bound, (N,) integer labels: with both, every upper
+              bound also certifies X, and the table shows the certified accuracies
+    methods   names out of `lipbounds.compare.METHODS`, or results that exist already; None means all names,
+              but leaves the solvers of CVXPY out beyond 60 neurons or 3 pairs of classes (a row says so)
+    norm, pairwise, guarantee, seed   as everywhere
+    eps       radii to certify at, in units of the traced function's input; None: the median of the positive
+              radii that the best bound proves, in two digits, so that it certifies about half of the points
+    progress  called with a line of text: what is being done
+
+    A method that refuses or fails (a ValueError, numbers out of range, no memory) becomes a row that says why.
+    ValueError for an unknown method or norm, labels without points or out of range; GuaranteeError if a lower bound
+    exceeds an upper one.
+    """
+    p = check_norm(norm)
+    if y is not None and X is None:
+        raise ValueError("labels y need points X")
+    wanted = list(METHODS) if methods is None else [methods] if isinstance(methods, str) else list(methods)
+    unknown = [m for m in wanted if (m not in METHODS if isinstance(m, str) else type(m) not in _KINDS)]
+    if unknown:
+        raise ValueError(f"unknown methods {unknown}; there are {', '.join(METHODS)}")
+    alien = [m.method for m in wanted if not isinstance(m, str) and m.norm != p]
+    if alien:
+        raise ValueError(f"these results are in another norm than {NORM_NAMES[p]}: {', '.join(alien)}")
+    levels = _eps(eps)
+    points, labels = (None, None) if y is None else _labels(form, X, y)
+
+    question = Question(form, X, p, bool(pairwise), guarantee, seed, methods is not None, progress)
+    rows = [_run(m, question) if isinstance(m, str) else _row(m.method, m) for m in wanted]
+    for low in rows:
+        for high in rows:
+            if low.kind == "lower" and high.kind == "upper":
+                check_order(low.result, high.result)
+    if points is None or labels is None:
+        return Comparison(tuple(rows), p)
+
+    rows = [_certify(form, row, points, labels) if row.kind == "upper" else row for row in rows]
+    levels = _usual_eps(rows) if eps is None else levels
+    rows = [
+        replace(row, certified=tuple(float(row.radii.accuracy(e)) for e in levels))
+        if row.radii is not None
+        else row
+        for row in rows
+    ]
+    notes = (
+        ()
+        if pairwise
+        else ("radii use a factor of the whole network's bound; pairwise=True gives larger ones",)
+    )
+    return Comparison(tuple(rows), p, levels, _clean(form, points, labels), notes)
+
+
+def _eps(eps: float | Iterable[float] | None) -> tuple[float, ...]:
+    if eps is None:
+        return ()
+    levels = tuple(float(e) for e in np.atleast_1d(np.asarray(eps, dtype=np.float64)))
+    if any(not math.isfinite(e) or e < 0 for e in levels):
+        raise ValueError(f"eps must hold finite numbers >= 0, got {eps!r}")
+    return levels
+
+
+def _labels(form: Any, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Points and labels of fitting shapes, labels integers in 0..K-1; ValueError otherwise."""
+    points, labels = np.asarray(X), np.asarray(y)
+    shape, k = tuple(form.in_shape), int(form.num_outputs)
+    if points.ndim != len(shape) + 1 or points.shape[1:] != shape:
+        raise ValueError(f"X must have shape (N, {', '.join(map(str, shape))}), got {points.shape}")
+    if labels.shape != points.shape[:1] or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"y must hold {len(points)} integer labels, got shape {labels.shape}, dtype {labels.dtype}"
+        )
+    if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) < k:
+        raise ValueError(f"labels must lie in 0..{k - 1}, got {int(labels.min())}..{int(labels.max())}")
+    return points, labels
+
+
+def _clean(form: Any, points: np.ndarray, labels: np.ndarray) -> float | None:
+    """Share of correctly classified points, a tie counting as wrong; None for no points."""
+    if not len(points):
+        return None
+    z = values64(form, points)
+    own = z[np.arange(len(z)), labels]
+    others = np.where(np.arange(z.shape[1]) == labels[:, None], -np.inf, z).max(1)
+    return float(np.mean(own > others))

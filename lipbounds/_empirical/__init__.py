@@ -1,0 +1,1 @@
+"""Lower bounds: slopes attained between points of the input space or of data."""

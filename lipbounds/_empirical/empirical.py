@@ -1,0 +1,363 @@
+"""Lower bounds: slopes that the network really attains, each shown by two points.
+
+`empirical` looks for a steep place and then measures there, in three steps:
+
+1. read the data once, in batches, and score the points by the size of the Jacobian of the *traced form*
+   (not of the user's function, whose custom derivative rules may lie), by the power method for p -> p;
+2. climb: every step proposes to move along the gradient of ||f(x + h v) - f(x - h v)|| (a finite h sees
+   across the kinks of a ReLU network, where the gradient of the Jacobian's norm is zero) mixed
+   with noise, and keeps the move if the Jacobian's norm grew. One jitted scan over a batch of starts;
+3. confirm: difference quotients of the form in float64 between explicit points x + h v and x - h v.
+
+Only step 3 decides the number that is returned: for any two points
+
+    ||f(x) - f(x')||_p / ||x - x'||_p  <=  L ,   |(f_i - f_j)(x) - (f_i - f_j)(x')| / ||x - x'||_p  <=  L_ij ,
+
+and derivatives only choose the points. The quotient is lowered by an allowance for the rounding of
+the float64 evaluation (1e-10 of it, and 1000 units in the last place of the outputs over the distance),
+which is far above what is seen but is not proved.
+
+Norms are the p -> p norms of the whole (K, n) Jacobian: 2 spectral, 1 largest column sum, inf
+largest row sum (Higham, "Estimating the matrix p-norm", 1992, for the power method).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lipbounds._empirical import ascent
+from lipbounds._empirical.survey import BATCH, Survey, direct_sources, layer_ratios64, survey
+from lipbounds._form.concrete import is_concrete
+from lipbounds._text.calls import exact_products, plain_errors
+from lipbounds.results import NORM_NAMES, LayerBound, LowerBound, check_norm
+
+_STARTS = 32  # points that climb
+_FINALISTS = 8  # points whose whole Jacobian is computed
+_PAIRS = 64  # pairs of classes that climb on their own
+_DENSE_ENTRIES = 2e7  # largest Jacobian (K * n) that is computed whole without pairs
+_DISTANCES = 10.0 ** -np.arange(0.0, 8.0)  # distances of step 3, in units of the inputs' scale
+_SPARE = 1e-3  # the climb keeps so far from the edge of a region, that both ends of short lines lie in it
+_RELATIVE, _ULPS = 1e-10, 1000.0  # the allowance of step 3
+
+
+def values64(form: Any, points: np.ndarray) -> np.ndarray:
+    """The traced form at points (P, *form.in_shape), evaluated in float64: (P, K)."""
+    points = np.asarray(points, dtype=np.float64)
+    spare = -len(points) % 128  # few distinct shapes, so few compilations
+    padded = np.concatenate([points, np.zeros((spare, *points.shape[1:]))])
+    with jax.enable_x64(True):
+        return np.asarray(ascent.values64(form, jnp.asarray(padded, dtype=jnp.float64)))[: len(points)]
+
+
+def _norm(a: np.ndarray, p: float) -> np.ndarray:
+    """p-norm of the rows of a (..., m) in float64."""
+    a = np.abs(a)
+    if p == 1:
+        return a.sum(-1)
+    return np.sqrt((a * a).sum(-1)) if p == 2 else a.max(-1, initial=0.0)
+
+
+def _directions(rows: np.ndarray) -> np.ndarray:
+    """The rows of a Jacobian up to a factor, in the range in which squares are safe: float32 may have overflowed."""
+    rows = np.nan_to_num(rows.astype(np.float64))
+    return np.asarray(rows / max(float(np.abs(rows).max(initial=0.0)), 1e-300))
+
+
+def _best_direction(rows: np.ndarray, p: float) -> np.ndarray:
+    """A flat v with ||J v||_p = ||J||_p ||v||_p for J = rows (K, n), up to float rounding."""
+    rows = np.asarray(rows, dtype=np.float64)
+    if p == 2 and len(rows) > rows.shape[1]:  # the smaller of the two Gram matrices
+        return np.asarray(np.linalg.eigh(rows.T @ rows)[1][:, -1])
+    if p == 2:
+        _, vectors = np.linalg.eigh(rows @ rows.T)
+        return rows.T @ vectors[:, -1]
+    if p == 1:
+        return np.eye(1, rows.shape[1], int(np.argmax(np.abs(rows).sum(0))))[0]
+    return np.where(rows[int(np.argmax(np.abs(rows).sum(1)))] < 0, -1.0, 1.0)
+
+
+def _pair_direction(row: np.ndarray, p: float) -> np.ndarray:
+    """A flat v with <row, v> = ||row||_q ||v||_p."""
+    if p == 2:
+        return row
+    if p == 1:
+        return np.eye(1, row.size, int(np.argmax(np.abs(row))))[0] * row
+    return np.where(row < 0, -1.0, 1.0)
+
+
+def _lines(
+    centres: np.ndarray, directions: np.ndarray, scale: float, member: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Points x + h v and x - h v (float64) for every centre and distance, and whose they are (`member` of the centre);
+    zero directions are dropped."""
+    directions = np.asarray(directions, dtype=np.float64)
+    lengths = np.sqrt((directions**2).sum(1))
+    keep = (lengths > 0) & np.isfinite(lengths)
+    unit = directions[keep] / lengths[keep, None]
+    half = 0.5 * scale * _DISTANCES
+    centres = np.repeat(np.asarray(centres, dtype=np.float64)[keep], half.size, 0)
+    shift = (unit[:, None, :] * half[None, :, None]).reshape(centres.shape)
+    return centres + shift, centres - shift, np.repeat(member[keep], half.size, 0)
+
+
+@dataclass(frozen=True)
+class _Quotients:
+    """What step 3 found: the best slope, its two points (flat), and the best slope of every pair."""
+
+    value: float
+    witness: tuple[np.ndarray, np.ndarray] | None
+    pairs: np.ndarray | None
+
+    def with_(self, other: _Quotients) -> _Quotients:
+        """The larger of both, pair by pair."""
+        better = self if self.value >= other.value else other
+        pairs = None
+        if self.pairs is not None and other.pairs is not None:
+            pairs = np.maximum(self.pairs, other.pairs)
+        return _Quotients(better.value, better.witness, pairs)
+
+
+def _quotients(form: Any, first: np.ndarray, second: np.ndarray, p: float, pairs: bool) -> _Quotients:
+    """Lowered difference quotients of the form in float64 between first[i] and second[i], (P, n) each."""
+    moved = ~np.all(first == second, axis=1)
+    first, second = first[moved], second[moved]
+    shape = tuple(form.in_shape)
+    k = int(form.num_outputs)
+    best = np.zeros((k, k)) if pairs else None
+    if not len(first):
+        return _Quotients(0.0, None, best)
+    z = values64(form, np.concatenate([first, second]).reshape(-1, *shape))
+    a, b = z[: len(first)], z[len(first) :]
+    distance = _norm(first - second, p)
+    unit_roundoff = 2.0**-53
+    shrink = 1.0 - _RELATIVE - 2 * (first.shape[1] + k) * unit_roundoff
+    noise = _ULPS * unit_roundoff * (np.abs(a) + np.abs(b)).max(1, initial=0.0) / distance
+    change = a - b
+    # the allowance is per output: for norms 1 and 2 it grows with the number of outputs
+    slopes = _norm(change, p) / distance * shrink - noise * (1.0 if p == math.inf else k ** (1.0 / p))
+    slopes = np.where(np.isfinite(slopes), slopes, -np.inf)
+    top = int(np.argmax(slopes))
+    if best is not None:
+        for d, length, error in zip(change, distance, noise, strict=True):
+            step = np.abs(d[:, None] - d[None, :]) / length * shrink - 2 * error
+            np.maximum(best, np.where(np.isfinite(step), step, 0.0), out=best)
+        best = np.maximum(best, best.T)
+        np.fill_diagonal(best, 0.0)
+    witness = (first[top], second[top]) if math.isfinite(slopes[top]) else None
+    return _Quotients(max(float(slopes[top]), 0.0), witness, best)
+
+
+def _random(count: int, shape: tuple[int, ...], size: float, rng: np.random.Generator) -> np.ndarray:
+    """Normal points (count, *shape) float32 of standard deviations size * (1, 0.1, 10)."""
+    scales = np.resize([1.0, 0.1, 10.0], count).reshape(-1, *[1] * len(shape))
+    return (rng.standard_normal((count, *shape)) * (size * scales)).astype(np.float32)
+
+
+@plain_errors
+@exact_products
+def empirical(
+    form: Any,
+    X: Any = None,
+    norm: Any = 2,
+    pairwise: bool = False,
+    steps: int = 100,
+    seed: int = 0,
+    *,
+    within: float | str | None = None,
+    layers: bool = False,
+) -> LowerBound:
+    """The largest slope found: L >= value, with the two points that show it (see the module's text).
+
+    form      a traced form;  X  (N, *form.in_shape) points to start from, or an iterable of batches (n, *form.in_shape)
+              or of pairs (x, y), read once, so that data need not fit into memory; None for random points
+              (with steps > 0 some random points of the data's size climb too)
+    norm      1, 2 or inf
+    pairwise  also lower bounds of L_ij, (K, K): the 64 pairs with the steepest Jacobian rows climb on
+              their own, the others get the best of all point pairs tried
+    steps     ascent steps per start (0: only the points themselves)
+    seed      of directions, noise and random points
+    within    where the slope has to be attained: None anywhere, "range" between the smallest and the largest value of
+              every input entry over the data, a number r no farther than r (in `norm`) from a data point
+    layers    also `.layers`: for every linear map W between taps max ||W u|| / ||u|| over the data, ||W|| >= that
+
+    Whatever `within` is, this is a lower bound of the global constant. Pairs of data points count, too: those with the
+    largest difference quotient within a batch of 256.
+    ValueError for wrong shapes, points that are not finite, an empty X, a wrong norm, `within` or `layers` without X.
+    """
+    begin = time.perf_counter()
+    p = check_norm(norm)
+    if not all(is_concrete(leaf) for leaf in jax.tree_util.tree_leaves(form)):
+        why = "empirical measures a concrete network, and this one is traced: call it outside jit and grad"
+        raise TypeError(f"{why} (lb.liplt.core and lb.naive.core run inside)")
+    if isinstance(steps, bool) or int(steps) != steps or steps < 0:
+        raise ValueError(f"steps must be a whole number >= 0, got {steps!r}")
+    if (within is not None or layers) and X is None:
+        raise ValueError("within and layers speak of data: pass X")
+    k, shape = int(form.num_outputs), tuple(form.in_shape)
+    n = math.prod(shape)
+    if n == 0 or k == 0:
+        raise ValueError("a function without inputs or without outputs has no slope")
+    rng = np.random.default_rng(seed)
+    points = _random(BATCH, shape, 1.0, rng) if X is None else X
+    data = survey(form, points, p, _STARTS, _FINALISTS, layers, rng)
+    xs, vs = data.starts, data.directions
+    if X is not None and steps > 0 and within is None:  # a few that the data do not know
+        other = survey(
+            form, _random(2 * _STARTS, shape, data.size / math.sqrt(n), rng), p, _STARTS // 4, 0, False, rng
+        )
+        xs = np.concatenate([xs[: _STARTS - len(other.starts)], other.starts])
+        vs = np.concatenate([vs[: _STARTS - len(other.starts)], other.directions])
+    region = _region(within, p, data, xs)
+
+    key = jax.random.key(seed)
+    none = jnp.zeros((_STARTS, k), jnp.float32)
+    size = jnp.asarray(data.size, jnp.float32)
+    climbed = ascent.climb(
+        form, jnp.asarray(xs), jnp.asarray(vs), none, size, key, region.device(), p, int(steps), False
+    )
+    xs, vs, scores = (np.asarray(a) for a in climbed)
+    order = np.argsort(-scores, kind="stable")
+    final = order[:_FINALISTS]
+    centres, members = [xs[order].reshape(-1, n)], [order]
+    directions = [vs[order].reshape(-1, n).astype(np.float64)]
+    if k * n <= _DENSE_ENTRIES or pairwise:
+        for s in final if k * n <= _DENSE_ENTRIES else final[:1]:
+            rows = _directions(np.asarray(ascent.jacobian(form, jnp.asarray(xs[s]))))
+            centres.append(xs[s].reshape(1, n))
+            members.append(final[final == s])
+            directions.append(_best_direction(rows, p)[None])
+    lines = _lines(np.concatenate(centres), np.concatenate(directions), data.size, np.concatenate(members))
+    found = _quotients(form, *region.hold(*lines), p, pairwise)
+    if len(data.pairs):
+        first, second = data.pairs.astype(np.float64).reshape(-1, 2, n).swapaxes(0, 1)
+        found = found.with_(_quotients(form, first, second, p, pairwise))
+    if pairwise and k > 1:
+        found = found.with_(_climb_pairs(form, xs, final, region, p, int(steps), size, key, data.size))
+
+    witness = None
+    if found.witness is not None:
+        witness = (found.witness[0].reshape(shape), found.witness[1].reshape(shape))
+    notes = () if found.value > 0 else ("no slope above rounding was found at the points tried",)
+    if within is not None:
+        where = (
+            "the range of the data"
+            if within == "range"
+            else f"distance {within:g} ({NORM_NAMES[p]}) of the data"
+        )
+        notes = (*notes, f"attained within {where}")
+    return LowerBound(
+        found.value,
+        p,
+        "empirical",
+        time.perf_counter() - begin,
+        witness=witness,
+        notes=notes,
+        pairwise=found.pairs,
+        layers=_layers(form, data, p) if layers else (),
+    )
+
+
+def _layers(form: Any, data: Survey, p: float) -> tuple[LayerBound, ...]:
+    """The ratios at the points that the pass chose, in float64 and lowered: for any W the computed ||W u|| exceeds
+    ||W|| ||u|| by no more than the factor 1 + n^1.5 units of rounding, which the allowance covers."""
+    with jax.enable_x64(True):
+        table = np.asarray(layer_ratios64(form, jnp.asarray(data.layers, jnp.float64), p))
+    names = {-1: "x"} | {k: f"tap {k} ({tap.name})" for k, tap in enumerate(form.taps)}
+    names[len(form.taps)] = "output"
+    made = []
+    for k, sources in enumerate(direct_sources(form.program)):
+        columns = sum(form.in_size if j < 0 else form.taps[j].size_out for j in sources)
+        rows = form.num_outputs if k == len(form.taps) else form.taps[k].size_in
+        value = float(table[k, k]) * (1 - _RELATIVE - 4 * columns**1.5 * 2.0**-53)
+        source = ", ".join(names[j] for j in sources) or "nothing"
+        path = "" if k == len(form.taps) else form.taps[k].path
+        made.append(
+            LayerBound(source, names[k], (rows, columns), max(value, 0.0), int(data.examples[k]), path)
+        )
+    return tuple(made)
+
+
+@dataclass(frozen=True)
+class _Region:
+    """Where points may lie: low <= x <= high, and ||x - centres[s]||_p <= radius for start s; flat float64."""
+
+    p: float
+    radius: float
+    centres: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    shape: tuple[int, ...]
+
+    def device(self) -> Any:
+        """(centres, radius, low, high) for `ascent.climb`, or None where every point is allowed."""
+        if math.isinf(self.radius) and np.isinf(self.low).all():
+            return None
+        spare = _SPARE * (self.high - self.low) if np.isfinite(self.low).all() else 0.0
+        box = (jnp.asarray(a.reshape(self.shape), jnp.float32) for a in (self.low + spare, self.high - spare))
+        centres = jnp.asarray(self.centres.reshape(-1, *self.shape), jnp.float32)
+        return (centres, jnp.asarray((1 - _SPARE) * self.radius, jnp.float32), *box)
+
+    def hold(
+        self, first: np.ndarray, second: np.ndarray, member: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Point pairs whose two ends lie in the region of their start; clipped to the range first."""
+        if math.isinf(self.radius) and np.isinf(self.low).all():
+            return first, second
+        first, second = (np.clip(a, self.low, self.high) for a in (first, second))
+        near = [_norm(a - self.centres[member], self.p) <= self.radius for a in (first, second)]
+        return first[near[0] & near[1]], second[near[0] & near[1]]
+
+
+def _region(within: float | str | None, p: float, data: Survey, starts: np.ndarray) -> _Region:
+    n = data.low.size
+    radius, low, high = math.inf, np.full(n, -np.inf), np.full(n, np.inf)
+    if isinstance(within, str) and within == "range":
+        low, high = data.low.ravel(), data.high.ravel()
+    elif isinstance(within, str) or isinstance(within, bool):
+        raise ValueError(f'within must be None, "range" or a radius > 0, got {within!r}')
+    elif within is not None:
+        radius = float(within)
+        if not (math.isfinite(radius) and radius > 0):
+            raise ValueError(f'within must be None, "range" or a radius > 0, got {within!r}')
+    return _Region(p, radius, starts.reshape(-1, n).astype(np.float64), low, high, data.low.shape)
+
+
+def _climb_pairs(
+    form: Any,
+    xs: np.ndarray,
+    final: np.ndarray,
+    region: _Region,
+    p: float,
+    steps: int,
+    size: jax.Array,
+    key: jax.Array,
+    scale: float,
+) -> _Quotients:
+    """Difference quotients for the pairs with the largest Jacobian row differences, after their own climb."""
+    k, n = int(form.num_outputs), xs[0].size
+    rows = _directions(np.asarray(ascent.jacobian(form, jnp.asarray(xs[final[0]]))))
+    gram = rows @ rows.T  # only ranks the pairs: nothing is claimed from it
+    square = np.diagonal(gram)
+    i, j = np.triu_indices(k, 1)
+    rank = np.argsort(-(square[i] + square[j] - 2 * gram[i, j]), kind="stable")[: min(_PAIRS, i.size)]
+    i, j = i[rank], j[rank]
+    functionals = np.zeros((i.size, k), np.float32)
+    functionals[np.arange(i.size), i], functionals[np.arange(i.size), j] = 1.0, -1.0
+    member = final[np.arange(i.size) % len(final)]
+    starts = xs[member]
+    slopes = np.stack([_pair_direction(row, p) for row in rows[i] - rows[j]])
+    lengths = np.maximum(_norm(slopes, p), np.finfo(np.float64).tiny)[:, None]
+    v = jnp.asarray((slopes / lengths).reshape(starts.shape), jnp.float32)
+    here = replace(region, centres=region.centres[member])
+    climbed = ascent.climb(
+        form, jnp.asarray(starts), v, jnp.asarray(functionals), size, key, here.device(), p, steps, True
+    )
+    ends, vs = (np.asarray(a).reshape(i.size, n) for a in climbed[:2])
+    return _quotients(form, *here.hold(*_lines(ends, vs, scale, np.arange(i.size))), p, True)

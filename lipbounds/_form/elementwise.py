@@ -1,0 +1,227 @@
+"""The other view of group taps: max, min, sort and logsumexp as elementwise taps between linear maps, exactly.
+
+    max(a, b) = b + relu(a - b),    min(a, b) = a - relu(a - b),    log(e^a + e^b) = b + softplus(a - b)
+
+A maximum over a window becomes a tournament, maxima of all prefixes of n entries n/2 log2(n) comparisons, a sort an
+odd-even transposition network; MaxMin needs one relu. The triangle recursion uses the groups (an orthogonal MaxMin
+network has constant 1), LipSDP uses this rewriting.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lipbounds._activations.activations import Expr, Node
+from lipbounds._form.lure import LureForm
+from lipbounds._form.program import Op, Program, Tap
+from lipbounds._form.steps import StaticArray
+
+_RELU = Expr((Node("x"), Node("const", (), (0,)), Node("max", (0, 1))))
+_ZERO = StaticArray(np.zeros((), np.float32))
+_SOFTPLUS = Expr(  # max(x, 0) + log1p(exp(-|x|))
+    (
+        *_RELU.nodes,
+        Node("abs", (0,)),
+        Node("neg", (3,)),
+        Node("exp", (4,)),
+        Node("log1p", (5,)),
+        Node("add", (2, 6)),
+    )
+)
+_RAMPS = {"relu": _RELU, "softplus": _SOFTPLUS}
+
+
+def elementwise_view(form: LureForm) -> LureForm:
+    """The same network with every group tap rewritten by relus or softplus; one without groups is returned as it is.
+
+    The constants and the function are unchanged; only its wiring is, so every bound of the result is one of `form`.
+    """
+    if all(tap.groups is None for tap in form.taps):
+        return form
+    return _Rewriter(form).run()
+
+
+class _Rewriter:
+    def __init__(self, form: LureForm):
+        self.form = form
+        old = form.program
+        self.shapes: list[tuple[int, ...]] = [old.shapes[0]]
+        self.places: dict[int, int] = {0: 0}
+        self.levels: list[int] = [0]
+        self.steps: list[Op | int] = []
+        self.taps: list[Tap] = []
+        self.slopes: list[Any] = []
+        self.known: dict[Any, int] = {}
+        self.ramps: dict[tuple[str, int], int] = {}
+
+    def register(self, shape: tuple[int, ...], level: int) -> int:
+        self.shapes.append(shape)
+        self.levels.append(level)
+        return len(self.shapes) - 1
+
+    def op(self, kind: str, inputs: tuple[int, ...], out: tuple[int, ...], **params: Any) -> int:
+        """A linear step; one that was done before is not done again, so equal tensors share one register."""
+        key = (kind, tuple(sorted(params.items())), inputs)
+        if key not in self.known:
+            level = max((self.levels[i] for i in inputs if i >= 0), default=0)
+            self.known[key] = place = self.register(out, level)
+            self.steps.append(Op(*key, place))
+        return self.known[key]
+
+    def take(self, inputs: tuple[int, ...], index: np.ndarray) -> int:
+        return self.op("take", inputs, index.shape, index=StaticArray(index.astype(np.int32)))
+
+    def ramp(self, name: str, register: int, tap: Tap) -> int:
+        """The relu or softplus of a register, shared by all that need it: max and min of one pair need one."""
+        if (name, register) in self.ramps:
+            return self.ramps[name, register]
+        shape = self.shapes[register]
+        level = self.levels[register]
+        out = self.ramps[name, register] = self.register(shape, level + 1)
+        size = int(np.prod(shape))
+        self.steps.append(len(self.taps))
+        self.taps.append(
+            Tap(
+                kind="elementwise",
+                name=name,
+                path=f"{tap.path} (rewritten {tap.name})",
+                inputs=(register,),
+                outputs=(out,),
+                shapes=(shape,),
+                size_in=size,
+                size_out=size,
+                expr=_RAMPS[name],
+                consts=(_ZERO,),
+                level=level,
+            )
+        )
+        self.slopes.append((np.zeros(()), np.ones(())))
+        return out
+
+    def run(self) -> LureForm:
+        old = self.form.program
+        for step in old.steps:
+            if isinstance(step, int):
+                tap = old.taps[step]
+                if tap.groups is None:
+                    self.copy_tap(tap, self.form.slopes[step])
+                else:
+                    self.rewrite(tap)
+            else:
+                inputs = tuple(self.places[i] if i >= 0 else i for i in step.inputs)
+                self.places[step.output] = self.op(
+                    step.kind, inputs, old.shapes[step.output], **dict(step.params)
+                )
+        program = Program(
+            tuple(self.steps), tuple(self.taps), tuple(self.shapes), self.places[old.output], old.half
+        )
+        return LureForm(program, self.form.consts, tuple(self.slopes))
+
+    def copy_tap(self, tap: Tap, slopes: Any) -> None:
+        inputs = tuple(self.places[i] for i in tap.inputs)
+        level = max(self.levels[i] for i in inputs)
+        outputs = tuple(self.register(shape, level + 1) for shape in tap.shapes)
+        self.places.update(zip(tap.outputs, outputs, strict=True))
+        self.steps.append(len(self.taps))
+        fields = {name: getattr(tap, name) for name in tap.__dataclass_fields__}
+        self.taps.append(Tap(**fields | {"inputs": inputs, "outputs": outputs, "level": level}))
+        self.slopes.append(slopes)
+
+    def rewrite(self, tap: Tap) -> None:
+        assert tap.groups is not None
+        if tap.kind == "sort":
+            self.sort(tap)
+        elif tap.kind != "logsumexp" and _is_prefixes(tap.groups.array):
+            self.running(tap)
+        else:
+            self.tournament(tap)
+
+    def better(self, tap: Tap, a: int, b: int) -> int:
+        """max(a, b), min(a, b) or logaddexp(a, b), entry by entry."""
+        shape = self.shapes[a]
+        won = self.ramp("softplus" if tap.kind == "logsumexp" else "relu", self.op("sub", (a, b), shape), tap)
+        return self.op("sub", (a, won), shape) if tap.kind == "min" else self.op("add", (b, won), shape)
+
+    def running(self, tap: Tap) -> None:
+        """Prefixes of lines of n entries: after the round of blocks of 2 d entries each prefix of a block is known."""
+        assert tap.groups is not None
+        n = tap.groups.array.shape[1]
+        lines = tap.groups.array[n - 1 :: n]
+        current = self.take(tuple(self.places[i] for i in tap.inputs), lines)
+        here = np.arange(lines.size).reshape(lines.shape)
+        at = np.arange(n)
+        half = 1
+        while half < n:
+            upper = at[at // half % 2 == 1]
+            last = upper // half * half - 1  # of the lower half of its block
+            best = self.better(
+                tap, self.take((current,), here[:, upper]), self.take((current,), here[:, last])
+            )
+            index = here.copy()
+            index[:, upper] = lines.size + np.arange(lines.shape[0] * upper.size).reshape(-1, upper.size)
+            current = self.take((current, best), index)
+            half *= 2
+        self.places[tap.outputs[0]] = self.op("reshape", (current,), tap.shapes[0], shape=tap.shapes[0])
+
+    def tournament(self, tap: Tap) -> None:
+        """Columns of the (groups, width) table, halved until one is left."""
+        assert tap.groups is not None
+        table = tap.groups.array
+        count, width = table.shape
+        current = self.take(tuple(self.places[i] for i in tap.inputs), table)
+        while width > 1:
+            half = width // 2
+            index = np.arange(count * width).reshape(count, width)
+            a = self.take((current,), index[:, :half])
+            b = self.take((current,), index[:, half : 2 * half])
+            best = self.better(tap, a, b)
+            if width % 2:
+                rest = self.take((current,), index[:, -1:])
+                current = self.op("concatenate", (best, rest), (count, half + 1), dimension=1)
+            else:
+                current = best
+            width = half + width % 2
+        self.places[tap.outputs[0]] = self.op("reshape", (current,), tap.shapes[0], shape=tap.shapes[0])
+
+    def sort(self, tap: Tap) -> None:
+        """Odd-even transposition: `width` rounds of neighbours exchanged, one relu per pair (one round for width 2)."""
+        assert tap.groups is not None
+        table = tap.groups.array
+        count, width = table.shape
+        current = self.take(tuple(self.places[i] for i in tap.inputs), table)
+        for turn in range(width if width > 2 else width - 1):
+            low = np.arange(turn % 2, width - 1, 2)
+            if not low.size:
+                continue
+            index = np.arange(count * width).reshape(count, width)
+            a, b = (self.take((current,), index[:, low + shift]) for shift in (0, 1))
+            won = self.ramp("relu", self.op("sub", (a, b), (count, low.size)), tap)
+            small = self.op("sub", (a, won), (count, low.size))
+            large = self.op("add", (b, won), (count, low.size))
+            # Columns that were exchanged come from (small, large), the others stay.
+            where = np.arange(2 * count * low.size, 2 * count * low.size + count * width).reshape(
+                count, width
+            )
+            pairs = np.arange(count * low.size).reshape(count, low.size)
+            where[:, low] = pairs
+            where[:, low + 1] = count * low.size + pairs
+            current = self.take((small, large, current), where)
+        back = np.empty(count * width, np.int64)
+        back[table.ravel()] = np.arange(count * width)  # flat output v[table] = sorted rows
+        start = 0
+        for register, shape in zip(tap.outputs, tap.shapes, strict=True):
+            size = int(np.prod(shape))
+            self.places[register] = self.take((current,), back[start : start + size].reshape(shape))
+            start += size
+
+
+def _is_prefixes(table: np.ndarray) -> bool:
+    """Rows that hold, line after line of n = width entries, its prefixes (as `rewrites` writes them), n > 2."""
+    count, n = table.shape
+    if n < 3 or count % n:
+        return False
+    lines = table[n - 1 :: n]
+    row = np.minimum(np.arange(n)[:, None], np.arange(n))
+    return all(np.array_equal(table[i::n], lines[:, row[i]]) for i in range(n))

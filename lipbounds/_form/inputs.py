@@ -1,0 +1,27 @@
+"""Checks of what users pass beside a network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+Box = tuple[np.ndarray, np.ndarray]
+
+
+def check_box(box: Any, x: np.ndarray) -> Box | None:
+    """(lower, upper) in float64, numbers or of the shape of an input, with every row of x inside."""
+    if box is None:
+        return None
+    try:
+        low, high = (np.broadcast_to(np.asarray(end, np.float64), x.shape[1:]) for end in box)
+    except (TypeError, ValueError):
+        raise ValueError(f"box must be (lower, upper), numbers or arrays of shape {x.shape[1:]}") from None
+    if not (low <= high).all():
+        raise ValueError("box must be (lower, upper) with lower <= upper, not NaN")
+    outside = ((x < low) | (x > high)).any(axis=tuple(range(1, x.ndim)))
+    if outside.any():
+        raise ValueError(
+            f"{int(outside.sum())} of {len(x)} examples lie outside the box (the first is {int(outside.argmax())})"
+        )
+    return low, high

@@ -1,0 +1,380 @@
+"""The Lur'e form of a network: a linear map wired to nonlinearities (taps). The heart of the library.
+
+    y = C x + D v,   z = E x + F v,   v = phi(y)          (D strictly block lower triangular)
+
+with input x, pre-activations y, tap outputs v and network output z; biases cancel in differences. `trace` finds the
+form of any JAX function from its jaxpr, so no method ever looks at layers. Tap k has a proved slope interval
+[a_k, b_k] per entry; groups (max, min, sort, logsumexp) are 1-Lipschitz per group.
+
+**What is certified** is the program in the user's own dtype: everything that does not depend on x is evaluated once, as
+the program evaluates it, and taken as exact; every operation on x is exact real arithmetic (float casts of x are the
+identity). The interpreter below carries x in any wanted dtype.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lipbounds._activations import activations
+from lipbounds._form.concrete import is_concrete
+from lipbounds._form.precision import half_note
+from lipbounds._form.program import Op, Program, Tap
+from lipbounds._form.steps import KINDS, StaticArray
+from lipbounds._text.html import Html, element, together
+from lipbounds._text.tables import html_table, printable
+
+Slopes = tuple[Any, Any] | tuple[()]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["consts", "slopes"], meta_fields=["program"])
+@dataclass(frozen=True, eq=False)
+class LureForm:
+    """A network as linear steps and taps. A pytree: the constants and slopes are leaves, the program is static.
+
+    Args:
+        program: the canonical list of steps, hashable by value: a new trace of the same architecture is equal.
+        consts: coefficients and offsets, as the program computed them.
+        slopes: per tap (lower, upper), arrays that broadcast to the tap's shape; () for groups.
+    """
+
+    program: Program
+    consts: tuple[Any, ...]
+    slopes: tuple[Slopes, ...]
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+        return self.program.shapes[0]
+
+    @property
+    def in_size(self) -> int:
+        """Number of entries of one input."""
+        return int(np.prod(self.in_shape))
+
+    @property
+    def num_outputs(self) -> int:
+        """K, the number of outputs (classes)."""
+        return int(np.prod(self.program.shapes[self.program.output]))
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        return self.program.taps
+
+    @property
+    def num_neurons(self) -> int:
+        """Entries of all taps."""
+        return sum(tap.size_out for tap in self.taps)
+
+    @property
+    def assumed(self) -> bool:
+        """Whether slopes were declared by the user (`register_activation`) rather than proved."""
+        return any(tap.assumed for tap in self.taps)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What every bound and radius of this network says."""
+        return half_note(self.program.half)
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether constants are tracers (inside jit, grad or vmap)."""
+        return not all(is_concrete(leaf) for leaf in jax.tree.leaves((self.consts, self.slopes)))
+
+    def __call__(self, x: Any) -> jax.Array:
+        """The network at one example, in the example's dtype."""
+        x = jnp.asarray(x)
+        return self.evaluate(x, x.dtype)
+
+    def evaluate(self, x: Any, dtype: Any = None) -> jax.Array:
+        """The network at one example x (shape `in_shape`), every step in `dtype`; jit, grad and vmap work.
+
+        Its derivative is that of the traced form: custom rules and stop_gradient of the user's function do not reach
+        it. Returns shape (K,).
+        """
+        dtype = jnp.result_type(float) if dtype is None else dtype
+        x = jnp.asarray(x, dtype)
+        if x.shape != self.in_shape:
+            raise ValueError(
+                f"one example has shape {self.in_shape}, got {x.shape}; use jax.vmap for a batch"
+            )
+        taps = self.taps
+        out = propagate(
+            self, x.ravel(), lambda k, y: apply_tap(taps[k], self.consts, y), dtype=dtype, affine=True
+        )
+        return out
+
+    @property
+    def states(self) -> tuple[tuple[int, ...], ...]:
+        """Per tap k, the registers of the state s_k (see `state_sequence`)."""
+        return tuple(cut.registers for cut in state_sequence(self.program)[:-1])
+
+    def __repr__(self) -> str:
+        taps = ", ".join(f"{printable(t.name)}[{t.size_out}]" for t in self.taps) or "none (linear)"
+        return (
+            f"LureForm({self.in_shape} -> ({self.num_outputs},), {len(self.taps)} taps: {taps}, "
+            f"{self.num_neurons} neurons{', assumed slopes' if self.assumed else ''})"
+        )
+
+    def _repr_html_(self) -> Html:
+        rows = [[str(k), t.name, str(t.size_in), str(t.size_out), t.path] for k, t in enumerate(self.taps)]
+        table = html_table(("tap", "function", "inputs", "outputs", "call path"), rows, right=(0, 2, 3))
+        return together(element("b", "LureForm"), f" {self.in_shape} → ({self.num_outputs},)", table)
+
+
+# --- the interpreter -----------------------------------------------------------------------------------------------
+
+
+def apply_tap(tap: Tap, consts: Sequence[Any], y: jax.Array) -> jax.Array:
+    """v = phi(y) for one tap, on flat vectors."""
+    if tap.expr is not None:
+        shape = tap.shapes[0]
+        values = [c.array if isinstance(c, StaticArray) else consts[c] for c in tap.consts]
+        out = activations.evaluate(tap.expr, values, y.reshape(shape))
+        return jnp.broadcast_to(out, shape).ravel()
+    assert tap.groups is not None
+    rows = y[tap.groups.array]
+    if tap.kind == "sort":
+        return jnp.zeros(tap.size_out, y.dtype).at[tap.groups.array].set(jnp.sort(rows, axis=1))
+    return _OF_ROWS[tap.kind](rows, axis=1)
+
+
+_OF_ROWS: dict[str, Callable[..., jax.Array]] = {
+    "max": jnp.max,
+    "min": jnp.min,
+    "logsumexp": jax.nn.logsumexp,
+}
+
+
+def apply_op(op: Op, args: Sequence[Any]) -> Any:
+    """One linear step on arrays."""
+    return KINDS[op.kind].apply(dict(op.params), *args)
+
+
+def operands(
+    op: Op, registers: dict[int, Any], consts: Sequence[Any], shapes: Any, dtype: Any, affine: bool
+) -> Any:
+    """The arrays an op reads; offsets become zero unless `affine`. None when everything it depends on is zero."""
+    joint = KINDS[op.kind].joint
+    if all(registers.get(i) is None for i in op.inputs if i >= 0) and not affine:
+        return None
+    args = []
+    for i in op.inputs:
+        if i >= 0:
+            value = registers.get(i)
+            args.append(jnp.zeros(shapes[i], dtype) if value is None else value)
+        else:
+            const = jnp.asarray(consts[-1 - i])
+            args.append(jnp.zeros(const.shape, dtype) if joint and not affine else const.astype(dtype))
+    return args
+
+
+def propagate(
+    form: LureForm,
+    x: jax.Array | None,
+    tap: Callable[[int, Any], Any],
+    *,
+    dtype: Any,
+    affine: bool = False,
+    registers: dict[int, Any] | None = None,
+) -> Any:
+    """Run the program: linear steps as they are, taps by the callback `tap(k, y) -> v` on flat vectors.
+
+    Without `affine` offsets are dropped and None stands for zero throughout: what does not depend on a nonzero source
+    is not computed. Returns the flat output, or None; a dict given as `registers` holds all registers afterwards.
+    """
+    program = form.program
+    registers = {} if registers is None else registers
+    registers[0] = None if x is None else x.reshape(program.shapes[0])
+    for step in program.steps:
+        if isinstance(step, int):
+            record = program.taps[step]
+            parts = [registers.get(i) for i in record.inputs]
+            if all(part is None for part in parts):
+                y = None
+            else:
+                y = jnp.concatenate(
+                    [
+                        (jnp.zeros(program.shapes[i], dtype) if part is None else part).ravel()
+                        for i, part in zip(record.inputs, parts, strict=True)
+                    ]
+                )
+            v = tap(step, y)
+            start = 0
+            for register, shape in zip(record.outputs, record.shapes, strict=True):
+                size = int(np.prod(shape))
+                registers[register] = None if v is None else v[start : start + size].reshape(shape)
+                start += size
+        else:
+            args = operands(step, registers, form.consts, program.shapes, dtype, affine)
+            registers[step.output] = None if args is None else apply_op(step, args)
+    out = registers.get(program.output)
+    return None if out is None else out.ravel()
+
+
+def flat_slopes(form: LureForm, k: int) -> tuple[Any, Any]:
+    """(lower, upper) slopes of tap k as vectors of its size (elementwise taps)."""
+    lower, upper = form.slopes[k]  # type: ignore[misc]  # () only for groups
+    shape = form.taps[k].shapes[0]
+    module = np if is_concrete(lower) and is_concrete(upper) else jnp
+
+    def flat(a: Any) -> Any:
+        return module.broadcast_to(module.asarray(a), shape).reshape(-1)
+
+    return flat(lower), flat(upper)
+
+
+def proved_slopes(form: LureForm, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """(lower, upper) slopes of an elementwise tap with concrete constants, proved again from them, as flat vectors.
+
+    Public verbs use these: the slope leaves of a form may have been changed (by a gradient step, by float32 arithmetic
+    under jit). Slopes that the user declared are looked up again.
+    """
+    tap = form.taps[k]
+    assert tap.expr is not None
+    values = [c.array if isinstance(c, StaticArray) else np.asarray(form.consts[c]) for c in tap.consts]
+    if tap.assumed:
+        declared = activations.registered(tap.expr, values)
+        if declared is None:
+            raise ValueError(
+                f"the slopes of {tap.name} at {tap.path} were declared for other constants: declare these"
+            )
+        lower, upper = (np.asarray(s, np.float64) for s in declared)
+    else:
+        lower, upper = activations.slope_range(tap.expr, values)
+    return tuple(np.broadcast_to(s, tap.shapes[0]).reshape(-1) for s in (lower, upper))  # type: ignore[return-value]
+
+
+_MASKED = (
+    "; where a constant mask writes -inf in front of a maximum or a logsumexp, take the entries that count by an "
+    "index, x[..., np.flatnonzero(mask)], or write a finite number that never wins, such as -1e9"
+)
+
+
+def check_weights(form: LureForm) -> None:
+    """Raises ValueError where a weight or a constant of a linear step is not finite, or a guard is NaN."""
+    in_steps = {
+        -1 - i for step in form.program.steps if not isinstance(step, int) for i in step.inputs if i < 0
+    }
+    for place, leaf in enumerate(form.consts):
+        if is_concrete(leaf):
+            values = np.asarray(leaf, np.float64)
+            # Guards of an activation may compare with infinity; NaN is never meant.
+            bad = ~np.isfinite(values) if place in in_steps else np.isnan(values)
+            if bad.any():
+                masked = "" if np.isnan(values).any() else _MASKED
+                raise ValueError(
+                    f"the network has weights or constants that are not finite: {int(bad.sum())} of {bad.size} entries "
+                    f"of an array of shape {bad.shape} are NaN or infinite{masked}"
+                )
+
+
+def fingerprint(form: LureForm) -> str:
+    """A digest of a concrete form: equal for equal networks in this process. Nothing sound rests on it."""
+    digest = hashlib.sha256(str(hash(form.program)).encode())
+    for leaf in form.consts:
+        array = np.asarray(leaf)
+        digest.update(f"{array.shape}{array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def multiplicity(tap: Tap) -> np.ndarray:
+    """How many groups each entry of y belongs to (1 for elementwise taps)."""
+    if tap.groups is None:
+        return np.ones(tap.size_in)
+    table = np.sort(tap.groups.array, axis=1)
+    fresh = np.ones(table.shape, bool)
+    fresh[:, 1:] = table[:, 1:] != table[:, :-1]  # padding repeats an entry within its group
+    return np.bincount(table[fresh], minlength=tap.size_in).astype(float)
+
+
+# --- the state sequence --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place in the program where everything computed so far is held by a few registers.
+
+    Args:
+        registers: alive here; together they are the state s_k.
+        step: the number of steps done before this cut.
+        width: entries of the state.
+    """
+
+    registers: tuple[int, ...]
+    step: int
+    width: int
+
+
+def state_sequence(program: Program) -> tuple[Cut, ...]:
+    """The state s_k before each tap k, and after the last one: the narrowest cut between two taps.
+
+    Between cuts everything is one linear map, y_k = W_k s_k and s_{k+1} = H_k s_k + G_k v_k, so every DAG is a sequence
+    of residual blocks. Cut 0 is the input or what is left of it before tap 0; the last cut is the output.
+    """
+    last_use: dict[int, int] = {program.output: len(program.steps)}
+    for place, step in enumerate(program.steps):
+        inputs = program.taps[step].inputs if isinstance(step, int) else [i for i in step.inputs if i >= 0]
+        for i in inputs:
+            last_use[i] = max(last_use.get(i, -1), place)
+    born: dict[int, int] = {0: 0}
+    for place, step in enumerate(program.steps):
+        for out in program.taps[step].outputs if isinstance(step, int) else (step.output,):
+            born[out] = place + 1
+    sizes = [int(np.prod(shape)) for shape in program.shapes]
+
+    def at(place: int) -> Cut:
+        alive = tuple(r for r in sorted(born) if born[r] <= place <= last_use.get(r, -1))
+        return Cut(alive, place, sum(sizes[r] for r in alive))
+
+    tap_places = [place for place, step in enumerate(program.steps) if isinstance(step, int)]
+    cuts, start = [], 0
+    for place in tap_places:
+        cuts.append(min((at(p) for p in range(start, place + 1)), key=lambda cut: cut.width))
+        start = place + 1
+    cuts.append(Cut((program.output,), len(program.steps), sizes[program.output]))
+    return tuple(cuts)
+
+
+def advance(
+    form: LureForm, k: int, state: Sequence[Any] | None, v: Any, *, dtype: Any
+) -> tuple[Any, list[Any]]:
+    """The linear maps of the state sequence: (y_k, s_{k+1}) = (W_k s_k, H_k s_k + G_k v_k).
+
+    `state` and `v` are arrays with the registers' shapes, or None for zero; so are the results. k = -1 is the map from
+    x (given as the one-element state) to s_0.
+    """
+    program = form.program
+    cuts = state_sequence(program)
+    first, names = (0, (0,)) if k < 0 else (cuts[k].step, cuts[k].registers)
+    registers: dict[int, Any] = dict(zip(names, state, strict=True)) if state is not None else {}
+    y = None
+    for place in range(first, cuts[k + 1].step):
+        step = program.steps[place]
+        if isinstance(step, int):
+            tap = program.taps[step]
+            parts = [registers.get(i) for i in tap.inputs]
+            if any(part is not None for part in parts):
+                y = jnp.concatenate(
+                    [
+                        jnp.zeros(int(np.prod(program.shapes[i])), dtype) if part is None else part.ravel()
+                        for i, part in zip(tap.inputs, parts, strict=True)
+                    ]
+                )
+            start = 0
+            for register, shape in zip(tap.outputs, tap.shapes, strict=True):
+                size = int(np.prod(shape))
+                registers[register] = None if v is None else v.ravel()[start : start + size].reshape(shape)
+                start += size
+        else:
+            args = operands(step, registers, form.consts, program.shapes, dtype, affine=False)
+            registers[step.output] = None if args is None else apply_op(step, args)
+    return y, [registers.get(i) for i in cuts[k + 1].registers]

@@ -1,0 +1,341 @@
+"""A memory budget for the proofs of block norms: read, kept, and said.
+
+A budget covers the arrays of one proof at a time: the block as it is formed and stored, its copies, the Gram matrix or
+the window of the banded factor, the vectors of Golub-Kahan. It does not cover Python, JAX, the network and its own
+steps as sparse matrices, which every mode holds.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from lipbounds._form.program import Op
+from lipbounds._gain.blocks import HostForm, Node, TapScaling
+from lipbounds._gain.step_matrices import size_of
+from lipbounds._norms import banded_cholesky
+from lipbounds._norms import matrices as norms
+from lipbounds._norms.matrices import Enclosure
+from lipbounds._norms.rounding import mul_up
+
+#: With a budget and guarantee="auto", a proof of more operations than this is left to Golub-Kahan.
+MOST_FLOPS = 5e12
+MOST_STEPS = 300  # of Golub-Kahan
+_LEAST_STEPS, _SPARE_VECTORS = 8, 8
+_PILOT = 64  # columns that tell how large a block will be
+_ENTRY = 16  # bytes of a stored nonzero with the widest index
+_NAMED = 4  # blocks that a note names
+_UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def parse(memory: Any) -> int | None:
+    """Bytes of a budget: None, an int of bytes, or a text such as "2GB", "500 MB", "1.5GiB"; else ValueError."""
+    if memory is None:
+        return None
+    size = None
+    if isinstance(memory, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)(i?)b\s*", memory.lower())
+        if match is not None and not (match[3] and not match[2]):
+            size = float(match[1]) * (1024.0 if match[3] else 1000.0) ** _UNITS[match[2]]
+    elif isinstance(memory, (int, np.integer)) and not isinstance(memory, bool):
+        size = float(memory)
+    if size is None or not 1 <= size < 2.0**63:
+        raise ValueError(
+            f"memory must be a number of bytes >= 1 or a text such as '2GB', '500 MB' or '1.5GiB', got {memory!r}"
+        )
+    return int(size)
+
+
+def show(size: float) -> str:
+    """Bytes as "1.1 GB", rounded up to two digits (three from 100 on)."""
+    value, unit = float(size), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    if unit == "B" or value > 9.9:
+        return f"{math.ceil(value - 1e-9)} {unit}"
+    return f"{math.ceil(10 * value - 1e-9) / 10:.1f} {unit}"
+
+
+#: Bytes of the pairs of all classes where no budget is given.
+_PAIRS = 2**32
+
+
+def check_pairs(count: int, budget: Budget | None) -> None:
+    """ValueError where arrays over all pairs of classes, about four at a time, do not fit the budget."""
+    need, limit = 4 * 8 * count * count, _PAIRS if budget is None else budget.limit
+    if need > limit:
+        raise ValueError(
+            f"the pairs of {count} outputs take about {show(need)}, more than {show(limit)}"
+            + (": " if budget is None else " (memory): ")
+            + "leave pairwise=True out (sqrt2() or any_pair() of the bound holds for every pair), or keep fewer outputs"
+        )
+
+
+@dataclass(eq=False)
+class Budget:
+    """The limit in bytes, and what was spent under it."""
+
+    limit: int
+    largest: int = 0  # need of the largest proof that was done
+    refused: dict[str, str] = field(default_factory=dict)  # block: why it was not proved
+
+    def spend(self, need: int) -> str:
+        self.largest = max(self.largest, need)
+        return show(need)
+
+    def rows(self, need: int) -> str:
+        """Spend on the rows to the outputs, which every mode forms and proves."""
+        if need > self.limit:
+            raise ValueError(
+                f"memory={show(self.limit)} is too small: the rows to the outputs take {show(need)} in every mode"
+            )
+        return self.spend(need)
+
+    def steps(self, vector: int) -> int:
+        """How many steps of Golub-Kahan fit, its vectors of `vector` entries together; ValueError where too few do."""
+        steps = min(MOST_STEPS, self.limit // (8 * vector) - _SPARE_VECTORS)
+        if steps < _LEAST_STEPS:
+            least = self.vectors(vector, _LEAST_STEPS)
+            raise ValueError(
+                f"memory={show(self.limit)} is too small for any bound of this network: {_LEAST_STEPS} steps of "
+                f"Golub-Kahan on a block of {vector} inputs and outputs take {show(least)}; give at least that"
+            )
+        return steps
+
+    @staticmethod
+    def vectors(vector: int, steps: int) -> int:
+        return 8 * vector * (steps + _SPARE_VECTORS)
+
+    def notes(self, host: HostForm) -> tuple[str, ...]:
+        steps = sum(banded_cholesky.stored(m.matrix) for each in host._steps.values() for m in each)
+        said = [
+            f"memory budget {show(self.limit)}, the largest need {show(self.largest)} (beside it the network's steps "
+            f"as matrices, {show(steps)})"
+        ]
+        if self.refused:
+            some = [f"{name} {why}" for name, why in list(self.refused.items())[:_NAMED]]
+            more = len(self.refused) - len(some)
+            some += [f"{more} more"] * (more > 0)
+            said.append(f"without a Cholesky proof ({len(self.refused)} blocks): " + "; ".join(some))
+        return tuple(said)
+
+
+# --- forming a block within a budget -------------------------------------------------------------------------------
+
+
+class _TooLarge(Exception):
+    pass
+
+
+class _Watched(dict[int, Enclosure]):
+    """Registers of a sweep that know how many bytes they hold at most."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.limit, self.peak = limit, 0
+
+    def __setitem__(self, register: int, value: Enclosure) -> None:
+        super().__setitem__(register, value)
+        self.peak = max(self.peak, sum(_bytes(m) for m in self.values()))
+        if self.peak > self.limit:
+            raise _TooLarge
+
+
+def _bytes(m: Enclosure) -> int:
+    """Entries of a matrix in bytes, without the row pointers, which slices of columns all share."""
+    return (_ENTRY if m.sparse else 8) * m.stored
+
+
+def _columns(
+    host: HostForm,
+    source: Node,
+    target: Node,
+    scalings: Sequence[TapScaling],
+    chosen: np.ndarray,
+    limit: float,
+) -> tuple[Enclosure, int]:
+    """(G[target, source] in the columns `chosen`, bytes that its sweep held)."""
+    taps, width = host.program.taps, chosen.size
+    registers = _Watched(limit)
+    place = np.arange(width)
+    if not source:
+        eye = sp.csr_array((np.ones(width), (chosen, place)), shape=(host.in_size, width))
+        registers[0] = Enclosure(eye)
+    begin = 0
+    for k in source:
+        q = scalings[k].q
+        mine = (chosen >= begin) & (chosen < begin + q.size)
+        rows = chosen[mine] - begin
+        start = sp.csr_array((q[rows], (rows, place[mine])), shape=(q.size, width))
+        host._split(Enclosure(start), taps[k].outputs, registers)
+        begin += q.size
+    alive = host._leading_to({target}, scalings)
+    seen = host._advance(range(len(host.program.steps)), registers, width, scalings, {}, alive)
+    if not target:
+        none = Enclosure(sp.csr_array((host.num_outputs, width)))
+        return registers.get(host.program.output, none), registers.peak
+    parts = [
+        norms.scale(seen[k], rows=scalings[k].e)
+        if k in seen
+        else Enclosure(sp.csr_array((taps[k].size_in, width)))
+        for k in target
+    ]
+    return (norms.stack(parts) if len(parts) > 1 else parts[0]), registers.peak
+
+
+def formed(
+    host: HostForm, source: Node, target: Node, scalings: Sequence[TapScaling], limit: int
+) -> tuple[Enclosure | None, str]:
+    """(G[target, source], ""), or (None, what a proof needs in words) where that exceeds the limit.
+
+    Blocks that fit as dense arrays are swept at once, from the smaller side. Otherwise a few columns tell how many
+    bytes a column takes, in the end and on the way; the block is then formed by slices of columns, and left as soon as
+    it grows beyond the budget.
+    """
+    m, n = host.node_size(target, source=False), host.node_size(source, source=True)
+    largest = max(size_of(shape) for shape in host.program.shapes)
+    if 8 * 3 * min(m, n) * largest <= limit // 2:
+        if n <= m:
+            whole = host.forward(source, [target], scalings).get(target)
+        else:
+            columns = host.backward(target, [source], scalings).get(source)
+            whole = None if columns is None else columns.T
+        return whole or Enclosure(sp.csr_array((m, n))), ""
+    pilot = np.unique(np.linspace(0, n - 1, min(n, _PILOT)).astype(np.int64))
+    try:
+        block, peak = _columns(host, source, target, scalings, pilot, limit / 2)
+        total = _bytes(block) * n // pilot.size
+        if 3 * total > limit:
+            return None, f"about {show(3 * total)}"
+        width = max(1, min(n, int(limit / 4 * pilot.size / max(peak, 1))))
+        slices, held = [], 0
+        for lo in range(0, n, width):
+            chosen = np.arange(lo, min(lo + width, n))
+            block, _ = _columns(host, source, target, scalings, chosen, limit / 2)
+            slices.append(block)
+            held += _bytes(block)
+            if 3 * held > limit:
+                return None, f"about {show(3 * held * n / min(lo + width, n))}"
+    except _TooLarge:
+        return None, f"more than {show(limit)}"
+    return norms.stack(slices, axis=1), ""
+
+
+@dataclass(frozen=True)
+class Proved:
+    """The norm of a block by a proof that the budget allowed; `error` is the block's own."""
+
+    value: float
+    how: str
+    shape: tuple[int, int]
+    error: float
+
+
+def proofs(
+    host: HostForm,
+    pairs: Sequence[tuple[Node, Node]],
+    scalings: Sequence[TapScaling],
+    budget: Budget,
+    *,
+    forced: bool,
+    prove: Callable[[Enclosure, banded_cholesky.Plan], float],
+    name: Callable[[tuple[Node, Node]], str],
+) -> tuple[dict[tuple[Node, Node], Proved], dict[tuple[Node, Node], tuple[float, int] | None]]:
+    """(proved, left): the blocks whose proof fits the budget, and the others with their `convolution` bound or None.
+
+    The largest blocks come first, so that a budget that is too small shows before much is proved. A proof of more than
+    `MOST_FLOPS` operations is left too, unless proofs are `forced`; then a block without any is a ValueError.
+    """
+    proved: dict[tuple[Node, Node], Proved] = {}
+    left: dict[tuple[Node, Node], tuple[float, int] | None] = {}
+    needs: dict[tuple[Node, Node], str] = {}
+
+    def size(pair: tuple[Node, Node]) -> int:
+        return host.node_size(pair[0], source=True) * host.node_size(pair[1], source=False)
+
+    for pair in sorted(pairs, key=size, reverse=True):
+        block, need = formed(host, *pair, scalings, budget.limit)
+        if block is not None:
+            plan = norms.proof_plan(block, budget.limit)
+            need = show(plan.memory)
+            if plan.memory <= budget.limit and (forced or plan.flops <= MOST_FLOPS):
+                if not (forced and needs):
+                    how = f"{plan.name}, {budget.spend(plan.memory)}"
+                    proved[pair] = Proved(prove(block, plan), how, block.shape, block.error)
+                continue
+            if plan.memory <= budget.limit:
+                need = f"{plan.flops:.1g} operations, more than {MOST_FLOPS:.0g}"
+        block = None
+        left[pair] = convolution(host, *pair, scalings, budget.limit)
+        budget.refused[name(pair)] = f"needs {need}"
+        if left[pair] is None:
+            needs[pair] = need
+    if forced and needs:
+        listed = "; ".join(f"{name(pair)} needs {need}" for pair, need in needs.items())
+        raise ValueError(
+            f"guarantee='verified' with memory={show(budget.limit)}: no proof fits for {len(needs)} of {len(pairs)} "
+            f"blocks: {listed}. Give a larger memory, or ask for guarantee='probabilistic' (or 'auto')"
+        )
+    return proved, left
+
+
+# --- one convolution -----------------------------------------------------------------------------------------------
+
+
+def convolution(
+    host: HostForm, source: Node, target: Node, scalings: Sequence[TapScaling], limit: int
+) -> tuple[float, int] | None:
+    """(bound, bytes): a verified bound of a block that is one zero-padded convolution, by its Fourier transform.
+
+    The block must be e A S q with one number q at the source, one number e at the target, A the convolution and S steps
+    that select or move entries, each at most once (||S|| <= 1); else None, also where the bytes exceed the limit.
+    """
+    taps = host.program.taps
+    if len(target) != 1 or len(source) > 1 or len(taps[target[0]].inputs) != 1:
+        return None
+    factors = [np.ones(1) if not source else scalings[source[0]].q, scalings[target[0]].e]
+    if any(f.size == 0 or f.min() != f.max() for f in factors):
+        return None
+    ends = set(taps[source[0]].outputs) if source else {0}
+    makers = {step.output: place for place, step in enumerate(host.program.steps) if isinstance(step, Op)}
+    reached = host._coming_from({source}, scalings)
+    register = taps[target[0]].inputs[0]
+    bound, need = None, 0
+    while register not in ends:
+        if register not in makers:
+            return None
+        place = makers[register]
+        parts = [part for part in host.step(place) if part.register in reached]
+        if len(parts) != 1:
+            return None
+        (part,) = parts
+        if part.rows is None:
+            op = host.program.steps[place]
+            if part.bound is None or bound is not None or not isinstance(op, Op):
+                return None
+            bound, need = part.bound, _transform_bytes(host, op)
+        elif np.bincount(part.rows[part.rows >= 0]).max(initial=0) > 1:
+            return None
+        register = part.register
+    if bound is None or need > limit:
+        return None
+    return mul_up(*(abs(float(f[0])) for f in factors), bound()), need
+
+
+def _transform_bytes(host: HostForm, op: Op) -> int:
+    """About what `norms.conv_fft_bound` holds: complex blocks per frequency, and one chunk of real ones."""
+    kernel = np.shape(host.consts[-1 - op.inputs[1]])
+    spec = dict(op.params)["dimension_numbers"].rhs_spec
+    space = host.program.shapes[op.inputs[0]]
+    where = dict(op.params)["dimension_numbers"].lhs_spec
+    points = math.prod(space[a] + kernel[b] for a, b in zip(where[2:], spec[2:], strict=True))
+    entries = points * kernel[spec[0]] * kernel[spec[1]]
+    return 2 * 16 * entries + 5 * 8 * min(2**22, 4 * entries)

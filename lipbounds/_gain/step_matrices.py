@@ -1,0 +1,361 @@
+"""The linear steps of a form as matrices on the host, exact or with a stated relative error.
+
+Convolutions, dot products, sums and selections are built entry by entry in NumPy, so their entries are the program's
+constants, unrounded; a division has the relative error of one rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse as sp
+
+from lipbounds._form.program import Op
+from lipbounds._form.steps import KINDS
+from lipbounds._norms import cholesky
+from lipbounds._norms import matrices as norms
+from lipbounds._norms.matrices import Enclosure
+from lipbounds._norms.rounding import U, mul_up
+from lipbounds._tracing import rules
+
+_COARSE = 12  # points an axis of a convolution of which a quick norm is enough
+_QUICK = 2e9  # operations of a factorisation for a quick norm
+_VERIFY_STEP = 1100  # steps up to this size get a proved spectral norm, larger ones sqrt(||A||_1 ||A||_inf)
+
+
+@dataclass(frozen=True, eq=False)
+class StepMatrix:
+    """What one register contributes to a step's output: out += matrix @ register.
+
+    Args:
+        register: which register.
+        matrix: csr_array or ndarray (out, in), or None where `rows` says all.
+        rows: for a pure selection, the input entry each output entry copies (-1: zero).
+        relerr: entrywise relative error of the entries.
+        bound: a proved bound of the spectral norm that is cheaper than one from the matrix, if there is one; with a
+            number, a looser one from so many points an axis.
+    """
+
+    register: int
+    matrix: Any
+    rows: np.ndarray | None = None
+    relerr: float = 0.0
+    bound: Callable[..., float] | None = None
+
+    @cached_property
+    def transposed(self) -> StepMatrix:
+        rows = None
+        if self.rows is not None:
+            used = self.rows[self.rows >= 0]
+            if np.unique(used).size == used.size:
+                rows = np.full(self.matrix.shape[1], -1, np.int64)
+                rows[used] = np.flatnonzero(self.rows >= 0)
+        matrix = self.matrix.T.tocsr() if sp.issparse(self.matrix) else self.matrix.T
+        return StepMatrix(self.register, matrix, rows, self.relerr, self.bound)
+
+    @cached_property
+    def norm(self) -> float:
+        """A proved bound of the spectral norm."""
+        small = min(self.matrix.shape) <= _VERIFY_STEP
+        if small and self.rows is None:
+            return norms.verified_norm(self.matrix) * (1 + 4 * self.relerr)
+        cheap = norms._cheap_norm(self.matrix)
+        if self.bound is not None:
+            cheap = min(cheap, self.bound())
+        return cheap * (1 + 4 * self.relerr)
+
+    @cached_property
+    def terms(self) -> int:
+        """The longest inner product with the matrix or its transpose."""
+        if not sp.issparse(self.matrix):
+            return max(map(cholesky.nonzeros_per_row, (self.matrix, self.matrix.T)))
+        columns = np.bincount(self.matrix.indices, minlength=1)
+        return max(cholesky.nonzeros_per_row(self.matrix), int(columns.max()) if self.matrix.nnz else 0)
+
+    @cached_property
+    def quick_norm(self) -> float:
+        """A proved bound of the spectral norm that costs little: a factorisation only where it is small."""
+        if self.bound is not None:
+            return min(self.absolute_norm, self.bound(_COARSE) * (1 + 4 * self.relerr))
+        small, large = sorted(self.matrix.shape)
+        cheap = self.rows is None and small <= _VERIFY_STEP and small * small * large <= _QUICK
+        return self.norm if cheap and small > 1 else self.absolute_norm
+
+    @cached_property
+    def absolute_norm(self) -> float:
+        """A proved bound of the spectral norm of the absolute values."""
+        return norms._cheap_norm(self.matrix) * (1 + 4 * self.relerr)
+
+    def apply(self, m: Enclosure) -> Enclosure:
+        """matrix @ m, with its error."""
+        if _is_identity(m):
+            wrong = norms.frobenius_norm(self.matrix) if self.relerr else 0.0
+            return Enclosure(self.matrix, mul_up(self.relerr, wrong))
+        if self.rows is not None:
+            if self.rows.size == m.shape[0] and np.array_equal(self.rows, np.arange(self.rows.size)):
+                return m
+            if (self.rows >= 0).all():
+                return m.select(rows=self.rows)
+        return norms.multiply(self.matrix, m, self.relerr, self.norm if m.error else None)
+
+
+def _is_identity(m: Enclosure) -> bool:
+    """Exactly the identity, where a sweep starts: a product with it is not rounded."""
+    matrix = m.exact_or_none()
+    if (
+        matrix is None
+        or not sp.issparse(matrix)
+        or matrix.shape[0] != matrix.shape[1]
+        or matrix.nnz != matrix.shape[0]
+    ):
+        return False
+    ones = np.arange(matrix.shape[0])
+    return bool(
+        (matrix.data == 1).all() and (matrix.indices == ones).all() and (matrix.indptr[:-1] == ones).all()
+    )
+
+
+def _selection(register: int, rows: np.ndarray, n: int) -> StepMatrix:
+    """Output entry i copies input entry rows[i]; -1 is zero."""
+    rows = np.asarray(rows).ravel().astype(np.int64)
+    kept = np.flatnonzero(rows >= 0)
+    matrix = sp.csr_array((np.ones(kept.size), (kept, rows[kept])), shape=(rows.size, n))
+    return StepMatrix(register, matrix, rows)
+
+
+def _coo(values: Any, rows: Any, cols: Any, shape: tuple[int, int]) -> Any:
+    values, rows, cols = (np.asarray(a).ravel() for a in np.broadcast_arrays(values, rows, cols))
+    keep = cols >= 0
+    matrix = sp.csr_array((values[keep].astype(np.float64), (rows[keep], cols[keep])), shape=shape)
+    matrix.sum_duplicates()
+    if matrix.nnz > 0.3 * shape[0] * shape[1]:
+        return matrix.toarray()
+    return matrix
+
+
+def size_of(shape: Sequence[int]) -> int:
+    return int(np.prod(shape))
+
+
+def step_matrices(
+    op: Op, consts: Sequence[np.ndarray], shapes: Sequence[tuple[int, ...]]
+) -> list[StepMatrix]:
+    """One `StepMatrix` per operand of a linear step that is a register."""
+    params = dict(op.params)
+    out_shape = shapes[op.output]
+    places = [(j, i) for j, i in enumerate(op.inputs) if i >= 0]
+    if KINDS[op.kind].moves:
+        return [_moves(op, params, place, register, consts, shapes) for place, register in places]
+    out_size = size_of(out_shape)
+    result = []
+    for place, register in places:
+        shape, n = shapes[register], size_of(shapes[register])
+        index = np.arange(n).reshape(shape)
+        if op.kind in ("add", "sub", "neg"):
+            step = _selection(register, np.broadcast_to(index, out_shape), n)
+            negative = op.kind == "neg" or (op.kind == "sub" and place == 1)
+            result.append(StepMatrix(register, -step.matrix) if negative else step)
+        elif op.kind in ("mul", "div"):
+            factor = consts[-1 - op.inputs[1 - place]].astype(np.float64)
+            relerr = 0.0
+            if op.kind == "div":
+                if (factor == 0).any():
+                    raise ValueError("the network divides by a constant that is zero")
+                # below the normal range 1/c is rounded to a multiple of 2^-1074
+                relerr = mul_up(2 * U, max(1.0, float(np.abs(factor).max(initial=0.0)) * 2.0**-1022))
+                with np.errstate(over="ignore", under="ignore"):
+                    factor = 1.0 / factor
+                if not np.isfinite(factor).all():
+                    raise ValueError("the network divides by a constant too close to zero")
+            values = np.broadcast_to(factor, out_shape)
+            cols = np.broadcast_to(index, out_shape)
+            matrix = sp.csr_array((values.ravel(), (np.arange(out_size), cols.ravel())), shape=(out_size, n))
+            result.append(StepMatrix(register, matrix, None, relerr))
+        elif op.kind == "dot_general":
+            other = consts[-1 - op.inputs[1 - place]].astype(np.float64)
+            result.append(StepMatrix(register, _dot_matrix(params["dimension_numbers"], place, index, other)))
+        elif op.kind == "conv" and place == 0 and params["batch_group_count"] == 1:
+            kernel = consts[-1 - op.inputs[1]].astype(np.float64)
+            matrix = _conv_matrix(params, shape, kernel, out_shape)
+            result.append(StepMatrix(register, matrix, bound=_conv_bound(params, shape, kernel)))
+        elif op.kind == "reduce_sum":
+            table = rules.along(shape, params["axes"])
+            result.append(_table(register, table, n))
+        elif op.kind == "reduce_window_sum":
+            result.append(_table(register, rules.windows(shape, params), n))
+        elif op.kind == "cumsum":
+            result.append(_cumsum(register, params, shape))
+        elif op.kind == "scatter_add":
+            if place == 0:
+                result.append(_selection(register, index, n))
+            else:
+                target = params["target"].array.ravel()
+                kept = np.flatnonzero(target >= 0)
+                matrix = sp.csr_array((np.ones(kept.size), (target[kept], kept)), shape=(out_size, n))
+                result.append(StepMatrix(register, matrix))
+        else:
+            result.append(_probed(op, params, place, register, consts, shapes))
+    return result
+
+
+def _moves(
+    op: Op, params: dict[str, Any], place: int, register: int, consts: Sequence[Any], shapes: Any
+) -> StepMatrix:
+    """A selection, found by moving an iota counted from 1."""
+    n = size_of(shapes[register])
+    args = []
+    for j, i in enumerate(op.inputs):
+        shape = shapes[i] if i >= 0 else np.shape(consts[-1 - i])
+        iota = np.arange(1, n + 1, dtype=np.int32).reshape(shape) if j == place else np.zeros(shape, np.int32)
+        args.append(jnp.asarray(iota))
+    with jax.default_device(jax.devices("cpu")[0]):
+        moved = np.asarray(KINDS[op.kind].apply(params, *args))
+    return _selection(register, moved.astype(np.int64) - 1, n)
+
+
+def _table(register: int, table: np.ndarray, n: int) -> StepMatrix:
+    rows = np.broadcast_to(np.arange(table.shape[0])[:, None], table.shape)
+    return StepMatrix(register, _coo(np.ones(table.shape), rows, table, (table.shape[0], n)))
+
+
+def _cumsum(register: int, params: dict[str, Any], shape: tuple[int, ...]) -> StepMatrix:
+    lines = rules.along(shape, [params["axis"]])  # (lines, length)
+    length, n = lines.shape[1], size_of(shape)
+    keep = (
+        np.triu(np.ones((length, length), bool))
+        if params["reverse"]
+        else np.tril(np.ones((length, length), bool))
+    )
+    out, into = np.nonzero(keep)
+    return StepMatrix(register, _coo(1.0, lines[:, out], lines[:, into], (n, n)))
+
+
+def _dot_matrix(dimension_numbers: Any, place: int, index: np.ndarray, other: np.ndarray) -> Any:
+    """Matrix of lax.dot_general in its operand `place`; `index` counts that operand's entries."""
+    contract, batch = dimension_numbers
+    mine, theirs = place, 1 - place
+
+    def grouped(a: np.ndarray, which: int) -> np.ndarray:
+        free = [d for d in range(a.ndim) if d not in contract[which] and d not in batch[which]]
+        a = a.transpose([*batch[which], *free, *contract[which]])
+        sizes = a.shape
+        nb, nf = len(batch[which]), len(free)
+        return a.reshape(size_of(sizes[:nb]), size_of(sizes[nb : nb + nf]), size_of(sizes[nb + nf :]))
+
+    cols = grouped(index, mine)  # (batch, my free, contracted)
+    values = grouped(other, theirs)  # (batch, their free, contracted)
+    (nb, f, _), g = cols.shape, values.shape[1]
+    if nb == 1 and f == 1:
+        dense = np.zeros((g, index.size))
+        dense[:, cols[0, 0]] = values[0]
+        return dense
+    row = np.arange(nb * f * g)
+    row = row.reshape(nb, f, g) if place == 0 else row.reshape(nb, g, f).transpose(0, 2, 1)
+    return _coo(values[:, None], row[..., None], cols[:, :, None], (nb * f * g, index.size))
+
+
+def _conv_matrix(
+    p: dict[str, Any], shape: tuple[int, ...], kernel: np.ndarray, out_shape: tuple[int, ...]
+) -> Any:
+    """Matrix of lax.conv_general_dilated in its first operand."""
+    numbers = p["dimension_numbers"]
+    index = np.arange(size_of(shape)).reshape(shape).transpose(numbers.lhs_spec)  # (batch, channel, *space)
+    row = (
+        np.arange(size_of(out_shape)).reshape(out_shape).transpose(numbers.out_spec)
+    )  # (batch, feature, *space)
+    weights = kernel.transpose(numbers.rhs_spec)  # (feature, channel in group, *window)
+    groups = p["feature_group_count"]
+    features, channels = weights.shape[:2]
+    window = weights.shape[2:]
+    space, out_space = index.shape[2:], row.shape[2:]
+    rank = len(space)
+    parts = []
+    for axis in range(rank):
+        reach = np.arange(out_space[axis])[:, None] * p["window_strides"][axis]
+        reach = reach + np.arange(window[axis])[None, :] * p["rhs_dilation"][axis] - p["padding"][axis][0]
+        dilation = p["lhs_dilation"][axis]
+        inside = (reach >= 0) & (reach % dilation == 0) & (reach // dilation < space[axis])
+        parts.append(np.where(inside, reach // dilation, -1))
+    # where[o.., k..]: flat position in space read by output position o through window position k, or -1
+    where = np.zeros((1,) * (2 * rank), np.int64)
+    valid = np.ones((1,) * (2 * rank), bool)
+    for axis, part in enumerate(parts):
+        form = [1] * (2 * rank)
+        form[axis], form[rank + axis] = part.shape
+        where = where * space[axis] + np.maximum(part, 0).reshape(form)
+        valid = valid & (part >= 0).reshape(form)
+    o, k = np.nonzero(valid.reshape(size_of(out_space), size_of(window)))
+    position = where.reshape(size_of(out_space), size_of(window))[o, k]
+    channel = (np.arange(features) // (features // groups))[:, None] * channels + np.arange(channels)[None, :]
+    flat_index = index.reshape(*index.shape[:2], -1)
+    flat_row = row.reshape(*row.shape[:2], -1)
+    rows = flat_row[:, :, None, o]  # (batch, feature, 1, entries)
+    cols = flat_index[:, channel][..., position]  # (batch, feature, channel, entries)
+    values = weights.reshape(features, channels, -1)[None][..., k]
+    return _coo(values, rows, cols, (size_of(out_shape), size_of(shape)))
+
+
+def _conv_bound(p: dict[str, Any], shape: tuple[int, ...], kernel: np.ndarray) -> Callable[..., float] | None:
+    """The Fourier bound of a convolution, its strides made 1.
+
+    Output o reads input s o + a - pad at window position a. With a - pad = s b + f, 0 <= f < s, this is entry o + b of
+    phase f of the input: a convolution of stride 1 at window position b, with s times the channels.
+    """
+    if p["feature_group_count"] != 1 or {*p["lhs_dilation"], *p["rhs_dilation"]} != {1}:
+        return None
+
+    def bound(most: int | None = None) -> float:
+        numbers = p["dimension_numbers"]
+        weights = kernel.transpose([*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0]])
+        sizes = [shape[d] for d in numbers.lhs_spec[2:]]
+        for axis, stride in enumerate(p["window_strides"]):
+            shifts = np.arange(weights.shape[axis]) - p["padding"][axis][0]
+            place, phase = shifts // stride, shifts % stride
+            window = np.moveaxis(weights, axis, 0)
+            folded = np.zeros((place[-1] - place[0] + 1, stride, *window.shape[1:]))
+            folded[place - place[0], phase] = window
+            phases = np.moveaxis(
+                np.moveaxis(folded, 0, axis + 1), 0, -3
+            )  # window back in place, phase before channels
+            weights = phases.reshape(*phases.shape[:-3], stride * phases.shape[-2], phases.shape[-1])
+            sizes[axis] = -(-sizes[axis] // stride)
+        return norms.conv_fft_bound(weights, tuple(sizes), most)
+
+    return cache(bound)
+
+
+def _probed(
+    op: Op, params: dict[str, Any], place: int, register: int, consts: Sequence[Any], shapes: Any
+) -> StepMatrix:
+    """A step's matrix by unit vectors: each output is one product plus zeros, so nothing is rounded."""
+    n, out = size_of(shapes[register]), size_of(shapes[op.output])
+    if n * out > 2**28:
+        raise ValueError(
+            f"a {op.kind} step of size {out} x {n} is too large to verify; use guarantee='probabilistic'"
+        )
+    others = [None if i >= 0 else consts[-1 - i].astype(np.float64) for i in op.inputs]
+    for const in others:
+        if const is not None and ((const != 0) & (np.abs(const) < np.finfo(np.float64).tiny)).any():
+            raise ValueError(f"a {op.kind} step has subnormal weights, which the device flushes to zero")
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+
+        def column(unit: Any) -> Any:
+            args = [
+                unit.reshape(shapes[i])
+                if j == place
+                else jnp.zeros(shapes[i])
+                if i >= 0
+                else jnp.asarray(others[j])
+                for j, i in enumerate(op.inputs)
+            ]
+            return KINDS[op.kind].apply(params, *args).ravel()
+
+        columns = np.asarray(jax.lax.map(column, jnp.eye(n)))
+    rows, cols = np.indices((out, n))
+    return StepMatrix(register, _coo(columns.T, rows, cols, (out, n)))

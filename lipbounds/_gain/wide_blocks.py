@@ -1,0 +1,399 @@
+"""Norms of blocks that are too large for one dense proof, by the first of several ways that gives a guarantee.
+
+    a narrow cut      G = U V through few entries: a proof from the Gram matrix of the thin side, verified
+    Golub-Kahan       products alone, probabilistic
+    a proof           of the block formed within a limit of memory, verified
+    product of steps  of the norms of the linear steps on the way, verified and loose; it always exists
+
+A way that fails (a failure probability below the rounding of the products, no cut, no memory) hands over to the next
+one, so a block never goes without a bound.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse as sp
+
+from lipbounds._form.lure import LureForm, propagate
+from lipbounds._form.program import Op
+from lipbounds._gain import memory_budget
+from lipbounds._gain.blocks import HostForm, Node, StepMatrix, TapScaling
+from lipbounds._norms import matrices as norms
+from lipbounds._norms.matrices import Enclosure
+from lipbounds._norms.rounding import UNDERFLOW, add_up, gamma, mul_up, sqrt_up
+
+#: Bytes that the parts of a cut, and a block formed for its proof, may take where no budget is given.
+LIMIT = 2**31
+#: Entries of a cut up to which its Gram matrix is formed.
+WIDEST_CUT = 2048
+_STEPS_SHARE = 2.0**-30  # of the failure probability of a block, for the norms of the steps in its rounding
+_TINY = 1e-100  # matrix-free norms below this may have lost parts to underflow
+_TIGHT = 1.001  # a cut's proof is taken where it is within this factor of its own float estimate
+
+
+class Bound(NamedTuple):
+    """value >= ||G[target, source]||_2 with its guarantee, the way it was found, and the bytes that took."""
+
+    value: float
+    guarantee: str
+    how: str
+    need: int = 0
+
+
+def wide_norm(
+    form: LureForm,
+    host: HostForm,
+    pair: tuple[Node, Node],
+    scalings: Sequence[TapScaling],
+    *,
+    seed: int,
+    failure: float,
+    matrix_free: bool = False,
+    max_steps: int = memory_budget.MOST_STEPS,
+    limit: int = LIMIT,
+) -> Bound:
+    """An upper bound of ||G[target, source]||_2 with its guarantee and the way it was found.
+
+    Args:
+        matrix_free: Golub-Kahan before everything else.
+        limit: bytes of what may be formed.
+    """
+    source, target = pair
+    free = partial(_by_golub_kahan, form, host, source, target, scalings, seed, failure, max_steps)
+    cut = partial(_by_cut, host, source, target, scalings, limit)
+    ways: list[Callable[[], Bound | None]] = [free, cut] if matrix_free else [cut, free]
+    ways.append(partial(_by_proof, host, source, target, scalings, limit))
+    for way in ways:
+        try:
+            found = way()
+        except (ValueError, memory_budget._TooLarge, MemoryError):
+            continue
+        if found is not None:
+            return found
+    return Bound(product_of_steps(host, source, target, scalings), "verified", "product of steps")
+
+
+def cut_norm(
+    host: HostForm, pair: tuple[Node, Node], scalings: Sequence[TapScaling], *, limit: int = LIMIT
+) -> Bound | None:
+    """A verified bound through a narrow cut; None where there is no such cut, no memory for it, or no tight proof."""
+    try:
+        return _by_cut(host, *pair, scalings, limit)
+    except (ValueError, memory_budget._TooLarge, MemoryError):
+        return None
+
+
+# --- a narrow cut --------------------------------------------------------------------------------------------------
+
+
+def narrow_cut(
+    host: HostForm, source: Node, target: Node, scalings: Sequence[TapScaling]
+) -> tuple[int, list[int]] | None:
+    """(place, registers): everything from source to target passes these few registers before step `place`.
+
+    The narrowest set that halves the smaller side of the block, of at most `WIDEST_CUT` entries; else None.
+    """
+    steps = host.program.steps
+    reached = host._coming_from({source}, scalings) & host._leading_to({target}, scalings)
+    ends = {k: place for place, k in enumerate(steps) if isinstance(k, int)}
+    first = max((ends[k] + 1 for k in source), default=0)
+    last = min((ends[k] for k in target), default=len(steps))
+    written = {0: -1}
+    used: dict[int, int] = {host.program.output: len(steps)}
+    for place, step in enumerate(steps):
+        tap = host.program.taps[step] if isinstance(step, int) else None
+        for r in tap.outputs if tap is not None else (step.output,) if isinstance(step, Op) else ():
+            written[r] = place
+        for r in tap.inputs if tap is not None else step.inputs if isinstance(step, Op) else ():
+            used[r] = max(used.get(r, -1), place)
+    least = min(host.node_size(source, source=True), host.node_size(target, source=False)) // 2
+    best: tuple[int, list[int]] | None = None
+    smallest = min(least, WIDEST_CUT) + 1
+    for place in range(first, last + 1):
+        across = sorted(r for r in reached if written[r] < place <= used.get(r, -1))
+        width = sum(host._rows(r) for r in across)
+        if across and width < smallest:
+            smallest, best = width, (place, across)
+    return best
+
+
+def _by_cut(
+    host: HostForm, source: Node, target: Node, scalings: Sequence[TapScaling], limit: int
+) -> Bound | None:
+    """||U V|| <= sqrt(||U C||^2 + e ||U||^2) with C C' + e I >= V V', C the float square root of the Gram matrix."""
+    cut = narrow_cut(host, source, target, scalings)
+    if cut is None:
+        return None
+    place, registers = cut
+    sizes = [host._rows(r) for r in registers]
+    width, columns = sum(sizes), host.node_size(source, source=True)
+    need = 4 * 8 * width * (columns + host.node_size(target, source=False))
+    if need > limit:
+        return None
+    taps, alive = host.program.taps, host._leading_to({target}, scalings)
+    held = memory_budget._Watched(limit)
+    if not source:
+        held[0] = Enclosure(sp.eye_array(columns, format="csr"))
+    starts = host._starts(source, lambda k: taps[k].size_out)
+    host._advance(range(place), held, columns, scalings, starts, alive)
+    v = host._joined([held.get(r) for r in registers], sizes, columns)
+    held = memory_budget._Watched(limit)
+    begin = 0
+    for r, size in zip(registers, sizes, strict=True):
+        entries = (np.ones(size), (np.arange(size), begin + np.arange(size)))
+        held[r] = Enclosure(sp.csr_array(entries, shape=(size, width)))
+        begin += size
+    seen = host._advance(range(place, len(host.program.steps)), held, width, scalings, {}, alive)
+    if target:
+        ends = [norms.scale(seen[k], rows=scalings[k].e) if k in seen else None for k in target]
+        u = host._joined(ends, [taps[k].size_in for k in target], width)
+    else:
+        u = held.get(host.program.output)
+    if u is None or v is None:
+        return Bound(0.0, "verified", "no path")
+    value, guess = product_norm(u, v)
+    if value > _TIGHT * guess:
+        return None
+    return Bound(value, "verified", f"Cholesky through {width} entries", need)
+
+
+def product_norm(u: Enclosure, v: Enclosure) -> tuple[float, float]:
+    """(upper bound of ||U V||_2, its float estimate) for U (m, r) and V (r, n) by r x r matrices."""
+    vs, wrong = v.dense().with_error()
+    gram = norms.multiply(vs, Enclosure(np.ascontiguousarray(vs.T)))
+    root = _root(gram)
+    square = norms.multiply(root, Enclosure(np.ascontiguousarray(root.T)))
+    missing = norms.add(gram, norms.scale(square, rows=-np.ones(len(root))))
+    known = norms.verified_norm(vs)
+    e = add_up(norms.enclosure_norm(missing), mul_up(2.0, wrong, known), mul_up(wrong, wrong))
+    small = norms.multiply(np.ascontiguousarray(root.T), u.T)
+    a, whole = norms.enclosure_norm(small), norms.enclosure_norm(u)
+    guess = float(np.linalg.norm(_root(norms.multiply(u.T.dense().midpoint_for_search(), u)).T @ root, 2))
+    return sqrt_up(add_up(mul_up(a, a), mul_up(e, whole, whole))), guess
+
+
+def _root(gram: Enclosure) -> np.ndarray:
+    """R with R R' about equal to the matrix: how far they are apart is measured where it matters."""
+    values, vectors = np.linalg.eigh(gram.dense().midpoint_for_search())
+    return np.asarray(vectors * np.sqrt(np.maximum(values, 0.0)))
+
+
+# --- matrix-free ---------------------------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames=("source", "target", "transposed"))
+def _block_product(
+    form: LureForm, scalings: Any, vector: jax.Array, source: Node, target: Node, transposed: bool
+) -> jax.Array:
+    """G[target, source] u, or its transpose, in the vector's dtype."""
+    taps = form.taps
+    in_size = sum(taps[k].size_out for k in source) if source else form.in_size
+
+    def forward(u: jax.Array) -> jax.Array:
+        seen: dict[int, Any] = {}
+
+        def tap(k: int, y: Any) -> Any:
+            c, q, _ = scalings[k]
+            seen[k] = y
+            v = None if y is None or c is None else c.astype(u.dtype) * y
+            if k in source:
+                start = sum(taps[j].size_out for j in source[: source.index(k)])
+                w = q.astype(u.dtype) * u[start : start + taps[k].size_out]
+                v = w if v is None else v + w
+            return v
+
+        z = propagate(form, None if source else u, tap, dtype=u.dtype)
+        if not target:
+            return jnp.ravel(z)
+        parts = [
+            jnp.zeros(taps[k].size_in, u.dtype)
+            if seen[k] is None
+            else scalings[k][2].astype(u.dtype) * seen[k]
+            for k in target
+        ]
+        return jnp.concatenate(parts)
+
+    if not transposed:
+        return forward(vector)
+    (out,) = jax.linear_transpose(forward, jax.ShapeDtypeStruct((in_size,), vector.dtype))(vector)
+    return out
+
+
+def _by_golub_kahan(
+    form: LureForm,
+    host: HostForm,
+    source: Node,
+    target: Node,
+    scalings: Sequence[TapScaling],
+    seed: int,
+    failure: float,
+    max_steps: int,
+) -> Bound | None:
+    rounding = product_rounding(host, source, target, scalings, failure * _STEPS_SHARE)
+    arrays = tuple((s.c, s.q, s.e) for s in scalings)
+    with jax.enable_x64(True):
+        product = partial(_block_product, form, arrays, source=source, target=target)
+        upper, _, steps = norms.golub_kahan(
+            lambda u: np.asarray(product(jnp.asarray(u), transposed=False)),
+            lambda u: np.asarray(product(jnp.asarray(u), transposed=True)),
+            host.node_size(source, source=True),
+            seed=seed,
+            failure=failure * (1.0 - _STEPS_SHARE),
+            max_steps=max_steps,
+            rounding=rounding,
+        )
+    if upper < _TINY:  # the device flushes what underflows to zero, so a vanishing product proves nothing
+        return None
+    size = host.node_size(source, source=True) + host.node_size(target, source=False)
+    need = memory_budget.Budget.vectors(size, steps)
+    return Bound(upper, "probabilistic", f"Golub-Kahan, {steps} steps", need)
+
+
+def product_rounding(
+    host: HostForm, source: Node, target: Node, scalings: Sequence[TapScaling], failure: float
+) -> float:
+    """A bound of the error of a product of G[target, source], or its transpose, with a unit vector on a device.
+
+    A step M errs by at most w ||u||, w = gamma_t || |M| ||, where t counts the roundings of one entry (Higham, section
+    3.5), and passes errors on by N >= ||M||. Summed over all paths of steps, first and last the scalings of the taps,
+        sum of paths of (product of (N + w) - product of N),
+    which is the same from both ends. What underflow loses is below 2**-1022 an operation and is passed on likewise.
+
+    Args:
+        failure: of the norms N of large dense steps, which are found by Golub-Kahan.
+
+    Raises:
+        ValueError: weights that a device may take for zero.
+    """
+    program, alive = host.program, host._leading_to({target}, scalings)
+    # The transposed product sums what comes back to a register from all steps that read it.
+    uses = 2 + max(collections.Counter(r for s in program.steps for r in _reads(host, s)).values(), default=1)
+    held: dict[int, _Path] = {} if source else {0: _Path(1.0, 0.0, 0.0)}
+    arrived = []
+    for place, step in enumerate(program.steps):
+        if isinstance(step, int):
+            tap, scaling = program.taps[step], scalings[step]
+            y = _together([held[r] for r in tap.inputs if r in held])
+            if step in target:
+                arrived.append(y.scaled(scaling.e, uses))
+            terms = [_Path(1.0, 0.0, 0.0).scaled(scaling.q, uses)] if step in source else []
+            if scaling.c is not None:
+                terms.append(y.scaled(scaling.c, uses))
+            if terms:
+                held.update(dict.fromkeys(tap.outputs, _together(terms)))
+        elif step.output in alive:
+            parts = [m for m in host.step(place) if m.register in held]
+            through = []
+            for m in parts:
+                if _may_vanish(m.matrix):
+                    raise ValueError("the network has weights that the device may flush to zero")
+                wrong = mul_up(add_up(gamma(m.terms + len(parts) + uses), 2.0 * m.relerr), m.absolute_norm)
+                lost = UNDERFLOW * 8.0 * (m.terms + 1) * sum(m.matrix.shape)
+                norm = _norm_of_step(host, place, m, failure)
+                through.append(held[m.register].through(norm, wrong, lost))
+            if through:
+                held[step.output] = _together(through)
+    end = _together(arrived) if target else held.get(program.output, _Path(0.0, 0.0, 0.0))
+    return add_up(end.error, end.back)
+
+
+class _Path(NamedTuple):
+    """Sums over the paths from the source: of the norms, of what rounding makes of them, and of what underflow on the
+    way loses of a transposed product."""
+
+    size: float
+    error: float
+    back: float
+
+    def through(self, norm: float, wrong: float, lost: float) -> _Path:
+        return _Path(
+            mul_up(norm, self.size),
+            add_up(mul_up(norm, self.error), mul_up(wrong, add_up(self.size, self.error)), lost),
+            add_up(self.back, mul_up(lost, add_up(self.size, self.error))),
+        )
+
+    def scaled(self, factors: np.ndarray, uses: int) -> _Path:
+        top = float(np.abs(factors).max(initial=0.0))
+        return self.through(top, mul_up(gamma(uses + 2), top), UNDERFLOW * 8.0 * factors.size)
+
+
+def _together(paths: Sequence[_Path]) -> _Path:
+    return _Path(*(add_up(*(path[i] for path in paths)) for i in range(3)))
+
+
+def _reads(host: HostForm, step: Op | int) -> Sequence[int]:
+    return host.program.taps[step].inputs if isinstance(step, int) else [i for i in step.inputs if i >= 0]
+
+
+def _may_vanish(matrix: Any) -> bool:
+    """Has it entries that are subnormal numbers in the float32 of the weights?"""
+    entries = np.abs(matrix.data if sp.issparse(matrix) else matrix)
+    return bool(((entries > 0.0) & (entries < 2.0**-126)).any())
+
+
+def _norm_of_step(host: HostForm, place: int, m: StepMatrix, failure: float) -> float:
+    """N >= ||M||; of a large dense step by Golub-Kahan, within a factor of two."""
+    if sp.issparse(m.matrix) or m.quick_norm < m.absolute_norm:
+        return m.quick_norm
+    share = failure / len(host.program.steps)
+    key = ("step", place, m.register, share)
+    if key not in host.proved:
+        wrong = gamma(m.terms) * m.absolute_norm
+        matrix = np.asarray(m.matrix, np.float64)
+        found, _, _ = norms.golub_kahan(
+            lambda v: matrix @ v,
+            lambda v: matrix.T @ v,
+            matrix.shape[1],
+            seed=place,
+            failure=share,
+            rtol=1.0,
+            rounding=wrong,
+        )
+        host.proved[key] = min(found * (1 + 4 * m.relerr), m.absolute_norm)
+    return host.proved[key]
+
+
+# --- what always exists --------------------------------------------------------------------------------------------
+
+
+def _by_proof(
+    host: HostForm, source: Node, target: Node, scalings: Sequence[TapScaling], limit: int
+) -> Bound | None:
+    block, _ = memory_budget.formed(host, source, target, scalings, limit)
+    if block is None:
+        return None
+    plan = norms.proof_plan(block, limit)
+    if plan.memory > limit or plan.flops > memory_budget.MOST_FLOPS:
+        return None
+    value = norms.verified_norm(*block.with_error(), plan=plan)
+    return Bound(value, "verified", plan.name, plan.memory)
+
+
+def product_of_steps(host: HostForm, source: Node, target: Node, scalings: Sequence[TapScaling]) -> float:
+    """||G[target, source]|| <= the product (and sum) of the norms of the steps between, a bound per register."""
+    alive = host._leading_to({target}, scalings)
+    size: dict[int, float] = {} if source else {0: 1.0}
+    arrived: list[float] = []
+    for place, step in enumerate(host.program.steps):
+        if isinstance(step, int):
+            tap, scaling = host.program.taps[step], scalings[step]
+            y = norms.frobenius_norm(np.array([[size.get(r, 0.0) for r in tap.inputs]]))
+            if step in target:
+                arrived.append(mul_up(float(scaling.e.max(initial=0.0)), y))
+            terms = [mul_up(float(scaling.q.max(initial=0.0)), 1.0)] if step in source else []
+            if scaling.c is not None:
+                terms.append(mul_up(float(np.abs(scaling.c).max(initial=0.0)), y))
+            size.update(dict.fromkeys(tap.outputs, add_up(*terms)))
+        elif step.output in alive:
+            parts = [mul_up(m.norm, size[m.register]) for m in host.step(place) if size.get(m.register)]
+            size[step.output] = add_up(*parts)
+    if not target:
+        return size.get(host.program.output, 0.0)
+    return norms.frobenius_norm(np.array([arrived]))

@@ -1,0 +1,1 @@
+"""LipSDP by ellipsoids and semidefinite programming, its proofs and its certificates."""

@@ -1,0 +1,189 @@
+"""LipSDP through CVXPY: the reference for small networks.
+
+    minimise rho   subject to   diag(rho I, T) - Gy' diag(T) Gy - Gz' Gz >= 0,   T diagonal              (LMI)
+
+(see `barrier`) solved by Clarabel (interior point, accurate, memory of order (n + N)^4) or SCS (first
+order, light, values a little off to either side). The problem is scaled around a feasible point first. The
+solver runs in a process of its own with a memory limit, because Clarabel aborts its process where memory
+ends. Its value proves nothing: callers take T, repair it, and prove a bound from it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lipbounds._lipsdp.matrix_inequality import prepare
+from lipbounds._text.memory import available_memory
+
+SOLVERS = ("clarabel", "scs")
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "clarabel": {},
+    "scs": {"eps_abs": 1e-7, "eps_rel": 1e-7, "max_iters": 50_000},
+}
+_WORKER = Path(__file__).with_name("_sdp_worker.py")
+_FLOOR = 1e-12  # of a multiplier, relative to the feasible start: solvers return -1e-15
+
+
+@dataclass(frozen=True, eq=False)
+class SdpResult:
+    """What a solver said; not a bound.
+
+    Args:
+        T: (N,) multipliers, finite and > 0, perhaps not feasible.
+        raw_value: the Lipschitz constant as the solver reports it, sqrt of its rho; may lie below the truth.
+        status: "optimal" or "optimal_inaccurate".
+        solver_seconds: inside the solver; total_seconds with building the model and starting the process.
+        message: the above in words.
+    """
+
+    T: np.ndarray
+    raw_value: float
+    status: str
+    solver_seconds: float
+    total_seconds: float
+    message: str
+
+
+def solve(
+    Gy: np.ndarray,
+    Gz: np.ndarray,
+    n: int,
+    layers: np.ndarray | None = None,
+    *,
+    solver: str = "clarabel",
+    memory_gb: float | None = None,
+    time_limit: float | None = None,
+    options: dict[str, Any] | None = None,
+) -> SdpResult:
+    """Solve (LMI) by CVXPY in a subprocess.
+
+    Args:
+        Gy, Gz, n: plain matrices, best from `reduce_input`; for a pair of classes Gz is one row, the
+        difference. layers: (N,) ints, neurons of one label share a multiplier (LipSDP-Layer); None gives each
+        its own. solver: "clarabel" or "scs".
+        memory_gb: limit of the solver's memory; by default 80 % of what is available now. On platforms
+            without resource limits (Windows, macOS) only the estimate below is held against it.
+        time_limit: seconds, process start included; None waits.
+        options: passed to the solver, over the defaults (SCS: tolerance 1e-7).
+
+    ValueError where CVXPY or the solver is missing, the problem needs more memory (by an estimate, or in the
+    attempt) or time than allowed, or the solver does not call its answer optimal.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}: the solvers through CVXPY are {', '.join(SOLVERS)}")
+    for name, limit in (("memory_gb", memory_gb), ("time_limit", time_limit)):
+        if limit is not None and not (0 < limit < math.inf):
+            raise ValueError(f"{name} must be a positive number, got {limit}")
+    if importlib.util.find_spec("cvxpy") is None:
+        raise ValueError(_missing("cvxpy", solver))
+    started = time.perf_counter()
+    problem = prepare(Gy, Gz, n, layers)
+    if not problem.size:
+        T, rho = problem.multipliers(np.ones(0))
+        return SdpResult(T, math.sqrt(rho), "optimal", 0.0, 0.0, "no neuron matters: nothing to solve")
+    neurons = len(problem.T0)
+    allowed = available_memory() if memory_gb is None else memory_gb
+    needed = memory_estimate(neurons, n, problem.size, solver)
+    if allowed is not None and needed > allowed:
+        raise ValueError(
+            _too_large(solver, neurons, f"needs about {needed:.3g} GB of {allowed:.3g} GB allowed")
+        )
+    tie = np.arange(neurons) if problem.tie is None else problem.tie
+    request = {"solver": solver, "n": n, "memory_gb": allowed, "options": _OPTIONS[solver] | (options or {})}
+    answer, values = _in_subprocess(
+        request, {"Gy": problem.Gy, "Gz": problem.Gz, "tie": tie}, time_limit, neurons
+    )
+    status = answer["status"]
+    if status not in ("optimal", "optimal_inaccurate") or values is None:
+        raise ValueError(f"{solver} did not solve the problem: status {status!r}; use solver='recursion'")
+    tau, s = values["tau"], float(values["s"])
+    if not (np.isfinite(tau).all() and math.isfinite(s)):
+        raise ValueError(f"{solver} returned numbers that are not finite; use solver='recursion'")
+    T, _ = problem.multipliers(np.maximum(tau, _FLOOR))
+    raw = math.sqrt(max(s, 0.0) * problem.rho0)
+    seconds = float(answer.get("solver_seconds", answer["solve_seconds"]))
+    total = time.perf_counter() - started
+    unlimited = "" if answer["limited"] else "; memory was not limited on this platform"
+    message = (
+        f"{solver}: {status}, raw value {raw:.9g} (not a bound), {seconds:.3g} s in the solver, "
+        f"{answer['build_seconds']:.2g} s to build, {total:.3g} s in all{unlimited}"
+    )
+    return SdpResult(T, raw, status, seconds, total, message)
+
+
+def memory_estimate(neurons: int, n: int, multipliers: int, solver: str) -> float:
+    """Gigabytes that the solver needs, as measured: Clarabel factorises a dense matrix of the cone's size."""
+    triangle = (n + neurons) * (n + neurons + 1) / 2
+    model = 64.0 * triangle * (multipliers + 1)
+    return (model + (7 * 8.0 * triangle**2 if solver == "clarabel" else 0.0)) / 2**30
+
+
+def _in_subprocess(
+    request: dict[str, Any], arrays: dict[str, np.ndarray], time_limit: float | None, neurons: int
+) -> tuple[dict[str, Any], dict[str, np.ndarray] | None]:
+    solver = request["solver"]
+    with tempfile.TemporaryDirectory(prefix="lipbounds-") as name:
+        folder = Path(name)
+        np.savez(folder / "problem.npz", **arrays)  # type: ignore[arg-type]
+        (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        # -P keeps the package's own folder off the import path of the worker.
+        command = [sys.executable, "-P", str(_WORKER), name]
+        try:
+            done = subprocess.run(command, timeout=time_limit, capture_output=True, text=True, check=False)
+        except subprocess.TimeoutExpired:
+            raise ValueError(
+                f"{solver} did not finish within time_limit={time_limit:g} s ({neurons} neurons); "
+                "use solver='recursion'"
+            ) from None
+        try:
+            answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            why = _reason(done, request["memory_gb"])
+            raise ValueError(
+                _too_large(solver, neurons, why) if _killed(done) else f"{solver} {why}"
+            ) from None
+        error = answer.get("error")
+        if error == "memory":
+            raise ValueError(_too_large(solver, neurons, f"needs more than {request['memory_gb']:.3g} GB"))
+        if error == "missing":
+            raise ValueError(_missing(answer.get("detail", solver), solver))
+        if error is not None:
+            raise ValueError(f"{solver} failed: {answer['detail']}; use solver='recursion'")
+        stored = folder / "answer.npz"
+        if not stored.exists():
+            return answer, None
+        with np.load(stored, allow_pickle=False) as file:
+            return answer, {key: file[key] for key in file.files}
+
+
+def _killed(done: subprocess.CompletedProcess[str]) -> bool:
+    return done.returncode < 0 or "memory" in done.stderr.lower()
+
+
+def _reason(done: subprocess.CompletedProcess[str], memory_gb: float | None) -> str:
+    limit = "" if memory_gb is None else f" with a limit of {memory_gb:.3g} GB"
+    lines = done.stderr.strip().splitlines()
+    said = f": {lines[-1]}" if lines else ""
+    if done.returncode < 0:
+        return f"was stopped by signal {-done.returncode}{limit}{said}"
+    return f"ended with exit code {done.returncode}{limit}{said}"
+
+
+def _too_large(solver: str, neurons: int, why: str) -> str:
+    remedy = "use solver='recursion' or more memory_gb"
+    return f"network too large for {solver}: {neurons} neurons, it {why}; {remedy}"
+
+
+def _missing(what: str, solver: str) -> str:
+    return f"solver={solver!r} needs CVXPY and its solvers ({what}): pip install lipbounds[sdp]"

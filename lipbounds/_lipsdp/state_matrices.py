@@ -1,0 +1,227 @@
+"""The state sequence of a form as matrices: what the ellipsoid recursion runs on.
+
+After the loop transformation v = c y + r w, |w_i| <= |y_i| in differences, every network is
+
+    s_0 = A_0 x,    y_k = W_k s_k,    s_{k+1} = A_k s_k + B_k w_k,    z = the last state
+
+Only neurons that move and matter (r > 0, a nonzero row of W_k and column of B_k) are active: they alone need a
+multiplier, and the others are linear or without effect.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import weakref
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lipbounds._form.elementwise import elementwise_view
+from lipbounds._form.lure import LureForm, state_sequence
+from lipbounds._form.program import Op, Program
+from lipbounds._form.steps import StaticArray
+from lipbounds._norms.cholesky import TINY, gram, nonzeros_per_row
+from lipbounds._norms.matrices import Enclosure, frobenius_norm
+from lipbounds._norms.rounding import U, add_up, gamma, mul_up
+from lipbounds._triangle import recursion
+from lipbounds._triangle.recursion import Request
+
+#: The ellipsoid starts at the first state from which on nothing is wider than this.
+WIDEST = 1100
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """One tap between two states: y = W s, s+ = A s + B w, |w_i| <= |y_i| for the active neurons.
+
+    Args:
+        tap: index of the tap in the elementwise view.
+        active: (n,) its neurons that have a multiplier.
+        A, B, W: dense enclosures of shape (d+, d), (d+, n), (n, d).
+        kappa: (n,) |c_i| / r_i, centre over radius of the slopes.
+    """
+
+    tap: int
+    active: np.ndarray
+    A: Enclosure
+    B: Enclosure
+    W: Enclosure
+    kappa: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Sequence:
+    """The whole sequence. start: (d_0, n_in); sizes: entries of every tap of the elementwise view."""
+
+    start: Enclosure
+    segments: tuple[Segment, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths of the states, the output last."""
+        return (self.start.shape[0], *(segment.A.shape[0] for segment in self.segments))
+
+    @property
+    def num_multipliers(self) -> int:
+        return sum(segment.active.size for segment in self.segments)
+
+
+_HYBRID: weakref.WeakKeyDictionary[LureForm, dict[tuple[int, Request], Any]] = weakref.WeakKeyDictionary()
+_KEPT: weakref.WeakKeyDictionary[LureForm, Sequence] = weakref.WeakKeyDictionary()
+
+
+def sequence(form: LureForm) -> Sequence:
+    """The sequence of a concrete form (of its elementwise view), kept as long as the form lives."""
+    if form.assumed:  # a declaration may be corrected while the form lives
+        return _sequence(elementwise_view(form))
+    found = _KEPT.get(form)
+    if found is None:
+        found = _KEPT[form] = _sequence(elementwise_view(form))
+    return found
+
+
+def _sequence(view: LureForm) -> Sequence:
+    host = recursion.host_form(view)
+    scalings = recursion.loop_transform(view, 2, centred=True)
+    cuts = state_sequence(view.program)
+    start, _, _ = host.between((0,), cuts[0].registers, range(cuts[0].step), None, scalings)
+    segments = []
+    for k, (here, there) in enumerate(itertools.pairwise(cuts)):
+        places = range(here.step, there.step)
+        a, b, w = (
+            m.dense()
+            for m in host.between(here.registers, there.registers, places, k, scalings)
+            if m is not None
+        )
+        radius, c = scalings[k].q, scalings[k].c
+        active = np.flatnonzero((radius > 0) & w.support(axis=1) & b.support(axis=0))
+        centre = np.zeros(active.size) if c is None else np.abs(c[active])
+        segments.append(
+            Segment(
+                k,
+                active,
+                a,
+                b.select(cols=active),
+                w.select(rows=active),
+                centre / radius[active],
+            )
+        )
+    return Sequence(start.dense(), tuple(segments), tuple(tap.size_out for tap in view.taps))
+
+
+# --- a form cut in two ---------------------------------------------------------------------------------------------
+
+
+def split(form: LureForm, k: int) -> tuple[LureForm, LureForm]:
+    """(front, tail): x -> s_k and s_k -> z, the state before tap k as one flat vector. Their composition is the form.
+
+    k = 0 cuts before the first tap, k = len(form.taps) gives the whole form and the identity.
+    """
+    program = form.program
+    cut = state_sequence(program)[k]
+    sizes = [int(np.prod(program.shapes[r])) for r in cut.registers]
+    width = sum(sizes)
+
+    shapes = list(program.shapes)
+    steps: list[Op | int] = list(program.steps[: cut.step])
+    flat = []
+    for register, size in zip(cut.registers, sizes, strict=True):
+        shapes.append((size,))
+        flat.append(len(shapes) - 1)
+        steps.append(Op("reshape", (("shape", (size,)),), (register,), flat[-1]))
+    shapes.append((width,))
+    steps.append(Op("concatenate", (("dimension", 0),), tuple(flat), len(shapes) - 1))
+    front = Program(tuple(steps), program.taps[:k], tuple(shapes), len(shapes) - 1, program.half)
+
+    later: list[Op | int] = []
+    begin = 0
+    for register, size in zip(cut.registers, sizes, strict=True):  # register r of the form is r + 1 here
+        index = np.arange(begin, begin + size, dtype=np.int32).reshape(program.shapes[register])
+        later.append(Op("take", (("index", StaticArray(index)),), (0,), register + 1))
+        begin += size
+    for step in program.steps[cut.step :]:
+        if isinstance(step, int):
+            later.append(step - k)
+        else:
+            inputs = tuple(i + 1 if i >= 0 else i for i in step.inputs)
+            later.append(replace(step, inputs=inputs, output=step.output + 1))
+    taps = tuple(
+        replace(tap, inputs=tuple(i + 1 for i in tap.inputs), outputs=tuple(i + 1 for i in tap.outputs))
+        for tap in program.taps[k:]
+    )
+    tail = Program(tuple(later), taps, ((width,), *program.shapes), program.output + 1, program.half)
+    return (
+        LureForm(front, form.consts, form.slopes[:k]),
+        LureForm(tail, form.consts, form.slopes[k:]),
+    )
+
+
+def first_tap(form: LureForm, widest: int) -> int:
+    """The first tap k such that from its state on nothing is wider than `widest`; len(form.taps) if there is none."""
+    for k in range(len(form.taps)):
+        view = elementwise_view(split(form, k)[1] if k else form).program
+        widths = [cut.width for cut in state_sequence(view)] + [tap.size_out for tap in view.taps]
+        if max(widths) <= widest:
+            return k
+    return len(form.taps)
+
+
+def hybrid_start(form: LureForm, k: int, request: Request) -> tuple[Sequence, np.ndarray, int, str, float]:
+    """(tail, S, scale, guarantee, failure): the sequence behind tap k - 1, and a proved ellipsoid of its first state.
+
+    With s = sum_i B_i w_i and |w_i| <= m_i |dx| over the sources i (the input, and the taps in front, m_i from the
+    triangle recursion), every s over unit dx has s s' <= sum_i (m_i^2 / a_i) B_i B_i' for any a_i > 0 with sum 1; here
+    a_i is in proportion to m_i ||B_i||, so lambda_max is at most LipLT's square. l2 norm only. S (d, d) times 2^scale.
+    """
+    kept = {} if form.assumed else _HYBRID.setdefault(form, {})
+    if (k, request) not in kept:
+        kept[k, request] = _hybrid_start(form, k, request)
+    return kept[k, request]
+
+
+def _hybrid_start(form: LureForm, k: int, request: Request) -> tuple[Sequence, np.ndarray, int, str, float]:
+    if not 0 < k <= len(form.taps):
+        raise ValueError(f"the ellipsoid can start behind 1 to {len(form.taps)} taps, not {k}")
+    if request.norm != 2:
+        raise ValueError("an ellipsoid that starts behind the input is for norm=2")
+    front, tail = split(form, k)
+    scalings = recursion.loop_transform(front, 2, centred=True)
+    nodes = [(j,) for j in range(k)]
+    host = recursion.host_form(front)
+    # keyed by content: what a bound of the whole network proved is not proved again
+    host.proved = recursion.host_form(form).proved
+    rows = {source: block.T for source, block in host.backward((), [(), *nodes], scalings).items()}
+    found = recursion.recursion(front, nodes, scalings, request, pairwise=False, rows=rows)
+    shares = {
+        i: mul_up(found.outputs[i], found.reach[i])  # never rounded to zero
+        for i in rows
+        if found.outputs[i] > 0 and found.reach[i] > 0
+    }
+    width = front.num_outputs
+    if not shares:
+        return sequence(tail), np.zeros((width, width)), 0, found.guarantee, found.failure
+    total = math.fsum(shares.values()) * (1 + 1e-12)
+    s, error = np.zeros((width, width)), 0.0
+    for i, share in shares.items():
+        (matrix, wrong), norm = rows[i].with_error(), found.outputs[i]
+        weight = mul_up(found.reach[i], found.reach[i], total / share * (1 + 1e-12))
+        squares = weight * gram(matrix)
+        s += squares
+        entries = min(matrix.shape[1], nonzeros_per_row(matrix)) + len(shares) + 8
+        lost = width * matrix.shape[1] * 2.0**-1022  # products below the range
+        rounding = mul_up(2 * gamma(entries), frobenius_norm(matrix), frobenius_norm(matrix))
+        error = add_up(
+            error,
+            mul_up(
+                weight,
+                add_up(rounding, mul_up(2.0, norm, wrong), mul_up(wrong, wrong), lost),
+            ),
+        )
+    s = (s + s.T) / 2
+    error = add_up(error, mul_up(4 * (len(shares) + 4) * U, frobenius_norm(s)), TINY)
+    s[np.diag_indices(width)] += 2 * error
+    s.setflags(write=False)
+    return sequence(tail), s, 0, found.guarantee, found.failure

@@ -1,0 +1,1 @@
+"""Local Lipschitz constants on balls, and certified radii."""

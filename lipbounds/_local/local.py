@@ -1,0 +1,221 @@
+"""Lipschitz constants near single inputs: tighter than the global one, as most slopes are known there.
+
+`local(form, X, eps)` bounds, for every example x of X and all u, v in the ball B(x, eps),
+
+    ||f(u) - f(v)|| <= L ||u - v||,     |(f_i - f_j)(u) - (f_i - f_j)(v)| <= L_ij ||u - v||,
+
+by the ellipsoid recursion (`ellipsoid`) with the slopes that the ranges of the pre-activations in that ball allow
+(`ellipsoids`). As eps goes to 0 the constants tend to the norms of the Jacobian at x. For certified radii one of
+the two points is x itself, and slopes anchored there are smaller still: `certified_radius(..., local=True)`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lipbounds._form.inputs import Box, check_box
+from lipbounds._form.lure import LureForm, fingerprint
+from lipbounds._lipsdp import proof
+from lipbounds._local import ellipsoids
+from lipbounds._local.engines import Around, Progress, bounded, ways
+from lipbounds._norms.rounding import add_up, gamma, sqrt_up
+from lipbounds._text.calls import exact_products, plain_errors
+from lipbounds._text.html import Html, element
+from lipbounds._text.tables import printable, seconds_text, show
+from lipbounds._triangle.liplt import liplt
+from lipbounds.results import NORM_NAMES, UpperBound, check_norm, weakest
+
+_CALLS = 2  # of `local`
+
+
+@dataclass(frozen=True, eq=False)
+class LocalBounds:
+    """Upper bounds of the Lipschitz constants on the balls around N examples.
+
+    Args:
+        value: (N,) of the network, l2 to l2 (norm inf: l-inf to l-inf).
+        pairwise: (N, K, K), of the differences of two outputs; None unless asked for.
+        eps: (N,) radii of the balls, in the units of the traced function's input.
+        norm: 2 or inf, of the balls and of the constants.
+        guarantee: "verified", "probabilistic" (a wide front) or "assumed".
+        failure_probability: of all of them together.
+    """
+
+    value: np.ndarray
+    eps: np.ndarray
+    norm: float
+    guarantee: str
+    seconds: float
+    pairwise: np.ndarray | None = None
+    failure_probability: float = 0.0
+    notes: tuple[str, ...] = field(default=())
+    network: str | None = None
+    method: str = "local"
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __getitem__(self, i: int) -> UpperBound:
+        """The bound around one example. It holds in its ball only, so it is of no network as a whole."""
+        return UpperBound(
+            value=float(self.value[i]),
+            norm=self.norm,
+            guarantee=self.guarantee,
+            method=f"local, eps {self.eps[i]:g}",
+            seconds=self.seconds / len(self),
+            pairwise=None if self.pairwise is None else self.pairwise[i],
+            failure_probability=self.failure_probability,
+            notes=(*self.notes, f"holds within {self.eps[i]:g} of example {i} only"),
+            network=f"local to example {i}",
+        )
+
+    def __iter__(self) -> Iterator[UpperBound]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        head = f"LocalBounds: {len(self)} examples, {NORM_NAMES[self.norm]}, {self.guarantee}"
+        if not len(self):
+            return head
+        low, middle, high = np.quantile(self.value, (0, 0.5, 1))
+        radii = f"{self.eps.min():g}" if self.eps.min() == self.eps.max() else "one per example"
+        lines = [
+            head,
+            f"  eps      {radii}",
+            f"  L <=     {show(low, 'up')} to {show(high, 'up')}, median {show(middle, 'up')}",
+            f"  time     {seconds_text(self.seconds)}",
+        ]
+        return "\n".join([*lines, *(f"  note     {printable(note)}" for note in self.notes)])
+
+    def _repr_html_(self) -> Html:
+        return element("pre", repr(self))
+
+
+@plain_errors
+@exact_products
+def local(
+    form: LureForm,
+    X: Any,
+    eps: Any,
+    *,
+    norm: Any = 2,
+    pairwise: bool = False,
+    bound: UpperBound | None = None,
+    guarantee: str = "auto",
+    seed: int = 0,
+    box: Any = None,
+    progress: Progress | None = None,
+) -> LocalBounds:
+    """Upper bounds of the Lipschitz constants of the network on the balls B(x, eps) around the examples of X.
+
+    Args:
+        form: from `lb.trace`, with concrete weights.
+        X: (N, *in_shape), floating point, in the units of the traced function.
+        eps: a number > 0, or (N,) of them.
+        norm: 2 or inf, of the balls and of the constants.
+        pairwise: also the constants of all differences of two outputs.
+        bound: a bound of the whole network, which holds in every ball, too: no value is above it. None is `lb.liplt`.
+        guarantee: "auto" or "verified". Networks nowhere wider than 1100 get ellipsoids, every rounding covered. Wider
+            ones (norm 2) are treated as a whole up to there (LipLT) and locally behind, and also by local LipLT
+            (`liplt`), probabilistic; the smaller bound of every example counts. With "verified" the first alone,
+            with a verified LipLT, which can take minutes.
+        seed: of the random start vectors of probabilistic norms.
+        box: (lower, upper), numbers or arrays of the shape of an input: only points inside count, (0, 1) for pixels.
+            The first layer's ranges become smaller where X is near its faces; networks wider than 1100 ignore it.
+        progress: called with a line of text after every chunk.
+
+    Raises:
+        TypeError: not a concrete form.
+        ValueError: shapes, values that are not finite, eps not > 0, norm 1, an unknown guarantee, too many outputs.
+    """
+    from lipbounds._local.radius import check_inputs
+
+    begin = time.perf_counter()
+    if not isinstance(form, LureForm):
+        raise TypeError(f"local needs a LureForm from lb.trace, got {type(form).__name__}")
+    x = check_inputs(form, X)
+    radii = check_eps(eps, len(x))
+    p = check_norm(norm)
+    inside = check_box(box, x)
+    ways(form, p, guarantee)  # refuses before anything takes time
+    whole = liplt(form, norm=p, pairwise=pairwise, guarantee=guarantee, seed=seed) if bound is None else bound
+    if not isinstance(whole, UpperBound):
+        raise TypeError(f"a bound of the whole network is an UpperBound, got {type(whole).__name__}")
+    if whole.norm != p or (whole.network is not None and whole.network != fingerprint(form)):
+        raise ValueError("`bound` is in another norm, or was computed from another network")
+    classes = form.num_outputs
+    value = np.full(len(x), whole.value)
+    pairs = np.full((len(x), classes, classes) if pairwise else (0, 1, 1), np.inf)
+    if pairwise and whole.pairwise is not None:
+        pairs[:] = whole.pairwise
+
+    def one_chunk(near: Around, part: slice) -> None:
+        # a second call knows the slopes of the first; local LipLT would learn nothing
+        for call in range(1 if near.ready.front is not None else _CALLS):
+            out = near.outputs(slice(None), radii[part], call=call)
+            for row, blocks in enumerate(out):
+                if not np.isfinite(blocks).all():
+                    continue  # what is known already stands
+                i = part.start + row
+                if p == 2:
+                    found = add_up(*(_largest_root(block) for block in blocks))
+                else:
+                    roots = np.sum([proof.class_roots(block, 0) for block in blocks], axis=0)
+                    found = float(roots.max(initial=0.0))
+                near.used[row] |= found < value[i]
+                value[i] = min(value[i], found)
+                if pairwise:
+                    roots = sum(proof.pair_roots(block, 0) for block in blocks) * (1 + gamma(len(blocks)))
+                    near.used[row] |= (roots < pairs[i]).any()
+                    pairs[i] = np.minimum(pairs[i], roots)
+
+    found = bounded(
+        form,
+        p,
+        x,
+        lambda around: around.each(one_chunk, "local bounds", progress),
+        guarantee=guarantee,
+        seed=seed,
+        box=inside,
+    )
+    return LocalBounds(
+        value,
+        radii,
+        p,
+        weakest([*found.guarantees, whole.guarantee]),
+        time.perf_counter() - begin,
+        pairs if pairwise else None,
+        min(found.failure + whole.failure_probability, 1.0),
+        (*found.notes, *form.notes, *box_notes(inside)),
+        fingerprint(form),
+    )
+
+
+def box_notes(box: Box | None) -> tuple[str, ...]:
+    if box is None:
+        return ()
+    low, high = (
+        f"{float(end.flat[0]):g}" if end.size and (end == end.flat[0]).all() else "..." for end in box
+    )
+    return (f"for inputs inside the box [{low}, {high}] only",)
+
+
+def _largest_root(matrix: np.ndarray) -> float:
+    """An upper bound of the root of the largest eigenvalue; where only the allowance for rounding is left, by the
+    Frobenius norm."""
+    size = float(ellipsoids.frobenius(matrix[None])[0])
+    return sqrt_up(size) if size < 2.0**-450 else proof.largest_root(matrix, 0)
+
+
+def check_eps(eps: Any, count: int) -> np.ndarray:
+    """(N,) radii > 0, finite."""
+    radii = np.asarray(eps, np.float64)
+    if radii.shape not in ((), (count,)):
+        raise ValueError(f"eps must be a number or hold {count} numbers, got shape {radii.shape}")
+    if not (np.isfinite(radii).all() and (radii > 0).all()):
+        raise ValueError("eps must be finite numbers > 0")
+    return np.broadcast_to(radii, count).copy()

@@ -1,0 +1,106 @@
+"""The search of local radii: of the balls around an example, the one that certifies most.
+
+With m(eps) = min_i gap_i / L_yi(eps), falling in eps, every ball of radius eps certifies min(eps, m(eps)), as L_yi(eps)
+holds inside it; the best is the eps at which m(eps) = eps.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+from lipbounds._local.engines import Around, Progress
+from lipbounds._norms.rounding import U, gamma
+
+_ROOM = 4.0  # a search goes on while the last ball was certified and the radius may grow by a larger factor
+_SAID = 1.5  # a search that ended where the radius may grow by a larger factor is said in a note
+_STEP, _PATIENCE = 16.0, 16  # the next ball is at most that much larger; after so many, its fourth power
+_FARTHEST = 1e100  # no larger ball is tried
+
+
+def ratios(gaps: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """(N,) the least gap over its constant, rounded down; a constant of 0 never lets the margin vanish."""
+    zero = scale == 0
+    with np.errstate(over="ignore", invalid="ignore"):
+        ratio = gaps / np.where(zero, 1.0, scale) * (1 - 4 * U)
+    return np.asarray(np.where(zero & (gaps > 0), np.inf, ratio).min(axis=1, initial=np.inf))
+
+
+class Search:
+    """Radii of N examples, raised by one engine after another.
+
+    Args:
+        labels: (N,); gaps: (N, K) proved margins, of one output (N, 1).
+        start: (N,) the global radii, where the search of every engine begins.
+        tries: balls per example and engine. A ball that is certified as a whole does not count while the radius may
+            still grow much.
+
+    best (N,) are the radii so far; what one engine has found stays if it fails later. An engine takes the same steps as
+    it would alone, every try narrowing an interval that holds its radius, and stops before them only where all the
+    intervals of a chunk end below the best: so no engine alone finds more. (Examples cannot leave one by one: local
+    LipLT takes as many Lanczos steps as the slowest example of a call needs.)
+    """
+
+    def __init__(self, labels: np.ndarray, gaps: np.ndarray, start: np.ndarray, tries: int) -> None:
+        self.labels, self.gaps, self.start, self.tries = labels, gaps, start, tries
+        self.best, self.todo = start.copy(), np.flatnonzero((start > 0) & np.isfinite(start))
+        self._open = np.zeros(
+            len(start)
+        )  # how far a search could have gone on from a ball certified as a whole
+
+    def run(self, around: Around, progress: Progress | None) -> None:
+        """Raise the radii by an engine, which is around the examples `todo`."""
+        around.each(self._certify, "local radii", progress)
+
+    def _certify(self, near: Around, part: slice) -> None:
+        at = self.todo[part]
+        low, high = self.start[at].copy(), np.full(len(at), np.inf)
+        used, whole = np.zeros(len(at), int), np.zeros(len(at), bool)
+        eps = 1.5 * low
+        for call in itertools.count():
+            left = np.flatnonzero((high > 1.01 * low) & (used < self.tries) & (eps < _FARTHEST))
+            if not (high > self.best[at])[left].any():
+                break
+            labels, gaps = self.labels[at[left]], self.gaps[at[left]]
+            scale = _row_roots(near.outputs(left, eps[left], labels=labels, call=call), labels)
+            m = np.where(np.isinf(scale).any(axis=1), 0.0, ratios(gaps, scale))
+            whole[left] = m >= eps[left]
+            low[left] = np.maximum(low[left], np.minimum(eps[left], m))
+            high[left] = np.minimum(high[left], np.maximum(eps[left], m))
+            used[left] += ~(whole[left] & (high[left] > _ROOM * low[left]))
+            step = _STEP if call < _PATIENCE else _STEP**4
+            eps = low + 0.6 * (np.minimum(high, step * low) - low)
+            near.used |= low > self.best[at]
+            self.best[at] = np.maximum(low, self.best[at])
+        self._open[at] = np.maximum(self._open[at], np.where(whole, high, 0.0))
+
+    def notes(self) -> tuple[str, ...]:
+        """What a reader should know of searches that ended early."""
+        unfinished = int((self._open > _SAID * self.best).sum())
+        if not unfinished:
+            return ()
+        return (
+            f"for {unfinished} of {len(self.best)} examples the search ended with a ball certified as a whole: "
+            f"their radii may be more than {_SAID:g} times larger, raise tries={self.tries}",
+        )
+
+
+def _row_roots(out: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(N, K) upper bounds of the constants of z_y - z_i from blocks (N, J, K, K) (`Around.outputs`), of one output
+    (N, 1) its own; inf where the blocks are not finite."""
+    rows = np.arange(len(out))
+    diagonal = np.einsum("njii->nji", out)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if out.shape[-1] == 1:
+            square = diagonal * (1 + 4 * U)
+        else:
+            both = diagonal + diagonal[rows, :, labels][:, :, None]
+            square = np.maximum(both - 2 * out[rows, :, labels], 0.0) * (1 + 4 * U) + 4 * U * both
+        roots = np.nextafter(np.sqrt(np.nextafter(square, np.inf)), np.inf)
+        total = roots.sum(axis=1) * (1 + gamma(out.shape[1]))
+    total[~np.isfinite(out).all(axis=(1, 2, 3))] = np.inf
+    if out.shape[-1] > 1:
+        own = total[rows, labels]
+        total[rows, labels] = np.where(np.isinf(own), np.inf, 1.0)  # its gap is inf
+    return total

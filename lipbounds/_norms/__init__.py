@@ -1,0 +1,1 @@
+"""Proved upper bounds of matrix norms in floating point."""

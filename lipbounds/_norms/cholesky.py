@@ -1,0 +1,266 @@
+"""The proof behind a verified spectral norm: Gram matrix, rounding shift, Cholesky.
+
+Let B be r x n (r the smaller side), k the largest number of nonzeros in a row, G the computed B B', t > 0. If
+LAPACK's Cholesky of fl(t I - G - c I) runs to completion with c = `_rounding_shift(...)`, then t I - B B' is
+positive semidefinite, that is ||B||_2 <= sqrt(t). Three roundings enter c:
+
+- the Gram: |G - B B'| <= gamma_k |B| |B|' entrywise in any summation order, so its 2-norm is at most
+  gamma_k max(|B| (|B|' 1)) (zeros add no rounding, hence k and not n);
+- the Cholesky: completion proves lambda_min(M) >= -gamma_{r+1} / (1 - gamma_{r+1}) trace(M) for the
+floating-point
+  matrix M it was given (Demmel; Higham, Theorem 10.3 and 10.7; Rump, BIT 46 (2006) 433-452);
+- the diagonal t - g_ii - c, two roundings each.
+
+All constants carry a factor 2, which covers the rounding of c itself and kernels that multiply by reciprocal
+pivots.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import numpy as np
+import scipy.sparse as sp
+from scipy.linalg.lapack import dpotrf
+
+from lipbounds._norms.rounding import U
+
+TINY = 2.0**-800
+"""Covers every underflow in a Gram or Cholesky step of matrices with 2**-100 <= max|a| <= 2**100."""
+
+_BLOCK = 1024
+_SMALL = 2**22
+_DENSE_FLOPS = 4e10
+_SPARSE_FLOPS = 1.5e8
+_EXACT_EIGENVALUES = 192
+
+
+def is_sparse(a: Any) -> bool:
+    """Whether `a` is a scipy.sparse matrix or array."""
+    return bool(sp.issparse(a))
+
+
+def _rounding_shift(
+    r: int,
+    k: int,
+    n: int,
+    t: float,
+    diagonal: np.ndarray,
+    absolute_gram: float,
+    band: int | None = None,
+) -> float:
+    """The shift c of the module docstring; `absolute_gram` is the computed max(|B| (|B|' 1)).
+
+    With `band`, g_ij = 0 for |i - j| > band, and the Cholesky respects it (`banded_cholesky`).
+    """
+    size = np.abs(diagonal)
+    gram = 2.0 * (k + 3) * U * absolute_gram + 4.0 * r * n * TINY
+    terms, weight = r, r * t + float(size.sum())
+    if band is not None:
+        terms, weight = min(r, band + 1), min(weight, (2.0 * band + 1.0) * (t + float(size.max())))
+    cholesky = 2.0 * (terms + 4) * U * weight + r * r * TINY
+    diagonal_rounding = 4.0 * U * (t + float(size.max()))
+    return gram + cholesky + diagonal_rounding
+
+
+def nonzeros_per_row(b: Any) -> int:
+    """The largest number of nonzero (stored) entries in a row."""
+    if b.shape[0] == 0 or b.shape[1] == 0:
+        return 0
+    if is_sparse(b):
+        return int(np.diff(b.indptr).max())
+    return max(int(np.count_nonzero(b[i : i + _BLOCK], axis=1).max()) for i in range(0, b.shape[0], _BLOCK))
+
+
+def absolute(b: Any) -> Any:
+    """|B| entrywise, dense or CSR."""
+    return sp.csr_array((np.abs(b.data), b.indices, b.indptr), shape=b.shape) if is_sparse(b) else np.abs(b)
+
+
+def absolute_gram_norm(b: Any) -> float:
+    """max(|B| (|B|' 1)) in float64, dense in row blocks."""
+    blocks = [b] if is_sparse(b) else [b[i : i + _BLOCK] for i in range(0, b.shape[0], _BLOCK)]
+    columns = np.zeros(b.shape[1])
+    for block in blocks:
+        columns += absolute(block).T @ np.ones(block.shape[0])
+    return max(float(np.max(absolute(block) @ columns)) for block in blocks)
+
+
+def gram(b: Any) -> np.ndarray:
+    """The full r x r array B B' (C order, both triangles); each entry is a float64 inner product.
+
+    Sparse B: scipy's sparse product, or dense products of row blocks restricted to the columns that both
+    touch, by estimated cost. Beside the result it holds one dense row block (1024 x its nonempty columns).
+    """
+    if not is_sparse(b):
+        return np.ascontiguousarray(b @ b.T)
+    r, n = b.shape
+    if r * n <= _SMALL:
+        dense = b.toarray()
+        return np.ascontiguousarray(dense @ dense.T)
+    starts = list(range(0, r, _BLOCK))
+    touched = np.zeros((len(starts), n), dtype=bool)
+    for i, lo in enumerate(starts):
+        touched[i, b[lo : lo + _BLOCK].indices] = True
+    weight = touched.astype(np.float64)
+    overlap = weight @ weight.T
+    rows = float(min(_BLOCK, r))
+    dense_cost = float(np.triu(overlap).sum()) * (2.0 * rows * rows / _DENSE_FLOPS + 4e-9 * rows)
+    columns = np.bincount(b.indices, minlength=n).astype(np.float64)
+    if float(columns @ columns) / _SPARSE_FLOPS < dense_cost:
+        return _gram_sparse(b, starts)
+    return _gram_blocks(b, starts, touched)
+
+
+def _gram_sparse(b: Any, starts: list[int]) -> np.ndarray:
+    g = np.zeros((b.shape[0], b.shape[0]))
+    transposed = b.T.tocsr()
+    for lo in starts:
+        (b[lo : lo + _BLOCK] @ transposed).toarray(out=g[lo : lo + _BLOCK])
+    return g
+
+
+def _gram_blocks(b: Any, starts: list[int], touched: np.ndarray) -> np.ndarray:
+    g = np.zeros((b.shape[0], b.shape[0]))
+    for i, lo in enumerate(starts):
+        columns = np.flatnonzero(touched[i])
+        if columns.size == 0:
+            continue
+        left = b[lo : lo + _BLOCK][:, columns].toarray()
+        for j in range(i, len(starts)):
+            if not np.any(touched[j] & touched[i]):
+                continue
+            low = starts[j]
+            right = left if j == i else b[low : low + _BLOCK][:, columns].toarray()
+            product = left @ right.T
+            g[lo : lo + _BLOCK, low : low + _BLOCK] = product
+            if j != i:
+                g[low : low + _BLOCK, lo : lo + _BLOCK] = product.T
+    return g
+
+
+def _mirror(g: np.ndarray) -> None:
+    """Copy the strict lower triangle onto the upper one, in place."""
+    n = g.shape[0]
+    for lo in range(0, n, _BLOCK):
+        hi = min(lo + _BLOCK, n)
+        corner = np.tril(g[lo:hi, lo:hi], -1)
+        g[lo:hi, lo:hi] = corner + corner.T
+        g[lo:hi, hi:] = g[hi:, lo:hi].T
+
+
+class Proof(Protocol):
+    """What `certify` needs of a proof of ||B||_2**2 <= t."""
+
+    diagonal: np.ndarray
+
+    def shift(self, t: float) -> float: ...
+
+    def restore(self) -> None: ...
+
+    def proves(self, t: float) -> bool: ...
+
+
+class ShiftedCholesky:
+    """Proofs on one Gram matrix G, kept in its lower triangle and factored in place in the upper one."""
+
+    def __init__(self, g: np.ndarray, k: int, n: int, absolute_gram: float) -> None:
+        self.g, self.k, self.n, self.absolute_gram = g, k, n, absolute_gram
+        self.diagonal = g.diagonal().copy()
+        self.dirty = False
+
+    def shift(self, t: float) -> float:
+        return _rounding_shift(self.g.shape[0], self.k, self.n, t, self.diagonal, self.absolute_gram)
+
+    def restore(self) -> None:
+        """Bring back G after a factorisation in its place."""
+        if self.dirty:
+            _mirror(self.g)
+            self.g.flat[:: self.g.shape[0] + 1] = self.diagonal
+            self.dirty = False
+
+    def proves(self, t: float) -> bool:
+        """True only if ||B||_2**2 <= t (module docstring); False proves nothing."""
+        pivots = t - self.diagonal - self.shift(t)
+        if not (np.all(np.isfinite(pivots)) and pivots.min() > 0.0):
+            return False
+        self.restore()
+        self.dirty = True
+        size = self.g.shape[0]
+        for lo in range(0, size, _BLOCK):  # M = t I - G: only the triangle that LAPACK reads is negated
+            part = self.g[lo : lo + _BLOCK, lo:]
+            height = part.shape[0]
+            keep = np.tril(part[:, :height], -1)
+            np.negative(part, out=part)
+            part[:, :height] = np.triu(part[:, :height], 1) + keep
+        self.g.flat[:: size + 1] = pivots
+        factor, info = dpotrf(self.g.T, lower=1, clean=0, overwrite_a=1)
+        if info != 0:
+            return False
+        ends = factor.diagonal()
+        return bool(np.all(np.isfinite(ends)) and np.all(ends > 0.0))
+
+
+def top_eigenvalue(matvec: Any, n: int, tol: float = 1e-11, steps: int = 160) -> float:
+    """An estimate (no bound) of the top eigenvalue of a symmetric PSD map on R^n: Lanczos, seed fixed."""
+    start = np.random.default_rng(0).standard_normal(n)
+    basis = np.zeros((min(steps, n) + 1, n))
+    basis[0] = start / np.linalg.norm(start)
+    alpha: list[float] = []
+    beta: list[float] = []
+    estimate = 0.0
+    for j in range(min(steps, n)):
+        w = matvec(basis[j])
+        alpha.append(float(basis[j] @ w))
+        for _ in range(2):
+            w = w - basis[: j + 1].T @ (basis[: j + 1] @ w)
+        norm = float(np.linalg.norm(w))
+        last = j + 1 == min(steps, n) or norm <= 1e-14 * max(alpha)
+        if j % 5 == 4 or last:
+            values, vectors = np.linalg.eigh(np.diag(alpha) + np.diag(beta, 1) + np.diag(beta, -1))
+            top = float(values[-1])
+            residual = norm * abs(float(vectors[-1, -1]))
+            gap = top - float(values[-2]) if j else 0.0
+            miss = residual if gap <= 0.0 else min(residual, residual * residual / gap)
+            estimate = top + miss
+            if last or miss <= tol * top:
+                break
+        beta.append(norm)
+        basis[j + 1] = w / norm
+    return estimate
+
+
+def estimate_gram_norm(g: np.ndarray, b: Any) -> float:
+    """An estimate of lambda_max(B B') from G or B, whichever is cheaper to apply."""
+    r = g.shape[0]
+    if r == 1:
+        return float(g[0, 0])
+    if r <= _EXACT_EIGENVALUES:
+        return float(np.linalg.eigvalsh(g)[-1])
+    if is_sparse(b) and 4 * b.nnz < r * r:
+        transposed = b.T
+        return top_eigenvalue(lambda v: b @ (transposed @ v), r)
+    return top_eigenvalue(lambda v: g @ v, r)
+
+
+def certify(proof: Proof, guess: float, ceiling: float, estimate: Any) -> float:
+    """The smallest tried t >= ||B||_2**2 with a proof; `ceiling` (already proved) where none succeeds.
+
+    `guess` is tried first (the start of a caller); `estimate()` gives lambda_max when the guess fails or is
+    0.
+    """
+    if guess > 0.0:
+        t = guess + 2.0 * proof.shift(guess)
+        if t < ceiling and proof.proves(t):
+            return t
+    proof.restore()
+    top = max(float(estimate()), float(proof.diagonal.max()))
+    for growth in (0.0, 1e-11, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-4, 1e-2, 1.0):
+        raised = top * (1.0 + growth)
+        t = raised + 2.0 * proof.shift(raised)
+        if not math.isfinite(t) or t >= ceiling:
+            return ceiling
+        if proof.proves(t):
+            return t
+    return ceiling

@@ -1,0 +1,577 @@
+"""Norms of matrices with a proof, rounding included; estimates and probabilistic bounds for matvecs.
+
+Everything here works on plain matrices (NumPy arrays, scipy.sparse) or on callables; nothing knows about
+networks.
+
+- `verified_norm`: spectral norm of a matrix, an upper bound in real arithmetic (Gram, shifted Cholesky), dense
+  or banded as `proof_plan` chooses
+- `induced_norm`: 1 and infinity norm, sums rounded up
+- `row_norms`, `pairwise_row_norms`: vector norms of rows and of all row differences, rounded up
+- `Enclosure`: a matrix with a normwise error; `multiply`, `add`, `scale`, `stack` carry the error along
+- `conv_fft_bound`: one zero-padded convolution by the (n+k-1)-point Fourier transform, verified
+- `golub_kahan`: matrix-free, holds except with a stated probability
+- `power_iteration`: matrix-free, jitted and differentiable, an estimate
+
+Inputs are taken as exact real numbers; float32 and small integers convert exactly. NaN, infinities, complex
+numbers and results beyond the float64 range raise ValueError. Verified work runs on the host in NumPy/SciPy.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from lipbounds._norms import banded_cholesky, cholesky
+from lipbounds._norms.cholesky import is_sparse
+from lipbounds._norms.fourier import conv_fft_bound
+from lipbounds._norms.lanczos import golub_kahan, power_iteration
+from lipbounds._norms.rounding import (
+    UNDERFLOW,
+    U,
+    add_up,
+    finite,
+    gamma,
+    mul_up,
+    require_gradual_underflow,
+    sqrt_up,
+    unscale_up,
+    up,
+)
+
+__all__ = [
+    "Enclosure",
+    "add",
+    "conv_fft_bound",
+    "enclosure_cheap_norm",
+    "enclosure_norm",
+    "enclosure_pair_norms",
+    "enclosure_row_norms",
+    "frobenius_norm",
+    "golub_kahan",
+    "induced_norm",
+    "multiply",
+    "pairwise_row_norms",
+    "power_iteration",
+    "proof_plan",
+    "row_norms",
+    "scale",
+    "stack",
+    "verified_norm",
+]
+
+_CHUNK = 2**22  # entries of a temporary array
+_NO_SCALING = 100  # |exponent| up to which squares of entries neither overflow nor lose digits
+
+
+def as_matrix(a: Any) -> Any:
+    """`a` as a finite float64 ndarray (2-D) or canonical csr_array, converted exactly; else ValueError."""
+    matrix: Any
+    values: Any
+    if is_sparse(a):
+        if a.ndim != 2:
+            raise ValueError(f"a matrix must have two dimensions, not {a.ndim}")
+        matrix = sp.csr_array(a)
+        values = matrix.data
+    else:
+        matrix = values = np.asarray(a)
+        if matrix.ndim != 2:
+            raise ValueError(f"a matrix must have two dimensions, not {matrix.ndim}")
+    if values.dtype != np.float64:
+        if values.dtype.kind not in "biuf" or (values.dtype.kind == "f" and values.dtype.itemsize > 8):
+            raise ValueError(f"entries of type {values.dtype} do not convert to float64 exactly")
+        if (
+            values.dtype.kind in "iu"
+            and values.size
+            and max(abs(int(values.max())), abs(int(values.min()))) > 2**53
+        ):
+            raise ValueError("integer entries above 2**53 do not convert to float64 exactly")
+        matrix = matrix.astype(np.float64)
+    if is_sparse(matrix) and not matrix.has_canonical_format:
+        matrix = matrix.copy()
+        matrix.sum_duplicates()
+    if not np.all(np.isfinite(matrix.data if is_sparse(matrix) else matrix)):
+        raise ValueError("the matrix has NaN or infinite entries")
+    return matrix
+
+
+def _entries(a: Any) -> np.ndarray:
+    return a.data if is_sparse(a) else a
+
+
+def _largest(a: Any) -> float:
+    values = _entries(a)
+    return 0.0 if values.size == 0 else max(float(values.max()), -float(values.min()), 0.0)
+
+
+def _scaled(a: Any) -> tuple[Any, int]:
+    """(B, e), A = 2**e B up to underflow of entries below 2**-1022 max|b|; e = 0, B = A for usual sizes."""
+    require_gradual_underflow()
+    exponent = math.frexp(_largest(a))[1]
+    if abs(exponent) <= _NO_SCALING:
+        return a, 0
+    with np.errstate(under="ignore"):
+        if is_sparse(a):
+            return sp.csr_array((np.ldexp(a.data, -exponent), a.indices, a.indptr), shape=a.shape), exponent
+        return np.ldexp(a, -exponent), exponent
+
+
+def _products_stay_normal(a: Any, b: Any) -> bool:
+    """Whether no product of nonzero entries of A and B is below the normal range (zeros are exact)."""
+
+    def smallest(x: Any) -> float:
+        sizes = np.abs(_entries(x))
+        return float(sizes.min(where=sizes > 0, initial=math.inf))
+
+    least = (smallest(a), smallest(b))
+    return math.inf in least or least[0] * least[1] >= 2 * UNDERFLOW
+
+
+# --------------------------------------------------------------------------------------- vector norms of rows
+
+
+def row_norms(a: Any, q: float) -> np.ndarray:
+    """Upper bounds (m,) of the q-norms of the rows of A (m, n), q in {1, 2, inf}, in real arithmetic.
+
+    A sum of n terms >= 0 in any order is at least (1 - gamma_n) times the exact one (Higham, section 4.2).
+    Rows whose largest entry is outside 2**+-100 are scaled by a power of two first. q = inf is exact.
+    """
+    _check_order(q, (1, 2, math.inf))
+    a = as_matrix(a)
+    require_gradual_underflow()
+    if is_sparse(a):
+        return _row_norms_sparse(a, q)
+    m, n = a.shape
+    out = np.zeros(m)
+    if n == 0:
+        return out
+    step = max(1, _CHUNK // n)
+    for lo in range(0, m, step):
+        x = np.abs(a[lo : lo + step])
+        top = x.max(axis=1)
+        exponent = _exponents(top)
+        if np.any(exponent):
+            with np.errstate(under="ignore"):
+                x = np.ldexp(x, -exponent[:, None])
+        sums = None if q == math.inf else x.sum(axis=1) if q == 1 else np.einsum("ij,ij->i", x, x)
+        out[lo : lo + step] = _close_rows(top, exponent, sums, n, q)
+    return out
+
+
+def _row_norms_sparse(a: Any, q: float) -> np.ndarray:
+    out = np.zeros(a.shape[0])
+    counts = np.diff(a.indptr)
+    full = counts > 0
+    if not np.any(full):
+        return out
+    starts = a.indptr[:-1][full]
+    x = np.abs(a.data)
+    top = np.maximum.reduceat(x, starts)
+    exponent = _exponents(top)
+    if np.any(exponent):
+        with np.errstate(under="ignore"):
+            x = np.ldexp(x, -np.repeat(exponent, counts[full]))
+    sums = None if q == math.inf else np.add.reduceat(x if q == 1 else x * x, starts)
+    out[full] = _close_rows(top, exponent, sums, int(counts.max()), q)
+    return out
+
+
+def _exponents(top: np.ndarray) -> np.ndarray:
+    exponent = np.frexp(top)[1]
+    return np.where(np.abs(exponent) <= _NO_SCALING, 0, exponent)
+
+
+def _close_rows(
+    top: np.ndarray, exponent: np.ndarray, sums: np.ndarray | None, n: int, q: float
+) -> np.ndarray:
+    """Sums of n terms rounded up; rows of zeros stay zero. Terms lost to underflow fall in the factor 2."""
+    if sums is None:
+        return top
+    if q == 2:
+        sums = np.sqrt(sums)
+    grown = np.nextafter(sums * (1.0 + 2.0 * gamma(n + 8)), np.inf)
+    return np.where(top > 0.0, unscale_up(grown, exponent), 0.0)
+
+
+def frobenius_norm(a: Any) -> float:
+    """An upper bound of the Frobenius norm of A in real arithmetic."""
+    rows = row_norms(a, 2)
+    return float(row_norms(rows[None, :], 2)[0])
+
+
+def induced_norm(a: Any, p: float, error: float = 0.0) -> float:
+    """An upper bound of ||A + E||_p for p in {1, inf} and every E with ||E||_F <= error, in real arithmetic.
+
+    p = 1 is the largest column sum of |A|, p = inf the largest row sum. ||E||_1 <= sqrt(m) ||E||_F and
+    ||E||_inf <= sqrt(n) ||E||_F for E of shape (m, n).
+    """
+    _check_order(p, (1, math.inf))
+    a = as_matrix(a)
+    error = finite(error, "error")
+    if p == 1:
+        a = a.T.tocsr() if is_sparse(a) else a.T
+    if 0 in a.shape:
+        return 0.0
+    return add_up(float(row_norms(a, 1).max()), mul_up(sqrt_up(a.shape[1]), error))
+
+
+def pairwise_row_norms(rows: Any, q: float, error: float | np.ndarray = 0.0) -> np.ndarray:
+    """Symmetric (K, K) upper bounds of ||(R_i + E_i) - (R_j + E_j)||_q, zero diagonal, q in {1, 2, inf}.
+
+    `rows` R is (K, n); `error` bounds ||E||_F, or, as an array (K,), each ||E_i||_2. For q = 2 and inf it
+    adds e_i + e_j (sqrt(2) error where it is a scalar), for q = 1 sqrt(n) times that. Differences are formed
+    entry by entry, each within one rounding, never through the Gram matrix, which cancels below the truth.
+    Beside R there is a buffer of 2 MB and the result; no (K, K, n) array exists.
+    """
+    _check_order(q, (1, 2, math.inf))
+    matrix = as_matrix(rows)
+    r = matrix.toarray() if is_sparse(matrix) else matrix
+    count, n = r.shape
+    allowance = _pair_errors(error, count, n, q)
+    scaled, exponent = _scaled(r)
+    out = np.zeros((count, count))
+    width, height = min(max(n, 1), 2048), 128
+    buffer = np.empty((height, width))
+    for i in range(count - 1):
+        for lo in range(i + 1, count, height):
+            hi = min(lo + height, count)
+            total = np.zeros(hi - lo)
+            for c in range(0, n, width):
+                d = buffer[: hi - lo, : min(width, n - c)]
+                np.subtract(scaled[lo:hi, c : c + width], scaled[i, c : c + width], out=d)
+                if q == 2:
+                    total += np.einsum("ij,ij->i", d, d)
+                else:
+                    np.abs(d, out=d)
+                    total = total + d.sum(axis=1) if q == 1 else np.maximum(total, d.max(axis=1))
+            size = np.sqrt(total) if q == 2 else total
+            values = unscale_up(np.nextafter(size * (1.0 + 2.0 * gamma(n + 8)), np.inf), exponent)
+            for j in np.flatnonzero(
+                total < 2.0**-600
+            ):  # scaling or squaring may have underflowed: unscaled, alone
+                gap = r[lo + j] - r[i]
+                values[j] = (
+                    mul_up(float(row_norms(gap[None, :], q)[0]), 1.0 + 4.0 * U) if np.any(gap) else 0.0
+                )
+            out[i, lo:hi] = values
+    if np.any(allowance):
+        out = np.nextafter(out + allowance, np.inf)
+        if not np.all(np.isfinite(out)):
+            raise ValueError("the bound is above the range of float64; rescale the problem")
+    out = np.triu(out, 1)
+    return out + out.T
+
+
+def _pair_errors(error: float | np.ndarray, count: int, n: int, q: float) -> np.ndarray:
+    root = sqrt_up(n) if q == 1 else 1.0
+    if np.ndim(error) == 0:
+        return np.full((count, count), mul_up(sqrt_up(2.0), finite(float(error), "error"), root))
+    each = np.asarray(error, dtype=np.float64)
+    if each.shape != (count,):
+        raise ValueError(f"error has shape {each.shape}, expected a number or ({count},)")
+    for e in each:
+        finite(float(e), "error")
+    total = each[:, None] + each[None, :]
+    return np.where(total > 0.0, np.nextafter(np.nextafter(total, np.inf) * root, np.inf), 0.0)
+
+
+def _check_order(q: float, allowed: tuple[float, ...]) -> None:
+    if q not in allowed:
+        raise ValueError(f"norm {q!r} is not one of {allowed}")
+
+
+# ---------------------------------------------------------------------------------------------- spectral norm
+
+
+def _wide(a: Any) -> Any:
+    """A or its transpose, whichever has the smaller side first (CSR where sparse)."""
+    if a.shape[0] <= a.shape[1]:
+        return a
+    return a.T.tocsr() if is_sparse(a) else a.T
+
+
+def proof_plan(a: Any, memory: int | None = None) -> banded_cholesky.Plan:
+    """How `verified_norm` proves ||A||_2: dense or banded, the bytes of all its arrays and its operations. For an
+    enclosure the plan of its midpoint: a plan proves nothing.
+
+    The cheapest proof within `memory` bytes, by a rule of sizes and patterns (no wall time); where none fits, the
+    smallest. Without a limit the cheapest.
+    """
+    return banded_cholesky.choose(_wide(as_matrix(a._midpoint if isinstance(a, Enclosure) else a)), memory)
+
+
+def verified_norm(
+    a: Any, error: float = 0.0, start: float | None = None, plan: banded_cholesky.Plan | None = None
+) -> float:
+    """An upper bound s >= ||A + E||_2 in real arithmetic, for every E with ||E||_2 <= error.
+
+    A is (m, n), dense or scipy.sparse. It is scaled by a power of two, and a completed Cholesky factorisation
+    of s**2 I - G - c I, G the Gram matrix on the smaller side, with the shift c of `lipbounds._norms.cholesky` proves
+    the bound; s is raised until that succeeds, and never exceeds sqrt(||A||_1 ||A||_inf) or ||A||_F. Usually
+    one factorisation is needed. Where G has a narrow band in some order of its rows (convolutions, pooling,
+    their products), it is never formed as a whole: `banded_cholesky`. With r the smaller side, k the most
+    nonzeros in a row of it and w the bandwidth, the slack is about (r + k/4) r U relative for the dense proof
+    (1e-9 at r = 3000) and (2 w + k/4) w U for the banded one.
+
+    Args:
+        a: the matrix. Memory beside it: r**2 doubles and a block of 1024 rows, or about 1.3 w**2 doubles and
+            copies of A (`proof_plan`).
+        error: bound of the norm of what is missing from A, in the units of A.
+        start: a guess of ||A||_2 (say, from an earlier run); it saves the Lanczos estimate. Any positive
+            value is safe; one that is too large may make the result that large, one too small costs another
+            factorisation.
+        plan: from `proof_plan` for this matrix; None chooses without a limit of memory.
+
+    Raises:
+        ValueError: NaN, infinite, complex or non-matrix input, a bad `error` or `start`, a bound beyond
+        float64. RuntimeError: the process flushes denormal numbers to zero.
+    """
+    a = as_matrix(a)
+    error = finite(error, "error")
+    if start is not None and not 0.0 < start < math.inf:
+        raise ValueError(f"start is {start}, not a finite number > 0")
+    if 0 in a.shape or _largest(a) == 0.0:
+        return error
+    b, exponent = _scaled(a)
+    b = _wide(b)
+    column, row, whole = induced_norm(b, 1), induced_norm(b, math.inf), frobenius_norm(b)
+    ceiling = min(mul_up(column, row), mul_up(whole, whole))
+    guess = 0.0
+    if start is not None:
+        with np.errstate(over="ignore", under="ignore"):
+            guess = min(float(np.ldexp(start, -exponent)), 2.0**400) ** 2
+    k, absolute_gram = cholesky.nonzeros_per_row(b), cholesky.absolute_gram_norm(b)
+    if plan is None:
+        plan = banded_cholesky.choose(b, None)
+    if plan.way == "banded":
+        banded = banded_cholesky.BandedCholesky(b, k, absolute_gram, plan)
+        t = cholesky.certify(banded, guess, ceiling, banded.estimate)
+    else:
+        g = cholesky.gram(b)
+        dense = cholesky.ShiftedCholesky(g, k, b.shape[1], absolute_gram)
+        t = cholesky.certify(dense, guess, ceiling, lambda: cholesky.estimate_gram_norm(g, b))
+    s = up(sqrt_up(t))  # the second step covers entries lost in the scaling
+    return add_up(float(unscale_up(s, exponent)), error)
+
+
+# ------------------------------------------------------------------------------------------------- enclosures
+
+
+@dataclass(frozen=True, eq=False)
+class Enclosure:
+    """The set of matrices {M + E : ||E||_F <= error}; M a float64 ndarray or csr_array.
+
+    A real matrix that is only known by a rounded product lies in it. `error` is in the units
+    of M. ValueError where M or error is not finite.
+
+    M alone proves nothing about the real matrix, so it cannot be read alone. A proof takes `with_error`, and adds what
+    the error can do; `exact_or_none` and `support` answer questions about every member; a choice whose
+    consequences are proved later (an optimiser, a heuristic) takes `midpoint_for_search`.
+    """
+
+    _midpoint: Any
+    error: float = 0.0
+
+    __array_ufunc__ = None  # operators of NumPy arrays do not take an enclosure for an array
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_midpoint", as_matrix(self._midpoint))
+        object.__setattr__(self, "error", finite(self.error, "error"))
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("an enclosure is a set of matrices, not one: take with_error() or exact_or_none()")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._midpoint.shape
+
+    @property
+    def sparse(self) -> bool:
+        return is_sparse(self._midpoint)
+
+    @property
+    def stored(self) -> int:
+        """How many entries of M are stored."""
+        return int(_entries(self._midpoint).size)
+
+    @property
+    def T(self) -> Enclosure:
+        return Enclosure(self._midpoint.T.tocsr() if self.sparse else self._midpoint.T, self.error)
+
+    def with_error(self) -> tuple[Any, float]:
+        """(M, error), for a proof that adds what the error can do."""
+        return self._midpoint, self.error
+
+    def exact_or_none(self) -> Any:
+        """The real matrix, if it is known; else None."""
+        return self._midpoint if self.error == 0.0 else None
+
+    def midpoint_for_search(self) -> Any:
+        """M, for choices that are sound whatever they are: nothing may be proved from it."""
+        return self._midpoint
+
+    def support(self, axis: int) -> np.ndarray:
+        """Which columns (axis 0) or rows (axis 1) are not zero in every member."""
+        if self.error > 0.0:
+            return np.ones(self.shape[1 - axis], bool)
+        return np.asarray((self._midpoint != 0).sum(axis=axis)).reshape(-1) > 0
+
+    def select(self, rows: Any = None, cols: Any = None) -> Enclosure:
+        """The enclosure of some rows and columns, by slices or indices; rows and columns may be repeated."""
+        matrix, error = self._midpoint, self.error
+        for axis, chosen in enumerate((rows, cols)):
+            if chosen is None:
+                continue
+            matrix = matrix[chosen] if axis == 0 else matrix[:, chosen]
+            if error and not isinstance(chosen, slice):
+                index = np.asarray(chosen)
+                most = 1 if index.dtype == bool else int(np.bincount(index % self.shape[axis]).max(initial=0))
+                error = mul_up(sqrt_up(float(most)) if most > 1 else 1.0, error)
+        return Enclosure(matrix if is_sparse(matrix) else np.ascontiguousarray(matrix), error)
+
+    def dense(self) -> Enclosure:
+        return Enclosure(self._midpoint.toarray(), self.error) if self.sparse else self
+
+
+def _cheap_norm(a: Any) -> float:
+    """An upper bound of || |A| ||_2, hence of ||A||_2: min(sqrt(||A||_1 ||A||_inf), ||A||_F)."""
+    column, row = sqrt_up(induced_norm(a, 1)), sqrt_up(induced_norm(a, math.inf))
+    return min(mul_up(column, row), frobenius_norm(a))
+
+
+def multiply(a: Any, m: Enclosure, relerr: float = 0.0, norm: float | None = None) -> Enclosure:
+    """An enclosure of A_true M_true for M_true in `m` and |A_true - A| <= relerr |A| entrywise.
+
+    With k the most nonzero terms of one inner product, e the error of `m` and N >= || |A| ||_2
+    (`_cheap_norm`),
+        e' = (1 + relerr) N e + (gamma_k + relerr) N ||M||_F + k sqrt(rows cols) 2**-1022,
+    since || |A| |M| ||_F <= || |A| ||_2 ||M||_F. `norm`, a proved bound of ||A_true||_2, replaces (1 +
+    relerr) N in the first term: without it errors grow by N instead of ||A||_2 for each factor. The product
+    is sparse while that is cheaper and its density is at most 1/4.
+    """
+    relerr = finite(relerr, "relerr")
+    a = as_matrix(a)
+    if a.shape[1] != m.shape[0]:
+        raise ValueError(f"cannot multiply {a.shape} by {m.shape}")
+    rows, cols = a.shape[0], m.shape[1]
+    if 0 in (rows, cols, a.shape[1]):
+        return Enclosure(np.zeros((rows, cols)))
+    require_gradual_underflow()
+    transposed = m._midpoint.T.tocsr() if is_sparse(m._midpoint) else m._midpoint.T
+    k = min(cholesky.nonzeros_per_row(a), cholesky.nonzeros_per_row(transposed))
+    del transposed
+    cheap = _cheap_norm(a)
+    grown = add_up(1.0, relerr)
+    carried = mul_up(finite(norm, "norm") if norm is not None else mul_up(grown, cheap), m.error)
+    rounding = mul_up(add_up(gamma(k), relerr), cheap, frobenius_norm(m._midpoint))
+    underflow = 0.0
+    if not _products_stay_normal(a, m._midpoint):
+        underflow = mul_up(float(k), sqrt_up(float(rows) * float(cols)), UNDERFLOW)
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        product = _product(a, m._midpoint)
+    return Enclosure(product, add_up(carried, rounding, underflow))
+
+
+def _product(a: Any, b: Any) -> Any:
+    """fl(A B) by the cheaper of the dense and the sparse way; dense only where it stays below 2 GB."""
+    if not is_sparse(a) and not is_sparse(b):
+        return a @ b
+    (rows, inner), cols = a.shape, b.shape[1]
+    dense = 2.0 * rows * inner * cols / 4e10 + 4e-9 * (rows * inner + inner * cols)
+    if is_sparse(a) and is_sparse(b):
+        terms = float(np.bincount(a.indices, minlength=inner).astype(float) @ np.diff(b.indptr).astype(float))
+        sparse = terms / 1.5e8
+    else:
+        sparse = (a.nnz * cols if is_sparse(a) else b.nnz * rows) / 1e9
+    if dense < sparse and 8 * (rows * inner + inner * cols + rows * cols) < 2**31:
+        a = a.toarray() if is_sparse(a) else a
+        b = b.toarray() if is_sparse(b) else b
+    return _tidy(a @ b)
+
+
+def _tidy(a: Any) -> Any:
+    if is_sparse(a) and (a.shape[0] * a.shape[1] <= 2**16 or a.nnz > 0.25 * a.shape[0] * a.shape[1]):
+        return a.toarray()
+    return a
+
+
+def add(*terms: Enclosure) -> Enclosure:
+    """An enclosure of the sum; each floating-point addition errs by at most U |result| entrywise."""
+    if not terms:
+        raise ValueError("nothing to add")
+    total, error = terms[0]._midpoint, terms[0].error
+    for term in terms[1:]:
+        if term.shape != total.shape:
+            raise ValueError(f"cannot add {total.shape} and {term.shape}")
+        with np.errstate(over="ignore"):
+            total = as_matrix(_tidy(total + term._midpoint))
+        error = add_up(error, term.error, mul_up(U, frobenius_norm(total)))
+    return Enclosure(total, error)
+
+
+def scale(m: Enclosure, rows: Any = None, cols: Any = None) -> Enclosure:
+    """An enclosure of diag(rows) M_true diag(cols), the factors exact.
+
+    Each side gives e' = max|d| e + U ||result||_F + sqrt(m n) 2**-1022; factors that are zero or powers of two
+    (slopes of 1/2) are not rounded, and the last two terms are left out.
+    """
+    matrix, error = m._midpoint, m.error
+    for axis, factors in enumerate((rows, cols)):
+        if factors is None:
+            continue
+        d = as_matrix(np.atleast_2d(factors))[0]
+        if d.shape != (matrix.shape[axis],):
+            raise ValueError(f"{d.size} factors for a side of {matrix.shape[axis]}")
+        safe = _products_stay_normal(matrix, d)
+        with np.errstate(over="ignore", under="ignore"):
+            if is_sparse(matrix):
+                matrix = sp.diags_array(d) @ matrix if axis == 0 else matrix @ sp.diags_array(d)
+            else:
+                matrix = matrix * (d[:, None] if axis == 0 else d)
+        matrix = as_matrix(matrix)
+        lost = 0.0 if safe else mul_up(sqrt_up(float(matrix.shape[0]) * float(matrix.shape[1])), UNDERFLOW)
+        exact = safe and bool(np.isin(np.abs(np.frexp(d)[0]), (0.0, 0.5)).all())
+        rounding = 0.0 if exact else mul_up(U, frobenius_norm(matrix))
+        error = add_up(mul_up(_largest(np.abs(d)), error), rounding, lost)
+    return Enclosure(matrix, error)
+
+
+def stack(blocks: list[Enclosure], axis: int = 0) -> Enclosure:
+    """The enclosure of the blocks below (axis 0) or beside (axis 1) each other; errors add in squares."""
+    if not blocks or axis not in (0, 1):
+        raise ValueError("stack needs at least one block and axis 0 or 1")
+    parts = [b._midpoint for b in blocks]
+    joined: Any
+    if all(is_sparse(p) for p in parts):
+        joined = sp.csr_array(sp.vstack(parts, format="csr") if axis == 0 else sp.hstack(parts, format="csr"))
+    else:
+        joined = np.concatenate([p.toarray() if is_sparse(p) else p for p in parts], axis=axis)
+    return Enclosure(joined, frobenius_norm(np.array([[b.error for b in blocks]])))
+
+
+def enclosure_norm(m: Enclosure, p: float = 2, start: float | None = None) -> float:
+    """An upper bound of ||M_true||_p, p in {1, 2, inf}, for every M_true in the enclosure."""
+    _check_order(p, (1, 2, math.inf))
+    return verified_norm(m._midpoint, m.error, start) if p == 2 else induced_norm(m._midpoint, p, m.error)
+
+
+def enclosure_cheap_norm(m: Enclosure) -> float:
+    """An upper bound of ||M_true||_2 without a factorisation: `_cheap_norm` and the error."""
+    return add_up(_cheap_norm(m._midpoint), m.error)
+
+
+def enclosure_row_norms(m: Enclosure, q: float) -> np.ndarray:
+    """`row_norms` (m,) of every M_true in the enclosure."""
+    found = row_norms(m._midpoint, q)
+    if m.error == 0.0:
+        return found
+    slack = mul_up(sqrt_up(m.shape[1]) if q == 1 else 1.0, m.error)
+    return np.asarray(np.nextafter(found + slack, np.inf))
+
+
+def enclosure_pair_norms(m: Enclosure, q: float) -> np.ndarray:
+    """`pairwise_row_norms` (m, m) of every M_true in the enclosure."""
+    return pairwise_row_norms(m._midpoint, q, m.error)

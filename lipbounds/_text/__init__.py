@@ -1,0 +1,1 @@
+"""What every room may use: tables, HTML, progress, files, the boundary of a public call, the version."""

@@ -1,0 +1,133 @@
+"""Files that are written whole or not at all, and files of others, read within what they hold."""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lipbounds._text.memory import available_memory
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """The file is complete or as it was before; a link is followed."""
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --- files that other people made: whatever they hold, an array or a ValueError ------------------------------------
+
+DEFLATE = 1032  # deflate makes at most so many bytes of one
+_KINDS = frozenset("F64 F32 F16 BF16 I64 I32 I16 I8 U64 U32 U16 U8 BOOL".split())
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file by name, each read only if the file can hold what its header promises.
+
+    Raises:
+        ValueError: not an .npz file, cut off, damaged, pickled objects, a header that promises more than is there, or
+            arrays that take more memory than is free.
+        OSError: the file cannot be opened.
+    """
+    with path.open("rb") as stream:
+        try:
+            with zipfile.ZipFile(stream) as archive:
+                members = archive.infolist()
+                if len({info.filename for info in members}) != len(members):
+                    raise ValueError("two arrays have one name")
+                size = path.stat().st_size
+                _check_room([min(i.file_size, DEFLATE * min(i.compress_size, size)) for i in members])
+                return {info.filename.removesuffix(".npy"): _member(archive, info, size) for info in members}
+        except Exception as error:  # zipfile and NumPy raise nearly anything for a damaged file
+            if isinstance(error, MemoryError):
+                raise ValueError(f"{path}: {error or 'its arrays do not fit in memory'}") from error
+            if "pickle" in str(error):
+                raise ValueError(
+                    f"{path}: holds pickled objects, which are not read; save plain arrays"
+                ) from error
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise ValueError(
+                f"{path}: not an .npz file, or cut off ({reason[0]}); save it again with numpy.savez"
+            ) from error
+
+
+def read_npy(path: Path) -> np.ndarray:
+    """The array of an .npy file; ValueError as `read_npz`."""
+    with path.open("rb") as stream:
+        try:
+            return _array(stream, path.stat().st_size, DEFLATE * path.stat().st_size, repr(path.name))
+        except Exception as error:  # NumPy raises nearly anything for a damaged file
+            raise ValueError(f"{path}: not an .npy file of numbers, or cut off: {error}") from error
+
+
+def _check_room(sizes: list[int]) -> None:
+    """MemoryError where arrays of these bytes, one of them twice while it is read, exceed the memory that is free."""
+    need, free = sum(sizes) + max(sizes, default=0), available_memory()
+    if free is not None and need > free * 2**30:
+        raise MemoryError(
+            f"its arrays need {need / 2**30:.3g} GiB, but only {free:.3g} GiB of memory are free: keep fewer examples"
+        )
+
+
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, size: int) -> np.ndarray:
+    """One array of an archive of `size` bytes; ValueError before anything is allocated for a false promise."""
+    stored = info.compress_type == zipfile.ZIP_STORED
+    room = min(info.compress_size, size) * (1 if stored else DEFLATE)
+    with archive.open(info) as stream:
+        array = _array(stream, info.file_size, room, repr(info.filename))
+        stream.read(1)  # at the end the checksum is compared
+    return array
+
+
+def _array(stream: Any, size: int, room: int, what: str) -> np.ndarray:
+    """The array of a stream in NumPy's format, of `size` bytes by its own account and of at most `room`."""
+    version = np.lib.format.read_magic(stream)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"{what} has the version {version} of the format")
+    shape, fortran, dtype = readers[version](stream)
+    promised, held = math.prod(shape) * dtype.itemsize, size - stream.tell()
+    if dtype.hasobject:
+        raise ValueError("pickle")
+    if min(shape, default=0) < 0 or promised != held or promised > room:
+        raise ValueError(
+            f"the header of {what} promises shape {tuple(shape)}, {promised} bytes; there are "
+            f"{min(held, room)}"
+        )
+    flat = np.frombuffer(bytearray(stream.read(promised)), dtype, math.prod(shape))
+    return flat.reshape(shape, order="F" if fortran else "C")
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(tensors by name, metadata) of a .safetensors file; ValueError if it is damaged or holds what NumPy has not."""
+    from safetensors import safe_open
+
+    with path.open("rb"):  # what cannot be opened is an OSError, as everywhere
+        pass
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = list(file.keys())
+            kinds = {name: file.get_slice(name).get_dtype() for name in names}
+            strange = next((name for name in names if kinds[name] not in _KINDS), None)
+            tensors = {} if strange else {name: file.get_tensor(name) for name in names}
+            metadata = dict(file.metadata() or {})
+    except Exception as error:  # its errors are of many kinds
+        raise ValueError(f"{path}: not a complete .safetensors file, or cut off: {error}") from error
+    if strange is not None:
+        raise ValueError(
+            f"{path}: the tensor {strange!r} is of type {kinds[strange]}, which NumPy does not have; save it as float32"
+        )
+    return tensors, metadata

@@ -1,0 +1,156 @@
+"""Writing the decided equations as a program, in order, with registers and leaves counted from 0."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lipbounds._activations import activations
+from lipbounds._form.concrete import is_concrete
+from lipbounds._form.program import Op, Program, Tap
+from lipbounds._form.steps import StaticArray, static
+from lipbounds._tracing.jaxpr import Eqn, Value
+from lipbounds._tracing.rules import Group, Linear
+
+if TYPE_CHECKING:
+    from lipbounds._tracing.lowering import Elementwise, Lowering
+
+
+def constant_key(value: Value) -> tuple[str, Any]:
+    """Equal scalars are one constant; arrays are told apart by identity."""
+    if value.shape == () and is_concrete(value.const) and jnp.issubdtype(value.dtype, jnp.floating):
+        scalar = np.asarray(value.const)
+        return ("scalar", (scalar.dtype.name, scalar.tobytes()))
+    return ("array", id(value.const))
+
+
+class Emitter:
+    """Writes the decided equations in order, with registers and leaves counted from 0."""
+
+    def __init__(self, lowering: Lowering, needed: set[int]):
+        self.low = lowering
+        self.needed = needed
+        self.registers: dict[int, int] = {lowering.flat.input.index: 0}
+        self.shapes: list[tuple[int, ...]] = [lowering.flat.input.shape]
+        self.levels: list[int] = [0]
+        self.steps: list[Op | int] = []
+        self.taps: list[Tap] = []
+        self.leaves: list[Any] = []
+        self.leaf_places: dict[tuple[str, Any], int] = {}
+        self.slopes: list[Any] = []
+        self.pairs: dict[tuple[int, int], int] = {}
+
+    def register(self, value: Value | None, shape: tuple[int, ...], level: int) -> int:
+        place = len(self.shapes)
+        if value is not None:
+            self.registers[value.index] = place
+        self.shapes.append(shape)
+        self.levels.append(level)
+        return place
+
+    def leaf(self, value: Value) -> int:
+        key = constant_key(value)
+        if key not in self.leaf_places:
+            self.leaf_places[key] = len(self.leaves)
+            const = value.const
+            if is_concrete(const) and not isinstance(const, jax.Array):
+                const = np.array(const)  # the caller may go on writing to its array
+            self.leaves.append(const)
+        return self.leaf_places[key]
+
+    def operand(self, value: Value) -> int:
+        if value.depends:
+            return self.registers[self.low.resolve(value).index]
+        return -1 - self.leaf(value)
+
+    def run(self, output: Value) -> tuple[Program, tuple[Any, ...], tuple[Any, ...], dict[int, int]]:
+        """Program, leaves, slopes, and the register of each flat value that has one."""
+        for eqn in self.low.flat.eqns:
+            for value in eqn.outputs:
+                if value.index not in self.needed or value.index in self.registers:
+                    continue
+                if value.index in self.low.linear:
+                    self.emit_linear(self.low.linear[value.index], eqn, value)
+                elif value.index in self.low.taps:
+                    self.emit_tap(self.low.taps[value.index], eqn, value)
+        if output.depends:
+            last = self.registers[self.low.resolve(output).index]
+        else:
+            last = self.register(output, output.shape, 0)
+            self.steps.append(Op("constant", (), (-1 - self.leaf(output),), last))
+        program = Program(
+            tuple(self.steps), tuple(self.taps), tuple(self.shapes), last, self.low.half_formats()
+        )
+        return program, tuple(self.leaves), tuple(self.slopes), self.registers
+
+    def emit_linear(self, part: Linear, eqn: Eqn, value: Value) -> None:
+        inputs = tuple(self.operand(eqn.inputs[j]) for j in part.operands)
+        level = max((self.levels[i] for i in inputs if i >= 0), default=0)
+        params = tuple(sorted((k, static(v)) for k, v in part.params.items()))
+        self.steps.append(Op(part.kind, params, inputs, self.register(value, value.shape, level)))
+
+    def emit_tap(self, found: Elementwise | Group, eqn: Eqn, value: Value) -> None:
+        if not isinstance(found, Group):
+            consts = tuple(self.tap_constant(v) for v in found.consts)
+            source = self.registers[self.low.resolve(found.base).index]
+            concrete = [v.const for v in found.consts]
+            name = (
+                activations.known_name(found.expr, concrete) if all(map(is_concrete, concrete)) else "prelu"
+            )
+            size = int(np.prod(value.shape))
+            self.add_tap(
+                dict(
+                    kind="elementwise", name=name, size_in=size, size_out=size, expr=found.expr, consts=consts
+                )
+                | dict(assumed=found.assumed),
+                (source,),
+                [value],
+                eqn,
+                found.slopes,
+            )
+            return
+        sources = tuple(self.registers[self.low.resolve(v).index] for v in eqn.inputs)
+        size_in = sum(int(np.prod(self.shapes[s])) for s in sources)
+        if eqn.primitive in ("max", "min") and len(sources) == 2 and found.index.size == size_in:
+            twin = self.twin(eqn, sources)
+            if twin is not None:  # max and min of one pair are one permutation: 1-Lipschitz together
+                low, high = (twin, value) if eqn.primitive == "max" else (value, twin)
+                fields = dict(kind="sort", name="maxmin", size_in=size_in, size_out=size_in)
+                self.add_tap(fields | dict(groups=StaticArray(found.index)), sources, [low, high], eqn, ())
+                return
+        mode = found.mode
+        size_out = found.index.size if mode == "sort" else found.index.shape[0]
+        fields = dict(kind=mode, name=eqn.primitive, size_in=size_in, size_out=size_out)
+        self.add_tap(fields | dict(groups=StaticArray(found.index)), sources, [value], eqn, ())
+
+    def twin(self, eqn: Eqn, sources: tuple[int, ...]) -> Value | None:
+        """The min beside this max (or the reverse) over the same two tensors."""
+        other = "min" if eqn.primitive == "max" else "max"
+        for candidate in self.low.flat.eqns:
+            if candidate.primitive != other or candidate.outputs[0].index not in self.needed:
+                continue
+            if not isinstance(self.low.taps.get(candidate.outputs[0].index), Group):
+                continue
+            operands = {self.low.resolve(v).index for v in candidate.inputs}
+            if {self.registers.get(i) for i in operands} == set(sources):
+                return candidate.outputs[0]
+        return None
+
+    def tap_constant(self, value: Value) -> int | StaticArray:
+        if is_concrete(value.const) and not jnp.issubdtype(value.dtype, jnp.floating):
+            return StaticArray(np.asarray(value.const))
+        return self.leaf(value)
+
+    def add_tap(
+        self, fields: dict[str, Any], sources: tuple[int, ...], values: list[Value], eqn: Eqn, slopes: Any
+    ) -> None:
+        level = max(self.levels[s] for s in sources)
+        outputs = tuple(self.register(v, v.shape, level + 1) for v in values)
+        self.steps.append(len(self.taps))
+        shapes = tuple(v.shape for v in values)
+        tap = Tap(path=eqn.path, inputs=sources, outputs=outputs, shapes=shapes, level=level, **fields)
+        self.taps.append(tap)
+        self.slopes.append(slopes)

@@ -1,0 +1,587 @@
+"""From a JAX function to a flat list of equations: the only file that knows jax internals.
+
+Facts this file relies on, measured on jax 0.10.2 and 0.12.0.1 (tests/test_jaxpr_contract.py fails first when one of
+them changes):
+
+* from 0.11 `Jaxpr is ClosedJaxpr`, and `j.jaxpr is j`: unwrapping "while it has .jaxpr" never ends;
+* two calls of one jitted function at one shape share the same sub-jaxpr and the same Var objects, so the environment
+  is kept per call and a tensor is identified by its position in the flat list, never by its Var;
+* `scan` carries `num_consts`, `num_carry` up to 0.11 and a tree `ft_in` from 0.12;
+* binary primitives broadcast dimensions of size one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax._src import source_info_util
+from jax._src.core import eval_jaxpr
+from jax.extend.core import Literal
+
+from lipbounds._activations import piecewise
+from lipbounds._form.concrete import is_concrete
+from lipbounds._text.tables import printable
+from lipbounds._tracing.parameters import not_understood
+from lipbounds.errors import Unsupported
+
+_CALLS = {
+    "jit": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "remat2": "jaxpr",
+}
+_RANDOM = ("random_", "threefry", "rng_")
+_COMPARE = ("lt", "le", "gt", "ge", "eq", "ne")
+Path = tuple[str, ...]
+
+
+@dataclass(eq=False)
+class Value:
+    """One tensor of the flat program: a constant (perhaps a tracer), or something that depends on x.
+
+    Args:
+        randomness: 0, 1 (computed from random bits), 2 (a random mask: a comparison of such numbers).
+        bounds: the range of a small integer that depends on x by comparisons only (which case of jnp.select holds).
+    """
+
+    index: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    const: Any = None
+    depends: bool = False
+    randomness: int = 0
+    producer: Eqn | None = None
+    bounds: tuple[int, int] | None = None
+
+
+@dataclass(eq=False)
+class Eqn:
+    """One primitive with at least one operand that depends on x."""
+
+    primitive: str
+    params: dict[str, Any]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    path: str
+    bind: Callable[..., Any] | None = None
+    many: bool = False
+
+
+@dataclass
+class Flat:
+    """The inlined program of one traced function."""
+
+    input: Value
+    outputs: tuple[Value, ...]
+    eqns: list[Eqn]
+    refused: list[Unsupported]
+    values: list[Value] = field(default_factory=list)
+
+
+def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """The open jaxpr and its constants, for open and closed jaxprs of every supported jax."""
+    return getattr(jaxpr, "jaxpr", jaxpr), tuple(getattr(jaxpr, "consts", ()))
+
+
+def flatten(fn: Callable[..., Any], params: Any, x: jax.ShapeDtypeStruct) -> Flat:
+    """Trace `fn(params, x)` and inline every call.
+
+    Everything that does not depend on x is evaluated on the way, equation by equation, in the program's own dtypes.
+
+    Args:
+        fn: a function of two arguments.
+        params: any pytree of arrays; may hold tracers, so that a bound can be differentiated.
+        x: shape and dtype of one input.
+    """
+    leaves, tree = jax.tree.flatten(params)
+
+    def flat_fn(*args: Any) -> Any:
+        return jax.tree.leaves(fn(jax.tree.unflatten(tree, args[:-1]), args[-1]))
+
+    closed = jax.make_jaxpr(flat_fn)(*leaves, x)
+    return _Inliner().run(closed, leaves, x)
+
+
+class _Inliner:
+    """Walks a jaxpr with one environment per call."""
+
+    def __init__(self) -> None:
+        from lipbounds._tracing.rewrites import rewrite  # it writes through an inliner
+
+        self.rewrite = rewrite
+        self.values: list[Value] = []
+        self.eqns: list[Eqn] = []
+        self.refused: list[Unsupported] = []
+
+    def run(self, closed: Any, leaves: Sequence[Any], x: jax.ShapeDtypeStruct) -> Flat:
+        source = self.value(tuple(x.shape), np.dtype(x.dtype), depends=True)
+        outputs = self.call(closed, [*map(self.const, leaves), source], ())
+        return Flat(source, tuple(outputs), self.eqns, self.refused, self.values)
+
+    def value(self, shape: tuple[int, ...], dtype: Any, **kwargs: Any) -> Value:
+        value = Value(len(self.values), shape, dtype, **kwargs)
+        self.values.append(value)
+        return value
+
+    def const(self, const: Any, randomness: int = 0) -> Value:
+        dtype = getattr(const, "dtype", None)
+        if dtype is None:
+            const = np.asarray(const)
+            dtype = const.dtype
+        return self.value(tuple(np.shape(const)), dtype, const=const, randomness=randomness)
+
+    def emit(
+        self,
+        primitive: str,
+        params: dict[str, Any],
+        inputs: Sequence[Value],
+        shape: tuple[int, ...],
+        path: Path,
+    ) -> Value:
+        """An equation of our own (slices and stacks of an unrolled scan)."""
+        out = self.value(shape, inputs[0].dtype, depends=True)
+        self.eqns.append(Eqn(primitive, params, tuple(inputs), (out,), printable("/".join(path))))
+        out.producer = self.eqns[-1]
+        return out
+
+    def refuse(self, eqn: Any, path: Path, shape: Any, reason: str, remedy: str) -> None:
+        self.refused.append(Unsupported(eqn.primitive.name, _where(eqn, path), tuple(shape), reason, remedy))
+
+    def call(self, jaxpr: Any, args: Sequence[Value], path: Path) -> list[Value]:
+        inner, consts = opened(jaxpr)
+        env: dict[Any, Value] = {}
+        env.update(zip(inner.constvars, map(self.const, consts), strict=False))
+        env.update(zip(inner.invars, args, strict=True))
+
+        def read(atom: Any) -> Value:
+            if isinstance(atom, Literal):
+                return self.const(_literal(atom))
+            return env[atom]
+
+        for eqn in inner.eqns:
+            inputs = [read(atom) for atom in eqn.invars]
+            outputs = self.equation(eqn, inputs, path)
+            env.update(zip(eqn.outvars, outputs, strict=True))
+        return [read(atom) for atom in inner.outvars]
+
+    def equation(self, eqn: Any, inputs: list[Value], path: Path) -> list[Value]:
+        name = eqn.primitive.name
+        params = eqn.params
+        dependent = any(value.depends for value in inputs)
+        if name in _CALLS or name in ("scan", "cond"):
+            why = not_understood(name, params)
+            if why is not None:
+                if not dependent and not _mutates(eqn):
+                    return self.evaluate(eqn, inputs)
+                self.refuse(eqn, path, _shape(eqn), *why)
+                return [self.unknown(var) for var in eqn.outvars]
+        if name == "jit" and params["name"] == "_interp" and dependent:
+            found = self.interpolation(eqn, inputs, path)
+            if found is not None:
+                return found
+        if dependent:
+            simpler = self.rewrite(self, eqn, inputs, path)
+            if simpler is not None:
+                return simpler
+        if name in _CALLS:
+            return self.call(
+                params[_CALLS[name]], inputs, (*path, *_stack(eqn), str(params.get("name", name)))
+            )
+        if _mutates(eqn):
+            reason = "it reads or writes mutable state, so what it returns is not a function of its operands"
+            self.refuse(eqn, path, _shape(eqn), reason, "pass the state in and out as values")
+            return [self.unknown(var) for var in eqn.outvars]
+        if name == "cond" and not inputs[0].depends and is_concrete(inputs[0].const):
+            branches = params["branches"]
+            index = int(np.clip(int(inputs[0].const), 0, len(branches) - 1))
+            return self.call(branches[index], inputs[1:], (*path, *_stack(eqn), f"cond[{index}]"))
+        if not dependent:
+            return self.evaluate(eqn, inputs)
+        if name == "scan":
+            return self.scan(eqn, inputs, path)
+        if name == "scatter" and params["update_jaxpr"] is not None:
+            return self.apply_at(eqn, inputs, path)
+        if name == "argmax" and tuple(params["axes"]) == (0,):
+            rows = self.rows(inputs[0], path)
+            if rows is not None:
+                largest = partial(piecewise.first_largest, dtype=params["index_dtype"])
+                return self.rewritten(largest, rows, eqn, path)
+        if name == "select_n" and (span := inputs[0].bounds) is not None:
+            if 0 <= span[0] and span[1] < len(inputs) - 1:
+                return self.rewritten(piecewise.by_comparison, inputs, eqn, path)
+        if name in ("while", "cond"):
+            if name == "cond":
+                traced = not inputs[0].depends
+                reason = "the branch taken " + (
+                    "is being traced" if traced else "depends on x, so the answer can jump"
+                )
+                remedy = "use a constant predicate, or jnp.where with branches that agree where it switches"
+            else:
+                reason = "a while loop has no static length"
+                remedy = "use lax.scan or a fori_loop with constant bounds"
+            self.refuse(eqn, path, _shape(eqn), reason, remedy)
+            return [self.unknown(var) for var in eqn.outvars]
+        if eqn.outvars and all(0 in v.aval.shape for v in eqn.outvars):
+            # nothing of x passes through a tensor without entries
+            return [self.const(np.zeros(v.aval.shape, v.aval.dtype)) for v in eqn.outvars]
+        return self.record(eqn, inputs, path)
+
+    def record(self, eqn: Any, inputs: Sequence[Value], path: Path) -> list[Value]:
+        """An equation of the program as it is."""
+        name, params = eqn.primitive.name, eqn.params
+        outputs = [self.value(tuple(v.aval.shape), v.aval.dtype, depends=True) for v in eqn.outvars]
+        record = Eqn(name, params, tuple(inputs), tuple(outputs), _where(eqn, path), eqn.primitive.bind)
+        record.many = eqn.primitive.multiple_results
+        for output in outputs:
+            output.producer = record
+            if jnp.issubdtype(output.dtype, jnp.integer):
+                output.bounds = piecewise.integer_bounds(name, output.dtype, [_range(v) for v in inputs])
+        if outputs:
+            self.eqns.append(record)
+        return outputs
+
+    def rewritten(self, fn: Callable[..., Any], inputs: Sequence[Value], eqn: Any, path: Path) -> list[Value]:
+        """The program of `fn` in place of an equation."""
+        specs, start = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in inputs], len(self.eqns)
+        outputs = self.call(jax.make_jaxpr(fn)(*specs), inputs, path)
+        for record in self.eqns[start:]:
+            record.path = _where(eqn, path)
+        return outputs
+
+    def rows(self, value: Value, path: Path) -> list[Value] | None:
+        """What was stacked along the first axis to make a boolean or integer tensor; None: not known."""
+        if jnp.issubdtype(value.dtype, jnp.floating):
+            return None
+        if not value.depends:
+            return [self.const(row) for row in np.asarray(value.const)] if is_concrete(value.const) else None
+        made = value.producer
+        if made is None:
+            return None
+        first = made.inputs[0]
+        if made.primitive == "stack" and made.params["axis"] == 0:
+            return list(made.inputs)
+        if made.primitive == "concatenate" and made.params["dimension"] == 0:
+            parts = [self.rows(part, path) for part in made.inputs]
+            return None if None in parts else [row for part in parts for row in part or ()]
+        if made.primitive in ("broadcast_in_dim", "reshape") and value.shape == (1, *first.shape):
+            dims = made.params.get("broadcast_dimensions")
+            return [first] if dims is None or tuple(dims) == tuple(range(1, len(value.shape))) else None
+        summed = made.primitive == "cumsum" and made.params["axis"] == 0 and not made.params["reverse"]
+        if not (summed or made.primitive == "convert_element_type"):
+            return None
+        rows = self.rows(first, path)
+        if rows is None or not jnp.issubdtype(value.dtype, jnp.integer):
+            return None
+        out: list[Value] = []
+        for row in rows:
+            args = [out[-1], row] if summed and out else [row]
+            cast = partial(lax.convert_element_type, new_dtype=value.dtype)
+            specs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args]
+            out += self.call(jax.make_jaxpr(lax.add if len(args) == 2 else cast)(*specs), args, path)
+        return out
+
+    def interpolation(self, eqn: Any, inputs: list[Value], path: Path) -> list[Value] | None:
+        """`jnp.interp` of x with constant knots, as one equation `interp`; None: something else of that name."""
+        (out,) = eqn.outvars
+        form = piecewise.template(eqn.params["jaxpr"], [var.aval for var in eqn.invars])
+        if form is None:
+            return None
+        x, *rest = inputs
+        if any(v.depends or not is_concrete(v.const) for v in rest):
+            why: Any = ("the knots of jnp.interp depend on x or are being traced", "make the knots constant")
+        elif not jnp.issubdtype(x.dtype, jnp.floating):
+            return None
+        else:
+            xp, fp, *ends = (np.asarray(v.const) for v in rest)
+            why = piecewise.knots(form, x.dtype, xp, fp, ends)
+        if isinstance(why, tuple):
+            self.refused.append(Unsupported("interp", _where(eqn, path), _shape(eqn), *why))
+            return [self.unknown(out)]
+        result = self.value(tuple(out.aval.shape), out.aval.dtype, depends=True)
+        bind = partial(piecewise.interp, dtype=out.aval.dtype)
+        self.eqns.append(Eqn("interp", why, (x,), (result,), _where(eqn, path), bind))
+        result.producer = self.eqns[-1]
+        return [result]
+
+    def unknown(self, var: Any) -> Value:
+        """The output of something already refused: depends on x, and is not complained about again."""
+        shape = tuple(getattr(var.aval, "shape", ()))
+        value = self.value(shape, getattr(var.aval, "dtype", np.dtype(np.float32)), depends=True)
+        value.producer = Eqn("refused", {}, (), (value,), "")
+        return value
+
+    def evaluate(self, eqn: Any, inputs: list[Value]) -> list[Value]:
+        """A constant equation, evaluated once, as the program does it."""
+        name = eqn.primitive.name
+        randomness = max((value.randomness for value in inputs), default=0)
+        if name.startswith(_RANDOM):
+            randomness = max(randomness, 1)
+        if name in _COMPARE and randomness:
+            randomness = 2
+        out = eqn.primitive.bind(
+            *(value.const for value in inputs), **eqn.primitive.get_bind_params(eqn.params)
+        )
+        outs = out if eqn.primitive.multiple_results else [out]
+        return [self.const(value, randomness) for value in outs]
+
+    def scan(self, eqn: Any, inputs: list[Value], path: Path) -> list[Value]:
+        """A scan over x-dependent values, unrolled: its length is static."""
+        params = eqn.params
+        if "ft_in" in params:
+            num_consts, num_carry, _ = (len(part) for part in params["ft_in"].unpack())
+        else:
+            num_consts, num_carry = params["num_consts"], params["num_carry"]
+        consts, carry, xs = inputs[:num_consts], inputs[num_consts : num_consts + num_carry], []
+        xs = inputs[num_consts + num_carry :]
+        length = int(params["length"])
+        order = range(length - 1, -1, -1) if params["reverse"] else range(length)
+        base = (*path, *_stack(eqn))
+        rows: list[list[Value]] = [[] for _ in range(length)]
+        for step in order:
+            where = (*base, f"scan[{step}]")
+            slices = [self.row(value, step, where) for value in xs]
+            outs = self.call(params["jaxpr"], [*consts, *carry, *slices], where)
+            carry, rows[step] = outs[:num_carry], outs[num_carry:]
+        count = len(eqn.outvars) - num_carry
+        if not length:
+            return [
+                *carry,
+                *(self.const(np.zeros(v.aval.shape, v.aval.dtype)) for v in eqn.outvars[num_carry:]),
+            ]
+        return [*carry, *(self.stack([row[i] for row in rows], (*base, "scan")) for i in range(count))]
+
+    def apply_at(self, eqn: Any, inputs: list[Value], path: Path) -> list[Value]:
+        """`x.at[i].apply(f)`: read the entries, apply f, write them back; refused where it computes something else."""
+        operand, indices, updates = inputs
+        params = eqn.params
+        function, consts = opened(params["update_jaxpr"])
+        reason = remedy = ""
+        target = np.zeros(0, np.int32)
+        if indices.depends or not is_concrete(indices.const):
+            reason = "it applies a function at indices that " + (
+                "depend on x, so the output jumps" if indices.depends else "are being traced"
+            )
+            remedy = "make the indices constant"
+        elif any(_uses(function, var) for var in function.invars[1:]) or not all(
+            map(is_concrete, (*consts, *params["update_consts"]))
+        ):
+            reason = "the function it applies at the indices depends on more than the entry itself"
+            remedy = "read the entries with x[i], compute, and write them back with x.at[i].set(...)"
+        else:
+            hits = landings(operand.shape, jnp.asarray(indices.const), updates.shape, params)
+            if (hits > 1).any():
+                reason = "an index occurs twice, so the function would be applied twice to one entry"
+                remedy = "use each index once"
+            elif outside(hits, updates.shape, params):
+                reason, remedy = "an index is out of range", "use indices within the tensor"
+            elif unsorted(indices.const, params):
+                reason, remedy = UNSORTED
+            target = np.flatnonzero(hits).astype(np.int32)
+        why = not_understood("scatter", {**params, "update_jaxpr": None, "update_consts": ()})
+        if why is not None:
+            reason, remedy = why
+        if reason:
+            self.refuse(eqn, path, _shape(eqn), reason, remedy)
+            return [self.unknown(var) for var in eqn.outvars]
+
+        def entry(value: Any) -> Any:
+            zero = jnp.zeros((), updates.dtype)
+            (out,) = eval_jaxpr(function, (*consts, *params["update_consts"]), value, zero)
+            return out
+
+        def written(tensor: Any) -> Any:
+            flat = jnp.ravel(tensor)
+            return flat.at[target].set(jax.vmap(entry)(flat[target])).reshape(tensor.shape)
+
+        spec = jax.ShapeDtypeStruct(operand.shape, operand.dtype)
+        return self.call(jax.make_jaxpr(written)(spec), [operand], (*path, *_stack(eqn), "apply"))
+
+    def row(self, value: Value, step: int, path: Path) -> Value:
+        if not value.depends:
+            return self.const(value.const[step], value.randomness)
+        rest = value.shape[1:]
+        window = {
+            "start_indices": (step,) + (0,) * len(rest),
+            "limit_indices": (step + 1, *rest),
+            "strides": None,
+        }
+        sliced = self.emit("slice", window, [value], (1, *rest), path)
+        return self.emit("reshape", {"new_sizes": rest, "dimensions": None}, [sliced], rest, path)
+
+    def stack(self, rows: list[Value], path: Path) -> Value:
+        if not any(row.depends for row in rows):
+            return self.const(
+                jnp.stack([jnp.asarray(row.const) for row in rows]), max(r.randomness for r in rows)
+            )
+        shape = (1, *rows[0].shape)
+        lifted = [
+            self.emit("reshape", {"new_sizes": shape, "dimensions": None}, [row], shape, path)
+            if row.depends
+            else self.const(lax.reshape(jnp.asarray(row.const), shape))
+            for row in rows
+        ]
+        return self.emit("concatenate", {"dimension": 0}, lifted, (len(rows), *rows[0].shape), path)
+
+
+def checked_mode(mode: Any) -> Any:
+    """What a gather or scatter does out of range; where it was promised that nothing is, so that it can be seen."""
+    modes = lax.GatherScatterMode
+    return modes.FILL_OR_DROP if mode == modes.PROMISE_IN_BOUNDS else mode
+
+
+def landings(
+    shape: Sequence[int], indices: Any, updates: Sequence[int], params: dict[str, Any]
+) -> np.ndarray:
+    """How many updates of a scatter land on each entry of its operand of this shape."""
+    with jax.ensure_compile_time_eval():
+        hits = lax.scatter_add(
+            jnp.zeros(shape, jnp.int32),
+            jnp.asarray(indices),
+            jnp.ones(updates, jnp.int32),
+            params["dimension_numbers"],
+            mode=checked_mode(params["mode"]),
+        )
+        return np.asarray(hits)
+
+
+def outside(hits: np.ndarray, updates: Sequence[int], params: dict[str, Any]) -> bool:
+    """Whether an update lies out of range although it was promised that none does: anything may happen then."""
+    promised = params["mode"] == lax.GatherScatterMode.PROMISE_IN_BOUNDS
+    return promised and int(hits.sum()) != int(np.prod(updates))
+
+
+#: (reason, remedy) for `unsorted` indices.
+UNSORTED = (
+    "indices_are_sorted=True was promised, but the indices are not sorted",
+    "drop the promise, or sort them",
+)
+
+
+def unsorted(indices: Any, params: dict[str, Any]) -> bool:
+    """Whether the indices of a gather or scatter are not in order although that was promised: a device may then compute
+    anything. The order is that of the places in the operand, batch by batch."""
+    numbers, array = params["dimension_numbers"], np.asarray(indices)
+    if not params["indices_are_sorted"] or not array.size:
+        return False
+    if isinstance(numbers, lax.GatherDimensionNumbers):
+        columns, batches = numbers.start_index_map, numbers.start_indices_batching_dims
+    else:
+        columns, batches = numbers.scatter_dims_to_operand_dims, numbers.scatter_indices_batching_dims
+    rest = [d for d in range(array.ndim - 1) if d not in batches]
+    array = array.transpose(*batches, *rest, array.ndim - 1)
+    ordered = array[..., np.argsort(columns, kind="stable")]
+    rows = ordered.reshape(int(np.prod(array.shape[: len(batches)])), -1, array.shape[-1])
+    ahead, behind = rows[:, :-1], rows[:, 1:]
+    first = np.argmax(ahead != behind, axis=-1)[..., None]
+    smaller = np.take_along_axis(behind, first, -1) < np.take_along_axis(ahead, first, -1)
+    return bool(smaller.any())
+
+
+def _range(value: Value) -> tuple[int, int] | None:
+    """The range of a boolean or integer tensor."""
+    if value.dtype == np.bool_:
+        return 0, 1
+    if value.depends or not is_concrete(value.const) or not jnp.issubdtype(value.dtype, jnp.integer):
+        return value.bounds
+    array = np.asarray(value.const)
+    return (int(array.min()), int(array.max())) if array.size else None
+
+
+def _uses(jaxpr: Any, var: Any) -> bool:
+    return any(var is atom for eqn in jaxpr.eqns for atom in eqn.invars) or any(
+        var is atom for atom in jaxpr.outvars
+    )
+
+
+_HARMLESS = ("debug_callback", "debug_print")
+
+
+def _mutates(eqn: Any) -> bool:
+    """Touches a mutable reference, or has another effect than printing."""
+    if any("Ref" in type(v.aval).__name__ for v in (*eqn.invars, *eqn.outvars)):
+        return True
+    return bool(getattr(eqn, "effects", ())) and eqn.primitive.name not in (
+        *_HARMLESS,
+        *_CALLS,
+        "scan",
+        "while",
+        "cond",
+    )
+
+
+def _shape(eqn: Any) -> tuple[int, ...]:
+    return tuple(getattr(eqn.outvars[0].aval, "shape", ())) if eqn.outvars else ()
+
+
+def _literal(atom: Any) -> Any:
+    value = atom.val
+    if not is_concrete(value):
+        return value
+    return np.asarray(value, atom.aval.dtype) if not hasattr(value, "dtype") else value
+
+
+def _stack(eqn: Any) -> Path:
+    text = str(getattr(eqn.source_info, "name_stack", ""))
+    return (text,) if text else ()
+
+
+def _where(eqn: Any, path: Path) -> str:
+    """The call path of an equation with the user's line, for messages."""
+    parts = printable("/".join(part for part in (*path, *_stack(eqn)) if part)) or "top level"
+    try:
+        line = source_info_util.summarize(eqn.source_info)
+    except Exception:  # internals of jax: a message must never fail because of them
+        return parts
+    file, _, rest = line.partition(":")
+    return f"{parts} ({file.rsplit('/', 1)[-1]}:{rest.strip()})" if rest else parts
+
+
+def run(flat: Flat, x: Any, double: bool = False) -> dict[int, Any]:
+    """The flat program at one concrete input, equation by equation as jax executes it: {value index: tensor}.
+
+    Products are computed in the precision of their operands: by default a GPU would round float32 to TF32. With
+    `double` (where float64 is enabled) every float is a float64, and casts between floats do nothing.
+    """
+    found: dict[int, Any] = {flat.input.index: x}
+
+    def read(value: Value) -> Any:
+        if value.depends:
+            return found[value.index]
+        wide = double and jnp.issubdtype(value.dtype, jnp.floating)
+        return jnp.asarray(value.const, jnp.float64) if wide else value.const
+
+    for eqn in flat.eqns:
+        inputs = [read(v) for v in eqn.inputs]
+        if double and eqn.primitive == "scatter-add":
+            p = eqn.params
+            operand, indices, updates = map(jnp.asarray, inputs)
+            results = [lax.scatter_add(operand, indices, updates, p["dimension_numbers"], mode=p["mode"])]
+        elif double and eqn.primitive == "reduce_precision":
+            results = inputs
+        elif eqn.bind is not None:
+            params = _widened(eqn.params) if double else eqn.params
+            if "precision" in params:
+                params = {**params, "precision": lax.Precision.HIGHEST}
+            out = eqn.bind(*inputs, **params)
+            results = out if eqn.many else [out]
+        elif eqn.primitive == "concatenate":
+            results = [lax.concatenate([jnp.asarray(v) for v in inputs], eqn.params["dimension"])]
+        elif eqn.primitive == "slice":
+            results = [lax.slice(inputs[0], eqn.params["start_indices"], eqn.params["limit_indices"])]
+        else:
+            results = [lax.reshape(inputs[0], eqn.params["new_sizes"])]
+        found.update((value.index, result) for value, result in zip(eqn.outputs, results, strict=True))
+    return found
+
+
+def _widened(params: dict[str, Any]) -> dict[str, Any]:
+    names = ("new_dtype", "preferred_element_type", "out_dtype")
+    wide = {k for k in names if params.get(k) is not None and jnp.issubdtype(params[k], jnp.floating)}
+    return {k: np.dtype(np.float64) if k in wide else v for k, v in params.items()}

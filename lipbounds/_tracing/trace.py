@@ -1,0 +1,433 @@
+"""`trace`: any JAX function to its Lur'e form, and the checks that nothing was missed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lipbounds._activations import activations
+from lipbounds._form.concrete import is_concrete
+from lipbounds._form.inputs import check_box
+from lipbounds._form.lure import LureForm, apply_op, check_weights
+from lipbounds._form.precision import TOO_NARROW, half_or_wider
+from lipbounds._form.steps import KINDS
+from lipbounds._text.calls import usual_floats
+from lipbounds._tracing.jaxpr import Flat, flatten
+from lipbounds._tracing.lowering import Lowering, lower
+from lipbounds._tracing.value_check import Traced, check_values
+from lipbounds.errors import Unsupported, UnsupportedError
+
+Function = Callable[[Any, Any], Any]
+
+
+@usual_floats
+def trace(
+    fn: Callable[..., Any], x: Any, *, batched: bool = False, box: tuple[Any, Any] | None = None
+) -> LureForm:
+    """The Lur'e form of a network.
+
+    Units: the bounds and radii of the form are in the units of `fn`'s input. Put the normalisation of the data inside
+    `fn` and radii come out in raw pixels.
+
+    Args:
+        fn: one example -> outputs of shape (K,) (with `batched`: a batch -> a batch of outputs, (B, ...) -> (B, K)).
+            A plain function, a flax nnx module (split; never mutated), or anything callable. Parameters it closes over
+            may be tracers.
+        x: an example (with `batched`: a batch): an array, or a `jax.ShapeDtypeStruct`.
+        batched: refuse when the output of one row depends on another row.
+        box: (lower, upper) of the inputs, numbers or arrays of the shape of an example. The form is for all of R^n
+            whatever it is; its corners are among the points where form and function are compared.
+
+    Raises:
+        UnsupportedError: everything that has no Lipschitz bound here, at once, with remedies.
+        TypeError: `fn` is not callable or x is not an array.
+        ValueError: weights that are not finite, or an output that is not one vector.
+    """
+    if not callable(fn):
+        raise TypeError(f"trace needs a function of one example, got {type(fn).__name__}")
+    spec = _spec(x)
+    call, params = _split(fn)
+    if not batched:
+        form, traced = _form(call, params, spec)
+        check_values(form, traced, lambda v: call(params, v), spec, _corners(box, spec))
+        return form
+    if not spec.shape:
+        raise ValueError("batched=True needs an input with a leading batch axis")
+    one = jax.ShapeDtypeStruct(spec.shape[1:], spec.dtype)
+    form, traced = _form(lambda p, v: _row(call(p, v[None])), params, one)
+    _check_rows(call, params, spec, form)
+    check_values(form, traced, lambda v: _row(call(params, v[None])), one, _corners(box, one))
+    return form
+
+
+@usual_floats
+def from_weights(
+    weights: Sequence[Any],
+    biases: Sequence[Any] | None = None,
+    activation: str | Callable[..., Any] = "relu",
+    slopes: Sequence[tuple[Any, Any]] | None = None,
+) -> LureForm:
+    """The form of z = W_L phi(... phi(W_0 x + b_0) ...) + b_L.
+
+    Args:
+        weights: matrices of shape (out, in), in order.
+        biases: vectors, or None.
+        activation: a function of one tensor, or its name in `jax.nn`.
+        slopes: instead of `activation`, per hidden layer (lower, upper) slopes, scalars or one per neuron: the network
+            certified has phi(y) = lower * y for y < 0 and upper * y for y >= 0.
+
+    No number is rounded: the network has the dtype of the weights if that holds every weight, bias and slope exactly,
+    else float64.
+
+    Raises:
+        ValueError: shapes that do not chain, weights that are not finite, or numbers that float64 does not hold
+            exactly.
+    """
+    matrices = [w if isinstance(w, jax.Array) else np.asarray(w) for w in weights]
+    if not matrices:
+        raise ValueError("from_weights needs at least one matrix")
+    for i, w in enumerate(matrices):
+        if np.ndim(w) != 2:
+            raise ValueError(f"weights[{i}] must be a matrix (out, in), got shape {np.shape(w)}")
+        if i and np.shape(w)[1] != np.shape(matrices[i - 1])[0]:
+            raise ValueError(
+                f"weights[{i}] has {np.shape(w)[1]} inputs, "
+                f"but weights[{i - 1}] has {np.shape(matrices[i - 1])[0]} outputs"
+            )
+        if not jnp.issubdtype(w.dtype, jnp.floating):
+            raise ValueError(f"weights[{i}] must hold floating point numbers, got {w.dtype}")
+    if biases is not None:
+        if len(biases) != len(matrices):
+            raise ValueError(f"{len(matrices)} matrices need {len(matrices)} biases, got {len(biases)}")
+        for i, (w, b) in enumerate(zip(matrices, biases, strict=True)):
+            if np.shape(b) != (np.shape(w)[0],):
+                raise ValueError(f"biases[{i}] must have shape ({np.shape(w)[0]},), got {np.shape(b)}")
+    if slopes is not None and len(slopes) != len(matrices) - 1:
+        raise ValueError(f"{len(matrices) - 1} hidden layers need as many slope pairs, got {len(slopes)}")
+    if isinstance(activation, str):
+        named = getattr(jax.nn, activation, None) or getattr(jnp, activation, None)
+        if not callable(named):
+            raise ValueError(f"no activation called {activation!r} in jax.nn or jax.numpy; pass a function")
+        activation = named
+    numbers = {f"weights[{i}]": w for i, w in enumerate(matrices)}
+    numbers |= {f"biases[{i}]": b for i, b in enumerate(biases or ())}
+    numbers |= {f"slopes[{i}][{j}]": pair[j] for i, pair in enumerate(slopes or ()) for j in (0, 1)}
+    dtype = _exact_dtype(matrices, numbers)
+
+    function: Any = activation
+
+    def hidden(k: int, y: Any) -> Any:
+        if slopes is None:
+            return function(y)
+        low, high = (_cast(s, y.dtype) for s in slopes[k])
+        return jnp.where(y < 0, low * y, high * y)
+
+    def network(params: Any, x: Any) -> Any:
+        for k, (w, b) in enumerate(params):
+            x = w @ x if b is None else w @ x + b
+            x = hidden(k, x) if k < len(params) - 1 else x
+        return x
+
+    offsets = biases if biases is not None else [None] * len(matrices)
+    with jax.enable_x64(True) if dtype == np.float64 else nullcontext():
+        params = [
+            (_cast(w, dtype), None if b is None else _cast(b, dtype))
+            for w, b in zip(matrices, offsets, strict=True)
+        ]
+        spec = jax.ShapeDtypeStruct((int(np.shape(matrices[0])[1]),), dtype)
+        form, traced = _form(network, params, spec)
+        check_values(form, traced, lambda v: network(params, v), spec)
+    return form
+
+
+@usual_floats
+def register_activation(fn: Callable[[Any], Any], slopes: tuple[float, float]) -> Callable[[Any], Any]:
+    """Declare the slope interval of an elementwise function whose range this library cannot prove.
+
+    Bounds that use it carry the guarantee "assumed". The function is recognised by its structure wherever it is traced.
+
+    Args:
+        fn: an elementwise function of one tensor.
+        slopes: (a, b) with a <= (fn(x) - fn(y)) / (x - y) <= b for all real x != y.
+
+    Returns:
+        `fn`, so that this can be used with `functools.partial` as a decorator.
+
+    Raises:
+        ValueError: `fn` is not an elementwise function of one variable, or a > b.
+    """
+    if not callable(fn):
+        raise TypeError(f"register_activation needs a function, got {type(fn).__name__}")
+    low, high = (float(s) for s in slopes)
+    if not (np.isfinite(low) and np.isfinite(high) and low <= high):
+        raise ValueError(f"slopes must be two finite numbers (a, b) with a <= b, got {slopes}")
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
+        with jax.enable_x64(True) if dtype == jnp.float64 else nullcontext():
+            flat = flatten(lambda _, v: fn(v), (), jax.ShapeDtypeStruct((3,), dtype))
+            lowering = Lowering(flat)
+            output = lowering.resolve(flat.outputs[0]) if len(flat.outputs) == 1 else None
+            if output is None or output.shape != (3,) or not output.depends or output.dtype == np.bool_:
+                raise ValueError("register_activation needs an elementwise function of one tensor")
+            found = [region for base, region, _ in lowering.dominators(output) if base is flat.input]
+            if not found:
+                raise ValueError("register_activation needs an elementwise function of one tensor")
+            expr, consts = lowering.expression(output, flat.input, found[-1])
+            activations.register(expr, [np.asarray(c.const) for c in consts], low, high)
+    return fn
+
+
+# --- helpers -------------------------------------------------------------------------------------------------------
+
+
+def _exact_dtype(weights: Sequence[Any], numbers: Mapping[str, Any]) -> np.dtype:
+    """The float type that holds all `numbers` (name -> array) exactly: that of the weights, else float64.
+
+    Arrays that are being traced count with their dtype. Weights of a float8 type are computed with in float32.
+    """
+    names = {np.dtype(w.dtype).name for w in weights}
+    only = names.pop() if len(names) == 1 else "float64" if "float64" in names else "float32"
+    narrow = np.dtype(jnp.dtype(only if only in ("bfloat16", "float16", "float64") else "float32"))
+    if all(_exact_in(value, narrow) for value in numbers.values()):
+        return narrow
+    for name, value in numbers.items():
+        if not _exact_in(value, np.dtype(np.float64)):
+            raise ValueError(
+                f"{name} holds a number that float64 cannot represent exactly, and a bound of the network with rounded "
+                "numbers is not one of this network: round them to float64 first, if that is what you mean"
+            )
+    return np.dtype(np.float64)
+
+
+def _exact_in(value: Any, dtype: np.dtype) -> bool:
+    """Whether `dtype` holds every real number of `value`."""
+    if not is_concrete(value):
+        if jnp.issubdtype(value.dtype, jnp.floating):
+            return bool(jnp.promote_types(value.dtype, dtype) == dtype)
+        return value.dtype == np.bool_ or jnp.iinfo(value.dtype).bits <= jnp.finfo(dtype).nmant + 1
+    array = np.asarray(value)
+    if array.dtype in (np.bool_, dtype):
+        return True
+    if array.dtype.kind in "iuO":  # Python compares an integer or a Fraction with a float exactly
+        try:
+            floats = [float(v) for v in array.ravel().tolist()]
+            if any(f != v for f, v in zip(floats, array.ravel().tolist(), strict=True)):
+                return False
+        except (TypeError, ValueError, OverflowError):
+            return False
+        array = np.array(floats, np.float64)
+    if array.dtype.kind == "c":
+        return False
+    with np.errstate(all="ignore"):
+        return bool(np.array_equal(array.astype(dtype).astype(array.dtype), array, equal_nan=True))
+
+
+def _cast(value: Any, dtype: np.dtype) -> Any:
+    """`value` as a jax array; concrete numbers are converted by NumPy, so that nothing passes through float32."""
+    return jnp.asarray(np.asarray(value).astype(dtype) if is_concrete(value) else value, dtype)
+
+
+def _spec(x: Any) -> jax.ShapeDtypeStruct:
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise TypeError(f"x must be an array or a jax.ShapeDtypeStruct, got {type(x).__name__}")
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        kind = "complex" if jnp.issubdtype(dtype, jnp.complexfloating) else "integer or boolean"
+        item = Unsupported(
+            "input",
+            "",
+            tuple(x.shape),
+            f"the input is {kind} ({dtype})",
+            "cast it to a float: x.astype(jnp.float32)",
+        )
+        raise UnsupportedError((item,))
+    if not half_or_wider(dtype):
+        reason, remedy = TOO_NARROW
+        item = Unsupported("input", "", tuple(x.shape), reason.format(name=dtype.name), remedy)
+        raise UnsupportedError((item,))
+    return jax.ShapeDtypeStruct(tuple(x.shape), dtype)
+
+
+def _corners(box: Any, spec: jax.ShapeDtypeStruct) -> tuple[np.ndarray, np.ndarray] | None:
+    return check_box(box, np.zeros((0, *spec.shape)))
+
+
+def _split(fn: Callable[..., Any]) -> tuple[Function, Any]:
+    """(call, params): the state of an nnx module enters as an argument; the user's module is never touched."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(fn, nnx.Module):
+        graph, state = nnx.split(fn)
+        return lambda p, v: nnx.merge(graph, p, copy=True)(v), state
+    return lambda p, v: fn(v), ()
+
+
+def _row(out: Any) -> Any:
+    out = one_array(out)
+    if out.ndim < 1 or out.shape[0] != 1:
+        raise ValueError(
+            f"batched=True: a batch of one gave an output of shape {out.shape}; its first axis must be the batch"
+        )
+    return out[0]
+
+
+def one_array(out: Any) -> Any:
+    """The output of a function, which must be one array; ValueError that names what it is instead."""
+    if hasattr(out, "shape") and hasattr(out, "dtype"):
+        return out
+    if isinstance(out, (bool, int, float, np.generic)):
+        return jnp.asarray(out)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(out)
+    if isinstance(out, str) or not leaves:
+        raise ValueError(f"the function must return one array of shape (K,), it returned {_brief(out)}")
+    places = [jax.tree_util.keystr(path) for path, _ in leaves]
+    place = next((p for p in places if "logit" in p.lower()), places[0])
+    inside = f"{_brief(out)} with {', '.join(places[:6])}{', ...' if len(places) > 6 else ''}"
+    raise ValueError(
+        f"the function must return one array of shape (K,), it returned a {inside}: choose what to bound, "
+        f"for example `lambda x: fn(x){place}`"
+    )
+
+
+def _brief(out: Any) -> str:
+    return "a string" if isinstance(out, str) else "None" if out is None else type(out).__name__
+
+
+def _flatten(call: Function, params: Any, spec: jax.ShapeDtypeStruct) -> Flat:
+    try:
+        return flatten(lambda p, v: one_array(call(p, v)), params, spec)
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+        reason = str(error).splitlines()[0]
+        remedy = (
+            "use jnp.where, lax.select or a tensor operation in place of a Python decision on values of x"
+        )
+        item = Unsupported(
+            "python control flow", "", spec.shape, f"Python needs the value of x: {reason}", remedy
+        )
+        raise UnsupportedError((item,)) from error
+
+
+def _form(call: Function, params: Any, spec: jax.ShapeDtypeStruct) -> tuple[LureForm, Traced]:
+    flat = _flatten(call, params, spec)
+    (output,) = flat.outputs
+    if len(output.shape) > 1:
+        raise ValueError(
+            f"the function must return one vector of shape (K,), it returned shape {output.shape}"
+        )
+    if not jnp.issubdtype(output.dtype, jnp.floating) and not output.depends:
+        raise ValueError(f"the function must return floating point numbers, it returned {output.dtype}")
+    if 0 in output.shape:
+        raise ValueError("the function must return at least one number, it returned an empty vector")
+    program, leaves, slopes, registers = lower(flat)
+    form = LureForm(program, tuple(_owned(leaf) for leaf in leaves), slopes)
+    check_weights(form)
+    return form, Traced(flat, registers)
+
+
+def _owned(leaf: Any) -> Any:
+    """A copy that shares no memory with arrays of the user, who may change them in place (jax aliases NumPy on CPU)."""
+    if not is_concrete(leaf):
+        return leaf
+    if isinstance(leaf, jax.Array):
+        return leaf.copy()
+    copy = np.array(leaf)
+    copy.setflags(write=False)
+    return copy
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _evaluate_rows(form: LureForm, x: Any, dtype: Any) -> Any:
+    return jax.vmap(lambda row: form.evaluate(row, dtype))(x)
+
+
+_ROWS = 3  # rows of the batch on which independence is proved
+
+
+def _check_rows(call: Function, params: Any, spec: jax.ShapeDtypeStruct, form: LureForm) -> None:
+    """Refuse a batch function in which the output of one row depends on another row of the input.
+
+    Proved on a batch of three, exact up to weights that are zero: its form is run on patterns of zeros and ones with
+    coefficients replaced by one, so that nothing cancels. Row by row it must also agree with the form of one example,
+    at random points, with three rows and with as many as the given batch has.
+    """
+    shape = one_array(jax.eval_shape(call, params, spec)).shape
+    if len(shape) not in (1, 2) or shape[0] != spec.shape[0]:
+        raise ValueError(
+            f"batched=True: a batch of {spec.shape[0]} rows gave an output of shape {shape}, not one row each"
+        )
+    batch = jax.ShapeDtypeStruct((_ROWS, *spec.shape[1:]), spec.dtype)
+    wide, _ = _form(lambda p, v: jnp.reshape(call(p, v), (-1,)), params, batch)
+    if wide.is_traced:
+        return
+    masks = np.zeros((_ROWS, *batch.shape), np.float32)
+    masks[np.arange(_ROWS), np.arange(_ROWS)] = 1
+    reached = np.stack(
+        [np.asarray(_reach(wide, jnp.asarray(m))).reshape(_ROWS, -1).any(axis=1) for m in masks]
+    )
+    mixed = bool((reached & ~np.eye(_ROWS, dtype=bool)).any())
+    for count in (_ROWS, spec.shape[0]) if not mixed else ():
+        shape = (count, *spec.shape[1:])
+        point = jnp.asarray(np.random.default_rng(1).standard_normal(shape), batch.dtype)
+        with jax.default_matmul_precision("highest"):
+            rows = np.asarray(call(params, point), np.float64).reshape(count, -1)
+        ones = np.asarray(_evaluate_rows(form, point, batch.dtype), np.float64)
+        scale = np.abs(rows).max(axis=0, initial=0.0) + 1e-3  # per output
+        mixed = mixed or bool((np.abs(rows - ones) > 0.01 * scale).any())
+    if mixed:
+        item = Unsupported(
+            "batched function",
+            "",
+            batch.shape,
+            "the output of one row depends on another row of the batch, or on how many there are",
+            "call model.eval() on a copy if this is BatchNorm; otherwise trace a function of one example",
+        )
+        raise UnsupportedError((item,))
+
+
+@jax.jit
+def _reach(form: LureForm, mask: jax.Array) -> jax.Array:
+    """1 where an entry of the output depends on the marked entries of the input (structurally)."""
+    program = form.program
+    registers: dict[int, jax.Array] = {0: mask}
+    for step in program.steps:
+        if isinstance(step, int):
+            tap = program.taps[step]
+            y = jnp.concatenate([registers[i].ravel() for i in tap.inputs])
+            if tap.groups is None:
+                v = y
+            else:
+                rows = y[tap.groups.array].max(axis=1)
+                v = rows
+                if tap.kind == "sort":
+                    v = jnp.zeros(tap.size_out, y.dtype).at[tap.groups.array].set(rows[:, None])
+            start = 0
+            for register, shape in zip(tap.outputs, tap.shapes, strict=True):
+                size = int(np.prod(shape))
+                registers[register] = v[start : start + size].reshape(shape)
+                start += size
+            continue
+        joint = KINDS[step.kind].joint
+        args = []
+        for i in step.inputs:
+            if i >= 0:
+                args.append(registers[i])
+            else:
+                const = jnp.asarray(form.consts[-1 - i]).astype(mask.dtype)
+                args.append(
+                    jnp.zeros_like(const) if joint else jnp.where(const == 0, 0, 1).astype(mask.dtype)
+                )
+        if step.kind == "sub":
+            out = jnp.add(*args)
+        elif step.kind == "neg":
+            out = args[0]
+        elif step.kind == "div":
+            out = jnp.broadcast_to(args[0], jnp.broadcast_shapes(args[0].shape, args[1].shape))
+        else:
+            out = apply_op(step, args)
+        registers[step.output] = (out > 0).astype(mask.dtype)
+    return registers[program.output].ravel()

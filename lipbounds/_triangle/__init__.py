@@ -1,0 +1,1 @@
+"""Bounds by the triangle inequality: the naive product and LipLT."""

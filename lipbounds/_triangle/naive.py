@@ -1,0 +1,205 @@
+"""The naive bound: the triangle recursion with centre 0."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from lipbounds._form.lure import LureForm, check_weights, fingerprint
+from lipbounds._gain import memory_budget
+from lipbounds._text.calls import exact_products, plain_errors
+from lipbounds._triangle import recursion
+from lipbounds._triangle.core import Core, run_core
+from lipbounds._triangle.recursion import Request, Triangle
+from lipbounds.results import Estimate, UpperBound, check_norm
+
+GUARANTEES = ("auto", "verified", "probabilistic", "estimate")
+_ESTIMATE_STEPS = 50
+
+
+class Verb:
+    """A public bound `verb(form, ...)` with the jit-able `verb.core` beside it."""
+
+    def __init__(self, function: Any, core: Any):
+        self.__wrapped__ = function
+        self.__doc__ = function.__doc__
+        self.__name__ = function.__name__
+        self.__module__ = function.__module__
+        self.core = core
+        self.init = core.init
+
+    @plain_errors
+    @exact_products
+    def __call__(self, form: LureForm, **kwargs: Any) -> UpperBound | Estimate:
+        return self.__wrapped__(form, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<lipbounds.{self.__name__}: call it on a form, or .core(form, state) under jit>"
+
+
+def check(form: Any, norm: Any, guarantee: str, verb: str) -> Any:
+    """The norm, after plain errors for everything that a verb cannot work with."""
+    if not isinstance(form, LureForm):
+        raise TypeError(
+            f"lb.{verb} needs a LureForm from lb.trace or lb.from_weights, got {type(form).__name__}"
+        )
+    norm = check_norm(norm)
+    if guarantee not in GUARANTEES:
+        raise ValueError(f"guarantee must be one of {', '.join(GUARANTEES)}, got {guarantee!r}")
+    if form.is_traced:
+        raise TypeError(
+            f"lb.{verb} works on concrete weights; under jit, grad or vmap use lb.{verb}.core(form, state) with "
+            f"state = lb.{verb}.core.init(form, key), which gives estimates"
+        )
+    check_weights(form)
+    return norm
+
+
+def budget_of(memory: Any, norm: Any, guarantee: str) -> memory_budget.Budget | None:
+    """The budget of one call; ValueError where there is nothing that it could limit."""
+    limit = memory_budget.parse(memory)
+    if limit is None:
+        return None
+    if norm != 2:
+        raise ValueError("memory is for norm=2; norms 1 and inf are sums of entries: leave it out")
+    if guarantee == "estimate":
+        raise ValueError(
+            "memory limits proofs, and guarantee='estimate' proves nothing: leave one of them out"
+        )
+    return memory_budget.Budget(limit)
+
+
+def estimate(
+    form: LureForm,
+    core: Core,
+    norm: Any,
+    pairwise: bool,
+    seed: int,
+    method: str,
+    started: float,
+    fallback: Any,
+) -> Estimate:
+    """The core's result as an Estimate; in norms 1 and inf, where the exact sums are cheap, the bound itself.
+
+    float32 where the weights are moderate, else float64; the bound where the result is 0 or not finite even so.
+    """
+    notes = ("induced norms are summed exactly also in estimate mode",)
+    constants: list[Any] | None = None
+    if norm == 2 and not pairwise and form.num_outputs > recursion.DENSE_LIMIT:
+        notes = (f"the core takes Gram matrices of all {form.num_outputs} outputs: this is the bound itself",)
+    elif norm == 2:
+        dtype = np.float32 if _moderate(form) else np.float64
+        wide = jax.enable_x64(True) if dtype == np.float64 else contextlib.nullcontext()
+        with wide, jax.debug_nans(False), jax.debug_infs(False):
+            found = run_core(core, form, jax.random.key(seed), _ESTIMATE_STEPS, pairwise, dtype)
+            constants = [None if c is None else np.asarray(c, np.float64) for c in found]
+        notes = (f"{_ESTIMATE_STEPS} power iterations per block: neither an upper nor a lower bound",)
+        if not (constants[0] > 0 and all(c is None or np.isfinite(c).all() for c in constants)):
+            notes = (
+                "power iteration vanishes or leaves the range of float64 here: this is the bound itself",
+            )
+            constants = None
+    if constants is None:
+        result = fallback()
+        constants = [result.value, result.per_class, result.pairwise]
+    value, classes, pairs = constants
+    return Estimate(
+        value=float(value),
+        norm=norm,
+        guarantee="estimate",
+        method=method,
+        seconds=time.perf_counter() - started,
+        pairwise=pairs,
+        per_class=classes,
+        notes=(*notes, *form.notes),
+    )
+
+
+def _moderate(form: LureForm) -> bool:
+    """Whether float32 holds every product of constants of the form, some of its digits included."""
+    logs = [float(np.log2(np.abs(c[c != 0]).max(initial=1.0))) for c in map(_host, form.consts) if c.size]
+    return sum(map(abs, logs)) < 60
+
+
+def _host(c: Any) -> np.ndarray:
+    return np.asarray(c) if np.issubdtype(np.asarray(c).dtype, np.floating) else np.zeros(0)
+
+
+def finish(
+    form: LureForm,
+    result: Triangle,
+    norm: Any,
+    method: str,
+    started: float,
+    budget: memory_budget.Budget | None = None,
+) -> UpperBound:
+    return UpperBound(
+        value=result.value,
+        norm=norm,
+        guarantee=result.guarantee,
+        method=method,
+        seconds=time.perf_counter() - started,
+        pairwise=result.pairwise,
+        per_class=result.per_class,
+        parts=result.parts,
+        failure_probability=result.failure,
+        notes=(*(() if budget is None else budget.notes(recursion.host_form(form))), *form.notes),
+        network=fingerprint(form),
+    )
+
+
+def _naive(
+    form: LureForm,
+    *,
+    norm: Any = 2,
+    pairwise: bool = False,
+    guarantee: str = "auto",
+    seed: int = 0,
+    memory: int | str | None = None,
+) -> UpperBound | Estimate:
+    """The naive Lipschitz bound: on a chain, the product of the layers' norms.
+
+    m_k = sum_j ||G[k, j]|| m_j with centre 0 and radius max|slope|, so L <= m_out. On residual networks at most the
+    textbook product of block bounds (CRM paper, eq. 13).
+
+    Args:
+        form: from `lb.trace` or `lb.from_weights`.
+        norm: 2, 1 or inf; the constant is of the map from (R^n, norm) to (R^K, norm).
+        pairwise: also L_ij of z_i - z_j for all pairs, and L_i per class.
+        guarantee: "auto" (verified up to 4096, else probabilistic at 1e-9), "verified", "probabilistic", "estimate".
+        seed: of the random start vectors of probabilistic norms.
+        memory: None, or a budget of the proofs in bytes ("2GB", "500 MB", "1.5GiB", an int), for norm 2. With "auto" a
+            block of any size is verified where its proof fits (dense or banded Cholesky, at most 5e12 operations),
+            else Golub-Kahan takes as many steps as fit; with "verified" what fits no proof is an error, single
+            convolutions excepted, which have a Fourier bound (verified, a little larger). Parts and notes say what was
+            chosen. It covers the arrays of one proof at a time; not Python, JAX, the network and its steps as matrices.
+
+    Raises:
+        TypeError: not a form, or a form that is being traced (use `lb.naive.core`).
+        ValueError: an unknown norm or guarantee, a memory that is none or too small.
+    """
+    started = time.perf_counter()
+    norm = check(form, norm, guarantee, "naive")
+    budget = budget_of(memory, norm, guarantee)
+    if pairwise:
+        memory_budget.check_pairs(form.num_outputs, budget)
+    request = Request(norm, guarantee if guarantee != "estimate" else "auto", seed, budget=budget)
+
+    def bound() -> Triangle:
+        # With the share that LipLT gives to these very norms: so LipLT, which takes the smaller one, is never above.
+        half = replace(request, failure=request.failure / 2)
+        found = recursion.triangle(form, half, pairwise=pairwise, centred=False)
+        return replace(found, failure=2 * found.failure)
+
+    if guarantee == "estimate":
+        return estimate(form, naive.core, norm, pairwise, seed, "naive", started, bound)
+    return finish(form, bound(), norm, "naive", started, budget)
+
+
+_naive.__name__ = "naive"
+naive = Verb(_naive, Core(centred=False))

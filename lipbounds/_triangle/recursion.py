@@ -1,0 +1,498 @@
+"""The triangle recursion on proved blocks: naive and LipLT are one function with two centres.
+
+With blocks G[k, j] of the gain (source j: the input or a tap; target k: a tap or the output),
+
+    m_k = ||G[k, x]|| + sum_{j < k} ||G[k, j]|| m_j                                                     (recursion)
+
+is a Lipschitz constant of x -> y_k, and the last one of the network. Centre 0 and radius max|slope| give the naive
+bound (on a chain the product of norms; on residual nets at most eq. 13 of the CRM paper), the midpoint of the slopes
+gives LipLT (CRM paper, Theorem 3.3). Taps of one level do not depend on each other and are also tried as one stacked
+tap.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+import scipy.sparse as sp
+
+from lipbounds._form.lure import LureForm, multiplicity, proved_slopes
+from lipbounds._form.program import Tap
+from lipbounds._gain.blocks import HostForm, Node, TapScaling
+from lipbounds._gain.memory_budget import Budget, proofs
+from lipbounds._gain.wide_blocks import LIMIT, cut_norm, wide_norm
+from lipbounds._norms import matrices as norms
+from lipbounds._norms.banded_cholesky import Plan
+from lipbounds._norms.matrices import Enclosure
+from lipbounds._norms.rounding import add_up, gamma, mul_up
+from lipbounds._text.progress import meter, proof_seconds
+from lipbounds.results import Part, weakest
+
+#: Blocks whose smaller side is at most this are verified by `guarantee="auto"`; larger ones are probabilistic.
+DENSE_LIMIT = 4096
+#: Probability with which a probabilistic bound may fail, all its blocks together.
+FAILURE = 1e-9
+_LOOSE = 1e-6  # rounding error of a block, relative to its norm, above which shorter blocks are tried
+_STORED_ENTRIES = 2**28  # a scaling keeps all blocks: 2 GB
+
+Progress = Callable[[str], None]
+_HOSTS: weakref.WeakKeyDictionary[LureForm, HostForm] = weakref.WeakKeyDictionary()
+
+
+def host_form(form: LureForm) -> HostForm:
+    """The matrices of a form, kept as long as the form lives."""
+    host = _HOSTS.get(form)
+    if host is None:
+        host = _HOSTS[form] = HostForm(form)
+    return host
+
+
+# --- centres, partitions, names ------------------------------------------------------------------------------------
+
+
+def loop_transform(form: LureForm, norm: float, *, centred: bool) -> tuple[TapScaling, ...]:
+    """Per tap v = c y + q w with ||w|| <= ||e y|| in differences, c the middle of the slopes (or 0).
+
+    The radius is rounded up, so the interval [a, b] lies in [c - q, c + q] in real arithmetic. A group tap has c = 0,
+    q = 1 and e_i = n_i^(1/p), n_i the number of groups entry i belongs to: each group is 1-Lipschitz.
+    """
+    out = []
+    for k, tap in enumerate(form.taps):
+        if tap.groups is not None:
+            out.append(TapScaling(None, np.ones(tap.size_out), _multiplicity_factor(tap, norm)))
+            continue
+        lower, upper = proved_slopes(form, k)
+        c = (lower + upper) / 2 if centred else np.zeros(tap.size_in)
+        r = np.maximum(upper - c, c - lower)
+        # Multiples of 2^-20 below 2^20 are added without rounding; anything else is rounded up.
+        exact = np.all(
+            [(np.abs(s) < 2.0**20) & (s * 2.0**20 == np.round(s * 2.0**20)) for s in (lower, upper)], axis=0
+        )
+        r = np.where(exact | (r == 0) & (lower == upper) | (not centred), r, np.nextafter(r, np.inf))
+        out.append(TapScaling(c if c.any() else None, r, np.ones(tap.size_in)))
+    return tuple(out)
+
+
+def _multiplicity_factor(tap: Tap, norm: float) -> np.ndarray:
+    n = multiplicity(tap)
+    if norm == 2:
+        root = np.sqrt(n)
+        square = np.array([math.isqrt(int(i)) ** 2 == int(i) for i in n.ravel()]).reshape(n.shape)
+        return np.where(square, root, np.nextafter(root, np.inf))
+    return n if norm == 1 else np.ones_like(n)
+
+
+def partitions(form: LureForm) -> list[tuple[Node, ...]]:
+    """Ways to treat taps as nodes of the recursion: one by one, and stacked by level (if that differs)."""
+    single = tuple((k,) for k in range(len(form.taps)))
+    levels: dict[int, list[int]] = {}
+    for k, tap in enumerate(form.taps):
+        levels.setdefault(tap.level, []).append(k)
+    stacked = tuple(tuple(levels[level]) for level in sorted(levels))
+    return [single] if len(stacked) == len(single) else [single, stacked]
+
+
+def node_name(form: LureForm, node: Node, *, source: bool) -> str:
+    if not node:
+        return "input" if source else "output"
+    return "+".join(f"{form.taps[k].name}[{k}]" for k in node)
+
+
+def _block_name(form: LureForm, pair: tuple[Node, Node]) -> str:
+    return f"{node_name(form, pair[0], source=True)} to {node_name(form, pair[1], source=False)}"
+
+
+# --- norms of blocks -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BlockNorm:
+    value: float
+    guarantee: str
+    how: str
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a verb asks of the recursion."""
+
+    norm: float = 2
+    guarantee: str = "auto"
+    seed: int = 0
+    failure: float = FAILURE
+    progress: Progress | None = None
+    budget: Budget | None = None
+
+
+def structure(
+    host: HostForm, nodes: Sequence[Node], scalings: Sequence[TapScaling]
+) -> list[tuple[Node, Node]]:
+    """Pairs (source, target) of nodes joined by a path; targets are nodes (the output is treated by rows)."""
+    pairs = []
+    for j, source in enumerate([(), *nodes]):
+        reached = host._coming_from({source}, scalings)
+        for target in nodes[j:]:
+            if any(i in reached for k in target for i in host.program.taps[k].inputs) and target != source:
+                pairs.append((source, target))
+    return pairs
+
+
+def matrices(
+    host: HostForm, pairs: Sequence[tuple[Node, Node]], scalings: Sequence[TapScaling]
+) -> Iterator[tuple[tuple[Node, Node], Enclosure]]:
+    """The blocks of the gain one after another, or their transposes: swept from the smaller side."""
+    from_source: dict[Node, list[Node]] = {}
+    from_target: dict[Node, list[Node]] = {}
+    for source, target in pairs:
+        if host.node_size(source, source=True) <= host.node_size(target, source=False):
+            from_source.setdefault(source, []).append(target)
+        else:
+            from_target.setdefault(target, []).append(source)
+    for source, targets in from_source.items():
+        for target, block in host.forward(source, targets, scalings).items():
+            yield (source, target), block
+    for target, sources in from_target.items():
+        for source, block in host.backward(target, sources, scalings).items():
+            yield (source, target), block.T
+
+
+def block_norm(host: HostForm, block: Enclosure, norm: float, plan: Plan | None = None) -> float:
+    """A proved bound of the norm; equal matrices up to a power of two are proved once."""
+    if norm != 2:
+        return norms.enclosure_norm(block, norm)
+    matrix, error = block.with_error()
+    entries = matrix.data if sp.issparse(matrix) else matrix
+    top = float(np.abs(entries).max(initial=0.0))
+    if top == 0.0:
+        return error
+    exponent = math.frexp(top)[1]
+    if abs(exponent) > 500:
+        return norms.enclosure_norm(block, norm)
+    digest = hashlib.sha1(np.ldexp(np.ascontiguousarray(entries), -exponent).tobytes())
+    if sp.issparse(matrix):
+        digest.update(matrix.indices.tobytes())
+        digest.update(matrix.indptr.tobytes())
+    key = (block.shape, digest.hexdigest())
+    if key not in host.proved:
+        host.proved[key] = math.ldexp(norms.verified_norm(matrix, plan=plan), -exponent)
+    return add_up(math.ldexp(host.proved[key], exponent), error)
+
+
+def _cost(host: HostForm, pair: tuple[Node, Node]) -> float:
+    return proof_seconds(host.node_size(pair[1], source=False), host.node_size(pair[0], source=True))
+
+
+def block_norms(
+    form: LureForm, pairs: Sequence[tuple[Node, Node]], scalings: Sequence[TapScaling], request: Request
+) -> dict[tuple[Node, Node], BlockNorm]:
+    """Every block of the list with its norm: proved, or probabilistic where the size rule or the budget says so."""
+    if request.budget is not None:
+        return _within_budget(form, pairs, scalings, request, request.budget)
+    host = host_form(form)
+    found: dict[tuple[Node, Node], BlockNorm] = {}
+    small: list[tuple[Node, Node]] = []
+    large: list[tuple[Node, Node]] = []
+    for pair in pairs:
+        side = min(host.node_size(pair[0], source=True), host.node_size(pair[1], source=False))
+        forced = request.norm != 2 or request.guarantee == "verified"
+        dense = request.guarantee == "auto" and side <= DENSE_LIMIT
+        if forced and request.norm == 2 and side > DENSE_LIMIT:
+            cut = cut_norm(host, pair, scalings)
+            if cut is not None:
+                found[pair] = BlockNorm(*cut[:3], _shape(host, pair))
+                continue
+        (small if forced or dense else large).append(pair)
+    loose = []
+    costs = {pair: _cost(host, pair) if request.norm == 2 else 0.0 for pair in small}
+    with meter(len(small), sum(costs.values()), request.progress) as advance:
+        for pair, block in matrices(host, small, scalings):
+            plan = norms.proof_plan(block) if request.norm == 2 else None
+            value = block_norm(host, block, request.norm, plan)
+            how = "exact sums" if plan is None else plan.name
+            found[pair] = BlockNorm(value, "verified", how, block.shape)
+            if block.error > _LOOSE * value:
+                loose.append(pair)
+            advance(_block_name(form, pair), costs[pair])
+    if loose:
+        _shorten(host, pairs, scalings, loose, found, request.norm)
+    for place, (source, target) in enumerate(large):
+        if request.progress is not None:
+            request.progress(_block_name(form, (source, target)))
+        bound = wide_norm(
+            form,
+            host,
+            (source, target),
+            scalings,
+            seed=request.seed + place,
+            failure=request.failure / len(large),
+            matrix_free=request.guarantee == "probabilistic",
+        )
+        found[source, target] = BlockNorm(*bound[:3], _shape(host, (source, target)))
+    return found
+
+
+def _within_budget(
+    form: LureForm,
+    pairs: Sequence[tuple[Node, Node]],
+    scalings: Sequence[TapScaling],
+    request: Request,
+    budget: Budget,
+) -> dict[tuple[Node, Node], BlockNorm]:
+    """`block_norms` within a budget: proofs that fit it, else the Fourier bound of a convolution, else Golub-Kahan.
+
+    The Fourier bound is verified but not tight: it is taken where proofs are forced, or where it keeps the whole bound
+    verified, that is where every block without a proof has one.
+    """
+    host = host_form(form)
+    size = partial(_shape, host)
+    forced = request.guarantee == "verified"
+    found: dict[tuple[Node, Node], BlockNorm] = {}
+    left: dict[tuple[Node, Node], tuple[float, int] | None] = dict.fromkeys(pairs)
+    if request.guarantee != "probabilistic":
+        with meter(len(pairs), 0.0, request.progress) as advance:
+
+            def prove(block: Enclosure, plan: Plan) -> float:
+                advance(plan.name, 0.0)
+                return block_norm(host, block, 2, plan)
+
+            proved, left = proofs(
+                host, pairs, scalings, budget, forced=forced, prove=prove, name=partial(_block_name, form)
+            )
+        for pair, proof in proved.items():
+            found[pair] = BlockNorm(proof.value, "verified", proof.how, proof.shape)
+        loose = [pair for pair, proof in proved.items() if proof.error > _LOOSE * proof.value]
+        # Shorter blocks are formed all at once: only where they fit as dense arrays.
+        if loose and not left and 8 * sum(math.prod(size(pair)) for pair in pairs) <= budget.limit:
+            _shorten(host, pairs, scalings, loose, found, 2)
+    whole = all(bound is not None for bound in left.values())
+    for place, (pair, bound) in enumerate(left.items()):
+        if request.progress is not None:
+            request.progress(_block_name(form, pair))
+        if whole and bound is not None:
+            how = f"Fourier transform, {budget.spend(bound[1])}"
+            found[pair] = BlockNorm(bound[0], "verified", how, size(pair))
+            continue
+        most = budget.steps(sum(size(pair)))
+        one = wide_norm(
+            form,
+            host,
+            pair,
+            scalings,
+            seed=request.seed + place,
+            failure=request.failure / len(left),
+            matrix_free=request.guarantee == "probabilistic",
+            max_steps=most,
+            limit=budget.limit,
+        )
+        found[pair] = BlockNorm(one.value, one.guarantee, f"{one.how}, {budget.spend(one.need)}", size(pair))
+    return found
+
+
+def _shape(host: HostForm, pair: tuple[Node, Node]) -> tuple[int, int]:
+    return host.node_size(pair[1], source=False), host.node_size(pair[0], source=True)
+
+
+def _shorten(
+    host: HostForm,
+    pairs: Sequence[tuple[Node, Node]],
+    scalings: Sequence[TapScaling],
+    loose: Sequence[tuple[Node, Node]],
+    found: dict[tuple[Node, Node], BlockNorm],
+    norm: float,
+) -> None:
+    """Blocks whose rounding error is not small beside their norm, bounded by shorter ones instead.
+
+    Without rounding G[k, j] = D[k, j] q_j + sum_m D[k, m] c_m G[m, j] over the taps m between, D the direct linear
+    maps, so ||G[k, j]|| <= ||D[k, j] q_j|| + sum_m ||D[k, m] c_m|| ||G[m, j]||. The smaller bound is kept.
+    """
+    plain = [TapScaling(None, s.q, s.e) for s in scalings]
+    through = [TapScaling(None, np.zeros_like(s.q) if s.c is None else s.c, s.e) for s in scalings]
+    direct = {pair: block_norm(host, block, norm) for pair, block in matrices(host, loose, plain)}
+    targets = {target for _, target in loose}
+    between = [pair for pair in pairs if pair[0] and pair[1] in targets]
+    steps = {pair: block_norm(host, block, norm) for pair, block in matrices(host, between, through)}
+    nodes = list(dict.fromkeys(target for _, target in pairs))
+    for source, target in sorted(loose, key=lambda pair: nodes.index(pair[1])):
+        terms = [direct.get((source, target), 0.0)]
+        for (middle, end), value in steps.items():
+            if end == target and (source, middle) in found:
+                terms.append(mul_up(value, found[source, middle].value))
+        shorter = add_up(*terms)
+        old = found[source, target]
+        if shorter < old.value:
+            found[source, target] = BlockNorm(shorter, "verified", "shorter blocks", old.shape)
+
+
+# --- the recursion -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Triangle:
+    """One run of the recursion.
+
+    Args:
+        value: of the whole network; per_class, pairwise: (K,), (K, K) or None.
+        parts: the block norms used.
+        reach: m_k per node, the constant of x -> y_k (1 for the input).
+        outputs: norms of the blocks to the output, per source.
+    """
+
+    value: float
+    per_class: np.ndarray | None
+    pairwise: np.ndarray | None
+    parts: tuple[Part, ...]
+    guarantee: str
+    failure: float
+    reach: dict[Node, float] = field(default_factory=dict)
+    outputs: dict[Node, float] = field(default_factory=dict)
+
+
+def dual(norm: float) -> float:
+    return {1: math.inf, 2: 2, math.inf: 1}[norm]
+
+
+def recursion(
+    form: LureForm,
+    nodes: Sequence[Node],
+    scalings: Sequence[TapScaling],
+    request: Request,
+    *,
+    pairwise: bool,
+    found: dict[tuple[Node, Node], BlockNorm] | None = None,
+    rows: dict[Node, Enclosure] | None = None,
+) -> Triangle:
+    """The triangle recursion for one partition and one centre, every operation rounded up."""
+    host = host_form(form)
+    many = not pairwise and form.num_outputs > DENSE_LIMIT and request.norm == 2 and rows is None
+    many = many and request.guarantee != "verified"
+    if found is None:
+        # Random norms of blocks to the output have the other half of what may fail.
+        share = replace(request, failure=request.failure / 2) if many else request
+        found = block_norms(form, structure(host, nodes, scalings), scalings, share)
+    known: dict[Node, BlockNorm] = {}
+    if rows is None:
+        if many:
+            rows, known = {}, _to_many_outputs(form, nodes, scalings, request)
+        else:
+            rows = {source: block.T for source, block in host.backward((), [(), *nodes], scalings).items()}
+    reach: dict[Node, float] = {(): 1.0}
+    parts: list[Part] = []
+
+    def part(source: Node, target: Node, norm: BlockNorm) -> None:
+        a, b = node_name(form, source, source=True), node_name(form, target, source=False)
+        parts.append(Part(a, b, norm.shape, norm.value, norm.guarantee, norm.how))
+
+    for target in nodes:
+        terms = []
+        for source in [(), *nodes]:
+            if (source, target) in found:
+                block = found[source, target]
+                part(source, target, block)
+                terms.append(mul_up(block.value, reach[source]))
+        reach[target] = add_up(*terms)
+    terms = []
+    outputs: dict[Node, float] = {}
+    count = form.num_outputs if pairwise else 0
+    classes, pairs = np.zeros(count), np.zeros((count, count))
+    q = dual(request.norm)
+    for source in [(), *nodes]:
+        if source in known:
+            part(source, (), known[source])
+            outputs[source] = known[source].value
+            terms.append(mul_up(known[source].value, reach[source]))
+        if source not in rows:
+            continue
+        row = rows[source]
+        plan = norms.proof_plan(row) if request.norm == 2 else None
+        how = "exact sums" if plan is None else plan.name
+        if plan is not None and request.budget is not None:
+            how = f"{how}, {request.budget.rows(plan.memory)}"
+        value = block_norm(host, row, request.norm, plan)
+        part(source, (), BlockNorm(value, "verified", how, row.shape))
+        outputs[source] = value
+        terms.append(mul_up(value, reach[source]))
+        if pairwise:
+            row = row.dense()
+            classes += norms.enclosure_row_norms(row, q) * reach[source]
+            pairs += norms.enclosure_pair_norms(row, q) * reach[source]
+    grow = 1 + gamma(4 * (len(nodes) + 2))
+    guarantee = weakest(p.guarantee for p in parts) if parts else "verified"
+    failure = request.failure if guarantee == "probabilistic" else 0.0
+    if form.assumed:
+        guarantee = "assumed"
+    return Triangle(
+        add_up(*terms),
+        classes * grow if pairwise else None,
+        pairs * grow if pairwise else None,
+        tuple(parts),
+        guarantee,
+        failure,
+        reach,
+        outputs,
+    )
+
+
+def _to_many_outputs(
+    form: LureForm, nodes: Sequence[Node], scalings: Sequence[TapScaling], request: Request
+) -> dict[Node, BlockNorm]:
+    """Norms of the blocks to more outputs than one dense proof takes: nothing of the size outputs x outputs."""
+    host = host_form(form)
+    found: dict[Node, BlockNorm] = {}
+    for place, source in enumerate([(), *nodes]):
+        if host.program.output not in host._coming_from({source}, scalings):
+            continue
+        shape = _shape(host, (source, ()))
+        if shape[1] <= DENSE_LIMIT:
+            block = host.forward(source, [()], scalings)[()]
+            plan = norms.proof_plan(block)
+            how = plan.name
+            if request.budget is not None:
+                how = f"{how}, {request.budget.rows(plan.memory)}"
+            found[source] = BlockNorm(block_norm(host, block, 2, plan), "verified", how, shape)
+            continue
+        one = wide_norm(
+            form,
+            host,
+            (source, ()),
+            scalings,
+            seed=request.seed + 2**20 + place,
+            failure=request.failure / (2 * (len(nodes) + 1)),
+            matrix_free=request.guarantee == "probabilistic",
+            limit=LIMIT if request.budget is None else request.budget.limit,
+        )
+        found[source] = BlockNorm(*one[:3], shape)
+    return found
+
+
+def _least(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
+    return None if first is None or second is None else np.minimum(first, second)
+
+
+def smaller(first: Triangle, second: Triangle) -> Triangle:
+    """The best of two valid bounds: value, classes and pairs each on their own; parts of the smaller value."""
+    best = first if first.value <= second.value else second
+    pairs, classes = _least(first.pairwise, second.pairwise), _least(first.per_class, second.per_class)
+    both = weakest([first.guarantee, second.guarantee]) if pairs is not None else best.guarantee
+    # Which of the two is smaller depends on their random starts, so both must hold.
+    failure = first.failure + second.failure if both != "verified" else 0.0
+    return replace(best, per_class=classes, pairwise=pairs, guarantee=both, failure=failure)
+
+
+def triangle(form: LureForm, request: Request, *, pairwise: bool, centred: bool) -> Triangle:
+    """The recursion with one centre, over all partitions, the smallest result."""
+    scalings = loop_transform(form, request.norm, centred=centred)
+    best: Triangle | None = None
+    ways = partitions(form)
+    request = replace(request, failure=request.failure / len(ways))
+    for nodes in ways:
+        result = recursion(form, nodes, scalings, request, pairwise=pairwise)
+        best = result if best is None else smaller(best, result)
+    assert best is not None
+    return best

@@ -1,0 +1,530 @@
+"""What a computation returns: an `UpperBound`, a `LowerBound` or an `Estimate`, and never a mixture.
+
+With L the Lipschitz constant of the traced function in the norm p = `norm`,
+
+    L    = sup ||f(x) - f(x')||_p / ||x - x'||_p ,
+    L_ij = sup |(f_i - f_j)(x) - (f_i - f_j)(x')| / ||x - x'||_p ,
+
+in units of output per unit of the *traced function's* input:
+
+    UpperBound   L <= value,  L_ij <= pairwise[i, j],  L_i <= per_class[i]   (the guarantee says how sure)
+    LowerBound   L >= value,  L_ij >= pairwise[i, j]                         (shown by explicit points)
+    Estimate     neither: a number near a bound, for training and previews
+
+They are three types on purpose. `<` and its relatives work between two results of one type at one
+norm and raise TypeError otherwise; only an UpperBound converts by `float(b)`, because a number that
+is used as a Lipschitz constant has to be an upper bound. `.value` always reads the number.
+`==` is identity: two computations are never the same object.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from lipbounds._text.html import Html, element
+from lipbounds._text.tables import (
+    Direction,
+    html_table,
+    label_text,
+    markdown_table,
+    markdown_text,
+    new_axes,
+    printable,
+    seconds_text,
+    show,
+    text_table,
+)
+
+GUARANTEES = ("verified", "probabilistic", "assumed", "estimate")
+"""From the strongest to the weakest; `weakest` is the later one.
+
+verified       holds for the traced function, every rounding of the computation included
+probabilistic  holds except with the stated probability over our own random start
+assumed        rests on something the user declared (a registered activation)
+estimate       neither an upper nor a lower bound
+"""
+
+NORM_NAMES: dict[float, str] = {1: "l1", 2: "l2", math.inf: "l-inf"}
+_ROWS_IN_REPR = 12
+
+
+def check_norm(norm: Any) -> int | float:
+    """1, 2 or math.inf ("inf" is read too); ValueError for everything else."""
+    if isinstance(norm, str):
+        norm = {"1": 1, "2": 2, "inf": math.inf}.get(norm, norm)
+    if not isinstance(norm, str) and not isinstance(norm, bool):
+        for known in (1, 2, math.inf):
+            if np.ndim(norm) == 0 and norm == known:
+                return known
+    raise ValueError(f"norm must be 1, 2 or inf, got {norm!r}")
+
+
+def weakest(guarantees: Iterable[str]) -> str:
+    """The weakest of some guarantees ("verified" of none): the one that a bound made of them carries."""
+    ranks = [_rank(g) for g in guarantees]
+    return GUARANTEES[max(ranks, default=0)]
+
+
+def _rank(guarantee: str) -> int:
+    if guarantee not in GUARANTEES:
+        raise ValueError(f"guarantee must be one of {', '.join(GUARANTEES)}, got {guarantee!r}")
+    return GUARANTEES.index(guarantee)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One gain block of a bound: the norm of the linear map from `source` to `target`.
+
+    shape  (rows, columns) of the block;  value  its norm, by the way described in `how`, with `guarantee`.
+    """
+
+    source: str
+    target: str
+    shape: tuple[int, int]
+    value: float
+    guarantee: str
+    how: str
+
+    def __post_init__(self) -> None:
+        _set(self, "value", _number(self.value, "the value of a part"))
+        _set(self, "shape", tuple(int(n) for n in self.shape))
+        _rank(self.guarantee)
+
+    def _cells(self, direction: Direction) -> list[str]:
+        shape = " x ".join(str(n) for n in self.shape)
+        return [self.source, self.target, shape, show(self.value, direction), self.guarantee, self.how]
+
+
+@dataclass(frozen=True, eq=False)
+class _Ordered:
+    """Order within one type and one norm, else TypeError; layout of texts (private, not a common type)."""
+
+    value: float
+    norm: float
+    _part_header: ClassVar[tuple[str, ...]] = ("from", "to", "shape", "norm", "guarantee", "how")
+
+    def _other(self, other: Any) -> float:
+        mine = type(self).__name__
+        if type(other) is not type(self):
+            raise TypeError(
+                f"{mine} and {type(other).__name__} cannot be compared: they say different things about L. "
+                "Compare .value if you mean the numbers; lb.bracket sets a lower against an upper bound."
+            )
+        if other.norm != self.norm:
+            a, b = NORM_NAMES[self.norm], NORM_NAMES[other.norm]
+            raise TypeError(f"{mine}s in different norms ({a}, {b}) cannot be compared")
+        return other.value
+
+    __array_ufunc__ = None  # NumPy scalars and arrays leave the comparison to us, which refuses it
+
+    def __lt__(self, other: Any) -> bool:
+        return self.value < self._other(other)
+
+    def __le__(self, other: Any) -> bool:
+        return self.value <= self._other(other)
+
+    def __gt__(self, other: Any) -> bool:
+        return self.value > self._other(other)
+
+    def __ge__(self, other: Any) -> bool:
+        return self.value >= self._other(other)
+
+    # how a result is shown: facts() gives the rows, the three formats lay them out
+    def _headline(self) -> str:
+        raise NotImplementedError
+
+    def _facts(self) -> list[tuple[str, str]]:
+        raise NotImplementedError
+
+    def _part_rows(self) -> list[list[str]]:
+        return []
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__}: {printable(self._headline())}"]
+        lines += [f"  {name:<9} {printable(text)}" for name, text in self._facts()]
+        rows = self._part_rows()
+        if rows:
+            table = text_table(self._part_header, rows[:_ROWS_IN_REPR], right=(3,))
+            lines += ["  parts", *("    " + line for line in table.splitlines())]
+            if len(rows) > _ROWS_IN_REPR:
+                lines.append(f"    ... and {len(rows) - _ROWS_IN_REPR} more: print(b.parts_table())")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> Html:
+        rows = self._part_rows()
+        facts = html_table(("", ""), self._facts())
+        head = element("div", element("b", type(self).__name__), f": {self._headline()}")
+        if not rows:
+            return element("div", head, facts)
+        parts = html_table(self._part_header, rows, right=(3,))
+        return element(
+            "div", head, facts, element("details", element("summary", f"{len(rows)} parts"), parts)
+        )
+
+    def to_markdown(self) -> str:
+        """The whole result as Markdown: the statement, a table of facts, a table of parts."""
+        facts = markdown_table(("", ""), self._facts())
+        rows = self._part_rows()
+        parts = ["", markdown_table(self._part_header, rows, right=(3,))] if rows else []
+        return "\n".join([f"**{type(self).__name__}**: {markdown_text(self._headline())}", "", facts, *parts])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Constants(_Ordered):
+    """Fields and arithmetic that UpperBound and Estimate share (private; use the two types)."""
+
+    guarantee: str
+    method: str
+    seconds: float
+    pairwise: np.ndarray | None = None
+    per_class: np.ndarray | None = None
+    parts: tuple[Part, ...] = ()
+    certificate: Any = None
+    failure_probability: float = 0.0
+    notes: tuple[str, ...] = ()
+    network: str | None = (
+        None  # digest of the form it was computed from, so that it is not used for another one
+    )
+
+    def __post_init__(self) -> None:
+        _check_common(self)
+        _set(self, "parts", tuple(self.parts))
+        _rank(self.guarantee)
+        if self.pairwise is not None:
+            _set(self, "pairwise", _pair_array(self.pairwise))
+        if self.per_class is not None:
+            _set(self, "per_class", _class_array(self.per_class, self.pairwise))
+        probability = float(self.failure_probability)
+        if not 0.0 <= probability < 1.0:
+            raise ValueError(f"failure_probability must lie in [0, 1), got {probability}")
+        _set(self, "failure_probability", probability)
+
+    @property
+    def worst_pair(self) -> tuple[int, int] | None:
+        """The pair (i, j), i < j, with the largest L_ij; None without `pairwise` or with one class."""
+        return _worst_pair(self.pairwise)
+
+    def average_pair(self) -> float:
+        """Mean of L_ij over the pairs i < j. ValueError without `pairwise`."""
+        if self.pairwise is None or len(self.pairwise) < 2:
+            raise ValueError(
+                "average_pair needs pairwise constants of two or more classes: use pairwise=True"
+            )
+        return float(self.pairwise[np.triu_indices(len(self.pairwise), 1)].mean())
+
+    def average_sum(self) -> float:
+        """Mean of L_i + L_j over the pairs i < j (CRM paper, Table 2). ValueError without `per_class`."""
+        if self.per_class is None or len(self.per_class) < 2:
+            raise ValueError(
+                "average_sum needs per-class constants of two or more classes: use pairwise=True"
+            )
+        return float(2.0 * self.per_class.mean())
+
+    def sqrt2(self) -> float:
+        """sqrt(2) L, rounded up: L_ij <= sqrt(2) L for every pair; l2 norm only, ValueError otherwise."""
+        if self.norm != 2:
+            raise ValueError(
+                "sqrt(2) L bounds pairs in the l2 norm only; any_pair() has the factor of each norm"
+            )
+        return self.any_pair()
+
+    def any_pair(self) -> float:
+        """A constant that holds for every pair of classes without `pairwise`, rounded up.
+
+        |z_i - z_j| <= ||e_i - e_j||_q ||z||_p with 1/p + 1/q = 1, so L_ij <= factor * L with
+        factor 1 (p = 1), sqrt(2) (p = 2), 2 (p = inf).
+        """
+        factor = (
+            1.0 if self.norm == 1 else math.sqrt(2.0) if self.norm == 2 else 2.0
+        )  # the double sqrt(2) lies above the real one
+        product = factor * self.value
+        product = math.nextafter(product, math.inf) if self.norm == 2 and product > 0.0 else product
+        return _number(product, "the constant of a pair")
+
+    def parts_table(self) -> str:
+        """Every gain block with its norm, guarantee and method, as plain text."""
+        rows = self._part_rows()
+        return text_table(self._part_header, rows, right=(3,)) if rows else "(no parts)"
+
+    def plot(self, ax: Any = None) -> Any:
+        """A picture of the pair constants, or of the parts, or of the value; returns the matplotlib Axes.
+
+        Without `ax` a figure of its own is made (no pyplot state): `b.plot().figure.savefig(...)`.
+        """
+        ax = new_axes() if ax is None else ax
+        if self.pairwise is not None and len(self.pairwise) > 1:
+            _draw_pairs(ax, self.pairwise, type(self).__name__)
+        elif self.parts:
+            names = [label_text(f"{p.source} → {p.target}", 40) for p in self.parts]
+            ax.barh(range(len(names)), [p.value for p in self.parts], color="#4477aa")
+            ax.set(yticks=range(len(names)), xlabel=f"{NORM_NAMES[self.norm]} norm of the block")
+            ax.set_yticklabels(names)
+            ax.invert_yaxis()
+        else:
+            ax.barh([0], [self.value], color="#4477aa")
+            ax.set(yticks=[0], xlabel="L")
+            ax.set_yticklabels([label_text(self.method, 40)])
+        ax.set_title(f"{label_text(self.method)}: {label_text(self._headline())}")
+        return ax
+
+    def _direction(self) -> Direction:
+        raise NotImplementedError
+
+    def _part_rows(self) -> list[list[str]]:
+        return [p._cells(self._direction() if p.guarantee != "estimate" else "near") for p in self.parts]
+
+    def _facts(self) -> list[tuple[str, str]]:
+        facts = [("method", f"{self.method}, {seconds_text(self.seconds)}")]
+        pair = self.worst_pair
+        if pair is not None and self.pairwise is not None:
+            worst = show(float(self.pairwise[pair]), self._direction())
+            facts.append(("pairs", f"worst {pair}: {worst}, average {show(self.average_pair())}"))
+        if self.per_class is not None and len(self.per_class):
+            facts.append(("classes", f"largest L_i {show(float(self.per_class.max()), self._direction())}"))
+        return facts + [("note", note) for note in self.notes]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class UpperBound(_Constants):
+    """L <= value, by `method`, with `guarantee` "verified", "probabilistic" or "assumed".
+
+    pairwise      (K, K) symmetric, zero diagonal: L_ij <= pairwise[i, j] (float64, read-only), or None
+    per_class     (K,): L_i <= per_class[i] for the single output z_i, or None
+    parts         the blocks that the bound is made of; the bound cannot claim more than the weakest of them
+    certificate   what proves the bound again, where the method has one
+    failure_probability   0 where verified; the stated probability of a false bound where probabilistic
+
+    ValueError if a number is negative, NaN or infinite, a shape is wrong, or the guarantee claims too much.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.guarantee == "estimate":
+            raise ValueError("an estimate is not an upper bound: use Estimate")
+        part = weakest(p.guarantee for p in self.parts)
+        if _rank(part) > _rank(self.guarantee):
+            raise ValueError(f"a bound with parts that are {part!r} cannot be {self.guarantee!r}")
+        if self.guarantee == "verified" and self.failure_probability:
+            raise ValueError("a verified bound has failure_probability 0")
+        if self.guarantee == "probabilistic" and not self.failure_probability:
+            raise ValueError("a probabilistic bound states its failure_probability")
+
+    def __float__(self) -> float:
+        return self.value
+
+    def _direction(self) -> Direction:
+        return "up"
+
+    def _headline(self) -> str:
+        risk = (
+            f", fails with probability <= {show(self.failure_probability, digits=3)}"
+            if self.failure_probability
+            else ""
+        )
+        return f"L <= {show(self.value, 'up')}  ({NORM_NAMES[self.norm]}, {self.guarantee}{risk})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Estimate(_Constants):
+    """A number near an upper bound that proves nothing; fields as in UpperBound.
+
+    For training and previews (power iteration lies below a norm). `guarantee` is always "estimate";
+    `float(e)` raises TypeError.
+    """
+
+    guarantee: str = "estimate"
+    method: str = ""
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.guarantee != "estimate":
+            raise ValueError(f"the guarantee of an Estimate is 'estimate', got {self.guarantee!r}")
+        if self.failure_probability:
+            raise ValueError("an estimate has no failure_probability")
+
+    def __float__(self) -> float:
+        raise TypeError(
+            "an Estimate is not a bound, so it is not a number here; .value reads it if you mean that"
+        )
+
+    def _direction(self) -> Direction:
+        return "near"
+
+    def _headline(self) -> str:
+        return f"L ~ {show(self.value)}  ({NORM_NAMES[self.norm]}, estimate: not a bound)"
+
+
+@dataclass(frozen=True)
+class LayerBound:
+    """||W||_p >= value for the linear map W between taps, by one data point: ||W u||_p / ||u||_p (Definition 1 of arXiv
+    2406.19622, the empirical Lipschitz constant of a layer).
+
+    source, target  the taps (and the input x) that W reads, stacked to u, and the tap or output that it leads to
+    shape           (rows, columns) of W;  example  the row of the data that shows it;  path  the target's call path
+    """
+
+    source: str
+    target: str
+    shape: tuple[int, int]
+    value: float
+    example: int
+    path: str
+
+    def __post_init__(self) -> None:
+        _set(self, "value", _number(self.value, "the value of a layer"))
+
+    def _cells(self) -> list[str]:
+        shape = " x ".join(str(n) for n in self.shape)
+        number = show(self.value, "down")
+        return [self.source, self.target, shape, number, f"example {self.example}", self.path]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LowerBound(_Ordered):
+    """L >= value, shown by two points.
+
+    witness    (x, x'), float64 of the input's shape: ||f(x) - f(x')||_p >= value * ||x - x'||_p
+    pairwise   (K, K) symmetric, zero diagonal: L_ij >= pairwise[i, j], or None
+    layers     what data points show of the linear maps between the taps, see `LayerBound`
+
+    `float(l)` raises TypeError: a lower bound must not slip in where a Lipschitz constant is needed.
+    """
+
+    method: str
+    seconds: float
+    witness: tuple[np.ndarray, np.ndarray] | None = None
+    notes: tuple[str, ...] = ()
+    pairwise: np.ndarray | None = None
+    layers: tuple[LayerBound, ...] = ()
+    _part_header: ClassVar[tuple[str, ...]] = ("from", "to", "shape", "norm >=", "shown by", "call path")
+
+    def __post_init__(self) -> None:
+        _check_common(self)
+        _set(self, "layers", tuple(self.layers))
+        if self.pairwise is not None:
+            _set(self, "pairwise", _pair_array(self.pairwise))
+        if self.witness is None:
+            return
+        if len(self.witness) != 2:
+            raise ValueError(f"a witness is two points, got {len(self.witness)}")
+        first, second = (_frozen(point) for point in self.witness)
+        if first.shape != second.shape or not (np.isfinite(first).all() and np.isfinite(second).all()):
+            raise ValueError("the two points of a witness must be finite and have one shape")
+        if np.array_equal(first, second):
+            raise ValueError("the two points of a witness must differ")
+        _set(self, "witness", (first, second))
+
+    @property
+    def worst_pair(self) -> tuple[int, int] | None:
+        """The pair (i, j), i < j, with the largest lower bound of L_ij; None without `pairwise`."""
+        return _worst_pair(self.pairwise)
+
+    def __float__(self) -> float:
+        raise TypeError(
+            "a LowerBound lies below the Lipschitz constant; .value reads the number if you mean that"
+        )
+
+    def plot(self, ax: Any = None) -> Any:
+        """The pair constants, or the value as one bar; returns the matplotlib Axes."""
+        ax = new_axes() if ax is None else ax
+        if self.pairwise is not None and len(self.pairwise) > 1:
+            _draw_pairs(ax, self.pairwise, "LowerBound")
+        else:
+            ax.barh([0], [self.value], color="#cc6677")
+            ax.set(yticks=[0], xlabel="L")
+            ax.set_yticklabels([label_text(self.method, 40)])
+        ax.set_title(f"{label_text(self.method)}: {label_text(self._headline())}")
+        return ax
+
+    def _part_rows(self) -> list[list[str]]:
+        return [layer._cells() for layer in self.layers]
+
+    def _headline(self) -> str:
+        shown = ", attained between two points" if self.witness is not None else ""
+        return f"L >= {show(self.value, 'down')}  ({NORM_NAMES[self.norm]}{shown})"
+
+    def _facts(self) -> list[tuple[str, str]]:
+        facts = [("method", f"{self.method}, {seconds_text(self.seconds)}")]
+        pair = self.worst_pair
+        if pair is not None and self.pairwise is not None:
+            facts.append(("pairs", f"largest {pair}: {show(float(self.pairwise[pair]), 'down')}"))
+        return facts + [("note", note) for note in self.notes]
+
+
+# ------------------------------------------------------------------------------------------- validation
+def _set(record: Any, name: str, value: Any) -> None:
+    object.__setattr__(record, name, value)
+
+
+def _number(value: Any, what: str) -> float:
+    number = float(value)
+    if not math.isfinite(number) or number < 0.0:
+        raise ValueError(f"{what} must be a finite number >= 0, got {number}")
+    return number + 0.0  # -0.0 becomes 0.0
+
+
+def _check_common(record: Any) -> None:
+    kind = type(record).__name__
+    _set(
+        record,
+        "value",
+        _number(record.value, f"the value of an {kind}" if kind[0] in "UE" else f"the value of a {kind}"),
+    )
+    _set(record, "norm", check_norm(record.norm))
+    _set(record, "seconds", _number(record.seconds, "seconds"))
+    if not isinstance(record.method, str) or not record.method:
+        raise ValueError("method must name how the result was made")
+    if isinstance(record.notes, str):
+        raise ValueError("notes is a tuple of strings")
+    _set(record, "notes", tuple(str(note) for note in record.notes))
+
+
+def _frozen(array: Any) -> np.ndarray:
+    copy = np.array(array, dtype=np.float64)
+    copy.setflags(write=False)
+    return copy
+
+
+def _pair_array(array: Any) -> np.ndarray:
+    pairs = _frozen(array)
+    if pairs.ndim != 2 or pairs.shape[0] != pairs.shape[1]:
+        raise ValueError(f"pairwise must have shape (K, K), got {pairs.shape}")
+    if not np.isfinite(pairs).all() or (pairs < 0).any():
+        raise ValueError("pairwise must hold finite numbers >= 0")
+    if not np.array_equal(pairs, pairs.T) or np.diagonal(pairs).any():
+        raise ValueError("pairwise must be symmetric with a zero diagonal")
+    return pairs
+
+
+def _class_array(array: Any, pairs: np.ndarray | None) -> np.ndarray:
+    classes = _frozen(array)
+    if classes.ndim != 1 or (pairs is not None and len(pairs) != len(classes)):
+        raise ValueError(
+            f"per_class must have shape (K,), one number per class of pairwise, got {classes.shape}"
+        )
+    if not np.isfinite(classes).all() or (classes < 0).any():
+        raise ValueError("per_class must hold finite numbers >= 0")
+    return classes
+
+
+def _worst_pair(pairs: np.ndarray | None) -> tuple[int, int] | None:
+    if pairs is None or len(pairs) < 2:
+        return None
+    i, j = np.triu_indices(len(pairs), 1)
+    worst = int(np.argmax(pairs[i, j]))
+    return int(i[worst]), int(j[worst])
+
+
+def _draw_pairs(ax: Any, pairs: np.ndarray, kind: str) -> None:
+    """The (K, K) constants as a heat map with its scale."""
+    image = ax.imshow(pairs, cmap="viridis", interpolation="nearest")
+    ax.figure.colorbar(image, ax=ax, label=f"{kind} of L_ij")
+    ax.set(xlabel="class j", ylabel="class i")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.get_major_locator().set_params(integer=True)
