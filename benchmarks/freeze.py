@@ -103,6 +103,7 @@ def freeze(names: list[str]) -> Json:
                 found[what] = fields(call())
             except ValueError as error:  # a refusal, which must stay the same
                 found[what] = {"refused": f"{type(error).__name__}: {error}"}
+        jax.clear_caches()  # every compiled program holds memory maps, of which a process may have 65 530
     return frozen
 
 

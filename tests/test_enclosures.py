@@ -8,8 +8,8 @@ import pytest
 import scipy.sparse as sp
 
 import lipbounds
-from lipbounds._norms import matrices as norms
-from lipbounds._norms.matrices import Enclosure
+from lipbounds._norms import enclosures
+from lipbounds._norms.enclosures import Enclosure
 
 SOURCE = pathlib.Path(lipbounds.__file__).parent
 #: Where M may be read without its error, as nothing is proved from it: (file, function), with what comes of it.
@@ -65,10 +65,10 @@ def test_what_is_true_of_every_member(make):
             e = rng.standard_normal(a.shape) * (rng.uniform(size=a.shape) < 0.3)
             member = a + 0.3 * e / max(np.linalg.norm(e), 1e-9)
             sizes = np.linalg.norm(member, q, axis=1)
-            assert (sizes <= norms.enclosure_row_norms(blurred, q) * (1 + 1e-12)).all()
+            assert (sizes <= enclosures.enclosure_row_norms(blurred, q) * (1 + 1e-12)).all()
             pairs = np.linalg.norm(member[:, None] - member[None], q, axis=2)
-            assert (pairs <= norms.enclosure_pair_norms(blurred, q) * (1 + 1e-12)).all()
-    assert norms.enclosure_cheap_norm(blurred) >= np.linalg.norm(a, 2) + 0.3
+            assert (pairs <= enclosures.enclosure_pair_norms(blurred, q) * (1 + 1e-12)).all()
+    assert enclosures.enclosure_cheap_norm(blurred) >= np.linalg.norm(a, 2) + 0.3
 
 
 def functions(tree, name=""):
@@ -92,7 +92,7 @@ def misuses(name, text):
     parents = {id(child): node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(tree):
         where = inside.get(id(node), "module")
-        if isinstance(node, ast.Attribute) and node.attr == "_midpoint" and name != "norms.py":
+        if isinstance(node, ast.Attribute) and node.attr == "_midpoint" and name != "enclosures.py":
             found.append((where, "reads the midpoint itself"))
         if (
             isinstance(node, ast.Attribute)

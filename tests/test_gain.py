@@ -19,7 +19,7 @@ from zoo_core import gauss
 from lipbounds._form.lure import LureForm, multiplicity
 from lipbounds._gain import blocks
 from lipbounds._gain.blocks import HostForm, Node
-from lipbounds._norms import matrices as norms
+from lipbounds._norms import enclosures
 
 
 # ------------------------------------------------------------------------------------------------- groups
@@ -171,26 +171,26 @@ def test_stacked_nodes_are_stacked_blocks() -> None:
 
 
 def test_factors_that_are_powers_of_two_are_not_rounded() -> None:
-    """`norms.scale` by slopes of 1/2 keeps an exact block exact (so equal class rows stay equal, dead neurons dead);
-    whatever underflows or is not a power of two has an error that holds in rationals."""
+    """`scale` by slopes of 1/2 keeps an exact block exact (so equal class rows stay equal, dead neurons dead); whatever
+    underflows or is not a power of two has an error that holds in rationals."""
     rng = np.random.default_rng(0)
     for _ in range(150):
         m = rng.normal(size=(3, 4)) * 2.0 ** rng.integers(-540, 480, (3, 4))
         d = rng.choice([-1.0, 0.0, 1.0], 3) * 2.0 ** rng.integers(-540, 480, 3)
         d[rng.integers(3)] *= rng.choice([1.0, 1.5])
-        scaled = norms.scale(norms.Enclosure(m), rows=d)
+        scaled = enclosures.scale(enclosures.Enclosure(m), rows=d)
         gaps = (
             Fraction(float(scaled.midpoint_for_search()[i, j]))
             - Fraction(float(m[i, j])) * Fraction(float(d[i]))
             for i, j in np.ndindex(3, 4)
         )
         assert sum((gap**2 for gap in gaps), Fraction(0)) <= Fraction(scaled.error) ** 2
-    ordinary = norms.Enclosure(rng.normal(size=(3, 4)))
-    assert norms.scale(ordinary, rows=np.array([0.5, -2.0, 0.0])).error == 0.0
-    assert norms.scale(ordinary, rows=np.array([0.5, 0.3, 0.0])).error > 0.0
+    ordinary = enclosures.Enclosure(rng.normal(size=(3, 4)))
+    assert enclosures.scale(ordinary, rows=np.array([0.5, -2.0, 0.0])).error == 0.0
+    assert enclosures.scale(ordinary, rows=np.array([0.5, 0.3, 0.0])).error > 0.0
     assert (
-        norms.scale(
-            norms.Enclosure(ordinary.midpoint_for_search(), 1.0), rows=np.array([0.5, -2.0, 0.0])
+        enclosures.scale(
+            enclosures.Enclosure(ordinary.midpoint_for_search(), 1.0), rows=np.array([0.5, -2.0, 0.0])
         ).error
         >= 2.0
     )

@@ -24,7 +24,7 @@ from lipbounds._form.program import Op
 from lipbounds._form.steps import KINDS
 from lipbounds._gain import blocks
 from lipbounds._gain.blocks import HostForm
-from lipbounds._norms.matrices import Enclosure
+from lipbounds._norms.enclosures import Enclosure
 
 Case = tuple[Callable[[Any], Any], tuple[int, ...], set[str]]
 CASES: dict[str, Case] = {}

@@ -11,7 +11,7 @@ import pytest
 import scipy.sparse as sp
 from exact import encloses, exceeds, fractions, power_norm, product
 
-from lipbounds._norms import cholesky
+from lipbounds._norms import cholesky, enclosures
 from lipbounds._norms import matrices as norms
 
 TOP = 6  # largest side in exact arithmetic
@@ -158,7 +158,7 @@ def test_bad_input_is_refused() -> None:
         np.ones((2, 2)) * 1j,
         np.array([["a"]]),
     ):
-        for call in (norms.verified_norm, norms.frobenius_norm, norms.Enclosure):
+        for call in (norms.verified_norm, norms.frobenius_norm, enclosures.Enclosure):
             with pytest.raises(ValueError):
                 call(bad)
         with pytest.raises(ValueError):
@@ -172,7 +172,7 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError):
         norms.pairwise_row_norms(huge * [[1], [-1]], 2)
     with pytest.raises(ValueError):
-        norms.multiply(huge, norms.Enclosure(huge))
+        enclosures.multiply(huge, enclosures.Enclosure(huge))
     with pytest.raises(ValueError, match="2\\*\\*53"):
         norms.verified_norm(np.array([[2**53 + 1]]))
     for error in (-1.0, math.nan, math.inf):
@@ -260,7 +260,7 @@ def test_pairwise_errors_and_chunks() -> None:
 # ------------------------------------------------------------------------------------------------- enclosures
 
 
-def distance_squared(a: list[list[Fraction]], m: norms.Enclosure) -> Fraction:
+def distance_squared(a: list[list[Fraction]], m: enclosures.Enclosure) -> Fraction:
     dense = m.dense().midpoint_for_search()
     stored = fractions(dense)
     return sum(
@@ -268,7 +268,9 @@ def distance_squared(a: list[list[Fraction]], m: norms.Enclosure) -> Fraction:
     )
 
 
-def chain(rng: np.random.Generator, depth: int, sparse: bool) -> tuple[norms.Enclosure, list[list[Fraction]]]:
+def chain(
+    rng: np.random.Generator, depth: int, sparse: bool
+) -> tuple[enclosures.Enclosure, list[list[Fraction]]]:
     sides = rng.integers(1, 5, depth + 1)
     enclosure, exact = None, None
     for i in range(depth):
@@ -278,14 +280,14 @@ def chain(rng: np.random.Generator, depth: int, sparse: bool) -> tuple[norms.Enc
         factors = rng.standard_normal(sides[i + 1])
         form = sp.csr_array(w) if sparse else w
         true = fractions(w)
-        enclosure = norms.Enclosure(form) if enclosure is None else norms.multiply(form, enclosure)
+        enclosure = enclosures.Enclosure(form) if enclosure is None else enclosures.multiply(form, enclosure)
         exact = true if exact is None else product(true, exact)
         if i % 2:
-            enclosure = norms.scale(enclosure, rows=factors)
+            enclosure = enclosures.scale(enclosure, rows=factors)
             exact = [[Fraction(float(f)) * x for x in row] for f, row in zip(factors, exact, strict=True)]
         if i % 3 == 1:
             other = rng.standard_normal((sides[i + 1], sides[0]))
-            enclosure = norms.add(enclosure, norms.Enclosure(other))
+            enclosure = enclosures.add(enclosure, enclosures.Enclosure(other))
             exact = [
                 [x + y for x, y in zip(p, q, strict=True)]
                 for p, q in zip(exact, fractions(other), strict=True)
@@ -296,26 +298,28 @@ def chain(rng: np.random.Generator, depth: int, sparse: bool) -> tuple[norms.Enc
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_composite_enclosures_hold_exactly(sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norms, "_tidy", (lambda a: a) if sparse else norms._tidy)
+    monkeypatch.setattr(enclosures, "_tidy", (lambda a: a) if sparse else enclosures._tidy)
     rng = np.random.default_rng(6)
     for depth in [3, 4, 5, 6, 7, 8] * 12:
         enclosure, exact = chain(rng, depth, sparse)
         size = norms.frobenius_norm(enclosure.midpoint_for_search())
         assert distance_squared(exact, enclosure) <= Fraction(enclosure.error) ** 2
         assert enclosure.error <= 1e-9 * size or size < 1e-6
-        bound = norms.enclosure_norm(enclosure)
+        bound = enclosures.enclosure_norm(enclosure)
         assert exceeds(Fraction(bound), exact) or not any(x for row in exact for x in row)
         assert (
             bound <= (1 + 1e-9) * np.linalg.norm(np.array([[float(x) for x in row] for row in exact]), 2)
             or size < 1e-6
         )
         for p, rows in ((math.inf, exact), (1, [list(c) for c in zip(*exact, strict=True)])):
-            assert Fraction(norms.enclosure_norm(enclosure, p)) >= max(power_norm(row, 1) for row in rows)
+            assert Fraction(enclosures.enclosure_norm(enclosure, p)) >= max(
+                power_norm(row, 1) for row in rows
+            )
 
 
 def test_without_its_rounding_term_a_composite_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norms, "gamma", lambda n: 0.0)
-    monkeypatch.setattr(norms, "U", 0.0)
+    monkeypatch.setattr(enclosures, "gamma", lambda n: 0.0)
+    monkeypatch.setattr(enclosures, "U", 0.0)
     rng = np.random.default_rng(6)
     misses = 0
     for _ in range(20):
@@ -331,18 +335,20 @@ def test_relative_and_inherited_errors_are_carried() -> None:
         vt = np.linalg.svd(a)[2]
         e = np.outer(vt[0], e[0]) / np.linalg.norm(e[0])  # the direction that A stretches most
         true = a * (1 + 1e-3 * rng.choice([-1, 1], a.shape))
-        got = norms.multiply(a, norms.Enclosure(m, 0.1), relerr=1.001e-3)
+        got = enclosures.multiply(a, enclosures.Enclosure(m, 0.1), relerr=1.001e-3)
         assert np.linalg.norm(true @ (m + 0.1 * e) - got.midpoint_for_search()) <= got.error
-        known = norms.multiply(a, norms.Enclosure(m, 0.1), norm=norms.verified_norm(a))
+        known = enclosures.multiply(a, enclosures.Enclosure(m, 0.1), norm=norms.verified_norm(a))
         reached = np.linalg.norm(a @ (m + 0.1 * e) - known.midpoint_for_search())
         assert reached * (1 - 1e-12) <= known.error <= reached * (1 + 1e-9)
         assert known.error < got.error
-    both = norms.stack([norms.Enclosure(m, 3.0), norms.Enclosure(sp.csr_array(m), 4.0)], axis=1)
+    both = enclosures.stack(
+        [enclosures.Enclosure(m, 3.0), enclosures.Enclosure(sp.csr_array(m), 4.0)], axis=1
+    )
     assert both.shape == (4, 4) and math.isclose(both.error, 5.0) and both.error >= 5.0
     assert both.T.shape == (4, 4) and np.array_equal(
         both.T.midpoint_for_search(), both.midpoint_for_search().T
     )
     with pytest.raises(ValueError, match="cannot multiply"):
-        norms.multiply(a, norms.Enclosure(a))
+        enclosures.multiply(a, enclosures.Enclosure(a))
     with pytest.raises(ValueError, match="cannot add"):
-        norms.add(norms.Enclosure(a), norms.Enclosure(m))
+        enclosures.add(enclosures.Enclosure(a), enclosures.Enclosure(m))

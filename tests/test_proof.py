@@ -17,7 +17,7 @@ from lipbounds._lipsdp import proof, tap_proof
 from lipbounds._lipsdp.barrier import dense_gain
 from lipbounds._lipsdp.proof import Infeasible, prove_psd
 from lipbounds._lipsdp.state_matrices import Segment, Sequence, sequence
-from lipbounds._norms.matrices import Enclosure
+from lipbounds._norms.enclosures import Enclosure
 
 Rational = list[list[Fraction]]
 ACTIVATIONS = {"relu": (0.0, 1.0), "leaky": (0.1, 1.0), "abs": (-1.0, 1.0), "steep": (-0.3, 2.7)}

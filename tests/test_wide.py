@@ -18,7 +18,7 @@ from lipbounds._form.lure import LureForm
 from lipbounds._gain import wide_blocks
 from lipbounds._norms import lanczos
 from lipbounds._norms import matrices as norms
-from lipbounds._norms.matrices import Enclosure
+from lipbounds._norms.enclosures import Enclosure
 from lipbounds._triangle import recursion
 
 

@@ -3,7 +3,7 @@
 The gain G of a form, after the loop transformation v = c y + q w, maps sources (the input x, or the w of taps) to
 targets (the pre-activations y of taps, or the output z). A block G[target, source] is a product and sum of the steps'
 matrices (`step_matrices`); `HostForm` multiplies them in float64 NumPy/SciPy and carries a normwise error
-(`norms.Enclosure`), from the source or from the target, whichever side is smaller.
+(`enclosures.Enclosure`), from the source or from the target, whichever side is smaller.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from lipbounds._form.program import Op
 from lipbounds._gain.step_matrices import StepMatrix as StepMatrix
 from lipbounds._gain.step_matrices import size_of
 from lipbounds._gain.step_matrices import step_matrices as step_matrices
-from lipbounds._norms import matrices as norms
-from lipbounds._norms.matrices import Enclosure
+from lipbounds._norms import enclosures
+from lipbounds._norms.enclosures import Enclosure
 
 #: A source or target: () is the input (as a source) or the output (as a target), otherwise indices of taps.
 Node = tuple[int, ...]
@@ -90,12 +90,12 @@ class HostForm:
                     out[target] = registers[self.program.output]
             elif any(k in seen for k in target):
                 parts_ = [
-                    norms.scale(seen[k], rows=scalings[k].e)
+                    enclosures.scale(seen[k], rows=scalings[k].e)
                     if k in seen
                     else Enclosure(sp.csr_array((taps[k].size_in, width)))
                     for k in target
                 ]
-                out[target] = norms.stack(parts_) if len(parts_) > 1 else parts_[0]
+                out[target] = enclosures.stack(parts_) if len(parts_) > 1 else parts_[0]
         return out
 
     def _advance(
@@ -123,18 +123,18 @@ class HostForm:
                     v = None
                     scaling = scalings[step]
                     if y is not None and scaling.c is not None:
-                        v = norms.scale(y, rows=scaling.c)
+                        v = enclosures.scale(y, rows=scaling.c)
                     if step in starts:
                         injected = sp.csr_array(
                             (scaling.q, (np.arange(tap.size_out), starts[step] + np.arange(tap.size_out))),
                             shape=(tap.size_out, width),
                         )
-                        v = Enclosure(injected) if v is None else norms.add(v, Enclosure(injected))
+                        v = Enclosure(injected) if v is None else enclosures.add(v, Enclosure(injected))
                     self._split(v, tap.outputs, registers)
             elif step.output in alive:
                 parts = [m.apply(registers[m.register]) for m in self.step(place) if m.register in registers]
                 if parts:
-                    registers[step.output] = norms.add(*parts)
+                    registers[step.output] = enclosures.add(*parts)
             for r in uses.get(place, ()):
                 if r != self.program.output:
                     registers.pop(r, None)
@@ -172,8 +172,8 @@ class HostForm:
                 size = self.program.taps[tap].size_in
                 inputs.append(seen.get(tap, Enclosure(sp.csr_array((size, width)))))
         if tap is None:
-            return norms.stack(arrived, axis=1), None, None
-        return norms.stack(arrived[:-1], axis=1), arrived[-1], norms.stack(inputs, axis=1)
+            return enclosures.stack(arrived, axis=1), None, None
+        return enclosures.stack(arrived[:-1], axis=1), arrived[-1], enclosures.stack(inputs, axis=1)
 
     def backward(
         self, target: Node, sources: Iterable[Node], scalings: Sequence[TapScaling]
@@ -198,22 +198,22 @@ class HostForm:
                 y = None
                 if v is not None:
                     if step in wanted_taps:
-                        seen[step] = norms.scale(v, rows=scaling.q)
+                        seen[step] = enclosures.scale(v, rows=scaling.q)
                     if scaling.c is not None:
-                        y = norms.scale(v, rows=scaling.c)
+                        y = enclosures.scale(v, rows=scaling.c)
                 if step in starts:
                     start = sp.csr_array(
                         (scaling.e, (np.arange(tap.size_in), starts[step] + np.arange(tap.size_in))),
                         shape=(tap.size_in, width),
                     )
-                    y = Enclosure(start) if y is None else norms.add(y, Enclosure(start))
+                    y = Enclosure(start) if y is None else enclosures.add(y, Enclosure(start))
                 if y is not None:
                     begin = 0
                     for r in tap.inputs:
                         size = self._rows(r)
                         if r in reached:
                             part = y.select(rows=slice(begin, begin + size))
-                            registers[r] = norms.add(registers[r], part) if r in registers else part
+                            registers[r] = enclosures.add(registers[r], part) if r in registers else part
                         begin += size
             elif step.output in registers:
                 out = registers.pop(step.output)
@@ -221,7 +221,7 @@ class HostForm:
                     if m.register in reached:
                         part = m.transposed.apply(out)
                         has = m.register in registers
-                        registers[m.register] = norms.add(registers[m.register], part) if has else part
+                        registers[m.register] = enclosures.add(registers[m.register], part) if has else part
         result: dict[Node, Enclosure] = {}
         for source in wanted:
             if not source:
@@ -232,7 +232,7 @@ class HostForm:
                     seen[k] if k in seen else Enclosure(sp.csr_array((taps[k].size_out, width)))
                     for k in source
                 ]
-                result[source] = norms.stack(parts) if len(parts) > 1 else parts[0]
+                result[source] = enclosures.stack(parts) if len(parts) > 1 else parts[0]
         return result
 
     # -- which registers matter ---------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ class HostForm:
             return None
         if len(parts) == 1:
             return parts[0]
-        return norms.stack(
+        return enclosures.stack(
             [
                 Enclosure(sp.csr_array((n, width))) if part is None else part
                 for part, n in zip(parts, rows, strict=True)

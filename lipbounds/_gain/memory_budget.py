@@ -19,9 +19,8 @@ import scipy.sparse as sp
 from lipbounds._form.program import Op
 from lipbounds._gain.blocks import HostForm, Node, TapScaling
 from lipbounds._gain.step_matrices import size_of
-from lipbounds._norms import banded_cholesky
-from lipbounds._norms import matrices as norms
-from lipbounds._norms.matrices import Enclosure
+from lipbounds._norms import banded_cholesky, enclosures
+from lipbounds._norms.enclosures import Enclosure
 from lipbounds._norms.rounding import mul_up
 
 #: With a budget and guarantee="auto", a proof of more operations than this is left to Golub-Kahan.
@@ -183,12 +182,12 @@ def _columns(
         none = Enclosure(sp.csr_array((host.num_outputs, width)))
         return registers.get(host.program.output, none), registers.peak
     parts = [
-        norms.scale(seen[k], rows=scalings[k].e)
+        enclosures.scale(seen[k], rows=scalings[k].e)
         if k in seen
         else Enclosure(sp.csr_array((taps[k].size_in, width)))
         for k in target
     ]
-    return (norms.stack(parts) if len(parts) > 1 else parts[0]), registers.peak
+    return (enclosures.stack(parts) if len(parts) > 1 else parts[0]), registers.peak
 
 
 def formed(
@@ -226,7 +225,7 @@ def formed(
                 return None, f"about {show(3 * held * n / min(lo + width, n))}"
     except _TooLarge:
         return None, f"more than {show(limit)}"
-    return norms.stack(slices, axis=1), ""
+    return enclosures.stack(slices, axis=1), ""
 
 
 @dataclass(frozen=True)
@@ -264,7 +263,7 @@ def proofs(
     for pair in sorted(pairs, key=size, reverse=True):
         block, need = formed(host, *pair, scalings, budget.limit)
         if block is not None:
-            plan = norms.proof_plan(block, budget.limit)
+            plan = enclosures.enclosure_plan(block, budget.limit)
             need = show(plan.memory)
             if plan.memory <= budget.limit and (forced or plan.flops <= MOST_FLOPS):
                 if not (forced and needs):

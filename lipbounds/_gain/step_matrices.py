@@ -18,9 +18,9 @@ import scipy.sparse as sp
 
 from lipbounds._form.program import Op
 from lipbounds._form.steps import KINDS
-from lipbounds._norms import cholesky
+from lipbounds._norms import cholesky, enclosures
 from lipbounds._norms import matrices as norms
-from lipbounds._norms.matrices import Enclosure
+from lipbounds._norms.enclosures import Enclosure
 from lipbounds._norms.rounding import U, mul_up
 from lipbounds._tracing import rules
 
@@ -65,7 +65,7 @@ class StepMatrix:
         small = min(self.matrix.shape) <= _VERIFY_STEP
         if small and self.rows is None:
             return norms.verified_norm(self.matrix) * (1 + 4 * self.relerr)
-        cheap = norms._cheap_norm(self.matrix)
+        cheap = enclosures._cheap_norm(self.matrix)
         if self.bound is not None:
             cheap = min(cheap, self.bound())
         return cheap * (1 + 4 * self.relerr)
@@ -90,7 +90,7 @@ class StepMatrix:
     @cached_property
     def absolute_norm(self) -> float:
         """A proved bound of the spectral norm of the absolute values."""
-        return norms._cheap_norm(self.matrix) * (1 + 4 * self.relerr)
+        return enclosures._cheap_norm(self.matrix) * (1 + 4 * self.relerr)
 
     def apply(self, m: Enclosure) -> Enclosure:
         """matrix @ m, with its error."""
@@ -102,7 +102,7 @@ class StepMatrix:
                 return m
             if (self.rows >= 0).all():
                 return m.select(rows=self.rows)
-        return norms.multiply(self.matrix, m, self.relerr, self.norm if m.error else None)
+        return enclosures.multiply(self.matrix, m, self.relerr, self.norm if m.error else None)
 
 
 def _is_identity(m: Enclosure) -> bool:

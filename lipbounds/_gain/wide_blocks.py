@@ -25,8 +25,9 @@ from lipbounds._form.lure import LureForm, propagate
 from lipbounds._form.program import Op
 from lipbounds._gain import memory_budget
 from lipbounds._gain.blocks import HostForm, Node, StepMatrix, TapScaling
+from lipbounds._norms import enclosures
 from lipbounds._norms import matrices as norms
-from lipbounds._norms.matrices import Enclosure
+from lipbounds._norms.enclosures import Enclosure
 from lipbounds._norms.rounding import UNDERFLOW, add_up, gamma, mul_up, sqrt_up
 
 #: Bytes that the parts of a cut, and a block formed for its proof, may take where no budget is given.
@@ -152,7 +153,7 @@ def _by_cut(
         begin += size
     seen = host._advance(range(place, len(host.program.steps)), held, width, scalings, {}, alive)
     if target:
-        ends = [norms.scale(seen[k], rows=scalings[k].e) if k in seen else None for k in target]
+        ends = [enclosures.scale(seen[k], rows=scalings[k].e) if k in seen else None for k in target]
         u = host._joined(ends, [taps[k].size_in for k in target], width)
     else:
         u = held.get(host.program.output)
@@ -167,15 +168,17 @@ def _by_cut(
 def product_norm(u: Enclosure, v: Enclosure) -> tuple[float, float]:
     """(upper bound of ||U V||_2, its float estimate) for U (m, r) and V (r, n) by r x r matrices."""
     vs, wrong = v.dense().with_error()
-    gram = norms.multiply(vs, Enclosure(np.ascontiguousarray(vs.T)))
+    gram = enclosures.multiply(vs, Enclosure(np.ascontiguousarray(vs.T)))
     root = _root(gram)
-    square = norms.multiply(root, Enclosure(np.ascontiguousarray(root.T)))
-    missing = norms.add(gram, norms.scale(square, rows=-np.ones(len(root))))
+    square = enclosures.multiply(root, Enclosure(np.ascontiguousarray(root.T)))
+    missing = enclosures.add(gram, enclosures.scale(square, rows=-np.ones(len(root))))
     known = norms.verified_norm(vs)
-    e = add_up(norms.enclosure_norm(missing), mul_up(2.0, wrong, known), mul_up(wrong, wrong))
-    small = norms.multiply(np.ascontiguousarray(root.T), u.T)
-    a, whole = norms.enclosure_norm(small), norms.enclosure_norm(u)
-    guess = float(np.linalg.norm(_root(norms.multiply(u.T.dense().midpoint_for_search(), u)).T @ root, 2))
+    e = add_up(enclosures.enclosure_norm(missing), mul_up(2.0, wrong, known), mul_up(wrong, wrong))
+    small = enclosures.multiply(np.ascontiguousarray(root.T), u.T)
+    a, whole = enclosures.enclosure_norm(small), enclosures.enclosure_norm(u)
+    guess = float(
+        np.linalg.norm(_root(enclosures.multiply(u.T.dense().midpoint_for_search(), u)).T @ root, 2)
+    )
     return sqrt_up(add_up(mul_up(a, a), mul_up(e, whole, whole))), guess
 
 
@@ -369,7 +372,7 @@ def _by_proof(
     block, _ = memory_budget.formed(host, source, target, scalings, limit)
     if block is None:
         return None
-    plan = norms.proof_plan(block, limit)
+    plan = enclosures.enclosure_plan(block, limit)
     if plan.memory > limit or plan.flops > memory_budget.MOST_FLOPS:
         return None
     value = norms.verified_norm(*block.with_error(), plan=plan)

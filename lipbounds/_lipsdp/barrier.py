@@ -28,7 +28,7 @@ from lipbounds._form.elementwise import elementwise_view
 from lipbounds._form.lure import LureForm
 from lipbounds._lipsdp.matrix_inequality import Prepared, closure, prepare
 from lipbounds._norms import matrices as norms
-from lipbounds._norms.matrices import Enclosure
+from lipbounds._norms.enclosures import Enclosure
 from lipbounds._triangle.recursion import host_form, loop_transform, matrices, structure
 
 #: Entries of (Gy; Gz) above which the dense form is refused: 1 GB.

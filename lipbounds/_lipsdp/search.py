@@ -26,7 +26,7 @@ from lipbounds._lipsdp.matrix_inequality import feasible_start, smallest_rho
 from lipbounds._lipsdp.proof import propagate_dense, repair, repair_dense
 from lipbounds._lipsdp.state_matrices import WIDEST, Segment, Sequence, first_tap, hybrid_start, sequence
 from lipbounds._norms import matrices as norms
-from lipbounds._norms.matrices import Enclosure
+from lipbounds._norms.enclosures import Enclosure
 from lipbounds._text.calls import FAILURES, reason
 from lipbounds._triangle import recursion
 from lipbounds._triangle.recursion import Request

@@ -23,7 +23,8 @@ from lipbounds._form.lure import LureForm, state_sequence
 from lipbounds._form.program import Op, Program
 from lipbounds._form.steps import StaticArray
 from lipbounds._norms.cholesky import TINY, gram, nonzeros_per_row
-from lipbounds._norms.matrices import Enclosure, frobenius_norm
+from lipbounds._norms.enclosures import Enclosure
+from lipbounds._norms.matrices import frobenius_norm
 from lipbounds._norms.rounding import U, add_up, gamma, mul_up
 from lipbounds._triangle import recursion
 from lipbounds._triangle.recursion import Request

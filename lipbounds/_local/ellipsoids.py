@@ -29,8 +29,8 @@ from lipbounds._form.lure import LureForm, proved_slopes, state_sequence
 from lipbounds._form.steps import StaticArray
 from lipbounds._gain.blocks import TapScaling
 from lipbounds._lipsdp.tap_proof import is_identity, prove_psd
-from lipbounds._norms import matrices as norms
-from lipbounds._norms.matrices import Enclosure
+from lipbounds._norms import enclosures
+from lipbounds._norms.enclosures import Enclosure
 from lipbounds._norms.rounding import U, gamma
 from lipbounds._triangle import recursion
 
@@ -119,7 +119,7 @@ def stages(view: LureForm) -> tuple[Matrix, tuple[Stage, ...]]:
         h, g, w = host.between(here.registers, there.registers, range(here.step, there.step), k, plain)
         assert g is not None and w is not None
         lives_on = bool(h.support(axis=0).any())
-        both = norms.stack([w.dense(), h.dense()]) if lives_on else w
+        both = enclosures.stack([w.dense(), h.dense()]) if lives_on else w
         made.append(Stage(k, view.taps[k].size_in, _matrix(both), _matrix(g), lives_on))
     return _matrix(start), tuple(made)
 

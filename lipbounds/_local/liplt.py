@@ -34,7 +34,7 @@ from lipbounds._form.lure import LureForm, multiplicity, propagate
 from lipbounds._form.program import Tap
 from lipbounds._gain.blocks import Node, TapScaling
 from lipbounds._local.ellipsoids import Values, centre_and_radius
-from lipbounds._norms import matrices as norms
+from lipbounds._norms import enclosures
 from lipbounds._norms.lanczos import lanczos_columns
 from lipbounds._norms.rounding import U, gamma
 from lipbounds._triangle import product_rounding, recursion
@@ -72,8 +72,8 @@ class Front:
                 middle, error = block.with_error()
                 self.direct[target[0]][source[0]] = np.abs(middle), error
             else:
-                self.first[target[0]] = norms.enclosure_row_norms(block, 2)
-                inputs[target[0]] = norms.enclosure_cheap_norm(block)
+                self.first[target[0]] = enclosures.enclosure_row_norms(block, 2)
+                inputs[target[0]] = enclosures.enclosure_cheap_norm(block)
         self.groups = {k: _Groups(tap) for k, tap in enumerate(self.taps) if tap.groups is not None}
         self.before: list[tuple[int, ...]] = []  # the taps that a tap depends on
         for k in range(len(self.taps)):

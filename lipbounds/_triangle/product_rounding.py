@@ -19,7 +19,7 @@ import numpy as np
 from lipbounds._form.lure import LureForm, multiplicity
 from lipbounds._form.program import Op
 from lipbounds._gain.blocks import HostForm, Node, TapScaling
-from lipbounds._norms import matrices as norms
+from lipbounds._norms import enclosures
 from lipbounds._norms.rounding import UNDERFLOW, U, gamma
 from lipbounds._triangle import recursion
 
@@ -51,10 +51,10 @@ def _carriers(form: LureForm, host: HostForm) -> dict[tuple[int, int], float]:
     return found
 
 
-def _proved(host: HostForm, block: norms.Enclosure) -> float:
+def _proved(host: HostForm, block: enclosures.Enclosure) -> float:
     if min(block.shape) <= recursion.DENSE_LIMIT // 4:
         return recursion.block_norm(host, block, 2)
-    return norms.enclosure_cheap_norm(block)
+    return enclosures.enclosure_cheap_norm(block)
 
 
 # --- products on a device ------------------------------------------------------------------------------------------

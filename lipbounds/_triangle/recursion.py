@@ -27,9 +27,10 @@ from lipbounds._form.program import Tap
 from lipbounds._gain.blocks import HostForm, Node, TapScaling
 from lipbounds._gain.memory_budget import Budget, proofs
 from lipbounds._gain.wide_blocks import LIMIT, cut_norm, wide_norm
+from lipbounds._norms import enclosures
 from lipbounds._norms import matrices as norms
 from lipbounds._norms.banded_cholesky import Plan
-from lipbounds._norms.matrices import Enclosure
+from lipbounds._norms.enclosures import Enclosure
 from lipbounds._norms.rounding import add_up, gamma, mul_up
 from lipbounds._text.progress import meter, proof_seconds
 from lipbounds.results import Part, weakest
@@ -166,7 +167,7 @@ def matrices(
 def block_norm(host: HostForm, block: Enclosure, norm: float, plan: Plan | None = None) -> float:
     """A proved bound of the norm; equal matrices up to a power of two are proved once."""
     if norm != 2:
-        return norms.enclosure_norm(block, norm)
+        return enclosures.enclosure_norm(block, norm)
     matrix, error = block.with_error()
     entries = matrix.data if sp.issparse(matrix) else matrix
     top = float(np.abs(entries).max(initial=0.0))
@@ -174,7 +175,7 @@ def block_norm(host: HostForm, block: Enclosure, norm: float, plan: Plan | None 
         return error
     exponent = math.frexp(top)[1]
     if abs(exponent) > 500:
-        return norms.enclosure_norm(block, norm)
+        return enclosures.enclosure_norm(block, norm)
     digest = hashlib.sha1(np.ldexp(np.ascontiguousarray(entries), -exponent).tobytes())
     if sp.issparse(matrix):
         digest.update(matrix.indices.tobytes())
@@ -213,7 +214,7 @@ def block_norms(
     costs = {pair: _cost(host, pair) if request.norm == 2 else 0.0 for pair in small}
     with meter(len(small), sum(costs.values()), request.progress) as advance:
         for pair, block in matrices(host, small, scalings):
-            plan = norms.proof_plan(block) if request.norm == 2 else None
+            plan = enclosures.enclosure_plan(block) if request.norm == 2 else None
             value = block_norm(host, block, request.norm, plan)
             how = "exact sums" if plan is None else plan.name
             found[pair] = BlockNorm(value, "verified", how, block.shape)
@@ -410,7 +411,7 @@ def recursion(
         if source not in rows:
             continue
         row = rows[source]
-        plan = norms.proof_plan(row) if request.norm == 2 else None
+        plan = enclosures.enclosure_plan(row) if request.norm == 2 else None
         how = "exact sums" if plan is None else plan.name
         if plan is not None and request.budget is not None:
             how = f"{how}, {request.budget.rows(plan.memory)}"
@@ -420,8 +421,8 @@ def recursion(
         terms.append(mul_up(value, reach[source]))
         if pairwise:
             row = row.dense()
-            classes += norms.enclosure_row_norms(row, q) * reach[source]
-            pairs += norms.enclosure_pair_norms(row, q) * reach[source]
+            classes += enclosures.enclosure_row_norms(row, q) * reach[source]
+            pairs += enclosures.enclosure_pair_norms(row, q) * reach[source]
     grow = 1 + gamma(4 * (len(nodes) + 2))
     guarantee = weakest(p.guarantee for p in parts) if parts else "verified"
     failure = request.failure if guarantee == "probabilistic" else 0.0
@@ -451,7 +452,7 @@ def _to_many_outputs(
         shape = _shape(host, (source, ()))
         if shape[1] <= DENSE_LIMIT:
             block = host.forward(source, [()], scalings)[()]
-            plan = norms.proof_plan(block)
+            plan = enclosures.enclosure_plan(block)
             how = plan.name
             if request.budget is not None:
                 how = f"{how}, {request.budget.rows(plan.memory)}"

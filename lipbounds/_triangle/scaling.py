@@ -17,8 +17,8 @@ import optax
 
 from lipbounds._form.lure import LureForm
 from lipbounds._gain.blocks import Node, TapScaling
-from lipbounds._norms import matrices as norms
-from lipbounds._norms.matrices import Enclosure
+from lipbounds._norms import enclosures
+from lipbounds._norms.enclosures import Enclosure
 from lipbounds._triangle import recursion
 from lipbounds._triangle.recursion import BlockNorm, Request, Triangle
 
@@ -109,7 +109,7 @@ def scaled(form: LureForm, blocks: Blocks, f: Mapping[Node, np.ndarray]) -> Bloc
     out = {}
     for (source, target), block in blocks.items():
         rows = _rows(form, target, f[target]) if target else None
-        out[source, target] = norms.scale(block, rows=rows, cols=f[source] if source else None)
+        out[source, target] = enclosures.scale(block, rows=rows, cols=f[source] if source else None)
     return out
 
 

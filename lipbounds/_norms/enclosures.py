@@ -1,0 +1,271 @@
+"""Enclosures: matrices that are known up to a normwise error; `multiply`, `add`, `scale`, `stack` carry it along."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from lipbounds._norms import banded_cholesky, cholesky
+from lipbounds._norms.cholesky import is_sparse
+from lipbounds._norms.matrices import (
+    _check_order,
+    _entries,
+    _largest,
+    _products_stay_normal,
+    as_matrix,
+    frobenius_norm,
+    induced_norm,
+    pairwise_row_norms,
+    proof_plan,
+    row_norms,
+    verified_norm,
+)
+from lipbounds._norms.rounding import (
+    UNDERFLOW,
+    U,
+    add_up,
+    finite,
+    gamma,
+    mul_up,
+    require_gradual_underflow,
+    sqrt_up,
+)
+
+__all__ = [
+    "Enclosure",
+    "add",
+    "enclosure_cheap_norm",
+    "enclosure_norm",
+    "enclosure_pair_norms",
+    "enclosure_plan",
+    "enclosure_row_norms",
+    "multiply",
+    "scale",
+    "stack",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Enclosure:
+    """The set of matrices {M + E : ||E||_F <= error}; M a float64 ndarray or csr_array.
+
+    A real matrix that is only known by a rounded product lies in it. `error` is in the units
+    of M. ValueError where M or error is not finite.
+
+    M alone proves nothing about the real matrix, so it cannot be read alone. A proof takes `with_error`, and adds what
+    the error can do; `exact_or_none` and `support` answer questions about every member; a choice whose
+    consequences are proved later (an optimiser, a heuristic) takes `midpoint_for_search`.
+    """
+
+    _midpoint: Any
+    error: float = 0.0
+
+    __array_ufunc__ = None  # operators of NumPy arrays do not take an enclosure for an array
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_midpoint", as_matrix(self._midpoint))
+        object.__setattr__(self, "error", finite(self.error, "error"))
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("an enclosure is a set of matrices, not one: take with_error() or exact_or_none()")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._midpoint.shape
+
+    @property
+    def sparse(self) -> bool:
+        return is_sparse(self._midpoint)
+
+    @property
+    def stored(self) -> int:
+        """How many entries of M are stored."""
+        return int(_entries(self._midpoint).size)
+
+    @property
+    def T(self) -> Enclosure:
+        return Enclosure(self._midpoint.T.tocsr() if self.sparse else self._midpoint.T, self.error)
+
+    def with_error(self) -> tuple[Any, float]:
+        """(M, error), for a proof that adds what the error can do."""
+        return self._midpoint, self.error
+
+    def exact_or_none(self) -> Any:
+        """The real matrix, if it is known; else None."""
+        return self._midpoint if self.error == 0.0 else None
+
+    def midpoint_for_search(self) -> Any:
+        """M, for choices that are sound whatever they are: nothing may be proved from it."""
+        return self._midpoint
+
+    def support(self, axis: int) -> np.ndarray:
+        """Which columns (axis 0) or rows (axis 1) are not zero in every member."""
+        if self.error > 0.0:
+            return np.ones(self.shape[1 - axis], bool)
+        return np.asarray((self._midpoint != 0).sum(axis=axis)).reshape(-1) > 0
+
+    def select(self, rows: Any = None, cols: Any = None) -> Enclosure:
+        """The enclosure of some rows and columns, by slices or indices; rows and columns may be repeated."""
+        matrix, error = self._midpoint, self.error
+        for axis, chosen in enumerate((rows, cols)):
+            if chosen is None:
+                continue
+            matrix = matrix[chosen] if axis == 0 else matrix[:, chosen]
+            if error and not isinstance(chosen, slice):
+                index = np.asarray(chosen)
+                most = 1 if index.dtype == bool else int(np.bincount(index % self.shape[axis]).max(initial=0))
+                error = mul_up(sqrt_up(float(most)) if most > 1 else 1.0, error)
+        return Enclosure(matrix if is_sparse(matrix) else np.ascontiguousarray(matrix), error)
+
+    def dense(self) -> Enclosure:
+        return Enclosure(self._midpoint.toarray(), self.error) if self.sparse else self
+
+
+def _cheap_norm(a: Any) -> float:
+    """An upper bound of || |A| ||_2, hence of ||A||_2: min(sqrt(||A||_1 ||A||_inf), ||A||_F)."""
+    column, row = sqrt_up(induced_norm(a, 1)), sqrt_up(induced_norm(a, math.inf))
+    return min(mul_up(column, row), frobenius_norm(a))
+
+
+def multiply(a: Any, m: Enclosure, relerr: float = 0.0, norm: float | None = None) -> Enclosure:
+    """An enclosure of A_true M_true for M_true in `m` and |A_true - A| <= relerr |A| entrywise.
+
+    With k the most nonzero terms of one inner product, e the error of `m` and N >= || |A| ||_2
+    (`_cheap_norm`),
+        e' = (1 + relerr) N e + (gamma_k + relerr) N ||M||_F + k sqrt(rows cols) 2**-1022,
+    since || |A| |M| ||_F <= || |A| ||_2 ||M||_F. `norm`, a proved bound of ||A_true||_2, replaces (1 +
+    relerr) N in the first term: without it errors grow by N instead of ||A||_2 for each factor. The product
+    is sparse while that is cheaper and its density is at most 1/4.
+    """
+    relerr = finite(relerr, "relerr")
+    a = as_matrix(a)
+    if a.shape[1] != m.shape[0]:
+        raise ValueError(f"cannot multiply {a.shape} by {m.shape}")
+    rows, cols = a.shape[0], m.shape[1]
+    if 0 in (rows, cols, a.shape[1]):
+        return Enclosure(np.zeros((rows, cols)))
+    require_gradual_underflow()
+    transposed = m._midpoint.T.tocsr() if is_sparse(m._midpoint) else m._midpoint.T
+    k = min(cholesky.nonzeros_per_row(a), cholesky.nonzeros_per_row(transposed))
+    del transposed
+    cheap = _cheap_norm(a)
+    grown = add_up(1.0, relerr)
+    carried = mul_up(finite(norm, "norm") if norm is not None else mul_up(grown, cheap), m.error)
+    rounding = mul_up(add_up(gamma(k), relerr), cheap, frobenius_norm(m._midpoint))
+    underflow = 0.0
+    if not _products_stay_normal(a, m._midpoint):
+        underflow = mul_up(float(k), sqrt_up(float(rows) * float(cols)), UNDERFLOW)
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        product = _product(a, m._midpoint)
+    return Enclosure(product, add_up(carried, rounding, underflow))
+
+
+def _product(a: Any, b: Any) -> Any:
+    """fl(A B) by the cheaper of the dense and the sparse way; dense only where it stays below 2 GB."""
+    if not is_sparse(a) and not is_sparse(b):
+        return a @ b
+    (rows, inner), cols = a.shape, b.shape[1]
+    dense = 2.0 * rows * inner * cols / 4e10 + 4e-9 * (rows * inner + inner * cols)
+    if is_sparse(a) and is_sparse(b):
+        terms = float(np.bincount(a.indices, minlength=inner).astype(float) @ np.diff(b.indptr).astype(float))
+        sparse = terms / 1.5e8
+    else:
+        sparse = (a.nnz * cols if is_sparse(a) else b.nnz * rows) / 1e9
+    if dense < sparse and 8 * (rows * inner + inner * cols + rows * cols) < 2**31:
+        a = a.toarray() if is_sparse(a) else a
+        b = b.toarray() if is_sparse(b) else b
+    return _tidy(a @ b)
+
+
+def _tidy(a: Any) -> Any:
+    if is_sparse(a) and (a.shape[0] * a.shape[1] <= 2**16 or a.nnz > 0.25 * a.shape[0] * a.shape[1]):
+        return a.toarray()
+    return a
+
+
+def add(*terms: Enclosure) -> Enclosure:
+    """An enclosure of the sum; each floating-point addition errs by at most U |result| entrywise."""
+    if not terms:
+        raise ValueError("nothing to add")
+    total, error = terms[0]._midpoint, terms[0].error
+    for term in terms[1:]:
+        if term.shape != total.shape:
+            raise ValueError(f"cannot add {total.shape} and {term.shape}")
+        with np.errstate(over="ignore"):
+            total = as_matrix(_tidy(total + term._midpoint))
+        error = add_up(error, term.error, mul_up(U, frobenius_norm(total)))
+    return Enclosure(total, error)
+
+
+def scale(m: Enclosure, rows: Any = None, cols: Any = None) -> Enclosure:
+    """An enclosure of diag(rows) M_true diag(cols), the factors exact.
+
+    Each side gives e' = max|d| e + U ||result||_F + sqrt(m n) 2**-1022; factors that are zero or powers of two
+    (slopes of 1/2) are not rounded, and the last two terms are left out.
+    """
+    matrix, error = m._midpoint, m.error
+    for axis, factors in enumerate((rows, cols)):
+        if factors is None:
+            continue
+        d = as_matrix(np.atleast_2d(factors))[0]
+        if d.shape != (matrix.shape[axis],):
+            raise ValueError(f"{d.size} factors for a side of {matrix.shape[axis]}")
+        safe = _products_stay_normal(matrix, d)
+        with np.errstate(over="ignore", under="ignore"):
+            if is_sparse(matrix):
+                matrix = sp.diags_array(d) @ matrix if axis == 0 else matrix @ sp.diags_array(d)
+            else:
+                matrix = matrix * (d[:, None] if axis == 0 else d)
+        matrix = as_matrix(matrix)
+        lost = 0.0 if safe else mul_up(sqrt_up(float(matrix.shape[0]) * float(matrix.shape[1])), UNDERFLOW)
+        exact = safe and bool(np.isin(np.abs(np.frexp(d)[0]), (0.0, 0.5)).all())
+        rounding = 0.0 if exact else mul_up(U, frobenius_norm(matrix))
+        error = add_up(mul_up(_largest(np.abs(d)), error), rounding, lost)
+    return Enclosure(matrix, error)
+
+
+def stack(blocks: list[Enclosure], axis: int = 0) -> Enclosure:
+    """The enclosure of the blocks below (axis 0) or beside (axis 1) each other; errors add in squares."""
+    if not blocks or axis not in (0, 1):
+        raise ValueError("stack needs at least one block and axis 0 or 1")
+    parts = [b._midpoint for b in blocks]
+    joined: Any
+    if all(is_sparse(p) for p in parts):
+        joined = sp.csr_array(sp.vstack(parts, format="csr") if axis == 0 else sp.hstack(parts, format="csr"))
+    else:
+        joined = np.concatenate([p.toarray() if is_sparse(p) else p for p in parts], axis=axis)
+    return Enclosure(joined, frobenius_norm(np.array([[b.error for b in blocks]])))
+
+
+def enclosure_plan(m: Enclosure, memory: int | None = None) -> banded_cholesky.Plan:
+    """`proof_plan` of the midpoint: a plan proves nothing."""
+    return proof_plan(m._midpoint, memory)
+
+
+def enclosure_norm(m: Enclosure, p: float = 2, start: float | None = None) -> float:
+    """An upper bound of ||M_true||_p, p in {1, 2, inf}, for every M_true in the enclosure."""
+    _check_order(p, (1, 2, math.inf))
+    return verified_norm(m._midpoint, m.error, start) if p == 2 else induced_norm(m._midpoint, p, m.error)
+
+
+def enclosure_cheap_norm(m: Enclosure) -> float:
+    """An upper bound of ||M_true||_2 without a factorisation: `_cheap_norm` and the error."""
+    return add_up(_cheap_norm(m._midpoint), m.error)
+
+
+def enclosure_row_norms(m: Enclosure, q: float) -> np.ndarray:
+    """`row_norms` (m,) of every M_true in the enclosure."""
+    found = row_norms(m._midpoint, q)
+    if m.error == 0.0:
+        return found
+    slack = mul_up(sqrt_up(m.shape[1]) if q == 1 else 1.0, m.error)
+    return np.asarray(np.nextafter(found + slack, np.inf))
+
+
+def enclosure_pair_norms(m: Enclosure, q: float) -> np.ndarray:
+    """`pairwise_row_norms` (m, m) of every M_true in the enclosure."""
+    return pairwise_row_norms(m._midpoint, q, m.error)
