@@ -110,7 +110,7 @@ def certify(
     """Bound a network by several methods, pairs of classes each, and certify images x (N, *shape) in l2.
 
     `model` is an nnx module of one image or a batch, or any function of a batch. `methods` are names out of
-    `lipbounds.compare.METHODS`, or upper bounds of this network. A method that refuses is not an error.
+    `lb.METHODS`, or upper bounds of this network. A method that refuses is not an error.
 
     Raises ValueError for an unknown method, one that gives no upper bound or is named twice, and for bad images.
     """

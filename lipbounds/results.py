@@ -27,6 +27,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lipbounds._text.html import Html, element
+from lipbounds._text.records import draw_pairs, frozen_array, nonnegative, put, worst_pair
 from lipbounds._text.tables import (
     Direction,
     html_table,
@@ -91,8 +92,8 @@ class Part:
     how: str
 
     def __post_init__(self) -> None:
-        _set(self, "value", _number(self.value, "the value of a part"))
-        _set(self, "shape", tuple(int(n) for n in self.shape))
+        put(self, "value", nonnegative(self.value, "the value of a part"))
+        put(self, "shape", tuple(int(n) for n in self.shape))
         _rank(self.guarantee)
 
     def _cells(self, direction: Direction) -> list[str]:
@@ -193,21 +194,21 @@ class _Constants(_Ordered):
 
     def __post_init__(self) -> None:
         _check_common(self)
-        _set(self, "parts", tuple(self.parts))
+        put(self, "parts", tuple(self.parts))
         _rank(self.guarantee)
         if self.pairwise is not None:
-            _set(self, "pairwise", _pair_array(self.pairwise))
+            put(self, "pairwise", _pair_array(self.pairwise))
         if self.per_class is not None:
-            _set(self, "per_class", _class_array(self.per_class, self.pairwise))
+            put(self, "per_class", _class_array(self.per_class, self.pairwise))
         probability = float(self.failure_probability)
         if not 0.0 <= probability < 1.0:
             raise ValueError(f"failure_probability must lie in [0, 1), got {probability}")
-        _set(self, "failure_probability", probability)
+        put(self, "failure_probability", probability)
 
     @property
     def worst_pair(self) -> tuple[int, int] | None:
         """The pair (i, j), i < j, with the largest L_ij; None without `pairwise` or with one class."""
-        return _worst_pair(self.pairwise)
+        return worst_pair(self.pairwise)
 
     def average_pair(self) -> float:
         """Mean of L_ij over the pairs i < j. ValueError without `pairwise`."""
@@ -244,7 +245,7 @@ class _Constants(_Ordered):
         )  # the double sqrt(2) lies above the real one
         product = factor * self.value
         product = math.nextafter(product, math.inf) if self.norm == 2 and product > 0.0 else product
-        return _number(product, "the constant of a pair")
+        return nonnegative(product, "the constant of a pair")
 
     def parts_table(self) -> str:
         """Every gain block with its norm, guarantee and method, as plain text."""
@@ -258,7 +259,7 @@ class _Constants(_Ordered):
         """
         ax = new_axes() if ax is None else ax
         if self.pairwise is not None and len(self.pairwise) > 1:
-            _draw_pairs(ax, self.pairwise, type(self).__name__)
+            draw_pairs(ax, self.pairwise, type(self).__name__)
         elif self.parts:
             names = [label_text(f"{p.source} → {p.target}", 40) for p in self.parts]
             ax.barh(range(len(names)), [p.value for p in self.parts], color="#4477aa")
@@ -377,7 +378,7 @@ class LayerBound:
     path: str
 
     def __post_init__(self) -> None:
-        _set(self, "value", _number(self.value, "the value of a layer"))
+        put(self, "value", nonnegative(self.value, "the value of a layer"))
 
     def _cells(self) -> list[str]:
         shape = " x ".join(str(n) for n in self.shape)
@@ -406,24 +407,24 @@ class LowerBound(_Ordered):
 
     def __post_init__(self) -> None:
         _check_common(self)
-        _set(self, "layers", tuple(self.layers))
+        put(self, "layers", tuple(self.layers))
         if self.pairwise is not None:
-            _set(self, "pairwise", _pair_array(self.pairwise))
+            put(self, "pairwise", _pair_array(self.pairwise))
         if self.witness is None:
             return
         if len(self.witness) != 2:
             raise ValueError(f"a witness is two points, got {len(self.witness)}")
-        first, second = (_frozen(point) for point in self.witness)
+        first, second = (frozen_array(point) for point in self.witness)
         if first.shape != second.shape or not (np.isfinite(first).all() and np.isfinite(second).all()):
             raise ValueError("the two points of a witness must be finite and have one shape")
         if np.array_equal(first, second):
             raise ValueError("the two points of a witness must differ")
-        _set(self, "witness", (first, second))
+        put(self, "witness", (first, second))
 
     @property
     def worst_pair(self) -> tuple[int, int] | None:
         """The pair (i, j), i < j, with the largest lower bound of L_ij; None without `pairwise`."""
-        return _worst_pair(self.pairwise)
+        return worst_pair(self.pairwise)
 
     def __float__(self) -> float:
         raise TypeError(
@@ -434,7 +435,7 @@ class LowerBound(_Ordered):
         """The pair constants, or the value as one bar; returns the matplotlib Axes."""
         ax = new_axes() if ax is None else ax
         if self.pairwise is not None and len(self.pairwise) > 1:
-            _draw_pairs(ax, self.pairwise, "LowerBound")
+            draw_pairs(ax, self.pairwise, "LowerBound")
         else:
             ax.barh([0], [self.value], color="#cc6677")
             ax.set(yticks=[0], xlabel="L")
@@ -457,42 +458,24 @@ class LowerBound(_Ordered):
         return facts + [("note", note) for note in self.notes]
 
 
-# ------------------------------------------------------------------------------------------- validation
-def _set(record: Any, name: str, value: Any) -> None:
-    object.__setattr__(record, name, value)
-
-
-def _number(value: Any, what: str) -> float:
-    number = float(value)
-    if not math.isfinite(number) or number < 0.0:
-        raise ValueError(f"{what} must be a finite number >= 0, got {number}")
-    return number + 0.0  # -0.0 becomes 0.0
-
-
 def _check_common(record: Any) -> None:
     kind = type(record).__name__
-    _set(
+    put(
         record,
         "value",
-        _number(record.value, f"the value of an {kind}" if kind[0] in "UE" else f"the value of a {kind}"),
+        nonnegative(record.value, f"the value of an {kind}" if kind[0] in "UE" else f"the value of a {kind}"),
     )
-    _set(record, "norm", check_norm(record.norm))
-    _set(record, "seconds", _number(record.seconds, "seconds"))
+    put(record, "norm", check_norm(record.norm))
+    put(record, "seconds", nonnegative(record.seconds, "seconds"))
     if not isinstance(record.method, str) or not record.method:
         raise ValueError("method must name how the result was made")
     if isinstance(record.notes, str):
         raise ValueError("notes is a tuple of strings")
-    _set(record, "notes", tuple(str(note) for note in record.notes))
-
-
-def _frozen(array: Any) -> np.ndarray:
-    copy = np.array(array, dtype=np.float64)
-    copy.setflags(write=False)
-    return copy
+    put(record, "notes", tuple(str(note) for note in record.notes))
 
 
 def _pair_array(array: Any) -> np.ndarray:
-    pairs = _frozen(array)
+    pairs = frozen_array(array)
     if pairs.ndim != 2 or pairs.shape[0] != pairs.shape[1]:
         raise ValueError(f"pairwise must have shape (K, K), got {pairs.shape}")
     if not np.isfinite(pairs).all() or (pairs < 0).any():
@@ -503,7 +486,7 @@ def _pair_array(array: Any) -> np.ndarray:
 
 
 def _class_array(array: Any, pairs: np.ndarray | None) -> np.ndarray:
-    classes = _frozen(array)
+    classes = frozen_array(array)
     if classes.ndim != 1 or (pairs is not None and len(pairs) != len(classes)):
         raise ValueError(
             f"per_class must have shape (K,), one number per class of pairwise, got {classes.shape}"
@@ -511,20 +494,3 @@ def _class_array(array: Any, pairs: np.ndarray | None) -> np.ndarray:
     if not np.isfinite(classes).all() or (classes < 0).any():
         raise ValueError("per_class must hold finite numbers >= 0")
     return classes
-
-
-def _worst_pair(pairs: np.ndarray | None) -> tuple[int, int] | None:
-    if pairs is None or len(pairs) < 2:
-        return None
-    i, j = np.triu_indices(len(pairs), 1)
-    worst = int(np.argmax(pairs[i, j]))
-    return int(i[worst]), int(j[worst])
-
-
-def _draw_pairs(ax: Any, pairs: np.ndarray, kind: str) -> None:
-    """The (K, K) constants as a heat map with its scale."""
-    image = ax.imshow(pairs, cmap="viridis", interpolation="nearest")
-    ax.figure.colorbar(image, ax=ax, label=f"{kind} of L_ij")
-    ax.set(xlabel="class j", ylabel="class i")
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.get_major_locator().set_params(integer=True)

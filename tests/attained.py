@@ -1,6 +1,6 @@
 """Slopes that a function really attains, found by search: what every upper bound is held against.
 
-Independent of `lipbounds.empirical`: float64 difference quotients of the evaluation of the form between
+Independent of `lb.empirical`: float64 difference quotients of the evaluation of the form between
 explicit points. Derivatives (of the form, never of the user's function, whose custom rules may lie) only say
 where to look.
 """

@@ -14,7 +14,7 @@ import pytest
 import lipbounds as lb
 from lipbounds._empirical import empirical
 from lipbounds._gain import memory_budget
-from lipbounds._lipsdp import certificate, ellipsoid, search
+from lipbounds._lipsdp import barrier_search, certificate, ellipsoid, search
 from lipbounds._lipsdp.proof import Infeasible
 from lipbounds._local import engines, radius
 from lipbounds._triangle import recursion
@@ -76,7 +76,7 @@ def test_lipsdp_without_a_proof_in_other_ways(monkeypatch: pytest.MonkeyPatch) -
 def test_multipliers_of_a_solver_that_cannot_be_proved(monkeypatch: pytest.MonkeyPatch, solver: str) -> None:
     pytest.importorskip("cvxpy")
     form = network()
-    fail(monkeypatch, search.Dense, "proof", error=FAILURES[1])
+    fail(monkeypatch, barrier_search.Dense, "proof", error=FAILURES[1])
     bound = lb.lipsdp(form, solver=solver)
     assert bound.value == lb.liplt(form).value and bound.certificate is None
     assert any("multipliers failed: Singular matrix" in note for note in bound.notes)

@@ -12,8 +12,9 @@ import numpy as np
 from lipbounds._activations import intervals as I
 from lipbounds._activations.expression import DECLARE, Expr, SlopeError
 from lipbounds._activations.intervals import Interval
-from lipbounds._activations.pieces import DOMAIN_REMEDY, Domain, Terms, pieces
+from lipbounds._activations.pieces import pieces
 from lipbounds._activations.tails import TailError, tail_slopes
+from lipbounds._activations.terms import DOMAIN_REMEDY, Domain, Terms
 
 _REMEDY = DECLARE
 _BOUNDED = "clip its argument first (jnp.clip(x, -c, c)), or use a function of bounded slope such as jnp.sqrt(1 + x**2)"

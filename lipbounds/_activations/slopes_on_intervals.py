@@ -18,8 +18,9 @@ import numpy as np
 from lipbounds._activations import intervals as I
 from lipbounds._activations.activations import constant_columns
 from lipbounds._activations.expression import Expr
-from lipbounds._activations.pieces import Piece, Terms, pieces
+from lipbounds._activations.pieces import Piece, pieces
 from lipbounds._activations.slope_range import jets
+from lipbounds._activations.terms import Terms
 
 _BOXES = 8  # parts of an interval on which a smooth piece is enclosed
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from lipbounds._activations import intervals as I
 from lipbounds._activations.intervals import Interval
-from lipbounds._activations.pieces import Terms
+from lipbounds._activations.terms import Terms
 
 _ZERO: Interval = (0.0, 0.0)
 _FIXED_AT_ZERO = frozenset(

@@ -369,7 +369,7 @@ def compare(
     form      a traced form
     X, y      (N, *form.in_shape) points for the lower bound, (N,) integer labels: with both, every upper
               bound also certifies X, and the table shows the certified accuracies
-    methods   names out of `lipbounds.compare.METHODS`, or results that exist already; None means all names,
+    methods   names out of `lb.METHODS`, or results that exist already; None means all names,
               but leaves the solvers of CVXPY out beyond 60 neurons or 3 pairs of classes (a row says so)
     norm, pairwise, guarantee, seed   as everywhere
     eps       radii to certify at, in units of the traced function's input; None: the median of the positive

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
 
+from lipbounds._form import windows
 from lipbounds._form.program import Op
 from lipbounds._form.steps import KINDS
 from lipbounds._norms import cholesky, enclosures
 from lipbounds._norms import matrices as norms
 from lipbounds._norms.enclosures import Enclosure
 from lipbounds._norms.rounding import U, mul_up
-from lipbounds._tracing import rules
 
 _COARSE = 12  # points an axis of a convolution of which a quick norm is enough
 _QUICK = 2e9  # operations of a factorisation for a quick norm
@@ -185,10 +185,10 @@ def step_matrices(
             matrix = _conv_matrix(params, shape, kernel, out_shape)
             result.append(StepMatrix(register, matrix, bound=_conv_bound(params, shape, kernel)))
         elif op.kind == "reduce_sum":
-            table = rules.along(shape, params["axes"])
+            table = windows.along(shape, params["axes"])
             result.append(_table(register, table, n))
         elif op.kind == "reduce_window_sum":
-            result.append(_table(register, rules.windows(shape, params), n))
+            result.append(_table(register, windows.windows(shape, params), n))
         elif op.kind == "cumsum":
             result.append(_cumsum(register, params, shape))
         elif op.kind == "scatter_add":
@@ -225,7 +225,7 @@ def _table(register: int, table: np.ndarray, n: int) -> StepMatrix:
 
 
 def _cumsum(register: int, params: dict[str, Any], shape: tuple[int, ...]) -> StepMatrix:
-    lines = rules.along(shape, [params["axis"]])  # (lines, length)
+    lines = windows.along(shape, [params["axis"]])  # (lines, length)
     length, n = lines.shape[1], size_of(shape)
     keep = (
         np.triu(np.ones((length, length), bool))

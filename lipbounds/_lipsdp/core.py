@@ -23,7 +23,7 @@ from jax.scipy.linalg import solve_triangular
 
 from lipbounds._form.lure import LureForm
 from lipbounds._form.program import Program
-from lipbounds._lipsdp import ellipsoid
+from lipbounds._lipsdp import ellipsoid, recursion_step
 from lipbounds._lipsdp.core_states import Run, Stage, ratio, stages
 from lipbounds._lipsdp.state_matrices import WIDEST, first_tap, split
 from lipbounds._triangle import core
@@ -180,7 +180,7 @@ class _Front(core.Core):
             return jnp.zeros((), dtype), None, jnp.zeros((count, count), dtype), ()
         whole = jnp.stack([gram.whole for gram in grams])
         weight = jnp.stack([gram.scale for gram in grams]) * reach[1 + np.array(layout.sources)]
-        norms = jnp.sqrt(jnp.maximum(jax.vmap(lambda m: ellipsoid.top(m, _SHARPNESS))(whole), 1e-30))
+        norms = jnp.sqrt(jnp.maximum(jax.vmap(lambda m: recursion_step.top(m, _SHARPNESS))(whole), 1e-30))
         norms = weight * norms
         total = jnp.sum(norms)
         share = jnp.where(norms > 0, norms, 1)
@@ -217,7 +217,7 @@ def _prepare(
     if reach is None:
         sigma = _dot(start, start.T)
     else:
-        reach, shift = ellipsoid.rescale(reach)
+        reach, shift = recursion_step.rescale(reach)
         sigma, exponent = _dot(_dot(start, reach), start.T), exponent + shift / 2
     good = good & _finite((sigma, [run.stage for run in runs]))
     sigma = jnp.where(good, sigma, 0)
@@ -251,7 +251,7 @@ class _Passed(NamedTuple):
 
 def _recursion(sigma: jax.Array, exponent: jax.Array, runs: list[Run], parameters: Any) -> _Passed:
     """All stages from Sigma_0, with the given multipliers or those of the closed form (None)."""
-    shifted, shift = ellipsoid.rescale(sigma)
+    shifted, shift = recursion_step.rescale(sigma)
     carry = (shifted, exponent + shift)
     used = []
     for place, run in enumerate(runs):
@@ -260,7 +260,7 @@ def _recursion(sigma: jax.Array, exponent: jax.Array, runs: list[Run], parameter
             sigma, exponent = carry
             stage, q = item
             sigma, up, q, relative = _through(sigma, stage, q, slopes)
-            sigma, shift = ellipsoid.rescale(sigma)
+            sigma, shift = recursion_step.rescale(sigma)
             return (sigma, exponent + up + shift), (q, relative)
 
         q = None if parameters is None else parameters[place]
@@ -324,7 +324,7 @@ def _feasible(sy: jax.Array, q: Any, kappa: jax.Array, alone: bool) -> tuple[jax
     square = jnp.sum(jnp.square(sy))
     size = jnp.sqrt(jnp.where(square > 0, square, 1))
     if q is None:
-        mu = jnp.where(square > 0, ellipsoid.top(still, _SHARPNESS), 1)
+        mu = jnp.where(square > 0, recursion_step.top(still, _SHARPNESS), 1)
         q = jnp.log(mu / size * (1 + jnp.maximum(kappa, _LEAST)))
     q = jnp.clip(q, -_FURTHEST, _FURTHEST)
     d = size * jnp.exp(q)
@@ -334,7 +334,7 @@ def _feasible(sy: jax.Array, q: Any, kappa: jax.Array, alone: bool) -> tuple[jax
 
     def moved() -> jax.Array:
         half = jax.lax.rsqrt(nearest)
-        return d * ellipsoid.top(half[:, None] * sy * half, _TIGHT)
+        return d * recursion_step.top(half[:, None] * sy * half, _TIGHT)
 
     safe = jnp.isfinite(_cholesky(jax.lax.stop_gradient(nearest), still)).all()
     d = jax.lax.cond(safe, lambda: d, moved)

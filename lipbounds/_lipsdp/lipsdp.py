@@ -19,8 +19,9 @@ from lipbounds._form.lure import LureForm, fingerprint
 from lipbounds._gain.memory_budget import check_pairs
 from lipbounds._lipsdp.certificate import make_certificate
 from lipbounds._lipsdp.core import LipSdpCore, LipSdpState
-from lipbounds._lipsdp.search import Engines, Progress, Search, through_cvxpy
+from lipbounds._lipsdp.search import Engines, through_cvxpy
 from lipbounds._lipsdp.state_matrices import WIDEST, first_tap
+from lipbounds._lipsdp.task import Progress, Search
 from lipbounds._text.calls import FAILURES, reason
 from lipbounds._triangle.liplt import or_naive
 from lipbounds._triangle.naive import Verb, budget_of, check

@@ -8,25 +8,22 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 from scipy.linalg import eigvalsh, solve
-from threadpoolctl import threadpool_limits
 
 from lipbounds._form.elementwise import elementwise_view
 from lipbounds._form.lure import LureForm
 from lipbounds._lipsdp import ellipsoid
-from lipbounds._lipsdp.barrier import DenseGain, dense_gain, reduce_input, solve_dense
-from lipbounds._lipsdp.certificate import Constants, Proof, proved_constants
+from lipbounds._lipsdp.barrier_search import _dense, threads
+from lipbounds._lipsdp.certificate import Proof
 from lipbounds._lipsdp.core import LipSdpState, relative_multipliers
-from lipbounds._lipsdp.matrix_inequality import feasible_start, smallest_rho
-from lipbounds._lipsdp.proof import propagate_dense, repair, repair_dense
+from lipbounds._lipsdp.proof import repair
 from lipbounds._lipsdp.state_matrices import WIDEST, Segment, Sequence, first_tap, hybrid_start, sequence
-from lipbounds._norms import matrices as norms
-from lipbounds._norms.enclosures import Enclosure
+from lipbounds._lipsdp.task import Progress, Search
 from lipbounds._text.calls import FAILURES, reason
 from lipbounds._triangle import recursion
 from lipbounds._triangle.recursion import Request
@@ -37,37 +34,9 @@ POLISHED = 330
 EVERY_PAIR = 15.0
 #: The same where states are too wide for the recursion to start at the input.
 DENSE_ONLY = 1100
-Progress = Callable[[str, float], None]
 Wanted = Callable[[Segment, np.ndarray], np.ndarray]
 _MANY_BLOCKS = 400
-_ONE_THREAD = 500
 _LOST = 1e-2  # relative excess of a proof over L that calls for another one
-_AS_GOOD = 1e-8  # relative excess of a proof over L^2 in float arithmetic that is not worth another try
-_SHARES = (0.0, *np.logspace(-10, 0, 31).tolist())
-
-
-@dataclass(eq=False)
-class Search:
-    """One call of the verb: what it asks, the proofs found so far and their constants, and what there is to say."""
-
-    form: LureForm
-    norm: float
-    guarantee: str
-    seed: int
-    proofs: list[Proof] = field(default_factory=list)
-    constants: list[Constants] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def add(self, proof: Proof) -> Constants:
-        """Prove, and keep."""
-        found = proved_constants(self.form, proof, norm=self.norm, guarantee=self.guarantee, seed=self.seed)
-        self.proofs.append(proof)
-        self.constants.append(found)
-        return found
-
-    @property
-    def pairwise(self) -> np.ndarray:
-        return np.min([c.pairwise for c in self.constants], axis=0)
 
 
 # --- where to begin ------------------------------------------------------------------------------------------------
@@ -219,112 +188,6 @@ class Recursion:
 
 
 # --- the dense form ------------------------------------------------------------------------------------------------
-
-
-class Dense:
-    """Newton's method on the dense form, to the optimum."""
-
-    def __init__(self, search: Search, gain: DenseGain, layers: bool):
-        self.search, self.gain, self.layers = search, gain, layers
-        self.Gy, self.Gz = reduce_input(gain)
-        self.n = self.Gy.shape[1] - gain.Gy.shape[0]
-        self.ties = gain.labels if layers else None
-        self.solved: list[tuple[int, float, float]] = []  # steps, L in float arithmetic, relative gap of L^2
-
-    @property
-    def size(self) -> int:
-        """Multipliers and inputs after reduction."""
-        return int(self.Gy.shape[1])
-
-    @property
-    def seconds(self) -> float:
-        """About how long one solution takes."""
-        return 0.03 + 0.07 * (self.size / 140) ** 3
-
-    def solve(self, C: np.ndarray, what: str, progress: Progress | None = None) -> Proof:
-        """Multipliers for the outputs C z: C = I for the network, e_i - e_j for a pair."""
-        found = solve_dense(self.Gy, C @ self.Gz, self.n, self.ties)
-        value = math.sqrt(found.rho)
-        self.solved.append((found.iterations, value, found.gap / max(found.rho, 1e-300)))
-        if progress is not None:
-            progress(what, value)
-        return self.proof(C, found.T)
-
-    def proof(self, C: np.ndarray, T: np.ndarray) -> Proof:
-        """The proof that multipliers of the (LMI) for C z give, moved inside the feasible set where need be.
-
-        With L^2 = rho the smallest for T, D = rho / T. The set of feasible (T, rho) is convex and T0, LipLT's, lies
-        inside, so a T at the edge, or beyond it by a little, needs little of T0: (1 - t) T + t T0.
-        """
-        rows = C @ self.Gz
-        try:
-            T0, _ = feasible_start(self.Gy, rows, self.n, self.gain.labels, self.layers)
-        except ValueError:
-            T0 = T
-        rho = smallest_rho(self.Gy, rows, self.n, T)
-        best, least = self._proved(C, T, rho)
-        if best is None or least > (1 + _AS_GOOD) * rho:
-            tries = [
-                (smallest_rho(self.Gy, rows, self.n, m), m) for m in ((1 - t) * T + t * T0 for t in _SHARES)
-            ]
-            for rho, mixed in sorted(tries, key=lambda one: one[0]):
-                if rho >= least or not math.isfinite(rho):
-                    break
-                D, value = self._proved(C, mixed, rho)
-                if value < least:
-                    best, least = D, value
-            if best is None:
-                rho, mixed = min(tries, key=lambda one: one[0])
-                best = repair_dense(self.gain, (rho if 0 < rho < math.inf else 1.0) / mixed)
-        ends = np.cumsum([active.size for active in self.gain.active])
-        D_taps = (best[e - a.size : e] for e, a in zip(ends, self.gain.active, strict=True))
-        return Proof(tuple(D_taps), kind="dense")
-
-    def _proved(self, C: np.ndarray, T: np.ndarray, rho: float) -> tuple[np.ndarray | None, float]:
-        """(D, the L^2 of C z that it proves), or (None, inf)."""
-        if not math.isfinite(rho):
-            return None, math.inf
-        D = (rho if rho > 0 else 1.0) / T
-        try:
-            matrix, scale = propagate_dense(self.gain, D)
-        except (ValueError, ArithmeticError):  # no proof with these
-            return None, math.inf
-        with np.errstate(over="ignore"):
-            return D, float(np.ldexp(np.linalg.eigvalsh(C @ matrix @ C.T)[-1], scale))
-
-    def pair(self, i: int, j: int) -> np.ndarray:
-        """C of z_i - z_j."""
-        C = np.zeros((1, len(self.Gz)))
-        C[0, i], C[0, j] = 1.0, -1.0
-        return C
-
-
-def _dense(search: Search, layers: bool, limit: int | None) -> Dense | None:
-    """The dense form, unless it has more neurons than `limit`."""
-    neurons = sum(tap.size_out for tap in elementwise_view(search.form).taps)
-    if limit is not None and neurons > limit:
-        return None
-    gain = dense_gain(search.form)
-    if limit is not None and not (_moderate(gain.Gy) and _moderate(gain.Gz)):
-        search.notes.append("weights of this size have no dense form in float64")
-        return None
-    return Dense(search, gain, layers)
-
-
-def _moderate(block: Enclosure) -> bool:
-    """Whether squares and quotients of squares of the entries stay within the range of floats."""
-    size = norms.frobenius_norm(block.midpoint_for_search())
-    return size == 0.0 or 2.0**-150 < size < 2.0**150
-
-
-@contextlib.contextmanager
-def threads(dense: Dense | None) -> Iterator[None]:
-    """One BLAS thread for small matrices, which several threads only slow down."""
-    if dense is None or dense.size > _ONE_THREAD:
-        yield
-    else:
-        with threadpool_limits(limits=1, user_api="blas"):
-            yield
 
 
 # --- all of it -----------------------------------------------------------------------------------------------------

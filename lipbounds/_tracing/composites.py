@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lipbounds._tracing.jaxpr import Eqn, Value
+from lipbounds._tracing.flat import Eqn, Value
 from lipbounds.errors import Unsupported
 
 _MOVES = frozenset(

@@ -12,7 +12,7 @@ from lipbounds._activations import activations
 from lipbounds._form.concrete import is_concrete
 from lipbounds._form.program import Op, Program, Tap
 from lipbounds._form.steps import StaticArray, static
-from lipbounds._tracing.jaxpr import Eqn, Value
+from lipbounds._tracing.flat import Eqn, Value
 from lipbounds._tracing.rules import Group, Linear
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ them changes):
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,14 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax._src import source_info_util
 from jax._src.core import eval_jaxpr
 from jax.extend.core import Literal
 
 from lipbounds._activations import piecewise
 from lipbounds._form.concrete import is_concrete
 from lipbounds._text.tables import printable
+from lipbounds._tracing.flat import Eqn, Flat, Path, Value, _stack, opened, place_of
+from lipbounds._tracing.indices import UNSORTED, landings, outside, unsorted
 from lipbounds._tracing.parameters import not_understood
+from lipbounds._tracing.rewrites import rewrite
 from lipbounds.errors import Unsupported
 
 _CALLS = {
@@ -39,55 +40,6 @@ _CALLS = {
 }
 _RANDOM = ("random_", "threefry", "rng_")
 _COMPARE = ("lt", "le", "gt", "ge", "eq", "ne")
-Path = tuple[str, ...]
-
-
-@dataclass(eq=False)
-class Value:
-    """One tensor of the flat program: a constant (perhaps a tracer), or something that depends on x.
-
-    Args:
-        randomness: 0, 1 (computed from random bits), 2 (a random mask: a comparison of such numbers).
-        bounds: the range of a small integer that depends on x by comparisons only (which case of jnp.select holds).
-    """
-
-    index: int
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    const: Any = None
-    depends: bool = False
-    randomness: int = 0
-    producer: Eqn | None = None
-    bounds: tuple[int, int] | None = None
-
-
-@dataclass(eq=False)
-class Eqn:
-    """One primitive with at least one operand that depends on x."""
-
-    primitive: str
-    params: dict[str, Any]
-    inputs: tuple[Value, ...]
-    outputs: tuple[Value, ...]
-    path: str
-    bind: Callable[..., Any] | None = None
-    many: bool = False
-
-
-@dataclass
-class Flat:
-    """The inlined program of one traced function."""
-
-    input: Value
-    outputs: tuple[Value, ...]
-    eqns: list[Eqn]
-    refused: list[Unsupported]
-    values: list[Value] = field(default_factory=list)
-
-
-def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    """The open jaxpr and its constants, for open and closed jaxprs of every supported jax."""
-    return getattr(jaxpr, "jaxpr", jaxpr), tuple(getattr(jaxpr, "consts", ()))
 
 
 def flatten(fn: Callable[..., Any], params: Any, x: jax.ShapeDtypeStruct) -> Flat:
@@ -113,9 +65,6 @@ class _Inliner:
     """Walks a jaxpr with one environment per call."""
 
     def __init__(self) -> None:
-        from lipbounds._tracing.rewrites import rewrite  # it writes through an inliner
-
-        self.rewrite = rewrite
         self.values: list[Value] = []
         self.eqns: list[Eqn] = []
         self.refused: list[Unsupported] = []
@@ -152,7 +101,9 @@ class _Inliner:
         return out
 
     def refuse(self, eqn: Any, path: Path, shape: Any, reason: str, remedy: str) -> None:
-        self.refused.append(Unsupported(eqn.primitive.name, _where(eqn, path), tuple(shape), reason, remedy))
+        self.refused.append(
+            Unsupported(eqn.primitive.name, place_of(eqn, path), tuple(shape), reason, remedy)
+        )
 
     def call(self, jaxpr: Any, args: Sequence[Value], path: Path) -> list[Value]:
         inner, consts = opened(jaxpr)
@@ -187,7 +138,7 @@ class _Inliner:
             if found is not None:
                 return found
         if dependent:
-            simpler = self.rewrite(self, eqn, inputs, path)
+            simpler = rewrite(self, eqn, inputs, path)
             if simpler is not None:
                 return simpler
         if name in _CALLS:
@@ -237,7 +188,7 @@ class _Inliner:
         """An equation of the program as it is."""
         name, params = eqn.primitive.name, eqn.params
         outputs = [self.value(tuple(v.aval.shape), v.aval.dtype, depends=True) for v in eqn.outvars]
-        record = Eqn(name, params, tuple(inputs), tuple(outputs), _where(eqn, path), eqn.primitive.bind)
+        record = Eqn(name, params, tuple(inputs), tuple(outputs), place_of(eqn, path), eqn.primitive.bind)
         record.many = eqn.primitive.multiple_results
         for output in outputs:
             output.producer = record
@@ -252,7 +203,7 @@ class _Inliner:
         specs, start = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in inputs], len(self.eqns)
         outputs = self.call(jax.make_jaxpr(fn)(*specs), inputs, path)
         for record in self.eqns[start:]:
-            record.path = _where(eqn, path)
+            record.path = place_of(eqn, path)
         return outputs
 
     def rows(self, value: Value, path: Path) -> list[Value] | None:
@@ -302,11 +253,11 @@ class _Inliner:
             xp, fp, *ends = (np.asarray(v.const) for v in rest)
             why = piecewise.knots(form, x.dtype, xp, fp, ends)
         if isinstance(why, tuple):
-            self.refused.append(Unsupported("interp", _where(eqn, path), _shape(eqn), *why))
+            self.refused.append(Unsupported("interp", place_of(eqn, path), _shape(eqn), *why))
             return [self.unknown(out)]
         result = self.value(tuple(out.aval.shape), out.aval.dtype, depends=True)
         bind = partial(piecewise.interp, dtype=out.aval.dtype)
-        self.eqns.append(Eqn("interp", why, (x,), (result,), _where(eqn, path), bind))
+        self.eqns.append(Eqn("interp", why, (x,), (result,), place_of(eqn, path), bind))
         result.producer = self.eqns[-1]
         return [result]
 
@@ -430,60 +381,6 @@ class _Inliner:
         return self.emit("concatenate", {"dimension": 0}, lifted, (len(rows), *rows[0].shape), path)
 
 
-def checked_mode(mode: Any) -> Any:
-    """What a gather or scatter does out of range; where it was promised that nothing is, so that it can be seen."""
-    modes = lax.GatherScatterMode
-    return modes.FILL_OR_DROP if mode == modes.PROMISE_IN_BOUNDS else mode
-
-
-def landings(
-    shape: Sequence[int], indices: Any, updates: Sequence[int], params: dict[str, Any]
-) -> np.ndarray:
-    """How many updates of a scatter land on each entry of its operand of this shape."""
-    with jax.ensure_compile_time_eval():
-        hits = lax.scatter_add(
-            jnp.zeros(shape, jnp.int32),
-            jnp.asarray(indices),
-            jnp.ones(updates, jnp.int32),
-            params["dimension_numbers"],
-            mode=checked_mode(params["mode"]),
-        )
-        return np.asarray(hits)
-
-
-def outside(hits: np.ndarray, updates: Sequence[int], params: dict[str, Any]) -> bool:
-    """Whether an update lies out of range although it was promised that none does: anything may happen then."""
-    promised = params["mode"] == lax.GatherScatterMode.PROMISE_IN_BOUNDS
-    return promised and int(hits.sum()) != int(np.prod(updates))
-
-
-#: (reason, remedy) for `unsorted` indices.
-UNSORTED = (
-    "indices_are_sorted=True was promised, but the indices are not sorted",
-    "drop the promise, or sort them",
-)
-
-
-def unsorted(indices: Any, params: dict[str, Any]) -> bool:
-    """Whether the indices of a gather or scatter are not in order although that was promised: a device may then compute
-    anything. The order is that of the places in the operand, batch by batch."""
-    numbers, array = params["dimension_numbers"], np.asarray(indices)
-    if not params["indices_are_sorted"] or not array.size:
-        return False
-    if isinstance(numbers, lax.GatherDimensionNumbers):
-        columns, batches = numbers.start_index_map, numbers.start_indices_batching_dims
-    else:
-        columns, batches = numbers.scatter_dims_to_operand_dims, numbers.scatter_indices_batching_dims
-    rest = [d for d in range(array.ndim - 1) if d not in batches]
-    array = array.transpose(*batches, *rest, array.ndim - 1)
-    ordered = array[..., np.argsort(columns, kind="stable")]
-    rows = ordered.reshape(int(np.prod(array.shape[: len(batches)])), -1, array.shape[-1])
-    ahead, behind = rows[:, :-1], rows[:, 1:]
-    first = np.argmax(ahead != behind, axis=-1)[..., None]
-    smaller = np.take_along_axis(behind, first, -1) < np.take_along_axis(ahead, first, -1)
-    return bool(smaller.any())
-
-
 def _range(value: Value) -> tuple[int, int] | None:
     """The range of a boolean or integer tensor."""
     if value.dtype == np.bool_:
@@ -525,63 +422,3 @@ def _literal(atom: Any) -> Any:
     if not is_concrete(value):
         return value
     return np.asarray(value, atom.aval.dtype) if not hasattr(value, "dtype") else value
-
-
-def _stack(eqn: Any) -> Path:
-    text = str(getattr(eqn.source_info, "name_stack", ""))
-    return (text,) if text else ()
-
-
-def _where(eqn: Any, path: Path) -> str:
-    """The call path of an equation with the user's line, for messages."""
-    parts = printable("/".join(part for part in (*path, *_stack(eqn)) if part)) or "top level"
-    try:
-        line = source_info_util.summarize(eqn.source_info)
-    except Exception:  # internals of jax: a message must never fail because of them
-        return parts
-    file, _, rest = line.partition(":")
-    return f"{parts} ({file.rsplit('/', 1)[-1]}:{rest.strip()})" if rest else parts
-
-
-def run(flat: Flat, x: Any, double: bool = False) -> dict[int, Any]:
-    """The flat program at one concrete input, equation by equation as jax executes it: {value index: tensor}.
-
-    Products are computed in the precision of their operands: by default a GPU would round float32 to TF32. With
-    `double` (where float64 is enabled) every float is a float64, and casts between floats do nothing.
-    """
-    found: dict[int, Any] = {flat.input.index: x}
-
-    def read(value: Value) -> Any:
-        if value.depends:
-            return found[value.index]
-        wide = double and jnp.issubdtype(value.dtype, jnp.floating)
-        return jnp.asarray(value.const, jnp.float64) if wide else value.const
-
-    for eqn in flat.eqns:
-        inputs = [read(v) for v in eqn.inputs]
-        if double and eqn.primitive == "scatter-add":
-            p = eqn.params
-            operand, indices, updates = map(jnp.asarray, inputs)
-            results = [lax.scatter_add(operand, indices, updates, p["dimension_numbers"], mode=p["mode"])]
-        elif double and eqn.primitive == "reduce_precision":
-            results = inputs
-        elif eqn.bind is not None:
-            params = _widened(eqn.params) if double else eqn.params
-            if "precision" in params:
-                params = {**params, "precision": lax.Precision.HIGHEST}
-            out = eqn.bind(*inputs, **params)
-            results = out if eqn.many else [out]
-        elif eqn.primitive == "concatenate":
-            results = [lax.concatenate([jnp.asarray(v) for v in inputs], eqn.params["dimension"])]
-        elif eqn.primitive == "slice":
-            results = [lax.slice(inputs[0], eqn.params["start_indices"], eqn.params["limit_indices"])]
-        else:
-            results = [lax.reshape(inputs[0], eqn.params["new_sizes"])]
-        found.update((value.index, result) for value, result in zip(eqn.outputs, results, strict=True))
-    return found
-
-
-def _widened(params: dict[str, Any]) -> dict[str, Any]:
-    names = ("new_dtype", "preferred_element_type", "out_dtype")
-    wide = {k for k in names if params.get(k) is not None and jnp.issubdtype(params[k], jnp.floating)}
-    return {k: np.dtype(np.float64) if k in wide else v for k, v in params.items()}

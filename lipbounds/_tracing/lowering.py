@@ -24,7 +24,7 @@ from lipbounds._form.program import Program
 from lipbounds._tracing import rules
 from lipbounds._tracing.composites import fold
 from lipbounds._tracing.emitter import Emitter, constant_key
-from lipbounds._tracing.jaxpr import Eqn, Flat, Value
+from lipbounds._tracing.flat import Eqn, Flat, Value
 from lipbounds._tracing.parameters import not_understood
 from lipbounds._tracing.rules import Alias, Group, Linear, Refused
 from lipbounds.errors import Unsupported, UnsupportedError

@@ -27,7 +27,9 @@ from jax import lax
 
 from lipbounds._form.concrete import is_concrete
 from lipbounds._form.steps import StaticArray
-from lipbounds._tracing.jaxpr import UNSORTED, Eqn, Value, checked_mode, landings, outside, unsorted
+from lipbounds._form.windows import along, windows
+from lipbounds._tracing.flat import Eqn, Value
+from lipbounds._tracing.indices import UNSORTED, checked_mode, landings, outside, unsorted
 
 
 @dataclass(frozen=True)
@@ -332,39 +334,6 @@ def _unstack(eqn: Eqn) -> Sequence[Linear]:
     return [
         Linear("take", {"index": StaticArray(index.take(i, axis))}, (0,), i) for i in range(len(eqn.outputs))
     ]
-
-
-def windows(shape: tuple[int, ...], p: dict[str, Any]) -> np.ndarray:
-    """(number of windows, window size) table of flat input indices of a pooling window; -1 where it reads padding."""
-    index = np.arange(int(np.prod(shape)), dtype=np.int32).reshape(shape)
-    for axis, dilation in enumerate(p["base_dilation"]):
-        if dilation != 1 and index.shape[axis]:
-            wide = list(index.shape)
-            wide[axis] = (wide[axis] - 1) * dilation + 1
-            spread = np.full(wide, -1, np.int32)
-            spread[
-                tuple(slice(None, None, dilation) if a == axis else slice(None) for a in range(len(wide)))
-            ] = index
-            index = spread
-    low = [max(a, 0) for a, _ in p["padding"]]
-    high = [max(b, 0) for _, b in p["padding"]]
-    index = np.pad(index, list(zip(low, high, strict=True)), constant_values=-1)
-    index = index[
-        tuple(slice(max(-a, 0), n - max(-b, 0)) for (a, b), n in zip(p["padding"], index.shape, strict=True))
-    ]
-    reach = tuple((w - 1) * d + 1 for w, d in zip(p["window_dimensions"], p["window_dilation"], strict=True))
-    view = np.lib.stride_tricks.sliding_window_view(index, reach)
-    rank = len(shape)
-    view = view[tuple(slice(None, None, s) for s in p["window_strides"])]
-    view = view[(slice(None),) * rank + tuple(slice(None, None, d) for d in p["window_dilation"])]
-    return view.reshape(int(np.prod(view.shape[:rank])), -1)
-
-
-def along(shape: tuple[int, ...], axes: Sequence[int]) -> np.ndarray:
-    """(outputs, size) table of the flat indices reduced over `axes` for each output."""
-    index = np.arange(int(np.prod(shape)), dtype=np.int32).reshape(shape)
-    kept = [a for a in range(len(shape)) if a not in axes]
-    return index.transpose([*kept, *axes]).reshape(int(np.prod([shape[a] for a in kept])), -1)
 
 
 def _pool(mode: str) -> Rule:

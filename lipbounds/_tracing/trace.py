@@ -19,7 +19,8 @@ from lipbounds._form.lure import LureForm, apply_op, check_weights
 from lipbounds._form.precision import TOO_NARROW, half_or_wider
 from lipbounds._form.steps import KINDS
 from lipbounds._text.calls import usual_floats
-from lipbounds._tracing.jaxpr import Flat, flatten
+from lipbounds._tracing.flat import Flat
+from lipbounds._tracing.jaxpr import flatten
 from lipbounds._tracing.lowering import Lowering, lower
 from lipbounds._tracing.value_check import Traced, check_values
 from lipbounds.errors import Unsupported, UnsupportedError

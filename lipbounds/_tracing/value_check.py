@@ -19,7 +19,8 @@ from jax import lax
 from lipbounds._form.concrete import is_concrete
 from lipbounds._form.inputs import Box
 from lipbounds._form.lure import LureForm, apply_tap, propagate
-from lipbounds._tracing.jaxpr import Flat, Value, run
+from lipbounds._tracing.execution import run
+from lipbounds._tracing.flat import Flat, Value
 from lipbounds.errors import Unsupported, UnsupportedError
 
 FINITE_REMEDY = "check the weights and the domain of the functions used; all of R^n must be allowed as input"

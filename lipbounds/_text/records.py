@@ -1,0 +1,46 @@
+"""Helpers of frozen records: numbers and arrays that are checked and cannot be changed, and a picture of pairs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+
+def put(record: Any, name: str, value: Any) -> None:
+    """Set a field of a frozen dataclass while it is made."""
+    object.__setattr__(record, name, value)
+
+
+def nonnegative(value: Any, what: str) -> float:
+    """The value as a finite number >= 0; ValueError says what it was for."""
+    number = float(value)
+    if not math.isfinite(number) or number < 0.0:
+        raise ValueError(f"{what} must be a finite number >= 0, got {number}")
+    return number + 0.0  # -0.0 becomes 0.0
+
+
+def frozen_array(array: Any) -> np.ndarray:
+    """A float64 copy that cannot be written to."""
+    copy = np.array(array, dtype=np.float64)
+    copy.setflags(write=False)
+    return copy
+
+
+def worst_pair(pairs: np.ndarray | None) -> tuple[int, int] | None:
+    """(i, j), i < j, of the largest constant of a pair."""
+    if pairs is None or len(pairs) < 2:
+        return None
+    i, j = np.triu_indices(len(pairs), 1)
+    worst = int(np.argmax(pairs[i, j]))
+    return int(i[worst]), int(j[worst])
+
+
+def draw_pairs(ax: Any, pairs: np.ndarray, kind: str) -> None:
+    """The (K, K) constants as a heat map with its scale."""
+    image = ax.imshow(pairs, cmap="viridis", interpolation="nearest")
+    ax.figure.colorbar(image, ax=ax, label=f"{kind} of L_ij")
+    ax.set(xlabel="class j", ylabel="class i")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.get_major_locator().set_params(integer=True)
