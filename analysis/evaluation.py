@@ -25,7 +25,7 @@ import lipbounds as lb
 from lipbounds._comparison.compare import METHODS
 from lipbounds._form.lure import fingerprint
 from lipbounds._lipsdp.certificate import check, load_certificate
-from lipbounds._local.radius import logits
+from lipbounds._local.forward import logits
 from lipbounds.analysis.attacks import Attack, length, pgd
 from lipbounds.analysis.experiment import Json, Progress, eps_grid, norm_key, radii_record
 from lipbounds.errors import GuaranteeError

@@ -16,8 +16,8 @@ import lipbounds as lb
 from lipbounds._form.elementwise import elementwise_view
 from lipbounds._form.program import Tap
 from lipbounds._form.steps import StaticArray
+from lipbounds._local.forward import logits
 from lipbounds._local.liplt import _Groups
-from lipbounds._local.radius import logits
 from lipbounds._tracing import rewrites
 
 Fn = Callable[[jax.Array], jax.Array]

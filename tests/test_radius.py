@@ -22,7 +22,7 @@ from gain import form_of
 
 import lipbounds as lb
 from lipbounds._form.lure import LureForm
-from lipbounds._local import radius, radius_search
+from lipbounds._local import forward, radius, radius_search
 from lipbounds._triangle import product_rounding, recursion
 
 NORMS = (2, 1, math.inf)
@@ -139,7 +139,7 @@ def test_without_pairs(norm: float, factor: float, said: str, rng: np.random.Gen
     """Every pair gets sqrt(2) L (norm 2), L (1) or 2 L (inf); the radii say so, and pairs are never worse."""
     form, *_ = chain(rng, (6, 10, 4))
     x = rng.normal(size=(25, 6)).astype(np.float32)
-    z, _ = radius.logits(form, x.astype(float))
+    z, _ = forward.logits(form, x.astype(float))
     y = z.argmax(axis=1)
     bound = lb.liplt(form, norm=norm)
     loose = lb.certified_radius(form, x, y, bound=bound)
@@ -271,7 +271,7 @@ def test_relu_logits_hold_in_exact_rationals(widths: tuple[int, ...], scale: flo
     rng = np.random.default_rng([len(widths), int(scale)])
     form, weights, biases = chain(rng, widths)
     x = scale * rng.normal(size=(20, widths[0]))
-    z, error = radius.logits(form, x)
+    z, error = forward.logits(form, x)
     for k in range(20):
         assert within(z[k], error[k], rational_relu(weights, biases, x[k]))
     assert (error <= 1e-12 * (1 + np.abs(z).max(axis=1))).all(), "the bound is so wide that it shows nothing"
@@ -282,9 +282,9 @@ def test_without_its_rounding_term_the_error_is_wrong(monkeypatch: pytest.Monkey
     form, weights, biases = chain(np.random.default_rng(0), (5, 8, 8, 4))
     x = np.random.default_rng(1).normal(size=(20, 5))
     exact = [rational_relu(weights, biases, v) for v in x]
-    monkeypatch.setattr(radius, "U", 0.0)
-    monkeypatch.setattr(radius, "gamma", lambda n: 0.0)
-    z, error = radius.logits(form, x)
+    monkeypatch.setattr(forward, "U", 0.0)
+    monkeypatch.setattr(forward, "gamma", lambda n: 0.0)
+    z, error = forward.logits(form, x)
     assert sum(not within(z[k], error[k], exact[k]) for k in range(20)) >= 15
 
 
@@ -298,10 +298,10 @@ def test_an_error_made_early_is_carried_to_the_output(monkeypatch: pytest.Monkey
     x = rng.normal(size=(40, 3))
     x[:, 2] = rng.uniform(1, 2, 40) - x[:, :2] @ first[0, :2]
     exact = [rational_relu([first, second], zero, v) for v in x]
-    z, error = radius.logits(form, x)
+    z, error = forward.logits(form, x)
     assert all(within(z[k], error[k], exact[k]) for k in range(40))
     monkeypatch.setitem(product_rounding._CARRIED, form, {})
-    z, error = radius.logits(form, x)
+    z, error = forward.logits(form, x)
     assert not all(within(z[k], error[k], exact[k]) for k in range(40))
 
 
@@ -310,7 +310,7 @@ def test_sums_of_constants_are_part_of_the_error() -> None:
     updates = np.array([2.0**60, 1.0, -(2.0**60), 0.25], np.float32)
     form = lb.trace(lambda x: x.at[jnp.array([0, 0, 0, 1])].add(updates), jnp.zeros(2))
     x = np.array([[0.0, 0.0], [0.5, 1.0]])
-    z, error = radius.logits(form, x)
+    z, error = forward.logits(form, x)
     for k in range(2):
         assert within(
             z[k], error[k], [Fraction(float(x[k, 0])) + 1, Fraction(float(x[k, 1])) + Fraction(1, 4)]
@@ -323,7 +323,7 @@ def test_an_answer_that_rounding_decides_is_not_certified() -> None:
     """x = (1e16, 3, -1e16) sums to 3, against a constant 3.5; floating point may say 4 or 2, by the order of terms."""
     form = lb.from_weights([np.array([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])], biases=[np.array([0.0, 3.5])])
     x = np.array(list(itertools.permutations([1e16, 3.0, -1e16])))
-    z, _ = radius.logits(form, x)
+    z, _ = forward.logits(form, x)
     assert (z[:, 0] != 3).any(), "rounding decides nothing here, so this test shows nothing"
     for label in (0, 1):
         radii = lb.certified_radius(form, x, np.full(len(x), label))
@@ -372,7 +372,7 @@ def test_smooth_logits_hold_in_60_digits(name: str) -> None:
     program, formula = SMOOTH[name]
     form, weights, biases = chain(np.random.default_rng(len(name)), (5, 7, 6, 3), program)
     x = np.random.default_rng(2).normal(size=(12, 5)) * np.array([1.0, 8.0])[np.arange(12) % 2, None]
-    z, error = radius.logits(form, x)
+    z, error = forward.logits(form, x)
     with mpmath.workdps(60):
         for k in range(12):
             exact = transcendental(formula, weights, biases, x[k])
@@ -389,7 +389,7 @@ def test_logits_of_the_zoo_agree_with_jax_in_float64(name: str) -> None:
     """Another evaluation in float64 lies within the error, up to its own rounding."""
     form = form_of(name)
     x = np.random.default_rng(0).normal(size=(8, *form.in_shape))
-    z, error = radius.logits(form, x)
+    z, error = forward.logits(form, x)
     with jax.enable_x64(True):
         other = np.asarray(jax.jit(jax.vmap(lambda v: form.evaluate(v, jnp.float64)))(jnp.asarray(x)))
     assert (np.linalg.norm(z - other, axis=1) <= 2 * error + 1e-15).all()
@@ -399,19 +399,19 @@ def test_logits_of_the_zoo_agree_with_jax_in_float64(name: str) -> None:
 def test_examples_in_chunks_and_together_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     form, *_ = chain(np.random.default_rng(0), (5, 8, 4))
     x = np.random.default_rng(1).normal(size=(11, 5))
-    z, error = radius.logits(form, x)
-    monkeypatch.setattr(radius, "_CHUNK", 16)  # two examples at a time
-    chunked, errors = radius.logits(form, x)
+    z, error = forward.logits(form, x)
+    monkeypatch.setattr(forward, "_CHUNK", 16)  # two examples at a time
+    chunked, errors = forward.logits(form, x)
     assert chunked == pytest.approx(z, rel=1e-14, abs=1e-14) and errors == pytest.approx(error, rel=1e-9)
 
 
 def test_large_blocks_are_carried_by_a_cheaper_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     form, weights, biases = chain(np.random.default_rng(0), (5, 8, 8, 4))
     x = np.random.default_rng(1).normal(size=(5, 5))
-    _, tight = radius.logits(form, x)
+    _, tight = forward.logits(form, x)
     monkeypatch.setattr(recursion, "DENSE_LIMIT", 4)
     product_rounding._CARRIED.clear()  # the norms of a form are kept
-    z, error = radius.logits(form, x)
+    z, error = forward.logits(form, x)
     assert (error >= tight).all() and (error > tight).any()
     assert all(within(z[k], error[k], rational_relu(weights, biases, x[k])) for k in range(5))
 

@@ -16,7 +16,7 @@ import pytest
 from zoo_core import gauss
 
 import lipbounds as lb
-from lipbounds._local.radius import logits
+from lipbounds._local.forward import logits
 
 
 def digamma_like(shift: float) -> Any:

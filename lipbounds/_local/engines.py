@@ -35,6 +35,7 @@ from lipbounds._lipsdp.state_matrices import WIDEST, first_tap, hybrid_start, sp
 from lipbounds._local import box as _localbox
 from lipbounds._local import ellipsoids, liplt
 from lipbounds._local.ellipsoids import Matrix, Stage, Values
+from lipbounds._local.forward import Seen, logits
 from lipbounds._norms.rounding import U, add_up, gamma, require_gradual_underflow
 from lipbounds._text.calls import FAILURES, reason
 from lipbounds._triangle.recursion import FAILURE, Request
@@ -197,7 +198,6 @@ class Around:
 
     @functools.cached_property
     def values(self) -> Values:
-        from lipbounds._local.radius import Seen, logits
 
         ready, seen = self.ready, Seen()
         logits(ready.whole, self.x, seen)

@@ -23,6 +23,7 @@ from lipbounds._form.lure import LureForm, fingerprint
 from lipbounds._lipsdp import proof
 from lipbounds._local import ellipsoids
 from lipbounds._local.engines import Around, Progress, bounded, ways
+from lipbounds._local.forward import check_inputs
 from lipbounds._norms.rounding import add_up, gamma, sqrt_up
 from lipbounds._text.calls import exact_products, plain_errors
 from lipbounds._text.html import Html, element
@@ -132,8 +133,6 @@ def local(
         TypeError: not a concrete form.
         ValueError: shapes, values that are not finite, eps not > 0, norm 1, an unknown guarantee, too many outputs.
     """
-    from lipbounds._local.radius import check_inputs
-
     begin = time.perf_counter()
     if not isinstance(form, LureForm):
         raise TypeError(f"local needs a LureForm from lb.trace, got {type(form).__name__}")
