@@ -25,7 +25,7 @@ def solved(monkeypatch):
         asked.append(options)
         return dataclasses.replace(lb.naive(form, pairwise=options["pairwise"]), method="fake")
 
-    monkeypatch.setattr(lipsdp_module, "lipsdp", fake)
+    monkeypatch.setattr(table, "lipsdp", fake)
     return asked
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from lipbounds._empirical.empirical import empirical
 from lipbounds._text.calls import exact_products, plain_errors
 from lipbounds._text.tables import new_axes, printable, show
+from lipbounds._triangle.liplt import or_naive
 from lipbounds.errors import GuaranteeError
 from lipbounds.results import NORM_NAMES, LowerBound, UpperBound, check_norm
 
@@ -98,8 +99,6 @@ def bracket(
     if guarantee == "estimate":
         raise ValueError("a bracket needs a bound: guarantee='estimate' gives none")
     if upper is None:
-        from lipbounds._triangle.liplt import or_naive
-
         made = or_naive(form, norm=check_norm(norm), pairwise=pairwise, guarantee=guarantee, seed=seed)
     else:
         made = upper

@@ -20,6 +20,8 @@ import numpy as np
 from lipbounds._comparison.bracket import check_order
 from lipbounds._empirical.empirical import empirical, values64
 from lipbounds._form.elementwise import elementwise_view
+from lipbounds._lipsdp.lipsdp import lipsdp
+from lipbounds._local.radius import certified_radius
 from lipbounds._text.calls import FAILURES, exact_products, plain_errors, reason
 from lipbounds._text.html import Html, element, together
 from lipbounds._text.tables import (
@@ -34,6 +36,8 @@ from lipbounds._text.tables import (
     show,
     text_table,
 )
+from lipbounds._triangle.liplt import liplt
+from lipbounds._triangle.naive import naive
 from lipbounds.results import NORM_NAMES, Estimate, LowerBound, UpperBound, check_norm
 
 _KINDS: dict[type, str] = {UpperBound: "upper", LowerBound: "lower", Estimate: "estimate"}
@@ -80,15 +84,11 @@ def _lower(q: Question) -> LowerBound:
 
 
 def _naive(q: Question) -> Any:
-    from lipbounds._triangle.naive import naive
-
     return naive(q.form, **q.options())
 
 
 def _liplt(scaling: str | None = None, **more: Any) -> Callable[[Question], Any]:
     def run(q: Question) -> Any:
-        from lipbounds._triangle.liplt import liplt
-
         return liplt(q.form, **q.options(scaling=scaling, **more))
 
     return run
@@ -96,8 +96,6 @@ def _liplt(scaling: str | None = None, **more: Any) -> Callable[[Question], Any]
 
 def _lipsdp(name: str, solver: str = "recursion", multipliers: str = "neuron") -> Callable[[Question], Any]:
     def run(q: Question) -> Any:
-        from lipbounds._lipsdp.lipsdp import lipsdp
-
         if solver != "recursion" and not q.named and q.norm == 2 and q.guarantee != "estimate":
             _keep_small(q, name)
         tell = q.tell
@@ -329,7 +327,6 @@ def _row(name: str, result: Any) -> Row:
 
 def _certify(form: Any, row: Row, X: Any, y: Any) -> Row:
     """The row with the radii that its upper bound proves."""
-    from lipbounds._local.radius import certified_radius
 
     try:
         radii = certified_radius(form, X, y, bound=row.result)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,9 @@ from lipbounds._activations import activations
 from lipbounds._form.concrete import is_concrete
 from lipbounds._form.program import Op, Program, Tap
 from lipbounds._form.steps import StaticArray, static
+from lipbounds._tracing.decided import Decided, Elementwise
 from lipbounds._tracing.flat import Eqn, Value
 from lipbounds._tracing.rules import Group, Linear
-
-if TYPE_CHECKING:
-    from lipbounds._tracing.lowering import Elementwise, Lowering
 
 
 def constant_key(value: Value) -> tuple[str, Any]:
@@ -30,7 +28,7 @@ def constant_key(value: Value) -> tuple[str, Any]:
 class Emitter:
     """Writes the decided equations in order, with registers and leaves counted from 0."""
 
-    def __init__(self, lowering: Lowering, needed: set[int]):
+    def __init__(self, lowering: Decided, needed: set[int]):
         self.low = lowering
         self.needed = needed
         self.registers: dict[int, int] = {lowering.flat.input.index: 0}

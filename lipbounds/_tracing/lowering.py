@@ -10,7 +10,6 @@ proved. All refusals are collected; `lower` raises once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ from lipbounds._form.precision import TOO_NARROW, below_single, half_or_wider, k
 from lipbounds._form.program import Program
 from lipbounds._tracing import rules
 from lipbounds._tracing.composites import fold
+from lipbounds._tracing.decided import Elementwise
 from lipbounds._tracing.emitter import Emitter, constant_key
 from lipbounds._tracing.flat import Eqn, Flat, Value
 from lipbounds._tracing.parameters import not_understood
@@ -30,17 +30,6 @@ from lipbounds._tracing.rules import Alias, Group, Linear, Refused
 from lipbounds.errors import Unsupported, UnsupportedError
 
 _MOST_EXPANDED = 400  # elementwise equations walked back through in search of a dominator
-
-
-@dataclass(eq=False)
-class Elementwise:
-    """A tap to be: `expr` of the tensor `base`."""
-
-    base: Value
-    expr: Expr
-    consts: list[Value]
-    slopes: tuple[Any, Any]
-    assumed: bool
 
 
 def lower(flat: Flat) -> tuple[Program, tuple[Any, ...], tuple[Any, ...], dict[int, int]]:
