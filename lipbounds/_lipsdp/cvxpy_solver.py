@@ -31,7 +31,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "clarabel": {},
     "scs": {"eps_abs": 1e-7, "eps_rel": 1e-7, "max_iters": 50_000},
 }
-_WORKER = Path(__file__).with_name("_sdp_worker.py")
+_WORKER = Path(__file__).with_name("cvxpy_worker.py")
 _FLOOR = 1e-12  # of a multiplier, relative to the feasible start: solvers return -1e-15
 
 

@@ -17,7 +17,7 @@ from scipy.linalg import eigvalsh, solve
 
 from lipbounds._form.elementwise import elementwise_view
 from lipbounds._form.lure import LureForm
-from lipbounds._lipsdp import ellipsoid
+from lipbounds._lipsdp import ellipsoid, recursion_step
 from lipbounds._lipsdp.barrier_search import _dense, threads
 from lipbounds._lipsdp.certificate import Proof
 from lipbounds._lipsdp.core import LipSdpState, relative_multipliers
@@ -90,7 +90,7 @@ def parameters_from(
         d = d * max(1.0, edge * (1 + 1e-8))
         edge = min(edge, 1 / (1 + 1e-8))
         kappa = np.maximum(segment.kappa, 1.0) if a.any() else np.ones(n)
-        spare = max(1 / max(edge, 1e-300) - 1 - ellipsoid.MARGIN, 1e-9)
+        spare = max(1 / max(edge, 1e-300) - 1 - recursion_step.MARGIN, 1e-9)
         taps.append((np.log(d / d.max()), np.log(spare / kappa)))
         x = sigma + cross.T @ solve(np.diag(d) - sy, cross, assume_a="pos")
         sigma = a @ x @ a.T + (b * d) @ b.T

@@ -20,6 +20,10 @@ Outputs = list[Value] | None
 class Emits(Protocol):
     """Whoever holds the flat program and appends an equation to it."""
 
+    def const(self, const: Any, randomness: int = 0) -> Value: ...
+
+    def record(self, eqn: Any, inputs: Sequence[Value], path: Path) -> list[Value]: ...
+
     def emit(
         self,
         primitive: str,
