@@ -1,4 +1,4 @@
-"""One semidefinite program through CVXPY, in a process of its own: `python _sdp_worker.py FOLDER`.
+"""One semidefinite program through CVXPY, in a process of its own: `python cvxpy_worker.py FOLDER`.
 
 Run as a file, not as a module of the package: it needs neither JAX nor lipbounds, which saves seconds and
 gigabytes of address space. Reads FOLDER/problem.npz and FOLDER/request.json, writes FOLDER/answer.npz and

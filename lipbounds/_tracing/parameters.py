@@ -107,7 +107,7 @@ _ARG: dict[str, Allowed] = {"axes": READ, "index_dtype": READ}
 _DERIVATIVE: dict[str, Allowed] = {"num_consts": FREE, "symbolic_zeros": FREE}
 
 PARAMETERS: dict[str, dict[str, Allowed]] = {
-    # calls and control flow, taken apart in _jaxpr.py
+    # calls and control flow, taken apart in jaxpr.py
     "jit": {
         "jaxpr": READ,
         "name": FREE,
@@ -135,7 +135,7 @@ PARAMETERS: dict[str, dict[str, Allowed]] = {
     "integer_pow": {"y": READ},
     "round": {"rounding_method": READ},
     "convert_element_type": {"new_dtype": READ, "weak_type": FREE, "sharding": _placement},
-    "interp": {"xp": READ, "fp": READ, "extrapolate": READ},  # jnp.interp, recognised in _piecewise.py
+    "interp": {"xp": READ, "fp": READ, "extrapolate": READ},  # jnp.interp, recognised in piecewise.py
     # identities
     "reduce_precision": {"exponent_bits": READ, "mantissa_bits": READ},
     "name": {"name": FREE},
@@ -169,7 +169,7 @@ PARAMETERS: dict[str, dict[str, Allowed]] = {
     "reduce_window_sum": _WINDOW,
     "gather": {**_INDEXED, "slice_sizes": READ, "unique_indices": FREE, "fill_value": READ},
     "dynamic_slice": {"slice_sizes": READ},
-    # a scatter with an `update_jaxpr` (`x.at[i].apply(f)`) is rewritten in _jaxpr.py before its rule is asked
+    # a scatter with an `update_jaxpr` (`x.at[i].apply(f)`) is rewritten in jaxpr.py before its rule is asked
     "scatter": {**_INDEXED, "update_jaxpr": lambda jaxpr: jaxpr is None, "update_consts": _empty},
     "scatter-add": {**_INDEXED, "update_jaxpr": combines_by("add"), "update_consts": _empty},
     # groups
@@ -182,7 +182,7 @@ PARAMETERS: dict[str, dict[str, Allowed]] = {
         "is_stable": FREE,  # equal entries are equal
         "num_keys": lambda count: count == 1,
     },
-    # written as simpler equations in _rewrites.py; the last two are the ones it writes
+    # written as simpler equations in rewrites.py; the last two are the ones it writes
     "cummax": {"axis": READ, "reverse": READ},
     "cummin": {"axis": READ, "reverse": READ},
     "scatter-max": {**_INDEXED, "update_jaxpr": combines_by("max"), "update_consts": _empty},
