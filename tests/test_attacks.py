@@ -117,6 +117,7 @@ def test_the_box_is_part_of_the_problem(rng):
         assert attack.correct.all() and (attack.success == broken).all()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("box", [(0.0, 1.0), (0.11, 0.91)])  # float32 rounds 0.11 down and 0.91 up
 def test_every_point_lies_in_ball_and_box_exactly(rng, net, norm, box):
@@ -282,6 +283,7 @@ def test_length_is_never_below_the_truth(rng, count, scale):
 
 
 # ------------------------------------------------------------------------------------------ one step, and the CW loss
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("loss", ["margin", "ce"])
 @pytest.mark.parametrize("norm", NORMS)
 def test_fgsm_is_one_full_step_along_the_gradient(rng, net, norm, loss):

@@ -195,12 +195,14 @@ def wrong_proofs(count: int) -> int:
     return wrong
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("height", [1, 3, 64])
 def test_nothing_below_the_exact_norm_is_proved(height: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(banded_cholesky, "_height", lambda w: height)
     assert wrong_proofs(72) == 0
 
 
+@pytest.mark.slow
 def test_without_the_shift_some_matrices_are_wrongly_proved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cholesky, "_rounding_shift", lambda *args: 0.0)
     assert wrong_proofs(72) >= 10

@@ -133,7 +133,7 @@ def scalar(constants: Any) -> jax.Array:
     return constants.value if hasattr(constants, "value") else constants
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", ["relu", "cnn_batch_norm", "max_pool_overlapping", "nnx_scan"])
 @pytest.mark.parametrize("verb", sorted(CORES))
 def test_cores_converge_to_the_verified_value(verb: str, name: str) -> None:
@@ -220,6 +220,7 @@ def test_cores_of_a_dead_network_have_finite_gradients(verb: str) -> None:
 
 
 # ------------------------------------------------------------------------------- the global setting
+@pytest.mark.slow
 def test_float64_setting_is_left_alone() -> None:
     """After every verb, whether the user has float64 off (the default) or on."""
     form = trace("relu", 0)

@@ -104,6 +104,7 @@ def saved(bound: UpperBound, tmp_path: Path) -> Path:
 # --- what is proved ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "norm, start_at, kind",
     [(2, 0, "sequence"), (math.inf, 0, "sequence"), (2, 1, "sequence"), (2, 2, "sequence"), (2, 0, "dense")],

@@ -63,6 +63,7 @@ def numpy_chain(form, x):
 
 
 # ---------------------------------------------------------------------------------------------- empirical
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("norm", NORMS)
 def test_linear_maps_are_found_exactly(norm):
     form = chain(4, 3)
@@ -88,6 +89,7 @@ def test_the_witness_shows_the_value(norm, kind):
     assert found.value <= slope <= found.value * (1 + 1e-6)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_climb_finds_more_than_its_starts_and_reaches_a_known_optimum(norm):
     form = chain(2, 8, 6, 3)
@@ -108,6 +110,7 @@ def test_the_climb_leaves_its_starts():
     assert still.value < 0.9 * empirical(chain(2, 8, 6, 3), far).value
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("norm", NORMS)
 def test_pairs_are_attained_and_no_larger_than_the_whole_allows(norm):
     form = chain(2, 8, 6, 3)
@@ -258,7 +261,7 @@ def real(seed=0, dtype=np.float32):
     )
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("norm", NORMS)
 def test_bracket_of_a_traced_network(norm):
     b = lb.bracket(real(), norm=norm, pairwise=True)
@@ -266,6 +269,7 @@ def test_bracket_of_a_traced_network(norm):
     assert np.all(b.lower.pairwise <= b.upper.pairwise)
 
 
+@pytest.mark.slow
 def test_derivatives_that_lie_do_not_lower_the_lower_bound():
     @jax.custom_jvp
     def liar(x):

@@ -10,7 +10,6 @@ import pytest
 
 import lipbounds as lb
 from lipbounds._comparison import compare as table
-from lipbounds._lipsdp import lipsdp as lipsdp_module
 
 LIPSDP = ["lipsdp", "lipsdp-clarabel", "lipsdp-scs", "lipsdp-layer"]
 
@@ -116,7 +115,7 @@ def test_the_report_measures_lipsdp_and_leaves_its_references_to_those_who_name_
 def test_a_quick_report_limits_the_recursion_on_larger_networks(solved, monkeypatch, neurons, quick):
     from lipbounds.analysis.experiment import measure
 
-    monkeypatch.setattr(lb, "lipsdp", lipsdp_module.lipsdp)
+    monkeypatch.setattr(lb, "lipsdp", table.lipsdp)
     form = net(3, neurons, 2)
     measure(form, np.zeros((1, 3)), np.zeros(1, int), norms=(2,), methods=("lipsdp",), quick=quick)
     assert [o.get("iterations") for o in solved] == [45 if quick and neurons > 300 else None]

@@ -53,7 +53,7 @@ def _layer(name: str) -> tuple[Any, tuple[int, ...]]:
     return layer, shape
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_discs_of_a_convolution_equal_those_of_its_matrix(name: str, rng: np.random.Generator) -> None:
     layer, shape = _layer(name)
@@ -218,6 +218,7 @@ def _same(a: Diagnosis, b: Diagnosis) -> None:
                 np.testing.assert_allclose(jax.tree.leaves(value), expected, rtol=2e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_network_of_convolutions(rng: np.random.Generator) -> None:
     """Against dense matrices, in odd batches out of an iterator of pairs, with one compilation."""
     model = build(ModelSpec("residual_cnn", (8, 8, 1), {"blocks": 1, "channels": 4}))

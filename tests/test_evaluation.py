@@ -110,6 +110,7 @@ def test_the_order_of_table_2(record):
     assert constants["lipsdp"]["average_pair"] < constants["lipsdp"]["average_sum"]
 
 
+@pytest.mark.slow
 def test_attacks_at_both_norms(record, model, test_set):
     for e in EPS:
         alone = pgd(model, *test_set, e, steps=30)
@@ -360,6 +361,7 @@ def test_a_model_file_writes_only_where_it_is_told(model, tmp_path):
     assert (tmp_path / "out" / "evaluation.html").is_file()
 
 
+@pytest.mark.slow
 def test_paper_units_on_cifar10(tmp_path, monkeypatch, rng):
     pixels = rng.integers(0, 256, (6, 4, 4, 3), np.uint8)
     labels = np.arange(6, dtype=np.int32) % 3

@@ -17,7 +17,7 @@ from lipbounds._lipsdp.barrier import dense_gain
 from lipbounds._lipsdp.certificate import load_certificate
 
 #: gather_scatter and custom_vjp have classes whose constant is LipLT's.
-QUICK = ("linear", "two_branches", "maxmin_mlp", "scan_stacked", "custom_vjp")
+QUICK = ("linear", "two_branches", "custom_vjp")
 EVERY = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in sorted(NETS)]
 
 
@@ -43,6 +43,7 @@ def test_certificates_of_the_zoo_hold_in_exact_arithmetic(name: str, tmp_path: A
         recheck(certificate, form, lower=1 - (1e-6 if name in QUICK else 1e-5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", [2, pytest.param(math.inf, marks=pytest.mark.slow)])
 def test_layer_after_layer(norm: float, tmp_path: Any) -> None:
     """Proofs by the state sequence, with multipliers relative to variances; and l-inf inputs with weights."""

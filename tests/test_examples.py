@@ -112,6 +112,7 @@ def quicker(path, folder, **settings):
 NEEDS = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)} to execute a notebook")
 
 
+@pytest.mark.slow
 @NEEDS
 @pytest.mark.parametrize("with_mnist", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_notebook_runs(large_digits, tmp_path, with_mnist):

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 import lipbounds as lb
+from lipbounds._comparison import compare
 from lipbounds._empirical import empirical
 from lipbounds._gain import memory_budget
-from lipbounds._lipsdp import barrier_search, certificate, ellipsoid, search
+from lipbounds._lipsdp import barrier_search, certificate, ellipsoid, search, task
 from lipbounds._lipsdp.proof import Infeasible
-from lipbounds._local import engines, radius
+from lipbounds._local import engines
 from lipbounds._triangle import recursion
 from lipbounds.errors import GuaranteeError
 
@@ -26,7 +27,6 @@ FAILURES = (
     ZeroDivisionError("division by zero"),
     MemoryError(),
 )
-PROOFS = ("repair", "propagate_dense", "repair_dense", "proved_constants")
 
 
 def network() -> Any:
@@ -42,6 +42,13 @@ def fail(monkeypatch: pytest.MonkeyPatch, module: Any, *names: str, error: BaseE
         monkeypatch.setattr(module, name, raises)
 
 
+def fail_proofs(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """No engine of LipSDP can prove anything."""
+    fail(monkeypatch, search, "repair", error=error)
+    fail(monkeypatch, barrier_search, "propagate_dense", "repair_dense", error=error)
+    fail(monkeypatch, task, "proved_constants", error=error)
+
+
 @pytest.mark.parametrize("error", FAILURES, ids=lambda e: type(e).__name__)
 def test_lipsdp_without_a_proof_is_liplt_with_a_note(
     monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -49,7 +56,7 @@ def test_lipsdp_without_a_proof_is_liplt_with_a_note(
     monkeypatch.setattr(ellipsoid, "optimize", lambda problem, starts, *rest: (starts[0], 1.0, 0))  # quick
     form = network()
     reference = lb.liplt(form, pairwise=True)
-    fail(monkeypatch, search, *PROOFS, error=error)
+    fail_proofs(monkeypatch, error)
     bound = lb.lipsdp(form, pairwise=True)
     assert bound.value == reference.value and (bound.pairwise == reference.pairwise).all()
     assert (bound.per_class == reference.per_class).all()
@@ -63,7 +70,7 @@ def test_lipsdp_without_a_proof_is_liplt_with_a_note(
 def test_lipsdp_without_a_proof_in_other_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     form = network()
     monkeypatch.setattr(ellipsoid, "optimize", lambda problem, starts, *rest: (starts[0], 1.0, 0))  # quick
-    fail(monkeypatch, search, *PROOFS, error=FAILURES[0])
+    fail_proofs(monkeypatch, FAILURES[0])
     for norm in (2, math.inf):
         reference = lb.liplt(form, norm=norm, pairwise=True)
         for options in ({"iterations": 3}, {"multipliers": "layer"}):
@@ -117,7 +124,7 @@ def fail_centred(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 
 
 def test_radii_that_fail_leave_the_bound_in_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    fail(monkeypatch, radius, "certified_radius", error=np.linalg.LinAlgError("Singular matrix"))
+    fail(monkeypatch, compare, "certified_radius", error=np.linalg.LinAlgError("Singular matrix"))
     row = lb.compare(network(), np.ones((2, 3)), np.zeros(2, int), methods=["naive"])["naive"]
     assert row.value is not None and row.radii is None and row.reason == "no radii: Singular matrix"
 

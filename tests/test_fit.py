@@ -102,6 +102,7 @@ class Flat(nnx.Module):
         return self.last(jax.nn.relu(self.first(x.reshape(len(x), 64))))
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own_is_copied_trained_and_validated() -> None:
     model = Flat()
     before = weights_of(model)
@@ -210,6 +211,7 @@ def refreshed() -> Trainer:
     return trainer_of(config(**CRM, refresh=3, warmup=1, average="ema"))
 
 
+@pytest.mark.slow
 def test_constants_and_their_gradient_are_kept_between_refreshes(refreshed: Trainer) -> None:
     x, _ = few()
     seen = steps(refreshed, *[x] * 8)
@@ -226,6 +228,7 @@ def test_constants_and_their_gradient_are_kept_between_refreshes(refreshed: Trai
     assert bounds == [True, False, True, True, False, True, True, False]
 
 
+@pytest.mark.slow
 def test_between_refreshes_the_kept_gradient_has_the_length_of_the_new_batch(refreshed: Trainer) -> None:
     x, labels = few()
     other = np.clip(x[::-1] * np.float32(0.7), 0, 1)
@@ -255,6 +258,7 @@ def warming() -> Trainer:
     return trainer_of(config(**CRM, warmup=3))
 
 
+@pytest.mark.slow
 def test_warm_up_is_cross_entropy_training_bit_for_bit(warming: Trainer) -> None:
     x, _ = few()
     crm, plain = steps(warming, *[x] * 4), steps(trainer_of(config(arch="64-8-10")), *[x] * 4)
@@ -330,6 +334,7 @@ def test_an_epoch_without_any_good_step_stops_training() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- averages
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["ema", "swa"])
 def test_averages_are_those_computed_directly(kind: str) -> None:
     made = trainer_of(config(average=kind, ema_decay=0.6, average_from=2))

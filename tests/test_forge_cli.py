@@ -64,6 +64,7 @@ def test_the_study_measures_every_threshold(found, model):
     json.dumps(found.to_json(), allow_nan=False)
 
 
+@pytest.mark.slow
 def test_claims_follow_from_the_figures(found):
     said = {claim.claim: claim for claim in claims(found)}
     lemma = next(c for name, c in said.items() if "Lemma 2)" in name and name.startswith("lambda_max"))

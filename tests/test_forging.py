@@ -41,6 +41,7 @@ def test_smooth_gate_values():
     np.testing.assert_allclose(out, x / (1 + np.exp(-(np.abs(x) - 0.5) / 0.1)), rtol=2e-5, atol=1e-7)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ["hard", "smooth"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_at_threshold_zero_the_gate_is_the_identity_and_so_is_its_derivative(kind, dtype):
@@ -256,6 +257,7 @@ def labelled(net, rng):
     return x, np.asarray(net(x)).argmax(1)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["hard", "smooth"])
 def test_search_compiles_once_and_zero_is_the_network(rng, caplog, kind):
     net = Net((6, 8, 7 + len(kind), 3))

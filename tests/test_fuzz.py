@@ -18,7 +18,7 @@ from lipbounds._tracing.jaxpr import flatten
 from lipbounds._tracing.lowering import lower
 from lipbounds._tracing.rules import ELEMENTWISE, RULES
 
-PROGRAMS = 4
+PROGRAMS = 3
 SETTINGS: Any = {
     "database": None,
     "deadline": None,

@@ -82,6 +82,7 @@ def flat(x: np.ndarray) -> np.ndarray:
     return x.reshape(len(x), -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEMBERS)
 def test_the_form_is_the_function(name: str) -> None:
     one = made(name)
@@ -94,6 +95,7 @@ def test_the_form_is_the_function(name: str) -> None:
     assert np.abs(wanted - wanted[0]).max() > 1e-3, "a constant function shows nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEMBERS)
 def test_attained_liplt_naive_in_this_order_and_close(name: str) -> None:
     one = made(name)

@@ -29,6 +29,7 @@ def values64(form: Any, points: np.ndarray) -> np.ndarray:
         return np.asarray(jax.vmap(lambda p: form.evaluate(p, jnp.float64))(jnp.asarray(points)))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "fn",
     [
@@ -78,7 +79,7 @@ SHIFTED = [
 ]
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("fn", SHIFTED)
 @pytest.mark.parametrize("norm", [1, 2, math.inf])
 def test_logsumexp_has_constant_one_in_every_norm(fn: Fn, norm: float) -> None:

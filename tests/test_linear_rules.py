@@ -190,7 +190,7 @@ def matrix_of(name: str) -> np.ndarray:
     return matrix
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", list(LINEAR))
 def test_linear_operation_has_its_exact_norm(name: str) -> None:
     form = lb.trace(flat(name), ROW)
@@ -201,6 +201,7 @@ def test_linear_operation_has_its_exact_norm(name: str) -> None:
         assert exact * (1 - 1e-5) <= value <= exact * (1 + 1e-5), (norm, exact, value)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     "first",
     [pytest.param(i, marks=[pytest.mark.slow] if i % 18 else []) for i in range(0, len(LINEAR), 6)],

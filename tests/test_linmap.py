@@ -382,7 +382,7 @@ def jacobian(name: str) -> np.ndarray:
     return (values[1:] - values[0]).T
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_matrices_are_the_jacobian(name: str) -> None:
     """The product of the step matrices, from either side, is the Jacobian: exactly, the entries being integers."""
@@ -401,7 +401,7 @@ def test_matrices_are_the_jacobian(name: str) -> None:
     assert np.array_equal(dense(down.midpoint_for_search()).T, truth)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_views_of_a_step_agree(name: str) -> None:
     """One step: the transpose, the selection in `rows` and the norm all belong to the one matrix."""

@@ -107,7 +107,7 @@ def same(value: float, truth: float) -> None:
     assert value >= truth * (1 - 1e-12), "below the recursion of the paper"
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("depth", range(1, 7))
 @pytest.mark.parametrize("activation", sorted(SLOPES))
 def test_chains_equal_the_paper(depth: int, activation: str) -> None:

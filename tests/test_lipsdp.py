@@ -97,6 +97,7 @@ def test_random_networks_against_clarabel() -> None:
     assert min(excess) >= -NOT_BELOW and max(excess) <= ABOVE and np.median(excess) <= MEDIAN
 
 
+@pytest.mark.sampled(2)
 @needs_cvxpy
 @pytest.mark.parametrize(
     "kind",
@@ -119,6 +120,7 @@ def test_the_recursion_alone_against_clarabel(kind: str) -> None:
     assert -NOT_BELOW <= lb.lipsdp(form).value / exact - 1 <= 2e-5
 
 
+@pytest.mark.sampled(2)
 @needs_cvxpy
 @pytest.mark.parametrize(
     "build",
@@ -305,6 +307,7 @@ def scaled_by(scales: tuple[float, ...], options: dict[str, Any]) -> Any:
     return lb.lipsdp(lb.from_weights(layers, activation="relu"), pairwise=True, **options)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dead", [0, 1, 2])
 def test_a_layer_of_zeros_makes_the_constant_0(dead: int) -> None:
     layers = gauss(WIDTHS, 9)

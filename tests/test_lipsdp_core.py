@@ -313,6 +313,7 @@ def test_deep_networks_in_float32(rng: np.random.Generator) -> None:
     assert float(single.value) == pytest.approx(float(double.value), rel=5e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, *(pytest.param(x, marks=pytest.mark.slow) for x in (np.inf, 1e38))])
 def test_weights_that_are_not_finite(bad: float, rng: np.random.Generator) -> None:
     """The last constants come back without gradient, the state says so, and goes on when the weights are well again."""

@@ -92,6 +92,7 @@ def test_a_certificate_for_weights_that_are_not_finite_is_refused() -> None:
         check(bound.certificate, spoiled)
 
 
+@pytest.mark.slow
 def test_a_neuron_that_hardly_moves_does_not_loosen_newtons_proof() -> None:
     rng = np.random.default_rng(0)
     weights = [rng.standard_normal(shape) for shape in ((6, 8), (6, 6), (3, 6))]

@@ -35,7 +35,7 @@ ACTIVATIONS = {
 # --- slopes --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
 def test_slopes_on_intervals(name):
     n, rng = 30, np.random.default_rng(1)
@@ -72,7 +72,7 @@ def test_slopes_on_intervals(name):
 # --- constants -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("norm", [2, np.inf])
 @pytest.mark.parametrize("activation", ["relu", "tanh", "gelu"])
 def test_bounds_hold_between_pairs_of_the_ball(activation, norm):
@@ -155,6 +155,7 @@ def test_constants_grow_with_the_ball_and_items_are_bounds():
     assert "LocalBounds: 10 examples, l2, verified" in repr(small) and "one per example" not in repr(small)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in FEW else pytest.mark.slow) for n in sorted(NETS)]
 )

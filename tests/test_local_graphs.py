@@ -53,6 +53,7 @@ FEW = (
 )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in FEW else pytest.mark.slow) for n in sorted(GRAPHS)]
 )

@@ -99,7 +99,7 @@ def test_small_balls_give_the_jacobian(wide):
         assert (bound.pairwise <= 1.01 * rows + 1e-6 * rows.max()).all()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in FEW else pytest.mark.slow) for n in sorted(NETS)]
 )

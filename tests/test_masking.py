@@ -64,6 +64,7 @@ def honest(trained):
     return gradient_masking(fn, fn, x, y, **SETTINGS)
 
 
+@pytest.mark.slow
 def test_an_honest_network_passes(honest):
     assert [check.name for check in honest] == NAMES and len(honest) == 5
     assert [check.verdict for check in honest] == ["passes"] * 5, honest
@@ -91,6 +92,7 @@ def test_the_figures_are_those_of_the_attacks(honest, trained):
     assert honest[4].figures["model"] == honest[4].figures["original"]
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("mask", ["rounded", "saturated"])
 def test_a_masked_network_fails(trained, mask):

@@ -250,6 +250,7 @@ def test_proofs_within_the_budget_only(form: LureForm) -> None:
     assert all(float(p.how.split()[-2]) <= 6 for p in bound.parts if p.how.endswith("MB"))
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_probabilistic_and_said(form: LureForm, plain: Any) -> None:
     bound = lb.liplt(form, memory="3MB")
     assert bound.guarantee == "probabilistic" and 0 < bound.failure_probability <= 1e-9
@@ -273,6 +274,7 @@ def test_what_does_not_fit_is_probabilistic_and_said(form: LureForm, plain: Any)
     assert all(p.how.startswith("Golub") for p in forced.parts if p.target != "output")
 
 
+@pytest.mark.slow
 def test_fewer_steps_where_fewer_vectors_fit(form: LureForm) -> None:
     vector = 2 * 12 * 12 * 8
     few = lb.liplt(form, memory=memory_budget.Budget.vectors(vector, 9), guarantee="probabilistic")

@@ -92,6 +92,7 @@ def spectra(rng: np.random.Generator, n: int) -> list[np.ndarray]:
     ]
 
 
+@pytest.mark.slow
 def test_golub_kahan_never_fails_and_is_tight() -> None:
     rng = np.random.default_rng(10)
     for seed in range(40):
@@ -166,6 +167,7 @@ def test_golub_kahan_edges() -> None:
         norms.golub_kahan(lambda x: x, lambda x: x, 3, failure=0.0)
 
 
+@pytest.mark.slow
 def test_power_iteration_value_gradient_and_warm_start() -> None:
     a = jnp.asarray(np.random.default_rng(0).standard_normal((7, 5)), dtype=jnp.float32)
     v0 = jnp.asarray(np.random.default_rng(1).standard_normal(5), dtype=jnp.float32)

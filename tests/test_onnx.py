@@ -344,7 +344,7 @@ def _quick(case: Case, place: int) -> Any:
     """Of opsets that change nothing all but the first and the newest, and every other case, are slow tests."""
     alike = [c.opset for c in CASES if c.op == case.op and repr(c[2:]) == repr(case[2:])]
     between = case.opset not in (min(alike), max(alike))
-    return pytest.param(case, marks=pytest.mark.slow if between or place % 2 else ())
+    return pytest.param(case, marks=pytest.mark.slow if between or place % 3 else ())
 
 
 @pytest.mark.parametrize("case", [_quick(case, i) for i, case in enumerate(CASES)], ids=_name)

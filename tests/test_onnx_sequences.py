@@ -159,7 +159,7 @@ def _rnn(direction: str, *, bias: bool = True, start: bool = False, last: bool =
     return net
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
 @pytest.mark.parametrize("options", [
     {}, {"bias": False, "last": True}, {"start": True, "last": True}, {"lengths": [4], "opset": 11},

@@ -221,7 +221,7 @@ def test_apply_at_an_index_has_the_slope_of_its_function() -> None:
     assert 0 < radius <= 2.5
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("fn", "slope"),
     [

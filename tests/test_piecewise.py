@@ -54,6 +54,7 @@ ENDS: list[tuple[dict[str, Any], bool, bool]] = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("options", "left", "right"), ENDS)
 def test_interp_is_exact(options: dict[str, Any], left: bool, right: bool) -> None:
     form, tap, consts = only_tap(lambda x: jnp.interp(x, XP, FP, **options))
@@ -167,6 +168,7 @@ PIECEWISE: dict[str, tuple[Fn, Fn, float, float]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", [n for n in PIECEWISE if n != "piecewise"])
 def test_cases_chosen_by_an_integer(name: str) -> None:
     fn, other, low, high = PIECEWISE[name]

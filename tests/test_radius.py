@@ -227,6 +227,7 @@ def attacked(name: str, norm: float) -> tuple[Callable[[float], int], np.ndarray
     return changed, radii
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ATTACKED)
 @pytest.mark.parametrize("norm", [2])
 def test_no_attack_succeeds_within_the_radius(name: str, norm: float) -> None:
@@ -265,6 +266,7 @@ def within(z: np.ndarray, error: float, exact: Sequence[Fraction]) -> bool:
 NETS = [(4, 6, 3), (5, 8, 8, 4), (3, 7, 7, 7, 2), (9, 2)]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("widths", NETS, ids=str)
 @pytest.mark.parametrize("scale", [1.0, 1e6])
 def test_relu_logits_hold_in_exact_rationals(widths: tuple[int, ...], scale: float) -> None:
@@ -368,6 +370,7 @@ SMOOTH: dict[str, tuple[Any, Any]] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", sorted(SMOOTH))
 def test_smooth_logits_hold_in_60_digits(name: str) -> None:
     program, formula = SMOOTH[name]

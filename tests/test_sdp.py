@@ -154,7 +154,7 @@ def test_reduced_inputs_keep_the_gram_matrix() -> None:
 # --- the barrier method --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("tied", [False, True], ids=["neuron", "layer"])
 @pytest.mark.parametrize("name", FORMS)
 def test_multipliers_are_feasible_and_between_the_bounds(name: str, tied: bool) -> None:
@@ -328,6 +328,7 @@ def test_the_value_of_scs_is_not_a_bound() -> None:
     assert math.sqrt(smallest_rho(Gy, Gz, n, reference.T)) >= exact * (1 - 1e-12)
 
 
+@pytest.mark.slow
 @needs_cvxpy
 def test_limits_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     Gy, Gz, n = problem(lb.from_weights(weights([10, 20, 20, 5]), activation="relu"))

@@ -35,6 +35,7 @@ def nasty_points() -> tuple[np.ndarray, np.ndarray]:
     return first.astype(np.float32), second.astype(np.float32)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", sorted(TRICKS))
 def test_sound_or_silent(name: str) -> None:
     case = TRICKS[name]
@@ -73,7 +74,7 @@ def test_most_tricks_would_be_seen() -> None:
         assert (vector_norm(change, 2) / vector_norm(first - second, 2)).max() > 10.0
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", sorted(TRICKS))
 def test_what_is_refused_is_refused_with_traced_weights_too(name: str) -> None:
     """Inside jit no values can be checked against the function: the tracer alone has to see the trick."""

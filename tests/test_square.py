@@ -43,7 +43,7 @@ def images(rng, net, count=30):
 
 
 # ------------------------------------------------------------------------------------------- what must be found
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("norm", "above"), [(2, 1.6), (math.inf, 1.15)])
 @pytest.mark.parametrize("shape", [SHAPE, (30,)])
 def test_a_linear_classifier_is_broken_above_its_distance_and_never_below(rng, norm, above, shape):
@@ -57,6 +57,7 @@ def test_a_linear_classifier_is_broken_above_its_distance_and_never_below(rng, n
     assert (outside.distance[outside.success] <= outside.eps[outside.success]).all()
 
 
+@pytest.mark.slow
 def test_a_network_without_gradients_is_broken(rng, net):
     x, y = images(rng, net)
 
@@ -271,6 +272,7 @@ def test_bad_input_is_refused(rng, net, change, message):
         square(given.pop("fn"), given.pop("x"), given.pop("y"), given.pop("eps"), **given)
 
 
+@pytest.mark.slow
 def test_logits_that_are_not_finite_away_from_x_are_no_success():
     def fn(x):
         moved = jnp.abs(x - np.float32(0.5)).sum(axis=1, keepdims=True)

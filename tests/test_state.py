@@ -67,7 +67,7 @@ def close(a: Any, b: Any) -> bool:
     return a.shape == b.shape and bool(np.abs(a - b).max(initial=0) <= 1e-12 * (1 + np.abs(b).max(initial=0)))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", ZOO)
 def test_the_recursion_reproduces_the_differences_of_the_network(name: str) -> None:
     form, ys, _, _, dz, (outs, states) = recorded(name)
@@ -81,6 +81,7 @@ def test_the_recursion_reproduces_the_differences_of_the_network(name: str) -> N
     assert close(states[-1][0], dz) and len(states[-1]) == 1, "the last state is not the output"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["dense_net", "max_min_of_branches", "u_net"])
 def test_each_map_is_linear_and_uses_all_it_is_given(name: str) -> None:
     """advance(a s + b t, a v + b w) = a advance(s, v) + b advance(t, w); None is zero; y_k does not see v_k."""

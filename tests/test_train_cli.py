@@ -206,6 +206,7 @@ def test_an_existing_run_is_not_overwritten(trained: Any) -> None:
     assert (folder / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_another_architecture_in_a_run_is_refused(trained: Any, tmp_path: pathlib.Path) -> None:
     shutil.copytree(trained[0], tmp_path / "run")
     path = tmp_path / "run" / "config.json"

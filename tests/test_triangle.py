@@ -91,6 +91,7 @@ def check_chain(weights: list[np.ndarray]) -> tuple[int, int]:
     return seen, below
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["dyadic", "gauss", "scales", "cancelling"])
 def test_composite_blocks_are_above_the_exact_norm(kind: str) -> None:
     rng = np.random.default_rng(len(kind))
@@ -180,7 +181,7 @@ def steepest(jacobians: np.ndarray, norm: float) -> float:
     return float(np.abs(jacobians).sum(axis=1 if norm == 1 else 2).max())
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("build", [residual, concatenated])
 @pytest.mark.parametrize("norm", NORMS)
 def test_bounds_are_above_every_pattern(build: Callable[..., Any], norm: float) -> None:
@@ -253,7 +254,7 @@ def test_one_partition_where_stacking_changes_nothing() -> None:
 
 
 # ------------------------------------------------------------------------------------------ probabilistic
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     "name", ["cnn_batch_norm", "two_branches", "u_net", "max_pool_overlapping", "dense_net"]
 )
@@ -425,6 +426,7 @@ def test_warm_starts_make_up_for_few_steps() -> None:
     assert errors[-1] < 1e-4 < errors[0]
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("verb", [lb.naive, lb.liplt], ids=["naive", "liplt"])
 def test_gradients_are_difference_quotients_in_float64(verb: Any) -> None:

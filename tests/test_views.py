@@ -21,7 +21,7 @@ GROUPED = [
 ]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", GROUPED)
 def test_the_rewritten_network_is_the_same_function(name: str) -> None:
     fn, x = NETS[name].make(0)
