@@ -73,11 +73,3 @@ def test_a_folder_refuses_its_bare_name(folder):
 def test_one_version():
     assert importlib.metadata.version("lipbounds") == __version__
     assert lipbounds.__version__ == __version__
-
-
-def test_the_library_does_not_import_its_tools():
-    """Arrows point one way: only the command line knows training and analysis."""
-    for path in (ROOT / "lipbounds").rglob("*.py"):
-        if "_cli" not in path.parts:
-            text = path.read_text(encoding="utf-8")
-            assert "lipbounds.training" not in text and "lipbounds.analysis" not in text, path
