@@ -231,6 +231,7 @@ def test_radii_of_their_own(rng, net):
         np.testing.assert_allclose(alone.margin[0], together.margin[i], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_program_for_all_chunks(rng):
     model = network(1)
     x, y = images(rng, 11, model)

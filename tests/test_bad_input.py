@@ -356,6 +356,7 @@ def test_results_hold_finite_numbers_only(value: float) -> None:
         lb.LowerBound(value, 2, "test", 0.0)
 
 
+@pytest.mark.slow
 def test_the_three_kinds_do_not_mix(form: Any) -> None:
     upper, lower, guess = lb.liplt(form), lb.empirical(form), lb.liplt(form, guarantee="estimate")
     assert len({type(upper), type(lower), type(guess)}) == 3

@@ -208,6 +208,7 @@ def test_without_the_shift_some_matrices_are_wrongly_proved(monkeypatch: pytest.
     assert wrong_proofs(72) >= 10
 
 
+@pytest.mark.slow
 def test_the_factor_is_the_cholesky_factor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each t is proved exactly where t I - G has positive pivots, far from rounding, in any block height."""
     for height, name in itertools.product((1, 5, 40), ("channels first", "random tall", "two taps")):

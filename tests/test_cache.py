@@ -193,6 +193,7 @@ def test_gradients_through_the_trace(verb: str, rng: np.random.Generator) -> Non
     assert slope == pytest.approx(quotient, rel=0.05, abs=0.02 * float(value))
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("verb", sorted(CORES))
 def test_cores_under_vmap(verb: str, rng: np.random.Generator) -> None:
@@ -207,6 +208,7 @@ def test_cores_under_vmap(verb: str, rng: np.random.Generator) -> None:
     assert together.shape == (4,) and np.allclose(together, alone, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("verb", sorted(CORES))
 def test_cores_of_a_dead_network_have_finite_gradients(verb: str) -> None:

@@ -196,6 +196,7 @@ def test_refuses_tracers():
         jax.jit(lambda form: empirical(form).value)(chain(4, 3))
 
 
+@pytest.mark.slow
 def test_second_network_of_the_same_shape_compiles_nothing(caplog):
     X = np.random.default_rng(0).standard_normal((50, 5)).astype(np.float32)
     empirical(chain(5, 11, 3, seed=1), X, pairwise=True)

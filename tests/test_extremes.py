@@ -46,7 +46,7 @@ CALLS: list[tuple[Any, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("scale", [1e-160, 1e40, 1e160])
 def test_a_scaled_network_has_the_scaled_bounds(scale: float) -> None:
     """Outside x64, where the device's floats end at 1e38."""
@@ -58,6 +58,7 @@ def test_a_scaled_network_has_the_scaled_bounds(scale: float) -> None:
             assert np.allclose(found, plain[i], rtol=2e-3), (verb, options, place)
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("norm", "scale"),

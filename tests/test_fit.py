@@ -280,6 +280,7 @@ def test_a_refresh_every_step_is_no_refresh_rule(refreshed: Trainer, warming: Tr
 
 
 # ------------------------------------------------------------------------------------------------- the guard
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_changes_nothing(refreshed: Trainer) -> None:
     x, labels = few()
     poisoned = x.copy()

@@ -228,6 +228,7 @@ def test_slopes_are_the_exact_range(net, x, tau):
     assert slopes.max() <= high * (1 + 1e-6) and slopes.min() >= low * (1 - 1e-4)
 
 
+@pytest.mark.slow
 def test_smooth_is_traced_with_its_exact_slopes_and_hard_is_refused(x):
     model = nnx.Sequential(nnx.Linear(6, 6, rngs=nnx.Rngs(0)), nnx.Linear(6, 6, rngs=nnx.Rngs(0)))
     for layer in model.layers:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import lipbounds as lb
 
 
+@pytest.mark.slow
 def test_inputs_without_effect_keep_the_weights_of_an_linf_ball_in_range() -> None:
     """The weights of inputs that do nothing grew beyond what a proof takes, and LipSDP fell back to LipLT."""
     with jax.enable_x64(True):

@@ -106,6 +106,7 @@ def test_attained_liplt_naive_in_this_order_and_close(name: str) -> None:
     assert one.naive.value >= naive_over * one.liplt.value, "the centred slopes gained less than they did"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEMBERS)
 def test_local_bounds_hold_and_come_close_to_the_jacobian(name: str) -> None:
     one = made(name)
@@ -134,6 +135,7 @@ def slopes_in_balls(one: Made, eps: float, count: int = 40) -> np.ndarray:
     return quotients.max(axis=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEMBERS)
 def test_batch_norms_carry_statistics_of_images(name: str) -> None:
     """Otherwise evaluation mode would be nothing but scales and shifts of 1 and 0."""

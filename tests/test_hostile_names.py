@@ -253,6 +253,7 @@ def test_call_paths_of_a_traced_function():
     assert "\x1b" not in str(caught.value) and HOSTILE[0] in str(caught.value)
 
 
+@pytest.mark.slow
 def test_names_in_an_onnx_file(tmp_path):
     onnx = pytest.importorskip("onnx")
     from onnx import TensorProto, helper, numpy_helper

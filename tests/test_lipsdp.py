@@ -192,6 +192,7 @@ def test_pairs_against_a_solve_per_pair(trained: bool) -> None:
     assert excess(objective="largest", refine=2)[np.argsort(-exact)[:2]].max() <= 1e-6
 
 
+@pytest.mark.slow
 def test_no_pass_for_the_pairs_is_worse_than_the_network_allows() -> None:
     bound = lb.lipsdp(plain(), pairwise=True, objective="largest", iterations=15)
     assert bound.pairwise is not None
@@ -200,6 +201,7 @@ def test_no_pass_for_the_pairs_is_worse_than_the_network_allows() -> None:
 
 
 # --------------------------------------------------------------------------------- the l-inf norm
+@pytest.mark.slow
 def test_linf_is_sound_and_never_above_liplt() -> None:
     form = plain()
     bound, other = lb.lipsdp(form, norm=math.inf), lb.liplt(form, norm=math.inf)
@@ -307,7 +309,7 @@ def scaled_by(scales: tuple[float, ...], options: dict[str, Any]) -> Any:
     return lb.lipsdp(lb.from_weights(layers, activation="relu"), pairwise=True, **options)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dead", [0, 1, 2])
 def test_a_layer_of_zeros_makes_the_constant_0(dead: int) -> None:
     layers = gauss(WIDTHS, 9)

@@ -102,6 +102,7 @@ def test_pairs_come_to_the_recursions(name: str) -> None:
     assert np.array_equal(found.pairwise, found.pairwise.T) and not np.diagonal(found.pairwise).any()
 
 
+@pytest.mark.slow
 def test_one_output_and_no_tap(rng: np.random.Generator) -> None:
     one = traced(mlp(rng, 5, 7, 1))
     found, _ = run(one, begin(one), 200, pairwise=True)
@@ -248,6 +249,7 @@ def finite(tree: Any) -> bool:
     return all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dead", ["all", *(pytest.param(name, marks=pytest.mark.slow) for name in ("first", "neuron"))]
 )

@@ -129,6 +129,7 @@ def test_a_neuron_that_can_just_switch(norm):
         assert (found == pytest.approx(0, abs=1e-6)) if wanted == 0 else found >= wanted * (1 - 1e-6)
 
 
+@pytest.mark.slow
 def test_no_value_is_above_the_bound_of_the_whole_network():
     form = mlp()
     x = np.random.default_rng(5).standard_normal((10, 12)).astype(np.float32)

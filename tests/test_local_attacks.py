@@ -305,6 +305,7 @@ def test_no_slope_in_a_ball_exceeds_its_local_constant(name, count, norm):
         assert whole.max() <= 1 + SLACK and pairs.max() <= 1 + SLACK
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "count", "norm"), CONTROLS)
 def test_the_attacks_would_find_radii_and_constants_that_are_wrong(name, count, norm):
     given, (_, near) = case(name, count), radii(name, count, norm)

@@ -249,7 +249,7 @@ def test_types_and_vmap(rng: np.random.Generator, name: str) -> None:
     np.testing.assert_allclose(single[0], double, rtol=1e-5)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_without_jit(rng: np.random.Generator, name: str) -> None:
     logits, labels, pairs = case(rng, 5, 12)

@@ -365,6 +365,7 @@ def test_the_fourier_bound_is_not_taken_for_other_blocks() -> None:
         assert bounds_of(twice, (), (0,), centred=False)[0] is None
 
 
+@pytest.mark.slow
 def test_the_fourier_bound_keeps_a_bound_verified() -> None:
     form = two_convolutions()
     tight = lb.naive(form)

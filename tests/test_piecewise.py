@@ -77,6 +77,7 @@ def test_interp_is_exact(options: dict[str, Any], left: bool, right: bool) -> No
     assert np.allclose(ours, jnp.interp(x32, XP, FP, **options), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_interp_of_interp_under_vmap_and_jit() -> None:
     one = lambda x: jnp.interp(x, XP, FP)  # noqa: E731
     for fn in (jax.vmap(one), jax.jit(one), lambda x: jax.vmap(one)(x.reshape(2, 3)).reshape(6)):
