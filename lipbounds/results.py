@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -40,6 +40,11 @@ from lipbounds._text.tables import (
     show,
     text_table,
 )
+
+Guarantee = Literal["auto", "verified", "probabilistic", "estimate"]
+"""What may be asked of a bound; "auto" is verified where that is affordable."""
+Norm = float | Literal["inf"]
+"""1, 2 or math.inf ("inf" is read, too)."""
 
 GUARANTEES = ("verified", "probabilistic", "assumed", "estimate")
 """From the strongest to the weakest; `weakest` is the later one.

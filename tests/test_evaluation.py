@@ -399,7 +399,7 @@ def test_refusals_are_one_line(folder, model, tmp_path):
         "takes images of shape (28, 28, 1), digits has (8, 8, 1)"
         in run(file, "--dataset", "digits", code=1).stderr
     )
-    assert "no run" in run(tmp_path, code=1).stderr
+    assert "not a run folder" in run(tmp_path, code=1).stderr
     run(file, code=2)
     run(folder, "--dataset", "digits", code=2)
     run(folder, "--eps", "nan", code=2)

@@ -136,9 +136,9 @@ def test_a_finished_run(whole: Fitted) -> None:
 def test_what_is_no_run(half: pathlib.Path, tmp_path: pathlib.Path) -> None:
     with pytest.raises(RunError, match=r"has no model.safetensors yet: .*lipbounds train --resume"):
         open_run(half)
-    with pytest.raises(RunError, match=r"is no run: there is no config.json in it"):
+    with pytest.raises(RunError, match=r"is not a run folder: there is no config.json in it"):
         open_run(tmp_path)
-    with pytest.raises(RunError, match="is no run"):
+    with pytest.raises(RunError, match="is not a run folder"):
         resume(tmp_path / "nowhere")
     path = tmp_path / "config.json"
     good = json.loads((half / "config.json").read_text())

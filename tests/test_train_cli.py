@@ -182,7 +182,7 @@ def test_what_is_wrong_is_said_and_nothing_is_left(
     (tmp_path / "full" / "x").write_text("")
     assert "is not empty: choose another folder" in refused("crm", *TINY, "--out", tmp_path / "full")
     assert not out.exists()
-    assert "is no run: there is no config.json" in refused("--resume", out)
+    assert "is not a run folder: there is no config.json" in refused("--resume", out)
     usage: list[tuple[list[Any], str]] = [
         (["crm"], "say what to train with and where to write"),
         (["--out", out], "say what to train with and where to write"),

@@ -39,7 +39,7 @@ class Config:
         eps: of GloRo and Lipschitz-margin training, and of the validation's certified accuracy; pixel units, l2.
         warmup: epochs of plain cross-entropy before the constants enter.
         power_iterations: per step, of naive and liplt.
-        refresh: the constants and their gradient are computed anew every so many steps and reused in between.
+        refresh: recompute the constants and their gradient every so many steps; they are reused in between.
         precision: in which the constants are computed. The network itself is float32.
         multiplier_rate: learning rate of the recursion's multipliers, which are trained with the weights.
         epochs, batch_size: every epoch visits the images in a new order and leaves out the last incomplete batch.

@@ -112,7 +112,7 @@ def resume(
     """Go on with a run from its newest checkpoint, to the same weights as without the interruption, bit for bit.
 
     A finished run is trained no further. `data_dir` says where the data are now, if they have moved. Raises as `fit`
-    does, and RunError where the folder is no run, or one on other data.
+    does, and RunError where the folder is not a run folder, or a run on other data.
     """
     folder = pathlib.Path(folder)
     config = runs.read(folder)

@@ -93,7 +93,7 @@ def _record(folder: pathlib.Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RunError(f"{folder} is no run: there is no {CONFIG} in it") from None
+        raise RunError(f"{folder} is not a run folder: there is no {CONFIG} in it") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read: {error}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:

@@ -170,7 +170,7 @@ def bounds(
     pairwise: Annotated[
         bool, typer.Option("--pairwise", help="Also a constant for every pair of classes.")
     ] = False,
-    guarantee: Annotated[Guarantee, typer.Option(help="What the bound must be worth.")] = Guarantee.auto,
+    guarantee: Annotated[Guarantee, typer.Option(help="Required guarantee.")] = Guarantee.auto,
     method: Annotated[
         AnyVerb | None,
         typer.Option(help="The bound, or every one side by side.", show_default=_DEFAULT),
@@ -291,7 +291,7 @@ def certify(
         Verb | None, typer.Option(help="The bound that proves the radii.", show_default=_DEFAULT)
     ] = None,
     scaling: ScalingOption = Scaling.none,
-    guarantee: Annotated[Proof, typer.Option(help="What the bound must be worth.")] = Proof.auto,
+    guarantee: Annotated[Proof, typer.Option(help="Required guarantee.")] = Proof.auto,
     pairwise: Annotated[
         bool,
         typer.Option("--pairwise/--no-pairwise", help="One constant per pair of classes, or one for all."),

@@ -197,9 +197,7 @@ MemoryOption = Annotated[
 JsonOption = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", dir_okay=False, help="Also write the result as JSON.")
 ]
-ForceOption = Annotated[
-    bool, typer.Option("--force", help="Write even where files of another program stand.")
-]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite files that lipbounds did not create.")]
 RunPath = Annotated[
     Path,
     typer.Argument(

@@ -124,12 +124,12 @@ def train(
     eps: Annotated[float | None, _number("l2 radius of the validation (and of GloRo), in pixels.")] = None,
     warmup: Annotated[int | None, _number("Epochs of cross-entropy alone.", min=0)] = None,
     power_iterations: Annotated[int | None, _number("Per step, of naive and liplt.", min=1)] = None,
-    refresh: Annotated[int | None, _number("Constants anew every so many steps.", min=1)] = None,
+    refresh: Annotated[int | None, _number("Recompute the constants every N steps.", min=1)] = None,
     precision: Annotated[Precision | None, _choice("Of the constants in the loss.")] = None,
     epochs: Annotated[int | None, _number("Passes over the training images.", min=1)] = None,
     batch_size: Annotated[int | None, _number("Images a step.", min=1)] = None,
-    learning_rate: Annotated[float | None, _number("Of Adam.")] = None,
-    final_learning_rate: Annotated[float | None, _number("At the end.")] = None,
+    learning_rate: Annotated[float | None, _number("Adam learning rate.")] = None,
+    final_learning_rate: Annotated[float | None, _number("Final learning rate.")] = None,
     multiplier_rate: Annotated[float | None, _number("Of the recursion's multipliers.")] = None,
     schedule: Annotated[Schedule | None, _choice("How the learning rate falls.")] = None,
     decay_from: Annotated[int | None, _number("Epochs done before it falls.", min=0)] = None,
@@ -159,7 +159,7 @@ def train(
     """Train a network, by certified radius maximisation (crm) or one of its baselines.
 
     Writes to the run's folder: config.json, log.jsonl (one line an epoch), checkpoints, and in the end
-    model.safetensors and report.html. A run that was interrupted, however, goes on with --resume and ends with the
+    model.safetensors and report.html. Resume an interrupted run with --resume; it ends with the
     same weights bit for bit. Progress figures are certified by a proved bound, on training images unless
     --holdout keeps some out.
 

@@ -407,11 +407,7 @@ def compare(
         else row
         for row in rows
     ]
-    notes = (
-        ()
-        if pairwise
-        else ("radii use a factor of the whole network's bound; pairwise=True gives larger ones",)
-    )
+    notes = () if pairwise else ("radii use sqrt(2) L; pass pairwise=True for larger ones",)
     return Comparison(tuple(rows), p, levels, _clean(form, points, labels), notes)
 
 

@@ -199,7 +199,7 @@ def empirical(
     if isinstance(steps, bool) or int(steps) != steps or steps < 0:
         raise ValueError(f"steps must be a whole number >= 0, got {steps!r}")
     if (within is not None or layers) and X is None:
-        raise ValueError("within and layers speak of data: pass X")
+        raise ValueError("`within` and `layers` need data: pass X")
     k, shape = int(form.num_outputs), tuple(form.in_shape)
     n = math.prod(shape)
     if n == 0 or k == 0:

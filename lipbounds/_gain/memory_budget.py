@@ -1,4 +1,4 @@
-"""A memory budget for the proofs of block norms: read, kept, and said.
+"""Parse a memory budget, choose proofs of block norms that fit, report their use.
 
 A budget covers the arrays of one proof at a time: the block as it is formed and stored, its copies, the Gram matrix or
 the window of the banded factor, the vectors of Golub-Kahan. It does not cover Python, JAX, the network and its own

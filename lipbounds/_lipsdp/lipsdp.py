@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,8 +24,8 @@ from lipbounds._lipsdp.state_matrices import WIDEST, first_tap
 from lipbounds._lipsdp.task import Progress, Search
 from lipbounds._text.calls import FAILURES, reason
 from lipbounds._triangle.liplt import or_naive
-from lipbounds._triangle.naive import Verb, budget_of, check
-from lipbounds.results import Estimate, Part, UpperBound, weakest
+from lipbounds._triangle.verb import budget_of, check, with_core
+from lipbounds.results import Estimate, Guarantee, Norm, Part, UpperBound, weakest
 
 #: Ellipsoids and proofs hold several matrices of outputs x outputs.
 MOST_OUTPUTS = 2048
@@ -33,14 +33,15 @@ SOLVERS = ("recursion", "clarabel", "scs")
 _METHODS = {"neuron": "lipsdp", "layer": "lipsdp-layer"}
 
 
-def _lipsdp(
+@with_core(LipSdpCore())
+def lipsdp(
     form: LureForm,
     *,
-    solver: str = "recursion",
-    multipliers: str = "neuron",
-    norm: Any = 2,
+    solver: Literal["recursion", "clarabel", "scs"] = "recursion",
+    multipliers: Literal["neuron", "layer"] = "neuron",
+    norm: Norm = 2,
     pairwise: bool = False,
-    guarantee: str = "auto",
+    guarantee: Guarantee = "auto",
     seed: int = 0,
     memory: int | str | None = None,
     objective: str | np.ndarray = "mean",
@@ -269,7 +270,3 @@ def _estimate(engines: Engines, norm: float, pairwise: bool, multipliers: str, s
             *engines.search.form.notes,
         ),
     )
-
-
-_lipsdp.__name__ = "lipsdp"
-lipsdp = Verb(_lipsdp, LipSdpCore())

@@ -39,7 +39,7 @@ _TINY = 2.0**-900
 _APART, _TRUST = 30.0, 0.4
 _LEAST, _MOST = 1e-4, 1e3  # of r in D, and of D r over the variance of y
 _DEAD = 0.1  # least slope of a neuron in a' dz/dv: others may wake up in the ball
-_FLOOR = 0.1  # of the squares of p, relative to their mean: neurons that p forgets
+_FLOOR = 0.1  # of p^2, relative to its mean, so that a zero gradient keeps D finite
 _RAISED = 1.3  # D is that times the stationary one: the slopes behind it are guesses
 _MARGIN, _ROOM = 1.5, 0.3  # else that times lambda_max; I - D^-1/2 Q D^-1/2 is proved to be at least 0.3 I
 

@@ -50,7 +50,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, eq=False)
 class _Ready:
-    """What of a form does not depend on the examples.
+    """Computed once per form and reused for all examples.
 
     whole: the elementwise view; view: of it what is behind a wide front, or all; stages: of view.
     start (1, d, d) of the first state over the unit ball; first (A, error): A x is the first y, where known.

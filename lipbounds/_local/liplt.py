@@ -50,14 +50,13 @@ _STEPS = 32
 # of S B B' S, which is 2 s d + d^2: its root s grows by less than that many times d.
 _NOISE = 4 * _STEPS**0.5 + 2 * _STEPS**0.25
 
-# What stands for C of one tap around N inputs, every array with a leading axis of inputs: elementwise its diagonal,
-# for max, min and logsumexp the shares of a group's entries, for a sort the order of each group and whether it is
-# decided.
+# Linearised tap around N inputs, every array with a leading axis of inputs: diagonal (elementwise), weights of a group's
+# entries (max, min, logsumexp), or the order of each group of a sort and whether it is decided.
 Linear = dict[str, Any]
 
 
 class Front:
-    """What of a form does not depend on the inputs."""
+    """Computed once per form and reused for all inputs."""
 
     def __init__(self, form: LureForm) -> None:
         self.form, self.taps = form, form.taps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,20 +14,22 @@ from lipbounds._text.calls import FAILURES, reason
 from lipbounds._triangle import recursion
 from lipbounds._triangle import scaling as _scaling
 from lipbounds._triangle.core import Core
-from lipbounds._triangle.naive import Verb, budget_of, check, estimate, finish, naive
+from lipbounds._triangle.naive import estimate, finish, naive
 from lipbounds._triangle.recursion import Request, Triangle
-from lipbounds.results import Estimate, UpperBound
+from lipbounds._triangle.verb import budget_of, check, with_core
+from lipbounds.results import Estimate, Guarantee, Norm, UpperBound
 
 SCALINGS = (None, "aol", "sll", "optimized")
 
 
-def _liplt(
+@with_core(Core(centred=True))
+def liplt(
     form: LureForm,
     *,
-    scaling: str | None = None,
-    norm: Any = 2,
+    scaling: Literal["aol", "sll", "optimized"] | None = None,
+    norm: Norm = 2,
     pairwise: bool = False,
-    guarantee: str = "auto",
+    guarantee: Guarantee = "auto",
     seed: int = 0,
     memory: int | str | None = None,
 ) -> UpperBound | Estimate:
@@ -105,10 +107,6 @@ def _scaled_bounds(form: LureForm, scaling: str, request: Request, pairwise: boo
             f = _scaling.optimize(form, nodes, blocks, start)
             results.append(_scaling.run(form, nodes, scalings, blocks, f, request, pairwise=pairwise))
     return results
-
-
-_liplt.__name__ = "liplt"
-liplt = Verb(_liplt, Core(centred=True))
 
 
 def or_naive(form: LureForm, **options: Any) -> UpperBound | Estimate:

@@ -10,68 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from lipbounds._form.lure import LureForm, check_weights, fingerprint
+from lipbounds._form.lure import LureForm, fingerprint
 from lipbounds._gain import memory_budget
-from lipbounds._text.calls import exact_products, plain_errors
 from lipbounds._triangle import recursion
 from lipbounds._triangle.core import Core, run_core
 from lipbounds._triangle.recursion import Request, Triangle
-from lipbounds.results import Estimate, UpperBound, check_norm
+from lipbounds._triangle.verb import budget_of, check, with_core
+from lipbounds.results import Estimate, Guarantee, Norm, UpperBound
 
-GUARANTEES = ("auto", "verified", "probabilistic", "estimate")
 _ESTIMATE_STEPS = 50
-
-
-class Verb:
-    """A public bound `verb(form, ...)` with the jit-able `verb.core` beside it."""
-
-    def __init__(self, function: Any, core: Any):
-        self.__wrapped__ = function
-        self.__doc__ = function.__doc__
-        self.__name__ = function.__name__
-        self.__module__ = function.__module__
-        self.core = core
-        self.init = core.init
-
-    @plain_errors
-    @exact_products
-    def __call__(self, form: LureForm, **kwargs: Any) -> UpperBound | Estimate:
-        return self.__wrapped__(form, **kwargs)
-
-    def __repr__(self) -> str:
-        return f"<lipbounds.{self.__name__}: call it on a form, or .core(form, state) under jit>"
-
-
-def check(form: Any, norm: Any, guarantee: str, verb: str) -> Any:
-    """The norm, after plain errors for everything that a verb cannot work with."""
-    if not isinstance(form, LureForm):
-        raise TypeError(
-            f"lb.{verb} needs a LureForm from lb.trace or lb.from_weights, got {type(form).__name__}"
-        )
-    norm = check_norm(norm)
-    if guarantee not in GUARANTEES:
-        raise ValueError(f"guarantee must be one of {', '.join(GUARANTEES)}, got {guarantee!r}")
-    if form.is_traced:
-        raise TypeError(
-            f"lb.{verb} works on concrete weights; under jit, grad or vmap use lb.{verb}.core(form, state) with "
-            f"state = lb.{verb}.core.init(form, key), which gives estimates"
-        )
-    check_weights(form)
-    return norm
-
-
-def budget_of(memory: Any, norm: Any, guarantee: str) -> memory_budget.Budget | None:
-    """The budget of one call; ValueError where there is nothing that it could limit."""
-    limit = memory_budget.parse(memory)
-    if limit is None:
-        return None
-    if norm != 2:
-        raise ValueError("memory is for norm=2; norms 1 and inf are sums of entries: leave it out")
-    if guarantee == "estimate":
-        raise ValueError(
-            "memory limits proofs, and guarantee='estimate' proves nothing: leave one of them out"
-        )
-    return memory_budget.Budget(limit)
 
 
 def estimate(
@@ -153,12 +100,13 @@ def finish(
     )
 
 
-def _naive(
+@with_core(Core(centred=False))
+def naive(
     form: LureForm,
     *,
-    norm: Any = 2,
+    norm: Norm = 2,
     pairwise: bool = False,
-    guarantee: str = "auto",
+    guarantee: Guarantee = "auto",
     seed: int = 0,
     memory: int | str | None = None,
 ) -> UpperBound | Estimate:
@@ -199,7 +147,3 @@ def _naive(
     if guarantee == "estimate":
         return estimate(form, naive.core, norm, pairwise, seed, "naive", started, bound)
     return finish(form, bound(), norm, "naive", started, budget)
-
-
-_naive.__name__ = "naive"
-naive = Verb(_naive, Core(centred=False))
