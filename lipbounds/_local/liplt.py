@@ -50,7 +50,7 @@ _STEPS = 32
 # of S B B' S, which is 2 s d + d^2: its root s grows by less than that many times d.
 _NOISE = 4 * _STEPS**0.5 + 2 * _STEPS**0.25
 
-# Linearised tap around N inputs, every array with a leading axis of inputs: diagonal (elementwise), weights of a group's
+# Linearised tap around N inputs, each array with a leading axis of inputs: diagonal (elementwise), weights of a group's
 # entries (max, min, logsumexp), or the order of each group of a sort and whether it is decided.
 Linear = dict[str, Any]
 
