@@ -283,7 +283,7 @@ class Around:
     def _directions(self, labels: np.ndarray | None, count: int) -> np.ndarray:
         """(N, J, K): margins e_y - e_i, or all e_i; beyond a dozen, sums of them with random signs."""
         classes = self.ready.view.num_outputs
-        signs = np.eye(classes)
+        signs: np.ndarray = np.eye(classes)
         if classes > _DIRECTIONS:
             signs = np.random.default_rng(0).choice([-1.0, 1.0], (_DIRECTIONS, classes))
         if labels is None:

@@ -168,9 +168,10 @@ def local(
                 near.used[row] |= found < value[i]
                 value[i] = min(value[i], found)
                 if pairwise:
-                    roots = sum(proof.pair_roots(block, 0) for block in blocks) * (1 + gamma(len(blocks)))
-                    near.used[row] |= (roots < pairs[i]).any()
-                    pairs[i] = np.minimum(pairs[i], roots)
+                    between = np.sum([proof.pair_roots(block, 0) for block in blocks], axis=0)
+                    between *= 1 + gamma(len(blocks))
+                    near.used[row] |= (between < pairs[i]).any()
+                    pairs[i] = np.minimum(pairs[i], between)
 
     found = bounded(
         form,
