@@ -42,6 +42,7 @@ from lipbounds.analysis.operators import (
     plain_layer,
 )
 from lipbounds.errors import GuaranteeError
+from lipbounds.results import Guarantee
 
 Progress = Callable[[str], None]
 Json = dict[str, Any]
@@ -247,7 +248,7 @@ def diagnose(
     examples: int = 256,
     seed: int = 0,
     batch_size: int = 256,
-    guarantee: str = "auto",
+    guarantee: Guarantee = "auto",
     progress: Progress | None = None,
 ) -> Diagnosis:
     """Measure every forged layer on data.
@@ -319,7 +320,12 @@ def diagnose(
 
 
 def _layer(
-    path: str, gated: Any, sizes: np.ndarray, seen: list[dict[str, np.ndarray]], guarantee: str, seed: int
+    path: str,
+    gated: Any,
+    sizes: np.ndarray,
+    seen: list[dict[str, np.ndarray]],
+    guarantee: Guarantee,
+    seed: int,
 ) -> Layer:
     """The record of one layer from |x| (S, *in_shape) of the sample and what `_measure` saw, after the checks."""
     op = operator(gated.layer, sizes.shape[1:])

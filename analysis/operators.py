@@ -31,6 +31,7 @@ from flax import nnx
 import lipbounds as lb
 from lipbounds._norms.rounding import gamma
 from lipbounds.analysis.spectra import By, Discs, largest_eigenvalue, spectral_norm_forged
+from lipbounds.results import Guarantee
 
 DENSE_ENTRIES = 2**22  # largest matrix (m n) that a convolution is written out as
 EXACT_SIDE = 512  # largest smaller side of a matrix whose eigenvalues LAPACK finds for every mask
@@ -148,7 +149,7 @@ def operator(layer: Any, in_shape: tuple[int, ...], *, dense_entries: int = DENS
     return dataclasses.replace(found, matrix=matrix)
 
 
-def norm_bound(op: Operator, *, guarantee: str = "auto", seed: int = 0) -> lb.UpperBound:
+def norm_bound(op: Operator, *, guarantee: Guarantee = "auto", seed: int = 0) -> lb.UpperBound:
     """An upper bound of ||W||_2 with its guarantee, by `lb.naive` on the layer alone."""
     layer: Any = op.layer
     form = lb.trace(lambda x: layer(x).reshape(-1), jax.ShapeDtypeStruct(op.in_shape, jnp.float32))

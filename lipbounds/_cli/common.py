@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import typer
 
@@ -73,7 +73,7 @@ def bound_of(form: Any, method: str, scaling: Scaling, options: Json) -> Any:
             return lb.lipsdp(
                 form, **options, progress=lambda what, value: tell(f"LipSDP, {what}: {value:.6g}")
             )
-    return lb.liplt(form, **options, scaling=None if scaling is Scaling.none else scaling.value)
+    return lb.liplt(form, **options, scaling=None if scaling is Scaling.none else cast(Any, scaling.value))
 
 
 @dataclasses.dataclass(frozen=True)

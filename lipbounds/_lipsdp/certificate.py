@@ -24,7 +24,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -42,7 +42,7 @@ from lipbounds._text.version import __version__
 from lipbounds._triangle.liplt import liplt
 from lipbounds._triangle.recursion import Request
 from lipbounds.errors import CertificateError
-from lipbounds.results import GUARANTEES, NORM_NAMES, UpperBound, check_norm, weakest
+from lipbounds.results import GUARANTEES, NORM_NAMES, Guarantee, UpperBound, check_norm, weakest
 
 KINDS = ("sequence", "dense")
 RESERVE = 1e-9
@@ -326,7 +326,8 @@ def _compare(c: Certificate, form: LureForm, found: list[Constants], request: st
     if any(np.any(proved[name] > claims[name]) for name in claims):
         pairs = "pairwise" in claims or "per_class" in claims
         try:
-            other = liplt(form, norm=c.norm, pairwise=pairs, guarantee=request, seed=c.seed)
+            word = cast(Guarantee, request)
+            other = liplt(form, norm=c.norm, pairwise=pairs, guarantee=word, seed=c.seed)
         except FAILURES as error:
             raise CertificateError(f"LipLT, which it needs, fails: {reason(error)}") from error
         guarantee, failure = weakest([guarantee, other.guarantee]), add_up(failure, other.failure_probability)

@@ -89,15 +89,15 @@ def lipsdp(
         ValueError: an unknown option, norm=1, a network too large for the solver, CVXPY missing or without an answer.
     """
     started = time.perf_counter()
-    norm = check(form, norm, guarantee, "lipsdp")
-    _check_options(form, solver, multipliers, norm, guarantee, objective, refine, start_at)
-    budget = budget_of(memory, norm, guarantee)
+    p: float = check(form, norm, guarantee, "lipsdp")
+    _check_options(form, solver, multipliers, p, guarantee, objective, refine, start_at)
+    budget = budget_of(memory, p, guarantee)
     if pairwise:
         check_pairs(form.num_outputs, budget)
-    possible = solver == "recursion" and multipliers == "neuron" and norm == 2 and guarantee != "estimate"
+    possible = solver == "recursion" and multipliers == "neuron" and p == 2 and guarantee != "estimate"
     _check_initial(form, initial, possible, start_at)
     request = "auto" if guarantee == "estimate" else guarantee
-    search = Search(form, norm, request, seed)
+    search = Search(form, p, request, seed)
     if form.num_outputs > MOST_OUTPUTS:
         if guarantee == "estimate" or solver != "recursion":
             raise ValueError(
@@ -109,12 +109,12 @@ def lipsdp(
     elif solver == "recursion":
         engines = Engines(search, multipliers == "layer", start_at, iterations, progress, initial)
         if guarantee == "estimate":
-            return _estimate(engines, norm, pairwise, multipliers, started)
+            return _estimate(engines, p, pairwise, multipliers, started)
         engines.run(pairwise, objective, refine)
         engines.note()
     else:
         through_cvxpy(search, solver, multipliers == "layer", pairwise, memory_gb, time_limit)
-    other = or_naive(form, norm=norm, pairwise=pairwise, guarantee=request, seed=seed, memory=memory)
+    other = or_naive(form, norm=p, pairwise=pairwise, guarantee=request, seed=seed, memory=memory)
     assert isinstance(other, UpperBound)
     method = _METHODS[multipliers] + ("" if solver == "recursion" else f"-{solver}")
     method = method if search.constants else other.method

@@ -29,7 +29,7 @@ from lipbounds._text.calls import exact_products, plain_errors
 from lipbounds._text.html import Html, element
 from lipbounds._text.tables import printable, seconds_text, show
 from lipbounds._triangle.liplt import liplt
-from lipbounds.results import NORM_NAMES, UpperBound, check_norm, weakest
+from lipbounds.results import NORM_NAMES, Guarantee, UpperBound, check_norm, weakest
 
 _CALLS = 2  # of `local`
 
@@ -106,7 +106,7 @@ def local(
     norm: Any = 2,
     pairwise: bool = False,
     bound: UpperBound | None = None,
-    guarantee: str = "auto",
+    guarantee: Guarantee = "auto",
     seed: int = 0,
     box: Any = None,
     progress: Progress | None = None,

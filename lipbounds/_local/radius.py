@@ -29,7 +29,7 @@ from lipbounds._text.html import Html, element
 from lipbounds._text.tables import label_text, new_axes, printable
 from lipbounds._triangle import recursion
 from lipbounds._triangle.liplt import liplt
-from lipbounds.results import NORM_NAMES, UpperBound, weakest
+from lipbounds.results import NORM_NAMES, Guarantee, UpperBound, weakest
 
 _MOST_PAIRED = 2048  # outputs up to which pairs are bounded where no bound is given
 
@@ -112,7 +112,7 @@ def certified_radius(
     local: bool = False,
     *,
     tries: int = 4,
-    guarantee: str = "auto",
+    guarantee: Guarantee = "auto",
     seed: int = 0,
     box: Any = None,
     progress: Callable[[str], None] | None = None,

@@ -59,20 +59,20 @@ def liplt(
             or with a memory budget (it keeps all blocks), a memory that is none or too small.
     """
     started = time.perf_counter()
-    norm = check(form, norm, guarantee, "liplt")
+    p: float = check(form, norm, guarantee, "liplt")
     if scaling not in SCALINGS:
         raise ValueError(f"scaling must be one of None, 'aol', 'sll', 'optimized', got {scaling!r}")
-    if scaling is not None and norm != 2:
+    if scaling is not None and p != 2:
         raise ValueError("scalings of LipLT are for norm=2; use scaling=None in other norms")
     if scaling is not None and guarantee in ("estimate", "probabilistic"):
         raise ValueError(f"scaled blocks are stored and verified; guarantee={guarantee!r} needs scaling=None")
     method = "liplt" if scaling is None else f"liplt-{scaling}"
-    budget = budget_of(memory, norm, guarantee)
+    budget = budget_of(memory, p, guarantee)
     if budget is not None and scaling is not None:
         raise ValueError("a scaling keeps all blocks in memory: leave memory out, or use scaling=None")
     if pairwise:
         check_pairs(form.num_outputs, budget)
-    request = Request(norm, guarantee if guarantee != "estimate" else "auto", seed, budget=budget)
+    request = Request(p, guarantee if guarantee != "estimate" else "auto", seed, budget=budget)
 
     def bound() -> Triangle:
         half = replace(request, failure=request.failure / 2)
@@ -82,12 +82,12 @@ def liplt(
         )
 
     if guarantee == "estimate":
-        return estimate(form, liplt.core, norm, pairwise, seed, method, started, bound)
+        return estimate(form, liplt.core, p, pairwise, seed, method, started, bound)
     best = bound()
     if scaling is not None:
         for result in _scaled_bounds(form, scaling, request, pairwise):
             best = recursion.smaller(best, result)
-    return finish(form, best, norm, method, started, budget)
+    return finish(form, best, p, method, started, budget)
 
 
 def _scaled_bounds(form: LureForm, scaling: str, request: Request, pairwise: bool) -> list[Triangle]:

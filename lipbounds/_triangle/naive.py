@@ -132,11 +132,11 @@ def naive(
         ValueError: an unknown norm or guarantee, a memory that is none or too small.
     """
     started = time.perf_counter()
-    norm = check(form, norm, guarantee, "naive")
-    budget = budget_of(memory, norm, guarantee)
+    p: float = check(form, norm, guarantee, "naive")
+    budget = budget_of(memory, p, guarantee)
     if pairwise:
         memory_budget.check_pairs(form.num_outputs, budget)
-    request = Request(norm, guarantee if guarantee != "estimate" else "auto", seed, budget=budget)
+    request = Request(p, guarantee if guarantee != "estimate" else "auto", seed, budget=budget)
 
     def bound() -> Triangle:
         # With the share that LipLT gives to these very norms: so LipLT, which takes the smaller one, is never above.
@@ -145,5 +145,5 @@ def naive(
         return replace(found, failure=2 * found.failure)
 
     if guarantee == "estimate":
-        return estimate(form, naive.core, norm, pairwise, seed, "naive", started, bound)
-    return finish(form, bound(), norm, "naive", started, budget)
+        return estimate(form, naive.core, p, pairwise, seed, "naive", started, bound)
+    return finish(form, bound(), p, "naive", started, budget)
