@@ -261,7 +261,7 @@ def scan(g: Context) -> str | None:
         return None
     n, k = g.shape[0], g.integer(1, 3)
     w, b = g.weights((k, n, n), n), g.const((k, n), 0.5)
-    act = g.pick(["nn.relu", "jnp.tanh", "jnp.abs", "jnp.sin", "nn.leaky_relu"])
+    act = g.pick(["nn.relu", "jnp.tanh", "jnp.abs", "jnp.sin", "(lambda a: nn.leaky_relu(a, 0.125))"])
     reverse = g.chance(40)
     return g.pick(
         [
