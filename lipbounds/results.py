@@ -41,10 +41,8 @@ from lipbounds._text.tables import (
     text_table,
 )
 
-Guarantee = Literal["auto", "verified", "probabilistic", "estimate"]
-"""What may be asked of a bound; "auto" is verified where that is affordable."""
-Norm = float | Literal["inf"]
-"""1, 2 or math.inf ("inf" is read, too)."""
+Guarantee = Literal["auto", "verified", "probabilistic", "estimate"]  # what may be asked for
+Norm = float | Literal["inf"]  # 1, 2 or math.inf
 
 GUARANTEES = ("verified", "probabilistic", "assumed", "estimate")
 """From the strongest to the weakest; `weakest` is the later one.
