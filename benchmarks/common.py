@@ -21,14 +21,15 @@ Json = dict[str, Any]
 
 
 def environment(script: str, packages: Sequence[str] = ()) -> Json:
-    """The command, the versions, the device and how busy the machine was."""
+    """The command (files by their names alone), the versions, the device and how busy the machine was."""
     device = jax.devices()[0]
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     versions = {}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return dict(
-        command=" ".join([f"python benchmarks/{script}", *sys.argv[1:]]),
+        command=" ".join([f"python benchmarks/{script}", *words]),
         jax=jax.__version__,
         python=platform.python_version(),
         **versions,
