@@ -359,7 +359,7 @@ def _norm_of_step(host: HostForm, place: int, m: StepMatrix, failure: float) -> 
             rtol=1.0,
             rounding=wrong,
         )
-        host.proved[key] = min(found * (1 + 4 * m.relerr), m.absolute_norm)
+        host.proved[key] = min(add_up(found, mul_up(m.relerr, m.absolute_norm)), m.absolute_norm)
     return host.proved[key]
 
 

@@ -139,9 +139,8 @@ def golub_kahan(
         )
 
     products = (matvec, rmatvec)
-    with threadpool_limits(
-        1, "blas"
-    ):  # products with vectors gain little from more, and a busy machine loses
+    # one thread: products with vectors gain little from more, and a busy machine loses
+    with threadpool_limits(1, "blas"):
         first = _Run(*products, np.random.default_rng(seed).standard_normal(n), noise, min(max_steps, n))
         upper = first.upper(_overlap(failure, n), 0.0, rtol)
         steps = len(first.alpha)
