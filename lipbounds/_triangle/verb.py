@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, ParamSpec, Protocol, TypeVar, cast, get_args
 
 from lipbounds._form.lure import LureForm, check_weights
 from lipbounds._gain import memory_budget
 from lipbounds._text.calls import exact_products, plain_errors
-from lipbounds.results import check_norm
-
-GUARANTEES = ("auto", "verified", "probabilistic", "estimate")
+from lipbounds.results import Guarantee, check_norm
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,8 +42,8 @@ def check(form: Any, norm: Any, guarantee: str, verb: str) -> Any:
             f"lb.{verb} needs a LureForm from lb.trace or lb.from_weights, got {type(form).__name__}"
         )
     norm = check_norm(norm)
-    if guarantee not in GUARANTEES:
-        raise ValueError(f"guarantee must be one of {', '.join(GUARANTEES)}, got {guarantee!r}")
+    if guarantee not in get_args(Guarantee):
+        raise ValueError(f"guarantee must be one of {', '.join(get_args(Guarantee))}, got {guarantee!r}")
     if form.is_traced:
         raise TypeError(
             f"lb.{verb} works on concrete weights; under jit, grad or vmap use lb.{verb}.core(form, state) with "
