@@ -3,6 +3,7 @@
 if not __name__.startswith("lipbounds."):
     raise ImportError("this folder is the package lipbounds.analysis: write `import lipbounds.analysis`")
 
+from lipbounds.analysis.attack_settings import AttackSettings as AttackSettings
 from lipbounds.analysis.attacks import fgsm as fgsm
 from lipbounds.analysis.attacks import pgd as pgd
 from lipbounds.analysis.diagnostics import diagnose as diagnose

@@ -34,10 +34,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lipbounds.results import NORM_NAMES, check_norm
+from lipbounds._text.arguments import as_labels, whole
+from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings
+from lipbounds.results import NORM_NAMES
 
 LOSSES = ("margin", "ce", "cw")
-Progress = Callable[[str], None]
 
 _INSIDE = 1 - 2e-6  # of eps on the device, so that float32 rounding seldom leaves the ball
 _SHRINKS = 30
@@ -85,36 +86,29 @@ def pgd(
     x: Any,
     y: Any,
     eps: Any,
+    settings: AttackSettings = DEFAULT,
     *,
-    norm: Any = 2,
     steps: int = 100,
     restarts: int = 1,
     step_size: float | None = None,
     loss: str = "margin",
-    seed: int = 0,
-    low: float = 0.0,
-    high: float = 1.0,
-    batch_size: int = 256,
-    progress: Progress | None = None,
+    **changes: Any,
 ) -> Attack:
     """Search every ball ||x' - x|| <= eps for an x' in the box [low, high] that is not classified as labelled.
 
     Args:
         fn: batch (B, *shape) -> logits (B, K), each row on its own. The weights of an nnx module (in evaluation mode)
             are arguments of what is compiled; those that another callable closes over are its constants.
-        x: (N, *shape) floating point, taken in float32.
+        x: (N, *shape) floating point in the box, taken in float32.
         y: (N,) integer labels.
         eps: radius, or (N,) radii, in the units of x; inf stands for the whole box.
-        norm: 2 or inf.
+        settings: norm, box, batch size, seed and progress.
         steps: gradient steps per restart.
         restarts: the first starts at x, the others uniformly in the ball.
         step_size: length of a step in `norm`, in the units of x; None is 2.5 eps / steps.
         loss: that is increased: "margin", the largest other logit minus the label's, also known as "cw" (see above),
             or "ce", the cross-entropy, whose gradient vanishes in float32 where the logits are far apart.
-        seed: of the random starts, which depend on nothing else but the example's index and the restart.
-        low, high: the box, which holds x.
-        batch_size: examples at once; all chunks run the same compiled programs.
-        progress: called with a line of text after every chunk.
+        **changes: fields of `settings` by name, for this call.
 
     A tie of two logits counts as not classified as labelled, for x as for x', as it does in `certified_radius`.
 
@@ -123,21 +117,19 @@ def pgd(
         ValueError: shapes, labels out of range, values that are not finite, x outside the box, negative or NaN eps, an
             unknown norm or loss, no example, logits that are not finite.
     """
+    settings = settings.changed(changes)
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
     steps, restarts = whole("steps", steps, 0), whole("restarts", restarts)
     if step_size is not None and not (math.isfinite(step_size) and step_size > 0):
         raise ValueError(f"step_size must be a number > 0, got {step_size!r}")
-    key = jax.random.key(seed)
+    key = jax.random.key(settings.seed)
 
     def find(problem: Problem) -> jax.Array:
         return _ascend(problem, "ce" if loss == "ce" else "margin", steps, restarts, step_size, key)
 
     name = "FGSM" if steps == 1 and step_size is None else "PGD"
-    box: dict[str, Any] = {"low": low, "high": high}
-    return search(
-        name, find, fn, x, y, eps, norm=norm, loss=loss, batch_size=batch_size, progress=progress, **box
-    )
+    return search(name, find, fn, x, y, eps, settings, loss)
 
 
 def fgsm(
@@ -145,13 +137,10 @@ def fgsm(
     x: Any,
     y: Any,
     eps: Any,
+    settings: AttackSettings = DEFAULT,
     *,
-    norm: Any = 2,
     loss: str = "ce",
-    low: float = 0.0,
-    high: float = 1.0,
-    batch_size: int = 256,
-    progress: Progress | None = None,
+    **changes: Any,
 ) -> Attack:
     """One step of length eps from x, along the sign of the loss's gradient (norm inf) or along the gradient (norm 2).
 
@@ -159,8 +148,7 @@ def fgsm(
     others make up for them. Arguments, errors and result are those of `pgd`, of which this is the case of one step;
     where the step does not lower the margin, `adversarial` is x itself.
     """
-    box: dict[str, Any] = {"low": low, "high": high}
-    return pgd(fn, x, y, eps, norm=norm, steps=1, loss=loss, batch_size=batch_size, progress=progress, **box)
+    return pgd(fn, x, y, eps, settings.changed(changes), steps=1, loss=loss)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -186,23 +174,15 @@ def search(
     x: Any,
     y: Any,
     eps: Any,
-    *,
-    norm: Any,
+    settings: AttackSettings,
     loss: str,
-    low: float,
-    high: float,
-    batch_size: int,
-    progress: Progress | None,
 ) -> Attack:
     """Run the attack `find` chunk by chunk and check what it found: the part that all attacks share.
 
     `find` returns (B, *shape) points of small margin, up to rounding in ball and box.
     """
-    p = check_norm(norm)
-    if p == 1:
-        raise ValueError("attacks are in norm 2 or inf, not 1")
+    p, box = settings.norm, settings.box
     model, weights = split(fn)
-    box = _box(low, high)
     points = as_points(x)
     labels = as_labels(y, len(points))
     if points.min() < box[0] or points.max() > box[1]:
@@ -211,11 +191,10 @@ def search(
             "set low and high"
         )
     radii = _radii(eps, len(points))
-    size = min(whole("batch_size", batch_size), len(points))
+    size = min(settings.batch_size, len(points))
     count_classes(model, weights, (size, *points.shape[1:]), labels)
     # Beyond the box's diameter nothing changes, and float32 has no room for infinite steps.
-    reach = np.minimum(radii, float(box[1] - box[0]) * (math.sqrt(points[0].size) if p == 2 else 1.0))
-    inner = (reach * _INSIDE).astype(np.float32)
+    inner = (np.minimum(radii, settings.diameter(points[0].shape)) * _INSIDE).astype(np.float32)
 
     found = np.empty_like(points)
     before, after = np.empty(len(points), np.float32), np.empty(len(points), np.float32)
@@ -233,8 +212,8 @@ def search(
             raw = np.asarray(find(problem))
             found[kept] = _settle(points[kept], raw[:count], radii[kept], p, box)
             after[kept] = np.asarray(margins(model, weights, found[rows], problem.labels))[:count]
-        if progress is not None:
-            progress(f"{name} in {NORM_NAMES[p]}: {kept.stop} of {len(points)} examples")
+        if settings.progress is not None:
+            settings.progress(f"{name} in {NORM_NAMES[p]}: {kept.stop} of {len(points)} examples")
     if not np.isfinite(before).all():
         raise ValueError(f"the logits of example {int(np.argmin(np.isfinite(before)))} are not finite")
     correct = before > 0
@@ -425,18 +404,6 @@ def _settle(
     return np.where(per_example(length(settled, x, norm) > eps, x), x, settled)
 
 
-def _box(low: Any, high: Any) -> tuple[np.float32, np.float32]:
-    """The box in float32, rounded inwards."""
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ValueError(f"the box needs finite numbers low < high, got {low!r} and {high!r}")
-    bottom, top = np.float32(low), np.float32(high)
-    if float(bottom) < low:  # NumPy would compare the two in float32
-        bottom = np.nextafter(bottom, np.float32(np.inf))
-    if float(top) > high:
-        top = np.nextafter(top, np.float32(-np.inf))
-    return bottom, top
-
-
 def as_points(x: Any) -> np.ndarray:
     """Examples (N, *shape) in float32; ValueError unless they are floating point, finite and at least one."""
     points = np.asarray(x)
@@ -448,22 +415,6 @@ def as_points(x: Any) -> np.ndarray:
     if not np.isfinite(points).all():
         raise ValueError("x holds NaN or infinite values")
     return points
-
-
-def as_labels(y: Any, count: int) -> np.ndarray:
-    labels = np.asarray(y)
-    if labels.shape != (count,) or labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"y must hold {count} integer labels, got shape {labels.shape}, dtype {labels.dtype}"
-        )
-    return labels
-
-
-def whole(name: str, value: Any, least: int = 1) -> int:
-    """`value` if it is a whole number of at least `least`, else ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
-    return value
 
 
 def _radii(eps: Any, count: int) -> np.ndarray:
@@ -481,6 +432,6 @@ def count_classes(model: Model, weights: Any, shape: tuple[int, ...], labels: np
     found = getattr(z, "shape", None)
     if found is None or len(found) != 2 or found[0] != shape[0] or found[1] < 2:
         raise ValueError(f"fn must map {shape} to logits ({shape[0]}, K) with K >= 2, got {found}")
-    if labels is not None and (labels.min() < 0 or labels.max() >= found[1]):
-        raise ValueError(f"labels must lie in 0..{found[1] - 1}, got {labels.min()}..{labels.max()}")
+    if labels is not None:
+        as_labels(labels, len(labels), found[1])
     return int(found[1])

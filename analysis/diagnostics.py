@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lipbounds._text.arguments import whole
 from lipbounds._text.html import Html, element, together
 from lipbounds._text.tables import (
     Direction,
@@ -29,6 +30,7 @@ from lipbounds._text.tables import (
     show,
     text_table,
 )
+from lipbounds.analysis.attack_settings import Progress
 from lipbounds.analysis.batches import chunks
 from lipbounds.analysis.forging import Forged
 from lipbounds.analysis.gates import gate as gate_function
@@ -44,7 +46,6 @@ from lipbounds.analysis.operators import (
 from lipbounds.errors import GuaranteeError
 from lipbounds.results import Guarantee
 
-Progress = Callable[[str], None]
 Json = dict[str, Any]
 _FLOAT32 = 1e-4  # relative rounding of what is measured in float32, with room to spare
 _FLOAT64 = 1e-9  # of what is computed in float64
@@ -273,9 +274,8 @@ def diagnose(
     """
     if not isinstance(forged, Forged):
         raise TypeError(f"diagnose takes what forge returned, got {type(forged).__name__}")
-    for name, value in (("examples", examples), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+    whole("examples", examples)
+    whole("batch_size", batch_size)
     gates, plain, left_out = {}, {}, {}
     for path, gated in forged.gates.items():
         try:
@@ -334,8 +334,7 @@ def _layer(
     every = {name: np.concatenate([one[name] for one in seen]) for name in seen[0]}
     if not all(np.isfinite(values).all() for values in every.values()):
         raise ValueError(f"the activations of {path} are not finite in float32: rescale the data")
-    whole = np.ones((1, *op.in_shape), bool)
-    before = largest_eigenvalues(op, whole, seed=seed)
+    before = largest_eigenvalues(op, np.ones((1, *op.in_shape), bool), seed=seed)
     after = largest_eigenvalues(op, masks, seed=seed)
     support = after if np.array_equal(masks, sizes > 0) else largest_eigenvalues(op, sizes > 0, seed=seed)
     worst = int(np.argmax(after.value))

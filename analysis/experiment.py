@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 import lipbounds as lb
 from lipbounds._comparison.compare import METHODS
+from lipbounds.analysis.attack_settings import Progress
 
 Json = dict[str, Any]
-Progress = Callable[[str], None]
 
 NORMS: tuple[float, ...] = (2, math.inf, 1)
 KINDS = ("upper", "lower", "estimate", "refused")

@@ -17,9 +17,10 @@ from flax import nnx
 
 from lipbounds._text.html import Html
 from lipbounds._text.tables import html_table, markdown_table, show, text_table
-from lipbounds.analysis.attacks import Progress, pgd
+from lipbounds.analysis.attack_settings import LINF, AttackSettings
+from lipbounds.analysis.attacks import pgd
 from lipbounds.analysis.forging import Forged, Where, forge
-from lipbounds.results import NORM_NAMES, check_norm
+from lipbounds.results import NORM_NAMES
 
 CANDIDATES = (0.0, *(2.0**-k for k in range(8, 3, -1)))
 
@@ -98,17 +99,13 @@ def search_c_r(
     *,
     data: Any = None,
     eps: float | None = None,
-    norm: Any = math.inf,
+    settings: AttackSettings = LINF,
     steps: int = 20,
     kind: str = "hard",
     tau: float = 0.1,
     where: Where = None,
     quantile: float = 1.0,
-    seed: int = 0,
-    low: float = 0.0,
-    high: float = 1.0,
-    batch_size: int = 256,
-    progress: Progress | None = None,
+    **changes: Any,
 ) -> Search:
     """Clean accuracy, and with eps accuracy under PGD, of the forged network for every candidate c_r.
 
@@ -117,11 +114,10 @@ def search_c_r(
         x, y: the validation set, (N, *shape) in [low, high] and (N,) integer labels.
         candidates: values of c_r in [0, 1), each once.
         data: what is tracked, as in `forge`; None for x.
-        eps, norm, steps, seed, low, high: of `attacks.pgd`; eps None for clean accuracy only. A tie of two logits
-            counts as misclassified.
+        eps, settings, steps: of `attacks.pgd`, in norm inf if nothing else is said; eps None for clean accuracy only.
+            A tie of two logits counts as misclassified.
         kind, tau, where, quantile: of `forge`.
-        batch_size: examples at once.
-        progress: called with a line of text.
+        **changes: fields of `settings` by name.
 
     PGD through hard gates sees the slopes between the jumps only: see `masking` for what its accuracy is worth.
 
@@ -130,7 +126,8 @@ def search_c_r(
     values = sorted(float(c) for c in np.atleast_1d(np.asarray(candidates, dtype=np.float64)))
     if not values or len(set(values)) < len(values) or not all(0 <= c < 1 for c in values):
         raise ValueError(f"candidates must be different numbers in [0, 1), at least one, got {candidates!r}")
-    power = check_norm(norm)
+    settings = settings.changed(changes)
+    progress = settings.progress
     if eps is not None and not (math.isfinite(eps) and eps > 0):
         raise ValueError(f"eps must be a number > 0, or None for clean accuracy only, got {eps!r}")
     forged = forge(
@@ -141,28 +138,18 @@ def search_c_r(
         tau=tau,
         where=where,
         quantile=quantile,
-        batch_size=batch_size,
+        batch_size=settings.batch_size,
         progress=progress,
     )
     ball, number = (0.0, 0) if eps is None else (float(eps), steps)
     rows = []
     for c in values:
-        attack = pgd(
-            forged.with_c_r(c, keep=True),
-            x,
-            y,
-            ball,
-            norm=power,
-            steps=number,
-            seed=seed,
-            low=low,
-            high=high,
-            batch_size=batch_size,
-        )
+        network = forged.with_c_r(c, keep=True)
+        attack = pgd(network, x, y, ball, dataclasses.replace(settings, progress=None), steps=number)
         row = Candidate(c, float(attack.correct.mean()), None if eps is None else attack.accuracy)
         rows.append(row)
         if progress is not None:
             under = "" if row.attacked is None else f", {row.attacked:.2%} under PGD"
             progress(f"c_r {show(c)}: {row.clean:.2%} correct{under}")
-    search = Search(tuple(rows), forged, kind, len(attack), eps, power, number)
+    search = Search(tuple(rows), forged, kind, len(attack), eps, settings.norm, number)
     return dataclasses.replace(search, forged=forged.with_c_r(search.best.c_r))

@@ -25,7 +25,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,9 +34,10 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save
 
+from lipbounds._text.arguments import whole
 from lipbounds._text.files import read_safetensors, write_atomically
 from lipbounds._text.tables import show, text_table
-from lipbounds.analysis.attacks import whole
+from lipbounds.analysis.attack_settings import Progress
 from lipbounds.analysis.batches import Example, chunks, examples
 from lipbounds.analysis.gates import (
     Gated,
@@ -61,7 +62,6 @@ KINDS = ("hard", "smooth")
 FORMAT, FORMAT_VERSION = "lipbounds-forged", 1
 
 Ratios = float | Mapping[str, float]
-Progress = Callable[[str], None]
 
 _TINY = float(np.finfo(np.float32).tiny)  # below it XLA flushes to zero
 

@@ -17,8 +17,10 @@ from flax import nnx
 
 from lipbounds._text.html import Html, element
 from lipbounds._text.tables import html_table, markdown_table, markdown_text, show, text_table
-from lipbounds.analysis.attacks import Progress, pgd
+from lipbounds.analysis.attack_settings import LINF, AttackSettings
+from lipbounds.analysis.attacks import pgd
 from lipbounds.analysis.diagnostics import Diagnosis, diagnose
+from lipbounds.analysis.experiment import norm_key
 from lipbounds.analysis.forge_search import CANDIDATES
 from lipbounds.analysis.forging import Forged, Where, forge
 from lipbounds.analysis.masking import FAILS, INCONCLUSIVE, PASSES, MaskingChecks, differ, p_value
@@ -136,7 +138,7 @@ def study(
     data: Any,
     candidates: Sequence[float] = CANDIDATES,
     eps: float,
-    norm: Any = math.inf,
+    settings: AttackSettings = LINF,
     steps: int = 40,
     restarts: int = 1,
     queries: int = 500,
@@ -145,11 +147,7 @@ def study(
     where: Where = None,
     quantile: float = 1.0,
     examples: int = 256,
-    seed: int = 0,
-    low: float = 0.0,
-    high: float = 1.0,
-    batch_size: int = 256,
-    progress: Progress | None = None,
+    **changes: Any,
 ) -> Study:
     """Forge with every candidate c_r (tracked once, compiled once), attack, and diagnose.
 
@@ -158,48 +156,43 @@ def study(
         x, y: (N, *shape) images in [low, high] and (N,) labels, which are attacked and diagnosed.
         data: what the thresholds are tracked on, as in `forge`; the training images in the paper.
         candidates: values of c_r in [0, 1); 0, the network itself, is added.
-        eps, norm, steps, restarts, queries: of `pgd` and `square`.
+        eps, settings, steps, restarts, queries: of `pgd` and `square`; `settings` are in norm inf if nothing else is
+            said, and their batch size, seed and progress are those of the whole study.
         kind, tau, where, quantile: of `forge`.
         examples: of `diagnose`, for eigenvalues and discs.
+        **changes: fields of `settings` by name.
 
     A c_r that is picked from this table was chosen on these images: `search_c_r` does that on others.
     Raises as `forge`, `pgd`, `square` and `diagnose` do.
     """
-    values = sorted({0.0, *(float(c) for c in candidates)})
-    shared: Json = {
-        "low": low,
-        "high": high,
-        "batch_size": batch_size,
-        "seed": seed,
-        "norm": check_norm(norm),
-    }
-    gates: Json = {"kind": kind, "tau": tau, "where": where, "quantile": quantile}
-    forged = forge(model, data, 0.0, batch_size=batch_size, progress=progress, **gates)
+    settings = settings.changed(changes)
+    size, seed, progress = settings.batch_size, settings.seed, settings.progress
+    quiet = dataclasses.replace(settings, progress=None)
+    gates: Json = {"kind": kind, "tau": tau, "quantile": quantile}
+    forged = forge(model, data, 0.0, where=where, batch_size=size, progress=progress, **gates)
     rows = []
-    for c in values:
+    for c in sorted({0.0, *(float(c) for c in candidates)}):
         network = forged.with_c_r(c, keep=True)
-        white = pgd(network, x, y, eps, steps=steps, restarts=restarts, **shared)
-        black = square(network, x, y, eps, queries=queries, **shared)
-        found = diagnose(network, np.asarray(x), examples=examples, seed=seed, batch_size=batch_size)
+        white = pgd(network, x, y, eps, quiet, steps=steps, restarts=restarts)
+        black = square(network, x, y, eps, quiet, queries=queries)
+        found = diagnose(network, np.asarray(x), examples=examples, seed=seed, batch_size=size)
         rows.append(Row(c, white.correct, white.correct & ~white.success, black.accuracy, found))
         if progress is not None:
             progress(f"c_r {power_of_two(c)}: {rows[-1].clean:.2%} clean, {rows[-1].pgd:.2%} under PGD")
-    settings = {
+    record = {
         "images": len(np.asarray(y)),
         "eps": float(eps),
-        "norm": "inf" if check_norm(norm) == math.inf else "2",
+        "norm": norm_key(settings.norm),
         "steps": steps,
         "restarts": restarts,
         "queries": queries,
-        "kind": kind,
-        "tau": tau,
-        "quantile": quantile,
+        **gates,
         "examples": examples,
         "seed": seed,
         "layers": [site.path for site in forged.sites],
         "peaks": forged.peaks,
     }
-    return Study(tuple(rows), forged, settings)
+    return Study(tuple(rows), forged, record)
 
 
 def claims(found: Study, checks: MaskingChecks | None = None) -> tuple[Claim, ...]:

@@ -30,9 +30,12 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from lipbounds._text.arguments import whole
 from lipbounds._text.html import Html, element
 from lipbounds._text.tables import html_table, markdown_table, markdown_text, printable, show, text_table
-from lipbounds.analysis.attacks import Attack, Progress, fgsm, pgd, whole
+from lipbounds.analysis.attack_settings import LINF, AttackSettings
+from lipbounds.analysis.attacks import Attack, fgsm, pgd
+from lipbounds.analysis.experiment import norm_key
 from lipbounds.analysis.smoothing import Smoothed, clopper_pearson_lower, smooth
 from lipbounds.analysis.square import square
 from lipbounds.results import NORM_NAMES, check_norm
@@ -132,7 +135,7 @@ def gradient_masking(
     y: Any,
     *,
     eps: float,
-    norm: Any = math.inf,
+    settings: AttackSettings = LINF,
     grid: Sequence[float] | None = None,
     steps: int = 40,
     restarts: int = 5,
@@ -142,11 +145,7 @@ def gradient_masking(
     samples: int = 1000,
     alpha: float = 0.001,
     level: float = 0.05,
-    seed: int = 0,
-    low: float = 0.0,
-    high: float = 1.0,
-    batch_size: int = 256,
-    progress: Progress | None = None,
+    **changes: Any,
 ) -> MaskingChecks:
     """Run the five checks on a network, and on the one that it was made from.
 
@@ -156,7 +155,7 @@ def gradient_masking(
         x: (N, *shape) floating point in the box [low, high]; images (N, H, W, C) or vectors (N, d).
         y: (N,) integer labels. Only images that are classified correctly are counted, except in check 5.
         eps: radius of checks 1 and 4, in the units of x.
-        norm: inf or 2, of the attacks. Smoothing is in norm 2 always.
+        settings: of the attacks, in norm inf if nothing else is said. Smoothing is in norm 2 always.
         grid: radii of checks 2 and 3; None is eps/4, eps/2, eps, and so on. The whole box is added as the last one.
         steps, restarts, loss: of PGD; FGSM takes the same loss. With one restart, PGD from clipped or saturated pixels
             can get stuck where Square does not, without anything being masked.
@@ -164,59 +163,49 @@ def gradient_masking(
         sigma, samples, alpha: of check 5: noise, deciding samples per image (100 choose the class), and the probability
             that the certificate of one image is false.
         level: of the tests, in (0, 1): a check fails by chance with at most this probability.
-        seed, low, high, batch_size, progress: as in `attacks.pgd`.
+        **changes: fields of `settings` by name.
 
     Raises:
         TypeError: a network is not callable.
         ValueError: as `pgd`, `square` and `smooth`; eps that is not a number > 0; a grid or level out of range.
     """
-    p = check_norm(norm)
+    settings = settings.changed(changes)
     if not (isinstance(eps, int | float | np.number) and math.isfinite(eps) and eps > 0):
         raise ValueError(f"eps must be one number > 0, got {eps!r}")
     if not 0 < level < 1:
         raise ValueError(f"level must be in (0, 1), got {level!r}")
     whole("queries", queries)
-    whole_box = (high - low) * (math.sqrt(math.prod(np.shape(x)[1:])) if p == 2 else 1.0)
-    radii = _grid(grid, float(eps), whole_box)
-    shared: dict[str, Any] = {
-        "norm": p,
-        "low": low,
-        "high": high,
-        "batch_size": batch_size,
-        "progress": progress,
-    }
-    ascent: dict[str, Any] = {"steps": steps, "restarts": restarts, "loss": loss, "seed": seed, **shared}
-    noise: dict[str, Any] = {"n": samples, "alpha": alpha, "seed": seed, "batch_size": batch_size}
-    white = pgd(model, x, y, float(eps), **ascent)
-    smoothed = [
-        smooth(f, x, sigma, y=y, progress=progress, **noise) for f in (model, original) if f is not None
-    ]
-    black = square(model, x, y, float(eps), queries=queries, seed=seed, **shared)
-    many = [white if r == eps else pgd(model, x, y, r, **ascent) for r in radii]
-    single = [fgsm(model, x, y, r, loss=loss, **shared) for r in radii]
-    transferred = None if original is None else pgd(original, x, y, float(eps), **ascent)
+    eps = float(eps)
+    radii = _grid(grid, eps, settings.diameter(np.shape(x)[1:]))
+    ascent: dict[str, Any] = {"steps": steps, "restarts": restarts, "loss": loss}
+    noise = {name: getattr(settings, name) for name in ("seed", "batch_size", "progress")}
+    white = pgd(model, x, y, eps, settings, **ascent)
+    networks = [fn for fn in (model, original) if fn is not None]
+    smoothed = [smooth(fn, x, sigma, n=samples, alpha=alpha, y=y, **noise) for fn in networks]
+    black = square(model, x, y, eps, settings, queries=queries)
+    many = [white if r == eps else pgd(model, x, y, r, settings, **ascent) for r in radii]
+    single = [fgsm(model, x, y, r, settings, loss=loss) for r in radii]
+    transferred = None if original is None else pgd(original, x, y, eps, settings, **ascent)
     checks = (
         _white_and_black(white, black, level),
         _steps(many, single, radii, level),
         _falls(many, radii, level),
-        _transfer(model, white, transferred, y, shared, level),
+        _transfer(model, white, transferred, y, settings, level),
         _certificates(smoothed, sigma, level),
     )
-    settings = {
-        "eps": float(eps),
-        "norm": "inf" if p == math.inf else "2",
+    record = {
+        "eps": eps,
+        "norm": norm_key(settings.norm),
         "grid": radii,
-        "steps": steps,
-        "restarts": restarts,
+        **ascent,
         "queries": queries,
-        "loss": loss,
         "sigma": float(sigma),
         "samples": samples,
         "alpha": alpha,
         "level": level,
-        "seed": seed,
+        "seed": settings.seed,
     }
-    return MaskingChecks(checks, settings)
+    return MaskingChecks(checks, record)
 
 
 # --------------------------------------------------------------------------------------------------- the five checks
@@ -269,14 +258,14 @@ def _falls(many: list[Attack], radii: list[float], level: float) -> Check:
 
 
 def _transfer(
-    model: Any, white: Attack, made: Attack | None, y: Any, shared: Mapping[str, Any], level: float
+    model: Any, white: Attack, made: Attack | None, y: Any, settings: AttackSettings, level: float
 ) -> Check:
     name = "transfer from the original"
     if made is None:
         return Check(name, INCONCLUSIVE, _NO_ORIGINAL, 0, "", {})
     both = white.correct & made.correct
     own = both & white.success
-    crossed = both & ~pgd(model, made.adversarial, y, 0.0, steps=0, **shared).correct
+    crossed = both & ~pgd(model, made.adversarial, y, 0.0, settings, steps=0).correct
     at, pair = int(both.sum()), differ(crossed, own)
     kept = {
         key: 1 - int((both & broken).sum()) / max(at, 1)

@@ -21,7 +21,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,10 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
+from lipbounds._text.arguments import as_labels, whole
 from lipbounds._text.html import Html, element
-from lipbounds.analysis.attacks import Model, as_labels, as_points, count_classes, split, whole
-
-Progress = Callable[[str], None]
+from lipbounds.analysis.attack_settings import Progress
+from lipbounds.analysis.attacks import Model, as_points, count_classes, split
 
 ABSTAIN = -1
 _ABOUT = "certifies the smoothed classifier (majority under noise), not the network itself"

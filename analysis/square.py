@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lipbounds._text.arguments import whole
 from lipbounds.analysis import attacks
-from lipbounds.analysis.attacks import Attack, Problem, Progress, keep, margin_of, per_example, project, whole
-from lipbounds.results import check_norm
+from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings
+from lipbounds.analysis.attacks import Attack, Problem, keep, margin_of, per_example, project
 
 #: Queries of 10 000, after each of which the window's share of the image is halved (section 5 of the paper).
 _HALVINGS = (10, 50, 200, 1000, 2000, 4000, 6000, 8000)
@@ -32,25 +33,20 @@ def square(
     x: Any,
     y: Any,
     eps: Any,
+    settings: AttackSettings = DEFAULT,
     *,
-    norm: Any = 2,
     queries: int = 1000,
     p_init: float | None = None,
-    seed: int = 0,
-    low: float = 0.0,
-    high: float = 1.0,
-    batch_size: int = 256,
-    progress: Progress | None = None,
+    **changes: Any,
 ) -> Attack:
     """Search every ball ||x' - x|| <= eps by random squares for an x' in the box that is not classified as labelled.
 
     Args:
-        fn, x, y, eps, norm, low, high, batch_size, progress: as those of `attacks.pgd`. x holds images (N, H, W, C) or
-            (N, H, W), or vectors (N, d), which are images of one row.
+        fn, x, y, eps, settings, **changes: as those of `attacks.pgd`; what is drawn also depends on the number of the
+            query. x holds images (N, H, W, C) or (N, H, W), or vectors (N, d), which are images of one row.
         queries: perturbations tried per example at most; x itself and what is returned are evaluated besides.
         p_init: share of the pixels in the first windows, in (0, 1]; None is 0.05 in norm inf and 0.1 in norm 2. It is
             halved 8 times, at the paper's shares of `queries`. In norm 2 no window has a side of fewer than 3 pixels.
-        seed: what is drawn depends on it, on the example's index and on the number of the query, and on no batch.
 
     The search for an example ends with its first success, so `adversarial` is that point and not one of smaller margin.
     In norm inf, a window that would not change is given the opposite signs, as if it were drawn again.
@@ -59,29 +55,17 @@ def square(
         TypeError: fn is not callable.
         ValueError: as `pgd`, a p_init out of range, or examples that are neither images nor vectors.
     """
+    settings = settings.changed(changes)
     whole("queries", queries)
-    share = (0.05 if check_norm(norm) == math.inf else 0.1) if p_init is None else p_init
+    share = (0.05 if settings.norm == math.inf else 0.1) if p_init is None else p_init
     if not 0 < share <= 1:
         raise ValueError(f"p_init must be in (0, 1], got {p_init!r}")
-    key = jax.random.key(seed)
+    key = jax.random.key(settings.seed)
 
     def find(problem: Problem) -> jax.Array:
         return _search(problem, queries, share, key)
 
-    box: dict[str, Any] = {"low": low, "high": high}
-    return attacks.search(
-        "Square",
-        find,
-        fn,
-        x,
-        y,
-        eps,
-        norm=norm,
-        loss="margin",
-        batch_size=batch_size,
-        progress=progress,
-        **box,
-    )
+    return attacks.search("Square", find, fn, x, y, eps, settings, "margin")
 
 
 def _search(problem: Problem, queries: int, share: float, key: jax.Array) -> jax.Array:

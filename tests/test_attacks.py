@@ -393,3 +393,23 @@ def test_bad_input_is_refused(net, change, message):
 def test_what_is_no_function_is_refused():
     with pytest.raises(TypeError, match="from a batch to logits, got ndarray"):
         pgd(X, X, Y, 0.1)
+
+
+def test_the_settings_of_an_attack_are_checked_once_and_can_be_shared(rng, net):
+    settings = attacks.AttackSettings(norm="inf", high=2.0, batch_size=3, seed=5)
+    assert settings.norm == math.inf and settings.diameter((2, 3)) == 2.0
+    assert settings.changed({"norm": 2, "low": 1.0}).diameter((2, 2)) == 2.0
+    for change, message in (
+        ({"norm": 1}, "norm 2 or inf, not 1"),
+        ({"low": 2.0}, "low < high, got 2.0 and 2.0"),
+        ({"batch_size": True}, "batch_size must be a whole number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            settings.changed(change)
+    by_object = pgd(net, X, Y, 0.1, settings, steps=2)
+    by_name = pgd(net, X, Y, 0.1, norm=math.inf, high=2.0, batch_size=3, seed=5, steps=2)
+    np.testing.assert_array_equal(by_object.adversarial, by_name.adversarial)
+    with pytest.raises(
+        TypeError, match="unknown option 'clip'; the settings of an attack are norm, low, high"
+    ):
+        pgd(net, X, Y, 0.1, clip=True)

@@ -393,6 +393,15 @@ def test_bad_labels(faked, X, y, why):
         table.compare(chain(4, 3), X, y)
 
 
+def test_one_output_whose_sign_decides():
+    form = lb.from_weights([np.float32([[2.0, 1.0]])], activation="relu")
+    X = np.float32([[1.0, 0.0], [-1.0, 0.0], [0.0, 3.0]])
+    found = compare_function(form, X, [1, 0, 0], methods="naive", eps=0.1)
+    assert found.clean == 2 / 3 == found["naive"].certified[0]
+    with pytest.raises(ValueError, match=r"labels must lie in 0..1, got 0..2"):
+        compare_function(form, X, [1, 0, 2], methods="naive")
+
+
 def test_bad_arguments(faked):
     with pytest.raises(ValueError, match="norm must be"):
         table.compare(chain(4, 3), norm=0)

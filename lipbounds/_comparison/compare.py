@@ -22,6 +22,7 @@ from lipbounds._empirical.empirical import empirical, values64
 from lipbounds._form.elementwise import elementwise_view
 from lipbounds._lipsdp.lipsdp import lipsdp
 from lipbounds._local.radius import certified_radius
+from lipbounds._text.arguments import as_labels
 from lipbounds._text.calls import FAILURES, exact_products, plain_errors, reason
 from lipbounds._text.html import Html, element, together
 from lipbounds._text.tables import (
@@ -421,18 +422,11 @@ def _eps(eps: float | Iterable[float] | None) -> tuple[float, ...]:
 
 
 def _labels(form: Any, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Points and labels of fitting shapes, labels integers in 0..K-1; ValueError otherwise."""
-    points, labels = np.asarray(X), np.asarray(y)
-    shape, k = tuple(form.in_shape), int(form.num_outputs)
+    """Points and labels of fitting shapes; ValueError otherwise."""
+    points, shape = np.asarray(X), tuple(form.in_shape)
     if points.ndim != len(shape) + 1 or points.shape[1:] != shape:
         raise ValueError(f"X must have shape (N, {', '.join(map(str, shape))}), got {points.shape}")
-    if labels.shape != points.shape[:1] or labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"y must hold {len(points)} integer labels, got shape {labels.shape}, dtype {labels.dtype}"
-        )
-    if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) < k:
-        raise ValueError(f"labels must lie in 0..{k - 1}, got {int(labels.min())}..{int(labels.max())}")
-    return points, labels
+    return points, as_labels(y, len(points), int(form.num_outputs))
 
 
 def _clean(form: Any, points: np.ndarray, labels: np.ndarray) -> float | None:
@@ -440,6 +434,8 @@ def _clean(form: Any, points: np.ndarray, labels: np.ndarray) -> float | None:
     if not len(points):
         return None
     z = values64(form, points)
+    if z.shape[1] == 1:  # its sign decides
+        return float(np.mean(np.where(labels == 1, z[:, 0], -z[:, 0]) > 0))
     own = z[np.arange(len(z)), labels]
     others = np.where(np.arange(z.shape[1]) == labels[:, None], -np.inf, z).max(1)
     return float(np.mean(own > others))

@@ -24,6 +24,7 @@ from lipbounds._local.forward import DECLARED_ACCURACY, check_inputs, enclosable
 from lipbounds._local.local import box_notes
 from lipbounds._local.radius_search import Search, ratios
 from lipbounds._norms.rounding import U
+from lipbounds._text.arguments import as_labels
 from lipbounds._text.calls import exact_products, plain_errors
 from lipbounds._text.html import Html, element
 from lipbounds._text.tables import label_text, new_axes, printable
@@ -205,19 +206,10 @@ def _margins(z: np.ndarray, error: np.ndarray, labels: np.ndarray) -> np.ndarray
 
 
 def _examples(form: LureForm, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
-    x, labels = check_inputs(form, X), np.asarray(y)
-    if labels.shape != (len(x),):
-        raise ValueError(f"y must have shape ({len(x)},), one label per example, got {labels.shape}")
-    if len(labels) and labels.dtype.kind not in "iu":
-        raise ValueError(f"labels must be integers, got {labels.dtype}")
+    x = check_inputs(form, X)
     if form.num_outputs < 1:
         raise ValueError("a radius needs outputs: the logits of the classes, or one whose sign decides")
-    labels = labels.astype(np.int64)
-    last = max(form.num_outputs, 2) - 1
-    if ((labels < 0) | (labels > last)).any():
-        bad = labels[(labels < 0) | (labels > last)][0]
-        raise ValueError(f"labels must lie in 0..{last}, got {bad}")
-    return x, labels
+    return x, as_labels(y, len(x), form.num_outputs)
 
 
 def _pair_constants(bound: UpperBound, classes: int) -> tuple[np.ndarray, tuple[str, ...]]:

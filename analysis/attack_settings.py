@@ -1,0 +1,73 @@
+"""What every attack is told besides the network, the examples and the radii."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from lipbounds._text.arguments import whole
+from lipbounds.results import check_norm
+
+Progress = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackSettings:
+    """What every attack is told besides the network, the examples and the radii.
+
+    Args:
+        norm: of the ball, 2 or inf.
+        low, high: the box of the inputs, [low, high] in every coordinate.
+        batch_size: examples at once; all chunks run the same compiled programs.
+        seed: of everything random, which depends on nothing else but the example's index.
+        progress: called with a line of text after every chunk.
+
+    Raises:
+        ValueError: another norm, a box that is empty or not finite, a batch size below 1.
+    """
+
+    norm: Any = 2
+    low: float = 0.0
+    high: float = 1.0
+    batch_size: int = 256
+    seed: int = 0
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "norm", check_norm(self.norm))
+        if self.norm == 1:
+            raise ValueError("attacks are in norm 2 or inf, not 1")
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"the box needs finite numbers low < high, got {self.low!r} and {self.high!r}")
+        whole("batch_size", self.batch_size)
+
+    def changed(self, changes: Mapping[str, Any]) -> AttackSettings:
+        """These settings with some of them changed; TypeError with the names that exist for any other name."""
+        names = [field.name for field in dataclasses.fields(self)]
+        unknown = sorted(set(changes) - set(names))
+        if unknown:
+            raise TypeError(
+                f"unknown option {unknown[0]!r}; the settings of an attack are {', '.join(names)}"
+            )
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def box(self) -> tuple[np.float32, np.float32]:
+        """The box in float32, rounded inwards."""
+        bottom, top = np.float32(self.low), np.float32(self.high)
+        if float(bottom) < self.low:  # NumPy would compare the two in float32
+            bottom = np.nextafter(bottom, np.float32(np.inf))
+        if float(top) > self.high:
+            top = np.nextafter(top, np.float32(-np.inf))
+        return bottom, top
+
+    def diameter(self, shape: tuple[int, ...]) -> float:
+        """Of the box of examples of this shape, in `norm`: a larger radius changes nothing."""
+        return (self.high - self.low) * (math.sqrt(math.prod(shape)) if self.norm == 2 else 1.0)
+
+
+DEFAULT, LINF = AttackSettings(), AttackSettings(norm=math.inf)
