@@ -13,28 +13,22 @@ import jax
 import pytest
 from flax import nnx
 
-from lipbounds.training.config import (
-    _CHOICES,
-    _RANGES,
-    PRESETS,
-    Config,
-    defaults,
-    from_text,
-    preset,
-)
+from lipbounds.training.config import PRESETS, Config, defaults, from_text, preset
 from lipbounds.training.data import DATASETS
 from lipbounds.training.models import ModelSpec, build, spec_for
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 HINTS = typing.get_type_hints(Config)
+CHOICES = {name: field.metadata["choices"] for name, field in FIELDS.items() if field.metadata["choices"]}
+LIMITS = {name: field.metadata["limits"] for name, field in FIELDS.items() if field.metadata["limits"]}
 
 
 # --------------------------------------------------------------------------------------------------- refusals
-@pytest.mark.parametrize("name", sorted(_CHOICES))
+@pytest.mark.parametrize("name", sorted(CHOICES))
 def test_a_choice_is_one_of_those_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name} must be one of .*got 'nothing'") as caught:
         Config(**{name: "nothing"})
-    for known in _CHOICES[name]:
+    for known in CHOICES[name]:
         assert known in str(caught.value)
         assert getattr(Config(**{name: known}), name) == known
 
@@ -44,9 +38,9 @@ def test_a_near_miss_is_suggested() -> None:
         Config(loss="crossentropy")
 
 
-@pytest.mark.parametrize("name", sorted(_RANGES))
+@pytest.mark.parametrize("name", sorted(LIMITS))
 def test_every_number_has_a_range(name: str) -> None:
-    low, high = _RANGES[name]
+    low, high = LIMITS[name]
     kind = HINTS[name]
     outside: list[float] = [low - 1] if kind is int else [low - 1e-3 * (1 + abs(low)), math.nan, math.inf]
     if math.isfinite(high):
@@ -65,9 +59,19 @@ def test_every_number_has_a_range(name: str) -> None:
 
 def test_every_number_and_every_word_is_checked() -> None:
     numbers = {name for name, hint in HINTS.items() if hint in (int, float)}
-    assert numbers == set(_RANGES)
+    assert numbers == set(LIMITS)
     words = {name for name, hint in HINTS.items() if hint is str}
-    assert words == {*_CHOICES, "arch"}  # arch is checked against the data
+    assert words == {*CHOICES, "arch"}  # arch is checked against the data
+
+
+def test_every_setting_says_what_it_is_in_one_place() -> None:
+    groups = {"data", "network", "loss", "optimiser", "run"}
+    assert {field.metadata["group"] for field in FIELDS.values()} == groups
+    for name, field in FIELDS.items():
+        text = field.metadata["help"]
+        assert text[:1].isupper() and text.endswith(".") and len(text) > 10, name
+        assert f"    {name}: {text}" in (Config.__doc__ or "")
+    assert "activation: Activation function. One of relu, maxmin." in (Config.__doc__ or "")
 
 
 @pytest.mark.parametrize("name", sorted(FIELDS))

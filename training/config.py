@@ -4,108 +4,106 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import json
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lipbounds.training.data import DATASETS
 from lipbounds.training.losses import TRANSFORMS
-from lipbounds.training.models import ACTIVATIONS, ModelSpec, spec_for
+from lipbounds.training.models import ACTIVATIONS, ARCHITECTURES, ModelSpec, spec_for
 
-LOSSES = ("crm", "cross-entropy", "gloro", "lipschitz-margin")
-CONSTANTS = ("naive", "liplt", "recursion")
-PAIRS = ("pairwise", "per-class", "whole")
-SCHEDULES = ("exponential", "cosine", "constant")
-AVERAGES = ("none", "ema", "swa")
-PRECISIONS = ("float32", "float64")
+_COUNTS = 1e9  # no setting that counts something is larger
+_POSITIVE = 1e-12
+
+
+def _setting(
+    default: Any,
+    group: str,
+    help: str,
+    low: float | None = None,
+    high: float | None = None,
+    choices: Iterable[str] = (),
+) -> Any:
+    """A field of `Config`: default, section and line of the help, and what it may be: low <= x <= high, or a choice."""
+    most = _COUNTS if isinstance(default, int) else math.inf
+    limits = None if low is None else (low, most if high is None else high)
+    return dataclasses.field(
+        default=default,
+        metadata={"group": group, "help": help, "limits": limits, "choices": tuple(choices)},
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that a run depends on; with the data and the seed it repeats bit for bit on the same machine.
 
-    Args:
-        dataset: a key of `data.DATASETS`.
-        data_dir: folder of its official files; None is the environment's LIPBOUNDS_DATA.
-        arch: widths such as "784-512-512-10", or a key of `models.ARCHITECTURES`.
-        activation: "relu" or "maxmin".
-        mean, std: of the normalisation (x - mean) / std inside the model; x are pixels in [0, 1].
-        loss: "crm", "cross-entropy", "gloro" or "lipschitz-margin".
-        constants: the bound in the loss: "naive", "liplt" or "recursion" (LipSDP's ellipsoid recursion).
-        pairs: what stands for L_ij in the loss: "pairwise" L_ij, "per-class" L_i + L_j, "whole" sqrt(2) L.
-        lam, r0, t, g: of CRM (`losses`); r0 in pixel units, t in their inverse.
-        eps: of GloRo and Lipschitz-margin training, and of the validation's certified accuracy; pixel units, l2.
-        warmup: epochs of plain cross-entropy before the constants enter.
-        power_iterations: per step, of naive and liplt.
-        refresh: recompute the constants and their gradient every so many steps; they are reused in between.
-        precision: in which the constants are computed. The network itself is float32.
-        multiplier_rate: learning rate of the recursion's multipliers, which are trained with the weights.
-        epochs, batch_size: every epoch visits the images in a new order and leaves out the last incomplete batch.
-        learning_rate, final_learning_rate: of Adam at the start and at the end.
-        schedule: "exponential" or "cosine" from epoch `decay_from` on, or "constant".
-        smoothing: label smoothing of the cross-entropy.
-        flip, degrees, translate: augmentation: mirror, rotation, shift as a share of the size.
-        average: "ema" (with `ema_decay` per step) or "swa" (mean over the steps from epoch `average_from` on) of the
-            weights; the averaged weights are those validated and saved. decay_from and average_from count epochs done.
-        holdout: share of the training images that is kept out of training for validation. With 0 the progress figures
-            are of training images, and called so.
-        validate_every: epochs between validations by a proved bound; 0 for none.
-        checkpoint_every: epochs between checkpoints; the last epoch is always saved.
-        max_skipped: steps in one epoch that may be skipped for a gradient that is not finite before training stops.
-        seed: of weights, order, augmentation and power iteration.
+    Pixels lie in [0, 1] and radii are in those units. `__post_init__` raises ValueError for a setting of the wrong
+    type, outside its limits, or at odds with another one.
     """
 
-    dataset: str = "digits"
-    data_dir: str | None = None
-    arch: str = "64-64-64-10"
-    activation: str = "relu"
-    mean: float = 0.0
-    std: float = 1.0
-    loss: str = "crm"
-    constants: str = "recursion"
-    pairs: str = "pairwise"
-    lam: float = 15.0
-    r0: float = 2.2
-    t: float = 5.0
-    g: str = "negative"
-    eps: float = 1.58
-    warmup: int = 1
-    power_iterations: int = 5
-    refresh: int = 1
-    precision: str = "float32"
-    multiplier_rate: float = 5e-3
-    epochs: int = 60
-    batch_size: int = 512
-    learning_rate: float = 1e-3
-    final_learning_rate: float = 1e-5
-    schedule: str = "exponential"
-    decay_from: int = 0
-    smoothing: float = 0.0
-    flip: bool = False
-    degrees: float = 0.0
-    translate: float = 0.0
-    average: str = "none"
-    ema_decay: float = 0.999
-    average_from: int = 0
-    holdout: float = 0.0
-    validate_every: int = 10
-    checkpoint_every: int = 1
-    max_skipped: int = 100
-    seed: int = 0
+    # fmt: off
+    dataset: str = _setting("digits", "data", "Data set of images.", choices=DATASETS)
+    data_dir: str | None = _setting(None, "data", "Folder of the data set's official files.")
+    arch: str = _setting("64-64-64-10", "network", "Widths of an MLP such as 784-512-512-10, or an architecture: "
+                         f"{', '.join(name for name in ARCHITECTURES if name != 'mlp')}.")
+    activation: str = _setting("relu", "network", "Activation function.", choices=ACTIVATIONS)
+    mean: float = _setting(0.0, "network", "Mean that the model subtracts from its input first.", -1e6, 1e6)
+    std: float = _setting(1.0, "network", "Standard deviation by which it then divides.", _POSITIVE, 1e6)
+    loss: str = _setting("crm", "loss", "Certified radius maximisation (crm), or one of its baselines.",
+                         choices=("crm", "cross-entropy", "gloro", "lipschitz-margin"))
+    constants: str = _setting("recursion", "loss", "Bound in the loss; recursion is LipSDP's ellipsoid recursion.",
+                              choices=("naive", "liplt", "recursion"))
+    pairs: str = _setting("pairwise", "loss", "Constant of a pair of classes in the loss: L_ij (pairwise), "
+                          "L_i + L_j (per-class) or sqrt(2) L (whole).", choices=("pairwise", "per-class", "whole"))
+    lam: float = _setting(15.0, "loss", "Weight of the certified radius (CRM).", 0)
+    r0: float = _setting(2.2, "loss", "Only certified radii below this one are maximised (CRM).", _POSITIVE)
+    t: float = _setting(5.0, "loss", "Sharpness of the smooth minimum over the classes (CRM).", _POSITIVE)
+    g: str = _setting("negative", "loss", "Decreasing function of the radius that is minimised (CRM).",
+                      choices=TRANSFORMS)
+    eps: float = _setting(1.58, "loss", "Radius (l2) of validation, GloRo and Lipschitz-margin training.", 0)
+    warmup: int = _setting(1, "loss", "Epochs of cross-entropy alone at the start.", 0)
+    power_iterations: int = _setting(5, "loss", "Power iterations per step, for naive and liplt.", 1)
+    refresh: int = _setting(1, "loss", "Recompute the constants every N steps, and reuse them in between.", 1)
+    precision: str = _setting("float32", "loss", "Precision of the constants; the network itself is float32.",
+                              choices=("float32", "float64"))
+    multiplier_rate: float = _setting(5e-3, "optimiser", "Learning rate of the recursion's multipliers.", 0, 1)
+    epochs: int = _setting(60, "optimiser", "Passes over the training images.", 1)
+    batch_size: int = _setting(512, "optimiser", "Images per step; an incomplete last batch is left out.", 1)
+    learning_rate: float = _setting(1e-3, "optimiser", "Adam learning rate.", _POSITIVE)
+    final_learning_rate: float = _setting(1e-5, "optimiser", "Final learning rate.", 0)
+    schedule: str = _setting("exponential", "optimiser", "Decay of the learning rate.",
+                             choices=("exponential", "cosine", "constant"))
+    decay_from: int = _setting(0, "optimiser", "Epochs before the decay begins.", 0)
+    smoothing: float = _setting(0.0, "loss", "Label smoothing of the cross-entropy.", 0, 0.999)
+    flip: bool = _setting(False, "data", "Mirror every other training image, at random.")
+    degrees: float = _setting(0.0, "data", "Rotate training images by at most this many degrees.", 0, 180)
+    translate: float = _setting(0.0, "data", "Shift training images by at most this share of their size.", 0, 0.9)
+    average: str = _setting("none", "optimiser", "Validate and save averaged weights: a moving average (ema), or "
+                            "the mean over the steps (swa).", choices=("none", "ema", "swa"))
+    ema_decay: float = _setting(0.999, "optimiser", "Decay of the moving average per step.", 0, 0.9999999)
+    average_from: int = _setting(0, "optimiser", "Epochs before the average begins.", 0)
+    holdout: float = _setting(0.0, "data", "Share of the training images kept out for validation; with 0, validation "
+                              "uses training images.", 0, 0.9)
+    validate_every: int = _setting(10, "run", "Epochs between validations by a proved bound; 0 for none.", 0)
+    checkpoint_every: int = _setting(1, "run", "Epochs between checkpoints; the last epoch is always saved.", 1)
+    max_skipped: int = _setting(100, "run", "Steps per epoch that may be skipped for a gradient that is not finite.", 0)
+    seed: int = _setting(0, "run", "Random seed of weights, order, augmentation and power iteration.", 0, 2**32 - 1)
+    # fmt: on
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name, known in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in known:
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            known, limits = field.metadata["choices"], field.metadata["limits"]
+            if known and value not in known:
                 raise ValueError(
                     f"{name} must be one of {', '.join(known)}, got {value!r}{_near(value, known)}"
                 )
-        for name, (low, high) in _RANGES.items():
-            value = getattr(self, name)
-            if not (low <= value <= high and value < math.inf):
+            low, high = limits or (-math.inf, math.inf)
+            if limits and not (low <= value <= high and value < math.inf):
                 span = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
                 raise ValueError(f"{name} must be {span}, got {value}")
         if self.final_learning_rate > self.learning_rate:
@@ -156,46 +154,15 @@ class Config:
             raise ValueError(f"{origin}: {error}") from error
 
 
-_CHOICES: Mapping[str, tuple[str, ...]] = {
-    "dataset": tuple(DATASETS),
-    "activation": tuple(ACTIVATIONS),
-    "loss": LOSSES,
-    "constants": CONSTANTS,
-    "pairs": PAIRS,
-    "g": tuple(TRANSFORMS),
-    "schedule": SCHEDULES,
-    "average": AVERAGES,
-    "precision": PRECISIONS,
-}
-_POSITIVE = 1e-12
-_MOST = 1e9  # of what is counted
-_RANGES: Mapping[str, tuple[float, float]] = {
-    "mean": (-1e6, 1e6),
-    "std": (_POSITIVE, 1e6),
-    "lam": (0, math.inf),
-    "r0": (_POSITIVE, math.inf),
-    "t": (_POSITIVE, math.inf),
-    "eps": (0, math.inf),
-    "warmup": (0, _MOST),
-    "power_iterations": (1, _MOST),
-    "refresh": (1, _MOST),
-    "multiplier_rate": (0, 1),
-    "epochs": (1, _MOST),
-    "batch_size": (1, _MOST),
-    "learning_rate": (_POSITIVE, math.inf),
-    "final_learning_rate": (0, math.inf),
-    "decay_from": (0, _MOST),
-    "smoothing": (0, 0.999),
-    "degrees": (0, 180),
-    "translate": (0, 0.9),
-    "ema_decay": (0, 0.9999999),
-    "average_from": (0, _MOST),
-    "holdout": (0, 0.9),
-    "validate_every": (0, _MOST),
-    "checkpoint_every": (1, _MOST),
-    "max_skipped": (0, _MOST),
-    "seed": (0, 2**32 - 1),
-}
+def described(field: dataclasses.Field[Any]) -> str:
+    """The help of a field of `Config`, with its choices."""
+    known = ", ".join(field.metadata["choices"])
+    return field.metadata["help"] + (f" One of {known}." if known else "")
+
+
+Config.__doc__ = f"{inspect.getdoc(Config)}\n\nArgs:\n" + "\n".join(
+    f"    {field.name}: {described(field)}" for field in dataclasses.fields(Config)
+)
 
 # The first preset is ours (benchmarks/results/crm-mnist-784-512-512-10.md). The others are rows of Table 1 of arXiv
 # 2310.00116, with the values of the authors' published runs. Their CIFAR-10 radii are in units of inputs in [-1, 1]:

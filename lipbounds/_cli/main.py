@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from lipbounds._cli import tables
+from lipbounds._cli import tables, train
 from lipbounds._cli.common import (
     Json,
     Reading,
@@ -61,13 +62,22 @@ from lipbounds._cli.options import (
     eps_of,
     shape_of,
 )
-from lipbounds._cli.train import train
 from lipbounds._text.version import __version__
 
 _DEFAULT = "lipsdp; liplt with --scaling or in norm 1"
 
+
+class Commands(TyperGroup):
+    """Gives `train` its options when it is called: they come from `Config`, which takes a second to import."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, train.command() if name == "train" else command, rest
+
+
 app = typer.Typer(
     name="lipbounds",
+    cls=Commands,
     rich_markup_mode="markdown",
     no_args_is_help=True,
     add_completion=False,
@@ -442,7 +452,7 @@ def verify(
         typer.echo(tables.proved(claims, time.perf_counter() - begin))
 
 
-app.command()(train)
+app.command("train", help=train.train.__doc__)(lambda: None)
 app.command(cls=ManyValues)(evaluate)
 app.command(cls=ManyRatios)(forge)
 

@@ -1,167 +1,54 @@
-"""`lipbounds train`: a run in a folder of its own, started or gone on with."""
+"""`lipbounds train`: start or resume a run in a folder of its own."""
 
 from __future__ import annotations
 
-import enum
+import dataclasses
+import functools
+import inspect
+import typing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from lipbounds._cli import tables
 from lipbounds._cli.common import Json, refusals
 
-
-class Loss(enum.StrEnum):
-    crm = "crm"
-    cross_entropy = "cross-entropy"
-    gloro = "gloro"
-    lipschitz_margin = "lipschitz-margin"
-
-
-class BoundInLoss(enum.StrEnum):
-    naive = "naive"
-    liplt = "liplt"
-    recursion = "recursion"
-
-
-class Pairs(enum.StrEnum):
-    pairwise = "pairwise"
-    per_class = "per-class"
-    whole = "whole"
-
-
-class Activation(enum.StrEnum):
-    relu = "relu"
-    maxmin = "maxmin"
-
-
-class Transform(enum.StrEnum):
-    negative = "negative"
-    exponential = "exponential"
-    hinge = "hinge"
-
-
-class Schedule(enum.StrEnum):
-    exponential = "exponential"
-    cosine = "cosine"
-    constant = "constant"
-
-
-class Average(enum.StrEnum):
-    none = "none"
-    ema = "ema"
-    swa = "swa"
-
-
-class Precision(enum.StrEnum):
-    float32 = "float32"
-    float64 = "float64"
-
-
-def _number(help: str, **limits: Any) -> Any:
-    return typer.Option(metavar="NUMBER", show_default=False, help=help, **limits)
-
-
-def _choice(help: str) -> Any:
-    return typer.Option(show_default=False, help=help)
+_PROCESSES = "Several processes"
 
 
 def train(
-    loss: Annotated[
-        Loss | None,
-        typer.Argument(show_default=False, help="What to train with; not with --resume."),
-    ] = None,
+    *,
     resume: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RUN", show_default=False, help="Go on with an interrupted run, to the same weights."
-        ),
+        Path | None, typer.Option(metavar="RUN", help="Resume an interrupted run, to the same weights.")
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(metavar="RUN", file_okay=False, show_default=False, help="A new folder for the run."),
+        Path | None, typer.Option(metavar="RUN", file_okay=False, help="New folder for the run.")
     ] = None,
     preset: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", show_default=False, help="Settings of a published run: mnist-4C3F, ..."),
+        str | None, typer.Option(metavar="NAME", help="Start from the settings of a published run.")
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", exists=True, dir_okay=False, show_default=False, help="Settings as JSON."
-        ),
+        typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Read settings from a JSON file."),
     ] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", show_default="digits", help="digits, mnist, cifar10, cifar100 or tiny-imagenet."
-        ),
-    ] = None,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(
-            "--data-dir", metavar="DIR", file_okay=False, show_default="LIPBOUNDS_DATA", help="Its files."
-        ),
-    ] = None,
-    arch: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            show_default="by data set",
-            help='Widths such as "784-512-512-10", or 2C2F, 4C3F, ...',
-        ),
-    ] = None,
-    activation: Annotated[Activation | None, _choice("relu unless given.")] = None,
-    mean: Annotated[float | None, _number("Of the normalisation inside the model.")] = None,
-    std: Annotated[float | None, _number("Of the normalisation inside the model.")] = None,
-    constants: Annotated[BoundInLoss | None, _choice("The bound in the loss.")] = None,
-    pairs: Annotated[Pairs | None, _choice("L_ij, L_i + L_j or sqrt(2) L.")] = None,
-    lam: Annotated[float | None, _number("Weight of the radius in CRM.", min=0.0)] = None,
-    r0: Annotated[float | None, _number("Radius up to which examples count, in pixel units.")] = None,
-    t: Annotated[float | None, _number("Sharpness of the soft radius.")] = None,
-    g: Annotated[Transform | None, _choice("What is minimised of the radius.")] = None,
-    eps: Annotated[float | None, _number("l2 radius of the validation (and of GloRo), in pixels.")] = None,
-    warmup: Annotated[int | None, _number("Epochs of cross-entropy alone.", min=0)] = None,
-    power_iterations: Annotated[int | None, _number("Per step, of naive and liplt.", min=1)] = None,
-    refresh: Annotated[int | None, _number("Recompute the constants every N steps.", min=1)] = None,
-    precision: Annotated[Precision | None, _choice("Of the constants in the loss.")] = None,
-    epochs: Annotated[int | None, _number("Passes over the training images.", min=1)] = None,
-    batch_size: Annotated[int | None, _number("Images a step.", min=1)] = None,
-    learning_rate: Annotated[float | None, _number("Adam learning rate.")] = None,
-    final_learning_rate: Annotated[float | None, _number("Final learning rate.")] = None,
-    multiplier_rate: Annotated[float | None, _number("Of the recursion's multipliers.")] = None,
-    schedule: Annotated[Schedule | None, _choice("How the learning rate falls.")] = None,
-    decay_from: Annotated[int | None, _number("Epochs done before it falls.", min=0)] = None,
-    smoothing: Annotated[float | None, _number("Label smoothing.")] = None,
-    flip: Annotated[
-        bool | None, typer.Option("--flip/--no-flip", show_default=False, help="Mirror images.")
-    ] = None,
-    degrees: Annotated[float | None, _number("Rotate images by up to so much.")] = None,
-    translate: Annotated[float | None, _number("Shift images by up to this share.")] = None,
-    average: Annotated[Average | None, _choice("Average the weights.")] = None,
-    ema_decay: Annotated[float | None, _number("Of the moving average, per step.")] = None,
-    average_from: Annotated[int | None, _number("Epochs done before the average begins.", min=0)] = None,
-    holdout: Annotated[float | None, _number("Share of the training images kept for validation.")] = None,
-    validate_every: Annotated[int | None, _number("Epochs between validations.", min=0)] = None,
-    checkpoint_every: Annotated[int | None, _number("Epochs between checkpoints.", min=1)] = None,
-    max_skipped: Annotated[int | None, _number("Skipped steps an epoch may have.", min=0)] = None,
-    seed: Annotated[int | None, _number("Of everything random.", min=0)] = None,
     coordinator: Annotated[
         str | None,
-        typer.Option(
-            metavar="HOST:PORT", show_default=False, help="Process 0, where several processes train."
-        ),
+        typer.Option(metavar="HOST:PORT", help="Address of process 0.", rich_help_panel=_PROCESSES),
     ] = None,
-    processes: Annotated[int | None, _number("How many processes.", min=1)] = None,
-    process: Annotated[int | None, _number("Which of them this is, from 0.", min=0)] = None,
+    processes: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Number of them.", rich_help_panel=_PROCESSES)
+    ] = None,
+    process: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Index of this one.", rich_help_panel=_PROCESSES)
+    ] = None,
+    **settings: Any,
 ) -> None:
     """Train a network, by certified radius maximisation (crm) or one of its baselines.
 
-    Writes to the run's folder: config.json, log.jsonl (one line an epoch), checkpoints, and in the end
-    model.safetensors and report.html. Resume an interrupted run with --resume; it ends with the
-    same weights bit for bit. Progress figures are certified by a proved bound, on training images unless
-    --holdout keeps some out.
+    Writes config.json, log.jsonl (one line per epoch), checkpoints, model.safetensors and report.html to the
+    folder of the run. Resume an interrupted run with --resume; it ends with the same weights bit for bit.
+    Validation is certified by a proved bound, on training images unless --holdout keeps some out.
 
     Examples:
 
@@ -173,18 +60,15 @@ def train(
 
     - `lipbounds train --resume runs/mnist`
     """
-    given = {key: _plain(value) for key, value in locals().items()}
-    for key in ("resume", "out", "preset", "config", "coordinator", "processes", "process"):
-        given.pop(key)
-    given = {key: value for key, value in given.items() if value is not None}
+    given = {key: value for key, value in settings.items() if value is not None}
     if resume is not None:
-        others = [key for key in given if key != "data_dir"]
-        others += [name for name, value in (("out", out), ("preset", preset), ("config", config)) if value]
+        begin: Json = {"out": out, "preset": preset, "config": config}
+        others = [key for key in given if key != "data_dir"] + [key for key, value in begin.items() if value]
         if others:
             raise typer.BadParameter(
                 f"a run has its own settings; leave out {', '.join(sorted(others))}", param_hint="--resume"
             )
-    elif out is None or (loss is None and preset is None and config is None):
+    elif out is None or ("loss" not in given and preset is None and config is None):
         raise typer.BadParameter(
             "say what to train with and where to write, such as `lipbounds train crm --out RUN`",
             param_hint="train",
@@ -193,46 +77,52 @@ def train(
         from lipbounds.training import parallel
 
         parallel.join(coordinator, processes, process)
-        from lipbounds.training import runs
-        from lipbounds.training.loop import fit
-        from lipbounds.training.loop import resume as go_on
-
-        folder = out if resume is None else resume
-        assert folder is not None
-        settings = runs.read(folder) if resume is not None else _settings(given, preset, config)
-        leads = parallel.devices().leads
-        with tables.training(settings.epochs, quiet=not leads) as tell:
-
-            def show(record: Json) -> None:
-                tell(record, _line(record, settings))
-
-            if resume is None:
-                fitted = fit(settings, out=folder, progress=show)
-            else:
-                fitted = go_on(folder, data_dir=data_dir, progress=show)
-        parallel.leave()
-        if not leads:
-            return
-        from lipbounds.analysis.training_report import final_record, write_training_report
-
-        with tables.working() as say:
-            final = final_record(fitted, data_dir, say)
-        page = write_training_report(folder, settings, list(fitted.log), final)
-        clean, certified = 100 * final["clean"], 100 * final["certified"]
-        for line in (
-            f"{final['images']} test images: {clean:.2f} % clean, {certified:.2f} % certified at eps {settings.eps:g} "
-            f"({final['method']}, {final['guarantee']})",
-            f"report: {page}",
-            f"next:   lipbounds evaluate {folder}",
-        ):
-            tables.say(tables.console(), line)
+        _run(out, None if resume else _settings(given, preset, config), resume, given.get("data_dir"))
 
 
-def _plain(value: Any) -> Any:
-    """An option as configurations hold it."""
-    if isinstance(value, enum.Enum):
-        return value.value
-    return str(value) if isinstance(value, Path) else value
+def command() -> Any:
+    """`train` with an option for every field of `Config`, which is imported here because that takes a second."""
+    from lipbounds.training.config import Config
+
+    own = inspect.signature(train, eval_str=True)
+    parameters, hints = list(own.parameters.values()), typing.get_type_hints(Config)
+    parameters[4:] = [
+        *(
+            parameters[0].replace(name=field.name, annotation=_annotation(field, hints[field.name]))
+            for field in dataclasses.fields(Config)
+        ),
+        *parameters[4:-1],  # how several processes find each other stands last
+    ]
+    function: Any = functools.wraps(train)(lambda **given: train(**given))
+    function.__signature__ = own.replace(parameters=parameters)
+    app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
+    app.command()(function)
+    return typer.main.get_command(app)
+
+
+def _annotation(field: dataclasses.Field[Any], hint: Any) -> Any:
+    """The option of a setting; None stands for one that is not given."""
+    from lipbounds.training.config import defaults, described
+    from lipbounds.training.data import DATASETS
+
+    words, limits, help = field.metadata["choices"], field.metadata["limits"], field.metadata["help"]
+    panel = field.metadata["group"].capitalize()
+    if field.name == "loss":
+        return Annotated[Literal[words] | None, typer.Argument(help=help, show_default=False)]
+    if any(field.name in defaults(dataset) for dataset in DATASETS) and field.name != "dataset":
+        default = "by data set"
+    else:
+        default = {"data_dir": "LIPBOUNDS_DATA", "flip": "no"}.get(field.name, str(field.default))
+    more: Json = {"rich_help_panel": panel, "show_default": default, "help": help}
+    if field.name == "dataset":  # Config suggests a near name
+        more |= {"metavar": "NAME", "help": described(field)}
+    elif words:
+        hint = Literal[words]
+    elif hint in (int, float):
+        more |= {"metavar": "N" if hint is int else "NUMBER", "min": limits[0] if hint is int else None}
+    else:
+        more["metavar"] = None if hint is bool else "DIR" if field.name == "data_dir" else "NAME"
+    return Annotated[hint | None, typer.Option(**more)]
 
 
 def _settings(given: Json, preset: str | None, file: Path | None) -> Any:
@@ -251,29 +141,61 @@ def _settings(given: Json, preset: str | None, file: Path | None) -> Any:
     return settings
 
 
-def _check_used(given: Json, settings: Any) -> None:
+def _check_used(given: Json, c: Any) -> None:
     """ValueError for options that these settings make no use of."""
-    recursion = settings.uses_constants and settings.constants == "recursion"
+    recursion = c.uses_constants and c.constants == "recursion"
     used = {
-        ("lam", "r0", "t", "g"): (settings.loss == "crm", "crm"),
-        ("constants", "pairs", "refresh", "warmup"): (
-            settings.loss != "cross-entropy",
-            "a loss with constants",
-        ),
+        ("lam", "r0", "t", "g"): (c.loss == "crm", "crm"),
+        ("constants", "pairs", "refresh", "warmup"): (c.loss != "cross-entropy", "a loss with constants"),
         ("multiplier_rate", "precision"): (
-            recursion or settings.precision == "float64",
+            recursion or c.precision == "float64",
             "--constants recursion",
         ),
-        ("power_iterations",): (settings.uses_constants and not recursion, "--constants naive or liplt"),
-        ("final_learning_rate", "decay_from"): (settings.schedule != "constant", "a schedule that falls"),
-        ("ema_decay",): (settings.average == "ema", "--average ema"),
-        ("average_from",): (settings.average != "none", "--average ema or swa"),
-        ("smoothing",): (settings.loss in ("crm", "cross-entropy"), "crm or cross-entropy"),
+        ("power_iterations",): (c.uses_constants and not recursion, "--constants naive or liplt"),
+        ("final_learning_rate", "decay_from"): (c.schedule != "constant", "a schedule that falls"),
+        ("ema_decay",): (c.average == "ema", "--average ema"),
+        ("average_from",): (c.average != "none", "--average ema or swa"),
+        ("smoothing",): (c.loss in ("crm", "cross-entropy"), "crm or cross-entropy"),
     }
     for names, (fine, what) in used.items():
         idle = [f"--{name.replace('_', '-')}" for name in names if name in given]
         if idle and not fine:
             raise ValueError(f"{', '.join(idle)} would do nothing: it belongs to {what}")
+
+
+def _run(out: Path | None, settings: Any, resume: Path | None, data_dir: str | None) -> None:
+    """Train, or resume, with a bar of progress; then certify the test images and write the report."""
+    from lipbounds.analysis.training_report import final_record, write_training_report
+    from lipbounds.training import loop, parallel, runs
+
+    folder = out if resume is None else resume
+    assert folder is not None
+    if resume is not None:
+        settings = runs.read(resume)
+    leads = parallel.devices().leads
+    with tables.training(settings.epochs, quiet=not leads) as tell:
+
+        def show(record: Json) -> None:
+            tell(record, _line(record, settings))
+
+        if resume is None:
+            fitted = loop.fit(settings, out=folder, progress=show)
+        else:
+            fitted = loop.resume(folder, data_dir=data_dir, progress=show)
+    parallel.leave()
+    if not leads:
+        return
+    with tables.working() as say:
+        final = final_record(fitted, None if data_dir is None else Path(data_dir), say)
+    page = write_training_report(folder, settings, list(fitted.log), final)
+    clean, certified = 100 * final["clean"], 100 * final["certified"]
+    for line in (
+        f"{final['images']} test images: {clean:.2f} % clean, {certified:.2f} % certified at eps {settings.eps:g} "
+        f"({final['method']}, {final['guarantee']})",
+        f"report: {page}",
+        f"next:   lipbounds evaluate {folder}",
+    ):
+        tables.say(tables.console(), line)
 
 
 def _line(record: Json, settings: Any) -> str:
