@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lipbounds._text.arguments import whole
+from lipbounds._text import whole
 from lipbounds.results import check_norm
 
 Progress = Callable[[str], None]

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lipbounds._text.arguments import as_labels, whole
+from lipbounds._text import as_labels, whole
 from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings
 from lipbounds.results import NORM_NAMES
 

@@ -18,8 +18,8 @@ import numpy as np
 from flax import nnx
 
 import lipbounds as lb
-from lipbounds._text.files import write_atomically
-from lipbounds._text.version import __version__
+from lipbounds import __version__
+from lipbounds._text import write_atomically
 from lipbounds.analysis.experiment import NORMS, Json, measure, method_names, offered
 from lipbounds.training.config import Config
 from lipbounds.training.data import Dataset, digits

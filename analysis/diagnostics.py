@@ -19,16 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lipbounds._text.arguments import whole
-from lipbounds._text.html import Html, element, together
-from lipbounds._text.tables import (
+from lipbounds._text import (
     Direction,
+    Html,
+    element,
     html_table,
     markdown_table,
     markdown_text,
     printable,
     show,
     text_table,
+    together,
+    whole,
 )
 from lipbounds.analysis.attack_settings import Progress
 from lipbounds.analysis.batches import chunks

@@ -22,10 +22,9 @@ import numpy as np
 from flax import nnx
 
 import lipbounds as lb
-from lipbounds._comparison.compare import METHODS
-from lipbounds._form.lure import fingerprint
-from lipbounds._lipsdp.certificate import check, load_certificate
-from lipbounds._local.forward import logits
+from lipbounds._form import fingerprint
+from lipbounds._lipsdp import check_certificate, load_certificate
+from lipbounds._local import logits
 from lipbounds.analysis.attacks import Attack, length, pgd
 from lipbounds.analysis.experiment import Json, Progress, eps_grid, norm_key, radii_record
 from lipbounds.errors import GuaranteeError
@@ -115,7 +114,7 @@ def certify(
     Raises ValueError for an unknown method, one that gives no upper bound or is named twice, and for bad images.
     """
     names = [m if isinstance(m, str) else getattr(m, "method", repr(m)) for m in methods]
-    usable = [name for name in METHODS if name not in NOT_UPPER]
+    usable = [name for name in lb.METHODS if name not in NOT_UPPER]
     wrong = [
         name
         for name, method in zip(names, methods, strict=True)
@@ -143,7 +142,7 @@ def certified_bound(path: os.PathLike[str], model: Any, x: np.ndarray) -> lb.Upp
     begin = time.perf_counter()
     form = lb.trace(model, x[0])
     claims = load_certificate(path)
-    check(claims, form)
+    check_certificate(claims, form)
     shape = (form.num_outputs, form.in_size)
     return lb.UpperBound(
         value=claims.value,

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 import lipbounds as lb
-from lipbounds._comparison.compare import METHODS
 from lipbounds.analysis.attack_settings import Progress
 
 Json = dict[str, Any]
@@ -57,8 +56,8 @@ def method_names() -> tuple[str, ...]:
 
     LipSDP's references, which are no tighter and take as long or longer, are measured only if named.
     """
-    known = [name for name in _ORDER if name in METHODS]
-    return (*known, *(name for name in METHODS if name not in known and name not in _REFERENCES))
+    known = [name for name in _ORDER if name in lb.METHODS]
+    return (*known, *(name for name in lb.METHODS if name not in known and name not in _REFERENCES))
 
 
 def offered(names: Sequence[str], norm: float, quick: bool = False) -> list[str]:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
-from lipbounds._text.tables import Direction, label_text, show
+from lipbounds._text import Direction, label_text, show
 from lipbounds.analysis.experiment import LABELS
 
 Json = dict[str, Any]

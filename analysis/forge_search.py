@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from lipbounds._text.html import Html
-from lipbounds._text.tables import html_table, markdown_table, show, text_table
+from lipbounds._text import Html, html_table, markdown_table, show, text_table
 from lipbounds.analysis.attack_settings import LINF, AttackSettings
 from lipbounds.analysis.attacks import pgd
 from lipbounds.analysis.forging import Forged, Where, forge

@@ -34,9 +34,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save
 
-from lipbounds._text.arguments import whole
-from lipbounds._text.files import read_safetensors, write_atomically
-from lipbounds._text.tables import show, text_table
+from lipbounds._text import read_safetensors, show, text_table, whole, write_atomically
 from lipbounds.analysis.attack_settings import Progress
 from lipbounds.analysis.batches import Example, chunks, examples
 from lipbounds.analysis.gates import (

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from lipbounds._text.tables import html_table
+from lipbounds._text import html_table
 from lipbounds.analysis.figures import png
 from lipbounds.analysis.forging_study import Claim, Study, power_of_two
 from lipbounds.analysis.masking import MaskingChecks

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lipbounds._text.html import Html, element
-from lipbounds._text.tables import html_table, markdown_table, markdown_text, show, text_table
+from lipbounds._text import Html, element, html_table, markdown_table, markdown_text, show, text_table
 from lipbounds.analysis.attack_settings import LINF, AttackSettings
 from lipbounds.analysis.attacks import pgd
 from lipbounds.analysis.diagnostics import Diagnosis, diagnose

@@ -30,9 +30,17 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from lipbounds._text.arguments import whole
-from lipbounds._text.html import Html, element
-from lipbounds._text.tables import html_table, markdown_table, markdown_text, printable, show, text_table
+from lipbounds._text import (
+    Html,
+    element,
+    html_table,
+    markdown_table,
+    markdown_text,
+    printable,
+    show,
+    text_table,
+    whole,
+)
 from lipbounds.analysis.attack_settings import LINF, AttackSettings
 from lipbounds.analysis.attacks import Attack, fgsm, pgd
 from lipbounds.analysis.experiment import norm_key

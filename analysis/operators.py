@@ -29,7 +29,7 @@ import numpy as np
 from flax import nnx
 
 import lipbounds as lb
-from lipbounds._norms.rounding import gamma
+from lipbounds._norms import gamma
 from lipbounds.analysis.spectra import By, Discs, largest_eigenvalue, spectral_norm_forged
 from lipbounds.results import Guarantee
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import jinja2
 
-from lipbounds._text.files import write_atomically
-from lipbounds._text.tables import seconds_text, show
+from lipbounds._text import seconds_text, show, write_atomically
 from lipbounds.analysis.figures import (
     NORM_NAMES,
     bounds_figure,

@@ -28,8 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from lipbounds._text.arguments import as_labels, whole
-from lipbounds._text.html import Html, element
+from lipbounds._text import Html, as_labels, element, whole
 from lipbounds.analysis.attack_settings import Progress
 from lipbounds.analysis.attacks import Model, as_points, count_classes, split
 

@@ -26,10 +26,9 @@ from typing import Any, Literal
 import numpy as np
 import scipy.linalg
 
-from lipbounds._norms.matrices import as_matrix, frobenius_norm, row_norms
-from lipbounds._norms.rounding import finite, gamma, mul_up, unscale_up
-from lipbounds._text.html import Html
-from lipbounds._text.tables import html_table, markdown_table, new_axes, show, text_table
+from lipbounds._norms import as_matrix, finite, gamma, mul_up, unscale_up
+from lipbounds._text import Html, html_table, markdown_table, new_axes, show, text_table
+from lipbounds.norms import frobenius_norm, row_norms
 
 By = Literal["row", "column"]
 _SHOWN = 10  # discs in a table

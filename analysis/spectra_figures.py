@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from lipbounds._text.tables import label_text, show
+from lipbounds._text import label_text, show
 from lipbounds.analysis.diagnostics import Diagnosis
 from lipbounds.analysis.figures import INK, MUTED, _dress, _figure
 from lipbounds.analysis.spectra import Discs, Interlacing

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lipbounds._text.arguments import whole
+from lipbounds._text import whole
 from lipbounds.analysis import attacks
 from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings
 from lipbounds.analysis.attacks import Attack, Problem, keep, margin_of, per_example, project

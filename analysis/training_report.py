@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from matplotlib.figure import Figure
 
 import lipbounds as lb
-from lipbounds._text.version import __version__
+from lipbounds import __version__
 from lipbounds.analysis.figures import INK, RADII_LINES, _dress, _figure, png
 from lipbounds.analysis.report import environment, write_page
 from lipbounds.training.config import Config

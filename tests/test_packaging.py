@@ -70,6 +70,16 @@ def test_a_folder_refuses_its_bare_name(folder):
     assert f"ImportError: this folder is the package lipbounds.{folder}" in done.stderr
 
 
+def test_training_and_analysis_are_kept_out_of_every_room():
+    """The contract of import-linter that `.ci/run` checks names each room; what a room offers has a name in it."""
+    (contract,) = (c for c in PROJECT["tool"]["importlinter"]["contracts"] if c["type"] == "forbidden")
+    rooms = {name for name in folders_with_code() if name.startswith("lipbounds._")} - {"lipbounds._cli"}
+    assert contract["forbidden_modules"] == [f"{room}.*" for room in sorted(rooms)]
+    for room in rooms:
+        module = importlib.import_module(room)
+        assert all(hasattr(module, name) for name in getattr(module, "__all__", ()))
+
+
 def test_one_version():
     assert importlib.metadata.version("lipbounds") == __version__
     assert lipbounds.__version__ == __version__

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lipbounds._text.files import DEFLATE
+from lipbounds._text import DEFLATE
 from lipbounds.training.cifar import cifar10, cifar100
 from lipbounds.training.dataset import Dataset, Progress, Source, check_count, refuse_copies
 from lipbounds.training.image_folders import tiny_imagenet

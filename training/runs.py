@@ -13,8 +13,8 @@ from typing import Any
 
 from flax import nnx
 
-from lipbounds._text.files import write_atomically
-from lipbounds._text.version import __version__
+from lipbounds import __version__
+from lipbounds._text import write_atomically
 from lipbounds.training.config import Config
 from lipbounds.training.models import ModelSpec
 from lipbounds.training.store import load_model, save_model

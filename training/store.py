@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save
 
-from lipbounds._text.files import read_safetensors, write_atomically
+from lipbounds._text import read_safetensors, write_atomically
 from lipbounds.training.models import ModelSpec, build
 
 FORMAT = "lipbounds-model"

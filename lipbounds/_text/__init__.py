@@ -1,1 +1,23 @@
 """What every room may use: tables, HTML, progress, files, the boundary of a public call, the version."""
+
+from lipbounds._text.arguments import as_labels, whole
+from lipbounds._text.files import DEFLATE, read_safetensors, write_atomically
+from lipbounds._text.html import Html, element, together
+from lipbounds._text.tables import (
+    Direction,
+    html_table,
+    label_text,
+    markdown_table,
+    markdown_text,
+    new_axes,
+    printable,
+    seconds_text,
+    show,
+    text_table,
+)  # fmt: skip
+
+__all__ = [
+    "DEFLATE", "Direction", "Html", "as_labels", "element", "html_table", "label_text", "markdown_table",
+    "markdown_text", "new_axes", "printable", "read_safetensors", "seconds_text", "show", "text_table", "together",
+    "whole", "write_atomically",
+]  # fmt: skip
