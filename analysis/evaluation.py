@@ -25,6 +25,7 @@ import lipbounds as lb
 from lipbounds._form import fingerprint
 from lipbounds._lipsdp import check_certificate, load_certificate
 from lipbounds._local import logits
+from lipbounds.analysis.attack_settings import AttackSettings
 from lipbounds.analysis.attacks import Attack, length, pgd
 from lipbounds.analysis.experiment import Json, Progress, eps_grid, norm_key, radii_record
 from lipbounds.errors import GuaranteeError
@@ -228,32 +229,21 @@ def evaluate(
     """
     x, y = _first(x, y, images)
     levels = _levels(eps, 1.0 if paper_units is None else paper_units)
-    given = [float(e) for e in eps]
-    norms = list(dict.fromkeys(check_norm(p) for p in pgd_norms))
-    if 1 in norms:
-        raise ValueError("attacks are in norm 2 or inf, not 1")
-    settings: Json = {"steps": pgd_steps, "restarts": pgd_restarts, "seed": seed, "progress": progress}
+    attacks = {p: AttackSettings(p, seed=seed, progress=progress) for p in map(check_norm, pgd_norms)}
     clean = pgd(model, x, y, 0.0, steps=0)  # bad images are refused before the bounds take their time
     found = certify(model, x, y, methods=methods, seed=seed, progress=progress)
     radius = found.radius(len(x))
     correct = clean.correct | (radius > 0)
-    rounding = int((correct & ~clean.correct).sum())
-
     # rounded down, so that the l2 ball contains the l-inf ball
-    shrink = (1 - 2.0**-48) / math.sqrt(x[0].size)
-    width: dict[float, dict[float, float]] = {
-        2: {e: e for e in levels},
-        math.inf: {e: e * shrink for e in levels},
-    }
-    nearest = {p: np.full(len(x), np.inf) for p in norms}
-    runs = [(p, width[p][e]) for p in norms for e in levels]
-    for p, ball in [*runs, (2, radius)]:
-        attack = pgd(model, x, y, ball, norm=p, **settings)
-        broken, rounded = _real(found, attack, x, y, radius)
-        rounding += rounded
-        for q in norms:
-            distance = np.where(broken, length(attack.adversarial, x, q), np.inf)
-            nearest[q] = np.minimum(nearest[q], distance)
+    shrink = {2.0: 1.0, math.inf: (1 - 2.0**-48) / math.sqrt(x[0].size)}
+    balls = [(settings, e * shrink[p]) for p, settings in attacks.items() for e in levels]
+    balls.append((AttackSettings(seed=seed, progress=progress), radius))
+    ascent = {"steps": pgd_steps, "restarts": pgd_restarts}
+    nearest, rounded = _nearest(model, found, x, y, balls, list(attacks), ascent)
+    rounding = int((correct & ~clean.correct).sum()) + rounded
+    beyond = {p: {str(e): nearest[p] > e * shrink[p] for e in levels} for p in attacks}
+    factor = 1.0 if paper_units is None else float(paper_units)
+    given = {str(e / factor): e for e in sorted({float(e) for e in eps})}
     return {
         "clean": float(correct.mean()),
         "images": len(x),
@@ -261,25 +251,37 @@ def evaluate(
         "unit": UNIT,
         "seed": seed,
         "pgd": {
-            norm_key(p): {str(e): float(np.mean(correct & (nearest[p] > width[p][e]))) for e in levels}
-            for p in norms
+            norm_key(p): {e: float(np.mean(correct & far)) for e, far in beyond[p].items()} for p in attacks
         },
-        "pgd_settings": {
-            "steps": pgd_steps,
-            "restarts": pgd_restarts,
-            "loss": clean.loss,
-            "eps_inf": {str(e): width[math.inf][e] for e in levels},
-        },
+        "pgd_settings": ascent
+        | {"loss": clean.loss, "eps_inf": {str(e): e * shrink[math.inf] for e in levels}},
         "inside": {"images": int((radius > 0).sum()), "broken": 0},
         "rounding": rounding,
         **found.record(levels),
-        "paper_units": None
-        if paper_units is None
-        else {
-            "factor": float(paper_units),
-            "given": {str(e / paper_units): e for e in sorted(set(given))},
-        },
+        "paper_units": None if paper_units is None else {"factor": factor, "given": given},
     }
+
+
+def _nearest(
+    model: Any,
+    found: Certified,
+    x: np.ndarray,
+    y: np.ndarray,
+    balls: Sequence[tuple[AttackSettings, Any]],
+    norms: Sequence[float],
+    ascent: Mapping[str, int],
+) -> tuple[dict[float, np.ndarray], int]:
+    """Norm -> (N,) distance of the nearest example that PGD in any of the balls (settings, eps) broke, inf where none;
+    and how many only float32 rounding broke."""
+    radius, rounding = found.radius(len(x)), 0
+    nearest = {p: np.full(len(x), np.inf) for p in norms}
+    for settings, ball in balls:
+        attack = pgd(model, x, y, ball, settings, **ascent)
+        broken, rounded = _real(found, attack, x, y, radius)
+        rounding += rounded
+        for p in norms:
+            nearest[p] = np.minimum(nearest[p], np.where(broken, length(attack.adversarial, x, p), np.inf))
+    return nearest, rounding
 
 
 def _real(

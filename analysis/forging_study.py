@@ -199,33 +199,45 @@ def claims(found: Study, checks: MaskingChecks | None = None) -> tuple[Claim, ..
     plain, *others = found.rows
     if not others:
         raise ValueError("the study holds c_r = 0 only: there is nothing to compare")
+    return (
+        Claim("forging raises robust accuracy (4.2.3; here under PGD)", *_rises(plain, others, "withstood")),
+        Claim("forging raises standard accuracy (4.2.3)", *_rises(plain, others, "correct")),
+        *_claims_on_layers(others, _across(found.forged.with_c_r(others[-1].c_r), others[-1].diagnosis)),
+        *(() if checks is None else _claims_on_masking(checks)),
+        Claim("robust accuracy under AutoAttack (tables 1 to 5)", OPEN, "AutoAttack is not in this library"),
+    )
+
+
+def _listed(rows: Sequence[Row], values: Sequence[str]) -> str:
+    return ", ".join(f"{power_of_two(row.c_r)}: {v}" for row, v in zip(rows, values, strict=True))
+
+
+def _rises(plain: Row, others: Sequence[Row], name: str) -> tuple[str, str]:
+    """Whether more images are in `name` than without gates, by the exact McNemar test, split over the c_r."""
+    pairs = [differ(getattr(row, name), getattr(plain, name)) for row in others]
+    points = [100 * (won - lost) / len(plain.correct) for won, lost in pairs]
+    least = min(p_value(pair) for pair in pairs)
+    verdict = DOES_NOT if max(points) <= 0 else HOLDS if least < LEVEL / len(others) else OPEN
+    why = ", within chance" if verdict == OPEN else ""
+    return verdict, f"{_listed(others, [f'{p:+.2f}' for p in points])} points (smallest p {least:.2g}{why})"
+
+
+def _claims_on_layers(others: Sequence[Row], across: tuple[str, float, float]) -> list[Claim]:
+    """What the paper says of eigenvalues, discs and constants; `across` as `_across` measures it."""
     layers = [layer for row in others for layer in row.diagnosis.layers]
-
-    def listed(values: list[str]) -> str:
-        return ", ".join(f"{power_of_two(row.c_r)}: {v}" for row, v in zip(others, values, strict=True))
-
-    def rises(name: str) -> tuple[str, str]:
-        """Whether more images are in `name` than without gates, by the exact McNemar test, split over the c_r."""
-        pairs = [differ(getattr(row, name), getattr(plain, name)) for row in others]
-        points = [100 * (won - lost) / len(plain.correct) for won, lost in pairs]
-        chance = [p_value(pair) for pair in pairs]
-        verdict = DOES_NOT if max(points) <= 0 else HOLDS if min(chance) < LEVEL / len(others) else OPEN
-        why = ", within chance" if verdict == OPEN else ""
-        return verdict, f"{listed([f'{p:+.2f}' for p in points])} points (smallest p {min(chance):.2g}{why})"
-
-    place, quotient, norm = _across(found.forged.with_c_r(others[-1].c_r), others[-1].diagnosis)
-    withstood, clean = rises("withstood"), rises("correct")
+    place, quotient, norm = across
     # a disc of A (columns): of a kept column it is the same in A', as no entry of that column changes
     kept = max((layer.columns_forged / layer.disc).max() for layer in layers if layer.disc)
     worst = [max(layer.ratios.max() for layer in row.diagnosis.layers) for row in others]
+    support = max(layer.support_ratios.max() for layer in layers)
     fallen = sum(layer.constant_forged < layer.constant for layer in layers)
-    shares = listed([f"{100 * row.zeroed:.0f} % ({100 * row.zero:.0f} % before)" for row in others])
-    rows = [
-        Claim("forging raises robust accuracy (4.2.3; here under PGD)", *withstood),
-        Claim("forging raises standard accuracy (4.2.3)", *clean),
+    smaller = all(layer.worst <= layer.eigenvalue * (1 + 1e-9 + layer.residual) for layer in layers)
+    discs = all(max(one.rows_forged.max(), one.columns_forged.max()) <= one.disc for one in layers)
+    shares = [f"{100 * row.zeroed:.0f} % ({100 * row.zero:.0f} % before)" for row in others]
+    return [
         Claim(
             "lambda_max(A') <= lambda_max(A) (Lemma 2)",
-            _verdict(all(layer.worst <= layer.eigenvalue * (1 + 1e-9 + layer.residual) for layer in layers)),
+            _verdict(smaller),
             f"on {sum(len(layer.ratios) for layer in layers)} inputs of layers, largest ratio {100 * max(worst):.2f} %",
         ),
         Claim(
@@ -235,19 +247,14 @@ def claims(found: Study, checks: MaskingChecks | None = None) -> tuple[Claim, ..
         ),
         Claim(
             "the disc bound is no larger (proof of Lemma 2)",
-            _verdict(
-                all(
-                    max(layer.rows_forged.max(), layer.columns_forged.max()) <= layer.disc for layer in layers
-                )
-            ),
+            _verdict(discs),
             "rows and columns, every sampled input",
         ),
         Claim(
             f"the worst lambda_max(A') is about {100 * OF_A:.0f} % of lambda_max(A) (appendix C)",
             _verdict(any(abs(w - OF_A) <= 0.02 for w in worst)),
-            listed([f"{100 * w:.2f} %" for w in worst])
-            + "; zeros that were there before leave at most "
-            + f"{100 * max(layer.support_ratios.max() for layer in layers):.2f} %",
+            f"{_listed(others, [f'{100 * w:.2f} %' for w in worst])}; zeros that were there before leave at most "
+            f"{100 * support:.2f} %",
         ),
         Claim(
             "the empirical constant falls (3.3)",
@@ -257,7 +264,7 @@ def claims(found: Study, checks: MaskingChecks | None = None) -> tuple[Claim, ..
         Claim(
             "the gates themselves zero another fifth of the entries (appendix C)",
             _verdict(max(row.zeroed - row.zero for row in others) >= 0.2),
-            shares,
+            _listed(others, shares),
         ),
         Claim(
             "the forged layer amplifies differences less (eq. 4 with the above)",
@@ -266,29 +273,27 @@ def claims(found: Study, checks: MaskingChecks | None = None) -> tuple[Claim, ..
             f"apart, is {show(quotient, 'down')}, ||W||_2 at most {show(norm, 'up')}",
         ),
     ]
-    if checks is not None:
-        said = {PASSES: HOLDS, INCONCLUSIVE: OPEN, FAILS: DOES_NOT}
-        verdicts = [c.verdict for c in checks]
-        worst_of = next(v for v in (FAILS, INCONCLUSIVE, PASSES) if v in verdicts)
-        across, smoothed = checks["transfer from the original"], checks["smoothed certificates"]
-        more = across.figures.get("transfer", 0.0) > across.figures.get("original_white_box", 0.0)
-        rows += [
-            Claim(
-                "gradients are not masked (4.2.4)",
-                said[worst_of],
-                "; ".join(f"{c.name}: {c.verdict}" for c in checks),
-            ),
-            Claim(
-                "the original's adversarial examples are withstood more often than by the original (table 7)",
-                _verdict(more) if across.figures else OPEN,
-                across.text,
-            ),
-            Claim("smoothed certificates do not suffer (figure 3)", said[smoothed.verdict], smoothed.text),
-        ]
-    rows.append(
-        Claim("robust accuracy under AutoAttack (tables 1 to 5)", OPEN, "AutoAttack is not in this library")
-    )
-    return tuple(rows)
+
+
+def _claims_on_masking(checks: MaskingChecks) -> list[Claim]:
+    said = {PASSES: HOLDS, INCONCLUSIVE: OPEN, FAILS: DOES_NOT}
+    verdicts = [c.verdict for c in checks]
+    worst = next(v for v in (FAILS, INCONCLUSIVE, PASSES) if v in verdicts)
+    across, smoothed = checks["transfer from the original"], checks["smoothed certificates"]
+    more = across.figures.get("transfer", 0.0) > across.figures.get("original_white_box", 0.0)
+    return [
+        Claim(
+            "gradients are not masked (4.2.4)",
+            said[worst],
+            "; ".join(f"{c.name}: {c.verdict}" for c in checks),
+        ),
+        Claim(
+            "the original's adversarial examples are withstood more often than by the original (table 7)",
+            _verdict(more) if across.figures else OPEN,
+            across.text,
+        ),
+        Claim("smoothed certificates do not suffer (figure 3)", said[smoothed.verdict], smoothed.text),
+    ]
 
 
 def _across(forged: Forged, diagnosis: Diagnosis) -> tuple[str, float, float]:
