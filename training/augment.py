@@ -22,21 +22,6 @@ def flip(key: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(mirrored[:, None, None, None], x[:, :, ::-1], x)
 
 
-def rotate(key: jax.Array, x: jax.Array, degrees: float, fill: float = 0.0) -> jax.Array:
-    """Each image turned about its centre by an angle drawn uniformly from [-degrees, degrees]; see `affine`."""
-    angles = _angles(key, x, degrees)
-    return affine(x, angles, jnp.zeros((len(x), 2), jnp.float32), fill)
-
-
-def translate(key: jax.Array, x: jax.Array, share: float, fill: float = 0.0) -> jax.Array:
-    """Each image moved by whole pixels, so that no pixel is blurred; what enters is `fill`.
-
-    The shift is drawn uniformly from [-share * height, share * height] down, likewise across, and rounded, as
-    torchvision's RandomAffine does it.
-    """
-    return affine(x, jnp.zeros(len(x), jnp.float32), _shifts(key, x, share), fill)
-
-
 def affine(x: jax.Array, angles: jax.Array, shifts: jax.Array, fill: float = 0.0) -> jax.Array:
     """Each image turned about its centre, then moved; bilinear in one pass, `fill` outside the image.
 
@@ -79,8 +64,9 @@ class Augmentation:
     """`augmentation(key, x)`: flip, then rotation and translation in one resampling.
 
     flip       mirror each image left to right with probability 1/2
-    degrees    largest angle of the rotation, 0..180
-    translate  largest shift as a share of height and width, 0..1
+    degrees    largest angle of the rotation, 0..180; angles are uniform
+    translate  largest shift as a share of height and width, 0..1; shifts are uniform and then rounded to whole pixels, as
+               torchvision's RandomAffine rounds them
     fill       the pixel value of what enters the image, in the units of the images
 
     With nothing switched on a batch is returned as it is. ValueError for arguments outside these ranges.
@@ -105,24 +91,16 @@ class Augmentation:
         if self.flip:
             x = flip(mirror, x)
         if self.degrees or self.translate:
-            x = affine(x, _angles(angle, x, self.degrees), _shifts(shift, x, self.translate), self.fill)
+            angles = self.degrees * jax.random.uniform(angle, x.shape[:1], jnp.float32, -1.0, 1.0)
+            draws = jax.random.uniform(shift, (x.shape[0], 2), jnp.float32, -1.0, 1.0)
+            shifts = jnp.round(self.translate * jnp.array(x.shape[1:3], jnp.float32) * draws)
+            x = affine(x, angles, shifts, self.fill)
         return x
 
 
 def _check_batch(x: jax.Array) -> None:
     if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"wanted is a batch of floats (n, height, width, channels), got {x.dtype} {x.shape}")
-
-
-def _angles(key: jax.Array, x: jax.Array, degrees: float) -> jax.Array:
-    """(n,), uniform in [-degrees, degrees]."""
-    return degrees * jax.random.uniform(key, x.shape[:1], jnp.float32, -1.0, 1.0)
-
-
-def _shifts(key: jax.Array, x: jax.Array, share: float) -> jax.Array:
-    """(n, 2), whole pixels, down and to the right."""
-    size = jnp.array(x.shape[1:3], jnp.float32)
-    return jnp.round(share * size * jax.random.uniform(key, (x.shape[0], 2), jnp.float32, -1.0, 1.0))
 
 
 def _cell(position: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
