@@ -267,7 +267,7 @@ def test_certificates_do_not_overwrite_other_files(model_file, certificate, tmp_
     with monkeypatch.context() as patch:  # refused before anything is computed
         patch.setattr(lb, "lipsdp", None)
         words = ("bounds", model_file, "--certificate")
-        assert "is no certificate" in run(*words, thesis, code=1).stderr
+        assert "is not a certificate" in run(*words, thesis, code=1).stderr
         assert "no folder" in run(*words, tmp_path / "a" / "b", code=1).stderr
         assert "no folder" in run("bounds", model_file, "--json", tmp_path / "a" / "b", code=1).stderr
     assert thesis.read_text() == "chapter 1"
@@ -400,7 +400,7 @@ def test_foreign_files_are_not_overwritten(model_file, tmp_path):
 def test_demo_keeps_out_of_foreign_folders(tmp_path):
     (tmp_path / "results.json").write_text("{}")
     message = run("demo", "--out", tmp_path, code=1).stderr
-    assert "files that are not ours" in message
+    assert "files that lipbounds did not create" in message
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 

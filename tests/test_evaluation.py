@@ -9,12 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import typer
 from typer.testing import CliRunner
 
 import lipbounds as lb
-from lipbounds._cli.evaluate import ManyValues
-from lipbounds._cli.evaluate import evaluate as command
+from lipbounds._cli.main import app
 from lipbounds._comparison.compare import METHODS as BOUNDS
 from lipbounds.analysis.attacks import pgd
 from lipbounds.analysis.evaluation import USUAL_EPS, certificates, evaluate, paper_units
@@ -303,12 +301,8 @@ def test_the_figure_shows_the_shares_of_the_record(record):
 
 
 # ------------------------------------------------------------------------------------------------- the command
-app = typer.Typer(pretty_exceptions_enable=False)
-app.command(cls=ManyValues)(command)
-
-
 def run(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
     assert result.exit_code == code, result.output
     if code == 1:
         assert result.stderr.startswith("lipbounds: ") and result.stderr.count("\n") == 1

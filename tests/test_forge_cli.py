@@ -125,7 +125,7 @@ def test_one_ratio_and_the_smooth_gate(model_file, tmp_path):
 def test_refusals(model_file, tmp_path):
     words = ("forge", model_file, "--dataset", "digits")
     for wrong in ("1", "-0.1", "two", "nan", "2^2"):
-        assert "no number in [0, 1)" in run(*words, f"--c-r={wrong}", code=2).stderr
+        assert "not a number in [0, 1)" in run(*words, f"--c-r={wrong}", code=2).stderr
     for wrong in ("0", "8", "-1", "8/0", "x"):
         assert "eps" in run(*words, "--eps", wrong, code=2).stderr
     assert "needs one" in run("forge", model_file, code=2).stderr

@@ -134,7 +134,7 @@ def test_free_height_and_width(tmp_path):
     assert 0 < value(path, "--shape", "3,4,5", tmp=tmp_path) < 10
     assert "does not fit the input" in run("bounds", path, "--shape", "4,4,5", code=1).stderr
     for wrong in ("3,0,5", "3,a", ""):
-        assert "no shape such as 3,32,32" in run("bounds", path, "--shape", wrong, code=2).stderr
+        assert "not a shape such as 3,32,32" in run("bounds", path, "--shape", wrong, code=2).stderr
 
 
 def test_one_of_several_outputs(tmp_path):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import typer
 
+import lipbounds as lb
 from lipbounds._cli import tables
-from lipbounds._cli.options import Norm, Scaling, Verb, number
+from lipbounds._cli.options import Norm, Output, Reading, number
 from lipbounds._text.version import __version__
+from lipbounds.errors import GuaranteeError
 
 Json = dict[str, Any]
 
@@ -24,68 +27,42 @@ def refusals() -> Iterator[contextlib.ExitStack]:
 
     What is entered into the stack is left at the end, such as the float64 mode that `load_form` needs for some files.
     """
-    from lipbounds.errors import GuaranteeError
-
     try:
         with contextlib.ExitStack() as stack:
             yield stack
+        return
     except (
         ValueError,
         ArithmeticError,
         OSError,
         GuaranteeError,
-    ) as error:  # the library's refusals are ValueErrors
-        typer.echo(f"lipbounds: {error}", err=True)
-        raise typer.Exit(1) from None
-    except RuntimeError as error:  # out of memory on a device, a coordinator that does not answer
-        import jax
-
-        if not isinstance(error, jax.errors.JaxRuntimeError):
-            raise
-        typer.echo(f"lipbounds: {str(error).splitlines()[0]}", err=True)
-        raise typer.Exit(1) from None
+    ) as error:  # errors of the library are ValueErrors
+        message = str(error)
+    except (
+        jax.errors.JaxRuntimeError
+    ) as error:  # out of memory on a device, a coordinator that does not answer
+        message = str(error).splitlines()[0]
+    typer.echo(f"lipbounds: {message}", err=True)
+    raise typer.Exit(1)
 
 
-def norm_of(norm: Norm) -> float:
-    return math.inf if norm is Norm.inf else int(norm.value)
-
-
-def choose_method(method: Any, norm: Norm, scaling: Scaling, lipsdp_only: bool) -> str:
+def choose_method(method: str | None, norm: Norm, scaling: str, lipsdp_only: bool) -> str:
     """The method asked for; by default LipSDP, or LipLT where only that fits what else was asked for."""
-    scaled = scaling is not Scaling.none
+    scaled = scaling != "none"
     if method is None:
-        simple = (scaled or norm is Norm.one) and not lipsdp_only
-        method = Verb.liplt if simple else Verb.lipsdp
-    if scaled and method.value != "liplt":
-        raise typer.BadParameter(
-            f"only --method liplt has a scaling, not {method.value}", param_hint="--scaling"
-        )
-    return str(method.value)
+        method = "liplt" if (scaled or norm == "1") and not lipsdp_only else "lipsdp"
+    if scaled and method != "liplt":
+        raise typer.BadParameter(f"only --method liplt has a scaling, not {method}", param_hint="--scaling")
+    return method
 
 
-def bound_of(form: Any, method: str, scaling: Scaling, options: Json) -> Any:
-    import lipbounds as lb
-
+def bound_of(form: Any, method: str, scaling: Any, options: Json) -> Any:
     if method == "naive":
         return lb.naive(form, **options)
-    if method == "lipsdp":
-        with tables.working() as tell:
-            return lb.lipsdp(
-                form, **options, progress=lambda what, value: tell(f"LipSDP, {what}: {value:.6g}")
-            )
-    return lb.liplt(form, **options, scaling=None if scaling is Scaling.none else cast(Any, scaling.value))
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """How a model file is read; all but the first two are for ONNX files."""
-
-    mean: str | None = None
-    std: str | None = None
-    drop: Any = None
-    shape: tuple[int, ...] | None = None
-    output: str | None = None
-    constants: tuple[str, ...] = ()
+    if method == "liplt":
+        return lb.liplt(form, **options, scaling=None if scaling == "none" else scaling)
+    with tables.working() as tell:
+        return lb.lipsdp(form, **options, progress=lambda what, value: tell(f"LipSDP, {what}: {value:.6g}"))
 
 
 def load_form(
@@ -96,20 +73,13 @@ def load_form(
     `box` (lower, upper) of the inputs is for the check of values after tracing. JAX's float64 mode is entered into
     `stack` for a network that computes in float64.
     """
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    import lipbounds as lb
-
     fn: Any
     if path.suffix.lower() == ".onnx":
         from lipbounds.interop import load_onnx
 
+        constants = _constants(how.constant or [])
         try:
-            fn, spec = load_onnx(
-                path, drop=how.drop, shape=how.shape, output=how.output, constants=_constants(how.constants)
-            )
+            fn, spec = load_onnx(path, drop=how.drop, shape=how.shape, output=how.output, constants=constants)
         except ImportError as error:
             raise ValueError(str(error)) from error
         shape, dtype = spec.shape, spec.dtype
@@ -120,28 +90,22 @@ def load_form(
     else:
         from lipbounds.training.store import load_model
 
-        for name in ("drop", "shape", "output", "constants"):
+        for name in ("drop", "shape", "output", "constant"):
             if getattr(how, name):
-                raise ValueError(f"--{name.removesuffix('s')} belongs to ONNX files")
+                raise ValueError(f"--{name} belongs to ONNX files")
         fn, model = load_model(path)
         shape, dtype = tuple(model.input_shape), np.dtype(np.float32)
-    shift, scale = (
-        _per_channel(text, name, shape, dtype) for text, name in ((how.mean, "mean"), (how.std, "std"))
-    )
-    if scale is not None and not (scale > 0).all():
+    example = jax.ShapeDtypeStruct(shape, dtype)
+    if how.mean is None and how.std is None:
+        return lb.trace(fn, example, box=box), shape
+    mean = _per_channel("0" if how.mean is None else how.mean, "mean", shape, dtype)
+    std = _per_channel("1" if how.std is None else how.std, "std", shape, dtype)
+    if not (std > 0).all():
         raise ValueError("--std must be > 0")
-    if shift is None and scale is None:
-        return lb.trace(fn, jax.ShapeDtypeStruct(shape, dtype), box=box), shape
-    zero, one = (
-        np.zeros((), dtype) if shift is None else shift,
-        np.ones((), dtype) if scale is None else scale,
-    )
-    return lb.trace(
-        lambda x: fn((x - jnp.asarray(zero)) / jnp.asarray(one)), jax.ShapeDtypeStruct(shape, dtype), box=box
-    ), shape
+    return lb.trace(lambda x: fn((x - jnp.asarray(mean)) / jnp.asarray(std)), example, box=box), shape
 
 
-def _constants(given: tuple[str, ...]) -> dict[str, Any]:
+def _constants(given: list[str]) -> dict[str, Any]:
     """Values of inputs by name, of name=number or name=file.npy."""
     from lipbounds._text.files import read_npy
 
@@ -152,23 +116,19 @@ def _constants(given: tuple[str, ...]) -> dict[str, Any]:
             raise ValueError(f"--constant must be name=number or name=file.npy, each name once; got {text!r}")
         try:
             found[name] = number(value)
-        except (ValueError, ZeroDivisionError, OverflowError):
+        except ValueError:
             found[name] = read_npy(Path(value))
     return found
 
 
-def _per_channel(text: str | None, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
+def _per_channel(text: str, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
     """A number, or one for each channel (the first axis of an image, or else the last), as an array that broadcasts."""
-    import numpy as np
-
-    if text is None:
-        return None
     try:
         values = np.asarray([float(part) for part in text.split(",")], dtype)
     except ValueError:
         values = np.asarray([np.nan], dtype)
     if not np.isfinite(values).all():
-        raise ValueError(f"--{name} must be a number, or numbers with commas between them, got {text!r}")
+        raise ValueError(f"--{name} must be a number, or numbers separated by commas, got {text!r}")
     if len(values) == 1:
         return values[0]
     if len(shape) == 3 and shape[0] == len(values) != shape[2]:
@@ -203,34 +163,32 @@ def read_data(data: str, shape: tuple[int, ...]) -> tuple[Any, Any]:
     return x, y
 
 
-def _free(path: Path, force: bool) -> bool:
-    """Whether nothing stands where a file is to be written; ValueError where its folder does not exist."""
-    if not path.parent.is_dir():
-        raise ValueError(f"there is no folder {path.parent} to write {path.name} to")
-    return force or not path.exists()
-
-
-def check_target(path: Path | None, force: bool) -> None:
-    """ValueError before any work is done if `path` holds something that we did not write."""
-    from lipbounds.analysis.demo import is_ours
-
-    if path is None or _free(path, force) or is_ours(path):
-        return
-    raise ValueError(f"{path} exists and was not written by lipbounds: choose another name, or pass --force")
-
-
-def check_certificate(path: Path | None, force: bool) -> None:
-    """ValueError before any work is done if `path` holds something that is no certificate."""
-    from lipbounds._lipsdp.certificate_file import is_certificate
-
-    if path is None or _free(path, force) or is_certificate(path):
-        return
-    raise ValueError(f"{path} exists and is no certificate: choose another name, or pass --force")
-
-
-def write_record(path: Path | None, record: Json) -> None:
+def check_free(path: Path | None, force: bool, ours: Callable[[Path], bool], what: str) -> None:
+    """ValueError before any work is done if a file of another kind stands where one is to be written."""
     if path is None:
         return
-    from lipbounds.analysis.demo import FORMAT, FORMAT_VERSION, write_json
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent} to write {path.name} to")
+    if path.exists() and not force and not ours(path):
+        raise ValueError(f"{path} exists and {what}: choose another name, or pass --force")
 
-    write_json(path, {"format": FORMAT, "version": FORMAT_VERSION, "lipbounds": __version__, **record})
+
+def check_json(files: Output) -> None:
+    """ValueError if the JSON file of the result would replace one that we did not write."""
+    from lipbounds.analysis.demo import is_ours
+
+    check_free(files.json, files.force, is_ours, "was not written by lipbounds")
+
+
+def header() -> Json:
+    """How every record begins that we write."""
+    from lipbounds.analysis.demo import FORMAT, FORMAT_VERSION
+
+    return {"format": FORMAT, "version": FORMAT_VERSION, "lipbounds": __version__}
+
+
+def write_json(path: Path | None, record: Json) -> None:
+    from lipbounds.analysis import demo
+
+    if path is not None:
+        demo.write_json(path, record)

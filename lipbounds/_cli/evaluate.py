@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lipbounds._cli import tables
-from lipbounds._cli.common import Json, check_target, refusals
-from lipbounds._cli.options import (
-    DataDirOption,
-    DatasetOption,
-    ForceOption,
-    JsonOption,
-    ManyNumbers,
-    RunPath,
-    SeedOption,
-    Verb,
-    eps_of,
-)
+from lipbounds._cli.common import Json, refusals
+from lipbounds._cli.options import VERBS, Pages, SeedOption, Source, eps_of, grouped, option
+from lipbounds._cli.trained import Subject, check_source, folder_of, open_subject, record_of, write_files
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,84 +18,49 @@ if TYPE_CHECKING:
 RECORD = "evaluation.json"
 
 
-class ManyValues(ManyNumbers):
-    """Lets `--methods naive liplt` stand for `--methods naive --methods liplt`, and the same for `--eps`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        spread: list[str] = []
-        words = False
-        for arg in args:
-            if words and arg in Verb.__members__ and spread[-1] != "--methods":
-                spread.append("--methods")
-            elif arg not in Verb.__members__:
-                words = arg == "--methods" or arg.startswith("--methods=")
-            spread.append(arg)
-        return super().parse_args(ctx, spread)
+def _verb(text: str) -> str:
+    """A bound by name."""
+    if text not in VERBS:
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(VERBS)}")
+    return text
 
 
+@grouped
 def evaluate(
-    run: RunPath,
-    data_dir: DataDirOption = None,
-    dataset: DatasetOption = None,
+    *,
+    source: Source,
     eps: Annotated[
         list[float] | None,
-        typer.Option(
-            "--eps",
-            metavar="NUMBER...",
+        option(
+            "Radii in the l2 norm, in pixel values in [0, 1].",
+            "NUMBER...",
             parser=eps_of,
             show_default="1.58 for MNIST, 36/255 for CIFAR and Tiny-ImageNet, 0.5 for digits",
-            help="l2 radii in pixel values in [0, 1]; several may follow.",
         ),
     ] = None,
     methods: Annotated[
-        list[Verb] | None,
-        typer.Option(
-            "--methods",
-            metavar="NAME...",
-            show_default="naive liplt lipsdp",
-            help="The bounds that certify; several may follow.",
-        ),
+        list[str] | None,
+        option("Bounds that certify.", "NAME...", parser=_verb, show_default=" ".join(VERBS)),
     ] = None,
     images: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, show_default="all", help="So many test images, the first ones."),
+        int | None, option("Use the first N test images.", "N", min=1, show_default="all")
     ] = None,
-    pgd_steps: Annotated[int, typer.Option(metavar="N", min=1, help="Gradient steps of an attack.")] = 100,
-    pgd_restarts: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Attacks on an image, the first from the image itself.")
-    ] = 1,
+    pgd_steps: Annotated[int, option("Gradient steps of an attack.", "N", min=1)] = 100,
+    pgd_restarts: Annotated[int, option("Attacks per image; the first starts at the image.", "N", min=1)] = 1,
     paper_units: Annotated[
-        bool,
-        typer.Option(
-            "--paper-units", help="Take eps in the units of the published code, and say what they are."
-        ),
+        bool, option("Take eps in the units of the published code, and explain them.", None, "--paper-units")
     ] = False,
     against: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RUN",
-            exists=True,
-            show_default=False,
-            help="Another run on the same data, whose radii are set against these.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            file_okay=False,
-            show_default="the run; nothing for a model file",
-            help="Where evaluation.json, evaluation.html, radii.png and radii.svg are written.",
-        ),
+        Path | None, option("Another run on the same data, to compare with.", "RUN", exists=True)
     ] = None,
     seed: SeedOption = 0,
-    json: JsonOption = None,
-    force: ForceOption = False,
+    files: Pages,
 ) -> None:
     """Evaluate a trained network: clean accuracy, accuracy under attack, certified accuracy.
 
     Certified accuracy is proved and accuracy under attack is attained, both in the l2 norm and in pixel values;
-    the robust accuracy lies between. The second table shows what the bounds say about pairs of classes.
+    the robust accuracy lies between the two. A second table shows the bounds for pairs of classes. Writes
+    evaluation.json, evaluation.html, radii.png and radii.svg to the folder.
 
     Examples:
 
@@ -117,140 +70,59 @@ def evaluate(
 
     - `lipbounds evaluate report/mlp.safetensors --dataset digits --methods liplt lipsdp --json mlp.json`
     """
-    check_dataset(run, dataset)
+    check_source(source)
     with refusals():
-        folder = out if out is not None else run if run.is_dir() else None
-        check_target(json, force)
-        _check_folder(folder, force)
-        from lipbounds._text.version import __version__
         from lipbounds.analysis import evaluation
-        from lipbounds.analysis.demo import FORMAT, FORMAT_VERSION, write_json
-        from lipbounds.analysis.evaluation_report import write_evaluation_report
-        from lipbounds.training import data
+        from lipbounds.analysis.evaluation_report import FIGURES, PAGE, write_evaluation_report
 
-        subject = open_subject(run, dataset)
+        folder = folder_of(source, files, (RECORD, PAGE, *FIGURES), "evaluate")
+        subject = open_subject(source.run, source.dataset)
         other = None if against is None else open_subject(against, subject.dataset)
-        if other is not None and other.dataset != subject.dataset:
-            raise ValueError(f"{against} is a run on {other.dataset}, {run} one on {subject.dataset}")
-        factor, explanation = evaluation.paper_units(subject.dataset)
-        levels = list(eps or [evaluation.USUAL_EPS[subject.dataset]])
-        names = [method.value for method in methods or Verb]
-        with tables.working() as tell:
-            tell(f"reading {subject.dataset}")
-            test = data.load(subject.dataset, data_dir if data_dir is not None else subject.data_dir)
-            for one in (subject, other):
-                check_images(one, test)
-            options: Json = {"images": images, "seed": seed}
-            found = evaluation.evaluate(
-                subject.model,
-                test.test_x,
-                test.test_y,
-                eps=levels,
-                pgd_steps=pgd_steps,
-                pgd_restarts=pgd_restarts,
-                paper_units=factor if paper_units else None,
-                methods=_bounds(subject, names, test, tell),
-                progress=tell,
-                **options,
-            )
-            if found["paper_units"] is not None:
-                found["paper_units"]["text"] = explanation
-            if other is not None:
-                found["against"] = {
-                    "model": other.record(),
-                    **evaluation.certificates(
-                        other.model,
-                        test.test_x,
-                        test.test_y,
-                        eps=found["eps"],
-                        methods=_bounds(other, names, test, tell),
-                        progress=tell,
-                        **options,
-                    ),
-                }
-        record = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "lipbounds": __version__,
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": _command(
-                run,
-                data_dir,
-                dataset,
-                levels,
-                names,
-                images,
-                pgd_steps,
-                pgd_restarts,
-                paper_units,
-                against,
-                seed,
-            ),
-            "model": subject.record(),
-            **found,
+        settings: Json = {
+            "eps": list(eps or [evaluation.USUAL_EPS[subject.dataset]]),
+            "methods": list(methods or VERBS),
+            "pgd_steps": pgd_steps,
+            "pgd_restarts": pgd_restarts,
+            "seed": seed,
+            "images": images,
+            "paper_units": paper_units,
         }
+        record = record_of("evaluate", subject, source, {**settings, "against": against})
+        record |= _measure(subject, other, source.data_dir, settings)
         _print(record)
-        if json is not None:
-            write_json(json, record)
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / RECORD, record)
-            page = write_evaluation_report(record, folder)
-            tables.say(tables.console(), f"page: {page}")
+        write_files(files, folder, RECORD, record, lambda place: write_evaluation_report(record, place))
 
 
-# ------------------------------------------------------------------------------------------------- helpers
-@dataclasses.dataclass(frozen=True)
-class _Subject:
-    """A network to be evaluated; `data_dir` is where its run found the data."""
+def _measure(subject: Subject, other: Subject | None, data_dir: Path | None, settings: Json) -> Json:
+    """Accuracies and constants of the subject, and the constants of the other run."""
+    from lipbounds.analysis import evaluation
 
-    path: Path
-    title: str
-    dataset: str
-    data_dir: str | None
-    model: Any
-    spec: Any
-
-    def record(self) -> Json:
-        return {
-            "path": str(self.path),
-            "title": self.title,
-            "dataset": self.dataset,
-            "architecture": self.spec.architecture,
-            "arguments": dict(self.spec.arguments),
+    if other is not None and other.dataset != subject.dataset:
+        raise ValueError(f"{other.path} is a run on {other.dataset}, {subject.path} one on {subject.dataset}")
+    factor, explanation = evaluation.paper_units(subject.dataset)
+    with tables.working() as tell:
+        test = subject.data(data_dir, tell)
+        if other is not None:
+            other.check(test)
+        options = settings | {
+            "paper_units": factor if settings["paper_units"] else None,
+            "methods": _bounds(subject, settings["methods"], test, tell),
+            "progress": tell,
         }
-
-
-def check_dataset(run: Path, dataset: str | None) -> None:
-    if dataset is not None and run.is_dir():
-        raise typer.BadParameter("a run knows its own data set", param_hint="--dataset")
-    if dataset is None and not run.is_dir():
-        raise typer.BadParameter("a model file needs one, such as digits", param_hint="--dataset")
-
-
-def open_subject(path: Path, dataset: str | None) -> _Subject:
-    """A run, or a model file of that data set."""
-    from lipbounds.training.data import DATASETS
-    from lipbounds.training.runs import open_run
-    from lipbounds.training.store import load_model
-
-    if path.is_dir():
-        run = open_run(path)
-        config = run.config
-        if run.data != config.dataset:
-            raise ValueError(
-                f"{path} was trained on {run.data}, not on {config.dataset}: evaluate its model with your own images, "
-                "lb.certified_radius(lb.trace(model, x[0]), x, y)"
+        found = evaluation.evaluate(subject.model, test.test_x, test.test_y, **options)
+        if found["paper_units"] is not None:
+            found["paper_units"]["text"] = explanation
+        if other is not None:
+            methods = _bounds(other, settings["methods"], test, tell)
+            options = {"images": settings["images"], "seed": settings["seed"], "progress": tell}
+            against = evaluation.certificates(
+                other.model, test.test_x, test.test_y, eps=found["eps"], methods=methods, **options
             )
-        how = f"CRM with {config.constants}" if config.loss == "crm" else config.loss
-        return _Subject(path, f"{config.arch}, {how}", config.dataset, config.data_dir, run.model, run.spec)
-    if dataset is None or dataset not in DATASETS:
-        raise ValueError(f"there is no data set {dataset!r}; known are {', '.join(DATASETS)}")
-    model, spec = load_model(path)
-    return _Subject(path, path.stem, dataset, None, model, spec)
+            found["against"] = {"model": other.record(), **against}
+    return found
 
 
-def _bounds(subject: _Subject, names: list[str], test: Any, tell: Any) -> list[Any]:
+def _bounds(subject: Subject, names: list[str], test: Any, tell: Any) -> list[Any]:
     """The methods; in the place of "lipsdp" the bound that the run's certificate proves, if there is one."""
     from lipbounds.analysis.evaluation import certified_bound
     from lipbounds.errors import CertificateError
@@ -267,55 +139,6 @@ def _bounds(subject: _Subject, names: list[str], test: Any, tell: Any) -> list[A
             f"{path} is refused: {error} (without that file LipSDP is computed anew)"
         ) from error
     return [bound if name == "lipsdp" else name for name in names]
-
-
-def check_images(subject: _Subject | None, test: Any) -> None:
-    if subject is not None and tuple(subject.spec.input_shape) != tuple(test.input_shape):
-        raise ValueError(
-            f"{subject.path} takes images of shape {tuple(subject.spec.input_shape)}, {test.name} has "
-            f"{tuple(test.input_shape)}"
-        )
-
-
-def _check_folder(folder: Path | None, force: bool) -> None:
-    """ValueError before any work is done if our files would replace those of another program."""
-    from lipbounds.analysis.demo import is_ours
-    from lipbounds.analysis.evaluation_report import FIGURES, PAGE
-
-    if folder is None or force or is_ours(folder / RECORD):
-        return
-    there = [name for name in (RECORD, PAGE, *FIGURES) if (folder / name).exists()]
-    if there:
-        raise ValueError(
-            f"{folder} holds {', '.join(there)}, not written by `lipbounds evaluate`: choose another folder with "
-            "--out, or pass --force"
-        )
-
-
-def _command(
-    run: Path,
-    data_dir: Path | None,
-    dataset: str | None,
-    eps: list[float],
-    methods: list[str],
-    images: int | None,
-    steps: int,
-    restarts: int,
-    paper_units: bool,
-    against: Path | None,
-    seed: int,
-) -> str:
-    """The command that gives the same record, every setting spelled out."""
-    words = ["lipbounds", "evaluate", str(run), "--eps", *map(repr, eps), "--methods", *methods]
-    words += ["--pgd-steps", str(steps), "--pgd-restarts", str(restarts), "--seed", str(seed)]
-    for name, value in (
-        ("--data-dir", data_dir),
-        ("--dataset", dataset),
-        ("--images", images),
-        ("--against", against),
-    ):
-        words += [] if value is None else [name, str(value)]
-    return shlex.join([*words, *(["--paper-units"] if paper_units else [])])
 
 
 def _print(record: Json) -> None:

@@ -9,60 +9,49 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import jax
+import numpy as np
 import typer
 from typer.core import TyperGroup
 
+import lipbounds as lb
 from lipbounds._cli import tables, train
 from lipbounds._cli.common import (
     Json,
-    Reading,
     bound_of,
-    check_certificate,
-    check_target,
+    check_free,
+    check_json,
     choose_method,
+    header,
     load_form,
-    norm_of,
     read_data,
     refusals,
-    write_record,
+    write_json,
 )
-from lipbounds._cli.evaluate import ManyValues, evaluate
-from lipbounds._cli.forge import ManyRatios, forge
+from lipbounds._cli.evaluate import evaluate
+from lipbounds._cli.forge import forge
 from lipbounds._cli.options import (
-    AnyVerb,
-    BoxOption,
-    CertificateOption,
-    ConstantOption,
-    DropOption,
+    Command,
     ForceOption,
-    Guarantee,
-    JsonOption,
-    ManyNumbers,
-    MeanOption,
     MemoryOption,
     ModelPath,
-    Multipliers,
-    MultipliersOption,
-    Norm,
     NormOption,
-    OutputOption,
-    Proof,
-    RefineOption,
-    Scaling,
+    Output,
+    Reading,
     ScalingOption,
+    Search,
     SeedOption,
-    ShapeOption,
-    Solver,
-    SolverOption,
-    StdOption,
     Verb,
     box_of,
     eps_of,
-    shape_of,
+    grouped,
+    option,
 )
 from lipbounds._text.version import __version__
+from lipbounds.errors import CertificateError
+from lipbounds.results import Guarantee
 
 _DEFAULT = "lipsdp; liplt with --scaling or in norm 1"
 
@@ -128,14 +117,12 @@ def root(
 
 @app.command()
 def demo(
-    out: Annotated[
-        Path, typer.Option("--out", metavar="FOLDER", file_okay=False, help="Where to write.")
-    ] = Path("report"),
+    out: Annotated[Path, option("Folder of the report.", "FOLDER", file_okay=False)] = Path("report"),
     seed: SeedOption = 0,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 40,
+    epochs: Annotated[int, option("Passes over the training images.", "N", min=1)] = 40,
     force: ForceOption = False,
 ) -> None:
-    """Train small networks on digits, one by CRM, bound them every way, certify them, write a report.
+    """Train small networks on digits, one by CRM, bound and certify them by every method, write a report.
 
     Takes a few minutes at most and downloads nothing. Writes to the folder: `report.html` (one page with
     everything in it), the figures as PNG, `results.json`, and the models as `.safetensors`.
@@ -151,18 +138,17 @@ def demo(
 
         if out.exists() and any(out.iterdir()) and not is_ours(out / RESULTS) and not force:
             raise ValueError(
-                f"{out} holds files that are not ours (no {RESULTS} written by lipbounds): "
+                f"{out} holds files that lipbounds did not create (there is no {RESULTS} of ours): "
                 "choose another folder with --out, or pass --force to write there anyway"
             )
         console = tables.console()
-        command = f"lipbounds demo --out {out} --seed {seed} --epochs {epochs}"
         with tables.progress(console) as bar:
             task = bar.add_task("starting", total=1.0)
             results = run_demo(
                 out,
                 seed=seed,
                 epochs=epochs,
-                command=command,
+                command=f"lipbounds demo --out {out} --seed {seed} --epochs {epochs}",
                 progress=lambda what, share: bar.update(task, description=what, completed=share),
             )
             bar.update(task, description="done", completed=1.0)
@@ -173,33 +159,24 @@ def demo(
         tables.say(console, f"next:   lipbounds certify {out / 'mlp.safetensors'} --eps 0.1 0.25")
 
 
-@app.command()
+@app.command(cls=Command)
+@grouped
 def bounds(
+    *,
     model: ModelPath,
-    norm: NormOption = Norm.two,
-    pairwise: Annotated[
-        bool, typer.Option("--pairwise", help="Also a constant for every pair of classes.")
-    ] = False,
-    guarantee: Annotated[Guarantee, typer.Option(help="Required guarantee.")] = Guarantee.auto,
+    norm: NormOption = "2",
+    pairwise: Annotated[bool, option("Also bound every pair of classes.", None, "--pairwise")] = False,
+    guarantee: Annotated[Guarantee, option("Required guarantee.")] = "auto",
     method: Annotated[
-        AnyVerb | None,
-        typer.Option(help="The bound, or every one side by side.", show_default=_DEFAULT),
+        Literal["naive", "liplt", "lipsdp", "all"] | None,
+        option("Bound to compute, or all of them side by side.", show_default=_DEFAULT),
     ] = None,
-    scaling: ScalingOption = Scaling.none,
-    solver: SolverOption = Solver.recursion,
-    multipliers: MultipliersOption = Multipliers.neuron,
-    refine: RefineOption = 0,
-    certificate: CertificateOption = None,
-    mean: MeanOption = None,
-    std: StdOption = None,
-    drop: DropOption = None,
-    shape: ShapeOption = None,
-    output: OutputOption = None,
-    constant: ConstantOption = None,
-    seed: SeedOption = 0,
+    scaling: ScalingOption = "none",
     memory: MemoryOption = None,
-    json: JsonOption = None,
-    force: ForceOption = False,
+    seed: SeedOption = 0,
+    files: Output,
+    search: Search,
+    reading: Reading,
 ) -> None:
     """Bound the Lipschitz constants of a saved model, or of an ONNX file.
 
@@ -224,102 +201,107 @@ def bounds(
 
     - `lipbounds bounds net.onnx --shape 3,64,64 --output logits --constant temperature=2`
     """
-    lipsdp_only = {
-        "--solver": solver is not Solver.recursion,
-        "--multipliers": multipliers is not Multipliers.neuron,
-        "--refine": refine > 0,
-        "--certificate": certificate is not None,
-    }
-    chosen = choose_method(method, norm, scaling, any(lipsdp_only.values()))
-    for name, given in lipsdp_only.items():
-        if given and chosen != "lipsdp":
-            raise typer.BadParameter(f"belongs to --method lipsdp, not {chosen}", param_hint=name)
-    if refine and not (pairwise and solver is Solver.recursion):
+    chosen = choose_method(method, norm, scaling, bool(search.given()))
+    _check_search(search, chosen, pairwise, guarantee)
+    if memory is not None and chosen == "all":
+        raise typer.BadParameter("belongs to one method, not to all", param_hint="--memory")
+    with refusals() as stack:
+        from lipbounds._lipsdp.certificate_file import is_certificate
+
+        check_json(files)
+        check_free(search.certificate, files.force, is_certificate, "is not a certificate")
+        form, _ = load_form(model, reading, stack)
+        options: Json = {"norm": float(norm), "pairwise": pairwise, "guarantee": guarantee, "seed": seed}
+        if memory is not None:
+            options["memory"] = memory
+        record: Json = {"model": str(model), "upper": [], "lower": [], "estimate": [], "refused": []}
+        if chosen == "all":
+            _compare(form, norm, options, record)
+        else:
+            if chosen == "lipsdp":
+                options |= search.options()
+            _bound(form, chosen, scaling, options, record, model, search.certificate, files.force)
+        write_json(files.json, {**header(), **record})
+
+
+def _check_search(search: Search, method: str, pairwise: bool, guarantee: str) -> None:
+    """Wrong usage of the options of LipSDP."""
+    for name in search.given() if method != "lipsdp" else []:
+        raise typer.BadParameter(f"belongs to --method lipsdp, not {method}", param_hint=name)
+    if search.refine and not (pairwise and search.solver == "recursion"):
         raise typer.BadParameter(
             "refines pairs of the recursion: it takes --pairwise and no other --solver", param_hint="--refine"
         )
-    if certificate is not None and guarantee is Guarantee.estimate:
+    if search.certificate is not None and guarantee == "estimate":
         raise typer.BadParameter("an estimate has no certificate", param_hint="--certificate")
-    if memory is not None and chosen == "all":
-        raise typer.BadParameter("belongs to one method, not to all", param_hint="--memory")
-    how = Reading(mean, std, drop and drop.value, shape_of(shape), output, tuple(constant or ()))
-    with refusals() as stack:
-        check_target(json, force)
-        check_certificate(certificate, force)
-        import lipbounds as lb
-        from lipbounds.analysis.experiment import result_kind, result_record
 
-        form, _ = load_form(model, how, stack)
-        options: Json = {
-            "norm": norm_of(norm),
-            "pairwise": pairwise,
-            "guarantee": guarantee.value,
-            "seed": seed,
-        }
-        if memory is not None:
-            options["memory"] = memory
-        record: Json = {"upper": [], "lower": [], "estimate": [], "refused": []}
-        if chosen == "all":
-            with tables.working() as tell:
-                comparison = lb.compare(form, **options, progress=tell)
-            typer.echo(repr(comparison))
-            for row in comparison:
-                if row.kind == "none":
-                    record["refused"].append({"label": row.method, "norm": norm.value, "reason": row.reason})
-                else:
-                    record[row.kind].append(result_record(row.method, row.result))
+
+def _compare(form: Any, norm: str, options: Json, record: Json) -> None:
+    """Print every bound, and add it to the record."""
+    from lipbounds.analysis.experiment import result_record
+
+    with tables.working() as tell:
+        comparison = lb.compare(form, **options, progress=tell)
+    typer.echo(repr(comparison))
+    for row in comparison:
+        if row.kind == "none":
+            record["refused"].append({"label": row.method, "norm": norm, "reason": row.reason})
         else:
-            if chosen == "lipsdp":
-                options |= {"solver": solver.value, "multipliers": multipliers.value, "refine": refine}
-            result = bound_of(form, chosen, scaling, options)
-            typer.echo(repr(result))
-            record[result_kind(result)].append(result_record(chosen, result))
-            if certificate is not None:
-                lb.save_certificate(result, certificate, overwrite=force)
-                typer.echo(f"certificate: {certificate}")
-                typer.echo(f"check it:    lipbounds verify {certificate} --model {model}")
-        write_record(json, {"model": str(model), **record})
+            record[row.kind].append(result_record(row.method, row.result))
 
 
-@app.command(cls=ManyNumbers)
+def _bound(
+    form: Any,
+    method: str,
+    scaling: str,
+    options: Json,
+    record: Json,
+    model: Path,
+    certificate: Path | None,
+    force: bool,
+) -> None:
+    """Print one bound, add it to the record, and save its certificate where that was asked for."""
+    from lipbounds.analysis.experiment import result_kind, result_record
+
+    result = bound_of(form, method, scaling, options)
+    typer.echo(repr(result))
+    record[result_kind(result)].append(result_record(method, result))
+    if certificate is not None:
+        lb.save_certificate(result, certificate, overwrite=force)
+        typer.echo(f"certificate: {certificate}")
+        typer.echo(f"check it:    lipbounds verify {certificate} --model {model}")
+
+
+@app.command(cls=Command)
+@grouped
 def certify(
+    *,
     model: ModelPath,
     eps: Annotated[
         list[float] | None,
-        typer.Option(
-            "--eps",
-            metavar="NUMBER...",
-            parser=eps_of,
-            help="Radii to certify at, in input units; several may follow.",
-        ),
+        option("Radii to certify, in input units.", "NUMBER...", parser=eps_of, show_default="0.05 0.1 0.25"),
     ] = None,
     data: Annotated[
-        str, typer.Option(help="`digits` (the demo's test images) or a .npz file with arrays x and y.")
+        str, option("`digits` (the demo's test images), or an .npz file with arrays x and y.", "DATA")
     ] = "digits",
-    norm: NormOption = Norm.two,
-    method: Annotated[
-        Verb | None, typer.Option(help="The bound that proves the radii.", show_default=_DEFAULT)
-    ] = None,
-    scaling: ScalingOption = Scaling.none,
-    guarantee: Annotated[Proof, typer.Option(help="Required guarantee.")] = Proof.auto,
-    pairwise: Annotated[
-        bool,
-        typer.Option("--pairwise/--no-pairwise", help="One constant per pair of classes, or one for all."),
-    ] = True,
+    norm: NormOption = "2",
+    method: Annotated[Verb | None, option("Bound that proves the radii.", show_default=_DEFAULT)] = None,
+    scaling: ScalingOption = "none",
+    guarantee: Annotated[
+        Literal["auto", "verified", "probabilistic"], option("Required guarantee.")
+    ] = "auto",
+    pairwise: Annotated[bool, option("Use one constant per pair of classes, or one for all.")] = True,
     local: Annotated[
-        bool, typer.Option("--local", help="Also bound the network around every image: larger radii.")
+        bool, option("Also bound the network around each image: larger radii.", None, "--local")
     ] = False,
-    box: BoxOption = None,
-    mean: MeanOption = None,
-    std: StdOption = None,
-    drop: DropOption = None,
-    shape: ShapeOption = None,
-    output: OutputOption = None,
-    constant: ConstantOption = None,
-    seed: SeedOption = 0,
+    box: Annotated[
+        Any,
+        option("With --local: only inputs in this range count, such as 0,1.", "LOW,HIGH", parser=box_of),
+    ] = None,
     memory: MemoryOption = None,
-    json: JsonOption = None,
-    force: ForceOption = False,
+    seed: SeedOption = 0,
+    files: Output,
+    reading: Reading,
 ) -> None:
     """Certify images: no input closer than eps changes the answer.
 
@@ -335,73 +317,47 @@ def certify(
 
     - `lipbounds certify net.onnx --data mine.npz --mean 0.5,0.5,0.5 --std 0.2,0.2,0.2 --local --eps 0.3`
     """
-    inside = box_of(box)
-    if inside is not None and not local:
+    if box is not None and not local:
         raise typer.BadParameter("belongs to --local", param_hint="--box")
     chosen = choose_method(method, norm, scaling, False)
-    levels = sorted(set(eps or (0.05, 0.1, 0.25)))
-    how = Reading(mean, std, drop and drop.value, shape_of(shape), output, tuple(constant or ()))
     with refusals() as stack:
-        check_target(json, force)
-        import jax
-        import numpy as np
-
-        import lipbounds as lb
-
-        form, sizes = load_form(model, how, stack, inside)
-        x, y = read_data(data, sizes)
+        check_json(files)
+        form, shape = load_form(model, reading, stack, box)
+        x, y = read_data(data, shape)
+        if not len(x):
+            raise ValueError(f"{data} holds no images")
         if jax.dtypes.canonicalize_dtype(np.float64) == np.float64:
             x = x.astype(np.float64)
-        options: Json = {
-            "norm": norm_of(norm),
-            "pairwise": pairwise,
-            "guarantee": guarantee.value,
-            "seed": seed,
-            "memory": memory,
-        }
-        bound = bound_of(form, chosen, scaling, options)
+        options: Json = {"pairwise": pairwise, "guarantee": guarantee, "seed": seed, "memory": memory}
+        bound = bound_of(form, chosen, scaling, {"norm": float(norm), **options})
+        request: Guarantee = "verified" if guarantee == "verified" else "auto"
         with tables.working() as tell:
             radii = lb.certified_radius(
-                form,
-                x,
-                y,
-                bound=bound,
-                local=local,
-                guarantee="verified" if guarantee is Proof.verified else "auto",
-                seed=seed,
-                box=inside,
-                progress=tell,
+                form, x, y, bound=bound, local=local, guarantee=request, seed=seed, box=box, progress=tell
             )
-        radius = np.asarray(radii.radius)
-        if not len(radius):
-            raise ValueError(f"{data} holds no images")
-        shares = [float(radii.accuracy(level)) for level in levels]
-        tables.print_certified(bound, radii, levels, shares)
-        write_record(
-            json,
-            {
-                "model": str(model),
-                "data": data,
-                "norm": norm.value,
-                "bound": {
-                    "kind": "upper",
-                    "method": bound.method,
-                    "value": bound.value,
-                    "guarantee": bound.guarantee,
-                },
-                "guarantee": radii.guarantee,
-                "notes": list(radii.notes),
-                "images": len(radius),
-                "certified_accuracy": [
-                    {"eps": e, "accuracy": a} for e, a in zip(levels, shares, strict=True)
-                ],
-                "radius": [float(r) if math.isfinite(r) else "inf" for r in radius],
-            },
-        )
+        shares = {level: float(radii.accuracy(level)) for level in sorted({*(eps or (0.05, 0.1, 0.25))})}
+        tables.print_certified(bound, radii, shares)
+        record = {"model": str(model), "data": data, "norm": norm, **_certified(bound, radii, shares)}
+        write_json(files.json, {**header(), **record})
+
+
+def _certified(bound: lb.UpperBound, radii: lb.Radii, shares: dict[float, float]) -> Json:
+    """The radii and what proves them, as plain data."""
+    proof = {name: getattr(bound, name) for name in ("method", "value", "guarantee")}
+    return {
+        "bound": {"kind": "upper", **proof},
+        "guarantee": radii.guarantee,
+        "notes": list(radii.notes),
+        "images": len(radii.radius),
+        "certified_accuracy": [{"eps": eps, "accuracy": share} for eps, share in shares.items()],
+        "radius": [float(r) if math.isfinite(r) else "inf" for r in np.asarray(radii.radius)],
+    }
 
 
 @app.command()
+@grouped
 def verify(
+    *,
     certificate: Annotated[
         Path,
         typer.Argument(
@@ -409,21 +365,11 @@ def verify(
             exists=True,
             dir_okay=False,
             show_default=False,
-            help="A certificate, such as `lipbounds bounds --certificate` writes.",
+            help="Certificate, as `lipbounds bounds --certificate` writes it.",
         ),
     ],
-    model: Annotated[
-        Path,
-        typer.Option(
-            "--model", metavar="MODEL", exists=True, dir_okay=False, help="The model that it is about."
-        ),
-    ],
-    mean: MeanOption = None,
-    std: StdOption = None,
-    drop: DropOption = None,
-    shape: ShapeOption = None,
-    output: OutputOption = None,
-    constant: ConstantOption = None,
+    model: Annotated[Path, option("Model of the certificate.", "MODEL", exists=True, dir_okay=False)],
+    reading: Reading,
 ) -> None:
     """Prove a saved bound again, from the weights of the model.
 
@@ -437,12 +383,10 @@ def verify(
 
     - `lipbounds verify mlp.certificate --model report/mlp.safetensors && echo proved`
     """
-    how = Reading(mean, std, drop and drop.value, shape_of(shape), output, tuple(constant or ()))
     with refusals() as stack:
         from lipbounds._lipsdp.certificate import check, load_certificate
-        from lipbounds.errors import CertificateError
 
-        form, _ = load_form(model, how, stack)
+        form, _ = load_form(model, reading, stack)
         begin = time.perf_counter()
         try:
             claims = load_certificate(certificate)
@@ -453,8 +397,8 @@ def verify(
 
 
 app.command("train", help=train.train.__doc__)(lambda: None)
-app.command(cls=ManyValues)(evaluate)
-app.command(cls=ManyRatios)(forge)
+app.command(cls=Command)(evaluate)
+app.command(cls=Command)(forge)
 
 
 def main() -> None:

@@ -1,154 +1,159 @@
-"""What the commands of `lipbounds` take: words to choose from, arguments and options."""
+"""Arguments and options that several commands of `lipbounds` take."""
 
 from __future__ import annotations
 
-import enum
+import dataclasses
+import functools
+import inspect
 import math
+import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
 
+import lipbounds as lb
 
-class Norm(enum.StrEnum):
-    one = "1"
-    two = "2"
-    inf = "inf"
-
-
-class Guarantee(enum.StrEnum):
-    auto = "auto"
-    verified = "verified"
-    probabilistic = "probabilistic"
-    estimate = "estimate"
+Norm = Literal["1", "2", "inf"]
+Verb = Literal["naive", "liplt", "lipsdp"]
+VERBS = typing.get_args(Verb)
 
 
-class Proof(enum.StrEnum):
-    """The guarantees that a radius can have."""
+def words(function: Callable[..., Any], option: str, *more: str) -> Any:
+    """The Literal of the words that an option of a library function takes, after `more`."""
 
-    auto = "auto"
-    verified = "verified"
-    probabilistic = "probabilistic"
+    def found(hint: Any) -> list[str]:
+        if isinstance(hint, str):
+            return [hint]
+        return [word for part in typing.get_args(hint) for word in found(part)]
 
-
-class Verb(enum.StrEnum):
-    naive = "naive"
-    liplt = "liplt"
-    lipsdp = "lipsdp"
+    return Literal[(*more, *found(typing.get_type_hints(function)[option]))]
 
 
-class AnyVerb(enum.StrEnum):
-    naive = "naive"
-    liplt = "liplt"
-    lipsdp = "lipsdp"
-    all = "all"
+if TYPE_CHECKING:
+    Solver = str
+    Multipliers = str
+    Scaling = str
+else:
+    Solver, Multipliers = words(lb.lipsdp, "solver"), words(lb.lipsdp, "multipliers")
+    Scaling = words(lb.liplt, "scaling", "none")
 
 
-class Solver(enum.StrEnum):
-    recursion = "recursion"
-    clarabel = "clarabel"
-    scs = "scs"
-
-
-class Multipliers(enum.StrEnum):
-    neuron = "neuron"
-    layer = "layer"
-
-
-class Scaling(enum.StrEnum):
-    none = "none"
-    aol = "aol"
-    sll = "sll"
-    optimized = "optimized"
-
-
-class Drop(enum.StrEnum):
-    softmax = "softmax"
-    argmax = "argmax"
-
-
-class ManyNumbers(TyperCommand):
-    """Lets `--eps 0.1 0.25` stand for `--eps 0.1 --eps 0.25`."""
-
-    many = "--eps"
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        spread: list[str] = []
-        numbers = False
-        for arg in args:
-            if numbers and _is_number(arg) and spread[-1] != self.many:
-                spread.append(self.many)
-            elif arg.startswith("-") and not _is_number(arg):
-                numbers = arg == self.many or arg.startswith(f"{self.many}=")
-            elif not _is_number(arg):
-                numbers = False
-            spread.append(arg)
-        return super().parse_args(ctx, spread)
-
-
+# ------------------------------------------------------------------------------------------- values from text
 def number(text: str) -> float:
     """0.1, 8/255 or 2^-7 as a number; ValueError for anything else."""
-    if "/" in text:
-        above, below = text.split("/")
-        return float(above) / float(below)
-    base, power, exponent = text.replace("**", "^").partition("^")
-    return float(base) ** float(exponent) if power else float(base)
-
-
-def eps_of(text: str) -> float:
-    """A radius as the commands read it."""
     try:
-        value = number(text)
-    except (ValueError, ZeroDivisionError, OverflowError):
-        value = -1.0
-    if not (isinstance(value, float) and math.isfinite(value) and value >= 0):
-        raise typer.BadParameter(f"{text!r} is no finite number >= 0, such as 0.1 or 8/255")
+        if "/" in text:
+            above, below = text.split("/")
+            return float(above) / float(below)
+        base, power, exponent = text.replace("**", "^").partition("^")
+        value = float(base) ** float(exponent) if power else float(base)
+    except (ZeroDivisionError, OverflowError) as error:
+        raise ValueError(str(error)) from error
+    if isinstance(value, complex):
+        raise ValueError(f"{text} is not a real number")
     return value
-
-
-def memory_of(text: str) -> int:
-    """A memory budget as the commands read it, in bytes."""
-    from lipbounds._gain.memory_budget import parse
-
-    try:
-        size = parse(int(text) if text.isdecimal() else text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    assert size is not None
-    return size
-
-
-def box_of(text: str | None) -> tuple[float, float] | None:
-    """Two numbers, "0,1"."""
-    if text is None:
-        return None
-    try:
-        low, high = (number(part) for part in text.split(","))
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise typer.BadParameter(f"{text!r} is not two numbers such as 0,1") from None
-    return low, high
-
-
-def shape_of(text: str | None) -> tuple[int, ...] | None:
-    """Numbers with commas between them, "3,32,32"."""
-    if text is None:
-        return None
-    try:
-        sizes = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        sizes = (0,)
-    if min(sizes) < 1:
-        raise typer.BadParameter(f"{text!r} is no shape such as 3,32,32", param_hint="--shape")
-    return sizes
 
 
 def _is_number(text: str) -> bool:
     try:
         number(text)
-    except (ValueError, ZeroDivisionError, OverflowError):
+    except ValueError:
         return False
     return True
+
+
+def eps_of(text: str) -> float:
+    """A radius as the commands read it."""
+    value = number(text) if _is_number(text) else math.nan
+    if not 0 <= value < math.inf:
+        raise typer.BadParameter(f"{text!r} is not a finite number >= 0, such as 0.1 or 8/255")
+    return value
+
+
+def memory_of(text: str) -> int | None:
+    """A memory budget as the commands read it, in bytes."""
+    from lipbounds._gain.memory_budget import parse
+
+    try:
+        return parse(int(text) if text.isdecimal() else text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def box_of(text: str) -> tuple[float, float]:
+    """Two numbers, "0,1"."""
+    try:
+        low, high = (number(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not two numbers such as 0,1") from None
+    return low, high
+
+
+def shape_of(text: str) -> tuple[int, ...]:
+    """Numbers with commas between them, "3,32,32"."""
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        sizes = (0,)
+    if min(sizes) < 1:
+        raise typer.BadParameter(f"{text!r} is not a shape such as 3,32,32")
+    return sizes
+
+
+# ------------------------------------------------------------------------------------------- how commands parse
+class Command(TyperCommand):
+    """Lets several values follow an option that may be repeated: `--eps 0.1 0.25` is `--eps 0.1 --eps 0.25`."""
+
+    values: typing.ClassVar = {"--eps": _is_number, "--c-r": _is_number, "--methods": VERBS.__contains__}
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        several = {name for p in self.params if getattr(p, "multiple", False) for name in p.opts}
+        spread: list[str] = []
+        option = ""
+        for arg in args:
+            if option and self.values[option](arg):
+                spread += [option] if spread[-1] != option else []
+            else:
+                name = arg.partition("=")[0]
+                option = name if name in several and name in self.values else ""
+            spread.append(arg)
+        return super().parse_args(ctx, spread)
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameters that are dataclasses become one option for each of their fields."""
+    own = inspect.signature(command, eval_str=True)
+    groups: dict[str, Any] = {
+        p.name: p.annotation for p in own.parameters.values() if dataclasses.is_dataclass(p.annotation)
+    }
+    parameters = []
+    for p in own.parameters.values():
+        if p.name in groups:
+            hints = typing.get_type_hints(p.annotation, include_extras=True)
+            fields = inspect.signature(p.annotation).parameters.values()
+            parameters += [
+                field.replace(kind=p.KEYWORD_ONLY, annotation=hints[field.name]) for field in fields
+            ]
+        else:
+            parameters.append(p)
+
+    @functools.wraps(command)
+    def collect(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
+        command(**given)
+
+    collect.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return collect
+
+
+# ------------------------------------------------------------------------------------------- single options
+def option(help: str, metavar: str | None = None, *names: str, panel: str | None = None, **more: Any) -> Any:
+    """What `typer.Option` holds: a line of help, the place of a value, the names where they do not follow."""
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, **more)
 
 
 ModelPath = Annotated[
@@ -158,99 +163,116 @@ ModelPath = Annotated[
         exists=True,
         dir_okay=False,
         show_default=False,
-        help="A model file of ours (.safetensors), such as the demo writes, or an ONNX file (.onnx).",
+        help="Model file written by lipbounds (.safetensors), or ONNX file (.onnx).",
     ),
 ]
-NormOption = Annotated[Norm, typer.Option(help="Norm in which the input moves.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
+NormOption = Annotated[Norm, option("Norm of inputs and outputs.")]
+SeedOption = Annotated[int, option("Random seed.", "N")]
 ScalingOption = Annotated[
-    Scaling,
-    typer.Option(help="Diagonal scaling of LipLT: none is the paper's recursion, optimized the tightest."),
-]
-SolverOption = Annotated[
-    Solver, typer.Option(help="How LipSDP is solved; clarabel and scs (CVXPY) are for small networks.")
-]
-MultipliersOption = Annotated[
-    Multipliers, typer.Option(help="Multipliers of LipSDP: one per neuron (tighter), or one per layer.")
-]
-RefineOption = Annotated[
-    int, typer.Option(metavar="N", min=0, help="LipSDP: optimise the N worst pairs once more, each alone.")
-]
-CertificateOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--certificate",
-        metavar="FILE",
-        dir_okay=False,
-        help="Save what proves a LipSDP bound, for `lipbounds verify`.",
-    ),
+    Scaling, option("Diagonal scaling of LipLT: none is the paper's recursion, optimized the tightest.")
 ]
 MemoryOption = Annotated[
     int | None,
-    typer.Option(
-        "--memory",
-        metavar="SIZE",
-        parser=memory_of,
-        help="Memory of the proofs, such as 2GB: larger operators are then verified where their proof fits.",
-    ),
+    option("Verify every block whose proof fits in this much memory, such as 2GB.", "SIZE", parser=memory_of),
 ]
-JsonOption = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", dir_okay=False, help="Also write the result as JSON.")
-]
-ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite files that lipbounds did not create.")]
-RunPath = Annotated[
-    Path,
-    typer.Argument(
-        metavar="RUN",
-        exists=True,
-        show_default=False,
-        help="A folder that `lipbounds train` wrote, or a model file (.safetensors) with --dataset.",
-    ),
-]
-DataDirOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--data-dir",
-        metavar="DIR",
-        file_okay=False,
-        show_default="the run's own",
-        help="Folder of the data set's files.",
-    ),
-]
-DatasetOption = Annotated[
-    str | None, typer.Option(metavar="NAME", help="The data set of a model file; a run knows its own.")
-]
-BoxOption = Annotated[
-    str | None,
-    typer.Option(metavar="LOW,HIGH", help="With --local: only inputs between these count, 0,1 for pixels."),
-]
-MeanOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NUMBERS", help="Subtracted from the input first: a number, or one per channel, a,b,c."
-    ),
-]
-StdOption = Annotated[
-    str | None, typer.Option(metavar="NUMBERS", help="Then divided by: a number, or one per channel, a,b,c.")
-]
-DropOption = Annotated[
-    Drop | None, typer.Option(help="Leave out the last operation of an ONNX file, if it is this one.")
-]
-ShapeOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZES",
-        help="Shape of one example, without the batch, where an ONNX file leaves it free: 3,32,32.",
-    ),
-]
-OutputOption = Annotated[
-    str | None, typer.Option(metavar="NAME", help="The output to bound, where an ONNX file has several.")
-]
-ConstantOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--constant",
-        metavar="NAME=VALUE",
-        help="Value of a further input of an ONNX file: a number, or an .npy file with the array; may be repeated.",
-    ),
-]
+ForceOption = Annotated[bool, option("Overwrite files that lipbounds did not create.", None, "--force")]
+
+
+# ------------------------------------------------------------------------------------------- groups of options
+_model = functools.partial(option, panel="Reading the model")
+_lipsdp = functools.partial(option, panel="LipSDP")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How a model file is read; all but the first two are for ONNX files."""
+
+    mean: Annotated[
+        str | None,
+        _model("Subtract this from the input first: a number, or one per channel (a,b,c).", "NUMBERS"),
+    ] = None
+    std: Annotated[
+        str | None, _model("Then divide by this: a number, or one per channel (a,b,c).", "NUMBERS")
+    ] = None
+    drop: Annotated[
+        Literal["softmax", "argmax"] | None, _model("Remove this last operation of an ONNX file.")
+    ] = None
+    shape: Annotated[
+        Any,
+        _model("Shape of one example where an ONNX file leaves it open: 3,32,32.", "SIZES", parser=shape_of),
+    ] = None
+    output: Annotated[str | None, _model("Output to bound, where an ONNX file has several.", "NAME")] = None
+    constant: Annotated[
+        list[str] | None,
+        _model(
+            "Value of a further input of an ONNX file: a number or an .npy file; repeatable.", "NAME=VALUE"
+        ),
+    ] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """How LipSDP is solved."""
+
+    solver: Annotated[
+        Solver, _lipsdp("Solver of LipSDP; clarabel and scs (through CVXPY) suit small networks.")
+    ] = "recursion"
+    multipliers: Annotated[Multipliers, _lipsdp("One multiplier per neuron (tighter) or one per layer.")] = (
+        "neuron"
+    )
+    refine: Annotated[int, _lipsdp("Optimise the N worst pairs again, one at a time.", "N", min=0)] = 0
+    certificate: Annotated[
+        Path | None,
+        _lipsdp("Save a certificate of the bound, for `lipbounds verify`.", "FILE", dir_okay=False),
+    ] = None
+
+    def options(self) -> dict[str, Any]:
+        return {"solver": self.solver, "multipliers": self.multipliers, "refine": self.refine}
+
+    def given(self) -> list[str]:
+        """The options that differ from their defaults."""
+        fields = dataclasses.fields(self)
+        return [f"--{field.name}" for field in fields if getattr(self, field.name) != field.default]
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Where a result is written."""
+
+    json: Annotated[Path | None, option("Also write the result as JSON.", "FILE", dir_okay=False)] = None
+    force: ForceOption = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Pages(Output):
+    """Where the record and the page of a trained network are written."""
+
+    out: Annotated[
+        Path | None,
+        option(
+            "Folder for the record, the page and the figures.",
+            "FOLDER",
+            file_okay=False,
+            show_default="the run; nothing for a model file",
+        ),
+    ] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A trained network and its data set."""
+
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            exists=True,
+            show_default=False,
+            help="Run folder of `lipbounds train`, or a model file (.safetensors) with --dataset.",
+        ),
+    ]
+    dataset: Annotated[str | None, option("Data set of a model file; a run records its own.", "NAME")] = None
+    data_dir: Annotated[
+        Path | None,
+        option("Folder of the data set's files.", "DIR", file_okay=False, show_default="that of the run"),
+    ] = None

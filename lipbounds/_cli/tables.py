@@ -157,12 +157,12 @@ def results_table(model: Json, title: str) -> Table:
     return table
 
 
-def print_certified(bound: Any, radii: Any, levels: list[float], shares: list[float]) -> None:
+def print_certified(bound: Any, radii: Any, shares: dict[float, float]) -> None:
     from lipbounds._text.tables import show
 
     typer.echo(f"bound:     L <= {show(bound.value, 'up')} by {bound.method}, {bound.guarantee}")
     typer.echo(f"radii:     {radii.guarantee}, {len(radii.radius)} images, units of the model's input")
-    for level, share in zip(levels, shares, strict=True):
+    for level, share in shares.items():
         typer.echo(f"eps {level:<7g} {100 * share:5.1f} % certified")
     for note in radii.notes:
         typer.echo(f"note:      {note}")

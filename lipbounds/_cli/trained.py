@@ -1,0 +1,127 @@
+"""What `lipbounds evaluate` and `lipbounds forge` share: a trained network, its data, the files about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from lipbounds._cli import tables
+from lipbounds._cli.common import Json, check_json, header, write_json
+from lipbounds._cli.options import Pages, Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A trained network; `data_dir` is where its run found the data."""
+
+    path: Path
+    title: str
+    dataset: str
+    data_dir: str | None
+    model: Any
+    spec: Any
+
+    def record(self) -> Json:
+        return {
+            "path": str(self.path),
+            "title": self.title,
+            "dataset": self.dataset,
+            "architecture": self.spec.architecture,
+            "arguments": dict(self.spec.arguments),
+        }
+
+    def check(self, test: Any) -> None:
+        """ValueError for images that the network does not take."""
+        if tuple(self.spec.input_shape) != tuple(test.input_shape):
+            raise ValueError(
+                f"{self.path} takes images of shape {tuple(self.spec.input_shape)}, {test.name} has "
+                f"{tuple(test.input_shape)}"
+            )
+
+    def data(self, data_dir: Path | None, tell: Callable[[str], None]) -> Any:
+        """The data set, which the network can take."""
+        from lipbounds.training import data
+
+        tell(f"reading {self.dataset}")
+        test = data.load(self.dataset, data_dir if data_dir is not None else self.data_dir)
+        self.check(test)
+        return test
+
+
+def check_source(source: Source) -> None:
+    """A model file needs a data set, a run has one."""
+    if source.run.is_dir() and source.dataset is not None:
+        raise typer.BadParameter("a run records its own data set", param_hint="--dataset")
+    if not source.run.is_dir() and source.dataset is None:
+        raise typer.BadParameter("a model file needs one, such as digits", param_hint="--dataset")
+
+
+def open_subject(path: Path, dataset: str | None) -> Subject:
+    """A run, or a model file of that data set."""
+    from lipbounds.training.data import DATASETS
+    from lipbounds.training.runs import open_run
+    from lipbounds.training.store import load_model
+
+    if path.is_dir():
+        run = open_run(path)
+        config = run.config
+        if run.data != config.dataset:
+            raise ValueError(
+                f"{path} was trained on {run.data}, not on {config.dataset}: evaluate its model with your own images, "
+                "lb.certified_radius(lb.trace(model, x[0]), x, y)"
+            )
+        how = f"CRM with {config.constants}" if config.loss == "crm" else config.loss
+        return Subject(path, f"{config.arch}, {how}", config.dataset, config.data_dir, run.model, run.spec)
+    if dataset is None or dataset not in DATASETS:
+        raise ValueError(f"there is no data set {dataset!r}; known are {', '.join(DATASETS)}")
+    model, spec = load_model(path)
+    return Subject(path, path.stem, dataset, None, model, spec)
+
+
+def folder_of(source: Source, files: Pages, names: Sequence[str], command: str) -> Path | None:
+    """Where the files `names` go, the record first. ValueError where others of that name would be replaced."""
+    from lipbounds.analysis.demo import is_ours
+
+    check_json(files)
+    folder = files.out or (source.run if source.run.is_dir() else None)
+    if folder is None or files.force or is_ours(folder / names[0]):
+        return folder
+    there = [name for name in names if (folder / name).exists()]
+    if there:
+        raise ValueError(
+            f"{folder} holds {', '.join(there)}, not written by `lipbounds {command}`: choose another folder with "
+            "--out, or pass --force"
+        )
+    return folder
+
+
+def record_of(command: str, subject: Subject, source: Source, settings: Json) -> Json:
+    """How the record of a command begins; its command line spells every setting out."""
+    words = ["lipbounds", command, str(source.run)]
+    for name, value in {**settings, "dataset": source.dataset, "data_dir": source.data_dir}.items():
+        if value is not None and value is not False:
+            words.append(f"--{name.replace('_', '-')}")
+            words += [] if value is True else map(str, value if isinstance(value, list) else [value])
+    return {
+        **header(),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(words),
+        "model": subject.record(),
+    }
+
+
+def write_files(
+    files: Pages, folder: Path | None, name: str, record: Json, page: Callable[[Path], Path]
+) -> None:
+    """The record as JSON where it was asked for, and with its page in the folder."""
+    write_json(files.json, record)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / name, record)
+        tables.say(tables.console(), f"page: {page(folder)}")
