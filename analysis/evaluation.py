@@ -236,9 +236,9 @@ def evaluate(
     correct = clean.correct | (radius > 0)
     # rounded down, so that the l2 ball contains the l-inf ball
     shrink = {2.0: 1.0, math.inf: (1 - 2.0**-48) / math.sqrt(x[0].size)}
-    balls = [(settings, e * shrink[p]) for p, settings in attacks.items() for e in levels]
-    balls.append((AttackSettings(seed=seed, progress=progress), radius))
-    ascent = {"steps": pgd_steps, "restarts": pgd_restarts}
+    inside: list[tuple[AttackSettings, Any]] = [(AttackSettings(seed=seed, progress=progress), radius)]
+    balls = inside + [(settings, e * shrink[p]) for p, settings in attacks.items() for e in levels]
+    ascent: Json = {"steps": pgd_steps, "restarts": pgd_restarts}
     nearest, rounded = _nearest(model, found, x, y, balls, list(attacks), ascent)
     rounding = int((correct & ~clean.correct).sum()) + rounded
     beyond = {p: {str(e): nearest[p] > e * shrink[p] for e in levels} for p in attacks}
@@ -269,7 +269,7 @@ def _nearest(
     y: np.ndarray,
     balls: Sequence[tuple[AttackSettings, Any]],
     norms: Sequence[float],
-    ascent: Mapping[str, int],
+    ascent: Json,
 ) -> tuple[dict[float, np.ndarray], int]:
     """Norm -> (N,) distance of the nearest example that PGD in any of the balls (settings, eps) broke, inf where none;
     and how many only float32 rounding broke."""

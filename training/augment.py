@@ -65,8 +65,8 @@ class Augmentation:
 
     flip       mirror each image left to right with probability 1/2
     degrees    largest angle of the rotation, 0..180; angles are uniform
-    translate  largest shift as a share of height and width, 0..1; shifts are uniform and then rounded to whole pixels, as
-               torchvision's RandomAffine rounds them
+    translate  largest shift as a share of height and width, 0..1; shifts are uniform and rounded to whole pixels,
+               as torchvision's RandomAffine rounds them
     fill       the pixel value of what enters the image, in the units of the images
 
     With nothing switched on a batch is returned as it is. ValueError for arguments outside these ranges.
