@@ -10,6 +10,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -84,3 +85,29 @@ def pytest_runtest_teardown() -> None:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A small network trained on digits, as a file that the commands take."""
+    from command import SPEC
+
+    from lipbounds.training import Config, fit
+    from lipbounds.training.data import digits
+    from lipbounds.training.models import build
+    from lipbounds.training.store import save_model
+
+    settings = {"batch_size": 128, "learning_rate": 5e-3, "schedule": "constant", "validate_every": 0}
+    plain = Config.from_json({"loss": "cross-entropy", "epochs": 6, **settings})
+    model = fit(plain, digits(), model=build(SPEC)).model
+    return save_model(tmp_path_factory.mktemp("model") / "tiny.safetensors", model, SPEC)
+
+
+@pytest.fixture(scope="session")
+def form(model_file: pathlib.Path) -> Any:
+    """The form of `model_file`."""
+    import lipbounds as lb
+    from lipbounds.training.store import load_model
+
+    model, spec = load_model(model_file)
+    return lb.trace(model, np.zeros(spec.input_shape, np.float32))

@@ -1,57 +1,26 @@
-"""The command line and the report, on a model small enough to be quick."""
+"""The command line: help, `bounds`, certificates, wrong usage, files that are not overwritten."""
 
 import dataclasses
 import json
 import re
+import string
 import sys
+import typing
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+import typer
+from command import SPEC, run
 
 import lipbounds as lb
+from lipbounds._cli import options, train
 from lipbounds._cli.main import app
-from lipbounds.analysis.demo import run_demo
-from lipbounds.analysis.experiment import measure
-from lipbounds.analysis.report import render, write_report
-from lipbounds.training.config import Config
-from lipbounds.training.data import digits
-from lipbounds.training.loop import accuracy, fit
+from lipbounds.results import Guarantee
 from lipbounds.training.models import ModelSpec, build
-from lipbounds.training.store import load_model, save_model
-
-SPEC = ModelSpec("mlp", (8, 8, 1), {"widths": "64-12-10", "mean": 0.3, "std": 0.4})
+from lipbounds.training.store import save_model
 
 
-@pytest.fixture(scope="session")
-def model_file(tmp_path_factory):
-    data = digits()
-    plain = Config(
-        loss="cross-entropy",
-        epochs=6,
-        batch_size=128,
-        learning_rate=5e-3,
-        schedule="constant",
-        validate_every=0,
-    )
-    model = fit(plain, data, model=build(SPEC)).model
-    return save_model(tmp_path_factory.mktemp("model") / "tiny.safetensors", model, SPEC)
-
-
-@pytest.fixture(scope="session")
-def form(model_file):
-    model, spec = load_model(model_file)
-    return lb.trace(model, np.zeros(spec.input_shape, np.float32))
-
-
-def run(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, result.output
-    assert code == 0 or (result.stderr.strip() and "Traceback" not in result.output)
-    return result
-
-
-@pytest.mark.parametrize("command", ["demo", "bounds", "certify", "verify"])
+@pytest.mark.parametrize("command", ["demo", "bounds", "certify", "verify", "train", "evaluate", "forge"])
 def test_help_teaches_by_examples(command):
     text = run(command, "--help").stdout
     assert "Examples:" in text and text.count(f"lipbounds {command}") >= 2
@@ -74,7 +43,69 @@ def test_root_help_names_the_words_and_the_exit_codes():
     assert run("--version").stdout == f"lipbounds {lb.__version__}\n"
 
 
-# ---------------------------------------------------------------------------------------------------- bounds
+def commands():
+    group = typer.main.get_command(app)
+    return {**group.commands, "train": train.command()}
+
+
+@pytest.mark.parametrize("name", ["demo", "bounds", "certify", "verify", "train", "evaluate", "forge"])
+def test_every_option_is_explained_in_a_sentence(name):
+    parameters = [p for p in commands()[name].params if p.name != "help"]
+    assert len(parameters) > 3
+    for parameter in parameters:
+        text = parameter.help or ""
+        assert text[:1] in "`" + string.ascii_uppercase and text.endswith(".") and len(text) > 9, (
+            parameter.name
+        )
+
+
+def test_the_words_of_the_options_are_those_of_the_library(monkeypatch):
+    from lipbounds.analysis.forging import KINDS
+    from lipbounds.interop.onnx import DROPS
+
+    monkeypatch.setenv("COLUMNS", "200")
+    text = {name: " ".join(run(name, "--help").stdout.split()) for name in ("bounds", "forge")}
+    for words in (
+        typing.get_args(Guarantee),
+        ("none", "aol", "sll", "optimized"),
+        ("recursion", "clarabel", "scs"),
+        ("neuron", "layer"),
+        DROPS,
+    ):
+        assert f"<{'|'.join(words)}>" in text["bounds"]
+    assert f"<{'|'.join(KINDS)}>" in text["forge"]
+    assert typing.get_args(options.words(lb.liplt, "scaling", "none")) == ("none", "aol", "sll", "optimized")
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "name", "values"),
+    [
+        ("certify", ["--eps", "0.1", "8/255", "FILE"], "eps", [0.1, 8 / 255]),
+        ("forge", ["FILE", "--c-r=0", "2^-7", "2**-5", "--tau", "1"], "c_r", [0.0, 2**-7, 2**-5]),
+        (
+            "evaluate",
+            ["FILE", "--methods", "naive", "liplt", "--eps", "1", "2"],
+            "methods",
+            ["naive", "liplt"],
+        ),
+        ("evaluate", ["FILE", "--methods", "naive", "--methods", "lipsdp"], "methods", ["naive", "lipsdp"]),
+        ("evaluate", ["--eps", "0.1", "0.2", "--methods", "naive", "--", "FILE"], "eps", [0.1, 0.2]),
+    ],
+)
+def test_several_values_follow_an_option(command, words, name, values, model_file):
+    words = [str(model_file) if word == "FILE" else word for word in words]
+    context = commands()[command].make_context(command, words)
+    assert context.params[name] == values
+    assert str(context.params["model" if command == "certify" else "run"]) == str(model_file)
+
+
+def test_only_options_that_may_be_repeated_take_several_values(model_file):
+    words = ("forge", model_file, "--dataset", "digits", "--eps", "0.1", "0.2")
+    assert "unexpected extra argument" in run(*words, code=2).stderr
+    assert "unexpected extra argument" in run("bounds", model_file, "0.1", code=2).stderr
+
+
+# ----------------------------------------------------------------------------------------------------- bounds
 def test_bounds_prints_and_writes_what_the_library_says(model_file, form, tmp_path):
     file = tmp_path / "bounds.json"
     text = run("bounds", model_file, "--pairwise", "--json", file).stdout
@@ -278,88 +309,6 @@ def test_certificates_do_not_overwrite_other_files(model_file, certificate, tmp_
     assert certificate.read_bytes() == before
 
 
-# ---------------------------------------------------------------------------------------------------- certify
-def test_certify_agrees_with_the_library(model_file, form, tmp_path):
-    file = tmp_path / "radii.json"
-    text = run("certify", model_file, "--eps", "0.02", "0.1", "--json", file).stdout
-    data = digits()
-    radii = lb.certified_radius(form, data.test_x, data.test_y, bound=lb.lipsdp(form, pairwise=True))
-    record = json.loads(file.read_text())
-    assert [row["eps"] for row in record["certified_accuracy"]] == [0.02, 0.1]
-    for row in record["certified_accuracy"]:
-        assert row["accuracy"] == radii.accuracy(row["eps"])
-        assert f"{100 * row['accuracy']:.1f} % certified" in text
-    np.testing.assert_array_equal(record["radius"], radii.radius)
-    assert record["guarantee"] == radii.guarantee and 0.3 < record["certified_accuracy"][0]["accuracy"] < 1
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--eps", "0.02", "0.1", "MODEL"],
-        ["MODEL", "--eps", "0.02", "--eps", "0.1"],
-        ["--eps=0.1", "0.02", "MODEL", "--seed", "3"],
-    ],
-)
-def test_eps_in_every_spelling(model_file, words):
-    words = [model_file if word == "MODEL" else word for word in words]
-    text = run("certify", *words, "--method", "liplt").stdout
-    assert re.findall(r"^eps ([\d.]+)", text, re.MULTILINE) == ["0.02", "0.1"]
-
-
-def test_pairs_certify_at_least_as_much(model_file, tmp_path):
-    radius = {}
-    for flag in ("--pairwise", "--no-pairwise"):
-        file = tmp_path / f"{flag}.json"
-        run("certify", model_file, flag, "--method", "liplt", "--json", file)
-        radius[flag] = np.array(json.loads(file.read_text())["radius"])
-    assert (radius["--pairwise"] >= radius["--no-pairwise"]).all()
-    assert radius["--pairwise"].sum() > radius["--no-pairwise"].sum()
-
-
-def test_certify_own_data(model_file, tmp_path):
-    data = digits()
-    np.savez(tmp_path / "mine.npz", x=data.test_x[:20], y=data.test_y[:20])
-    file = tmp_path / "r.json"
-    run("certify", model_file, "--data", tmp_path / "mine.npz", "--json", file)
-    assert json.loads(file.read_text())["images"] == 20
-
-
-def test_the_box_reaches_the_check_of_values(model_file, monkeypatch):
-    traced, seen = lb.trace, []
-
-    def trace(*args, box=None):
-        seen.append(box)
-        return traced(*args, box=box)
-
-    monkeypatch.setattr(lb, "trace", trace)
-    run("certify", model_file, "--local", "--box", "0,1", "--method", "naive", "--no-pairwise")
-    run("certify", model_file, "--local", "--box", "0,1", "--method", "naive", "--mean", "0.1", "--std", "2")
-    run("certify", model_file, "--method", "naive", "--no-pairwise")
-    assert seen == [(0.0, 1.0), (0.0, 1.0), None]
-
-
-def test_certify_refuses_bad_data(model_file, tmp_path):
-    data = digits()
-    x, y = data.test_x[:4], data.test_y[:4]
-    cases = {
-        "shape": (dict(x=x[:, :7], y=y), "images of shape"),
-        "dtype": (dict(x=(16 * x).astype(np.uint8), y=y), "must hold floats"),
-        "keys": (dict(images=x, y=y), "arrays x and y"),
-        "objects": (dict(x=np.array([object()]), y=y), "arrays x and y"),
-        "labels": (dict(x=x, y=y + 10), "label"),
-        "lengths": (dict(x=x, y=y[:3]), "4"),
-        "nan": (dict(x=x * np.float32(np.nan), y=y), "finite"),
-        "empty": (dict(x=x[:0], y=y[:0]), "no images"),
-    }
-    for name, (arrays, message) in cases.items():
-        np.savez(tmp_path / f"{name}.npz", **arrays)
-        assert message in run("certify", model_file, "--data", tmp_path / f"{name}.npz", code=1).stderr, name
-    (tmp_path / "text.npz").write_text("x, y")
-    assert "arrays x and y" in run("certify", model_file, "--data", tmp_path / "text.npz", code=1).stderr
-    assert "nowhere.npz" in run("certify", model_file, "--data", tmp_path / "nowhere.npz", code=1).stderr
-
-
 # ----------------------------------------------------------------------------------------- refusals and usage
 def test_wrong_usage_exits_2(model_file, tmp_path):
     assert "does not exist" in run("bounds", tmp_path / "none.safetensors", code=2).stderr
@@ -402,123 +351,3 @@ def test_demo_keeps_out_of_foreign_folders(tmp_path):
     message = run("demo", "--out", tmp_path, code=1).stderr
     assert "files that lipbounds did not create" in message
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
-
-
-# ----------------------------------------------------------------------------------------------------- report
-@pytest.fixture(scope="session")
-def results(model_file, form):
-    data = digits()
-    rows = measure(
-        form, data.test_x[:40], data.test_y[:40], norms=(2, np.inf), methods=("naive", "liplt", "empirical")
-    )
-    model = {
-        "name": "tiny",
-        "title": "MLP <64-12-10>",
-        "file": model_file.name,
-        "parameters": 64 * 12 + 12 + 12 * 10 + 10,
-        "taps": len(form.taps),
-        "training": {
-            "epochs": 6,
-            "seconds": 1.0,
-            "train_accuracy": 1.0,
-            "test_accuracy": accuracy(load_model(model_file)[0], data.test_x, data.test_y),
-        },
-        **rows,
-    }
-    program = {"lipbounds": "0", "jax": "0", "python": "3", "numpy": "2", "device": "cpu"}
-    return {
-        "command": "lipbounds demo",
-        "created": "2025-01-01",
-        "seconds": 2.0,
-        "program": program,
-        "data": {"name": "digits", "train": 1437, "test": 40},
-        "unit": "pixel values in [0, 1]",
-        "models": [model],
-    }
-
-
-def test_rows_are_typed_and_radii_follow_the_bounds(results):
-    model = results["models"][0]
-    assert [(row["label"], row["norm"]) for row in model["upper"]] == [
-        ("naive", "2"),
-        ("LipLT", "2"),
-        ("naive", "inf"),
-        ("LipLT", "inf"),
-    ]
-    assert [row["norm"] for row in model["lower"]] == ["2", "inf"] and not model["refused"]
-    for norm in ("2", "inf"):
-        (low,) = (row["value"] for row in model["lower"] if row["norm"] == norm)
-        naive, liplt = (row for row in model["upper"] if row["norm"] == norm)
-        assert 0 < low <= liplt["value"] <= naive["value"]
-        curves = [row["certified"] for row in (liplt, naive, liplt["without_pairs"])]
-        assert curves[0]["eps"] == curves[1]["eps"] == curves[2]["eps"]
-        for worse in curves[1:]:
-            assert (np.array(curves[0]["accuracy"]) >= worse["accuracy"]).all()
-        assert curves[0]["accuracy"][0] > 0.8 and curves[0]["accuracy"][-1] == 0
-    json.dumps(results, allow_nan=False)
-
-
-def test_the_report_stands_alone(results, tmp_path):
-    page = write_report(results, tmp_path).read_text(encoding="utf-8")
-    pictures = sorted(tmp_path.glob("*.png"))
-    assert [p.name for p in pictures] == [
-        "tiny-bounds.png",
-        "tiny-certified-l2.png",
-        "tiny-certified-others.png",
-    ]
-    for picture in pictures:
-        assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
-    assert page.count('src="data:image/png;base64,') == 3 and page.count("<img") == 3
-    assert not re.search(r"https?://|<script|<link|@import", page)
-    assert "MLP &lt;64-12-10&gt;" in page and "<64-12-10>" not in page
-    best = min(row["value"] for row in results["models"][0]["upper"] if row["norm"] == "2")
-    shown = [float(text) for text in re.findall(r"≤ ([\d.]+)</dd>", page)]
-    assert min(shown) >= best and min(shown) < best * 1.001  # printed bounds are rounded up
-
-
-def test_the_report_is_made_from_the_json_alone(results):
-    again = json.loads(json.dumps(results))
-    figures = {"tiny": {"bounds": "", "certified-l2": "", "certified-others": ""}}
-    assert render(again, figures) == render(results, figures)
-
-
-def test_a_refusal_becomes_a_row(form, monkeypatch):
-    from lipbounds.analysis import experiment
-
-    def refuse(question):
-        raise ValueError("this method is for dense nets")
-
-    monkeypatch.setitem(experiment.METHODS, "naive", refuse)
-    data = digits()
-    rows = measure(form, data.test_x[:3], data.test_y[:3], norms=(2,), methods=("naive", "liplt"))
-    assert rows["refused"] == [{"label": "naive", "norm": "2", "reason": "this method is for dense nets"}]
-    assert len(rows["upper"]) == 1
-
-
-@pytest.mark.slow
-def test_demo_from_end_to_end(tmp_path):
-    out = tmp_path / "report"
-    text = run("demo", "--out", out, "--epochs", "3").stdout
-    assert "report.html" in text
-    results = json.loads((out / "results.json").read_text())
-    assert results["status"] == "complete" and [m["name"] for m in results["models"]] == [
-        "mlp",
-        "mlp_crm",
-        "residual_cnn",
-    ]
-    page = (out / "report.html").read_text(encoding="utf-8")
-    assert "What training for the radius does" in page and (out / "training-compared.png").exists()
-    for model in results["models"]:
-        assert (out / model["file"]).exists() and model["training"]["test_accuracy"] > 0.6
-        assert (
-            {row["norm"] for row in model["upper"]}
-            == {"1", "2", "inf"}
-            == {row["norm"] for row in model["lower"]}
-        )
-        assert {row["guarantee"] for row in model["upper"]} == {"verified"}
-        (best,) = (row for row in model["upper"] if row["label"] == "LipSDP")
-        assert best["value"] == min(row["value"] for row in model["upper"] if row["norm"] == "2")
-        assert len(model["upper"]) == 10 and len(model["estimate"]) == 3 and not model["refused"]
-    run("certify", out / "mlp.safetensors", "--eps", "0.1")
-    run_demo(out, epochs=1, methods=("naive", "empirical"))  # our own folder is refreshed
-    assert json.loads((out / "results.json").read_text())["models"][0]["training"]["epochs"] == 1

@@ -103,11 +103,11 @@ def test_a_number_beyond_floats_is_refused(name: str) -> None:
     ("fields", "message"),
     [
         ({"learning_rate": 1e-6}, "final_learning_rate 1e-05 is above learning_rate 1e-06"),
-        ({"epochs": 5, "warmup": 6}, r"warmup \(6\) and decay_from \(0\) are epochs of the 5 trained"),
-        ({"epochs": 5, "decay_from": 6}, r"warmup \(1\) and decay_from \(6\) are epochs of the 5 trained"),
+        ({"epochs": 5, "warmup": 6}, r"warmup \(6\) and decay_from \(0\) must be at most epochs \(5\)"),
+        ({"epochs": 5, "decay_from": 6}, r"warmup \(1\) and decay_from \(6\) must be at most epochs \(5\)"),
         (
             {"epochs": 5, "average": "swa", "average_from": 5},
-            r"average_from \(5\) must lie below epochs \(5\)",
+            r"average_from \(5\) must be below epochs \(5\)",
         ),
     ],
 )
@@ -136,9 +136,9 @@ def test_unknown_settings_are_all_listed_with_what_may_be_meant() -> None:
 def test_what_is_wrong_in_a_file_names_the_file() -> None:
     with pytest.raises(ValueError, match=r"^my\.json: epochs must be int, got '5'"):
         Config.from_json({"epochs": "5"}, "my.json")
-    with pytest.raises(ValueError, match=r"my\.json is no table of settings, but list"):
+    with pytest.raises(ValueError, match=r"my\.json must be a JSON object of settings, got list"):
         Config.from_json([], "my.json")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"my\.json is no table of settings, but list"):
+    with pytest.raises(ValueError, match=r"my\.json must be a JSON object of settings, got list"):
         from_text("[1]", "my.json")
     with pytest.raises(ValueError, match=r"my\.json is not JSON: .*line 1"):
         from_text("{lam: 1}", "my.json")

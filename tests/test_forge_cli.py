@@ -5,9 +5,8 @@ import math
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from command import run
 
-from lipbounds._cli.main import app
 from lipbounds.analysis.forging import load_forged
 from lipbounds.analysis.forging_study import DOES_NOT, HOLDS, OPEN, claims, claims_table, study
 from lipbounds.analysis.masking import gradient_masking
@@ -39,12 +38,6 @@ def found(model):
         model, data.test_x[:60], data.test_y[:60], data=data.train_x, candidates=(2**-6, 0.3, 0.9),
         eps=0.05, steps=3, queries=10, examples=16,
     )  # fmt: skip
-
-
-def run(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, result.output
-    return result
 
 
 @pytest.mark.slow

@@ -5,10 +5,9 @@ import json
 import jax
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from command import run
 
 import lipbounds as lb
-from lipbounds._cli.main import app
 from lipbounds.interop import load_onnx
 
 onnx = pytest.importorskip("onnx")
@@ -42,12 +41,6 @@ def path(weights, tmp_path_factory):
     file = tmp_path_factory.mktemp("onnx") / "net.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), file)
     return file
-
-
-def run(*words, code=0):
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    assert result.exit_code == code, result.output
-    return result
 
 
 def test_bounds_are_those_of_the_network_in_the_units_of_the_raw_input(path, weights, tmp_path):

@@ -148,7 +148,7 @@ def test_what_is_no_run(half: pathlib.Path, tmp_path: pathlib.Path) -> None:
         (json.dumps({**good, "format": "other"}), "was not written by"),
         (json.dumps({**good, "version": 2}), "has version 2; this program reads 1"),
         (json.dumps({**good, "config": {"epoch": 3}}), r"unknown settings: 'epoch' \(did you mean 'epochs'"),
-        (json.dumps({**good, "config": []}), "is no table of settings"),
+        (json.dumps({**good, "config": []}), "must be a JSON object of settings"),
     ):
         path.write_text(text)
         with pytest.raises(RunError, match=message):

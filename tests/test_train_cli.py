@@ -189,7 +189,7 @@ def test_what_is_wrong_is_said_and_nothing_is_left(
         ([{"epochs": "3"}], "epochs must be int, got '3'"),
         ([{"dataset": [1]}], "dataset must be str, got [1]"),
         (["{"], "is not JSON"),
-        ([[1]], "is no table of settings, but list"),
+        ([[1]], "must be a JSON object of settings, got list"),
     ]
     for (content,), message in cases:
         file.write_text(content if isinstance(content, str) else json.dumps(content))
@@ -260,7 +260,7 @@ def test_another_architecture_in_a_run_is_refused(trained: Any, tmp_path: pathli
         (["crm", "--ema-decay", 0.9], "--ema-decay would do nothing"),
         (["crm", "--average-from", 3], "--average-from would do nothing"),
         (["crm", "--schedule", "constant", "--decay-from", 1], "--decay-from would do nothing"),
-        (["gloro", "--smoothing", 0.1], "smoothing is of cross-entropy and CRM"),
+        (["gloro", "--smoothing", 0.1], "smoothing applies to cross-entropy and crm"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(

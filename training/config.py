@@ -1,4 +1,4 @@
-"""What a training run is: one frozen record, checked before anything is computed, stored as JSON beside the run."""
+"""Configuration of a training run: one frozen record, checked before anything is computed and saved as JSON."""
 
 from __future__ import annotations
 
@@ -111,22 +111,22 @@ class Config:
                 f"final_learning_rate {self.final_learning_rate:g} is above learning_rate {self.learning_rate:g}"
             )
         if self.smoothing and self.loss not in ("crm", "cross-entropy"):
-            raise ValueError(f"smoothing is of cross-entropy and CRM, not of {self.loss}: leave it 0")
+            raise ValueError(f"smoothing applies to cross-entropy and crm, not to {self.loss}: leave it at 0")
         if self.warmup > self.epochs or self.decay_from > self.epochs:
             raise ValueError(
-                f"warmup ({self.warmup}) and decay_from ({self.decay_from}) are epochs of the {self.epochs} trained"
+                f"warmup ({self.warmup}) and decay_from ({self.decay_from}) must be at most epochs ({self.epochs})"
             )
         if self.average != "none" and self.average_from >= self.epochs:
-            raise ValueError(f"average_from ({self.average_from}) must lie below epochs ({self.epochs})")
+            raise ValueError(f"average_from ({self.average_from}) must be below epochs ({self.epochs})")
 
     @classmethod
     def usual(cls, dataset: str, **changes: Any) -> Config:
-        """What suits a data set, with changes."""
+        """The usual settings of a data set, with changes."""
         return cls.from_json(defaults(dataset) | changes)
 
     @property
     def uses_constants(self) -> bool:
-        """Whether a bound stands in the loss."""
+        """Whether the loss contains a bound."""
         return self.loss != "cross-entropy" and not (self.loss == "crm" and self.lam == 0)
 
     def spec(self, input_shape: tuple[int, int, int], classes: int) -> ModelSpec:
@@ -140,9 +140,9 @@ class Config:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any], origin: str = "this configuration") -> Config:
-        """Strict: an unknown key or a wrong type is a ValueError that names it."""
+        """The configuration with these settings. ValueError names an unknown key or a wrong type."""
         if not isinstance(fields, Mapping):
-            raise ValueError(f"{origin} is no table of settings, but {type(fields).__name__}")
+            raise ValueError(f"{origin} must be a JSON object of settings, got {type(fields).__name__}")
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = [key for key in fields if key not in names]
         if unknown:
@@ -167,37 +167,19 @@ Config.__doc__ = f"{inspect.getdoc(Config)}\n\nArgs:\n" + "\n".join(
 # The first preset is ours (benchmarks/results/crm-mnist-784-512-512-10.md). The others are rows of Table 1 of arXiv
 # 2310.00116, with the values of the authors' published runs. Their CIFAR-10 radii are in units of inputs in [-1, 1]:
 # r0 0.2, t 5 and lambda 15 there are 0.1, 10 and 30 in pixels.
-_ADAM = {"batch_size": 512, "learning_rate": 1e-3, "final_learning_rate": 1e-6}
-_MNIST = {
-    **_ADAM,
-    "dataset": "mnist",
-    "epochs": 400,
-    "decay_from": 25,
+_PUBLISHED = {
+    "batch_size": 512,
+    "learning_rate": 1e-3,
     "final_learning_rate": 1e-6,
-    "warmup": 10,
-    "power_iterations": 10,
-    "lam": 30.0,
-    "r0": 2.2,
-    "t": 5.0,
-    "eps": 1.58,
-}
-_COLOUR = {
-    **_ADAM,
-    "mean": 0.5,
-    "std": 0.5,
     "epochs": 400,
-    "decay_from": 200,
-    "final_learning_rate": 1e-6,
     "warmup": 10,
-    "power_iterations": 5,
     "lam": 30.0,
-    "r0": 0.1,
-    "t": 10.0,
-    "eps": 36 / 255,
-    "flip": True,
-    "degrees": 10.0,
-    "translate": 0.1,
+    "constants": "liplt",
 }
+_MNIST = {"dataset": "mnist", "decay_from": 25, "power_iterations": 10, "r0": 2.2, "t": 5.0, "eps": 1.58}
+_PIXELS = {"mean": 0.5, "std": 0.5, "r0": 0.1, "t": 10.0, "eps": 36 / 255}
+_CHANGES = {"flip": True, "degrees": 10.0, "translate": 0.1}
+_COLOUR = {**_PUBLISHED, **_PIXELS, **_CHANGES, "decay_from": 200, "power_iterations": 5}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "mnist-784-512-512-10": {
         "dataset": "mnist",
@@ -214,16 +196,16 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "decay_from": 30,
         "epochs": 160,
     },
-    "mnist-4C3F": {**_MNIST, "arch": "4C3F", "constants": "liplt"},
-    "cifar10-6C2F": {**_COLOUR, "dataset": "cifar10", "arch": "6C2F", "constants": "liplt"},
-    "tiny-imagenet-8C2F": {**_COLOUR, "dataset": "tiny-imagenet", "arch": "8C2F", "constants": "liplt"},
+    "mnist-4C3F": {**_PUBLISHED, **_MNIST, "arch": "4C3F"},
+    "cifar10-6C2F": {**_COLOUR, "dataset": "cifar10", "arch": "6C2F"},
+    "tiny-imagenet-8C2F": {**_COLOUR, "dataset": "tiny-imagenet", "arch": "8C2F"},
 }
 
 
 def preset(name: str, epochs: int | None = None) -> dict[str, Any]:
     """The settings of a preset, to be changed and passed to `Config`. ValueError for an unknown name.
 
-    With another number of epochs, warm-up and the begin of the decay keep their share of them.
+    With another number of epochs, the warm-up and the start of the decay keep their shares of them.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}{_near(name, PRESETS)}; known: {', '.join(PRESETS)}")
@@ -258,25 +240,18 @@ def from_text(text: str, origin: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{origin} is not JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{origin} is no table of settings, but {type(fields).__name__}")
+        raise ValueError(f"{origin} must be a JSON object of settings, got {type(fields).__name__}")
     return fields
 
 
 def defaults(dataset: str) -> dict[str, Any]:
-    """What suits a data set where nothing else is asked for."""
+    """The usual settings of a data set."""
     return {"dataset": dataset, **(_DEFAULTS.get(dataset, {}) if isinstance(dataset, str) else {})}
 
 
+_DIGITS = {"batch_size": 64, "learning_rate": 4e-3, "r0": 1.0, "t": 10.0, "lam": 5.0, "eps": 0.5}
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "digits": {
-        "arch": "64-64-64-10",
-        "batch_size": 64,
-        "learning_rate": 4e-3,
-        "r0": 1.0,
-        "t": 10.0,
-        "lam": 5.0,
-        "eps": 0.5,
-    },
+    "digits": {"arch": "64-64-64-10", **_DIGITS},
     "mnist": {"arch": "784-512-512-10", "t": 10.0, "learning_rate": 3e-3, "multiplier_rate": 1e-2},
     "cifar10": {"arch": "6C2F", "eps": 36 / 255, "r0": 0.2, "t": 10.0, "mean": 0.5, "std": 0.5},
     "cifar100": {"arch": "6C2F", "eps": 36 / 255, "r0": 0.2, "t": 10.0, "mean": 0.5, "std": 0.5},

@@ -1,4 +1,4 @@
-"""What the commands share: refusals as messages, and the files they read and write."""
+"""Shared by the commands: errors as messages, models and data that are read, files that are written."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Json = dict[str, Any]
 
 @contextlib.contextmanager
 def refusals() -> Iterator[contextlib.ExitStack]:
-    """Turn refusals and failures of files into one message on stderr and exit code 1.
+    """Report errors of the library and of files as one message on stderr, with exit code 1.
 
-    What is entered into the stack is left at the end, such as the float64 mode that `load_form` needs for some files.
+    Contexts entered into the stack, such as the float64 mode of `load_form`, are left at the end.
     """
     try:
         with contextlib.ExitStack() as stack:

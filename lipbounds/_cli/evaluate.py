@@ -1,4 +1,4 @@
-"""`lipbounds evaluate`: what a trained network is worth, as tables, JSON, a figure and a page."""
+"""`lipbounds evaluate`: accuracy of a trained network, clean, attacked and certified."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def _measure(subject: Subject, other: Subject | None, data_dir: Path | None, set
 
 
 def _bounds(subject: Subject, names: list[str], test: Any, tell: Any) -> list[Any]:
-    """The methods; in the place of "lipsdp" the bound that the run's certificate proves, if there is one."""
+    """The methods, with the bound of the run's certificate, if there is one, in place of "lipsdp"."""
     from lipbounds.analysis.evaluation import certified_bound
     from lipbounds.errors import CertificateError
     from lipbounds.training.runs import CERTIFICATE
@@ -136,7 +136,7 @@ def _bounds(subject: Subject, names: list[str], test: Any, tell: Any) -> list[An
         bound = certified_bound(path, subject.model, test.test_x)
     except CertificateError as error:
         raise CertificateError(
-            f"{path} is refused: {error} (without that file LipSDP is computed anew)"
+            f"{path} is refused: {error} (delete the file to compute LipSDP again)"
         ) from error
     return [bound if name == "lipsdp" else name for name in names]
 
@@ -164,7 +164,7 @@ def _print(record: Json) -> None:
     lines += [
         f"{name}: {FROM_CERTIFICATE}" for name, notes in record["notes"].items() if FROM_CERTIFICATE in notes
     ]
-    lines += [f"{name} is not here: {reason}" for name, reason in record["refused"].items()]
+    lines += [f"{name} is missing: {reason}" for name, reason in record["refused"].items()]
     if record["paper_units"] is not None:
         lines.append(record["paper_units"]["text"])
         for pixel, given in record["paper_units"]["given"].items():

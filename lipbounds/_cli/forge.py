@@ -1,4 +1,4 @@
-"""`lipbounds forge`: zero small activations of a trained network, and measure what that does."""
+"""`lipbounds forge`: zero small activations of a trained network, and measure the effect."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def forge(
     seed: SeedOption = 0,
     files: Pages,
 ) -> None:
-    """Zero small activations of a trained network (forged layers), and measure what that does.
+    """Zero small activations of a trained network (forged layers), and measure the effect.
 
     In front of convolutional and linear layers everything below c_r times the largest activation becomes zero
     (arXiv 2406.19622). Reports accuracy, clean and under attack, and for every layer empirical constants, eigenvalues

@@ -1,7 +1,7 @@
 """The command line: `lipbounds demo`, `bounds`, `certify`, `verify`, `train`, `evaluate`, `forge`.
 
-Exit codes: 0 done, 1 the computation refused or failed (one message on stderr), 2 wrong usage.
-Everything heavy is imported inside the commands.
+Exit codes: 0 success, 1 error (one message on stderr), 2 wrong usage. `training` and `analysis` are imported
+inside the commands.
 """
 
 from __future__ import annotations
@@ -85,17 +85,16 @@ def _print_version(wanted: bool) -> None:
 def root(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop."),
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
-    """How far must an input move before a network's answer can change? With a proof.
+    """Prove how far an input must move before the answer of a neural network can change.
 
-    Start with the demo. It trains small networks on real digits and leaves their weights beside the
-    report, where the other commands can take them up:
+    Start with the demo, which trains small networks on real digits and saves them for the other commands:
 
     - `lipbounds demo` writes `report/report.html`
 
-    - `lipbounds bounds report/mlp.safetensors --pairwise` bounds the Lipschitz constants
+    - `lipbounds bounds report/mlp.safetensors --pairwise` bounds their Lipschitz constants
 
     - `lipbounds certify report/mlp.safetensors --eps 0.1 0.25` certifies the test images
 
@@ -105,13 +104,13 @@ def root(
 
     - `lipbounds evaluate runs/digits` attacks and certifies it
 
-    - `lipbounds forge runs/digits` zeroes small activations and measures what that does
+    - `lipbounds forge runs/digits` zeroes small activations and measures the effect
 
-    What a result is worth is part of it. **verified** holds with every rounding error included,
-    **probabilistic** except with a stated probability, **assumed** if what you declared is true; an
-    **estimate** is no bound.
+    Every result states its guarantee: **verified** holds with every rounding error included,
+    **probabilistic** except with a stated probability, **assumed** if the slopes that you declared are right;
+    an **estimate** is not a bound.
 
-    Exit codes: 0 done, 1 refused or failed, 2 wrong usage.
+    Exit codes: 0 success, 1 error, 2 wrong usage.
     """
 
 
@@ -180,8 +179,8 @@ def bounds(
 ) -> None:
     """Bound the Lipschitz constants of a saved model, or of an ONNX file.
 
-    The constant says by how much the outputs can change for each unit that the input moves, in the norm
-    chosen and in the model's own input units. LipSDP is the tightest bound and takes seconds to a minute;
+    A Lipschitz constant limits how much the outputs change per unit of change of the input, in the chosen norm
+    and in the units of the model's own input. LipSDP is the tightest bound and takes seconds to a minute;
     LipLT takes milliseconds on small dense networks, and half a second to two minutes on large
     convolutional ones.
 
@@ -204,7 +203,7 @@ def bounds(
     chosen = choose_method(method, norm, scaling, bool(search.given()))
     _check_search(search, chosen, pairwise, guarantee)
     if memory is not None and chosen == "all":
-        raise typer.BadParameter("belongs to one method, not to all", param_hint="--memory")
+        raise typer.BadParameter("applies to a single method, not to all", param_hint="--memory")
     with refusals() as stack:
         from lipbounds._lipsdp.certificate_file import is_certificate
 
@@ -225,12 +224,12 @@ def bounds(
 
 
 def _check_search(search: Search, method: str, pairwise: bool, guarantee: str) -> None:
-    """Wrong usage of the options of LipSDP."""
+    """BadParameter for options of LipSDP that do not fit the others."""
     for name in search.given() if method != "lipsdp" else []:
         raise typer.BadParameter(f"belongs to --method lipsdp, not {method}", param_hint=name)
     if search.refine and not (pairwise and search.solver == "recursion"):
         raise typer.BadParameter(
-            "refines pairs of the recursion: it takes --pairwise and no other --solver", param_hint="--refine"
+            "refines pairs of the recursion: pass --pairwise, and leave out --solver", param_hint="--refine"
         )
     if search.certificate is not None and guarantee == "estimate":
         raise typer.BadParameter("an estimate has no certificate", param_hint="--certificate")
@@ -306,8 +305,8 @@ def certify(
     """Certify images: no input closer than eps changes the answer.
 
     An image counts if it is classified correctly and its certified radius exceeds eps. Radii are in the
-    units of the model's own input: for the demo's models pixel values in [0, 1]. What --mean and --std put in
-    front of the network belongs to it, so radii are those of the raw input.
+    units of the model's own input: for the demo's models pixel values in [0, 1]. The normalisation by --mean and
+    --std is part of the network, so radii are those of the raw input.
 
     Examples:
 
@@ -373,9 +372,8 @@ def verify(
 ) -> None:
     """Prove a saved bound again, from the weights of the model.
 
-    Nothing in the file is trusted but the multipliers, and they are only candidates: what they prove is
-    computed anew with every rounding error included, and compared with what the file claims. Exit code 0
-    and one line if all of it holds, 1 and the reason otherwise.
+    The file is not trusted: what its multipliers prove is computed again with every rounding error included,
+    and compared with its claims. Exit code 0 and one line if all of them hold, otherwise 1 and the reason.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""What the commands of `lipbounds` print: progress while they work, tables and lines when they are done."""
+"""Output of the commands: progress while they work, tables and lines when they are done."""
 
 from __future__ import annotations
 

@@ -142,29 +142,29 @@ def _settings(given: Json, preset: str | None, file: Path | None) -> Any:
 
 
 def _check_used(given: Json, c: Any) -> None:
-    """ValueError for options that these settings make no use of."""
+    """ValueError for options that have no effect with these settings."""
     recursion = c.uses_constants and c.constants == "recursion"
     used = {
-        ("lam", "r0", "t", "g"): (c.loss == "crm", "crm"),
+        ("lam", "r0", "t", "g"): (c.loss == "crm", "the loss crm"),
         ("constants", "pairs", "refresh", "warmup"): (c.loss != "cross-entropy", "a loss with constants"),
         ("multiplier_rate", "precision"): (
             recursion or c.precision == "float64",
             "--constants recursion",
         ),
         ("power_iterations",): (c.uses_constants and not recursion, "--constants naive or liplt"),
-        ("final_learning_rate", "decay_from"): (c.schedule != "constant", "a schedule that falls"),
+        ("final_learning_rate", "decay_from"): (c.schedule != "constant", "a schedule that decays"),
         ("ema_decay",): (c.average == "ema", "--average ema"),
         ("average_from",): (c.average != "none", "--average ema or swa"),
-        ("smoothing",): (c.loss in ("crm", "cross-entropy"), "crm or cross-entropy"),
+        ("smoothing",): (c.loss in ("crm", "cross-entropy"), "the loss crm or cross-entropy"),
     }
     for names, (fine, what) in used.items():
         idle = [f"--{name.replace('_', '-')}" for name in names if name in given]
         if idle and not fine:
-            raise ValueError(f"{', '.join(idle)} would do nothing: it belongs to {what}")
+            raise ValueError(f"{', '.join(idle)} would do nothing without {what}")
 
 
 def _run(out: Path | None, settings: Any, resume: Path | None, data_dir: str | None) -> None:
-    """Train, or resume, with a bar of progress; then certify the test images and write the report."""
+    """Train or resume with a progress bar, certify the test images and write the report."""
     from lipbounds.analysis.training_report import final_record, write_training_report
     from lipbounds.training import loop, parallel, runs
 
@@ -199,8 +199,8 @@ def _run(out: Path | None, settings: Any, resume: Path | None, data_dir: str | N
 
 
 def _line(record: Json, settings: Any) -> str:
-    """What an epoch did, in one line."""
-    text = f"loss {record['loss']:.4g}, {100 * record['accuracy']:.1f} % right in training"
+    """An epoch in one line."""
+    text = f"loss {record['loss']:.4g}, {100 * record['accuracy']:.1f} % correct in training"
     if record["skipped"] or record["failed"]:
         text += f", {record['skipped']} steps skipped, {record['failed']} without constants"
     if "clean" in record:

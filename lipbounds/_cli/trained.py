@@ -1,4 +1,4 @@
-"""What `lipbounds evaluate` and `lipbounds forge` share: a trained network, its data, the files about it."""
+"""Shared by `lipbounds evaluate` and `lipbounds forge`: a trained network, its data, the files about it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Subject:
             )
 
     def data(self, data_dir: Path | None, tell: Callable[[str], None]) -> Any:
-        """The data set, which the network can take."""
+        """The data set, checked to fit the network."""
         from lipbounds.training import data
 
         tell(f"reading {self.dataset}")
@@ -119,7 +119,7 @@ def record_of(command: str, subject: Subject, source: Source, settings: Json) ->
 def write_files(
     files: Pages, folder: Path | None, name: str, record: Json, page: Callable[[Path], Path]
 ) -> None:
-    """The record as JSON where it was asked for, and with its page in the folder."""
+    """Write the record to --json, and with its page to the folder."""
     write_json(files.json, record)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

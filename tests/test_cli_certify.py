@@ -1,0 +1,92 @@
+"""`lipbounds certify`: radii, own data, units, several eps."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from command import run
+
+import lipbounds as lb
+from lipbounds.training.data import digits
+
+
+def test_certify_agrees_with_the_library(model_file, form, tmp_path):
+    file = tmp_path / "radii.json"
+    text = run("certify", model_file, "--eps", "0.02", "0.1", "--json", file).stdout
+    data = digits()
+    radii = lb.certified_radius(form, data.test_x, data.test_y, bound=lb.lipsdp(form, pairwise=True))
+    record = json.loads(file.read_text())
+    assert [row["eps"] for row in record["certified_accuracy"]] == [0.02, 0.1]
+    for row in record["certified_accuracy"]:
+        assert row["accuracy"] == radii.accuracy(row["eps"])
+        assert f"{100 * row['accuracy']:.1f} % certified" in text
+    np.testing.assert_array_equal(record["radius"], radii.radius)
+    assert record["guarantee"] == radii.guarantee and 0.3 < record["certified_accuracy"][0]["accuracy"] < 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--eps", "0.02", "0.1", "MODEL"],
+        ["MODEL", "--eps", "0.02", "--eps", "0.1"],
+        ["--eps=0.1", "0.02", "MODEL", "--seed", "3"],
+    ],
+)
+def test_eps_in_every_spelling(model_file, words):
+    words = [model_file if word == "MODEL" else word for word in words]
+    text = run("certify", *words, "--method", "liplt").stdout
+    assert re.findall(r"^eps ([\d.]+)", text, re.MULTILINE) == ["0.02", "0.1"]
+
+
+def test_pairs_certify_at_least_as_much(model_file, tmp_path):
+    radius = {}
+    for flag in ("--pairwise", "--no-pairwise"):
+        file = tmp_path / f"{flag}.json"
+        run("certify", model_file, flag, "--method", "liplt", "--json", file)
+        radius[flag] = np.array(json.loads(file.read_text())["radius"])
+    assert (radius["--pairwise"] >= radius["--no-pairwise"]).all()
+    assert radius["--pairwise"].sum() > radius["--no-pairwise"].sum()
+
+
+def test_certify_own_data(model_file, tmp_path):
+    data = digits()
+    np.savez(tmp_path / "mine.npz", x=data.test_x[:20], y=data.test_y[:20])
+    file = tmp_path / "r.json"
+    run("certify", model_file, "--data", tmp_path / "mine.npz", "--json", file)
+    assert json.loads(file.read_text())["images"] == 20
+
+
+def test_the_box_reaches_the_check_of_values(model_file, monkeypatch):
+    traced, seen = lb.trace, []
+
+    def trace(*args, box=None):
+        seen.append(box)
+        return traced(*args, box=box)
+
+    monkeypatch.setattr(lb, "trace", trace)
+    run("certify", model_file, "--local", "--box", "0,1", "--method", "naive", "--no-pairwise")
+    run("certify", model_file, "--local", "--box", "0,1", "--method", "naive", "--mean", "0.1", "--std", "2")
+    run("certify", model_file, "--method", "naive", "--no-pairwise")
+    assert seen == [(0.0, 1.0), (0.0, 1.0), None]
+
+
+def test_certify_refuses_bad_data(model_file, tmp_path):
+    data = digits()
+    x, y = data.test_x[:4], data.test_y[:4]
+    cases = {
+        "shape": (dict(x=x[:, :7], y=y), "images of shape"),
+        "dtype": (dict(x=(16 * x).astype(np.uint8), y=y), "must hold floats"),
+        "keys": (dict(images=x, y=y), "arrays x and y"),
+        "objects": (dict(x=np.array([object()]), y=y), "arrays x and y"),
+        "labels": (dict(x=x, y=y + 10), "label"),
+        "lengths": (dict(x=x, y=y[:3]), "4"),
+        "nan": (dict(x=x * np.float32(np.nan), y=y), "finite"),
+        "empty": (dict(x=x[:0], y=y[:0]), "no images"),
+    }
+    for name, (arrays, message) in cases.items():
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        assert message in run("certify", model_file, "--data", tmp_path / f"{name}.npz", code=1).stderr, name
+    (tmp_path / "text.npz").write_text("x, y")
+    assert "arrays x and y" in run("certify", model_file, "--data", tmp_path / "text.npz", code=1).stderr
+    assert "nowhere.npz" in run("certify", model_file, "--data", tmp_path / "nowhere.npz", code=1).stderr
