@@ -167,7 +167,7 @@ def measure(
             options: Json = {"norm": norm, "pairwise": pairwise, "guarantee": guarantee, "seed": seed}
             asked: list[Any] = [name]
             if name == "lipsdp" and quick and sum(tap.size_out for tap in form.taps) > _SMALL:
-                asked = [lb.lipsdp(form, iterations=_QUICK, **options)]
+                asked = [lb.lipsdp(form, solver=lb.Recursion(iterations=_QUICK), **options)]
             (row,) = lb.compare(form, x, methods=asked, **options)
             if row.kind == "none":
                 rows["refused"].append({"label": label, "norm": key, "reason": row.reason})

@@ -85,7 +85,9 @@ def figures(net: Net) -> Iterator[tuple[str, Callable[[], Any]]]:
         for multipliers in ("neuron", "layer"):
             yield (
                 f"lipsdp {multipliers}",
-                lambda multipliers=multipliers: lb.lipsdp(form, multipliers=multipliers, iterations=60),
+                lambda multipliers=multipliers: lb.lipsdp(
+                    form, multipliers=multipliers, solver=lb.Recursion(iterations=60)
+                ),
             )
     for norm in (2, math.inf):
         yield f"local {norm}", lambda norm=norm: lb.local(form, points, 0.05, norm=norm)

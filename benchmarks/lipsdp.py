@@ -183,7 +183,7 @@ SOLVERS: dict[str, Callable[[str], Callable[[], Json]]] = {
     "lipsdp": lipsdp(),
     "lipsdp, layer": lipsdp(multipliers="layer"),
     "lipsdp, pairs": lipsdp(pairwise=True),
-    "recursion": lipsdp(start_at=0),
+    "recursion": lipsdp(solver=lb.Recursion(start_at=0)),
     "clarabel": lipsdp(solver="clarabel"),
     "scs": lipsdp(solver="scs"),
     "eclipse": lambda name: eclipse(name, "ECLipsE"),

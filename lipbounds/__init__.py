@@ -12,8 +12,9 @@ from lipbounds._empirical.empirical import empirical
 from lipbounds._form.lure import LureForm
 from lipbounds._lipsdp.certificate import save_certificate, verify_certificate
 from lipbounds._lipsdp.lipsdp import lipsdp
+from lipbounds._lipsdp.solvers import Cvxpy, Recursion
 from lipbounds._local.local import LocalBounds, local
-from lipbounds._local.radius import Radii, certified_radius
+from lipbounds._local.radius import Local, Radii, certified_radius
 from lipbounds._text.version import __version__
 from lipbounds._tracing.trace import from_weights, register_activation, trace
 from lipbounds._triangle.liplt import liplt
@@ -27,11 +28,14 @@ if TYPE_CHECKING:
 __all__ = [
     "METHODS",
     "CertificateError",
+    "Cvxpy",
     "Estimate",
+    "Local",
     "LocalBounds",
     "LowerBound",
     "LureForm",
     "Radii",
+    "Recursion",
     "UnsupportedError",
     "UpperBound",
     "__version__",

@@ -48,7 +48,7 @@ def test_certificates_of_the_zoo_hold_in_exact_arithmetic(name: str, tmp_path: A
 def test_layer_after_layer(norm: float, tmp_path: Any) -> None:
     """Proofs by the state sequence, with multipliers relative to variances; and l-inf inputs with weights."""
     form = _form("relu")
-    bound = lb.lipsdp(form, norm=norm, pairwise=True, iterations=20)
+    bound = lb.lipsdp(form, solver=lb.Recursion(iterations=20), norm=norm, pairwise=True)
     certificate = _stored(bound, tmp_path)
     assert {p.kind for p in certificate.proofs} == {"sequence"}
     recheck(certificate, form)

@@ -73,7 +73,7 @@ def test_lipsdp_without_a_proof_in_other_ways(monkeypatch: pytest.MonkeyPatch) -
     fail_proofs(monkeypatch, FAILURES[0])
     for norm in (2, math.inf):
         reference = lb.liplt(form, norm=norm, pairwise=True)
-        for options in ({"iterations": 3}, {"multipliers": "layer"}):
+        for options in ({"solver": lb.Recursion(iterations=3)}, {"multipliers": "layer"}):
             bound = lb.lipsdp(form, norm=norm, pairwise=True, **options)
             assert bound.value == reference.value and (bound.pairwise == reference.pairwise).all()
             assert any("this is LipLT's bound" in note for note in bound.notes)

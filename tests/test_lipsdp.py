@@ -114,7 +114,7 @@ def test_the_recursion_alone_against_clarabel(kind: str) -> None:
     """`iterations` asks for the recursion, without Newton's method."""
     form = plain(kind)
     exact = reference(form)
-    found = lb.lipsdp(form, iterations=900)
+    found = lb.lipsdp(form, solver=lb.Recursion(iterations=900))
     assert found.notes[0].startswith("recursion")
     assert -NOT_BELOW <= found.value / exact - 1 <= ABOVE
     assert -NOT_BELOW <= lb.lipsdp(form).value / exact - 1 <= 2e-5
@@ -139,7 +139,9 @@ def test_other_architectures_against_clarabel(build: Any) -> None:
 @pytest.mark.sampled(2)
 @needs_cvxpy
 @pytest.mark.parametrize(
-    "options", [{}, {"iterations": 900}, {"solver": "clarabel"}, {"solver": "scs"}], ids=str
+    "options",
+    [{}, {"solver": lb.Recursion(iterations=900)}, {"solver": "clarabel"}, {"solver": "scs"}],
+    ids=str,
 )
 def test_positive_weights_give_the_norm_of_the_product_and_the_raw_value_is_told(
     options: dict[str, Any],
@@ -149,7 +151,7 @@ def test_positive_weights_give_the_norm_of_the_product_and_the_raw_value_is_told
     bound = lb.lipsdp(lb.from_weights(layers, activation="relu"), **options)
     assert exact * (1 - 1e-14) <= bound.value <= exact * (1 + 1e-6)
     assert bound.guarantee == "verified"
-    if "solver" in options:
+    if isinstance(options.get("solver"), str):
         (note,) = [n for n in bound.notes if "raw value" in n]
         assert (
             note.startswith(f"{options['solver']}: optimal")
@@ -175,7 +177,7 @@ def test_pairs_against_a_solve_per_pair(trained: bool) -> None:
     classes = np.array([reference(form, np.eye(3)[[i]]) for i in range(3)])
 
     def excess(**options: Any) -> np.ndarray:
-        bound = lb.lipsdp(form, pairwise=True, **options)
+        bound = lb.lipsdp(form, pairwise=True, solver=lb.Recursion(**options))
         assert bound.pairwise is not None and bound.per_class is not None
         assert (bound.per_class >= classes * (1 - NOT_BELOW)).all()
         found = bound.pairwise[FIRST, SECOND] / exact - 1
@@ -194,7 +196,7 @@ def test_pairs_against_a_solve_per_pair(trained: bool) -> None:
 
 @pytest.mark.slow
 def test_no_pass_for_the_pairs_is_worse_than_the_network_allows() -> None:
-    bound = lb.lipsdp(plain(), pairwise=True, objective="largest", iterations=15)
+    bound = lb.lipsdp(plain(), solver=lb.Recursion(objective="largest", iterations=15), pairwise=True)
     assert bound.pairwise is not None
     assert bound.pairwise.max() <= math.sqrt(2) * bound.value * (1 + 1e-9)
     assert (slope().pairs <= bound.pairwise * (1 + ROUNDING)).all()
@@ -222,7 +224,7 @@ def test_linf_of_positive_weights() -> None:
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"solver": "mosek"}, "solver must be one of recursion, clarabel, scs, got 'mosek'"),
+        ({"solver": "mosek"}, "solver must be one of recursion, clarabel, scs, .*lb.Cvxpy, got 'mosek'"),
         ({"multipliers": "network"}, "'neuron' or 'layer'.*arXiv 2005.02929"),
         ({"multipliers": "both"}, "'neuron' or 'layer', got 'both'$"),
         ({"norm": 1}, "norm=2 and inf.*lb.liplt"),
@@ -230,23 +232,65 @@ def test_linf_of_positive_weights() -> None:
         ({"norm": math.inf, "solver": "scs"}, "solver='scs' is for norm=2"),
         ({"solver": "scs", "guarantee": "estimate"}, "not offered as an estimate"),
         ({"guarantee": "proved"}, "guarantee must be one of"),
-        ({"objective": "median"}, "'mean', 'largest' or an array"),
-        ({"objective": np.ones((2, 2))}, r"symmetric array \(3, 3\)"),
-        ({"objective": -np.ones((3, 3))}, "numbers >= 0"),
-        ({"objective": np.full((3, 3), np.nan)}, "finite numbers"),
-        ({"objective": np.eye(3)}, "not all 0 off the diagonal"),
-        ({"objective": np.triu(np.ones((3, 3)))}, "symmetric"),
-        ({"refine": -1}, "refine is a number of pairs >= 0, got -1"),
-        ({"refine": 1.5}, "refine is a number of pairs >= 0, got 1.5"),
-        ({"start_at": 3}, r"start_at must lie in 0..2, got 3"),
-        ({"start_at": -1}, r"start_at must lie in 0..2, got -1"),
-        ({"start_at": 1, "norm": math.inf}, "start_at > 0 is for norm=2"),
+        ({"solver": lb.Recursion(objective=np.ones((2, 2)))}, r"symmetric array \(3, 3\)"),
+        ({"solver": lb.Recursion(start_at=3)}, r"start_at must lie in 0..2, got 3"),
+        ({"solver": lb.Recursion(start_at=1), "norm": math.inf}, "start_at > 0 is for norm=2"),
     ],
     ids=str,
 )
 def test_refused_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lb.lipsdp(plain(), **options)
+
+
+@pytest.mark.parametrize(
+    "make, options, message",
+    [
+        (lb.Recursion, {"objective": "median"}, "'mean', 'largest' or an array"),
+        (lb.Recursion, {"objective": -np.ones((3, 3))}, "numbers >= 0"),
+        (lb.Recursion, {"objective": np.full((3, 3), np.nan)}, "finite numbers"),
+        (lb.Recursion, {"objective": np.eye(3)}, "not all 0 off the diagonal"),
+        (lb.Recursion, {"objective": np.triu(np.ones((3, 3)))}, "symmetric"),
+        (lb.Recursion, {"refine": -1}, "refine is a number of pairs >= 0, got -1"),
+        (lb.Recursion, {"refine": 1.5}, "refine is a number of pairs >= 0, got 1.5"),
+        (lb.Recursion, {"iterations": True}, "iterations is a number of steps >= 0, got True"),
+        (lb.Recursion, {"start_at": -1}, "start_at is a number of taps >= 0, got -1"),
+        (lb.Recursion, {"initial": ()}, "initial is a state of lb.lipsdp.core, got tuple"),
+        (lb.Cvxpy, {"name": "mosek"}, "clarabel, scs, got 'mosek'"),
+        (lb.Cvxpy, {"memory": -1}, "memory must be a number of bytes >= 1"),
+        (lb.Cvxpy, {"memory": "much"}, "memory must be a number of bytes >= 1 or a text"),
+        (lb.Cvxpy, {"time_limit": math.nan}, "time_limit must be a positive number"),
+    ],
+    ids=str,
+)
+def test_solvers_are_checked_when_they_are_made(make: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ({"iterations": 20}, r"lipsdp: iterations=... is now solver=lb.Recursion\(iterations=...\)"),
+        ({"refine": 2, "objective": "mean"}, r"Recursion\(refine=...\); objective=... is now"),
+        ({"start_at": 0}, r"lb.Recursion\(start_at=...\)"),
+        ({"initial": None}, r"lb.Recursion\(initial=...\)"),
+        ({"solver": "scs", "memory_gb": 4.0}, r"lb.Cvxpy\(name, memory=...\)"),
+        ({"solver": "scs", "time_limit": 9.0}, r"lb.Cvxpy\(name, time_limit=...\)"),
+    ],
+    ids=str,
+)
+def test_old_spellings_name_the_new_ones(old: dict[str, Any], new: str) -> None:
+    with pytest.raises(TypeError, match=new):
+        lb.lipsdp(plain(), **old)
+
+
+def test_a_name_is_short_for_a_solver_with_its_defaults() -> None:
+    usual, same = lb.lipsdp(plain()), lb.lipsdp(plain(), solver=lb.Recursion())
+    assert usual.value == same.value and usual.method == same.method == "lipsdp"
+    assert lb.Cvxpy("scs", memory="2GB") == lb.Cvxpy("scs", memory=2 * 10**9)
+    with pytest.raises(AttributeError):
+        lb.Cvxpy().name = "scs"  # type: ignore[misc]
 
 
 def test_a_form_being_traced_is_refused_and_the_core_named() -> None:
@@ -277,7 +321,7 @@ def test_every_start_is_sound_and_the_last_is_about_liplt() -> None:
     assert best < 0.9 * other
     values = []
     for start in range(len(form.taps) + 1):
-        bound = lb.lipsdp(form, start_at=start, iterations=300)
+        bound = lb.lipsdp(form, solver=lb.Recursion(start_at=start, iterations=300))
         assert slope().value / (1 + ROUNDING) <= bound.value <= other and bound.guarantee == "verified"
         assert bound.value >= best * (1 - NOT_BELOW), "better than the optimum"
         assert (start == 0) == (not any("the ellipsoid starts behind" in note for note in bound.notes))
@@ -288,14 +332,16 @@ def test_every_start_is_sound_and_the_last_is_about_liplt() -> None:
 
 # --------------------------------------------------------------------------------------- scaling
 @pytest.mark.parametrize("scales", [(1e-30, 1, 1), (1e30, 1, 1), (1e-9, 1e12, 1e-3)], ids=str)
-@pytest.mark.parametrize("options", [{}, {"iterations": 300}, {"multipliers": "layer"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"solver": lb.Recursion(iterations=300)}, {"multipliers": "layer"}], ids=str
+)
 def test_the_sizes_of_the_layers_only_multiply(scales: tuple[float, ...], options: dict[str, Any]) -> None:
     one, other = scaled_by((1, 1, 1), options), scaled_by(scales, options)
-    tolerance = 1e-2 if "iterations" in options else 1e-6
+    tolerance = 1e-2 if "solver" in options else 1e-6
     assert other.value == pytest.approx(one.value * math.prod(scales), rel=tolerance)
     assert one.pairwise is not None and other.pairwise is not None
     ratio = other.pairwise[FIRST, SECOND] / one.pairwise[FIRST, SECOND] / math.prod(scales)
-    assert np.abs(ratio - 1).max() <= (0.2 if "iterations" in options else 1e-6)
+    assert np.abs(ratio - 1).max() <= (0.2 if "solver" in options else 1e-6)
 
 
 def test_layers_sixty_orders_of_magnitude_apart() -> None:
@@ -318,7 +364,7 @@ def test_a_layer_of_zeros_makes_the_constant_0(dead: int) -> None:
     assert bound.value == 0 and bound.pairwise is not None and not bound.pairwise.any()
 
 
-@pytest.mark.parametrize("options", [{}, {"iterations": 30}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"solver": lb.Recursion(iterations=30)}], ids=str)
 def test_without_taps_it_is_the_norm_of_the_matrix(options: dict[str, Any]) -> None:
     (w,) = gauss([7, 5], 2)
     bound = lb.lipsdp(lb.from_weights([w], activation="relu"), pairwise=True, **options)
@@ -356,7 +402,13 @@ def test_guarantee_words() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"iterations": 0}, {"iterations": 15}, {"multipliers": "layer"}], ids=str
+    "options",
+    [
+        {"solver": lb.Recursion(iterations=0)},
+        {"solver": lb.Recursion(iterations=15)},
+        {"multipliers": "layer"},
+    ],
+    ids=str,
 )
 def test_never_above_liplt(options: dict[str, Any]) -> None:
     """Also entry by entry, and however badly the multipliers were optimised."""
@@ -377,7 +429,10 @@ def test_pairs_that_the_objective_leaves_out_are_those_of_liplt() -> None:
     form = lb.from_weights(layers, activation="relu")
     weights = np.zeros((3, 3))
     weights[0, 2] = weights[2, 0] = 1.0
-    bound, other = lb.lipsdp(form, pairwise=True, objective=weights), lb.liplt(form, pairwise=True)
+    bound, other = (
+        lb.lipsdp(form, solver=lb.Recursion(objective=weights), pairwise=True),
+        lb.liplt(form, pairwise=True),
+    )
     assert bound.pairwise is not None and other.pairwise is not None
     assert bound.per_class is not None and other.per_class is not None
     assert (bound.pairwise <= other.pairwise).all() and (bound.per_class <= other.per_class).all()
@@ -386,12 +441,15 @@ def test_pairs_that_the_objective_leaves_out_are_those_of_liplt() -> None:
 
 # ------------------------------------------------------------------------------- what it tells
 def test_progress_is_called() -> None:
-    seen: list[tuple[str, float]] = []
-    bound = lb.lipsdp(plain(), iterations=300, progress=lambda what, value: seen.append((what, value)))
-    assert len(seen) > 1 and seen[-1][1] == pytest.approx(bound.value, rel=1e-3)
+    seen: list[str] = []
+    bound = lb.lipsdp(plain(), solver=lb.Recursion(iterations=300), progress=seen.append)
+    values = [float(line.split()[2]) for line in seen if " iterations: " in line]
+    assert len(values) > 1 and values[-1] == pytest.approx(bound.value, rel=1e-3)
+    assert any(line.startswith("norm of input to ") for line in seen)
     seen.clear()
-    exact = lb.lipsdp(plain(), progress=lambda what, value: seen.append((what, value)))
-    assert [what for what, _ in seen] == ["network"] and seen[0][1] == pytest.approx(exact.value, rel=1e-6)
+    exact = lb.lipsdp(plain(), progress=seen.append)
+    assert seen[0].startswith("network: ")
+    assert float(seen[0].split()[1]) == pytest.approx(exact.value, rel=1e-5)
 
 
 def test_without_cvxpy_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

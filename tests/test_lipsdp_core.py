@@ -91,7 +91,7 @@ def test_many_steps_come_to_the_proved_bound(name: str) -> None:
 def test_pairs_come_to_the_recursions(name: str) -> None:
     """Against the verb's recursion, which has one D for all pairs too, and above the optimum of each pair."""
     form = trace(name)
-    common = lb.lipsdp(form, pairwise=True, iterations=200)
+    common = lb.lipsdp(form, solver=lb.Recursion(iterations=200), pairwise=True)
     best = lb.lipsdp(form, pairwise=True)
     with jax.enable_x64(True):
         found, state = run(form, begin(form, jnp.float64), 400, pairwise=True)
@@ -426,7 +426,7 @@ def train(core: Any, rng: np.random.Generator, joint: bool, count: int = 300) ->
 
 def mean_radius(form: Any) -> float:
     data = digits()
-    bound = lb.lipsdp(form, pairwise=True, iterations=100)
+    bound = lb.lipsdp(form, solver=lb.Recursion(iterations=100), pairwise=True)
     assert bound.guarantee == "verified"
     return float(
         lb.certified_radius(form, data.test_x.reshape(-1, 64), data.test_y, bound=bound).radius.mean()
@@ -459,7 +459,7 @@ def test_trained_multipliers_prove_what_the_core_says(activation: Callable[..., 
     for _ in range(60):
         _, state = run(form, state, 1, True)
     said, _ = run(form, state, 0, True)
-    proved = lb.lipsdp(form, initial=state, iterations=0, pairwise=True)
+    proved = lb.lipsdp(form, solver=lb.Recursion(initial=state, iterations=0), pairwise=True)
     best = lb.lipsdp(form, pairwise=True)
     off = ~np.eye(5, dtype=bool)
     assert proved.guarantee == "verified"

@@ -285,7 +285,7 @@ def test_a_hundred_random_networks_against_clarabel() -> None:
         excess[name, number] = lb.lipsdp(form).value / exact - 1
         seconds[0] += time.perf_counter() - started
         if number % 5 == 0:
-            pure[name, number] = lb.lipsdp(form, iterations=1500).value / exact - 1
+            pure[name, number] = lb.lipsdp(form, solver=lb.Recursion(iterations=1500)).value / exact - 1
     for title, found in (("default", excess), ("recursion", pure)):
         values = np.array(list(found.values()))
         worst = max(found, key=found.__getitem__)
@@ -314,7 +314,7 @@ def test_trained_and_structured_networks_against_clarabel(name: str) -> None:
         value = lb.lipsdp(form).value
         seconds.append(time.perf_counter() - started)
     started = time.perf_counter()
-    pure = lb.lipsdp(form, iterations=1500)
+    pure = lb.lipsdp(form, solver=lb.Recursion(iterations=1500))
     print(
         f"\n{name}: {neurons} multipliers, L = {exact:.6g}; default {value / exact - 1:+.1e} in {seconds[1]:.3f} s "
         f"(first call {seconds[0]:.2f} s); recursion {pure.value / exact - 1:+.1e} in "
@@ -334,7 +334,7 @@ def test_positive_weights_at_sixty_neurons(solver: str) -> None:
     layers = [np.abs(w) for w in gauss([12, 30, 30, 6], 11)]
     form = lb.from_weights(layers, activation="relu")
     exact = float(np.linalg.norm(layers[2] @ layers[1] @ layers[0], 2))
-    options: dict[str, Any] = {"default": {}, "recursion": {"iterations": 1500}}.get(
+    options: dict[str, Any] = {"default": {}, "recursion": {"solver": lb.Recursion(iterations=1500)}}.get(
         solver, {"solver": solver}
     )
     bound = lb.lipsdp(form, **options)
@@ -354,9 +354,9 @@ def test_pairs_of_one_pass_against_a_solve_per_pair(trained: bool) -> None:
     worst, largest = exact.argmax(), {}
     for name, options, limit in (
         ("default", {}, 1e-4),
-        ("mean", {"iterations": 600}, 0.25),
-        ("refined", {"iterations": 600, "refine": 3}, 0.25),
-        ("largest", {"iterations": 600, "objective": "largest"}, math.inf),
+        ("mean", {"solver": lb.Recursion(iterations=600)}, 0.25),
+        ("refined", {"solver": lb.Recursion(iterations=600, refine=3)}, 0.25),
+        ("largest", {"solver": lb.Recursion(iterations=600, objective="largest")}, math.inf),
     ):
         pairs = lb.lipsdp(form, pairwise=True, **options).pairwise  # type: ignore[arg-type]
         assert pairs is not None
@@ -373,7 +373,10 @@ def test_pairs_of_one_pass_against_a_solve_per_pair(trained: bool) -> None:
 @pytest.mark.parametrize("start", [0, 1, 2, 3])
 def test_pairs_from_every_start(start: int) -> None:
     form = chain("leaky", [5, 12, 10, 8, 4], 3)
-    bound, other = lb.lipsdp(form, start_at=start, pairwise=True), lb.liplt(form, pairwise=True)
+    bound, other = (
+        lb.lipsdp(form, solver=lb.Recursion(start_at=start), pairwise=True),
+        lb.liplt(form, pairwise=True),
+    )
     found = attained(Search(form))
     assert found.value <= bound.value * (1 + 1e-9) and bound.value <= other.value
     assert bound.pairwise is not None and other.pairwise is not None
@@ -396,7 +399,9 @@ def test_pairs_in_linf(kind: str) -> None:
 def test_a_layer_of_zeros_by_the_recursion(dead: int) -> None:
     layers = gauss([4, 8, 8, 3], 9)
     layers[dead][:] = 0
-    bound = lb.lipsdp(lb.from_weights(layers, activation="relu"), pairwise=True, iterations=30)
+    bound = lb.lipsdp(
+        lb.from_weights(layers, activation="relu"), solver=lb.Recursion(iterations=30), pairwise=True
+    )
     assert bound.value == 0 and bound.pairwise is not None and not bound.pairwise.any()
 
 

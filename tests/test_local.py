@@ -214,7 +214,7 @@ def test_more_tries_certify_no_less():
     form, rng = mlp(widths=(12, 40, 30, 5)), np.random.default_rng(9)
     x = rng.standard_normal((30, 12)).astype(np.float32)
     y = values(form, x).argmax(axis=1)
-    radii = [lb.certified_radius(form, x, y, local=True, tries=t).radius for t in (1, 2, 4, 8)]
+    radii = [lb.certified_radius(form, x, y, local=lb.Local(tries=t)).radius for t in (1, 2, 4, 8)]
     for fewer, more in itertools.pairwise(radii):
         assert (more >= fewer).all()
 
@@ -276,5 +276,10 @@ def test_more_refusals():
         lb.certified_radius(form, x, np.zeros(2, int), bound=lb.liplt(form, norm=1), local=True)
     for tries in (0, True, 1.5):
         with pytest.raises(ValueError, match="tries"):
-            lb.certified_radius(form, x, np.zeros(2, int), local=True, tries=tries)
+            lb.Local(tries=tries)
+    with pytest.raises(ValueError, match="local must be True, False or a lb.Local, got 'yes'"):
+        lb.certified_radius(form, x, np.zeros(2, int), local="yes")
+    for old in ({"tries": 2}, {"box": (0, 1)}):
+        with pytest.raises(TypeError, match=r"certified_radius: \w+=... is now local=lb.Local\(\w+=...\)"):
+            lb.certified_radius(form, x, np.zeros(2, int), local=True, **old)
     assert len(lb.local(form, x[:0], 1.0)) == 0

@@ -334,7 +334,11 @@ def test_a_cliff_behind_a_plain_is_found_at_its_distance(norm):
     plain = 40 * (1 - x @ w[0]) / steep  # how far away the margin begins to fall
     true = plain + 3 / steep
     near = lb.certified_radius(
-        form, x, np.zeros(len(x), int), bound=lb.liplt(form, norm=norm, pairwise=True), local=True, tries=12
+        form,
+        x,
+        np.zeros(len(x), int),
+        bound=lb.liplt(form, norm=norm, pairwise=True),
+        local=lb.Local(tries=12),
     ).radius
     assert (near <= true).all() and (near > 0.97 * true).all()
     for share, proved in ((0.999, 0.0), (1.001, steep)):

@@ -70,7 +70,7 @@ def test_constants_and_radii_inside_the_box(norm):
     assert (slopes <= bound.value * (1 + 1e-9)).all() and "box [0, 1]" in bound.notes[-1]
     free = lb.certified_radius(form, x, y, bound=lb.liplt(form, norm=norm, pairwise=True), local=True)
     near = lb.certified_radius(
-        form, x, y, bound=lb.liplt(form, norm=norm, pairwise=True), local=True, box=(np.zeros(12), 1)
+        form, x, y, bound=lb.liplt(form, norm=norm, pairwise=True), local=lb.Local(box=(np.zeros(12), 1))
     )
     known = free.correct
     assert np.median(near.radius[known] / free.radius[known]) > 1.02
@@ -108,11 +108,6 @@ def test_a_neuron_that_no_point_of_the_box_switches_on():
 def test_refusals(box, why):
     with pytest.raises(ValueError, match=why):
         lb.local(mlp(), np.zeros((2, 12), np.float32), 1.0, box=box)
-
-
-def test_a_box_is_for_local_radii():
-    with pytest.raises(ValueError, match="local=True"):
-        lb.certified_radius(mlp(), np.zeros((2, 12), np.float32), np.zeros(2, int), box=(0, 1))
 
 
 def test_the_command(tmp_path):

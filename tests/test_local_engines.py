@@ -59,7 +59,7 @@ def net(request, monkeypatch):
 
 def results(net, tries=2, **options):
     form, x, y, bound = net
-    radii = lb.certified_radius(form, x, y, bound=bound, local=True, tries=tries, **options)
+    radii = lb.certified_radius(form, x, y, bound=bound, local=lb.Local(tries=tries), **options)
     return radii, lb.local(form, x, EPS, bound=bound, pairwise=True, **options)
 
 
@@ -99,7 +99,7 @@ def test_what_is_verified_stays_so_where_the_other_engine_adds_nothing(net, monk
     form, x, y, bound = net
     first, second = (alone(net, monkeypatch, engine)[0].radius for engine in ENGINES)
     for i, word in enumerate(np.where(first >= second, "verified", "probabilistic")):
-        one = lb.certified_radius(form, x[i : i + 1], y[i : i + 1], bound=bound, local=True, tries=2)
+        one = lb.certified_radius(form, x[i : i + 1], y[i : i + 1], bound=bound, local=lb.Local(tries=2))
         assert one.guarantee == word
         assert any("LipLT, each example" in note for note in one.notes) == (word == "probabilistic")
 
@@ -144,7 +144,7 @@ def test_an_engine_that_fails_on_the_way_leaves_what_it_found(net, monkeypatch):
     first = alone(net, monkeypatch, "hybrid", tries=4)[0].radius
     whole = results(net, tries=4)[0].radius
     broken(monkeypatch, liplt, "grams", MemoryError("full"), calls=3)
-    found = lb.certified_radius(*net, local=True, tries=4)
+    found = lb.certified_radius(*net, local=lb.Local(tries=4))
     assert (found.radius >= first).all() and (found.radius > first).any()
     assert (found.radius <= whole).all() and found.guarantee == "probabilistic"
     assert any("failed: full" in note for note in found.notes)

@@ -437,13 +437,13 @@ def test_a_local_search_goes_on_while_whole_balls_are_certified(slope: float) ->
     found = lb.certified_radius(form, x, [0, 0], bound=bound, local=True)
     assert globally[0] < 2 / slope
     assert 0.9 < found.radius[0] <= 1 and 45 < found.radius[1] <= 50 and found.notes == ()
-    short = lb.certified_radius(form, x, [0, 0], bound=bound, local=True, tries=1)
+    short = lb.certified_radius(form, x, [0, 0], bound=bound, local=lb.Local(tries=1))
     assert (short.radius <= found.radius).all() and (short.radius > 0.5 * found.radius).all()
 
 
 def test_a_search_that_stops_early_says_so() -> None:
     form, x = far_away(1e6), np.array([[1.0]], np.float32)
-    found = lb.certified_radius(form, x, [0], local=True, tries=1)
+    found = lb.certified_radius(form, x, [0], local=lb.Local(tries=1))
     assert found.radius[0] < 0.7 and any(
         "for 1 of 1 examples the search ended" in note for note in found.notes
     )

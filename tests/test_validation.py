@@ -55,7 +55,7 @@ def test_the_trained_multipliers_are_proved_as_they_are(recursion: Any) -> None:
     assert "clean" not in recursion.log[0]
     form = lb.trace(recursion.model, jnp.zeros((8, 8, 1)))
     state = recursion.state.bound._replace(multipliers=recursion.state.multipliers)
-    quick = lb.lipsdp(form, initial=state, iterations=0, pairwise=True)
+    quick = lb.lipsdp(form, solver=lb.Recursion(initial=state, iterations=0), pairwise=True)
     best = lb.lipsdp(form, pairwise=True)
     assert quick.guarantee == best.guarantee == "verified"
     off = ~np.eye(10, dtype=bool)
@@ -66,18 +66,18 @@ def test_the_trained_multipliers_are_proved_as_they_are(recursion: Any) -> None:
     rows = split(1437, 0.0)[0][:1000]
     radii = lb.certified_radius(form, data.train_x[rows], data.train_y[rows], bound=quick)
     assert last["certified"] == pytest.approx(float(radii.accuracy(0.3)))
-    more = lb.lipsdp(form, initial=state, iterations=40, pairwise=True)
+    more = lb.lipsdp(form, solver=lb.Recursion(initial=state, iterations=40), pairwise=True)
     assert (more.pairwise <= quick.pairwise * (1 + 1e-12)).all() and more.value < quick.value  # type: ignore[operator]
     with pytest.raises(ValueError, match=r"initial is a state of lb.lipsdp.core, got tuple"):
-        lb.lipsdp(form, initial=())  # type: ignore[arg-type]
+        lb.Recursion(initial=())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="another network"):
-        lb.lipsdp(form, initial=state._replace(multipliers=()), iterations=0)
+        lb.lipsdp(form, solver=lb.Recursion(initial=state._replace(multipliers=()), iterations=0))
     with pytest.raises(ValueError, match="not finite"):
         spoilt = jax.tree.map(lambda a: a * np.nan, state.multipliers)
-        lb.lipsdp(form, initial=state._replace(multipliers=spoilt), iterations=0)
-    for options in ({"multipliers": "layer"}, {"norm": np.inf}, {"guarantee": "estimate"}, {"solver": "scs"}):
-        with pytest.raises(ValueError, match="initial is for solver='recursion'"):
-            lb.lipsdp(form, initial=state, iterations=0, **options)
+        lb.lipsdp(form, solver=lb.Recursion(initial=state._replace(multipliers=spoilt), iterations=0))
+    for options in ({"multipliers": "layer"}, {"norm": np.inf}, {"guarantee": "estimate"}):
+        with pytest.raises(ValueError, match="initial is for multipliers='neuron'"):
+            lb.lipsdp(form, solver=lb.Recursion(initial=state, iterations=0), **options)
 
 
 @pytest.mark.parametrize(

@@ -281,7 +281,7 @@ def proved_bound(
         found = lb.naive(form, pairwise=True)
     elif config.uses_constants and config.constants == "recursion":
         initial = state.bound._replace(multipliers=state.multipliers)
-        found = lb.lipsdp(form, pairwise=True, initial=initial, iterations=iterations)
+        found = lb.lipsdp(form, pairwise=True, solver=lb.Recursion(initial=initial, iterations=iterations))
     else:
         found = lb.liplt(form, pairwise=True)
     assert isinstance(found, lb.UpperBound)

@@ -62,7 +62,7 @@ def bound_of(form: Any, method: str, scaling: Any, options: Json) -> Any:
     if method == "liplt":
         return lb.liplt(form, **options, scaling=None if scaling == "none" else scaling)
     with tables.working() as tell:
-        return lb.lipsdp(form, **options, progress=lambda what, value: tell(f"LipSDP, {what}: {value:.6g}"))
+        return lb.lipsdp(form, **options, progress=tell)
 
 
 def load_form(

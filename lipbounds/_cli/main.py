@@ -332,7 +332,14 @@ def certify(
         request: Guarantee = "verified" if guarantee == "verified" else "auto"
         with tables.working() as tell:
             radii = lb.certified_radius(
-                form, x, y, bound=bound, local=local, guarantee=request, seed=seed, box=box, progress=tell
+                form,
+                x,
+                y,
+                bound=bound,
+                local=lb.Local(box=box) if local else False,
+                guarantee=request,
+                seed=seed,
+                progress=tell,
             )
         shares = {level: float(radii.accuracy(level)) for level in sorted({*(eps or (0.05, 0.1, 0.25))})}
         tables.print_certified(bound, radii, shares)

@@ -227,7 +227,8 @@ class Search:
     ] = None
 
     def options(self) -> dict[str, Any]:
-        return {"solver": self.solver, "multipliers": self.multipliers, "refine": self.refine}
+        solver = lb.Recursion(refine=self.refine) if self.refine else self.solver
+        return {"solver": solver, "multipliers": self.multipliers}
 
     def given(self) -> list[str]:
         """The options that differ from their defaults."""

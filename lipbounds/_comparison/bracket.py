@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from lipbounds._empirical.empirical import empirical
-from lipbounds._text.calls import exact_products, plain_errors
+from lipbounds._text.calls import public
+from lipbounds._text.progress import Progress
 from lipbounds._text.tables import new_axes, printable, show
 from lipbounds._triangle.liplt import or_naive
 from lipbounds.errors import GuaranteeError
-from lipbounds.results import NORM_NAMES, LowerBound, UpperBound, check_norm
+from lipbounds.results import NORM_NAMES, Guarantee, LowerBound, Norm, UpperBound, check_norm
 
 
 @dataclass(frozen=True)
@@ -79,16 +80,17 @@ def check_order(lower: LowerBound, upper: UpperBound) -> None:
         raise GuaranteeError(f"{clash} ({upper.guarantee}), and both cannot hold: {cause}")
 
 
-@plain_errors
-@exact_products
+@public
 def bracket(
     form: Any,
     X: Any = None,
-    norm: Any = 2,
+    *,
+    norm: Norm = 2,
     pairwise: bool = False,
-    guarantee: str = "auto",
+    guarantee: Guarantee = "auto",
     seed: int = 0,
     upper: UpperBound | None = None,
+    progress: Progress = True,
 ) -> Bracket:
     """A lower and an upper bound of L together, and their ratio.
 
@@ -104,4 +106,4 @@ def bracket(
         made = upper
     if not isinstance(made, UpperBound):
         raise TypeError(f"a bracket needs an UpperBound, got {type(made).__name__}")
-    return Bracket(empirical(form, X, made.norm, pairwise, seed=seed), made)
+    return Bracket(empirical(form, X, norm=made.norm, pairwise=pairwise, seed=seed), made)

@@ -23,8 +23,9 @@ from lipbounds._form.elementwise import elementwise_view
 from lipbounds._lipsdp.lipsdp import lipsdp
 from lipbounds._local.radius import certified_radius
 from lipbounds._text.arguments import as_labels
-from lipbounds._text.calls import FAILURES, exact_products, plain_errors, reason
+from lipbounds._text.calls import FAILURES, public, reason
 from lipbounds._text.html import Html, element, together
+from lipbounds._text.progress import Progress, about, say
 from lipbounds._text.tables import (
     Direction,
     html_table,
@@ -39,7 +40,7 @@ from lipbounds._text.tables import (
 )
 from lipbounds._triangle.liplt import liplt
 from lipbounds._triangle.naive import naive
-from lipbounds.results import NORM_NAMES, Estimate, LowerBound, UpperBound, check_norm
+from lipbounds.results import NORM_NAMES, Estimate, Guarantee, LowerBound, Norm, UpperBound, check_norm
 
 _KINDS: dict[type, str] = {UpperBound: "upper", LowerBound: "lower", Estimate: "estimate"}
 _WAYS: dict[str, Direction] = {"upper": "up", "lower": "down", "estimate": "near", "none": "near"}
@@ -50,15 +51,12 @@ _COLOURS = {"verified": "#228833", "probabilistic": "#4477aa", "assumed": "#ccbb
 CVXPY_NEURONS = 60
 CVXPY_PAIRS = 3
 
-Tell = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class Question:
     """What every method is asked: the arguments of `compare` that a method may need.
 
     named   the method was asked for by name, not as one of all: it then takes as long as it takes
-    tell    called with what is being done
     """
 
     form: Any
@@ -68,7 +66,6 @@ class Question:
     guarantee: str
     seed: int
     named: bool = True
-    tell: Tell | None = None
 
     def options(self, **more: Any) -> dict[str, Any]:
         return {
@@ -81,7 +78,7 @@ class Question:
 
 
 def _lower(q: Question) -> LowerBound:
-    return empirical(q.form, q.X, q.norm, q.pairwise, seed=q.seed)
+    return empirical(q.form, q.X, norm=q.norm, pairwise=q.pairwise, seed=q.seed)
 
 
 def _naive(q: Question) -> Any:
@@ -99,9 +96,7 @@ def _lipsdp(name: str, solver: str = "recursion", multipliers: str = "neuron") -
     def run(q: Question) -> Any:
         if solver != "recursion" and not q.named and q.norm == 2 and q.guarantee != "estimate":
             _keep_small(q, name)
-        tell = q.tell
-        progress = None if tell is None else lambda what, value: tell(f"{name}, {what}: {show(value)}")
-        return lipsdp(q.form, **q.options(solver=solver, multipliers=multipliers, progress=progress))
+        return lipsdp(q.form, **q.options(solver=solver, multipliers=multipliers))
 
     return run
 
@@ -305,10 +300,10 @@ class Comparison:
 
 def _run(name: str, question: Question) -> Row:
     begin = time.perf_counter()
-    if question.tell is not None:
-        question.tell(name)
+    say(name)
     try:
-        result = METHODS[name](question)
+        with about(name):
+            result = METHODS[name](question)
     except FAILURES as failure:
         return Row(name, "none", seconds=time.perf_counter() - begin, reason=_words(failure))
     return _row(name, result)
@@ -348,19 +343,19 @@ def _usual_eps(rows: Iterable[Row]) -> tuple[float, ...]:
     return (float(f"{max(best):.2g}"),) if best else ()
 
 
-@plain_errors
-@exact_products
+@public
 def compare(
     form: Any,
     X: Any = None,
     y: Any = None,
     methods: Iterable[str | UpperBound | LowerBound | Estimate] | None = None,
-    norm: Any = 2,
+    *,
+    norm: Norm = 2,
     pairwise: bool = False,
-    guarantee: str = "auto",
+    guarantee: Guarantee = "auto",
     seed: int = 0,
     eps: float | Iterable[float] | None = None,
-    progress: Tell | None = None,
+    progress: Progress = True,
 ) -> Comparison:
     """Every method on one network, as a table of upper bounds, lower bounds and estimates.
 
@@ -372,7 +367,7 @@ def compare(
     norm, pairwise, guarantee, seed   as everywhere
     eps       radii to certify at, in units of the traced function's input; None: the median of the positive
               radii that the best bound proves, in two digits, so that it certifies about half of the points
-    progress  called with a line of text: what is being done
+    progress  True shows on stderr what takes long, False nothing; a function gets every line of text
 
     A method that refuses or fails (a ValueError, numbers out of range, no memory) becomes a row that says why.
     ValueError for an unknown method or norm, labels without points or out of range; GuaranteeError if a lower bound
@@ -391,7 +386,7 @@ def compare(
     levels = _eps(eps)
     points, labels = (None, None) if y is None else _labels(form, X, y)
 
-    question = Question(form, X, p, bool(pairwise), guarantee, seed, methods is not None, progress)
+    question = Question(form, X, p, bool(pairwise), guarantee, seed, methods is not None)
     rows = [_run(m, question) if isinstance(m, str) else _row(m.method, m) for m in wanted]
     for low in rows:
         for high in rows:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +35,9 @@ import numpy as np
 from lipbounds._empirical import ascent
 from lipbounds._empirical.survey import BATCH, Survey, direct_sources, layer_ratios64, survey
 from lipbounds._form.concrete import is_concrete
-from lipbounds._text.calls import exact_products, plain_errors
-from lipbounds.results import NORM_NAMES, LayerBound, LowerBound, check_norm
+from lipbounds._text.calls import public
+from lipbounds._text.progress import Progress, say
+from lipbounds.results import NORM_NAMES, LayerBound, LowerBound, Norm, check_norm
 
 _STARTS = 32  # points that climb
 _FINALISTS = 8  # points whose whole Jacobian is computed
@@ -160,18 +161,18 @@ def _random(count: int, shape: tuple[int, ...], size: float, rng: np.random.Gene
     return (rng.standard_normal((count, *shape)) * (size * scales)).astype(np.float32)
 
 
-@plain_errors
-@exact_products
+@public
 def empirical(
     form: Any,
     X: Any = None,
-    norm: Any = 2,
+    *,
+    norm: Norm = 2,
     pairwise: bool = False,
     steps: int = 100,
     seed: int = 0,
-    *,
-    within: float | str | None = None,
+    within: float | Literal["range"] | None = None,
     layers: bool = False,
+    progress: Progress = True,
 ) -> LowerBound:
     """The largest slope found: L >= value, with the two points that show it (see the module's text).
 
@@ -219,6 +220,7 @@ def empirical(
     key = jax.random.key(seed)
     none = jnp.zeros((_STARTS, k), jnp.float32)
     size = jnp.asarray(data.size, jnp.float32)
+    say(f"{steps} steps of ascent from {_STARTS} points")
     climbed = ascent.climb(
         form, jnp.asarray(xs), jnp.asarray(vs), none, size, key, region.device(), p, int(steps), False
     )
@@ -239,6 +241,7 @@ def empirical(
         first, second = data.pairs.astype(np.float64).reshape(-1, 2, n).swapaxes(0, 1)
         found = found.with_(_quotients(form, first, second, p, pairwise))
     if pairwise and k > 1:
+        say("pairs of classes")
         found = found.with_(_climb_pairs(form, xs, final, region, p, int(steps), size, key, data.size))
 
     witness = None

@@ -18,6 +18,7 @@ import numpy as np
 from lipbounds._empirical import ascent
 from lipbounds._form.lure import LureForm, apply_tap, propagate
 from lipbounds._form.program import Program
+from lipbounds._text.progress import say
 
 BATCH = 256  # points at once
 _CLOSE = 1e-4  # two points nearer than this share of their length: float32 says nothing about their quotient
@@ -75,6 +76,7 @@ def survey(
         v = rng.standard_normal(padded.shape).astype(np.float32)
         seen = look(form, jnp.asarray(padded), jnp.asarray(v), len(block), p, layers)
         found.add(block, *(np.asarray(a) for a in seen))
+        say(f"{found.count} points read")
     if not found.count:
         raise ValueError("X holds no points: pass X=None for random points")
     return found.result()

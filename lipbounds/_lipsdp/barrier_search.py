@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -14,20 +15,32 @@ from lipbounds._lipsdp.barrier import DenseGain, dense_gain, reduce_input, solve
 from lipbounds._lipsdp.certificate import Proof
 from lipbounds._lipsdp.matrix_inequality import feasible_start, smallest_rho
 from lipbounds._lipsdp.proof import propagate_dense, repair_dense
-from lipbounds._lipsdp.task import _AS_GOOD, _ONE_THREAD, _SHARES, Progress, Search
+from lipbounds._lipsdp.task import Task
 from lipbounds._norms import matrices as norms
 from lipbounds._norms.enclosures import Enclosure
+from lipbounds._text.progress import say
+
+_ONE_THREAD = 500  # multipliers up to which one BLAS thread is the fastest
+_AS_GOOD = 1e-8  # relative excess of a proof over L^2 in float arithmetic that is not worth another try
+_SHARES = (0.0, *np.logspace(-10, 0, 31).tolist())
+
+
+class Solved(NamedTuple):
+    """Steps of Newton's method, L in float arithmetic, and the relative gap of L^2."""
+
+    steps: int
+    value: float
+    gap: float
 
 
 class Dense:
     """Newton's method on the dense form, to the optimum."""
 
-    def __init__(self, search: Search, gain: DenseGain, layers: bool):
-        self.search, self.gain, self.layers = search, gain, layers
+    def __init__(self, gain: DenseGain, layers: bool):
+        self.gain, self.layers = gain, layers
         self.Gy, self.Gz = reduce_input(gain)
         self.n = self.Gy.shape[1] - gain.Gy.shape[0]
         self.ties = gain.labels if layers else None
-        self.solved: list[tuple[int, float, float]] = []  # steps, L in float arithmetic, relative gap of L^2
 
     @property
     def size(self) -> int:
@@ -39,14 +52,12 @@ class Dense:
         """About how long one solution takes."""
         return 0.03 + 0.07 * (self.size / 140) ** 3
 
-    def solve(self, C: np.ndarray, what: str, progress: Progress | None = None) -> Proof:
+    def solve(self, C: np.ndarray, what: str) -> tuple[Proof, Solved]:
         """Multipliers for the outputs C z: C = I for the network, e_i - e_j for a pair."""
         found = solve_dense(self.Gy, C @ self.Gz, self.n, self.ties)
-        value = math.sqrt(found.rho)
-        self.solved.append((found.iterations, value, found.gap / max(found.rho, 1e-300)))
-        if progress is not None:
-            progress(what, value)
-        return self.proof(C, found.T)
+        solved = Solved(found.iterations, math.sqrt(found.rho), found.gap / max(found.rho, 1e-300))
+        say(f"{what}: {solved.value:.6g} in float arithmetic")
+        return self.proof(C, found.T), solved
 
     def proof(self, C: np.ndarray, T: np.ndarray) -> Proof:
         """The proof that multipliers of the (LMI) for C z give, moved inside the feasible set where need be.
@@ -90,23 +101,16 @@ class Dense:
         with np.errstate(over="ignore"):
             return D, float(np.ldexp(np.linalg.eigvalsh(C @ matrix @ C.T)[-1], scale))
 
-    def pair(self, i: int, j: int) -> np.ndarray:
-        """C of z_i - z_j."""
-        C = np.zeros((1, len(self.Gz)))
-        C[0, i], C[0, j] = 1.0, -1.0
-        return C
 
-
-def _dense(search: Search, layers: bool, limit: int | None) -> Dense | None:
-    """The dense form, unless it has more neurons than `limit`."""
-    neurons = sum(tap.size_out for tap in elementwise_view(search.form).taps)
-    if limit is not None and neurons > limit:
+def small_dense(task: Task, limit: int) -> Dense | None:
+    """The dense form, unless it has more multipliers and inputs than `limit`; ValueError if no floats hold it."""
+    if sum(tap.size_out for tap in elementwise_view(task.form).taps) > limit:
         return None
-    gain = dense_gain(search.form)
-    if limit is not None and not (_moderate(gain.Gy) and _moderate(gain.Gz)):
-        search.notes.append("weights of this size have no dense form in float64")
-        return None
-    return Dense(search, gain, layers)
+    gain = dense_gain(task.form)
+    if not (_moderate(gain.Gy) and _moderate(gain.Gz)):
+        raise ValueError("weights of this size have none in float64")
+    dense = Dense(gain, task.layers)
+    return dense if dense.size <= limit else None
 
 
 def _moderate(block: Enclosure) -> bool:

@@ -35,8 +35,9 @@ from lipbounds._lipsdp.barrier import dense_gain
 from lipbounds._lipsdp.certificate_file import is_certificate, pack, take, take_float, take_sizes, unpack
 from lipbounds._lipsdp.state_matrices import hybrid_start, sequence
 from lipbounds._norms.rounding import add_up
-from lipbounds._text.calls import FAILURES, exact_products, plain_errors, reason
+from lipbounds._text.calls import FAILURES, public, reason, usual_floats
 from lipbounds._text.files import write_atomically
+from lipbounds._text.progress import Progress, say
 from lipbounds._text.tables import show
 from lipbounds._text.version import __version__
 from lipbounds._triangle.liplt import liplt
@@ -281,6 +282,7 @@ def check(certificate: Certificate, form: LureForm) -> None:
 def _prove(c: Certificate, form: LureForm, request: str) -> None:
     found = []
     for number, proof in enumerate(c.proofs):
+        say(f"proof {number + 1} of {len(c.proofs)}")
         try:
             found.append(proved_constants(form, proof, norm=c.norm, guarantee=request, seed=c.seed))
         except FAILURES as error:
@@ -356,7 +358,7 @@ def _brief(sizes: tuple[int, ...]) -> str:
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-@exact_products
+@usual_floats
 def save_certificate(bound: UpperBound, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write the certificate of a bound to a file (format in the module's docstring), atomically.
 
@@ -392,9 +394,8 @@ def load_certificate(path: str | os.PathLike[str]) -> Certificate:
     return _certificate(*unpack(Path(path).read_bytes()))
 
 
-@plain_errors
-@exact_products
-def verify_certificate(path: str | os.PathLike[str], form: LureForm) -> bool:
+@public
+def verify_certificate(path: str | os.PathLike[str], form: LureForm, *, progress: Progress = True) -> bool:
     """True if the file proves its claims for this form, recomputed from the form; CertificateError otherwise.
 
     Raises:

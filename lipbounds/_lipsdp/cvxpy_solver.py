@@ -26,7 +26,6 @@ import numpy as np
 from lipbounds._lipsdp.matrix_inequality import prepare
 from lipbounds._text.memory import available_memory
 
-SOLVERS = ("clarabel", "scs")
 _OPTIONS: dict[str, dict[str, Any]] = {
     "clarabel": {},
     "scs": {"eps_abs": 1e-7, "eps_rel": 1e-7, "max_iters": 50_000},
@@ -62,7 +61,7 @@ def solve(
     layers: np.ndarray | None = None,
     *,
     solver: str = "clarabel",
-    memory_gb: float | None = None,
+    memory: int | None = None,
     time_limit: float | None = None,
     options: dict[str, Any] | None = None,
 ) -> SdpResult:
@@ -72,7 +71,7 @@ def solve(
         Gy, Gz, n: plain matrices, best from `reduce_input`; for a pair of classes Gz is one row, the
         difference. layers: (N,) ints, neurons of one label share a multiplier (LipSDP-Layer); None gives each
         its own. solver: "clarabel" or "scs".
-        memory_gb: limit of the solver's memory; by default 80 % of what is available now. On platforms
+        memory: bytes, the limit of the solver's memory; by default 80 % of what is available now. On platforms
             without resource limits (Windows, macOS) only the estimate below is held against it.
         time_limit: seconds, process start included; None waits.
         options: passed to the solver, over the defaults (SCS: tolerance 1e-7).
@@ -80,11 +79,6 @@ def solve(
     ValueError where CVXPY or the solver is missing, the problem needs more memory (by an estimate, or in the
     attempt) or time than allowed, or the solver does not call its answer optimal.
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"unknown solver {solver!r}: the solvers through CVXPY are {', '.join(SOLVERS)}")
-    for name, limit in (("memory_gb", memory_gb), ("time_limit", time_limit)):
-        if limit is not None and not (0 < limit < math.inf):
-            raise ValueError(f"{name} must be a positive number, got {limit}")
     if importlib.util.find_spec("cvxpy") is None:
         raise ValueError(_missing("cvxpy", solver))
     started = time.perf_counter()
@@ -93,7 +87,7 @@ def solve(
         T, rho = problem.multipliers(np.ones(0))
         return SdpResult(T, math.sqrt(rho), "optimal", 0.0, 0.0, "no neuron matters: nothing to solve")
     neurons = len(problem.T0)
-    allowed = available_memory() if memory_gb is None else memory_gb
+    allowed = available_memory() if memory is None else memory / 2**30
     needed = memory_estimate(neurons, n, problem.size, solver)
     if allowed is not None and needed > allowed:
         raise ValueError(
@@ -181,7 +175,7 @@ def _reason(done: subprocess.CompletedProcess[str], memory_gb: float | None) -> 
 
 
 def _too_large(solver: str, neurons: int, why: str) -> str:
-    remedy = "use solver='recursion' or more memory_gb"
+    remedy = "use solver='recursion' or a larger memory"
     return f"network too large for {solver}: {neurons} neurons, it {why}; {remedy}"
 
 

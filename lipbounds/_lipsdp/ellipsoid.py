@@ -18,7 +18,7 @@ power of two and the exponent carried along, so depth costs no digits. Nothing h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ from lipbounds._lipsdp.recursion_step import (
     through,
     top,
 )
+from lipbounds._text.progress import say
 
 _WIDE, _SMOOTH = 200, 7
 _SHARP = 40  # squarings after which `top` is lambda_max to the last digit
@@ -372,11 +373,10 @@ def optimize(
     kind: str,
     weights: np.ndarray | None = None,
     how: Effort | None = None,
-    progress: Callable[[str, float], None] | None = None,
 ) -> tuple[Parameters, float, int]:
     """(parameters, L in float arithmetic, iterations): the best of the starts, improved until it stalls.
 
-    Never worse than the best start. `progress(what, L)` is called after every chunk.
+    Never worse than the best start.
     """
     how = effort(p) if how is None else how
     with jax.enable_x64(True):
@@ -415,8 +415,7 @@ def optimize(
                 current = trial
                 if score < value:
                     value, best_yet = score, trial
-                if progress is not None:
-                    progress(f"{done} iterations", _constant(p, value))
+                say(f"{done} iterations: {_constant(p, value):.6g} in float arithmetic")
                 if curve[0] - curve[-1] < how.tolerance * blur:
                     break
         current = best_yet

@@ -1,11 +1,13 @@
 """How LipSDP's multipliers are found: the ellipsoid recursion, Newton's method on the dense form, or CVXPY.
 
-Each engine returns `Proof`s (multipliers); what they are worth is computed by `certificate.proved_constants` alone.
+Each engine is a function that returns its proofs (`Answer`), `by_recursion` or `through_cvxpy`; what multipliers are
+worth is computed by `certificate.proved_constants` alone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,14 +19,17 @@ from scipy.linalg import eigvalsh, solve
 
 from lipbounds._form.elementwise import elementwise_view
 from lipbounds._form.lure import LureForm
-from lipbounds._lipsdp import ellipsoid, recursion_step
-from lipbounds._lipsdp.barrier_search import _dense, threads
+from lipbounds._lipsdp import cvxpy_solver, ellipsoid, recursion_step
+from lipbounds._lipsdp.barrier import dense_gain
+from lipbounds._lipsdp.barrier_search import Dense, Solved, small_dense, threads
 from lipbounds._lipsdp.certificate import Proof
-from lipbounds._lipsdp.core import LipSdpState, relative_multipliers
+from lipbounds._lipsdp.core import relative_multipliers
 from lipbounds._lipsdp.proof import repair
+from lipbounds._lipsdp.solvers import Cvxpy, Recursion
 from lipbounds._lipsdp.state_matrices import WIDEST, Segment, Sequence, first_tap, hybrid_start, sequence
-from lipbounds._lipsdp.task import Progress, Search
+from lipbounds._lipsdp.task import Answer, Found, Task
 from lipbounds._text.calls import FAILURES, reason
+from lipbounds._text.progress import say
 from lipbounds._triangle import recursion
 from lipbounds._triangle.recursion import Request
 
@@ -101,36 +106,27 @@ def parameters_from(
 # --- the ellipsoid recursion ---------------------------------------------------------------------------------------
 
 
-class Recursion:
+class _Ellipsoids:
     """The recursion on the states behind tap `start_at` - 1, warm-started from its own last optimum."""
 
-    def __init__(
-        self,
-        search: Search,
-        layers: bool,
-        start_at: int,
-        iterations: int | None,
-        progress: Progress | None,
-        initial: LipSdpState | None = None,
-    ):
-        self.search, self.start_at, self.progress = search, start_at, progress
-        box = search.norm == math.inf
-        request = Request(2, search.guarantee, search.seed)
+    def __init__(self, task: Task, start_at: int, how: Recursion):
+        self.start_at = start_at
+        box = task.norm == math.inf
+        request = Request(2, task.guarantee, task.seed)
         self.given: tuple[np.ndarray, int] | None = None
         if start_at:
-            self.states, first, scale, _, _ = hybrid_start(search.form, start_at, request)
+            self.states, first, scale, _, _ = hybrid_start(task.form, start_at, request)
             self.given = (first, scale)
-            search.notes.append(f"the ellipsoid starts behind {start_at} taps, which LipLT bounds")
         else:
-            self.states = sequence(search.form)
+            self.states = sequence(task.form)
             first = self.states.start.midpoint_for_search()
             first = first if box else first @ first.T
-        self.problem = ellipsoid.problem(self.states.segments, first, per_layer=layers, box=box)
-        self.effort = ellipsoid.effort(self.problem, iterations)
+        self.problem = ellipsoid.problem(self.states.segments, first, per_layer=task.layers, box=box)
+        self.effort = ellipsoid.effort(self.problem, how.iterations)
         self.best: ellipsoid.Parameters | None = None
         self.trained: tuple[np.ndarray, ...] = ()
-        if initial is not None:
-            rows = relative_multipliers(search.form, initial)
+        if how.initial is not None:
+            rows = relative_multipliers(task.form, how.initial)
             if [row.size for row in rows] != list(self.states.sizes):
                 raise ValueError("initial has multipliers of another network")
             self.trained = tuple(rows[s.tap][s.active] for s in self.states.segments)
@@ -146,7 +142,7 @@ class Recursion:
         if not start_at and not box:
             D = None
             with contextlib.suppress(ValueError, ArithmeticError):
-                D = closed_form(elementwise_view(search.form), request)
+                D = closed_form(elementwise_view(task.form), request)
             if D is not None:
 
                 def one_each(segment: Any, sy: np.ndarray) -> np.ndarray:
@@ -163,8 +159,8 @@ class Recursion:
         D = repair(self.states, self.trained, self.given, None, relative=True)
         return Proof(D, self.start_at, None, relative=True)
 
-    def solve(self, kind: str, weights: np.ndarray | None = None) -> Proof:
-        """Multipliers for one objective of `ellipsoid.objective`."""
+    def solve(self, kind: str, weights: np.ndarray | None = None) -> tuple[Proof, str]:
+        """Multipliers for one objective of `ellipsoid.objective`, and what was done."""
         if kind == "value" and self.problem.box:
             kind = "entries"
         effort = self.effort
@@ -172,14 +168,12 @@ class Recursion:
             effort = replace(effort, stages=effort.stages[-2:], iterations=max(effort.iterations // 2, 30))
         starts = self.starts if self.best is None or self.trained else [self.best]
         with jax.numpy_dtype_promotion("standard"):  # optax adds integers of different widths
-            found, value, done = ellipsoid.optimize(
-                self.problem, starts, kind, weights, effort, self.progress
-            )
+            found, value, done = ellipsoid.optimize(self.problem, starts, kind, weights, effort)
         self.best = found if self.best is None else self.best
         D, box = ellipsoid.multipliers(self.problem, found)
         D = repair(self.states, D, self.given, box, relative=True)
-        self.search.notes.append(f"recursion ({kind}): {done} iterations, {value:.6g} in float arithmetic")
-        return Proof(D, self.start_at, box, relative=True)
+        said = f"recursion ({kind}): {done} iterations, {value:.6g} in float arithmetic"
+        return Proof(D, self.start_at, box, relative=True), said
 
     def ellipsoid(self) -> tuple[np.ndarray, int]:
         """(S, e): the last Sigma_out is 4^e S, in float arithmetic, for estimates."""
@@ -187,143 +181,155 @@ class Recursion:
         return ellipsoid.last_ellipsoid(self.problem, self.best)
 
 
-# --- the dense form ------------------------------------------------------------------------------------------------
+def _place(task: Task, how: Recursion) -> int:
+    """The tap where the ellipsoid starts."""
+    return first_tap(task.form, WIDEST) if how.start_at is None else how.start_at
 
 
-# --- all of it -----------------------------------------------------------------------------------------------------
+# --- the engines ---------------------------------------------------------------------------------------------------
 
 
-class Engines:
-    """What works on one network, chosen by its sizes: the dense form where it is small, else the recursion."""
+class _Attempts:
+    """What was found and is to be said so far. An attempt that fails is a note: others bound the network."""
 
-    def __init__(
-        self,
-        search: Search,
-        layers: bool,
-        start_at: int | None,
-        iterations: int | None,
-        progress: Progress | None,
-        initial: LipSdpState | None = None,
-    ):
-        self.search, self.progress = search, progress
-        self.initial = initial is not None
-        self.iterate = initial is None or iterations != 0
-        form = search.form
-        place = first_tap(form, WIDEST) if start_at is None else start_at
-        limit = DENSE_ONLY if place else POLISHED
-        self.dense = None
-        if search.norm == 2 and start_at is None and iterations is None:
-            with self._noting("the dense form"):
-                dense = _dense(search, layers, limit)
-                self.dense = dense if dense is not None and dense.size <= limit else None
-        self.recursion: Recursion | None = None
-        self.make: Callable[[], Recursion] | None = None
-        if search.norm == 2 or not place:
-            self.make = lambda: Recursion(search, layers, place, iterations, progress, initial)
-        else:
-            search.notes.append("too wide for an ellipsoid in the l-inf norm")
+    def __init__(self, task: Task, how: Recursion):
+        self.task, self.found, self.notes = task, list[Found](), list[str]()
+        self.solved, self.dense, place = dict[str, Solved](), None, _place(task, how)
+        if task.norm == 2 and how.start_at is None and how.iterations is None:
+            with self.noting("the dense form"):
+                self.dense = small_dense(task, DENSE_ONLY if place else POLISHED)
+        self.possible = task.norm == 2 or not place
+        if not self.possible:
+            self.notes.append("too wide for an ellipsoid in the l-inf norm")
+
+        @functools.cache
+        def ellipsoids() -> _Ellipsoids:
+            made = _Ellipsoids(task, place, how)
+            if place:
+                self.notes.append(f"the ellipsoid starts behind {place} taps, which LipLT bounds")
+            return made
+
+        self.ellipsoids = ellipsoids
 
     @contextlib.contextmanager
-    def _noting(self, what: str) -> Iterator[None]:
-        """An engine that finds nothing, or multipliers that prove nothing, are a note: others bound the network."""
+    def noting(self, what: str) -> Iterator[None]:
         try:
             yield
         except FAILURES as error:
-            self.search.notes.append(f"{what} failed: {reason(error)}")
+            self.notes.append(f"{what} failed: {reason(error)}")
 
-    def by_recursion(self, kind: str, weights: np.ndarray | None = None) -> bool:
-        """Add a proof by the recursion; False where it fails or the network has no state that it can start from."""
-        if self.make is None:
-            return False
-        with self._noting(f"recursion ({kind})"):
-            self.recursion = self.make() if self.recursion is None else self.recursion
-            self.search.add(self.recursion.solve(kind, weights))
-            return True
-        return False
+    def given(self) -> None:
+        """The multipliers to begin with, as they are."""
+        start = self.ellipsoids()  # those of another network are an error
+        with self.noting("the proof of the multipliers given"):
+            self.found.append(self.task.prove(start.initial()))
+            self.notes.append("multipliers proved as they were given")
 
-    def by_newton(self, C: np.ndarray, what: str) -> bool:
-        """Add a proof by Newton's method for the outputs C z; False, with a note, where it fails."""
-        if self.dense is None:
-            return False
-        with self._noting(f"Newton ({what})"):
-            self.search.add(self.dense.solve(C, what, self.progress))
-            return True
-        return False
+    def recursion(self, kind: str, weights: np.ndarray | None = None) -> None:
+        """By the recursion, where the network has a state that it can start from."""
+        if self.possible:
+            with self.noting(f"recursion ({kind})"):
+                proof, said = self.ellipsoids().solve(kind, weights)
+                self.notes.append(said)
+                self.found.append(self.task.prove(proof))
 
-    def run(self, pairwise: bool, objective: str | np.ndarray, refine: int) -> None:
-        """Add proofs to the search: for the whole network, then for the pairs, then for the worst of them."""
-        with threads(self.dense):
-            k = self.search.form.num_outputs
-            if self.initial and self.make is not None:
-                self.recursion = self.make()
-                with self._noting("the proof of the multipliers given"):
-                    self.search.add(self.recursion.initial())
-                    self.search.notes.append("multipliers proved as they were given")
-            if not self.iterate:
-                return
-            loose = not self.by_newton(np.eye(k), "network") or self._lost()
-            if loose:
-                self.by_recursion("value")
-            if not pairwise or k < 2:
-                return
-            i, j = np.triu_indices(k, 1)
-            exact = isinstance(objective, str) and objective == "mean"
-            if exact and self.dense is not None and self.dense.seconds * len(i) <= EVERY_PAIR:
-                for a, b in zip(i.tolist(), j.tolist(), strict=True):
-                    self.by_newton(self.dense.pair(a, b), f"pair {a}, {b}")
-                if loose:
-                    self.by_recursion(*pair_objective(objective, k))
-                return
-            self.by_recursion(*pair_objective(objective, k))
-            refine = refine if self.search.constants else 0
-            for place in np.argsort(-self.search.pairwise[i, j])[:refine] if refine else ():
-                self._refine(int(i[place]), int(j[place]))
+    def newton(self, C: np.ndarray, what: str) -> Found | None:
+        """By Newton's method for the outputs C z, where there is a dense form."""
+        if self.dense is not None:
+            with self.noting(f"Newton ({what})"):
+                proof, self.solved[what] = self.dense.solve(C, what)
+                self.found.append(self.task.prove(proof))
+                return self.found[-1]
+        return None
 
-    def _lost(self) -> bool:
-        """Whether the proof of Newton's multipliers is far above their value in float arithmetic, as it can be where
-        neurons hardly move: the recursion may prove more."""
-        assert self.dense is not None
-        return self.search.constants[-1].value > (1 + _LOST) * self.dense.solved[-1][1]
+    def network(self) -> bool:
+        """The constant of the network; whether Newton's method is not enough: it failed, or its proof is far above the
+        value in float arithmetic, as it can be where neurons hardly move, and the recursion may prove more."""
+        exact = self.newton(np.eye(self.task.form.num_outputs), "network")
+        loose = exact is None or exact.constants.value > (1 + _LOST) * self.solved["network"].value
+        if loose:
+            self.recursion("value")
+        return loose
 
-    def note(self) -> None:
-        """Say what Newton's method did."""
-        solved = [] if self.dense is None else self.dense.solved
-        if solved:
-            steps, value, gap = solved[0]
-            text = f"Newton: {steps} steps, {value:.7g} in float arithmetic, relative gap {gap:.1g}"
-            if len(solved) > 1:
-                most, _, widest = (max(column) for column in zip(*solved[1:], strict=True))
-                text += f"; {len(solved) - 1} pairs, at most {most} steps, gap {widest:.1g}"
-            self.search.notes.append(text)
-
-    def _refine(self, i: int, j: int) -> None:
-        if self.dense is not None and self.by_newton(self.dense.pair(i, j), f"pair {i}, {j}"):
+    def pairs(self, how: Recursion, loose: bool) -> None:
+        """All pairs: each by Newton's method where that is quick, else together, and the worst of them once more."""
+        k = self.task.form.num_outputs
+        i, j = np.triu_indices(k, 1)
+        exact = isinstance(how.objective, str) and how.objective == "mean"
+        each = exact and self.dense is not None and self.dense.seconds * len(i) <= EVERY_PAIR
+        if each:
+            for a, b in zip(i.tolist(), j.tolist(), strict=True):
+                self.newton(pair(k, a, b), f"pair {a}, {b}")
+        if loose or not each:
+            self.recursion(*pair_objective(how.objective, k))
+        if each or not how.refine or not self.found:
             return
-        k = self.search.form.num_outputs
-        weights = np.zeros((k, k))
-        weights[i, j] = weights[j, i] = 1.0
-        self.by_recursion("pairs", weights)
+        worst = np.argsort(-np.min([f.constants.pairwise for f in self.found], axis=0)[i, j])[: how.refine]
+        for a, b in zip(i[worst].tolist(), j[worst].tolist(), strict=True):
+            if self.newton(pair(k, a, b), f"pair {a}, {b}") is None:
+                rows = pair(k, a, b)
+                self.recursion("pairs", np.abs(rows.T @ rows) * (1 - np.eye(k)))
 
-    def check_estimate(self) -> None:
-        if self.make is None:
-            raise ValueError("guarantee='estimate' is for norm=2, and inf where no state is wide")
+    def answer(self) -> Answer:
+        return Answer(tuple(self.found), (*self.notes, *_newtons(list(self.solved.values()))))
 
-    def estimate(self, pairwise: bool) -> tuple[float, np.ndarray | None, np.ndarray | None]:
-        """(value, per class, pairs) in float arithmetic."""
-        assert self.make is not None
-        with threads(self.dense):
-            self.recursion = self.make()
-            self.recursion.solve("value")
-            sigma, exponent = self.recursion.ellipsoid()
-        diagonal = np.diagonal(sigma)
-        box = self.search.norm == math.inf
-        value = math.sqrt(diagonal.max() if box else np.linalg.eigvalsh(sigma)[-1])
-        unit = np.ldexp(1.0, exponent)
-        if not pairwise:
-            return value * unit, None, None
-        pairs = np.sqrt(np.maximum(diagonal[:, None] + diagonal[None, :] - 2 * sigma, 0))
-        np.fill_diagonal(pairs, 0)
-        return value * unit, np.sqrt(diagonal) * unit, pairs * unit
+
+def by_recursion(task: Task, how: Recursion, pairwise: bool) -> Answer:
+    """Proofs for the whole network, then for the pairs: by Newton's method on the dense form where the network is
+    small, else by the recursion."""
+    attempts = _Attempts(task, how)
+    with threads(attempts.dense):
+        if how.initial is not None:
+            attempts.given()
+        if how.initial is None or how.iterations != 0:
+            loose = attempts.network()
+            if pairwise and task.form.num_outputs > 1:
+                attempts.pairs(how, loose)
+    return attempts.answer()
+
+
+def _newtons(solved: list[Solved]) -> tuple[str, ...]:
+    """What Newton's method did, in words."""
+    if not solved:
+        return ()
+    (steps, value, gap), rest = solved[0], solved[1:]
+    text = f"Newton: {steps} steps, {value:.7g} in float arithmetic, relative gap {gap:.1g}"
+    if rest:
+        most, _, widest = (max(column) for column in zip(*rest, strict=True))
+        text += f"; {len(rest)} pairs, at most {most} steps, gap {widest:.1g}"
+    return (text,)
+
+
+def check_estimate(task: Task, how: Recursion) -> None:
+    """ValueError where the network has no state that the recursion can start from."""
+    if task.norm != 2 and _place(task, how):
+        raise ValueError("guarantee='estimate' is for norm=2, and inf where no state is wide")
+
+
+def estimate(
+    task: Task, how: Recursion, pairwise: bool
+) -> tuple[float, np.ndarray | None, np.ndarray | None]:
+    """(value, per class, pairs) in float arithmetic, by the recursion."""
+    place = _place(task, how)
+    box = task.norm == math.inf
+    ellipsoids = _Ellipsoids(task, place, how)
+    ellipsoids.solve("value")
+    sigma, exponent = ellipsoids.ellipsoid()
+    diagonal = np.diagonal(sigma)
+    value = math.sqrt(diagonal.max() if box else np.linalg.eigvalsh(sigma)[-1])
+    unit = np.ldexp(1.0, exponent)
+    if not pairwise:
+        return value * unit, None, None
+    pairs = np.sqrt(np.maximum(diagonal[:, None] + diagonal[None, :] - 2 * sigma, 0))
+    np.fill_diagonal(pairs, 0)
+    return value * unit, np.sqrt(diagonal) * unit, pairs * unit
+
+
+def pair(k: int, i: int, j: int) -> np.ndarray:
+    """The row C (1, k) of z_i - z_j = C z."""
+    C = np.zeros((1, k))
+    C[0, i], C[0, j] = 1.0, -1.0
+    return C
 
 
 def pair_objective(objective: str | np.ndarray, k: int) -> tuple[str, np.ndarray | None]:
@@ -334,52 +340,39 @@ def pair_objective(objective: str | np.ndarray, k: int) -> tuple[str, np.ndarray
     return "pairs", weights * (1 - np.eye(k))
 
 
-def through_cvxpy(
-    search: Search,
-    solver: str,
-    layers: bool,
-    pairwise: bool,
-    memory_gb: float | None,
-    time_limit: float | None,
-) -> None:
+def through_cvxpy(task: Task, how: Cvxpy, pairwise: bool) -> Answer:
     """LipSDP through CVXPY: one problem for the network, and one per pair."""
-    from lipbounds._lipsdp import cvxpy_solver
-
-    dense = _dense(search, layers, None)
-    assert dense is not None
-    k = search.form.num_outputs
-
-    solved: list[cvxpy_solver.SdpResult] = []
-
-    def one(C: np.ndarray) -> None:
-        found = cvxpy_solver.solve(
+    dense = Dense(dense_gain(task.form), task.layers)
+    k = task.form.num_outputs
+    found, notes, solved = list[Found](), list[str](), list[cvxpy_solver.SdpResult]()
+    problems = [np.eye(k)]
+    if pairwise:
+        problems += [pair(k, i, j) for i in range(k) for j in range(i + 1, k)]
+    for number, C in enumerate(problems):
+        say(f"{how.name}: problem {number + 1} of {len(problems)}")
+        result = cvxpy_solver.solve(
             dense.Gy,
             C @ dense.Gz,
             dense.n,
             dense.ties,
-            solver=solver,
-            memory_gb=memory_gb,
-            time_limit=time_limit,
+            solver=how.name,
+            memory=how.limit,
+            time_limit=how.time_limit,
         )
-        solved.append(found)
+        solved.append(result)
         try:
-            search.add(dense.proof(C, found.T))
+            found.append(task.prove(dense.proof(C, result.T)))
         except FAILURES as error:
-            search.notes.append(f"the proof of {solver}'s multipliers failed: {reason(error)}")
-
-    one(np.eye(k))
-    if pairwise:
-        for i in range(k):
-            for j in range(i + 1, k):
-                one(dense.pair(i, j))
+            notes.append(f"the proof of {how.name}'s multipliers failed: {reason(error)}")
     first, rest = solved[0], solved[1:]
-    search.notes.append(
-        f"{solver}: {first.status} in {first.solver_seconds:.3g} s ({first.total_seconds:.3g} s with the model), raw "
+    notes.append(
+        f"{how.name}: {first.status} in {first.solver_seconds:.3g} s ({first.total_seconds:.3g} s with the model), raw "
         f"value {first.raw_value:.7g}, which is no bound"
     )
     if rest:
         words = ", ".join(sorted({one.status for one in rest}))
-        search.notes.append(
+        notes.append(
             f"{len(rest)} pairs: {words}, {sum(one.total_seconds for one in rest):.3g} s, largest raw value "
             f"{max(one.raw_value for one in rest):.7g}"
         )
+    return Answer(tuple(found), tuple(notes))

@@ -38,6 +38,7 @@ from lipbounds._local.ellipsoids import Matrix, Stage, Values
 from lipbounds._local.forward import Seen, logits
 from lipbounds._norms.rounding import U, add_up, gamma, require_gradual_underflow
 from lipbounds._text.calls import FAILURES, reason
+from lipbounds._text.progress import say
 from lipbounds._triangle.recursion import FAILURE, Request
 
 _MOST_OUTPUTS = 4096  # of a local bound, which holds K x K blocks per example
@@ -45,7 +46,6 @@ _CHUNK = 2**23  # numbers in the ellipsoids of one chunk of examples
 _NAMES = {"ellipsoids": "ellipsoids", "hybrid": "ellipsoids behind the wide front", "LipLT": "local LipLT"}
 _DIRECTIONS = 12  # that D is chosen for
 _WIDE_CHUNK, _SIDE = 2**25, 64  # entries of the rows of a chunk, and its examples, in local LipLT
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,7 +220,7 @@ class Around:
             size = max(1, _CHUNK // max(widest, ready.start.shape[1]) ** 2)
         return [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
 
-    def each(self, work: Callable[[Around, slice], None], what: str, progress: Progress | None) -> None:
+    def each(self, work: Callable[[Around, slice], None], what: str) -> None:
         """work(part, rows) for every chunk, side by side on all cores: small matrices gain nothing from threads."""
         count, done = len(self.x), 0
         parts = self.chunks(count)
@@ -232,8 +232,7 @@ class Around:
         with threadpool_limits(1, "blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
             for part, _ in zip(parts, pool.map(one, parts), strict=True):
                 done += part.stop - part.start
-                if progress is not None:
-                    progress(f"{what}: {done} of {count} examples")
+                say(f"{what}: {done} of {count} examples")
 
     def outputs(
         self, rows: Any, eps: np.ndarray, *, labels: np.ndarray | None = None, call: int = 0

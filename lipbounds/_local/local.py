@@ -22,14 +22,15 @@ from lipbounds._form.inputs import Box, check_box
 from lipbounds._form.lure import LureForm, fingerprint
 from lipbounds._lipsdp import proof
 from lipbounds._local import ellipsoids
-from lipbounds._local.engines import Around, Progress, bounded, ways
+from lipbounds._local.engines import Around, bounded, ways
 from lipbounds._local.forward import check_inputs
 from lipbounds._norms.rounding import add_up, gamma, sqrt_up
-from lipbounds._text.calls import exact_products, plain_errors
+from lipbounds._text.calls import public
 from lipbounds._text.html import Html, element
+from lipbounds._text.progress import Progress
 from lipbounds._text.tables import printable, seconds_text, show
 from lipbounds._triangle.liplt import liplt
-from lipbounds.results import NORM_NAMES, Guarantee, UpperBound, check_norm, weakest
+from lipbounds.results import NORM_NAMES, Guarantee, Norm, UpperBound, check_norm, weakest
 
 _CALLS = 2  # of `local`
 
@@ -96,20 +97,19 @@ class LocalBounds:
         return element("pre", repr(self))
 
 
-@plain_errors
-@exact_products
+@public
 def local(
     form: LureForm,
     X: Any,
     eps: Any,
     *,
-    norm: Any = 2,
+    norm: Norm = 2,
     pairwise: bool = False,
     bound: UpperBound | None = None,
     guarantee: Guarantee = "auto",
     seed: int = 0,
     box: Any = None,
-    progress: Progress | None = None,
+    progress: Progress = True,
 ) -> LocalBounds:
     """Upper bounds of the Lipschitz constants of the network on the balls B(x, eps) around the examples of X.
 
@@ -127,7 +127,7 @@ def local(
         seed: of the random start vectors of probabilistic norms.
         box: (lower, upper), numbers or arrays of the shape of an input: only points inside count, (0, 1) for pixels.
             The first layer's ranges become smaller where X is near its faces; networks wider than 1100 ignore it.
-        progress: called with a line of text after every chunk.
+        progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
 
     Raises:
         TypeError: not a concrete form.
@@ -177,7 +177,7 @@ def local(
         form,
         p,
         x,
-        lambda around: around.each(one_chunk, "local bounds", progress),
+        lambda around: around.each(one_chunk, "local bounds"),
         guarantee=guarantee,
         seed=seed,
         box=inside,

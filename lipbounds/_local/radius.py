@@ -11,7 +11,6 @@ and subtracted, so a radius is as good as its bound.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +24,9 @@ from lipbounds._local.local import box_notes
 from lipbounds._local.radius_search import Search, ratios
 from lipbounds._norms.rounding import U
 from lipbounds._text.arguments import as_labels
-from lipbounds._text.calls import exact_products, plain_errors
+from lipbounds._text.calls import moved, public
 from lipbounds._text.html import Html, element
+from lipbounds._text.progress import Progress
 from lipbounds._text.tables import label_text, new_axes, printable
 from lipbounds._triangle import recursion
 from lipbounds._triangle.liplt import liplt
@@ -103,20 +103,39 @@ class Radii:
         return ax
 
 
-@plain_errors
-@exact_products
+@dataclass(frozen=True, eq=False)
+class Local:
+    """How `certified_radius(..., local=lb.Local(...))` bounds the network around each example.
+
+    Args:
+        tries: how many eps are tried per example and engine. Balls that are certified as a whole do not count while
+            larger ones may be.
+        box: (lower, upper), as in `lb.local`: a radius is then about the inputs inside it only.
+
+    Raises:
+        ValueError: tries is no whole number >= 1. The box is checked against the examples.
+    """
+
+    tries: int = 4
+    box: Any = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tries, bool) or not isinstance(self.tries, int) or self.tries < 1:
+            raise ValueError(f"tries must be a whole number >= 1, got {self.tries!r}")
+
+
+@public
+@moved(tries="local=lb.Local(tries=...)", box="local=lb.Local(box=...)")
 def certified_radius(
     form: LureForm,
     X: Any,
     y: Any,
     bound: UpperBound | None = None,
-    local: bool = False,
+    local: bool | Local = False,
     *,
-    tries: int = 4,
     guarantee: Guarantee = "auto",
     seed: int = 0,
-    box: Any = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress = True,
 ) -> Radii:
     """Certified radii of labelled examples.
 
@@ -130,12 +149,9 @@ def certified_radius(
         local: also bound the network around each example (`lb.local`, with slopes anchored at the example): every ball
             of radius eps certifies min(eps, min_i (z_y - z_i) / L_yi(eps)), and the largest of these and of the global
             radius counts. Never below the global radius. Norms 2 and inf. Where no local bound applies (more than 4096
-            outputs, or l-inf and wider than 1100) the global radii stand, with a note.
-        tries: with local, how many eps are tried per example and engine. Balls that are certified as a whole do not
-            count while larger ones may be.
+            outputs, or l-inf and wider than 1100) the global radii stand, with a note. True or `lb.Local(...)`.
         guarantee, seed: of the bound where it is computed here, and with local as in `lb.local`.
-        box: with local, as in `lb.local`: a radius is then about the inputs inside it only.
-        progress: with local, called with a line of text as examples are done.
+        progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
 
     Raises:
         TypeError: an Estimate or LowerBound in place of an upper bound.
@@ -146,11 +162,10 @@ def certified_radius(
     if form.is_traced:
         raise TypeError("certified_radius works on concrete weights, outside jit, grad and vmap")
     x, labels = _examples(form, X, y)
-    if not local and box is not None:
-        raise ValueError("a box is for local bounds: pass local=True")
-    if local and (isinstance(tries, bool) or not isinstance(tries, int) or tries < 1):
-        raise ValueError(f"tries must be a whole number >= 1, got {tries!r}")
-    inside = check_box(box, x)
+    if not isinstance(local, bool | Local):
+        raise ValueError(f"local must be True, False or a lb.Local, got {local!r}")
+    near = Local() if local is True else local or None
+    inside = None if near is None else check_box(near.box, x)
     few = form.num_outputs <= _MOST_PAIRED
     proof = liplt(form, pairwise=few, guarantee=guarantee, seed=seed) if bound is None else bound
     if not isinstance(proof, UpperBound):
@@ -171,15 +186,15 @@ def certified_radius(
     correct = np.asarray((gaps > 0).all(axis=1))
     radius = np.where(correct, ratios(gaps, scale), 0.0)
     fields = correct, proof.norm
-    if not local:
+    if near is None:
         return Radii(radius, *fields, proof.guarantee, proof.method, notes)
-    search = Search(labels, gaps, radius, tries)
+    search = Search(labels, gaps, radius, near.tries)
     try:
         found = bounded(
             form,
             proof.norm,
             x[search.todo],
-            lambda around: search.run(around, progress),
+            search.run,
             guarantee=guarantee,
             seed=seed,
             box=inside,

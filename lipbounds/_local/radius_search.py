@@ -10,7 +10,7 @@ import itertools
 
 import numpy as np
 
-from lipbounds._local.engines import Around, Progress
+from lipbounds._local.engines import Around
 from lipbounds._norms.rounding import U, gamma
 
 _ROOM = 4.0  # a search goes on while the last ball was certified and the radius may grow by a larger factor
@@ -49,9 +49,9 @@ class Search:
             len(start)
         )  # how far a search could have gone on from a ball certified as a whole
 
-    def run(self, around: Around, progress: Progress | None) -> None:
+    def run(self, around: Around) -> None:
         """Raise the radii by an engine, which is around the examples `todo`."""
-        around.each(self._certify, "local radii", progress)
+        around.each(self._certify, "local radii")
 
     def _certify(self, near: Around, part: slice) -> None:
         at = self.todo[part]

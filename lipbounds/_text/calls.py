@@ -9,6 +9,8 @@ from typing import ParamSpec, TypeVar
 import jax
 import numpy as np
 
+from lipbounds._text.progress import reporting
+
 #: How a method fails on one network: a refusal, a factorisation or a number out of range, memory that is not there.
 FAILURES = (ValueError, ArithmeticError, MemoryError, jax.errors.JaxRuntimeError)
 
@@ -28,27 +30,24 @@ def usual_floats(verb: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def exact_products(verb: Callable[P, R]) -> Callable[P, R]:
-    """`usual_floats`, and products of JAX arrays inside in their own precision, whatever `jax_default_matmul_precision`
-    says: with a preset such as "BF16_BF16_F32" even float64 operands would be rounded to bfloat16."""
+def public(verb: Callable[P, R]) -> Callable[P, R]:
+    """The verb as users call it.
+
+    Floats: `usual_floats`, and products of JAX arrays in their own precision whatever `jax_default_matmul_precision`
+    says: with a preset such as "BF16_BF16_F32" even float64 operands would be rounded to bfloat16.
+
+    Progress: what is said inside goes where the keyword `progress` says (`lipbounds._text.progress`).
+
+    Errors: a plain ValueError, the reason in it, in place of numerical failures and of exceptions that only this
+    library's own modules know; whatever `lipbounds.errors` defines, and every other error, passes unchanged.
+    """
     inner = usual_floats(verb)
 
     @functools.wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with jax.default_matmul_precision("highest"):
-            return inner(*args, **kwargs)
-
-    return run
-
-
-def plain_errors(verb: Callable[P, R]) -> Callable[P, R]:
-    """The verb with a plain ValueError, the reason in it, in place of numerical failures and of exceptions that only
-    this library's own modules know; whatever `lipbounds.errors` defines, and every other error, passes unchanged."""
-
-    @functools.wraps(verb)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return verb(*args, **kwargs)
+            with jax.default_matmul_precision("highest"), reporting(kwargs.get("progress", True)):  # type: ignore[arg-type]
+                return inner(*args, **kwargs)
         except Exception as error:
             home = type(error).__module__
             own = home.startswith("lipbounds.") and home != "lipbounds.errors"
@@ -58,6 +57,22 @@ def plain_errors(verb: Callable[P, R]) -> Callable[P, R]:
             raise ValueError(what) from error
 
     return run
+
+
+def moved(**places: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Keywords that a verb no longer has, each with its new spelling, which one plain TypeError names."""
+
+    def decorate(verb: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(verb)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            old = [f"{name}=... is now {places[name]}" for name in kwargs if name in places]
+            if old:
+                raise TypeError(f"{verb.__name__}: {'; '.join(old)}")
+            return verb(*args, **kwargs)
+
+        return run
+
+    return decorate
 
 
 def reason(error: BaseException) -> str:

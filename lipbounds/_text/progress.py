@@ -1,16 +1,100 @@
-"""A progress bar on stderr for proofs that take long, with their estimated cost said beforehand."""
+"""What a public call says while it works: one meaning of `progress` for all of them.
+
+    progress=True      shown on stderr where that is a terminal and the call takes more than two seconds (the default);
+                       proofs of norms that take longer get a bar with their estimated cost
+    progress=False     nothing
+    progress=function  function(text) is called with every line of text
+
+A call inside another one (LipLT inside `lipsdp`) says its lines where the outer one does.
+"""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
-_QUIET = 5.0  # seconds of estimated work below which nothing is shown
+Tell = Callable[[str], None]
+Progress = bool | Tell | None  # None is False
+
+_PATIENCE = 2.0  # seconds before anything is shown on a terminal
+_QUIET = 5.0  # seconds of estimated work below which no bar is shown
 _ALWAYS = 60.0  # above this the estimate is printed (one line) even where stderr is no terminal
 _RATE = 4e10  # float64 operations per second of Cholesky and dense products on two cores
 
 Advance = Callable[[str, float], None]
+_tell: ContextVar[Tell | None] = ContextVar("tell", default=None)  # None: outside any public call
+_topic: ContextVar[str] = ContextVar("topic", default="")
+
+
+def _drawn() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()  # notebooks set FORCE_COLOR, which rich believes
+
+
+class _Terminal:
+    """The last line on stderr, replaced by the next one; nothing where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.status: Any = None
+
+    def __call__(self, text: str) -> None:
+        if self.status is None and _drawn() and time.monotonic() - self.started > _PATIENCE:
+            self.status = self.console().status("")
+            self.status.start()
+        if self.status is not None:
+            from rich.markup import escape
+
+            self.status.update(escape(text))
+
+    @staticmethod
+    def console() -> Any:
+        from rich.console import Console
+
+        return Console(stderr=True)
+
+    def clear(self) -> None:
+        if self.status is not None:
+            self.status.stop()
+            self.status = None
+
+
+@contextmanager
+def reporting(progress: Progress) -> Iterator[None]:
+    """What is said inside goes where `progress` says; ValueError for what is neither a bool nor a function."""
+    if not (progress is None or isinstance(progress, bool) or callable(progress)):
+        raise ValueError(f"progress must be True, False or a function of one text, got {progress!r}")
+    if progress is True and _tell.get() is not None:
+        yield
+        return
+    screen = _Terminal()
+    tell = screen if progress is True else progress or (lambda text: None)
+    token = _tell.set(tell)
+    try:
+        yield
+    finally:
+        _tell.reset(token)
+        screen.clear()
+
+
+@contextmanager
+def about(topic: str) -> Iterator[None]:
+    """Lines said inside begin with the topic."""
+    token = _topic.set(f"{_topic.get()}{topic}, ")
+    try:
+        yield
+    finally:
+        _topic.reset(token)
+
+
+def say(text: str) -> None:
+    """One line of what is being done, or was done."""
+    tell = _tell.get()
+    if tell is not None:
+        tell(_topic.get() + text)
 
 
 def proof_seconds(rows: int, columns: int) -> float:
@@ -24,22 +108,15 @@ def _text(seconds: float) -> str:
 
 
 @contextmanager
-def meter(count: int, seconds: float, hook: Callable[[str], None] | None = None) -> Iterator[Advance]:
-    """Yields advance(what, seconds), to be called when a block is done.
-
-    Where the whole is estimated below 5 seconds, or stderr is no terminal, nothing is drawn. With a `hook` it is called
-    with every `what` instead.
-    """
-    if hook is not None:
-        yield lambda what, _: hook(what)
+def meter(count: int, seconds: float) -> Iterator[Advance]:
+    """Yields advance(what, seconds), to be called when a block is done: a bar where the whole is estimated above 5
+    seconds and shown on a terminal, else lines of text."""
+    screen = _tell.get()
+    if not isinstance(screen, _Terminal) or seconds < _QUIET:
+        yield lambda what, _: say(what)
         return
-    if seconds < _QUIET:
-        yield lambda what, _: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
+    screen.clear()
+    console = screen.console()
     drawn = console.is_terminal or console.is_jupyter
     said = f"proving the norms of {count} blocks, about {_text(seconds)} on two cores"
     if not drawn:
@@ -47,6 +124,8 @@ def meter(count: int, seconds: float, hook: Callable[[str], None] | None = None)
             print(f"lipbounds: {said}", file=sys.stderr)
         yield lambda what, _: None
         return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
     console.print(f"[dim]lipbounds: {said}; guarantee='probabilistic' needs seconds[/dim]", highlight=False)
     columns = (
         TextColumn("{task.description}", markup=False),

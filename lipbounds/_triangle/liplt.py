@@ -11,6 +11,7 @@ import numpy as np
 from lipbounds._form.lure import LureForm
 from lipbounds._gain.memory_budget import check_pairs
 from lipbounds._text.calls import FAILURES, reason
+from lipbounds._text.progress import Progress
 from lipbounds._triangle import recursion
 from lipbounds._triangle import scaling as _scaling
 from lipbounds._triangle.core import Core
@@ -32,6 +33,7 @@ def liplt(
     guarantee: Guarantee = "auto",
     seed: int = 0,
     memory: int | str | None = None,
+    progress: Progress = True,
 ) -> UpperBound | Estimate:
     """LipLT (CRM paper, Theorem 3.3): the loop transformation v = c y + r w, then the triangle recursion.
 
@@ -52,6 +54,7 @@ def liplt(
             else Golub-Kahan takes as many steps as fit; with "verified" what fits no proof is an error, single
             convolutions excepted, which have a Fourier bound (verified, a little larger). Parts and notes say what was
             chosen. It covers the arrays of one proof at a time; not Python, JAX, the network and its steps as matrices.
+        progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
 
     Raises:
         TypeError: not a form, or a form that is being traced (use `lb.liplt.core`).

@@ -12,6 +12,7 @@ import numpy as np
 
 from lipbounds._form.lure import LureForm, fingerprint
 from lipbounds._gain import memory_budget
+from lipbounds._text.progress import Progress
 from lipbounds._triangle import recursion
 from lipbounds._triangle.core import Core, run_core
 from lipbounds._triangle.recursion import Request, Triangle
@@ -109,6 +110,7 @@ def naive(
     guarantee: Guarantee = "auto",
     seed: int = 0,
     memory: int | str | None = None,
+    progress: Progress = True,
 ) -> UpperBound | Estimate:
     """The naive Lipschitz bound: on a chain, the product of the layers' norms.
 
@@ -126,6 +128,7 @@ def naive(
             else Golub-Kahan takes as many steps as fit; with "verified" what fits no proof is an error, single
             convolutions excepted, which have a Fourier bound (verified, a little larger). Parts and notes say what was
             chosen. It covers the arrays of one proof at a time; not Python, JAX, the network and its steps as matrices.
+        progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
 
     Raises:
         TypeError: not a form, or a form that is being traced (use `lb.naive.core`).

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -32,7 +32,7 @@ from lipbounds._norms import matrices as norms
 from lipbounds._norms.banded_cholesky import Plan
 from lipbounds._norms.enclosures import Enclosure
 from lipbounds._norms.rounding import add_up, gamma, mul_up
-from lipbounds._text.progress import meter, proof_seconds
+from lipbounds._text.progress import meter, proof_seconds, say
 from lipbounds.results import Part, weakest
 
 #: Blocks whose smaller side is at most this are verified by `guarantee="auto"`; larger ones are probabilistic.
@@ -42,7 +42,6 @@ FAILURE = 1e-9
 _LOOSE = 1e-6  # rounding error of a block, relative to its norm, above which shorter blocks are tried
 _STORED_ENTRIES = 2**28  # a scaling keeps all blocks: 2 GB
 
-Progress = Callable[[str], None]
 _HOSTS: weakref.WeakKeyDictionary[LureForm, HostForm] = weakref.WeakKeyDictionary()
 
 
@@ -128,7 +127,6 @@ class Request:
     guarantee: str = "auto"
     seed: int = 0
     failure: float = FAILURE
-    progress: Progress | None = None
     budget: Budget | None = None
 
 
@@ -212,7 +210,7 @@ def block_norms(
         (small if forced or dense else large).append(pair)
     loose = []
     costs = {pair: _cost(host, pair) if request.norm == 2 else 0.0 for pair in small}
-    with meter(len(small), sum(costs.values()), request.progress) as advance:
+    with meter(len(small), sum(costs.values())) as advance:
         for pair, block in matrices(host, small, scalings):
             plan = enclosures.enclosure_plan(block) if request.norm == 2 else None
             value = block_norm(host, block, request.norm, plan)
@@ -220,12 +218,11 @@ def block_norms(
             found[pair] = BlockNorm(value, "verified", how, block.shape)
             if block.error > _LOOSE * value:
                 loose.append(pair)
-            advance(_block_name(form, pair), costs[pair])
+            advance(f"norm of {_block_name(form, pair)}", costs[pair])
     if loose:
         _shorten(host, pairs, scalings, loose, found, request.norm)
     for place, (source, target) in enumerate(large):
-        if request.progress is not None:
-            request.progress(_block_name(form, (source, target)))
+        say(f"norm of {_block_name(form, (source, target))}")
         bound = wide_norm(
             form,
             host,
@@ -257,7 +254,7 @@ def _within_budget(
     found: dict[tuple[Node, Node], BlockNorm] = {}
     left: dict[tuple[Node, Node], tuple[float, int] | None] = dict.fromkeys(pairs)
     if request.guarantee != "probabilistic":
-        with meter(len(pairs), 0.0, request.progress) as advance:
+        with meter(len(pairs), 0.0) as advance:
 
             def prove(block: Enclosure, plan: Plan) -> float:
                 advance(plan.name, 0.0)
@@ -274,8 +271,7 @@ def _within_budget(
             _shorten(host, pairs, scalings, loose, found, 2)
     whole = all(bound is not None for bound in left.values())
     for place, (pair, bound) in enumerate(left.items()):
-        if request.progress is not None:
-            request.progress(_block_name(form, pair))
+        say(f"norm of {_block_name(form, pair)}")
         if whole and bound is not None:
             how = f"Fourier transform, {budget.spend(bound[1])}"
             found[pair] = BlockNorm(bound[0], "verified", how, size(pair))

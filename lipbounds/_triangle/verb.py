@@ -7,7 +7,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast, get_args
 
 from lipbounds._form.lure import LureForm, check_weights
 from lipbounds._gain import memory_budget
-from lipbounds._text.calls import exact_products, plain_errors
+from lipbounds._text.calls import public
 from lipbounds.results import Guarantee, check_norm
 
 P = ParamSpec("P")
@@ -28,7 +28,7 @@ def with_core(core: Any) -> Callable[[Callable[P, R]], Verb[P, R]]:
     """Decorate a bound: plain errors, products in full precision, and its core as an attribute."""
 
     def decorate(bound: Callable[P, R]) -> Verb[P, R]:
-        verb = cast(Any, plain_errors(exact_products(bound)))
+        verb = cast(Any, public(bound))
         verb.core, verb.init = core, core.init
         return cast(Verb[P, R], verb)
 

@@ -1,0 +1,128 @@
+"""`progress` means the same for every public call: True shows on a terminal, False is silent, a function gets lines."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lipbounds as lb
+from lipbounds._text import progress
+
+RNG = np.random.default_rng(0)
+FORM = lb.from_weights([RNG.standard_normal(s) for s in ((6, 4), (5, 6), (3, 5))])
+X = RNG.standard_normal((3, 4)).astype(np.float32)
+Y = np.array([int(np.argmax(np.asarray(FORM(x)))) for x in X])
+
+CALLS: dict[str, tuple[Callable[..., Any], str]] = {
+    "naive": (lambda **o: lb.naive(FORM, **o), "norm of input to relu[0]"),
+    "liplt": (lambda **o: lb.liplt(FORM, **o), "norm of relu[0] to relu[1]"),
+    "lipsdp": (lambda **o: lb.lipsdp(FORM, **o), "network: "),
+    "local": (lambda **o: lb.local(FORM, X, 0.1, **o), "local bounds: 3 of 3 examples"),
+    "certified_radius": (
+        lambda **o: lb.certified_radius(FORM, X, Y, local=True, **o),
+        "local radii: 3 of 3 examples",
+    ),
+    "compare": (lambda **o: lb.compare(FORM, methods=["liplt"], **o), "liplt, norm of input to relu[0]"),
+    "bracket": (lambda **o: lb.bracket(FORM, X, **o), "3 points read"),
+    "empirical": (lambda **o: lb.empirical(FORM, X, steps=2, **o), "2 steps of ascent"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_function_gets_every_line(name: str) -> None:
+    call, line = CALLS[name]
+    seen: list[str] = []
+    call(progress=seen.append)
+    assert any(text.startswith(line) for text in seen), seen
+
+
+def test_a_certificate_is_verified_with_progress(tmp_path: Path) -> None:
+    lb.save_certificate(lb.lipsdp(FORM), tmp_path / "c")
+    seen: list[str] = []
+    assert lb.verify_certificate(tmp_path / "c", FORM, progress=seen.append)
+    assert seen[0] == "proof 1 of 1"
+
+
+def test_every_public_call_that_works_long_has_it() -> None:
+    for name in (*CALLS, "verify_certificate"):
+        parameter = inspect.signature(getattr(lb, name)).parameters["progress"]
+        assert parameter.default is True and parameter.kind is parameter.KEYWORD_ONLY, name
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes this for a terminal
+    monkeypatch.setattr(progress, "_drawn", lambda: True)
+    monkeypatch.setattr(progress, "_PATIENCE", -1.0)
+
+
+def test_a_terminal_shows_what_is_done_unless_told_not_to(
+    terminal: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lb.lipsdp(FORM, progress=False)
+    assert capfd.readouterr() == ("", "")
+    lb.lipsdp(FORM)
+    out, err = capfd.readouterr()
+    assert out == "" and "norm of relu[0] to relu[1]" in err
+
+
+def test_nothing_is_shown_within_two_seconds(
+    terminal: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_PATIENCE", 60.0)
+    lb.lipsdp(FORM)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_nothing_is_shown_where_stderr_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_PATIENCE", -1.0)
+    lb.liplt(FORM)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_long_proofs_get_a_bar_with_their_cost(
+    terminal: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_RATE", 10.0)  # operations per second
+    lb.naive(FORM)
+    assert "proving the norms of 2 blocks, about" in " ".join(capfd.readouterr().err.split())
+    seen: list[str] = []
+    lb.naive(FORM, progress=seen.append)
+    assert len(seen) == 2 and capfd.readouterr() == ("", "")
+
+
+def test_a_call_inside_another_one_is_as_loud_as_that_unless_it_is_silent_itself() -> None:
+    seen: list[str] = []
+    with progress.reporting(seen.append):
+        with progress.reporting(True), progress.about("inside"):
+            progress.say("one")
+        with progress.reporting(False):
+            progress.say("two")
+        progress.say("three")
+    progress.say("four")
+    assert seen == ["inside, one", "three"]
+
+
+def test_other_values_are_refused() -> None:
+    with pytest.raises(ValueError, match="progress must be True, False or a function of one text, got 3"):
+        lb.naive(FORM, progress=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: lb.compare(FORM, X, Y, None, 2),  # type: ignore[misc]
+        lambda: lb.bracket(FORM, X, 2),  # type: ignore[misc]
+        lambda: lb.empirical(FORM, X, 2),  # type: ignore[misc]
+    ],
+)
+def test_options_are_keywords(call: Callable[[], Any]) -> None:
+    with pytest.raises(TypeError, match="positional arguments"):
+        call()
