@@ -10,6 +10,7 @@ import numpy as np
 
 from lipbounds._gain.memory_budget import parse
 from lipbounds._lipsdp.core import LipSdpState
+from lipbounds._text.arguments import whole
 
 SolverName = Literal["recursion", "clarabel", "scs"]
 CVXPY = ("clarabel", "scs")
@@ -41,12 +42,9 @@ class Recursion:
     initial: LipSdpState | None = None
 
     def __post_init__(self) -> None:
-        for name, of in (("iterations", "steps"), ("start_at", "taps"), ("refine", "pairs")):
-            value = getattr(self, name)
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0
-            ):
-                raise ValueError(f"{name} is a number of {of} >= 0, got {value!r}")
+        for name in ("iterations", "start_at", "refine"):
+            if getattr(self, name) is not None:
+                whole(name, getattr(self, name), 0)
         if self.initial is not None and not isinstance(self.initial, LipSdpState):
             raise ValueError(f"initial is a state of lb.lipsdp.core, got {type(self.initial).__name__}")
         if self.initial is not None and self.start_at is not None:

@@ -23,7 +23,7 @@ from lipbounds._local.forward import DECLARED_ACCURACY, check_inputs, enclosable
 from lipbounds._local.local import box_notes
 from lipbounds._local.radius_search import Search, ratios
 from lipbounds._norms.rounding import U
-from lipbounds._text.arguments import as_labels
+from lipbounds._text.arguments import as_labels, whole
 from lipbounds._text.calls import moved, public
 from lipbounds._text.html import Html, element
 from lipbounds._text.progress import Progress
@@ -120,8 +120,7 @@ class Local:
     box: Any = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.tries, bool) or not isinstance(self.tries, int) or self.tries < 1:
-            raise ValueError(f"tries must be a whole number >= 1, got {self.tries!r}")
+        whole("tries", self.tries)
 
 
 @public
