@@ -15,6 +15,7 @@ from lipbounds._lipsdp.lipsdp import lipsdp
 from lipbounds._lipsdp.solvers import Cvxpy, Recursion
 from lipbounds._local.local import LocalBounds, local
 from lipbounds._local.radius import Local, Radii, certified_radius
+from lipbounds._local.stored import load
 from lipbounds._text.version import __version__
 from lipbounds._tracing.trace import from_weights, register_activation, trace
 from lipbounds._triangle.liplt import liplt
@@ -48,6 +49,7 @@ __all__ = [
     "interop",
     "liplt",
     "lipsdp",
+    "load",
     "local",
     "naive",
     "register_activation",

@@ -353,10 +353,12 @@ def _certified(bound: lb.UpperBound, radii: lb.Radii, shares: dict[float, float]
     return {
         "bound": {"kind": "upper", **proof},
         "guarantee": radii.guarantee,
+        "method": radii.method,
         "notes": list(radii.notes),
         "images": len(radii.radius),
         "certified_accuracy": [{"eps": eps, "accuracy": share} for eps, share in shares.items()],
         "radius": [float(r) if math.isfinite(r) else "inf" for r in np.asarray(radii.radius)],
+        "correct": radii.correct.tolist(),
     }
 
 

@@ -1,0 +1,78 @@
+"""Reading back what the program wrote: models, certificates, radii, run folders."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lipbounds._lipsdp.certificate import load_certificate
+from lipbounds._lipsdp.certificate_file import is_certificate
+from lipbounds._local.radius import Radii
+from lipbounds._text.files import read_safetensors
+from lipbounds.results import check_norm
+
+_READ = (
+    "a model (.safetensors, `lipbounds train` and `demo`), a certificate (`lb.save_certificate`), radii (`lipbounds "
+    "certify --json`) or the folder of a run (`lipbounds train`)"
+)
+
+
+def load(path: str | os.PathLike[str]) -> Any:
+    """Whatever the program wrote to `path`, as the object that it was. Loading never runs code from a file.
+
+    Args:
+        path: a model (.safetensors), a certificate, the JSON file of `lipbounds certify --json`, or a run folder.
+
+    Returns:
+        A flax nnx module for `lb.trace`, a `Certificate` (nothing of it proved yet: `lb.verify_certificate` does that),
+        `Radii`, or a `lipbounds.training.Run`.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        ValueError: it is none of these, or damaged; CertificateError for a certificate.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return importlib.import_module("lipbounds.training").open_run(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    if is_certificate(path):
+        return load_certificate(path)
+    with path.open("rb") as file:
+        begin = file.read(9)
+    if begin[8:] == b"{":
+        _, metadata = read_safetensors(path)
+        if any(key.startswith("lipbounds-") for key in metadata):
+            return importlib.import_module("lipbounds.training.store").load_model(path)[0]
+    elif begin.lstrip()[:1] == b"{":
+        found = _radii(path)
+        if found is not None:
+            return found
+    raise ValueError(f"{path} is not a file that lb.load reads: {_READ}")
+
+
+def _radii(path: Path) -> Radii | None:
+    """The radii in a JSON file; None where it holds something else."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is cut off, or is not JSON: {error}") from error
+    if record.get("format") != "lipbounds-results" or "radius" not in record:
+        return None
+    try:
+        radius = np.array([float(r) for r in record["radius"]])
+        correct = np.array(record["correct"])
+        fields = (str(record[name]) for name in ("guarantee", "method"))
+        norm = check_norm(record["norm"])
+        notes = tuple(str(note) for note in record["notes"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no complete radii: {error!r}") from error
+    fits = correct.dtype == bool and radius.shape == correct.shape == (radius.size,)
+    if not fits or not (radius >= 0).all() or radius[~correct].any():
+        raise ValueError(f"{path} holds radii that do not fit together")
+    return Radii(radius, correct, norm, *fields, notes)
