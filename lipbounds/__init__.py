@@ -3,8 +3,8 @@
 `lipbounds.training`, `lipbounds.analysis` and `lipbounds.interop` are imported where they are first used.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+import importlib as _importlib
+import typing as _typing
 
 from lipbounds._comparison.bracket import bracket
 from lipbounds._comparison.compare import METHODS, compare
@@ -23,7 +23,7 @@ from lipbounds._triangle.naive import naive
 from lipbounds.errors import CertificateError, UnsupportedError
 from lipbounds.results import Estimate, LowerBound, UpperBound
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from lipbounds import analysis, interop, training
 
 __all__ = [
@@ -62,9 +62,9 @@ __all__ = [
 _LATER = ("analysis", "interop", "training")
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _typing.Any:
     if name in _LATER:
-        return importlib.import_module(f"lipbounds.{name}")
+        return _importlib.import_module(f"lipbounds.{name}")
     raise AttributeError(f"module 'lipbounds' has no attribute {name!r}")
 
 

@@ -45,6 +45,15 @@ class UnsupportedError(ValueError):
 
     `.items` is the tuple of all of them (`Unsupported` records), in the order of the program; the
     message lists every one with primitive, call path, shape, reason and remedy.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import lipbounds as lb
+        >>> try:
+        ...     lb.trace(lambda x: x * x, jnp.zeros(3))
+        ... except lb.UnsupportedError as error:
+        ...     error.items[0].primitive, error.items[0].reason
+        ('mul', 'its slope is unbounded: it grows like x**2')
     """
 
     def __init__(self, items: Iterable[Unsupported]) -> None:
@@ -68,7 +77,18 @@ class UnsupportedError(ValueError):
 
 
 class CertificateError(ValueError):
-    """A stored certificate does not prove what it claims for this form; the message says why."""
+    """A stored certificate does not prove what it claims for this form; the message says why.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> import lipbounds as lb
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "certificate"
+        ...     size = path.write_bytes(b"something else")
+        ...     lb.verify_certificate(path, lb.from_weights([[[1.0]]]))
+        Traceback (most recent call last):
+        lipbounds.errors.CertificateError: it is not a safetensors file
+    """
 
 
 class GuaranteeError(RuntimeError):

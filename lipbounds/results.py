@@ -27,7 +27,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from lipbounds._text.html import Html, element
-from lipbounds._text.records import draw_pairs, frozen_array, nonnegative, put, worst_pair
+from lipbounds._text.records import class_array, draw_pairs, frozen_array, nonnegative, pair_array, put
+from lipbounds._text.records import worst_pair as _worst
 from lipbounds._text.tables import (
     Direction,
     html_table,
@@ -200,9 +201,9 @@ class _Constants(_Ordered):
         put(self, "parts", tuple(self.parts))
         _rank(self.guarantee)
         if self.pairwise is not None:
-            put(self, "pairwise", _pair_array(self.pairwise))
+            put(self, "pairwise", pair_array(self.pairwise))
         if self.per_class is not None:
-            put(self, "per_class", _class_array(self.per_class, self.pairwise))
+            put(self, "per_class", class_array(self.per_class, self.pairwise))
         probability = float(self.failure_probability)
         if not 0.0 <= probability < 1.0:
             raise ValueError(f"failure_probability must lie in [0, 1), got {probability}")
@@ -211,7 +212,7 @@ class _Constants(_Ordered):
     @property
     def worst_pair(self) -> tuple[int, int] | None:
         """The pair (i, j), i < j, with the largest L_ij; None without `pairwise` or with one class."""
-        return worst_pair(self.pairwise)
+        return _worst(self.pairwise)
 
     def average_pair(self) -> float:
         """Mean of L_ij over the pairs i < j. ValueError without `pairwise`."""
@@ -243,9 +244,8 @@ class _Constants(_Ordered):
         |z_i - z_j| <= ||e_i - e_j||_q ||z||_p with 1/p + 1/q = 1, so L_ij <= factor * L with
         factor 1 (p = 1), sqrt(2) (p = 2), 2 (p = inf).
         """
-        factor = (
-            1.0 if self.norm == 1 else math.sqrt(2.0) if self.norm == 2 else 2.0
-        )  # the double sqrt(2) lies above the real one
+        # the double sqrt(2) lies above the real one
+        factor = 1.0 if self.norm == 1 else math.sqrt(2.0) if self.norm == 2 else 2.0
         product = factor * self.value
         product = math.nextafter(product, math.inf) if self.norm == 2 and product > 0.0 else product
         return nonnegative(product, "the constant of a pair")
@@ -304,6 +304,13 @@ class UpperBound(_Constants):
     failure_probability   0 where verified; the stated probability of a false bound where probabilistic
 
     ValueError if a number is negative, NaN or infinite, a shape is wrong, or the guarantee claims too much.
+
+    Example:
+        >>> import lipbounds as lb
+        >>> form = lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])
+        >>> bound = lb.liplt(form)
+        >>> float(bound) == bound.value, bound.guarantee, bound <= lb.naive(form)
+        (True, 'verified', True)
     """
 
     def __post_init__(self) -> None:
@@ -339,6 +346,13 @@ class Estimate(_Constants):
 
     For training and previews (power iteration lies below a norm). `guarantee` is always "estimate";
     `float(e)` raises TypeError.
+
+    Example:
+        >>> import lipbounds as lb
+        >>> form = lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])
+        >>> guess = lb.liplt(form, guarantee="estimate")
+        >>> type(guess).__name__, round(guess.value, 3)
+        ('Estimate', 3.0)
     """
 
     guarantee: str = "estimate"
@@ -398,6 +412,13 @@ class LowerBound(_Ordered):
     layers     what data points show of the linear maps between the taps, see `LayerBound`
 
     `float(l)` raises TypeError: a lower bound must not slip in where a Lipschitz constant is needed.
+
+    Example:
+        >>> import lipbounds as lb
+        >>> form = lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])
+        >>> below = lb.empirical(form, [[1.0, 1.0]], steps=0)
+        >>> below.value <= 2.0, len(below.witness)
+        (True, 2)
     """
 
     method: str
@@ -412,7 +433,7 @@ class LowerBound(_Ordered):
         _check_common(self)
         put(self, "layers", tuple(self.layers))
         if self.pairwise is not None:
-            put(self, "pairwise", _pair_array(self.pairwise))
+            put(self, "pairwise", pair_array(self.pairwise))
         if self.witness is None:
             return
         if len(self.witness) != 2:
@@ -427,7 +448,7 @@ class LowerBound(_Ordered):
     @property
     def worst_pair(self) -> tuple[int, int] | None:
         """The pair (i, j), i < j, with the largest lower bound of L_ij; None without `pairwise`."""
-        return worst_pair(self.pairwise)
+        return _worst(self.pairwise)
 
     def __float__(self) -> float:
         raise TypeError(
@@ -463,11 +484,8 @@ class LowerBound(_Ordered):
 
 def _check_common(record: Any) -> None:
     kind = type(record).__name__
-    put(
-        record,
-        "value",
-        nonnegative(record.value, f"the value of an {kind}" if kind[0] in "UE" else f"the value of a {kind}"),
-    )
+    article = "an" if kind[0] in "UE" else "a"
+    put(record, "value", nonnegative(record.value, f"the value of {article} {kind}"))
     put(record, "norm", check_norm(record.norm))
     put(record, "seconds", nonnegative(record.seconds, "seconds"))
     if not isinstance(record.method, str) or not record.method:
@@ -475,25 +493,3 @@ def _check_common(record: Any) -> None:
     if isinstance(record.notes, str):
         raise ValueError("notes is a tuple of strings")
     put(record, "notes", tuple(str(note) for note in record.notes))
-
-
-def _pair_array(array: Any) -> np.ndarray:
-    pairs = frozen_array(array)
-    if pairs.ndim != 2 or pairs.shape[0] != pairs.shape[1]:
-        raise ValueError(f"pairwise must have shape (K, K), got {pairs.shape}")
-    if not np.isfinite(pairs).all() or (pairs < 0).any():
-        raise ValueError("pairwise must hold finite numbers >= 0")
-    if not np.array_equal(pairs, pairs.T) or np.diagonal(pairs).any():
-        raise ValueError("pairwise must be symmetric with a zero diagonal")
-    return pairs
-
-
-def _class_array(array: Any, pairs: np.ndarray | None) -> np.ndarray:
-    classes = frozen_array(array)
-    if classes.ndim != 1 or (pairs is not None and len(pairs) != len(classes)):
-        raise ValueError(
-            f"per_class must have shape (K,), one number per class of pairwise, got {classes.shape}"
-        )
-    if not np.isfinite(classes).all() or (classes < 0).any():
-        raise ValueError("per_class must hold finite numbers >= 0")
-    return classes

@@ -92,11 +92,27 @@ def bracket(
     upper: UpperBound | None = None,
     progress: Progress = True,
 ) -> Bracket:
-    """A lower and an upper bound of L together, and their ratio.
+    """A lower and an upper bound of L together, and their ratio: lower.value <= L <= upper.value.
 
-    The lower one is `empirical(form, X)`, the upper one `liplt(form)` unless another `upper` is passed
-    (its norm is used then); where LipLT fails it is `naive(form)`, with a note. guarantee="estimate" is refused: an
-    estimate bounds nothing.
+    Args:
+        form: from `lb.trace` or `lb.from_weights`.
+        X: points for the lower bound, which is `lb.empirical(form, X)`.
+        norm, pairwise, guarantee, seed: as everywhere.
+        upper: the upper bound, whose norm is used then; None is `lb.liplt(form)`, where that fails `lb.naive(form)`
+            with a note.
+        progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
+
+    Raises:
+        TypeError: `upper` is no UpperBound.
+        ValueError: guarantee="estimate", which bounds nothing; and as `lb.empirical` and `lb.liplt`.
+        GuaranteeError: the lower bound exceeds the upper one.
+
+    Example:
+        >>> import lipbounds as lb
+        >>> form = lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])
+        >>> both = lb.bracket(form, upper=lb.lipsdp(form))
+        >>> round(both.lower.value, 3), round(both.upper.value, 3), round(both.ratio, 3)
+        (2.0, 2.0, 1.0)
     """
     if guarantee == "estimate":
         raise ValueError("a bracket needs a bound: guarantee='estimate' gives none")

@@ -359,19 +359,29 @@ def compare(
 ) -> Comparison:
     """Every method on one network, as a table of upper bounds, lower bounds and estimates.
 
-    form      a traced form
-    X, y      (N, *form.in_shape) points for the lower bound, (N,) integer labels: with both, every upper
-              bound also certifies X, and the table shows the certified accuracies
-    methods   names out of `lb.METHODS`, or results that exist already; None means all names,
-              but leaves the solvers of CVXPY out beyond 60 neurons or 3 pairs of classes (a row says so)
-    norm, pairwise, guarantee, seed   as everywhere
-    eps       radii to certify at, in units of the traced function's input; None: the median of the positive
-              radii that the best bound proves, in two digits, so that it certifies about half of the points
-    progress  True shows on stderr what takes long, False nothing; a function gets every line of text
-
     A method that refuses or fails (a ValueError, numbers out of range, no memory) becomes a row that says why.
-    ValueError for an unknown method or norm, labels without points or out of range; GuaranteeError if a lower bound
-    exceeds an upper one.
+
+    Args:
+        form: a traced form.
+        X, y: (N, *form.in_shape) points for the lower bound, (N,) integer labels: with both, every upper bound also
+            certifies X, and the table shows the certified accuracies.
+        methods: names out of `lb.METHODS`, or results that exist already; None means all names, but leaves the solvers
+            of CVXPY out beyond 60 neurons or 3 pairs of classes (a row says so).
+        norm, pairwise, guarantee, seed: as everywhere.
+        eps: radii to certify at, in units of the traced function's input; None: the median of the positive radii that
+            the best bound proves, in two digits, so that it certifies about half of the points.
+        progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
+
+    Raises:
+        ValueError: an unknown method or norm, labels without points or out of range.
+        GuaranteeError: a lower bound exceeds an upper one.
+
+    Example:
+        >>> import lipbounds as lb
+        >>> form = lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])
+        >>> table = lb.compare(form, methods=["naive", "liplt", "lipsdp"])
+        >>> [(row.method, row.guarantee, round(row.value, 3)) for row in table]
+        [('naive', 'verified', 4.0), ('liplt', 'verified', 3.0), ('lipsdp', 'verified', 2.0)]
     """
     p = check_norm(norm)
     if y is not None and X is None:

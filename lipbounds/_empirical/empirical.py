@@ -174,23 +174,36 @@ def empirical(
     layers: bool = False,
     progress: Progress = True,
 ) -> LowerBound:
-    """The largest slope found: L >= value, with the two points that show it (see the module's text).
-
-    form      a traced form;  X  (N, *form.in_shape) points to start from, or an iterable of batches (n, *form.in_shape)
-              or of pairs (x, y), read once, so that data need not fit into memory; None for random points
-              (with steps > 0 some random points of the data's size climb too)
-    norm      1, 2 or inf
-    pairwise  also lower bounds of L_ij, (K, K): the 64 pairs with the steepest Jacobian rows climb on
-              their own, the others get the best of all point pairs tried
-    steps     ascent steps per start (0: only the points themselves)
-    seed      of directions, noise and random points
-    within    where the slope has to be attained: None anywhere, "range" between the smallest and the largest value of
-              every input entry over the data, a number r no farther than r (in `norm`) from a data point
-    layers    also `.layers`: for every linear map W between taps max ||W u|| / ||u|| over the data, ||W|| >= that
+    """The largest slope found, with the two points that show it: L >= value (see the module's text).
 
     Whatever `within` is, this is a lower bound of the global constant. Pairs of data points count, too: those with the
     largest difference quotient within a batch of 256.
-    ValueError for wrong shapes, points that are not finite, an empty X, a wrong norm, `within` or `layers` without X.
+
+    Args:
+        form: a traced form.
+        X: (N, *form.in_shape) points to start from, or an iterable of batches (n, *form.in_shape) or of pairs (x, y),
+            read once, so that data need not fit into memory; None for random points (with steps > 0 some random points
+            of the data's size climb too).
+        norm: 1, 2 or inf.
+        pairwise: also lower bounds of L_ij, (K, K): the 64 pairs with the steepest Jacobian rows climb on their own,
+            the others get the best of all point pairs tried.
+        steps: ascent steps per start (0: only the points themselves).
+        seed: of directions, noise and random points.
+        within: where the slope has to be attained: None anywhere, "range" between the smallest and the largest value of
+            every input entry over the data, a number r no farther than r (in `norm`) from a data point.
+        layers: also `.layers`: for every linear map W between taps max ||W u|| / ||u|| over the data, ||W|| >= that.
+        progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
+
+    Raises:
+        TypeError: a form that is being traced.
+        ValueError: wrong shapes, points that are not finite, an empty X, a wrong norm, `within` or `layers` without X.
+
+    Example:
+        >>> import lipbounds as lb
+        >>> form = lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])
+        >>> found = lb.empirical(form, [[1.0, 1.0], [-1.0, 2.0]])
+        >>> 1.99 < found.value <= 2.0
+        True
     """
     begin = time.perf_counter()
     p = check_norm(norm)

@@ -43,6 +43,14 @@ class LureForm:
         program: the canonical list of steps, hashable by value: a new trace of the same architecture is equal.
         consts: coefficients and offsets, as the program computed them.
         slopes: per tap (lower, upper), arrays that broadcast to the tap's shape; () for groups.
+
+    Example:
+        >>> import lipbounds as lb
+        >>> form = lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])
+        >>> form.in_shape, form.num_outputs, form.num_neurons
+        ((2,), 2, 2)
+        >>> form([1.0, 3.0]).tolist()
+        [2.0, 6.0]
     """
 
     program: Program

@@ -18,6 +18,7 @@ a machine sums, and a claim has to hold on all of them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -38,6 +39,7 @@ from lipbounds._norms.rounding import add_up
 from lipbounds._text.calls import FAILURES, public, reason, usual_floats
 from lipbounds._text.files import write_atomically
 from lipbounds._text.progress import Progress, say
+from lipbounds._text.records import frozen_array, put
 from lipbounds._text.tables import show
 from lipbounds._text.version import __version__
 from lipbounds._triangle.liplt import liplt
@@ -46,8 +48,7 @@ from lipbounds.errors import CertificateError
 from lipbounds.results import GUARANTEES, NORM_NAMES, Guarantee, UpperBound, check_norm, weakest
 
 KINDS = ("sequence", "dense")
-RESERVE = 1e-9
-"""Relative distance of a claim from what was proved when it was made."""
+RESERVE = 1e-9  # relative distance of a claim from what was proved when it was made
 
 _STRENGTHS = GUARANTEES[:-1]
 
@@ -71,9 +72,9 @@ class Proof:
     relative: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "D", tuple(_frozen(d) for d in self.D))
+        put(self, "D", tuple(frozen_array(d) for d in self.D))
         if self.weights is not None:
-            object.__setattr__(self, "weights", _frozen(self.weights))
+            put(self, "weights", frozen_array(self.weights))
 
 
 @dataclass(frozen=True)
@@ -119,22 +120,13 @@ class Certificate:
     def __post_init__(self) -> None:
         for name in ("pairwise", "per_class"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, _frozen(getattr(self, name)))
+                put(self, name, frozen_array(getattr(self, name)))
 
     def __repr__(self) -> str:
         norm = NORM_NAMES.get(self.norm, self.norm)
         pairs = "" if self.pairwise is None else f", {self.num_outputs} x {self.num_outputs} pairs"
         proofs = f"{len(self.proofs)} proof{'' if len(self.proofs) == 1 else 's'}"
         return f"Certificate(L <= {show(self.value, 'up')} ({norm}), {self.guarantee}, {proofs}{pairs})"
-
-
-def _frozen(array: Any) -> np.ndarray:
-    copy = np.array(array, dtype=np.float64)
-    copy.setflags(write=False)
-    return copy
-
-
-# --- making --------------------------------------------------------------------------------------------------------
 
 
 def parameter_digest(form: LureForm) -> str:
@@ -272,10 +264,9 @@ def check(certificate: Certificate, form: LureForm) -> None:
     try:
         return _prove(c, form, "auto")
     except CertificateError:
-        try:  # it may have been made with guarantee="probabilistic", whose norms are other ones
+        # it may have been made with guarantee="probabilistic", whose norms are other ones
+        with contextlib.suppress(CertificateError):
             return _prove(c, form, "probabilistic")
-        except CertificateError:
-            pass
         raise
 
 
@@ -355,9 +346,6 @@ def _brief(sizes: tuple[int, ...]) -> str:
     return "(" + ", ".join(map(str, sizes[:8])) + (", ..." if len(sizes) > 8 else "") + ")"
 
 
-# --- files ---------------------------------------------------------------------------------------------------------
-
-
 @usual_floats
 def save_certificate(bound: UpperBound, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write the certificate of a bound to a file (format in the module's docstring), atomically.
@@ -367,6 +355,15 @@ def save_certificate(bound: UpperBound, path: str | os.PathLike[str], *, overwri
     Raises:
         TypeError: `bound` is no UpperBound.
         ValueError: it carries no certificate, or there is another file at `path`.
+
+    Example:
+        >>> import lipbounds as lb
+        >>> form = lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     lb.save_certificate(lb.lipsdp(form), f"{folder}/bound")
+        ...     lb.verify_certificate(f"{folder}/bound", form)
+        True
     """
     if not isinstance(bound, UpperBound):
         raise TypeError(
@@ -398,9 +395,25 @@ def load_certificate(path: str | os.PathLike[str]) -> Certificate:
 def verify_certificate(path: str | os.PathLike[str], form: LureForm, *, progress: Progress = True) -> bool:
     """True if the file proves its claims for this form, recomputed from the form; CertificateError otherwise.
 
+    Args:
+        path: a file that `lb.save_certificate` wrote.
+        form: the network, from its weights.
+        progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
+
     Raises:
         CertificateError: the reason: not a certificate, cut off, changed, for another network, or not proved.
         OSError: the file cannot be read. TypeError: no concrete form.
+
+    Example:
+        >>> import lipbounds as lb
+        >>> form = lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])
+        >>> import tempfile
+        >>> other = lb.from_weights([[[9.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     lb.save_certificate(lb.lipsdp(form), f"{folder}/bound")
+        ...     lb.verify_certificate(f"{folder}/bound", other)
+        Traceback (most recent call last):
+        lipbounds.errors.CertificateError: the certificate was made for other weights: their digests differ
     """
     check(load_certificate(path), form)
     return True
@@ -418,20 +431,16 @@ def _header(c: Certificate) -> dict[str, Any]:
         "num_outputs": c.num_outputs,
         "sizes": list(c.sizes),
         "network": c.network,
-        "proofs": [
-            {
-                "kind": p.kind,
-                "start_at": p.start_at,
-                "taps": len(p.D),
-                "weights": p.weights is not None,
-                "relative": p.relative,
-            }
-            for p in c.proofs
-        ],
+        "proofs": [_record(proof) for proof in c.proofs],
         "pairwise": c.pairwise is not None,
         "per_class": c.per_class is not None,
         "lipbounds": __version__,
     }
+
+
+def _record(p: Proof) -> dict[str, Any]:
+    own = {"kind": p.kind, "start_at": p.start_at, "relative": p.relative}
+    return {**own, "taps": len(p.D), "weights": p.weights is not None}
 
 
 def _tensors(c: Certificate) -> dict[str, np.ndarray]:

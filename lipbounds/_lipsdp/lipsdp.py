@@ -81,6 +81,16 @@ def lipsdp(
     Raises:
         TypeError: not a form, or one that is being traced (use `lb.lipsdp.core`).
         ValueError: an unknown option, norm=1, a network too large for the solver, CVXPY missing or without an answer.
+
+    Source: Fazlyab et al., Efficient and accurate estimation of Lipschitz constants for deep neural networks, NeurIPS
+    2019.
+
+    Example:
+        >>> import lipbounds as lb
+        >>> form = lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])
+        >>> bound = lb.lipsdp(form, pairwise=True)
+        >>> round(bound.value, 3), bound.pairwise.round(3).tolist()
+        (2.0, [[0.0, 2.828], [2.828, 0.0]])
     """
     started = time.perf_counter()
     p: float = check(form, norm, guarantee, "lipsdp")
@@ -205,7 +215,7 @@ def _estimate(task: Task, how: Recursion, pairwise: bool, method: str, started: 
     """The recursion in float arithmetic; where that leaves the range of floats, LipLT's estimate with a note."""
     check_estimate(task, how)
     try:
-        value, classes, pairs = estimate(task, how, pairwise)
+        value, classes, pairs, said = estimate(task, how, pairwise)
         arrays = [np.array(value)] + ([] if pairs is None or classes is None else [classes, pairs])
         fine = value > 0 and all(np.isfinite(a).all() for a in arrays)
         why = "" if fine else "the result is outside the range of floats"
@@ -224,5 +234,5 @@ def _estimate(task: Task, how: Recursion, pairwise: bool, method: str, started: 
         seconds=time.perf_counter() - started,
         pairwise=pairs,
         per_class=classes,
-        notes=("the recursion in float arithmetic, nothing proved", *task.form.notes),
+        notes=("the recursion in float arithmetic, nothing proved", said, *task.form.notes),
     )

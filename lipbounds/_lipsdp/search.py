@@ -308,21 +308,21 @@ def check_estimate(task: Task, how: Recursion) -> None:
 
 def estimate(
     task: Task, how: Recursion, pairwise: bool
-) -> tuple[float, np.ndarray | None, np.ndarray | None]:
-    """(value, per class, pairs) in float arithmetic, by the recursion."""
+) -> tuple[float, np.ndarray | None, np.ndarray | None, str]:
+    """(value, per class, pairs, what was done) in float arithmetic, by the recursion."""
     place = _place(task, how)
     box = task.norm == math.inf
     ellipsoids = _Ellipsoids(task, place, how)
-    ellipsoids.solve("value")
+    _, said = ellipsoids.solve("value")
     sigma, exponent = ellipsoids.ellipsoid()
     diagonal = np.diagonal(sigma)
     value = math.sqrt(diagonal.max() if box else np.linalg.eigvalsh(sigma)[-1])
     unit = np.ldexp(1.0, exponent)
     if not pairwise:
-        return value * unit, None, None
+        return value * unit, None, None, said
     pairs = np.sqrt(np.maximum(diagonal[:, None] + diagonal[None, :] - 2 * sigma, 0))
     np.fill_diagonal(pairs, 0)
-    return value * unit, np.sqrt(diagonal) * unit, pairs * unit
+    return value * unit, np.sqrt(diagonal) * unit, pairs * unit, said
 
 
 def pair(k: int, i: int, j: int) -> np.ndarray:

@@ -33,6 +33,13 @@ class Recursion:
 
     Raises:
         ValueError: an option out of its range, or `start_at` beside `initial`, which knows where the ellipsoid starts.
+
+    Example:
+        >>> import lipbounds as lb
+        >>> form = lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])
+        >>> bound = lb.lipsdp(form, pairwise=True, solver=lb.Recursion(objective="mean", refine=1))
+        >>> round(bound.value, 3)
+        2.0
     """
 
     iterations: int | None = None
@@ -76,6 +83,11 @@ class Cvxpy:
 
     Raises:
         ValueError: another name, a memory or a time that is none.
+
+    Example:
+        >>> import lipbounds as lb
+        >>> lb.Cvxpy("scs", memory="2GB", time_limit=60.0)
+        Cvxpy(name='scs', memory=2000000000, time_limit=60.0)
     """
 
     name: Literal["clarabel", "scs"] = "clarabel"

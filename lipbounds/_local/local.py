@@ -46,6 +46,13 @@ class LocalBounds:
         norm: 2 or inf, of the balls and of the constants.
         guarantee: "verified", "probabilistic" (a wide front) or "assumed".
         failure_probability: of all of them together.
+
+    Example:
+        >>> import lipbounds as lb
+        >>> form = lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])
+        >>> bounds = lb.local(form, [[1.0, 1.0]], [0.1])
+        >>> len(bounds), bounds[0].method
+        (1, 'local, eps 0.1')
     """
 
     value: np.ndarray
@@ -132,6 +139,13 @@ def local(
     Raises:
         TypeError: not a concrete form.
         ValueError: shapes, values that are not finite, eps not > 0, norm 1, an unknown guarantee, too many outputs.
+
+    Example:
+        >>> import lipbounds as lb
+        >>> form = lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])
+        >>> near = lb.local(form, [[-1.0, 0.2], [1.0, -9.0]], 0.1)
+        >>> near.value.round(2).tolist()
+        [2.0, 2.0]
     """
     begin = time.perf_counter()
     if not isinstance(form, LureForm):

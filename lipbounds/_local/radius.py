@@ -47,6 +47,13 @@ class Radii:
         guarantee: that of the bound ("verified", "probabilistic", "assumed").
         method: of the bound.
         notes: what a reader should know.
+
+    Example:
+        >>> import lipbounds as lb
+        >>> form = lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])
+        >>> radii = lb.certified_radius(form, [[1.0, 0.5], [0.0, 1.0]], [0, 0])
+        >>> radii.correct.tolist(), radii.certified(0.2).tolist()
+        ([True, False], [True, False])
     """
 
     radius: np.ndarray
@@ -114,6 +121,13 @@ class Local:
 
     Raises:
         ValueError: tries is no whole number >= 1. The box is checked against the examples.
+
+    Example:
+        >>> import lipbounds as lb
+        >>> form = lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])
+        >>> near = lb.Local(tries=8, box=(0.0, 1.0))
+        >>> lb.certified_radius(form, [[1.0, 0.5]], [0], local=near).radius.round(2).tolist()
+        [0.35]
     """
 
     tries: int = 4
@@ -155,6 +169,14 @@ def certified_radius(
     Raises:
         TypeError: an Estimate or LowerBound in place of an upper bound.
         ValueError: shapes, labels out of range, values that are not finite, a bound of another network's size.
+
+    Example:
+        >>> import lipbounds as lb
+        >>> form = lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])
+        >>> X, y = [[1.0, 0.5], [0.0, 1.0]], [0, 0]
+        >>> radii = lb.certified_radius(form, X, y, bound=lb.lipsdp(form, pairwise=True))
+        >>> radii.radius.round(3).tolist(), radii.accuracy(0.3)
+        ([0.354, 0.0], 0.5)
     """
     if not isinstance(form, LureForm):
         raise TypeError(f"certified_radius needs a LureForm from lb.trace, got {type(form).__name__}")

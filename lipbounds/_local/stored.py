@@ -35,6 +35,15 @@ def load(path: str | os.PathLike[str]) -> Any:
     Raises:
         FileNotFoundError: there is nothing at `path`.
         ValueError: it is none of these, or damaged; CertificateError for a certificate.
+
+    Example:
+        >>> import lipbounds as lb
+        >>> form = lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])
+        >>> import pathlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     lb.save_certificate(lb.lipsdp(form), pathlib.Path(folder) / "bound")
+        ...     lb.load(pathlib.Path(folder) / "bound")
+        Certificate(L <= 2.00001 (l2), verified, 1 proof)
     """
     path = Path(path)
     if path.is_dir():

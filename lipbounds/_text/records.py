@@ -44,3 +44,27 @@ def draw_pairs(ax: Any, pairs: np.ndarray, kind: str) -> None:
     ax.set(xlabel="class j", ylabel="class i")
     for axis in (ax.xaxis, ax.yaxis):
         axis.get_major_locator().set_params(integer=True)
+
+
+def pair_array(array: Any) -> np.ndarray:
+    """A symmetric (K, K) array of finite numbers >= 0 with a zero diagonal; ValueError otherwise."""
+    pairs = frozen_array(array)
+    if pairs.ndim != 2 or pairs.shape[0] != pairs.shape[1]:
+        raise ValueError(f"pairwise must have shape (K, K), got {pairs.shape}")
+    if not np.isfinite(pairs).all() or (pairs < 0).any():
+        raise ValueError("pairwise must hold finite numbers >= 0")
+    if not np.array_equal(pairs, pairs.T) or np.diagonal(pairs).any():
+        raise ValueError("pairwise must be symmetric with a zero diagonal")
+    return pairs
+
+
+def class_array(array: Any, pairs: np.ndarray | None) -> np.ndarray:
+    """(K,) finite numbers >= 0, as many as `pairs` has rows; ValueError otherwise."""
+    classes = frozen_array(array)
+    if classes.ndim != 1 or (pairs is not None and len(pairs) != len(classes)):
+        raise ValueError(
+            f"per_class must have shape (K,), one number per class of pairwise, got {classes.shape}"
+        )
+    if not np.isfinite(classes).all() or (classes < 0).any():
+        raise ValueError("per_class must hold finite numbers >= 0")
+    return classes

@@ -50,6 +50,13 @@ def trace(
         UnsupportedError: everything that has no Lipschitz bound here, at once, with remedies.
         TypeError: `fn` is not callable or x is not an array.
         ValueError: weights that are not finite, or an output that is not one vector.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import lipbounds as lb
+        >>> W = jnp.array([[1.0, 2.0], [0.0, 1.0]])
+        >>> lb.trace(lambda x: W @ jax.nn.relu(W @ x), jnp.zeros(2))
+        LureForm((2,) -> (2,), 1 taps: relu[2], 2 neurons)
     """
     if not callable(fn):
         raise TypeError(f"trace needs a function of one example, got {type(fn).__name__}")
@@ -90,6 +97,11 @@ def from_weights(
     Raises:
         ValueError: shapes that do not chain, weights that are not finite, or numbers that float64 does not hold
             exactly.
+
+    Example:
+        >>> import lipbounds as lb
+        >>> lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0]]], activation="tanh")
+        LureForm((2,) -> (1,), 1 taps: tanh[2], 2 neurons)
     """
     matrices = [w if isinstance(w, jax.Array) else np.asarray(w) for w in weights]
     if not matrices:
@@ -163,6 +175,14 @@ def register_activation(fn: Callable[[Any], Any], slopes: tuple[float, float]) -
 
     Raises:
         ValueError: `fn` is not an elementwise function of one variable, or a > b.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import lipbounds as lb
+        >>> act = lb.register_activation(lambda x: jnp.sinh(jnp.clip(x, -1, 1)), slopes=(0.0, 1.55))  # cosh(1) = 1.543
+        >>> bound = lb.naive(lb.trace(lambda x: act(x), jnp.zeros(2)))
+        >>> round(bound.value, 6), bound.guarantee
+        (1.55, 'assumed')
     """
     if not callable(fn):
         raise TypeError(f"register_activation needs a function, got {type(fn).__name__}")

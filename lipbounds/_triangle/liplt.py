@@ -60,6 +60,12 @@ def liplt(
         TypeError: not a form, or a form that is being traced (use `lb.liplt.core`).
         ValueError: an unknown option, a scaling in another norm than 2, or a scaling of a network too large for it
             or with a memory budget (it keeps all blocks), a memory that is none or too small.
+
+    Example:
+        >>> import lipbounds as lb
+        >>> form = lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])
+        >>> round(lb.liplt(form).value, 6)
+        3.0
     """
     started = time.perf_counter()
     p: float = check(form, norm, guarantee, "liplt")

@@ -133,6 +133,13 @@ def naive(
     Raises:
         TypeError: not a form, or a form that is being traced (use `lb.naive.core`).
         ValueError: an unknown norm or guarantee, a memory that is none or too small.
+
+    Example:
+        >>> import lipbounds as lb
+        >>> form = lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])
+        >>> bound = lb.naive(form)
+        >>> round(bound.value, 6), bound.guarantee
+        (4.0, 'verified')
     """
     started = time.perf_counter()
     p: float = check(form, norm, guarantee, "naive")
