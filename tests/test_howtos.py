@@ -40,13 +40,12 @@ BOUND = '''
 
 import dataclasses
 
-from lipbounds._text.calls import exact_products, plain_errors
+from lipbounds._text.calls import public
 from lipbounds._triangle.naive import naive
 
 
-@plain_errors
-@exact_products
-def twice_naive(form, *, norm=2, pairwise=False, guarantee="auto", seed=0):
+@public
+def twice_naive(form, *, norm=2, pairwise=False, guarantee="auto", seed=0, progress=True):
     found = naive(form, norm=norm, guarantee=guarantee, seed=seed)
     return dataclasses.replace(found, value=2 * found.value, method="twice-naive")
 '''
