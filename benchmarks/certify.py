@@ -10,22 +10,16 @@ what the local bound certifies beyond the global one.
 
 from __future__ import annotations
 
-import argparse
 import time
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from common import environment, keep
+from common import Json, command_line, environment, keep, table
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import lipbounds as lb
 from lipbounds.training import Config, fit
 from lipbounds.training.data import load
-
-Json = dict[str, Any]
 
 
 def measure(widths: str, dataset: str, data_dir: str | None, images: int, epochs: int, eps: float) -> Json:
@@ -55,10 +49,28 @@ def measure(widths: str, dataset: str, data_dir: str | None, images: int, epochs
     }
 
 
+COLUMNS = ("network", "guarantee", "images", "clean", "global", "local", "gain") + (
+    "global s", "local s", "local / global", "images/s",
+)  # fmt: skip
+
+
+def cells(row: Json) -> list[str]:
+    """A row of the table."""
+    first, second = row["global_seconds"], row["local_seconds"]
+    shares = [f"{100 * row[key]:.2f} %" for key in ("clean", "global_certified", "local_certified")]
+    times = [f"{first:.2f}", f"{second:.2f}", f"{second / first:.1f}", f"{row['images'] / second:.1f}"]
+    return [
+        row["network"],
+        row["guarantee"],
+        str(row["images"]),
+        *shares,
+        f"{row['median_gain']:.2f}",
+        *times,
+    ]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument(
         "--widths", nargs="+", type=int, default=[32, 64, 128, 256], help="of two hidden layers"
     )
@@ -66,47 +78,20 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=300)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--eps", type=float, default=0.25, help="l2, pixel values in [0, 1]")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     given = parser.parse_args()
     dataset, n = ("mnist", 784) if given.data_dir else ("digits", 64)
-    table = Table(title=f"{dataset}: certified at eps {given.eps:g} (l2, pixels in [0, 1])")
-    for column in ("network", "guarantee"):
-        table.add_column(column)
-    for column in (
-        "images",
-        "clean",
-        "global",
-        "local",
-        "gain",
-        "global s",
-        "local s",
-        "local / global",
-        "images/s",
-    ):
-        table.add_column(column, justify="right")
     rows = []
     for width in track(given.widths, console=Console(stderr=True), transient=True):
         row = measure(
             f"{n}-{width}-{width}-10", dataset, given.data_dir, given.images, given.epochs, given.eps
         )
         rows.append(row)
-        shares = [f"{100 * row[key]:.2f} %" for key in ("clean", "global_certified", "local_certified")]
-        table.add_row(
-            row["network"],
-            row["guarantee"],
-            str(row["images"]),
-            *shares,
-            f"{row['median_gain']:.2f}",
-            f"{row['global_seconds']:.2f}",
-            f"{row['local_seconds']:.2f}",
-            f"{row['local_seconds'] / row['global_seconds']:.1f}",
-            f"{row['images'] / row['local_seconds']:.1f}",
-        )
-    Console(width=150).print(table)
     where = environment("certify.py")
-    where["command"] = where["command"].replace(str(given.data_dir), "DATA").split(" --out")[0]
-    name = f"certify-{dataset}-{where['device'].split()[0]}"
-    keep(given.out, name, "certify.py", where, rows, [table])
+    where["command"] = where["command"].replace(str(given.data_dir), "DATA")
+    title = f"{dataset}: certified at eps {given.eps:g} (l2, pixels in [0, 1])"
+    shown = table(title, COLUMNS, [cells(row) for row in rows], left=COLUMNS[:2])
+    Console(width=150).print(shown)
+    keep(given.out, f"certify-{dataset}-{where['device'].split()[0]}", where, [shown], rows=rows)
 
 
 if __name__ == "__main__":

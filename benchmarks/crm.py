@@ -12,25 +12,19 @@ figures go to benchmarks/results/.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
-from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from common import environment, markdown
+from common import Json, command_line, environment, keep, table
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from lipbounds.training import Config, parallel
 from lipbounds.training.models import build
 from lipbounds.training.step import trainer
 
-Json = dict[str, Any]
 BATCH = 512
 NETS = {
     "4C3F": (28, 28, 1),
@@ -120,45 +114,29 @@ def measure(net: str, steps: int, repeat: int) -> list[Json]:
     return rows
 
 
-def table(rows: list[Json]) -> Table:
-    found = Table(title="a training step at batch 512")
-    for column in ("net", "loss", "step, ms", "/ plain", "images / s", "compile, s", "compilations"):
-        found.add_column(column, justify="left" if column in ("net", "loss") else "right")
-    for row in rows:
-        found.add_row(
-            row["net"],
-            row["loss"],
-            f"{1e3 * row['step_seconds']:.1f}",
-            f"{row['ratio']:.2f}",
-            f"{row['images_per_second']:.0f}",
-            f"{row['compile_seconds']:.1f}",
-            str(row["compilations"]),
-        )
-    return found
+COLUMNS = ("net", "loss", "step, ms", "/ plain", "images / s", "compile, s", "compilations")
+
+
+def cells(row: Json) -> list[str]:
+    """A row of the table."""
+    times = f"{1e3 * row['step_seconds']:.1f}", f"{row['ratio']:.2f}", f"{row['images_per_second']:.0f}"
+    return [row["net"], row["loss"], *times, f"{row['compile_seconds']:.1f}", str(row["compilations"])]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--nets", nargs="+", choices=tuple(NETS), default=list(NETS), metavar="NET")
     parser.add_argument("--steps", type=int, default=6, help="steps of an epoch that is timed")
     parser.add_argument("--repeat", type=int, default=5, help="epochs that are timed")
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results"
-    )
     parser.add_argument("--name", help="stem of the files (default: crm-cpu, crm-gpu)")
     args = parser.parse_args()
     where = environment("crm.py", ("optax", "flax"))
     rows: list[Json] = []
     for net in track(args.nets, description="nets", transient=True):
         rows += measure(net, args.steps, args.repeat)
-    shown = table(rows)
+    shown = table("a training step at batch 512", COLUMNS, [cells(row) for row in rows], left=COLUMNS[:2])
     Console(width=140).print(shown)
-    stem = args.name or f"crm-{jax.default_backend()}"
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{stem}.md").write_text(markdown("crm.py", where, [shown]))
-    (args.out / f"{stem}.json").write_text(json.dumps({"environment": where, "rows": rows}, indent=1) + "\n")
+    keep(args.out, args.name or f"crm-{jax.default_backend()}", where, [shown], rows=rows)
 
 
 if __name__ == "__main__":

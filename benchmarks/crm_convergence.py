@@ -20,7 +20,6 @@ OUT/rung2-1.safetensors that of the first run of the second; `lb.liplt` can then
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -33,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import environment
+from common import Json, command_line, environment
 from flax import nnx
 
 from lipbounds.training import Config, losses, parallel, preset
@@ -43,7 +42,6 @@ from lipbounds.training.models import ConvNet, ModelSpec, build
 from lipbounds.training.step import Trainer, trainer
 from lipbounds.training.store import save_model
 
-Json = dict[str, Any]
 NEGATIVE, LOGARITHM = 0.0, 1.0  # the penalty: -R_soft, or -log((R_soft + log(K - 1) / t) / r0)
 
 # A candidate is what it changes of these. lam is the factor of the radius term. margin adds margin * L_yi to every
@@ -419,9 +417,7 @@ def proxy_model(config: Config, spec: ModelSpec) -> ConvNet:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, out=False)
     parser.add_argument("--data-dir", help="folder of CIFAR-10 in its official binary layout")
     parser.add_argument("--out", type=Path, required=True, help="folder of log and networks")
     parser.add_argument("--seconds", type=float, default=330.0, help="of everything, compilation included")

@@ -11,7 +11,6 @@ same versions of jax, NumPy and SciPy: another BLAS rounds otherwise.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -26,7 +25,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import numpy as np
-from common import environment
+from common import Json, command_line, environment, write_json
 from rich.progress import track
 
 import lipbounds as lb
@@ -34,7 +33,6 @@ import lipbounds as lb
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from zoo import NETS, Net
 
-Json = dict[str, Any]
 DEVICE = ("estimate", "empirical")
 """Beginnings of the names of figures that a device computes."""
 CLOSE = 1e-6
@@ -143,16 +141,14 @@ def differences(before: Json, after: Json) -> Iterator[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, out=False)
     parser.add_argument("out", type=Path, help="JSON file to write")
     parser.add_argument("--against", type=Path, help="an earlier file to compare with")
     parser.add_argument("--nets", nargs="*", choices=sorted(NETS), help="only these networks")
     arguments = parser.parse_args()
     frozen = freeze(arguments.nets or sorted(NETS))
     record = {"where": environment("freeze.py", ["numpy", "scipy"]), "networks": frozen}
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(arguments.out, record)
     print(f"{sum(map(len, frozen.values()))} figures of {len(frozen)} networks in {arguments.out}")
     if arguments.against is None:
         return 0

@@ -18,19 +18,16 @@ constant of the smallest ball is above the norm of the Jacobian.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import resource
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import environment, keep
+from common import Json, command_line, environment, keep, peak_gigabytes, table
 from flax import nnx
 from gallery_nets import GALLERY, SIZES, Network, Size
 from rich.console import Console
@@ -42,8 +39,6 @@ from lipbounds._comparison.bracket import Bracket
 from lipbounds._lipsdp.state_matrices import WIDEST, first_tap
 from lipbounds._text.tables import show
 from lipbounds.training.data import digits
-
-Json = dict[str, Any]
 
 RADII = (1e-6, 0.01, 0.1)
 """Of the balls of the local bounds, l2, pixels in [0, 1]."""
@@ -162,17 +157,6 @@ def near(form: lb.LureForm, x: np.ndarray, bound: lb.UpperBound) -> Json:
 NAMES = {"lipsdp": "LipSDP", "liplt": "LipLT", "naive": "naive"}
 
 
-def table(title: str, left: Sequence[str], right: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    made = Table(title=title)
-    for place, column in enumerate(left):
-        made.add_column(column, overflow="fold", no_wrap=place == 0)
-    for column in right:
-        made.add_column(column, justify="right")
-    for row in rows:
-        made.add_row(*row)
-    return made
-
-
 def tables(rows: Sequence[Json]) -> list[Table]:
     """Costs, tightness of global bounds, of local ones, and what was refused; numbers are rounded the safe way."""
     bounded, refused = [r for r in rows if "bounds" in r], [r for r in rows if "refused" in r]
@@ -204,41 +188,32 @@ def tables(rows: Sequence[Json]) -> list[Table]:
             "attained, s",
             f"local at eps {RADII[1]:g}, s per image",
         ]
-        made.append(
-            table("cost", ["network"], ["parameters", "taps", "neurons", "trace, s", *seconds], costs)
-        )
+        columns = ["network", "parameters", "taps", "neurons", "trace, s", *seconds]
+        made.append(table("cost", columns, costs, left=columns[:1]))
         upper = [f"{name}, bound <=" for name in NAMES.values()]
         over = [f"{name} / attained" for name in NAMES.values()]
-        made.append(
-            table("constants, l2", ["network", "guarantee"], ["clean", "attained >=", *upper, *over], tight)
-        )
+        columns = ["network", "guarantee", "clean", "attained >=", *upper, *over]
+        made.append(table("constants, l2", columns, tight, left=columns[:2]))
         upper = [f"eps {eps:g}, bound <=" for eps in RADII]
         over = [f"eps {eps:g} / Jacobian" for eps in RADII]
-        made.append(
-            table(
-                f"around single images, medians of {bounded[0]['local']['images']}, l2",
-                ["network", "guarantee"],
-                ["Jacobian, attained >=", *upper, *over],
-                local,
-            )
-        )
+        columns = ["network", "guarantee", "Jacobian, attained >=", *upper, *over]
+        title = f"around single images, medians of {bounded[0]['local']['images']}, l2"
+        made.append(table(title, columns, local, left=columns[:2]))
     if refused:
         why = [[r["network"], item["operation"], item["why"]] for r in refused for item in r["refused"]]
-        made.append(table("refused by lb.trace", ["network", "operation", "why"], [], why))
+        columns = ["network", "operation", "why"]
+        made.append(table("refused by lb.trace", columns, why, left=columns))
     return made
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--names", nargs="+", choices=sorted(GALLERY), default=list(GALLERY), metavar="NAME")
     parser.add_argument("--size", choices=list(SIZES), default="full", help="8 x 8 x 1 or 32 x 32 x 3")
     parser.add_argument("--steps", type=int, default=30, help="of training, on batches of 64")
     parser.add_argument("--climb", type=int, default=30, help="steps of the search for steep places")
     parser.add_argument("--images", type=int, default=4, help="with local bounds")
     parser.add_argument("--no-lipsdp", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     given = parser.parse_args()
     begin, rows = time.perf_counter(), []
     told = Console(stderr=True)
@@ -247,14 +222,13 @@ def main() -> None:
         rows.append(measure(name, SIZES[given.size], lipsdp=not given.no_lipsdp, **how))
         told.print(f"{name}: {time.perf_counter() - begin:.0f} s since the start")
     where = environment("gallery.py", ["flax"])
-    where["command"] = where["command"].split(" --out")[0]
     where["seconds"] = round(time.perf_counter() - begin)
-    where["peak_gigabytes"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 1)
+    where["peak_gigabytes"] = round(peak_gigabytes(), 1)
     made = tables(rows)
     for one in made:
         Console(width=190).print(one)
     stem = f"gallery-{where['device'].split()[0]}" + ("" if given.size == "full" else f"-{given.size}")
-    keep(given.out, stem, "gallery.py", where, rows, made)
+    keep(given.out, stem, where, made, rows=rows)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ Every part writes its file after each of its rows, so that one that is stopped k
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -28,11 +27,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import environment
+from common import Json, command_line, environment, write_json
 
 import lipbounds as lb
 
-Json = dict[str, Any]
 NETS = """relu linear two_branches cnn_batch_norm preactivation_resnet postactivation_resnet u_net scan_stacked
 max_pool_images maxmin_mlp gelu_exact half_precision einsum dense_net mlp_mixer log_sum_exp""".split()
 EPS, EXAMPLES = 0.1, 6
@@ -51,7 +49,7 @@ class Rows:
 
     def write(self) -> None:
         part = self.path.with_suffix(".part")
-        part.write_text(json.dumps({"where": self.where, "rows": self.rows}, indent=1) + "\n")
+        write_json(part, {"where": self.where, "rows": self.rows})
         os.replace(part, self.path)
 
     def add(self, **row: Any) -> None:
@@ -388,9 +386,7 @@ PARTS: dict[str, Callable[..., None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, out=False)
     parser.add_argument("part", choices=(*PARTS, "check"))
     parser.add_argument("paths", nargs="+", type=Path)
     parser.add_argument("--small", action="store_true")

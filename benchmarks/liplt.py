@@ -15,19 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from common import environment, markdown
+from common import Json, command_line, environment, in_a_process, keep, peak_gigabytes, table
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
@@ -78,7 +75,7 @@ def training_step(
     return step, (state, tool.init(state), x, y)
 
 
-def estimates(name: str, sizes: list[tuple[int, int]], repeat: int) -> list[dict[str, Any]]:
+def estimates(name: str, sizes: list[tuple[int, int]], repeat: int) -> list[Json]:
     """Value, and value with gradient, of the pairwise LipLT estimate, against a training step."""
     shape = NETS[name]
     spec = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -114,7 +111,7 @@ def estimates(name: str, sizes: list[tuple[int, int]], repeat: int) -> list[dict
     return rows
 
 
-def proof(name: str, guarantee: str) -> dict[str, Any]:
+def proof(name: str, guarantee: str) -> Json:
     """One pairwise LipLT bound: seconds, memory, and what each block got."""
     form = lb.trace(build(ModelSpec(name, PROVED[name], {})), jax.ShapeDtypeStruct(PROVED[name], jnp.float32))
     estimate = lb.liplt(form, pairwise=True, guarantee="estimate")
@@ -132,89 +129,70 @@ def proof(name: str, guarantee: str) -> dict[str, Any]:
         ratio=bound.value / estimate.value,
         seconds=bound.seconds,
         estimate_seconds=estimate.seconds,
-        peak_gigabytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        peak_gigabytes=peak_gigabytes(),
         blocks=blocks,
     )
 
 
-def proofs() -> list[dict[str, Any]]:
-    """Each in a process of its own, so that its peak memory is its own."""
-    found = []
-    for name in PROVED:
-        for guarantee in ("verified", "auto"):
-            command = [sys.executable, __file__, "--proof", name, guarantee]
-            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            found.append(json.loads(out.splitlines()[-1]))
-    return found
+COST = (
+    "net",
+    "classes",
+    "iterations",
+    "what",
+    "ms",
+    "training step, ms",
+    "ratio",
+    "x 10 classes",
+    "compile, s",
+)
+PROOF = ("net", "asked", "guarantee", "bound", "estimate", "bound / estimate", "s", "estimate, s", "GB")
+BLOCK = ("from", "to", "shape", "norm", "guarantee", "how")
 
 
-def tables(results: dict[str, Any]) -> list[Table]:
-    cost = Table(title="pairwise LipLT estimate against one training step (batch 512)")
-    for column in (
-        "net",
-        "classes",
-        "iterations",
-        "what",
-        "ms",
-        "training step, ms",
-        "ratio",
-        "x 10 classes",
-        "compile, s",
-    ):
-        cost.add_column(column, justify="left" if column in ("net", "what") else "right")
-    for r in results["estimates"]:
-        cost.add_row(
+def tables(estimated: list[Json], proved: list[Json]) -> list[Table]:
+    cost = [
+        [
             r["net"], str(r["classes"]), str(r["iterations"]), r["what"], f"{1e3 * r['seconds']:.1f}",
             f"{1e3 * r['training_step_seconds']:.1f}", f"{r['ratio']:.3f}",
             f"{r['times_fewest_classes']:.1f}" if r["times_fewest_classes"] else "", f"{r['compile_seconds']:.1f}",
-        )  # fmt: skip
-    out = [cost]
-    if results.get("proofs"):
-        proved = Table(title="pairwise LipLT proved (initial weights)")
-        for column in (
-            "net",
-            "asked",
-            "guarantee",
-            "bound",
-            "estimate",
-            "bound / estimate",
-            "s",
-            "estimate, s",
-            "GB",
-        ):
-            proved.add_column(column, justify="left" if column in ("net", "asked", "guarantee") else "right")
-        for r in results["proofs"]:
-            proved.add_row(
+        ]
+        for r in estimated
+    ]  # fmt: skip
+    out = [
+        table("pairwise LipLT estimate against one training step (batch 512)", COST, cost, ("net", "what"))
+    ]
+    if proved:
+        rows = [
+            [
                 r["net"], r["asked"], r["guarantee"], f"{r['value']:.6g}", f"{r['estimate']:.6g}", f"{r['ratio']:.6f}",
                 f"{r['seconds']:.1f}", f"{r['estimate_seconds']:.1f}", f"{r['peak_gigabytes']:.1f}",
-            )  # fmt: skip
-        out.append(proved)
-        for r in results["proofs"]:
-            table = Table(title=f"{r['net']}, {r['asked']}: what each block got")
-            for column in ("from", "to", "shape", "norm", "guarantee", "how"):
-                table.add_column(column)
-            for b in r["blocks"]:
-                shape = " x ".join(map(str, b["shape"]))
-                table.add_row(b["source"], b["target"], shape, f"{b['norm']:.6g}", b["guarantee"], b["how"])
-            out.append(table)
+            ]
+            for r in proved
+        ]  # fmt: skip
+        out.append(table("pairwise LipLT proved (initial weights)", PROOF, rows, PROOF[:3]))
+    for r in proved:
+        rows = [
+            [
+                b["source"],
+                b["target"],
+                " x ".join(map(str, b["shape"])),
+                f"{b['norm']:.6g}",
+                b["guarantee"],
+                b["how"],
+            ]
+            for b in r["blocks"]
+        ]
+        out.append(table(f"{r['net']}, {r['asked']}: what each block got", BLOCK, rows, BLOCK))
     return out
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument(
         "--quick", action="store_true", help="10 and 200 classes, 5 iterations, 3 repetitions"
     )
     parser.add_argument("--verified", action="store_true", help="also prove 2C2F and 6C2F")
     parser.add_argument("--no-estimates", action="store_true", help="only the proofs")
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results"
-    )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="where the figures go (default: in the folder)"
-    )
     parser.add_argument("--proof", nargs=2, metavar=("NET", "GUARANTEE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.proof:
@@ -223,21 +201,20 @@ def main() -> None:
     sizes = (
         [(10, 5), (200, 5)] if args.quick else [(10, 5), (10, 10), (200, 5), (200, 10), (1000, 5), (1000, 10)]
     )
-    results: dict[str, Any] = {"environment": environment("liplt.py"), "estimates": []}
+    where = environment("liplt.py")
+    estimated, proved = [], []
     for name in NETS if not args.no_estimates else ():
-        results["estimates"] += estimates(name, sizes, 3 if args.quick else 7)
+        estimated += estimates(name, sizes, 3 if args.quick else 7)
         print(f"{name}: done", file=sys.stderr)
     if args.verified:
-        results["proofs"] = proofs()
-    results["environment"]["load_after"] = os.getloadavg()[0]
-    console = Console(width=130)
-    for table in tables(results):
-        console.print(table)
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = "liplt-" + results["environment"]["device"].split()[0] + ("-proofs" if args.no_estimates else "")
-    stem += "-quick" if args.quick else ""
-    (args.json or args.out / f"{stem}.json").write_text(json.dumps(results, indent=1) + "\n")
-    (args.out / f"{stem}.md").write_text(markdown("liplt.py", results["environment"], tables(results)))
+        asked = [(name, guarantee) for name in PROVED for guarantee in ("verified", "auto")]
+        proved = [in_a_process(__file__, "--proof", *words) for words in asked]
+    where["load_after"] = os.getloadavg()[0]
+    shown = tables(estimated, proved)
+    for one in shown:
+        Console(width=130).print(one)
+    stem = "liplt-" + where["device"].split()[0] + ("-proofs" if args.no_estimates else "")
+    keep(args.out, stem + ("-quick" if args.quick else ""), where, shown, estimates=estimated, proofs=proved)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ import itertools
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -40,13 +39,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import environment, markdown
+from common import Json, command_line, environment, keep, peak_gigabytes, table
 from rich.console import Console
 from rich.table import Table
 
 import lipbounds as lb
-
-Json = dict[str, Any]
 
 NETS = (
     "20-40-40-10",
@@ -211,8 +208,7 @@ def cell(name: str, solver: str) -> Json:
         text = " ".join(str(error).split()) or "no message"
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         record |= dict(value=None, reason=kind + text)
-    usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return record | dict(peak_gigabytes=max(usage) / 1e6)
+    return record | dict(peak_gigabytes=peak_gigabytes(children=True))
 
 
 def cell_apart(name: str, solver: str, limit: float) -> Json:
@@ -285,40 +281,28 @@ def sweep(nets: Iterable[str], limit: float) -> list[Json]:
 
 
 # -------------------------------------------------------------------------------------------------- results
-def table(rows: list[Json]) -> Table:
-    shown = Table(title="bounds of L in l2: value and time")
-    left = ("net", "method", "guarantee", "remark")
-    for column in (
-        "net",
-        "method",
-        "value",
-        "/ slope found",
-        "/ lipsdp",
-        "guarantee",
-        "first, s",
-        "second, s",
-        "time / lipsdp",
-        "GB",
-        "remark",
-    ):
-        shown.add_column(column, justify="left" if column in left else "right", overflow="fold")
+LEFT = ("net", "method", "guarantee", "remark")
+COLUMNS = ("net", "method", "value", "/ slope found", "/ lipsdp", "guarantee", "first, s", "second, s") + (
+    "time / lipsdp", "GB", "remark",
+)  # fmt: skip
 
-    def number(row: Json, key: str, form: str) -> str:
+
+def cells(row: Json) -> list[str]:
+    """A row of the table."""
+
+    def number(key: str, form: str) -> str:
         return "" if row.get(key) is None else format(row[key], form)
 
-    for row in rows:
-        remark = row.get("reason") or said(row)
-        if row.get("below_slope") and row["method"] != "slope found":
-            remark = "BELOW a slope that is attained; " + remark
-        if row.get("average_pair") is not None:
-            remark += f"; worst pair {row['worst_pair']:.5g}, average {row['average_pair']:.5g}"
-        shown.add_row(
-            row["net"], row["method"], number(row, "value", ".6g"), number(row, "over_slope", ".3f"),
-            number(row, "value_ratio", ".4f"), row.get("guarantee", ""), number(row, "first_seconds", ".3g"),
-            number(row, "second_seconds", ".3g"), number(row, "time_ratio", ".3g"),
-            number(row, "peak_gigabytes", ".2f"), remark[:400],
-        )  # fmt: skip
-    return shown
+    remark = row.get("reason") or said(row)
+    if row.get("below_slope") and row["method"] != "slope found":
+        remark = "BELOW a slope that is attained; " + remark
+    if row.get("average_pair") is not None:
+        remark += f"; worst pair {row['worst_pair']:.5g}, average {row['average_pair']:.5g}"
+    return [
+        row["net"], row["method"], number("value", ".6g"), number("over_slope", ".3f"),
+        number("value_ratio", ".4f"), row.get("guarantee", ""), number("first_seconds", ".3g"),
+        number("second_seconds", ".3g"), number("time_ratio", ".3g"), number("peak_gigabytes", ".2f"), remark[:400],
+    ]  # fmt: skip
 
 
 def said(row: Json) -> str:
@@ -361,10 +345,12 @@ def draw(sweeps: dict[str, list[Json]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def shown(rows: list[Json]) -> Table:
+    return table("bounds of L in l2: value and time", COLUMNS, [cells(row) for row in rows], LEFT)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--nets", nargs="+", metavar="NET", help="names as above (default: all of the table)")
     parser.add_argument(
         "--solvers", nargs="+", choices=SOLVERS, metavar="METHOD", help=f"of: {', '.join(SOLVERS)}"
@@ -373,9 +359,6 @@ def main() -> None:
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="of one cell (default 900, quick 60)")
     parser.add_argument(
         "--plot", action="store_true", help="only the sweeps over width and depth, and their figure"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results"
     )
     parser.add_argument("--cell", nargs=2, metavar=("NET", "METHOD"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -387,33 +370,19 @@ def main() -> None:
         if name not in SPECIAL:
             chain(name)
     limit = args.limit or (60.0 if args.quick else 900.0)
-    results: Json = {
-        "environment": environment("lipsdp.py", ("cvxpy", "clarabel", "scs", "eclipse-nn"))
-        | dict(limit_seconds=limit)
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = "lipsdp-" + results["environment"]["device"].split()[0] + ("-quick" if args.quick else "")
-
-    def finish(stem: str) -> None:
-        results["environment"]["load_after"] = os.getloadavg()[0]
-        (args.out / f"{stem}.json").write_text(json.dumps(results, indent=1) + "\n")
-
+    where = environment("lipsdp.py", ("cvxpy", "clarabel", "scs", "eclipse-nn")) | dict(limit_seconds=limit)
+    stem = "lipsdp-" + where["device"].split()[0] + ("-quick" if args.quick else "")
     if args.plot:
         few = 3 if args.quick else None
         sweeps = {"width": sweep(WIDTHS[:few], limit), "depth": sweep(DEPTHS[:few], limit)}
-        results["sweeps"] = sweeps
-        finish(f"{stem}-sweeps")
+        keep(args.out, f"{stem}-sweeps", where | dict(load_after=os.getloadavg()[0]), sweeps=sweeps)
         draw(sweeps, args.out / f"{stem}-sweeps.png")
         return
 
     def save(rows: list[Json]) -> None:
-        results["rows"] = rows
-        finish(stem)
-        (args.out / f"{stem}.md").write_text(
-            markdown("lipsdp.py", results["environment"], [table(results["rows"])])
-        )
+        keep(args.out, stem, where | dict(load_after=os.getloadavg()[0]), [shown(rows)], rows=rows)
 
-    Console(width=160).print(table(measure(nets, args.solvers or SOLVERS, limit, save)))
+    Console(width=160).print(shown(measure(nets, args.solvers or SOLVERS, limit, save)))
 
 
 if __name__ == "__main__":

@@ -14,25 +14,19 @@ import argparse
 import itertools
 import json
 import math
-import resource
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from common import environment, keep
+from common import Json, command_line, environment, in_a_process, keep, peak_gigabytes, table
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import lipbounds as lb
 from lipbounds._norms import matrices as norms
 from lipbounds._triangle.recursion import host_form
 
-Json = dict[str, Any]
 WAYS = ("matrix", "verified", "Golub-Kahan", "Fourier")
 
 
@@ -114,63 +108,45 @@ def measure(operator: Operator, way: str) -> Json:
     else:
         found = {"shape": a.shape, "stored": a.nnz if hasattr(a, "nnz") else a.size}
     found["seconds"] = time.perf_counter() - begin
-    found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
-    return found
+    return found | {"peak_gigabytes": peak_gigabytes()}
 
 
-def in_a_process(place: int, way: str) -> Json:
-    command = [sys.executable, __file__, "--one", str(place), "--way", way]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+COLUMNS = ["operator", "proof", "smaller side", "band", "verified", "s", "stated GB", "peak GB"]
+COLUMNS += ["Golub-Kahan", "s", "peak GB", "Fourier", "s", "matrix GB"]
+
+
+def cells(row: Json) -> list[str]:
+    """A row of the table."""
+    verified, likely, fourier = (row[way] for way in WAYS[1:])
+    lower = likely["lower"]
+    assert lower <= verified["value"]
+    found = [row["operator"], verified["proof"], str(min(row["matrix"]["shape"])), str(verified["width"])]
+    found += [f"1 + {verified['value'] / lower - 1:.1e}", f"{verified['seconds']:.1f}"]
+    found += [f"{verified['stated'] / 1e9:.2f}", f"{verified['peak_gigabytes']:.2f}"]
+    found += [f"{likely['value'] / lower:.5f}", f"{likely['seconds']:.1f}", f"{likely['peak_gigabytes']:.2f}"]
+    found += [f"{fourier['value'] / lower:.4f}", f"{fourier['seconds']:.1f}"]
+    return [*found, f"{row['matrix']['peak_gigabytes']:.2f}"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--only", default="", help="operators whose name holds this text")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one is not None:
         print(json.dumps(measure(OPERATORS[given.one], given.way)))
         return
-    table = Table(title="norms of convolutions (3 wide), ratios to Golub-Kahan's lower bound")
-    for column in ("operator", "proof"):
-        table.add_column(column)
-    numbers = ["smaller side", "band", "verified", "s", "stated GB", "peak GB"]
-    numbers += ["Golub-Kahan", "s", "peak GB", "Fourier", "s", "matrix GB"]
-    for column in numbers:
-        table.add_column(column, justify="right")
     rows = []
     wanted = [i for i, operator in enumerate(OPERATORS) if given.only in operator.name]
     for place in track(wanted, console=Console(stderr=True), transient=True):
-        row = {way: in_a_process(place, way) for way in WAYS}
+        row = {way: in_a_process(__file__, "--one", str(place), "--way", way) for way in WAYS}
         rows.append({"operator": OPERATORS[place].name, **row})
-        verified, likely, fourier = (row[way] for way in WAYS[1:])
-        lower = likely["lower"]
-        assert lower <= verified["value"]
-        cells = [
-            OPERATORS[place].name,
-            verified["proof"],
-            str(min(row["matrix"]["shape"])),
-            str(verified["width"]),
-        ]
-        cells += [f"1 + {verified['value'] / lower - 1:.1e}", f"{verified['seconds']:.1f}"]
-        cells += [f"{verified['stated'] / 1e9:.2f}", f"{verified['peak'] / 1e9:.2f}"]
-        cells += [f"{likely['value'] / lower:.5f}", f"{likely['seconds']:.1f}", f"{likely['peak'] / 1e9:.2f}"]
-        cells += [
-            f"{fourier['value'] / lower:.4f}",
-            f"{fourier['seconds']:.1f}",
-            f"{row['matrix']['peak'] / 1e9:.2f}",
-        ]
-        table.add_row(*cells)
-    Console(width=190).print(table)
+    title = "norms of convolutions (3 wide), ratios to Golub-Kahan's lower bound"
+    shown = table(title, COLUMNS, [cells(row) for row in rows], left=COLUMNS[:2])
+    Console(width=190).print(shown)
     where = environment("operators.py", ["numpy", "scipy"])
-    where["command"] = where["command"].split(" --out")[0]
-    name = f"operators-{where['device'].split()[0]}"
-    keep(given.out, name, "operators.py", where, rows, [table])
+    keep(given.out, f"operators-{where['device'].split()[0]}", where, [shown], rows=rows)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,15 @@ import numpy as np
 import lipbounds as lb
 
 
+def chain(rng, widths, activation="relu"):
+    """(form, weights, biases), float32."""
+    weights = [
+        (1.5 * rng.normal(size=(b, a)) / a**0.5).astype(np.float32) for a, b in itertools.pairwise(widths)
+    ]
+    biases = [rng.normal(size=b).astype(np.float32) for b in widths[1:]]
+    return lb.from_weights(weights, biases=biases, activation=activation), weights, biases
+
+
 def mlp(widths=(12, 30, 24, 6), seed=0, activation="relu"):
     rng = np.random.default_rng(seed)
     w = [

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,71 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from certificates import bound_of, multipliers, network, weights
 from safetensors.numpy import load, load_file, save, save_file
 
 import lipbounds as lb
 from lipbounds._lipsdp import certificate, certificate_file
-from lipbounds._lipsdp import proof as _proof
-from lipbounds._lipsdp.barrier import dense_gain
 from lipbounds._lipsdp.certificate import Certificate, Proof
-from lipbounds._lipsdp.state_matrices import hybrid_start, sequence
-from lipbounds._triangle.recursion import Request
 from lipbounds.errors import CertificateError
 from lipbounds.results import UpperBound
 
-WIDTHS = (5, 8, 7, 4)
 Fields, Tensors = dict[str, Any], dict[str, np.ndarray]
-
-
-def weights(seed: int = 0, widths: tuple[int, ...] = WIDTHS) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [rng.standard_normal((m, n)).astype(np.float32) for n, m in pairwise(widths)]
-
-
-def network(seed: int = 0, widths: tuple[int, ...] = WIDTHS) -> lb.LureForm:
-    return lb.from_weights(weights(seed, widths), activation="relu")
-
-
-def edge(states: Any, start: tuple[np.ndarray, int] | None = None, p: np.ndarray | None = None) -> Any:
-    """Multipliers that are feasible for any network: what `repair` makes of tiny ones, half as much again."""
-    tiny = tuple(np.full(s.active.size, 1e-200) for s in states.segments)
-    return tuple(1.5 * d for d in _proof.repair(states, tiny, start, p))
-
-
-def multipliers(form: lb.LureForm, norm: float = 2, start_at: int = 0, kind: str = "sequence") -> Proof:
-    if kind == "dense":
-        gain = dense_gain(form)
-        d = _proof.repair_dense(gain, np.full(gain.Gy.shape[0], 1e-6))
-        return Proof(tuple(d[gain.labels == k] for k in range(len(gain.active))), kind="dense")
-    p = np.full(form.in_size, float(form.in_size)) if norm == math.inf else None
-    if start_at:
-        states, s, scale, _, _ = hybrid_start(form, start_at, Request(norm))
-        return Proof(edge(states, (s, scale)), start_at)
-    return Proof(edge(sequence(form), p=p), 0, p)
-
-
-def bound_of(form: lb.LureForm, proof: Proof, norm: float = 2, **fields: Any) -> UpperBound:
-    found = certificate.proved_constants(form, proof, norm=norm)
-    fields = {"guarantee": found.guarantee} | fields
-    made = certificate.make_certificate(
-        form,
-        (proof,),
-        value=found.value,
-        pairwise=found.pairwise,
-        per_class=found.per_class,
-        norm=norm,
-        **fields,
-    )
-    return UpperBound(
-        value=found.value,
-        norm=norm,
-        method="lipsdp",
-        seconds=0.0,
-        pairwise=found.pairwise,
-        per_class=found.per_class,
-        certificate=made,
-        **fields,
-    )
 
 
 @pytest.fixture(scope="module")
