@@ -86,15 +86,10 @@ def forge(
     """
     check_source(source)
     with refusals():
-        from lipbounds.analysis.forging_report import (
-            PAGE,
-            RECORD,
-            THRESHOLDS,
-            forging_record,
-            write_forging_report,
-        )
+        from lipbounds.analysis import forging_report as report
 
-        folder = folder_of(source, files, (RECORD, PAGE, THRESHOLDS), "forge")
+        names = (report.RECORD, report.PAGE, report.THRESHOLDS)
+        folder = folder_of(source, files, names, "forge")
         subject = open_subject(source.run, source.dataset)
         settings: Json = {
             "c_r": c_r or [2.0**-k for k in range(8, 3, -1)],
@@ -110,14 +105,14 @@ def forge(
         found, chosen, on, signs, rows = _measure(subject, source, checks, **settings)
         spelled = {**settings, "checks" if checks else "no_checks": True}
         record = record_of("forge", subject, source, spelled)
-        record |= forging_record(found, chosen, on, rows, signs)
+        record |= report.forging_record(found, chosen, on, rows, signs)
         _print(found, chosen, signs, rows)
 
         def write(place: Any) -> Any:
-            found.forged.with_c_r(chosen).save(place / THRESHOLDS)
-            return write_forging_report(record, found, signs, place)
+            found.forged.with_c_r(chosen).save(place / report.THRESHOLDS)
+            return report.write_forging_report(record, found, signs, place)
 
-        write_files(files, folder, RECORD, record, write)
+        write_files(files, folder, report.RECORD, record, write)
 
 
 def _measure(

@@ -206,6 +206,7 @@ def bounds(
         raise typer.BadParameter("applies to a single method, not to all", param_hint="--memory")
     with refusals() as stack:
         from lipbounds._lipsdp.certificate_file import is_certificate
+        from lipbounds.analysis.experiment import result_kind, result_record
 
         check_json(files)
         check_free(search.certificate, files.force, is_certificate, "is not a certificate")
@@ -217,9 +218,14 @@ def bounds(
         if chosen == "all":
             _compare(form, norm, options, record)
         else:
-            if chosen == "lipsdp":
-                options |= search.options()
-            _bound(form, chosen, scaling, options, record, model, search.certificate, files.force)
+            options |= search.options() if chosen == "lipsdp" else {}
+            result = bound_of(form, chosen, scaling, options)
+            typer.echo(repr(result))
+            record[result_kind(result)].append(result_record(chosen, result))
+            if search.certificate is not None:
+                lb.save_certificate(result, search.certificate, overwrite=files.force)
+                typer.echo(f"certificate: {search.certificate}")
+                typer.echo(f"check it:    lipbounds verify {search.certificate} --model {model}")
         write_json(files.json, {**header(), **record})
 
 
@@ -247,28 +253,6 @@ def _compare(form: Any, norm: str, options: Json, record: Json) -> None:
             record["refused"].append({"label": row.method, "norm": norm, "reason": row.reason})
         else:
             record[row.kind].append(result_record(row.method, row.result))
-
-
-def _bound(
-    form: Any,
-    method: str,
-    scaling: str,
-    options: Json,
-    record: Json,
-    model: Path,
-    certificate: Path | None,
-    force: bool,
-) -> None:
-    """Print one bound, add it to the record, and save its certificate where that was asked for."""
-    from lipbounds.analysis.experiment import result_kind, result_record
-
-    result = bound_of(form, method, scaling, options)
-    typer.echo(repr(result))
-    record[result_kind(result)].append(result_record(method, result))
-    if certificate is not None:
-        lb.save_certificate(result, certificate, overwrite=force)
-        typer.echo(f"certificate: {certificate}")
-        typer.echo(f"check it:    lipbounds verify {certificate} --model {model}")
 
 
 @app.command(cls=Command)

@@ -26,7 +26,7 @@ def train(
         Path | None, typer.Option(metavar="RUN", file_okay=False, help="New folder for the run.")
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Start from the settings of a published run.")
+        str | None, typer.Option(metavar="NAME", help="Settings of a published run, such as mnist-4C3F.")
     ] = None,
     config: Annotated[
         Path | None,
