@@ -314,16 +314,10 @@ def certify(
         options: Json = {"pairwise": pairwise, "guarantee": guarantee, "seed": seed, "memory": memory}
         bound = bound_of(form, chosen, scaling, {"norm": float(norm), **options})
         request: Guarantee = "verified" if guarantee == "verified" else "auto"
+        around = lb.Local(box=box) if local else False
         with tables.working() as tell:
             radii = lb.certified_radius(
-                form,
-                x,
-                y,
-                bound=bound,
-                local=lb.Local(box=box) if local else False,
-                guarantee=request,
-                seed=seed,
-                progress=tell,
+                form, x, y, bound=bound, local=around, guarantee=request, seed=seed, progress=tell
             )
         shares = {level: float(radii.accuracy(level)) for level in sorted({*(eps or (0.05, 0.1, 0.25))})}
         tables.print_certified(bound, radii, shares)
