@@ -38,7 +38,7 @@ def chunks(data: Any, size: int) -> Iterator[np.ndarray]:
     """The examples of an array (N, ...), or of an iterable of batches (n, ...) or pairs (x, y) of which x is taken, in
     arrays of `size` rows, the last one shorter. Read once; no more than `size` rows and one batch are held.
 
-    TypeError where data are neither, ValueError for batches that `examples` refuses.
+    TypeError where data are neither, ValueError for batches that `examples` refuses and where there is no example.
     """
     if hasattr(data, "__array__"):
         data = [data]
@@ -65,5 +65,12 @@ def chunks(data: Any, size: int) -> Iterator[np.ndarray]:
                 full = np.concatenate(held)
                 yield full[:size]
                 held, count = [full[size:]], count - size
+    if not held:
+        raise ValueError("data hold no examples: pass an array (N, ...) or batches (n, ...) with N >= 1")
     if count:
         yield np.concatenate(held)
+
+
+def padded(rows: np.ndarray, size: int) -> np.ndarray:
+    """`size` rows: the last one is repeated, so that every chunk runs the same compiled program."""
+    return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])

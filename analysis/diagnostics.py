@@ -33,7 +33,7 @@ from lipbounds._text import (
     whole,
 )
 from lipbounds.analysis.attack_settings import Progress
-from lipbounds.analysis.batches import chunks
+from lipbounds.analysis.batches import chunks, padded
 from lipbounds.analysis.forging import Forged
 from lipbounds.analysis.gates import gate as gate_function
 from lipbounds.analysis.operators import (
@@ -304,8 +304,6 @@ def diagnose(
         count += len(rows)
         if progress is not None:
             progress(f"diagnosis: {count} examples")
-    if not count:
-        raise ValueError("data hold no examples: pass an array (N, ...) or batches (n, ...) with N >= 1")
     chosen = draw.rows()
     layers = []
     for path, gated in gates.items():
@@ -413,9 +411,7 @@ def _inputs(
     forged: Forged, rows: np.ndarray, size: int, gates: Mapping[str, Any]
 ) -> Iterator[tuple[str, jax.Array]]:
     """(path, x) with x (size, T, *in_shape): the T inputs that every example gives a layer, rows padded to `size`."""
-    spare = size - len(rows)
-    padded = np.concatenate([rows, np.repeat(rows[-1:], spare, axis=0)]) if spare else rows
-    found = forged.inputs(padded)
+    found = forged.inputs(padded(rows, size))
     calls = {site.path: len(site.reads) for site in forged.sites}
     for path, gated in gates.items():
         x = found[path]

@@ -36,7 +36,7 @@ from safetensors.numpy import save
 
 from lipbounds._text import read_safetensors, show, text_table, whole, write_atomically
 from lipbounds.analysis.attack_settings import Progress
-from lipbounds.analysis.batches import Example, chunks, examples
+from lipbounds.analysis.batches import Example, chunks, examples, padded
 from lipbounds.analysis.gates import (
     Gated,
     Peak,
@@ -266,12 +266,9 @@ def track(
             nothing = dict.fromkeys((site.path for site in sites), 0.0)
             graph, state = nnx.split(Forged(model, sites, example, nothing, nothing, "hard", 1.0, keep=True))
             size = len(rows)
-        spare = size - len(rows)
-        padded = np.concatenate([rows, np.repeat(rows[-1:], spare, axis=0)]) if spare else rows
         with jax.default_matmul_precision("highest"):
-            found = {
-                path: np.asarray(top)[: len(rows)] for path, top in _maxima(graph, state, padded).items()
-            }
+            tops = _maxima(graph, state, padded(rows, size))
+        found = {path: np.asarray(top)[: len(rows)] for path, top in tops.items()}
         for path, top in found.items():
             if not np.isfinite(top).all():
                 bad = count + int(np.argmin(np.isfinite(top)))
@@ -280,8 +277,6 @@ def track(
         count += len(rows)
         if progress is not None:
             progress(f"tracking: {count} examples")
-    if not seen:
-        raise ValueError("data holds no examples: pass an array (N, ...) or batches (n, ...) with N >= 1")
     return Tracked(sites, example, {s.path: np.concatenate([one[s.path] for one in seen]) for s in sites})
 
 

@@ -101,20 +101,12 @@ def zeroed_figure(diagnosis: Diagnosis) -> Figure:
     ax = figure.subplots()
     _dress(ax, "y")
     places = range(len(diagnosis.layers))
-    ax.bar(
-        places,
-        [layer.zeroed for layer in diagnosis.layers],
-        color=AFTER,
-        label="zeroed by the gate",
-        width=0.7,
-    )
-    ax.bar(
-        places,
-        [layer.zero for layer in diagnosis.layers],
-        color=BEFORE,
-        label="zero before the gate",
-        width=0.7,
-    )
+    for name, colour, label in (
+        ("zeroed", AFTER, "zeroed by the gate"),
+        ("zero", BEFORE, "zero before the gate"),
+    ):
+        shares = [getattr(layer, name) for layer in diagnosis.layers]
+        ax.bar(places, shares, color=colour, label=label, width=0.7)
     ax.set_xticks(
         list(places), [label_text(layer.path, 40) for layer in diagnosis.layers], rotation=30, ha="right"
     )

@@ -9,7 +9,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -111,3 +111,16 @@ def form(model_file: pathlib.Path) -> Any:
 
     model, spec = load_model(model_file)
     return lb.trace(model, np.zeros(spec.input_shape, np.float32))
+
+
+@pytest.fixture
+def official() -> Callable[[Callable[[], Any]], Any]:
+    """Read a data set from its official files; the test is skipped where they are not."""
+
+    def read(reader: Callable[[], Any]) -> Any:
+        try:
+            return reader()
+        except FileNotFoundError as reason:
+            pytest.skip(f"needs the files of {reader.__name__}: {reason}")
+
+    return read

@@ -221,6 +221,14 @@ def test_a_missing_cifar_file_is_named(cifar10_folder, name):
         cifar10(cifar10_folder)
 
 
+def assert_refused(reader, path, change, message):
+    """The reader of a folder refuses the changed file by its name."""
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=message) as caught:
+        reader(path.parent)
+    assert str(path) in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -240,11 +248,7 @@ def test_a_missing_cifar_file_is_named(cifar10_folder, name):
     ],
 )
 def test_a_wrong_cifar10_file_is_one_plain_error(cifar10_folder, name, change, message):
-    path = cifar10_folder / name
-    path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(ValueError, match=message) as caught:
-        cifar10(cifar10_folder)
-    assert str(path) in str(caught.value)
+    assert_refused(cifar10, cifar10_folder / name, change, message)
 
 
 @pytest.mark.parametrize(
@@ -259,11 +263,7 @@ def test_a_wrong_cifar10_file_is_one_plain_error(cifar10_folder, name, change, m
     ],
 )
 def test_a_wrong_cifar100_file_is_one_plain_error(cifar100_folder, name, change, message):
-    path = cifar100_folder / name
-    path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(ValueError, match=message) as caught:
-        cifar100(cifar100_folder)
-    assert str(path) in str(caught.value)
+    assert_refused(cifar100, cifar100_folder / name, change, message)
 
 
 @pytest.mark.parametrize(
@@ -360,11 +360,8 @@ def test_mnist_training_files_in_place_of_the_test_files(mnist_folder):
 
 
 @pytest.mark.slow
-def test_the_real_cifar10():
-    try:
-        data = cifar10()
-    except FileNotFoundError as reason:
-        pytest.skip(f"needs CIFAR-10: {reason}")
+def test_the_real_cifar10(official):
+    data = official(cifar10)
     assert data.train_pixels.shape == (50_000, 32, 32, 3) and data.test_pixels.shape == (10_000, 32, 32, 3)
     assert data.class_names == tuple(CIFAR10_NAMES)
     assert (np.bincount(data.train_y) == 5000).all() and (np.bincount(data.test_y) == 1000).all()
@@ -374,11 +371,8 @@ def test_the_real_cifar10():
 
 
 @pytest.mark.slow
-def test_the_real_cifar100():
-    try:
-        data = cifar100()
-    except FileNotFoundError as reason:
-        pytest.skip(f"needs CIFAR-100: {reason}")
+def test_the_real_cifar100(official):
+    data = official(cifar100)
     assert data.train_pixels.shape == (50_000, 32, 32, 3) and data.test_pixels.shape == (10_000, 32, 32, 3)
     assert (np.bincount(data.train_y) == 500).all() and (np.bincount(data.test_y) == 100).all()
 

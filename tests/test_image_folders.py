@@ -142,11 +142,8 @@ def test_validation_images_of_another_size_than_the_training_images(tiny):
 
 
 @pytest.mark.slow
-def test_the_real_tiny_imagenet():
-    try:
-        data = tiny_imagenet()
-    except FileNotFoundError as reason:
-        pytest.skip(f"needs Tiny-ImageNet-200: {reason}")
+def test_the_real_tiny_imagenet(official):
+    data = official(tiny_imagenet)
     assert data.train_pixels.shape == (100_000, 64, 64, 3) and data.test_pixels.shape == (10_000, 64, 64, 3)
     assert (np.bincount(data.train_y) == 500).all() and (np.bincount(data.test_y) == 50).all()
 

@@ -123,11 +123,8 @@ def test_a_damaged_gz_file_is_one_plain_error(folder, damage):
         mnist(folder)
 
 
-def test_the_real_files():
-    try:
-        data = mnist()
-    except FileNotFoundError as reason:
-        pytest.skip(f"needs MNIST: {reason}")
+def test_the_real_files(official):
+    data = official(mnist)
     assert data.train_x.shape == (60000, 28, 28, 1) and data.test_x.shape == (10000, 28, 28, 1)
     assert data.train_x.max() == 1 and data.classes == 10
     # counts of the digits 0 and 1 in the official training and test sets

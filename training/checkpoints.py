@@ -18,6 +18,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from lipbounds.training.store import unlike
+
 _KEPT = 2
 _ITEM = (
     "state"  # named, as orbax guesses how to read unnamed items from the newest checkpoint, damaged or not
@@ -116,12 +118,8 @@ def _check(found: dict[str, Any], wanted: dict[str, Any]) -> None:
         raise ValueError("its checksum is not that of its arrays")
     if set(found) != set(wanted):
         raise ValueError(f"it holds {len(found)} arrays, this configuration has {len(wanted)}")
-    for name, one in wanted.items():
-        if found[name].shape != one.shape or found[name].dtype != one.dtype:
-            raise ValueError(
-                f"array {name} is {found[name].dtype}{list(found[name].shape)}, "
-                f"this configuration needs {one.dtype}{list(one.shape)}"
-            )
+    for name, is_, needed in unlike(found, wanted):
+        raise ValueError(f"array {name} is {is_}, this configuration needs {needed}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -92,12 +92,16 @@ def _check_fit(path: pathlib.Path, found: Mapping[str, Any], wanted: Mapping[str
     if set(found) != set(wanted):
         odd = sorted(set(found) ^ set(wanted))
         raise StoreError(f"{path}: weights and architecture do not fit, see {', '.join(odd)}")
-    for name, tensor in wanted.items():
-        if found[name].shape != tensor.shape or found[name].dtype != tensor.dtype:
-            raise StoreError(
-                f"{path}: {name} is {found[name].dtype}{list(found[name].shape)}, "
-                f"the architecture needs {tensor.dtype}{list(tensor.shape)}"
-            )
+    for name, is_, needed in unlike(found, wanted):
+        raise StoreError(f"{path}: {name} is {is_}, the architecture needs {needed}")
+
+
+def unlike(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(name, dtype and shape found, those wanted) of every array of `wanted` that `found` holds otherwise."""
+    for name, one in wanted.items():
+        if found[name].shape != one.shape or found[name].dtype != one.dtype:
+            is_, needed = (f"{a.dtype}{list(a.shape)}" for a in (found[name], one))
+            yield name, is_, needed
 
 
 def _spec_from(path: pathlib.Path, header: str) -> ModelSpec:
