@@ -78,7 +78,7 @@ class Config:
                              choices=("exponential", "cosine", "constant"))
     decay_from: int = _setting(0, "optimiser", "Epochs before the decay begins.", 0)
     smoothing: float = _setting(0.0, "loss", "Label smoothing of the cross-entropy.", 0, 0.999)
-    flip: bool = _setting(False, "data", "Mirror every other training image, at random.")
+    flip: bool = _setting(False, "data", "Mirror each training image with probability 1/2.")
     degrees: float = _setting(0.0, "data", "Rotate training images by at most this many degrees.", 0, 180)
     translate: float = _setting(0.0, "data", "Shift training images by at most this share of their size.", 0, 0.9)
     average: str = _setting("none", "optimiser", "Validate and save averaged weights: a moving average (ema), or "
