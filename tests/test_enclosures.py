@@ -17,7 +17,7 @@ SEARCHES = {
     ("barrier.py", "reduce_input"),  # the problem of the barrier method, which finds T
     ("barrier_search.py", "_moderate"),  # whether the dense form is tried
     ("search.py", "parameters_from"),  # a start of the optimiser, which finds D
-    ("search.py", "Recursion.__init__"),  # the first state of the optimiser
+    ("search.py", "_Ellipsoids.__init__"),  # the first state of the optimiser
     ("proof.py", "_raised_dense"),  # a D that propagate_dense proves
     ("scaling.py", "factors"),  # factors, sound whatever they are; exactly zero ones only without an error
     ("scaling.py", "optimize"),  # factors, sound whatever they are

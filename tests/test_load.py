@@ -71,6 +71,7 @@ def test_radii(radii: tuple[Path, lb.Radii]) -> None:
         ({"correct": [False] * 6}, "do not fit together"),
         ({"radius": ["nan"] * 6}, "do not fit together"),
         ({"norm": "7"}, "no complete radii"),
+        ({"guarantee": "certain"}, "no complete radii"),
         ({"format": "other"}, "not a file that lb.load reads"),
     ],
     ids=str,

@@ -14,7 +14,7 @@ from lipbounds._lipsdp.certificate import load_certificate
 from lipbounds._lipsdp.certificate_file import is_certificate
 from lipbounds._local.radius import Radii
 from lipbounds._text.files import read_safetensors
-from lipbounds.results import check_norm
+from lipbounds.results import check_norm, weakest
 
 _READ = (
     "a model (.safetensors, `lipbounds train` and `demo`), a certificate (`lb.save_certificate`), radii (`lipbounds "
@@ -76,7 +76,7 @@ def _radii(path: Path) -> Radii | None:
     try:
         radius = np.array([float(r) for r in record["radius"]])
         correct = np.array(record["correct"])
-        fields = (str(record[name]) for name in ("guarantee", "method"))
+        guarantee, method = weakest([record["guarantee"]]), str(record["method"])
         norm = check_norm(record["norm"])
         notes = tuple(str(note) for note in record["notes"])
     except (KeyError, TypeError, ValueError) as error:
@@ -84,4 +84,4 @@ def _radii(path: Path) -> Radii | None:
     fits = correct.dtype == bool and radius.shape == correct.shape == (radius.size,)
     if not fits or not (radius >= 0).all() or radius[~correct].any():
         raise ValueError(f"{path} holds radii that do not fit together")
-    return Radii(radius, correct, norm, *fields, notes)
+    return Radii(radius, correct, norm, guarantee, method, notes)
