@@ -77,7 +77,7 @@ def train(
         from lipbounds.training import parallel
 
         parallel.join(coordinator, processes, process)
-        _run(out, None if resume else _settings(given, preset, config), resume, given.get("data_dir"))
+        _run(resume or out, None if resume else _settings(given, preset, config), given.get("data_dir"))
 
 
 def command() -> Any:
@@ -147,10 +147,7 @@ def _check_used(given: Json, c: Any) -> None:
     used = {
         ("lam", "r0", "t", "g"): (c.loss == "crm", "the loss crm"),
         ("constants", "pairs", "refresh", "warmup"): (c.loss != "cross-entropy", "a loss with constants"),
-        ("multiplier_rate", "precision"): (
-            recursion or c.precision == "float64",
-            "--constants recursion",
-        ),
+        ("multiplier_rate", "precision"): (recursion or c.precision == "float64", "--constants recursion"),
         ("power_iterations",): (c.uses_constants and not recursion, "--constants naive or liplt"),
         ("final_learning_rate", "decay_from"): (c.schedule != "constant", "a schedule that decays"),
         ("ema_decay",): (c.average == "ema", "--average ema"),
@@ -163,25 +160,23 @@ def _check_used(given: Json, c: Any) -> None:
             raise ValueError(f"{', '.join(idle)} would do nothing without {what}")
 
 
-def _run(out: Path | None, settings: Any, resume: Path | None, data_dir: str | None) -> None:
-    """Train or resume with a progress bar, certify the test images and write the report."""
+def _run(folder: Any, settings: Any, data_dir: str | None) -> None:
+    """Train, or resume where settings is None, with a progress bar; certify the test images and write the report."""
     from lipbounds.analysis.training_report import final_record, write_training_report
     from lipbounds.training import loop, parallel, runs
 
-    folder = out if resume is None else resume
-    assert folder is not None
-    if resume is not None:
-        settings = runs.read(resume)
+    resumed = settings is None
+    settings = runs.read(folder) if resumed else settings
     leads = parallel.devices().leads
     with tables.training(settings.epochs, quiet=not leads) as tell:
 
         def show(record: Json) -> None:
             tell(record, _line(record, settings))
 
-        if resume is None:
-            fitted = loop.fit(settings, out=folder, progress=show)
-        else:
+        if resumed:
             fitted = loop.resume(folder, data_dir=data_dir, progress=show)
+        else:
+            fitted = loop.fit(settings, out=folder, progress=show)
     parallel.leave()
     if not leads:
         return
