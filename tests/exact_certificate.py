@@ -223,7 +223,8 @@ class Network:
             schur = eliminate(matrix, width)
             for place, i in enumerate(mine):
                 variance = -schur[place][place]
-                out.append(arb((d[i] * variance).mid()) if variance > 0 else arb(1))
+                # What never moves has w = 0 and may have any multiplier: a tiny D adds next to nothing to Sigma.
+                out.append(arb((d[i] * variance).mid()) if variance > 0 else arb(2) ** -200)
         return out
 
 
