@@ -26,6 +26,7 @@ from fuzz.rational import add_step, rational, taken
 
 from lipbounds._form.elementwise import elementwise_view
 from lipbounds._form.lure import LureForm, proved_slopes
+from lipbounds._form.program import Op
 from lipbounds._triangle.recursion import partitions
 
 PRECISION = 600  # bits: elimination of a few hundred rows loses far fewer than the 500 to spare
@@ -74,14 +75,13 @@ def exact_gain(form: LureForm, centred: bool = True) -> Gain:
         first[i, i] = fmpq(1)
     registers: dict[int, fmpq_mat] = {0: first}
     ys: list[fmpq_mat] = []
-    for step in program.steps:
-        if not isinstance(step, int):
-            add_step(step, form, registers, width)
+    for tap in program.steps:
+        if isinstance(tap, Op):
+            add_step(tap, form, registers, width)
             continue
-        tap = program.taps[step]
+        step = len(ys)
         rows = [row for r in tap.inputs for row in registers[r].tolist()]
         y = fmpq_mat(rows) if rows else fmpq_mat(0, width)
-        assert step == len(ys), "taps come in order"
         middle = centre[step]
         ys.append(y if middle is None else taken(y, neurons[step]))
         v = fmpq_mat(tap.size_out, width)

@@ -139,7 +139,7 @@ def test_a_contradiction_is_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", FAILURES[:3] + (memory_budget._TooLarge("too large"),), ids=lambda e: type(e).__name__
+    "error", FAILURES[:3] + (memory_budget.TooLarge("too large"),), ids=lambda e: type(e).__name__
 )
 def test_no_internal_error_leaves_a_public_verb(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception

@@ -11,7 +11,7 @@ from balls import in_ball, largest_slopes, mlp, values
 from test_local_wide import conv_net
 
 import lipbounds as lb
-from lipbounds._gain.memory_budget import _TooLarge
+from lipbounds._gain.memory_budget import TooLarge
 from lipbounds._lipsdp import state_matrices
 from lipbounds._local import ellipsoids, engines, liplt
 from lipbounds._triangle import recursion
@@ -120,7 +120,7 @@ def broken(monkeypatch, module, name, error, calls=0):
 @pytest.mark.parametrize(
     ("module", "name", "error", "left"),
     [
-        (engines, "hybrid_start", _TooLarge("no way"), "LipLT"),
+        (engines, "hybrid_start", TooLarge("no way"), "LipLT"),
         (ellipsoids, "ellipsoids", ValueError("no way"), "LipLT"),
         (liplt, "Front", MemoryError("no way"), "hybrid"),
         (liplt, "grams", ZeroDivisionError("no way"), "hybrid"),

@@ -15,7 +15,9 @@ from gain import form_of
 from zoo_core import gauss
 
 import lipbounds as lb
-from lipbounds._form.lure import LureForm, advance, apply_tap, propagate, state_sequence
+from lipbounds._form.lure import Arrays, LureForm, apply_tap, propagate, state_sequence
+from lipbounds._form.program import Tap
+from lipbounds._form.walk import walk
 
 ZOO = [
     "linear", "relu", "two_branches", "dense_net", "shared_block", "u_net", "mlp_mixer", "max_min_of_branches",
@@ -23,6 +25,21 @@ ZOO = [
     "scan_stacked", "preactivation_resnet",
 ]  # fmt: skip
 Pair = tuple[jax.Array, jax.Array]
+
+
+def advance(form: LureForm, k: int, state: Any, v: Any, *, dtype: Any) -> tuple[Any, list[Any]]:
+    """(y_k, s_{k+1}) = (W_k s_k, H_k s_k + G_k v_k) on arrays, None for zero; k = -1 takes x to s_0."""
+    cuts = state_sequence(form.program)
+    first, names = (0, (0,)) if k < 0 else (cuts[k].step, cuts[k].registers)
+    held = {} if state is None else {i: s for i, s in zip(names, state, strict=True) if s is not None}
+    seen: list[Any] = [None]
+
+    def tap(_: int, y: Any) -> Any:
+        seen[0] = y
+        return v
+
+    walk(form.program, Arrays(form, tap, dtype), held, places=range(first, cuts[k + 1].step))
+    return seen[0], [held.get(i) for i in cuts[k + 1].registers]
 
 
 @functools.cache
@@ -116,11 +133,10 @@ def live(form: LureForm, place: int) -> set[int]:
     program = form.program
     written, needed = {0}, {program.output}
     for i, step in enumerate(program.steps):
-        tap = program.taps[step] if isinstance(step, int) else None
         if i < place:
-            written.update(tap.outputs if tap else (step.output,))
+            written.update(step.outputs)
         else:
-            needed.update(tap.inputs if tap else (j for j in step.inputs if j >= 0))
+            needed.update(j for j in step.inputs if j >= 0)
     return written & needed
 
 
@@ -129,14 +145,13 @@ def test_cuts_lie_between_taps_and_are_the_narrowest_there(name: str) -> None:
     form = form_of(name)
     program, cuts = form.program, state_sequence(form.program)
     sizes = [int(np.prod(shape)) for shape in program.shapes]
-    places = [i for i, step in enumerate(program.steps) if isinstance(step, int)]
+    places = [i for i, step in enumerate(program.steps) if isinstance(step, Tap)]
     for cut, (low, high) in zip(cuts[:-1], itertools.pairwise([-1, *places]), strict=True):
         assert low < cut.step <= high
         assert set(cut.registers) == live(form, cut.step) and len(set(cut.registers)) == len(cut.registers)
         width = {p: sum(sizes[r] for r in live(form, p)) for p in range(low + 1, high + 1)}
         assert cut.width == width[cut.step] == min(width.values())
     assert cuts[-1].registers == (program.output,) and cuts[-1].width == form.num_outputs
-    assert form.states == tuple(cut.registers for cut in cuts[:-1])
 
 
 def widths(fn: Callable[[Any], Any], n: int) -> list[int]:
@@ -176,7 +191,7 @@ def test_a_bottleneck_between_taps_is_found(rng: np.random.Generator) -> None:
 def test_no_taps_and_a_constant() -> None:
     linear = lb.trace(lambda x: jnp.cumsum(x), jnp.ones(3))
     (cut,) = state_sequence(linear.program)
-    assert cut.registers == (linear.program.output,) and linear.states == ()
+    assert cut.registers == (linear.program.output,)
     _, (out,) = advance(linear, -1, [jnp.array([1.0, 2.0, 4.0])], None, dtype=jnp.float32)
     assert np.array_equal(out, [1, 3, 7])
     constant = lb.trace(lambda x: jnp.ones(2), jnp.ones(3))

@@ -198,17 +198,16 @@ def look(form: Any, xs: jax.Array, vs: jax.Array, count: Any, p: float, layers: 
 
 def direct_sources(program: Program) -> tuple[tuple[int, ...], ...]:
     """Per tap, and for the output, what it depends on without another tap between: taps, and -1 for the input."""
-    reads: dict[int, frozenset[int]] = {0: frozenset({-1})}
-    found: list[tuple[int, ...]] = [()] * len(program.taps)
-    for step in program.steps:
-        inputs = program.taps[step].inputs if isinstance(step, int) else step.inputs
-        sources = frozenset().union(*(reads.get(i, frozenset()) for i in inputs if i >= 0))
-        if isinstance(step, int):
-            found[step] = tuple(sorted(sources))
-            reads |= {register: frozenset({step}) for register in program.taps[step].outputs}
-        else:
-            reads[step.output] = sources
-    return (*found, tuple(sorted(reads.get(program.output, frozenset()))))
+    none: frozenset[int] = frozenset()
+    reads = {0: frozenset({-1})}
+    found = []
+    for place, step in enumerate(program.steps):
+        sources = none.union(*(reads.get(i, none) for i in step.reads))
+        if place in program.tap_at:
+            found.append(tuple(sorted(sources)))
+            sources = frozenset({program.tap_at[place]})
+        reads |= dict.fromkeys(step.outputs, sources)
+    return (*found, tuple(sorted(reads.get(program.output, none))))
 
 
 def layer_ratios(form: LureForm, x: jax.Array, p: float, dtype: Any) -> jax.Array:

@@ -7,7 +7,7 @@ and 0.12). So convolutions are written in that form here, with their derivatives
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from lipbounds._form.lure import LureForm, apply_op
+from lipbounds._form.program import Op
 from lipbounds._form.steps import KINDS
+from lipbounds._form.walk import Algebra
 
 _HIGHEST = lax.Precision.HIGHEST
 
@@ -52,6 +54,40 @@ def apply_batched(step: Any, fixed: Sequence[Any], stacks: Sequence[Any]) -> Any
         return apply_op(step, args)
 
     return jax.vmap(one)(*stacks)
+
+
+class Batches(Algebra[Any]):
+    """Registers as batches (count, *shape), joined to (count, entries); offsets cancel."""
+
+    def __init__(self, form: LureForm, count: int, dtype: Any) -> None:
+        self.form, self.program, self.count, self.dtype = form, form.program, count, dtype
+
+    def zeros(self, shape: Sequence[int]) -> jax.Array:
+        return jnp.zeros((self.count, *shape), self.dtype)
+
+    def step(self, place: int, op: Op, held: Mapping[int, Any]) -> Any:
+        stacks = [held[i] if i in held else self.zeros(self.program.shapes[i]) for i in op.reads]
+        return apply_batched(op, fixed_operands(self.form, op, self.dtype), stacks)
+
+    def back(self, place: int, op: Op, out: Any) -> Iterator[tuple[int, Any]]:
+        fixed = fixed_operands(self.form, op, self.dtype)
+        zeros = (self.zeros(self.program.shapes[i]) for i in op.reads)
+        return zip(op.reads, jax.vjp(lambda *m: apply_batched(op, fixed, m), *zeros)[1](out), strict=True)
+
+    def join(self, registers: Sequence[int], held: Mapping[int, Any]) -> Any:
+        sizes = ((i, self.program.sizes[i]) for i in registers)
+        parts = [held[i].reshape(self.count, -1) if i in held else self.zeros((n,)) for i, n in sizes]
+        return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+
+    def split(self, value: Any, registers: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        start = 0
+        for i in registers:
+            end = start + self.program.sizes[i]
+            yield i, value[:, start:end].reshape(self.count, *self.program.shapes[i])
+            start = end
+
+    def add(self, a: Any, b: Any) -> Any:
+        return a + b
 
 
 # --- convolutions --------------------------------------------------------------------------------------------------

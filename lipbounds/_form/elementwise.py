@@ -9,6 +9,7 @@ network has constant 1), LipSDP uses this rewriting.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -50,8 +51,7 @@ class _Rewriter:
         self.shapes: list[tuple[int, ...]] = [old.shapes[0]]
         self.places: dict[int, int] = {0: 0}
         self.levels: list[int] = [0]
-        self.steps: list[Op | int] = []
-        self.taps: list[Tap] = []
+        self.steps: list[Op | Tap] = []
         self.slopes: list[Any] = []
         self.known: dict[Any, int] = {}
         self.ramps: dict[tuple[str, int], int] = {}
@@ -81,8 +81,7 @@ class _Rewriter:
         level = self.levels[register]
         out = self.ramps[name, register] = self.register(shape, level + 1)
         size = int(np.prod(shape))
-        self.steps.append(len(self.taps))
-        self.taps.append(
+        self.steps.append(
             Tap(
                 kind="elementwise",
                 name=name,
@@ -102,21 +101,19 @@ class _Rewriter:
 
     def run(self) -> LureForm:
         old = self.form.program
+        slopes = iter(self.form.slopes)
         for step in old.steps:
-            if isinstance(step, int):
-                tap = old.taps[step]
-                if tap.groups is None:
-                    self.copy_tap(tap, self.form.slopes[step])
-                else:
-                    self.rewrite(tap)
-            else:
+            if isinstance(step, Op):
                 inputs = tuple(self.places[i] if i >= 0 else i for i in step.inputs)
                 self.places[step.output] = self.op(
                     step.kind, inputs, old.shapes[step.output], **dict(step.params)
                 )
-        program = Program(
-            tuple(self.steps), tuple(self.taps), tuple(self.shapes), self.places[old.output], old.half
-        )
+            elif step.groups is None:
+                self.copy_tap(step, next(slopes))
+            else:
+                next(slopes)
+                self.rewrite(step)
+        program = Program(tuple(self.steps), tuple(self.shapes), self.places[old.output], old.half)
         return LureForm(program, self.form.consts, tuple(self.slopes))
 
     def copy_tap(self, tap: Tap, slopes: Any) -> None:
@@ -124,9 +121,7 @@ class _Rewriter:
         level = max(self.levels[i] for i in inputs)
         outputs = tuple(self.register(shape, level + 1) for shape in tap.shapes)
         self.places.update(zip(tap.outputs, outputs, strict=True))
-        self.steps.append(len(self.taps))
-        fields = {name: getattr(tap, name) for name in tap.__dataclass_fields__}
-        self.taps.append(Tap(**fields | {"inputs": inputs, "outputs": outputs, "level": level}))
+        self.steps.append(replace(tap, inputs=inputs, outputs=outputs, level=level))
         self.slopes.append(slopes)
 
     def rewrite(self, tap: Tap) -> None:

@@ -14,7 +14,7 @@ identity). The interpreter below carries x in any wanted dtype.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from lipbounds._form.concrete import is_concrete
 from lipbounds._form.precision import half_note
 from lipbounds._form.program import Op, Program, Tap
 from lipbounds._form.steps import KINDS, StaticArray
+from lipbounds._form.walk import Algebra, walk
 from lipbounds._text.html import Html, element, together
 from lipbounds._text.tables import html_table, printable
 
@@ -119,11 +120,6 @@ class LureForm:
         )
         return out
 
-    @property
-    def states(self) -> tuple[tuple[int, ...], ...]:
-        """Per tap k, the registers of the state s_k (see `state_sequence`)."""
-        return tuple(cut.registers for cut in state_sequence(self.program)[:-1])
-
     def __repr__(self) -> str:
         taps = ", ".join(f"{printable(t.name)}[{t.size_out}]" for t in self.taps) or "none (linear)"
         return (
@@ -166,22 +162,44 @@ def apply_op(op: Op, args: Sequence[Any]) -> Any:
     return KINDS[op.kind].apply(dict(op.params), *args)
 
 
-def operands(
-    op: Op, registers: dict[int, Any], consts: Sequence[Any], shapes: Any, dtype: Any, affine: bool
-) -> Any:
-    """The arrays an op reads; offsets become zero unless `affine`. None when everything it depends on is zero."""
-    joint = KINDS[op.kind].joint
-    if all(registers.get(i) is None for i in op.inputs if i >= 0) and not affine:
-        return None
-    args = []
-    for i in op.inputs:
-        if i >= 0:
-            value = registers.get(i)
-            args.append(jnp.zeros(shapes[i], dtype) if value is None else value)
-        else:
-            const = jnp.asarray(consts[-1 - i])
-            args.append(jnp.zeros(const.shape, dtype) if joint and not affine else const.astype(dtype))
-    return args
+class Arrays(Algebra[Any]):
+    """One example as arrays of the registers' shapes; taps are a function on flat vectors.
+
+    Args:
+        tap: (k, y or None) -> v or None.
+        affine: offsets count; otherwise they are zero.
+    """
+
+    def __init__(
+        self, form: LureForm, tap: Callable[[int, Any], Any], dtype: Any, affine: bool = False
+    ) -> None:
+        self.consts, self.program = form.consts, form.program
+        self.of_tap, self.dtype, self.affine = tap, dtype, affine
+
+    def tap(self, k: int, value: Any) -> Any:
+        return self.of_tap(k, value)
+
+    def step(self, place: int, op: Op, held: Mapping[int, Any]) -> Any:
+        offset = KINDS[op.kind].joint and not self.affine
+        args = []
+        for i in op.inputs:
+            if i >= 0:
+                args.append(held[i] if i in held else jnp.zeros(self.program.shapes[i], self.dtype))
+            else:
+                const = jnp.asarray(self.consts[-1 - i])
+                args.append(jnp.zeros(const.shape, self.dtype) if offset else const.astype(self.dtype))
+        return apply_op(op, args)
+
+    def join(self, registers: Sequence[int], held: Mapping[int, Any]) -> Any:
+        zeros = ((i, self.program.sizes[i]) for i in registers)
+        return jnp.concatenate([held[i].ravel() if i in held else jnp.zeros(n, self.dtype) for i, n in zeros])
+
+    def split(self, value: Any, registers: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        start = 0
+        for i in registers:
+            end = start + self.program.sizes[i]
+            yield i, value[start:end].reshape(self.program.shapes[i])
+            start = end
 
 
 def propagate(
@@ -198,32 +216,11 @@ def propagate(
     Without `affine` offsets are dropped and None stands for zero throughout: what does not depend on a nonzero source
     is not computed. Returns the flat output, or None; a dict given as `registers` holds all registers afterwards.
     """
-    program = form.program
-    registers = {} if registers is None else registers
-    registers[0] = None if x is None else x.reshape(program.shapes[0])
-    for step in program.steps:
-        if isinstance(step, int):
-            record = program.taps[step]
-            parts = [registers.get(i) for i in record.inputs]
-            if all(part is None for part in parts):
-                y = None
-            else:
-                y = jnp.concatenate(
-                    [
-                        (jnp.zeros(program.shapes[i], dtype) if part is None else part).ravel()
-                        for i, part in zip(record.inputs, parts, strict=True)
-                    ]
-                )
-            v = tap(step, y)
-            start = 0
-            for register, shape in zip(record.outputs, record.shapes, strict=True):
-                size = int(np.prod(shape))
-                registers[register] = None if v is None else v[start : start + size].reshape(shape)
-                start += size
-        else:
-            args = operands(step, registers, form.consts, program.shapes, dtype, affine)
-            registers[step.output] = None if args is None else apply_op(step, args)
-    out = registers.get(program.output)
+    held = {} if registers is None else registers
+    if x is not None:
+        held[0] = x.reshape(form.program.shapes[0])
+    walk(form.program, Arrays(form, tap, dtype, affine), held, keep=registers is not None)
+    out = held.get(form.program.output)
     return None if out is None else out.ravel()
 
 
@@ -268,14 +265,11 @@ _MASKED = (
 
 def check_weights(form: LureForm) -> None:
     """Raises ValueError where a weight or a constant of a linear step is not finite, or a guard is NaN."""
-    in_steps = {
-        -1 - i for step in form.program.steps if not isinstance(step, int) for i in step.inputs if i < 0
-    }
     for place, leaf in enumerate(form.consts):
         if is_concrete(leaf):
             values = np.asarray(leaf, np.float64)
             # Guards of an activation may compare with infinity; NaN is never meant.
-            bad = ~np.isfinite(values) if place in in_steps else np.isnan(values)
+            bad = ~np.isfinite(values) if place in form.program.coefficients else np.isnan(values)
             if bad.any():
                 masked = "" if np.isnan(values).any() else _MASKED
                 raise ValueError(
@@ -328,61 +322,14 @@ def state_sequence(program: Program) -> tuple[Cut, ...]:
     Between cuts everything is one linear map, y_k = W_k s_k and s_{k+1} = H_k s_k + G_k v_k, so every DAG is a sequence
     of residual blocks. Cut 0 is the input or what is left of it before tap 0; the last cut is the output.
     """
-    last_use: dict[int, int] = {program.output: len(program.steps)}
-    for place, step in enumerate(program.steps):
-        inputs = program.taps[step].inputs if isinstance(step, int) else [i for i in step.inputs if i >= 0]
-        for i in inputs:
-            last_use[i] = max(last_use.get(i, -1), place)
-    born: dict[int, int] = {0: 0}
-    for place, step in enumerate(program.steps):
-        for out in program.taps[step].outputs if isinstance(step, int) else (step.output,):
-            born[out] = place + 1
-    sizes = [int(np.prod(shape)) for shape in program.shapes]
 
     def at(place: int) -> Cut:
-        alive = tuple(r for r in sorted(born) if born[r] <= place <= last_use.get(r, -1))
-        return Cut(alive, place, sum(sizes[r] for r in alive))
+        registers = program.alive(place)
+        return Cut(registers, place, sum(program.sizes[r] for r in registers))
 
-    tap_places = [place for place, step in enumerate(program.steps) if isinstance(step, int)]
     cuts, start = [], 0
-    for place in tap_places:
+    for place in program.tap_places:
         cuts.append(min((at(p) for p in range(start, place + 1)), key=lambda cut: cut.width))
         start = place + 1
-    cuts.append(Cut((program.output,), len(program.steps), sizes[program.output]))
+    cuts.append(at(len(program.steps)))
     return tuple(cuts)
-
-
-def advance(
-    form: LureForm, k: int, state: Sequence[Any] | None, v: Any, *, dtype: Any
-) -> tuple[Any, list[Any]]:
-    """The linear maps of the state sequence: (y_k, s_{k+1}) = (W_k s_k, H_k s_k + G_k v_k).
-
-    `state` and `v` are arrays with the registers' shapes, or None for zero; so are the results. k = -1 is the map from
-    x (given as the one-element state) to s_0.
-    """
-    program = form.program
-    cuts = state_sequence(program)
-    first, names = (0, (0,)) if k < 0 else (cuts[k].step, cuts[k].registers)
-    registers: dict[int, Any] = dict(zip(names, state, strict=True)) if state is not None else {}
-    y = None
-    for place in range(first, cuts[k + 1].step):
-        step = program.steps[place]
-        if isinstance(step, int):
-            tap = program.taps[step]
-            parts = [registers.get(i) for i in tap.inputs]
-            if any(part is not None for part in parts):
-                y = jnp.concatenate(
-                    [
-                        jnp.zeros(int(np.prod(program.shapes[i])), dtype) if part is None else part.ravel()
-                        for i, part in zip(tap.inputs, parts, strict=True)
-                    ]
-                )
-            start = 0
-            for register, shape in zip(tap.outputs, tap.shapes, strict=True):
-                size = int(np.prod(shape))
-                registers[register] = None if v is None else v.ravel()[start : start + size].reshape(shape)
-                start += size
-        else:
-            args = operands(step, registers, form.consts, program.shapes, dtype, affine=False)
-            registers[step.output] = None if args is None else apply_op(step, args)
-    return y, [registers.get(i) for i in cuts[k + 1].registers]

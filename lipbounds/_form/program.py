@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from lipbounds._activations.expression import Expr
 from lipbounds._form.steps import StaticArray
@@ -22,6 +25,15 @@ class Op:
     params: Params
     inputs: tuple[int, ...]
     output: int
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """Its operands that are registers."""
+        return tuple(i for i in self.inputs if i >= 0)
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        return (self.output,)
 
 
 @dataclass(frozen=True)
@@ -61,23 +73,78 @@ class Tap:
         if (self.groups is None) != (self.kind == "elementwise"):
             raise ValueError(f"a tap of kind {self.kind!r} has the wrong parts")
 
+    @property
+    def reads(self) -> tuple[int, ...]:
+        return self.inputs
+
 
 @dataclass(frozen=True)
 class Program:
     """The static part of a form: a straight list of linear steps and taps over registers; register 0 is x.
 
-    `half` names the formats narrower than float32 that x passes through, for the notes of bounds.
+    Args:
+        steps: in order; a register is written once, before it is read.
+        shapes: of the registers.
+        output: the register of z.
+        half: the formats narrower than float32 that x passes through, for the notes of bounds.
     """
 
-    steps: tuple[Op | int, ...]  # an int k stands for tap k
-    taps: tuple[Tap, ...]
-    shapes: tuple[tuple[int, ...], ...]  # of the registers
+    steps: tuple[Op | Tap, ...]
+    shapes: tuple[tuple[int, ...], ...]
     output: int
     half: tuple[str, ...] = ()
 
+    @cached_property
+    def taps(self) -> tuple[Tap, ...]:
+        """The taps in order: tap k is the k-th."""
+        return tuple(step for step in self.steps if isinstance(step, Tap))
+
+    @cached_property
+    def tap_places(self) -> tuple[int, ...]:
+        """Per tap, its place among the steps."""
+        return tuple(place for place, step in enumerate(self.steps) if isinstance(step, Tap))
+
+    @cached_property
+    def tap_at(self) -> dict[int, int]:
+        """{place: k} of the taps."""
+        return {place: k for k, place in enumerate(self.tap_places)}
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Entries of every register."""
+        return tuple(int(np.prod(shape)) for shape in self.shapes)
+
+    @cached_property
+    def written(self) -> dict[int, int]:
+        """The place of the step that writes a register; -1 for x."""
+        return {0: -1} | {r: place for place, step in enumerate(self.steps) for r in step.outputs}
+
+    @cached_property
+    def last_read(self) -> dict[int, int]:
+        """The place of the last step that reads a register; the end for the output."""
+        reads = {r: place for place, step in enumerate(self.steps) for r in step.reads}
+        return reads | {self.output: len(self.steps)}
+
+    @cached_property
+    def released(self) -> tuple[tuple[int, ...], ...]:
+        """Per place, the registers that are read there for the last time."""
+        found: list[tuple[int, ...]] = [()] * (len(self.steps) + 1)
+        for r, place in self.last_read.items():
+            found[place] += (r,)
+        return tuple(found)
+
+    @cached_property
+    def coefficients(self) -> frozenset[int]:
+        """The leaves that linear steps read; the others belong to taps."""
+        return frozenset(-1 - i for step in self.steps for i in step.inputs if i < 0)
+
+    def alive(self, place: int) -> tuple[int, ...]:
+        """The registers written before step `place` and read at or after it."""
+        return tuple(r for r, at in sorted(self.written.items()) if at < place <= self.last_read.get(r, -1))
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.steps, self.shapes, self.output))
+
     def __hash__(self) -> int:
-        try:
-            return self._hash  # type: ignore[attr-defined]
-        except AttributeError:
-            object.__setattr__(self, "_hash", hash((self.steps, self.taps, self.shapes, self.output)))
-            return self._hash  # type: ignore[attr-defined]
+        return self._hash

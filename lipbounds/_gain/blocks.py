@@ -8,18 +8,18 @@ matrices (`step_matrices`); `HostForm` multiplies them in float64 NumPy/SciPy an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 
-from lipbounds._form.lure import LureForm
+from lipbounds._form.lure import LureForm, state_sequence
 from lipbounds._form.program import Op
-from lipbounds._gain.step_matrices import StepMatrix as StepMatrix
-from lipbounds._gain.step_matrices import size_of
-from lipbounds._gain.step_matrices import step_matrices as step_matrices
+from lipbounds._form.walk import Algebra, connected, walk
+from lipbounds._gain.step_matrices import StepMatrix, step_matrices
 from lipbounds._norms import enclosures
 from lipbounds._norms.enclosures import Enclosure
 
@@ -68,246 +68,200 @@ class HostForm:
             return self.in_size if source else self.num_outputs
         return sum(taps[k].size_out if source else taps[k].size_in for k in node)
 
-    # Sweeps keep, per register, an Enclosure of (register size, width), or nothing for zero.
+    # -- sweeps ------------------------------------------------------------------------------------------------------
 
     def forward(
         self, source: Node, targets: Iterable[Node], scalings: Sequence[TapScaling]
     ) -> dict[Node, Enclosure]:
         """{target: G[target, source]} by one pass from the source; targets that it does not reach are left out."""
-        taps, wanted = self.program.taps, set(targets)
-        alive = self._leading_to(wanted, scalings)
+        wanted = set(targets)
         width = self.node_size(source, source=True)
-        registers: dict[int, Enclosure] = {}
-        if not source:
-            registers[0] = Enclosure(sp.eye_array(width, format="csr"))
-        starts = self._starts(source, lambda k: taps[k].size_out)
-        places = range(len(self.program.steps))
-        seen = self._advance(places, registers, width, scalings, starts, alive)
-        out: dict[Node, Enclosure] = {}
-        for target in wanted:
-            if not target:
-                if self.program.output in registers:
-                    out[target] = registers[self.program.output]
-            elif any(k in seen for k in target):
-                parts_ = [
-                    enclosures.scale(seen[k], rows=scalings[k].e)
-                    if k in seen
-                    else Enclosure(sp.csr_array((taps[k].size_in, width)))
-                    for k in target
-                ]
-                out[target] = enclosures.stack(parts_) if len(parts_) > 1 else parts_[0]
-        return out
-
-    def _advance(
-        self,
-        places: Iterable[int],
-        registers: dict[int, Enclosure],
-        width: int,
-        scalings: Sequence[TapScaling],
-        starts: dict[int, int],
-        alive: set[int],
-    ) -> dict[int, Enclosure]:
-        """Run the steps on `registers`, which it changes; {tap: y}. `starts`: first column of a tap's own w."""
-        seen: dict[int, Enclosure] = {}
-        uses = self._last_uses()
-        for place in places:
-            step = self.program.steps[place]
-            if isinstance(step, int):
-                tap = self.program.taps[step]
-                y = self._joined(
-                    [registers.get(i) for i in tap.inputs], [self._rows(i) for i in tap.inputs], width
-                )
-                if y is not None:
-                    seen[step] = y
-                if any(r in alive for r in tap.outputs):
-                    v = None
-                    scaling = scalings[step]
-                    if y is not None and scaling.c is not None:
-                        v = enclosures.scale(y, rows=scaling.c)
-                    if step in starts:
-                        injected = sp.csr_array(
-                            (scaling.q, (np.arange(tap.size_out), starts[step] + np.arange(tap.size_out))),
-                            shape=(tap.size_out, width),
-                        )
-                        v = Enclosure(injected) if v is None else enclosures.add(v, Enclosure(injected))
-                    self._split(v, tap.outputs, registers)
-            elif step.output in alive:
-                parts = [m.apply(registers[m.register]) for m in self.step(place) if m.register in registers]
-                if parts:
-                    registers[step.output] = enclosures.add(*parts)
-            for r in uses.get(place, ()):
-                if r != self.program.output:
-                    registers.pop(r, None)
-        return seen
-
-    def between(
-        self,
-        registers: Sequence[int],
-        ends: Sequence[int],
-        places: Sequence[int],
-        tap: int | None,
-        scalings: Sequence[TapScaling],
-    ) -> tuple[Enclosure, Enclosure | None, Enclosure | None]:
-        """(A, B, W) of the stretch `places` from the state `registers` to the state `ends` across one tap.
-
-        ends = A registers + B w and y = W registers for the tap's y and w (None without a tap): the linear maps of the
-        state sequence, with v = c y + q w put in. Shapes (d+, d), (d+, n_out), (n_in, d).
-        """
-        alive = set(range(len(self.program.shapes)))
-        passes: list[tuple[dict[int, Enclosure], int, dict[int, int]]] = []
-        for r in registers:
-            size = self._rows(r)
-            passes.append(({r: Enclosure(sp.eye_array(size, format="csr"))}, size, {}))
-        if tap is not None:
-            passes.append(({}, self.program.taps[tap].size_out, {tap: 0}))
-        arrived, inputs = [], []
-        for start, width, starts in passes:
-            held = dict(start)
-            seen = self._advance(places, held, width, scalings, starts, alive)
-            arrived.append(
-                self._joined([held.get(r) for r in ends], [self._rows(r) for r in ends], width)
-                or Enclosure(sp.csr_array((sum(self._rows(r) for r in ends), width)))
-            )
-            if tap is not None and not starts:
-                size = self.program.taps[tap].size_in
-                inputs.append(seen.get(tap, Enclosure(sp.csr_array((size, width)))))
-        if tap is None:
-            return enclosures.stack(arrived, axis=1), None, None
-        return enclosures.stack(arrived[:-1], axis=1), arrived[-1], enclosures.stack(inputs, axis=1)
+        held = {} if source else {0: Enclosure(sp.eye_array(width, format="csr"))}
+        sweep = Forward(self, width, scalings, self.leading_to(wanted, scalings), self.starts(source, True))
+        walk(self.program, sweep, held)
+        ends = ((target, sweep.at(target, held)) for target in wanted)
+        return {target: block for target, block in ends if block is not None}
 
     def backward(
         self, target: Node, sources: Iterable[Node], scalings: Sequence[TapScaling]
     ) -> dict[Node, Enclosure]:
         """{source: G[target, source]'} (transposed) by one pass back from the target."""
-        taps, wanted = self.program.taps, set(sources)
-        reached = self._coming_from(wanted, scalings)
+        wanted = set(sources)
         width = self.node_size(target, source=False)
-        registers: dict[int, Enclosure] = {}
-        if not target:
-            registers[self.program.output] = Enclosure(sp.eye_array(width, format="csr"))
-        starts = self._starts(target, lambda k: taps[k].size_in)
-        wanted_taps = {k for node in wanted for k in node}
-        seen: dict[int, Enclosure] = {}
-        for place in range(len(self.program.steps) - 1, -1, -1):
-            step = self.program.steps[place]
-            if isinstance(step, int):
-                tap, scaling = taps[step], scalings[step]
-                v = self._joined(
-                    [registers.pop(r, None) for r in tap.outputs], [self._rows(r) for r in tap.outputs], width
-                )
-                y = None
-                if v is not None:
-                    if step in wanted_taps:
-                        seen[step] = enclosures.scale(v, rows=scaling.q)
-                    if scaling.c is not None:
-                        y = enclosures.scale(v, rows=scaling.c)
-                if step in starts:
-                    start = sp.csr_array(
-                        (scaling.e, (np.arange(tap.size_in), starts[step] + np.arange(tap.size_in))),
-                        shape=(tap.size_in, width),
-                    )
-                    y = Enclosure(start) if y is None else enclosures.add(y, Enclosure(start))
-                if y is not None:
-                    begin = 0
-                    for r in tap.inputs:
-                        size = self._rows(r)
-                        if r in reached:
-                            part = y.select(rows=slice(begin, begin + size))
-                            registers[r] = enclosures.add(registers[r], part) if r in registers else part
-                        begin += size
-            elif step.output in registers:
-                out = registers.pop(step.output)
-                for m in self.step(place):
-                    if m.register in reached:
-                        part = m.transposed.apply(out)
-                        has = m.register in registers
-                        registers[m.register] = enclosures.add(registers[m.register], part) if has else part
-        result: dict[Node, Enclosure] = {}
-        for source in wanted:
-            if not source:
-                if 0 in registers:
-                    result[source] = registers[0]
-            elif any(k in seen for k in source):
-                parts = [
-                    seen[k] if k in seen else Enclosure(sp.csr_array((taps[k].size_out, width)))
-                    for k in source
-                ]
-                result[source] = enclosures.stack(parts) if len(parts) > 1 else parts[0]
-        return result
+        held = {} if target else {self.program.output: Enclosure(sp.eye_array(width, format="csr"))}
+        sweep = Backward(
+            self, width, scalings, self.coming_from(wanted, scalings), self.starts(target, False)
+        )
+        sweep.wanted = {k for node in wanted for k in node}
+        walk(self.program, sweep, held, reverse=True)
+        ends = ((source, sweep.at(source, held)) for source in wanted)
+        return {source: block for source, block in ends if block is not None}
+
+    def state_maps(
+        self, scalings: Sequence[TapScaling]
+    ) -> Iterator[tuple[Enclosure, Enclosure | None, Enclosure | None]]:
+        """(A, B, W) of the state sequence: s_0 = A x first, then s_{k+1} = A s_k + B w_k and y_k = W s_k per tap k.
+
+        v = c y + q w is put in. B and W of the first are None. Shapes (d+, d), (d+, n_out), (n_in, d).
+        """
+        cuts = state_sequence(self.program)
+        yield self._between((0,), cuts[0].registers, range(cuts[0].step), None, scalings)
+        for k, (here, there) in enumerate(itertools.pairwise(cuts)):
+            places = range(here.step, there.step)
+            yield self._between(here.registers, there.registers, places, k, scalings)
+
+    def _between(
+        self,
+        registers: Sequence[int],
+        ends: Sequence[int],
+        places: range,
+        tap: int | None,
+        scalings: Sequence[TapScaling],
+    ) -> tuple[Enclosure, Enclosure | None, Enclosure | None]:
+        everything = set(range(len(self.program.shapes)))
+
+        def arrive(held: dict[int, Enclosure], width: int, starts: dict[int, int]) -> tuple[Enclosure, Any]:
+            sweep = Forward(self, width, scalings, everything, starts)
+            walk(self.program, sweep, held, places=places)
+            sizes = [self.program.sizes[r] for r in ends]
+            return sweep.stacked([held.get(r) for r in ends], sizes) or sweep.zero(sum(sizes)), sweep.seen
+
+        arrived, inputs = [], []
+        for r in registers:
+            width = self.program.sizes[r]
+            end, seen = arrive({r: Enclosure(sp.eye_array(width, format="csr"))}, width, {})
+            arrived.append(end)
+            if tap is not None:
+                none = Enclosure(sp.csr_array((self.program.taps[tap].size_in, width)))
+                inputs.append(seen.get(tap, none))
+        whole = enclosures.stack(arrived, axis=1)
+        if tap is None:
+            return whole, None, None
+        own, _ = arrive({}, self.program.taps[tap].size_out, {tap: 0})
+        return whole, own, enclosures.stack(inputs, axis=1)
 
     # -- which registers matter ---------------------------------------------------------------------------------------
 
-    def _rows(self, register: int) -> int:
-        return size_of(self.program.shapes[register])
+    def starts(self, node: Node, source: bool) -> dict[int, int]:
+        """{tap: its first entry} of a node's taps."""
+        sizes = [self.node_size((k,), source=source) for k in node]
+        return dict(zip(node, itertools.accumulate([0, *sizes]), strict=False))
 
-    @staticmethod
-    def _starts(node: Node, size: Any) -> dict[int, int]:
-        starts, total = {}, 0
-        for k in node:
-            starts[k] = total
-            total += size(k)
-        return starts
+    def leading_to(self, targets: Iterable[Node], scalings: Sequence[TapScaling]) -> set[int]:
+        """Registers that influence one of the targets (through centres, where these are not zero)."""
+        targets = set(targets)
+        ends = {k for node in targets for k in node}
+        start = {self.program.output} if () in targets else ()
+        return connected(self.program, start, ends, lambda k: scalings[k].c is not None, reverse=True)
 
-    @staticmethod
-    def _joined(parts: list[Enclosure | None], rows: list[int], width: int) -> Enclosure | None:
+    def coming_from(self, sources: Iterable[Node], scalings: Sequence[TapScaling]) -> set[int]:
+        """Registers that one of the sources influences."""
+        sources = set(sources)
+        begins = {k for node in sources for k in node}
+        start = {0} if () in sources else ()
+        return connected(self.program, start, begins, lambda k: scalings[k].c is not None)
+
+
+class _Sweep(Algebra[Enclosure]):
+    """Registers as enclosures of (register size, width), in `alive` alone; w (in reverse y) of the taps in `starts` is
+    put into the columns from their start on."""
+
+    def __init__(
+        self,
+        host: HostForm,
+        width: int,
+        scalings: Sequence[TapScaling],
+        alive: set[int],
+        starts: dict[int, int],
+    ) -> None:
+        self.host, self.program, self.width = host, host.program, width
+        self.scalings, self.alive, self.starts = scalings, alive, starts
+        self.seen: dict[int, Enclosure] = {}
+
+    def zero(self, rows: int) -> Enclosure:
+        return Enclosure(sp.csr_array((rows, self.width)))
+
+    def join(self, registers: Sequence[int], held: Mapping[int, Enclosure]) -> Enclosure:
+        whole = self.stacked([held.get(r) for r in registers], [self.program.sizes[r] for r in registers])
+        assert whole is not None
+        return whole
+
+    def split(self, value: Enclosure, registers: Sequence[int]) -> Iterator[tuple[int, Enclosure]]:
+        begin = 0
+        for r in registers:
+            end = begin + self.program.sizes[r]
+            if r in self.alive:
+                yield r, value if len(registers) == 1 else value.select(rows=slice(begin, end))
+            begin = end
+
+    def add(self, a: Enclosure, b: Enclosure) -> Enclosure:
+        return enclosures.add(a, b)
+
+    def own(self, k: int, through: Enclosure | None, factors: np.ndarray) -> Enclosure | None:
+        """`through`, with diag(factors) added in the columns of tap k where it is a start."""
+        if k not in self.starts:
+            return through
+        rows = np.arange(factors.size)
+        entries = (factors, (rows, self.starts[k] + rows))
+        begun = Enclosure(sp.csr_array(entries, shape=(factors.size, self.width)))
+        return begun if through is None else enclosures.add(through, begun)
+
+    def stacked(self, parts: Sequence[Enclosure | None], sizes: Sequence[int]) -> Enclosure | None:
+        """Blocks below each other, None for zero."""
         if all(part is None for part in parts):
             return None
-        if len(parts) == 1:
-            return parts[0]
-        return enclosures.stack(
-            [
-                Enclosure(sp.csr_array((n, width))) if part is None else part
-                for part, n in zip(parts, rows, strict=True)
-            ]
+        whole = [self.zero(n) if part is None else part for part, n in zip(parts, sizes, strict=True)]
+        return enclosures.stack(whole) if len(whole) > 1 else whole[0]
+
+
+class Forward(_Sweep):
+    """G from a source. `seen`: {tap: y}."""
+
+    def step(self, place: int, op: Op, held: Mapping[int, Enclosure]) -> Enclosure | None:
+        if op.output not in self.alive:
+            return None
+        parts = [m.apply(held[m.register]) for m in self.host.step(place) if m.register in held]
+        return enclosures.add(*parts) if parts else None
+
+    def tap(self, k: int, value: Enclosure | None) -> Enclosure | None:
+        if value is not None:
+            self.seen[k] = value
+        if not any(r in self.alive for r in self.program.taps[k].outputs):
+            return None
+        c, q = self.scalings[k].c, self.scalings[k].q
+        return self.own(k, None if value is None or c is None else enclosures.scale(value, rows=c), q)
+
+    def at(self, target: Node, held: Mapping[int, Enclosure]) -> Enclosure | None:
+        """G[target, source] after the walk; None for zero."""
+        if not target:
+            return held.get(self.program.output)
+        ends = [
+            enclosures.scale(self.seen[k], rows=self.scalings[k].e) if k in self.seen else None
+            for k in target
+        ]
+        return self.stacked(ends, [self.program.taps[k].size_in for k in target])
+
+
+class Backward(_Sweep):
+    """G' from a target. `seen`: {tap: its part of G'} of the taps `wanted`."""
+
+    wanted: set[int]
+
+    def back(self, place: int, op: Op, out: Enclosure) -> Iterator[tuple[int, Enclosure]]:
+        for m in self.host.step(place):
+            if m.register in self.alive:
+                yield m.register, m.transposed.apply(out)
+
+    def tap(self, k: int, value: Enclosure | None) -> Enclosure | None:
+        c, q, e = self.scalings[k].c, self.scalings[k].q, self.scalings[k].e
+        if value is not None and k in self.wanted:
+            self.seen[k] = enclosures.scale(value, rows=q)
+        return self.own(k, None if value is None or c is None else enclosures.scale(value, rows=c), e)
+
+    def at(self, source: Node, held: Mapping[int, Enclosure]) -> Enclosure | None:
+        """G[target, source]' after the walk; None for zero."""
+        if not source:
+            return held.get(0)
+        return self.stacked(
+            [self.seen.get(k) for k in source], [self.program.taps[k].size_out for k in source]
         )
-
-    def _split(self, v: Enclosure | None, outputs: Sequence[int], registers: dict[int, Enclosure]) -> None:
-        if v is None:
-            return
-        if len(outputs) == 1:
-            registers[outputs[0]] = v
-            return
-        begin = 0
-        for r in outputs:
-            size = self._rows(r)
-            registers[r] = v.select(rows=slice(begin, begin + size))
-            begin += size
-
-    def _last_uses(self) -> dict[int, list[int]]:
-        last: dict[int, int] = {}
-        for place, step in enumerate(self.program.steps):
-            for i in self.program.taps[step].inputs if isinstance(step, int) else step.inputs:
-                if i >= 0:
-                    last[i] = place
-        uses: dict[int, list[int]] = {}
-        for register, place in last.items():
-            uses.setdefault(place, []).append(register)
-        return uses
-
-    def _leading_to(self, targets: set[Node], scalings: Sequence[TapScaling]) -> set[int]:
-        """Registers that influence one of the targets (through centres, where these are not zero)."""
-        alive = {self.program.output} if () in targets else set()
-        ends = {k for node in targets for k in node}
-        for step in reversed(self.program.steps):
-            if isinstance(step, int):
-                tap = self.program.taps[step]
-                through = scalings[step].c is not None and any(r in alive for r in tap.outputs)
-                if step in ends or through:
-                    alive.update(tap.inputs)
-            elif step.output in alive:
-                alive.update(i for i in step.inputs if i >= 0)
-        return alive
-
-    def _coming_from(self, sources: set[Node], scalings: Sequence[TapScaling]) -> set[int]:
-        """Registers that one of the sources influences."""
-        reached = {0} if () in sources else set()
-        begins = {k for node in sources for k in node}
-        for step in self.program.steps:
-            if isinstance(step, int):
-                tap = self.program.taps[step]
-                through = scalings[step].c is not None and any(r in reached for r in tap.inputs)
-                if step in begins or through:
-                    reached.update(tap.outputs)
-            elif any(i in reached for i in step.inputs if i >= 0):
-                reached.add(step.output)
-        return reached

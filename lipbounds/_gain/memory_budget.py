@@ -17,8 +17,8 @@ import numpy as np
 import scipy.sparse as sp
 
 from lipbounds._form.program import Op
-from lipbounds._gain.blocks import HostForm, Node, TapScaling
-from lipbounds._gain.step_matrices import size_of
+from lipbounds._form.walk import walk
+from lipbounds._gain.blocks import Forward, HostForm, Node, TapScaling
 from lipbounds._norms import banded_cholesky, enclosures
 from lipbounds._norms.enclosures import Enclosure
 from lipbounds._norms.rounding import mul_up
@@ -130,11 +130,11 @@ class Budget:
 # --- forming a block within a budget -------------------------------------------------------------------------------
 
 
-class _TooLarge(Exception):
+class TooLarge(Exception):
     pass
 
 
-class _Watched(dict[int, Enclosure]):
+class Watched(dict[int, Enclosure]):
     """Registers of a sweep that know how many bytes they hold at most."""
 
     def __init__(self, limit: float) -> None:
@@ -145,7 +145,7 @@ class _Watched(dict[int, Enclosure]):
         super().__setitem__(register, value)
         self.peak = max(self.peak, sum(_bytes(m) for m in self.values()))
         if self.peak > self.limit:
-            raise _TooLarge
+            raise TooLarge
 
 
 def _bytes(m: Enclosure) -> int:
@@ -162,32 +162,20 @@ def _columns(
     limit: float,
 ) -> tuple[Enclosure, int]:
     """(G[target, source] in the columns `chosen`, bytes that its sweep held)."""
-    taps, width = host.program.taps, chosen.size
-    registers = _Watched(limit)
-    place = np.arange(width)
+    width, place = chosen.size, np.arange(chosen.size)
+    sweep = Forward(host, width, scalings, host.leading_to([target], scalings), {})
+    held = Watched(limit)
     if not source:
-        eye = sp.csr_array((np.ones(width), (chosen, place)), shape=(host.in_size, width))
-        registers[0] = Enclosure(eye)
-    begin = 0
-    for k in source:
+        held[0] = Enclosure(sp.csr_array((np.ones(width), (chosen, place)), shape=(host.in_size, width)))
+    for k, begin in host.starts(source, True).items():
         q = scalings[k].q
         mine = (chosen >= begin) & (chosen < begin + q.size)
         rows = chosen[mine] - begin
-        start = sp.csr_array((q[rows], (rows, place[mine])), shape=(q.size, width))
-        host._split(Enclosure(start), taps[k].outputs, registers)
-        begin += q.size
-    alive = host._leading_to({target}, scalings)
-    seen = host._advance(range(len(host.program.steps)), registers, width, scalings, {}, alive)
-    if not target:
-        none = Enclosure(sp.csr_array((host.num_outputs, width)))
-        return registers.get(host.program.output, none), registers.peak
-    parts = [
-        enclosures.scale(seen[k], rows=scalings[k].e)
-        if k in seen
-        else Enclosure(sp.csr_array((taps[k].size_in, width)))
-        for k in target
-    ]
-    return (enclosures.stack(parts) if len(parts) > 1 else parts[0]), registers.peak
+        start = Enclosure(sp.csr_array((q[rows], (rows, place[mine])), shape=(q.size, width)))
+        for register, part in sweep.split(start, host.program.taps[k].outputs):
+            held[register] = part
+    walk(host.program, sweep, held)
+    return sweep.at(target, held) or sweep.zero(host.node_size(target, source=False)), held.peak
 
 
 def formed(
@@ -200,7 +188,7 @@ def formed(
     it grows beyond the budget.
     """
     m, n = host.node_size(target, source=False), host.node_size(source, source=True)
-    largest = max(size_of(shape) for shape in host.program.shapes)
+    largest = max(host.program.sizes)
     if 8 * 3 * min(m, n) * largest <= limit // 2:
         if n <= m:
             whole = host.forward(source, [target], scalings).get(target)
@@ -223,7 +211,7 @@ def formed(
             held += _bytes(block)
             if 3 * held > limit:
                 return None, f"about {show(3 * held * n / min(lo + width, n))}"
-    except _TooLarge:
+    except TooLarge:
         return None, f"more than {show(limit)}"
     return enclosures.stack(slices, axis=1), ""
 
@@ -304,21 +292,20 @@ def convolution(
     if any(f.size == 0 or f.min() != f.max() for f in factors):
         return None
     ends = set(taps[source[0]].outputs) if source else {0}
-    makers = {step.output: place for place, step in enumerate(host.program.steps) if isinstance(step, Op)}
-    reached = host._coming_from({source}, scalings)
+    reached = host.coming_from({source}, scalings)
     register = taps[target[0]].inputs[0]
     bound, need = None, 0
     while register not in ends:
-        if register not in makers:
+        op = host.program.steps[host.program.written[register]] if register else None
+        if not isinstance(op, Op):
             return None
-        place = makers[register]
+        place = host.program.written[register]
         parts = [part for part in host.step(place) if part.register in reached]
         if len(parts) != 1:
             return None
         (part,) = parts
         if part.rows is None:
-            op = host.program.steps[place]
-            if part.bound is None or bound is not None or not isinstance(op, Op):
+            if part.bound is None or bound is not None:
                 return None
             bound, need = part.bound, _transform_bytes(host, op)
         elif np.bincount(part.rows[part.rows >= 0]).max(initial=0) > 1:

@@ -12,7 +12,7 @@ one, so a block never goes without a bound.
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,8 +23,10 @@ import scipy.sparse as sp
 
 from lipbounds._form.lure import LureForm, propagate
 from lipbounds._form.program import Op
+from lipbounds._form.walk import Algebra, walk
 from lipbounds._gain import memory_budget
-from lipbounds._gain.blocks import HostForm, Node, StepMatrix, TapScaling
+from lipbounds._gain.blocks import Forward, HostForm, Node, TapScaling
+from lipbounds._gain.step_matrices import StepMatrix
 from lipbounds._norms import enclosures
 from lipbounds._norms import matrices as norms
 from lipbounds._norms.enclosures import Enclosure
@@ -74,7 +76,7 @@ def wide_norm(
     for way in ways:
         try:
             found = way()
-        except (ValueError, memory_budget._TooLarge, MemoryError):
+        except (ValueError, memory_budget.TooLarge, MemoryError):
             continue
         if found is not None:
             return found
@@ -87,7 +89,7 @@ def cut_norm(
     """A verified bound through a narrow cut; None where there is no such cut, no memory for it, or no tight proof."""
     try:
         return _by_cut(host, *pair, scalings, limit)
-    except (ValueError, memory_budget._TooLarge, MemoryError):
+    except (ValueError, memory_budget.TooLarge, MemoryError):
         return None
 
 
@@ -101,25 +103,16 @@ def narrow_cut(
 
     The narrowest set that halves the smaller side of the block, of at most `WIDEST_CUT` entries; else None.
     """
-    steps = host.program.steps
-    reached = host._coming_from({source}, scalings) & host._leading_to({target}, scalings)
-    ends = {k: place for place, k in enumerate(steps) if isinstance(k, int)}
-    first = max((ends[k] + 1 for k in source), default=0)
-    last = min((ends[k] for k in target), default=len(steps))
-    written = {0: -1}
-    used: dict[int, int] = {host.program.output: len(steps)}
-    for place, step in enumerate(steps):
-        tap = host.program.taps[step] if isinstance(step, int) else None
-        for r in tap.outputs if tap is not None else (step.output,) if isinstance(step, Op) else ():
-            written[r] = place
-        for r in tap.inputs if tap is not None else step.inputs if isinstance(step, Op) else ():
-            used[r] = max(used.get(r, -1), place)
+    program = host.program
+    reached = host.coming_from([source], scalings) & host.leading_to([target], scalings)
+    first = max((program.tap_places[k] + 1 for k in source), default=0)
+    last = min((program.tap_places[k] for k in target), default=len(program.steps))
     least = min(host.node_size(source, source=True), host.node_size(target, source=False)) // 2
     best: tuple[int, list[int]] | None = None
     smallest = min(least, WIDEST_CUT) + 1
     for place in range(first, last + 1):
-        across = sorted(r for r in reached if written[r] < place <= used.get(r, -1))
-        width = sum(host._rows(r) for r in across)
+        across = [r for r in program.alive(place) if r in reached]
+        width = sum(program.sizes[r] for r in across)
         if across and width < smallest:
             smallest, best = width, (place, across)
     return best
@@ -133,30 +126,23 @@ def _by_cut(
     if cut is None:
         return None
     place, registers = cut
-    sizes = [host._rows(r) for r in registers]
-    width, columns = sum(sizes), host.node_size(source, source=True)
+    width = sum(host.program.sizes[r] for r in registers)
+    columns = host.node_size(source, source=True)
     need = 4 * 8 * width * (columns + host.node_size(target, source=False))
     if need > limit:
         return None
-    taps, alive = host.program.taps, host._leading_to({target}, scalings)
-    held = memory_budget._Watched(limit)
+    alive, held = host.leading_to([target], scalings), memory_budget.Watched(limit)
     if not source:
         held[0] = Enclosure(sp.eye_array(columns, format="csr"))
-    starts = host._starts(source, lambda k: taps[k].size_out)
-    host._advance(range(place), held, columns, scalings, starts, alive)
-    v = host._joined([held.get(r) for r in registers], sizes, columns)
-    held = memory_budget._Watched(limit)
-    begin = 0
-    for r, size in zip(registers, sizes, strict=True):
-        entries = (np.ones(size), (np.arange(size), begin + np.arange(size)))
-        held[r] = Enclosure(sp.csr_array(entries, shape=(size, width)))
-        begin += size
-    seen = host._advance(range(place, len(host.program.steps)), held, width, scalings, {}, alive)
-    if target:
-        ends = [enclosures.scale(seen[k], rows=scalings[k].e) if k in seen else None for k in target]
-        u = host._joined(ends, [taps[k].size_in for k in target], width)
-    else:
-        u = held.get(host.program.output)
+    front = Forward(host, columns, scalings, alive, host.starts(source, True))
+    walk(host.program, front, held, places=range(place))
+    v = front.join(registers, held) if any(r in held for r in registers) else None
+    back = Forward(host, width, scalings, alive, {})
+    held = memory_budget.Watched(limit)
+    for r, part in back.split(Enclosure(sp.eye_array(width, format="csr")), registers):
+        held[r] = part
+    walk(host.program, back, held, places=range(place, len(host.program.steps)))
+    u = back.at(target, held)
     if u is None or v is None:
         return Bound(0.0, "verified", "no path")
     value, guess = product_norm(u, v)
@@ -275,36 +261,63 @@ def product_rounding(
     Raises:
         ValueError: weights that a device may take for zero.
     """
-    program, alive = host.program, host._leading_to({target}, scalings)
+    program = host.program
     # The transposed product sums what comes back to a register from all steps that read it.
-    uses = 2 + max(collections.Counter(r for s in program.steps for r in _reads(host, s)).values(), default=1)
-    held: dict[int, _Path] = {} if source else {0: _Path(1.0, 0.0, 0.0)}
-    arrived = []
-    for place, step in enumerate(program.steps):
-        if isinstance(step, int):
-            tap, scaling = program.taps[step], scalings[step]
-            y = _together([held[r] for r in tap.inputs if r in held])
-            if step in target:
-                arrived.append(y.scaled(scaling.e, uses))
-            terms = [_Path(1.0, 0.0, 0.0).scaled(scaling.q, uses)] if step in source else []
-            if scaling.c is not None:
-                terms.append(y.scaled(scaling.c, uses))
-            if terms:
-                held.update(dict.fromkeys(tap.outputs, _together(terms)))
-        elif step.output in alive:
-            parts = [m for m in host.step(place) if m.register in held]
-            through = []
-            for m in parts:
-                if _may_vanish(m.matrix):
-                    raise ValueError("the network has weights that the device may flush to zero")
-                wrong = mul_up(add_up(gamma(m.terms + len(parts) + uses), 2.0 * m.relerr), m.absolute_norm)
-                lost = UNDERFLOW * 8.0 * (m.terms + 1) * sum(m.matrix.shape)
-                norm = _norm_of_step(host, place, m, failure)
-                through.append(held[m.register].through(norm, wrong, lost))
-            if through:
-                held[step.output] = _together(through)
+    uses = 2 + max(collections.Counter(r for s in program.steps for r in s.reads).values(), default=1)
+    arrived: list[_Path] = []
+
+    def through(place: int, parts: list[StepMatrix], held: Mapping[int, _Path]) -> Iterator[_Path]:
+        for m in parts:
+            if _may_vanish(m.matrix):
+                raise ValueError("the network has weights that the device may flush to zero")
+            wrong = mul_up(add_up(gamma(m.terms + len(parts) + uses), 2.0 * m.relerr), m.absolute_norm)
+            lost = UNDERFLOW * 8.0 * (m.terms + 1) * sum(m.matrix.shape)
+            yield held[m.register].through(_norm_of_step(host, place, m, failure), wrong, lost)
+
+    def tap(k: int, y: _Path | None) -> _Path | None:
+        scaling = scalings[k]
+        if y is not None and k in target:
+            arrived.append(y.scaled(scaling.e, uses))
+        terms = [_Path(1.0, 0.0, 0.0).scaled(scaling.q, uses)] if k in source else []
+        if y is not None and scaling.c is not None:
+            terms.append(y.scaled(scaling.c, uses))
+        return _together(terms) if terms else None
+
+    sizes = _Sizes(host, host.leading_to([target], scalings), _together, _together, through, tap)
+    held = walk(program, sizes, {} if source else {0: _Path(1.0, 0.0, 0.0)})
     end = _together(arrived) if target else held.get(program.output, _Path(0.0, 0.0, 0.0))
     return add_up(end.error, end.back)
+
+
+class _Sizes(Algebra[Any]):
+    """A bound per register (the same for all outputs of a tap), from those of the steps, in the registers `alive`.
+
+    Args:
+        total: adds the parts of one step; joined: bounds registers side by side.
+        through: the parts of the step at a place, given its matrices and the registers.
+        tap: as in `Algebra`.
+    """
+
+    def __init__(
+        self, host: HostForm, alive: set[int], total: Any, joined: Any, through: Any, tap: Any
+    ) -> None:
+        self.host, self.alive, self.total, self.joined, self.through = host, alive, total, joined, through
+        self.of_tap = tap
+
+    def tap(self, k: int, value: Any) -> Any:
+        return self.of_tap(k, value)
+
+    def step(self, place: int, op: Op, held: Mapping[int, Any]) -> Any:
+        if op.output not in self.alive:
+            return None
+        parts = [m for m in self.host.step(place) if m.register in held]
+        return self.total(list(self.through(place, parts, held))) if parts else None
+
+    def join(self, registers: Sequence[int], held: Mapping[int, Any]) -> Any:
+        return self.joined([held[r] for r in registers if r in held])
+
+    def split(self, value: Any, registers: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        return ((r, value) for r in registers)
 
 
 class _Path(NamedTuple):
@@ -329,10 +342,6 @@ class _Path(NamedTuple):
 
 def _together(paths: Sequence[_Path]) -> _Path:
     return _Path(*(add_up(*(path[i] for path in paths)) for i in range(3)))
-
-
-def _reads(host: HostForm, step: Op | int) -> Sequence[int]:
-    return host.program.taps[step].inputs if isinstance(step, int) else [i for i in step.inputs if i >= 0]
 
 
 def _may_vanish(matrix: Any) -> bool:
@@ -381,22 +390,26 @@ def _by_proof(
 
 def product_of_steps(host: HostForm, source: Node, target: Node, scalings: Sequence[TapScaling]) -> float:
     """||G[target, source]|| <= the product (and sum) of the norms of the steps between, a bound per register."""
-    alive = host._leading_to({target}, scalings)
-    size: dict[int, float] = {} if source else {0: 1.0}
     arrived: list[float] = []
-    for place, step in enumerate(host.program.steps):
-        if isinstance(step, int):
-            tap, scaling = host.program.taps[step], scalings[step]
-            y = norms.frobenius_norm(np.array([[size.get(r, 0.0) for r in tap.inputs]]))
-            if step in target:
-                arrived.append(mul_up(float(scaling.e.max(initial=0.0)), y))
-            terms = [mul_up(float(scaling.q.max(initial=0.0)), 1.0)] if step in source else []
-            if scaling.c is not None:
-                terms.append(mul_up(float(np.abs(scaling.c).max(initial=0.0)), y))
-            size.update(dict.fromkeys(tap.outputs, add_up(*terms)))
-        elif step.output in alive:
-            parts = [mul_up(m.norm, size[m.register]) for m in host.step(place) if size.get(m.register)]
-            size[step.output] = add_up(*parts)
-    if not target:
-        return size.get(host.program.output, 0.0)
-    return norms.frobenius_norm(np.array([arrived]))
+
+    def tap(k: int, y: float | None) -> float | None:
+        scaling = scalings[k]
+        if y is not None and k in target:
+            arrived.append(mul_up(float(scaling.e.max(initial=0.0)), y))
+        terms = [float(scaling.q.max(initial=0.0))] if k in source else []
+        if y is not None and scaling.c is not None:
+            terms.append(mul_up(float(np.abs(scaling.c).max(initial=0.0)), y))
+        return add_up(*terms) if terms else None
+
+    def through(place: int, parts: list[StepMatrix], held: Mapping[int, float]) -> list[float]:
+        return [mul_up(m.norm, held[m.register]) for m in parts]
+
+    sizes = _Sizes(
+        host, host.leading_to([target], scalings), lambda parts: add_up(*parts), _length, through, tap
+    )
+    held = walk(host.program, sizes, {} if source else {0: 1.0})
+    return _length(arrived) if target else held.get(host.program.output, 0.0)
+
+
+def _length(parts: list[float]) -> float:
+    return norms.frobenius_norm(np.array([parts]))

@@ -200,7 +200,7 @@ def _prepare(
     form: LureForm, front_state: Any, place: int, dtype: Any
 ) -> tuple[jax.Array, jax.Array, list[Run], Any, jax.Array]:
     """(Sigma_0, exponent, runs, state of the front, whether all is finite); zeros where not all is finite."""
-    read = {-1 - i for step in form.program.steps if not isinstance(step, int) for i in step.inputs if i < 0}
+    read = form.program.coefficients
     weights = [form.consts[i] for i in sorted(read) if jnp.issubdtype(form.consts[i].dtype, jnp.inexact)]
     good = _finite((weights, form.slopes))
     consts = tuple(

@@ -6,6 +6,7 @@ is (H = 0) or reads the state as it is (W = I) that is known before any number i
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lipbounds._form.batched_steps import apply_batched, fixed_operands
+from lipbounds._form.batched_steps import Batches, apply_batched, fixed_operands
 from lipbounds._form.concrete import is_concrete
 from lipbounds._form.elementwise import elementwise_view
-from lipbounds._form.lure import LureForm, flat_slopes, state_sequence
+from lipbounds._form.lure import Cut, LureForm, flat_slopes, state_sequence
+from lipbounds._form.program import Op
+from lipbounds._form.walk import walk
 
 _THINNEST = 1e-6  # radius relative to the centre below which a neuron counts as this wide
 
@@ -114,110 +117,81 @@ def ratio(stage: Stage) -> jax.Array:
 # --- from one cut to the next --------------------------------------------------------------------------------------
 
 
+class _Columns(Batches):
+    """Registers as batches of columns (columns, *shape), or `_Identity`; joined they are a matrix (rows, columns).
+
+    `y` is what arrives at a tap, and nothing passes one.
+    """
+
+    y: Any = None
+
+    def stack(self, i: int, held: Mapping[int, Any]) -> Any:
+        if i not in held:
+            return self.zeros(self.program.shapes[i])
+        return held[i].stack(self.dtype) if isinstance(held[i], _Identity) else held[i]
+
+    def step(self, place: int, op: Op, held: Mapping[int, Any]) -> Any:
+        fixed, shapes = fixed_operands(self.form, op, self.dtype), self.program.shapes
+        if len(op.reads) == 1 and isinstance(held[op.reads[0]], _Identity):
+            known = _of_identity(op, fixed, shapes[op.reads[0]], shapes[op.output])
+            if known is not None:
+                return known
+        return apply_batched(op, fixed, [self.stack(i, held) for i in op.reads])
+
+    def join(self, registers: Sequence[int], held: Mapping[int, Any]) -> Any:
+        if len(registers) == 1 and isinstance(held[registers[0]], _Identity):
+            return _Identity((self.count,))
+        rows = [self.stack(i, held).reshape(self.count, -1).T for i in registers]
+        return jnp.concatenate(rows) if len(rows) > 1 else rows[0]
+
+    def tap(self, k: int, value: Any) -> None:
+        self.y = value
+
+    def reach(self, held: dict[int, Any], first: int, end: Cut) -> Any:
+        """The state at a cut after the steps from `first` on; None for zero."""
+        walk(self.program, self, held, places=range(first, end.step))
+        return self.join(end.registers, held) if any(i in held for i in end.registers) else None
+
+
 def _block(view: LureForm, k: int, dtype: Any) -> tuple[Any, Any]:
     """(H, W) of tap k with v = 0; for k = -1 (A_0, None). _Identity only as A_0, W is None for it, and H for zero."""
-    shapes, cuts = view.program.shapes, state_sequence(view.program)
+    program, cuts = view.program, state_sequence(view.program)
     first, names = (0, (0,)) if k < 0 else (cuts[k].step, cuts[k].registers)
-    columns, inputs = [], []
+    blocks, inputs = [], []
     for name in names:
-        y, registers = _advance(view, k, first, {name: _Identity(shapes[name])}, dtype)
-        width = int(np.prod(shapes[name]))
-        columns.append(
-            _joined(
-                [registers.get(i) for i in cuts[k + 1].registers], cuts[k + 1].registers, width, view, dtype
-            )
-        )
+        columns = _Columns(view, program.sizes[name], dtype)
+        blocks.append(columns.reach({name: _Identity(program.shapes[name])}, first, cuts[k + 1]))
         if k >= 0:
-            inputs.append(y if y is not None else jnp.zeros((view.taps[k].size_in, width), dtype))
+            inputs.append(columns.zeros((view.taps[k].size_in,)).T if columns.y is None else columns.y)
     if k < 0:
-        return columns[0], None
+        return blocks[0], None
     H = None
-    if any(block is not None for block in columns):
-        widths = [int(np.prod(shapes[name])) for name in names]
-        blocks = [
+    if any(block is not None for block in blocks):
+        widths = [program.sizes[name] for name in names]
+        whole = [
             jnp.zeros((cuts[k + 1].width, width), dtype) if b is None else _dense(b, dtype)
-            for b, width in zip(columns, widths, strict=True)
+            for b, width in zip(blocks, widths, strict=True)
         ]
-        H = jnp.concatenate(blocks, axis=1)
-    whole = len(inputs) == 1 and isinstance(inputs[0], _Identity)
-    W = None if whole else jnp.concatenate([_dense(y, dtype) for y in inputs], axis=1)
+        H = jnp.concatenate(whole, axis=1)
+    unchanged = len(inputs) == 1 and isinstance(inputs[0], _Identity)
+    W = None if unchanged else jnp.concatenate([_dense(y, dtype) for y in inputs], axis=1)
     return H, W
 
 
 def _from_tap(view: LureForm, k: int, dtype: Any) -> jax.Array:
     """G (d+, n) of tap k."""
-    tap, cuts = view.taps[k], state_sequence(view.program)
-    given: dict[int, Any] = {}
+    tap, end = view.taps[k], state_sequence(view.program)[k + 1]
+    columns = _Columns(view, tap.size_out, dtype)
     if len(tap.outputs) == 1:
-        given[tap.outputs[0]] = _Identity(tap.shapes[0])
+        given: dict[int, Any] = {tap.outputs[0]: _Identity(tap.shapes[0])}
     else:
-        eye, start = jnp.eye(tap.size_out, dtype=dtype), 0
-        for register, shape in zip(tap.outputs, tap.shapes, strict=True):
-            size = int(np.prod(shape))
-            given[register] = eye[:, start : start + size].reshape(tap.size_out, *shape)
-            start += size
-    place = view.program.steps.index(k) + 1
-    _, registers = _advance(view, k, place, given, dtype)
-    after = cuts[k + 1]
-    out = _joined([registers.get(i) for i in after.registers], after.registers, tap.size_out, view, dtype)
-    return jnp.zeros((after.width, tap.size_out), dtype) if out is None else _dense(out, dtype)
+        given = dict(columns.split(jnp.eye(tap.size_out, dtype=dtype), tap.outputs))
+    out = columns.reach(given, view.program.tap_places[k] + 1, end)
+    return columns.zeros((end.width,)).T if out is None else _dense(out, dtype)
 
 
 def _dense(block: Any, dtype: Any) -> jax.Array:
     return jnp.eye(int(np.prod(block.shape)), dtype=dtype) if isinstance(block, _Identity) else block
-
-
-def _joined(parts: list[Any], names: Any, width: int, view: LureForm, dtype: Any) -> Any:
-    """Batches of registers below each other as one matrix (rows, width); None for zero."""
-    if all(part is None for part in parts):
-        return None
-    if len(parts) == 1 and isinstance(parts[0], _Identity):
-        return _Identity((width,))
-    rows = []
-    for part, name in zip(parts, names, strict=True):
-        if part is None:
-            rows.append(jnp.zeros((int(np.prod(view.program.shapes[name])), width), dtype))
-        else:
-            stack = part.stack(dtype) if isinstance(part, _Identity) else part
-            rows.append(stack.reshape(width, -1).T)
-    return jnp.concatenate(rows) if len(rows) > 1 else rows[0]
-
-
-def _advance(
-    view: LureForm, k: int, first: int, registers: dict[int, Any], dtype: Any
-) -> tuple[Any, dict[int, Any]]:
-    """(y_k as a matrix or None, registers): the steps from `first` to the next cut, on batches (columns, *shape)."""
-    program = view.program
-    shapes = program.shapes
-    (width,) = {_columns(batch) for batch in registers.values()}
-    y = None
-    for place in range(first, state_sequence(program)[k + 1].step):
-        step = program.steps[place]
-        if isinstance(step, int):
-            tap = program.taps[step]
-            y = _joined([registers.get(i) for i in tap.inputs], tap.inputs, width, view, dtype)
-            continue
-        moving = [i for i in step.inputs if i >= 0]
-        if all(registers.get(i) is None for i in moving):
-            continue
-        fixed = fixed_operands(view, step, dtype)
-        if len(moving) == 1 and isinstance(registers[moving[0]], _Identity):
-            known = _of_identity(step, fixed, shapes[moving[0]], shapes[step.output])
-            if known is not None:
-                registers[step.output] = known
-                continue
-        stacks = []
-        for i in moving:
-            batch = registers.get(i)
-            if batch is None:
-                batch = jnp.zeros((width, *shapes[i]), dtype)
-            stacks.append(batch.stack(dtype) if isinstance(batch, _Identity) else batch)
-        registers[step.output] = apply_batched(step, fixed, stacks)
-    return y, registers
-
-
-def _columns(batch: Any) -> int:
-    return int(np.prod(batch.shape)) if isinstance(batch, _Identity) else batch.shape[0]
 
 
 def _of_identity(step: Any, fixed: list[Any], shape: tuple[int, ...], out: tuple[int, ...]) -> Any:

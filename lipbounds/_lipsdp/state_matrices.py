@@ -10,7 +10,6 @@ multiplier, and the others are linear or without effect.
 
 from __future__ import annotations
 
-import itertools
 import math
 import weakref
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ import numpy as np
 
 from lipbounds._form.elementwise import elementwise_view
 from lipbounds._form.lure import LureForm, state_sequence
-from lipbounds._form.program import Op, Program
+from lipbounds._form.program import Op, Program, Tap
 from lipbounds._form.steps import StaticArray
 from lipbounds._norms.cholesky import TINY, gram, nonzeros_per_row
 from lipbounds._norms.enclosures import Enclosure
@@ -65,10 +64,6 @@ class Sequence:
         """Widths of the states, the output last."""
         return (self.start.shape[0], *(segment.A.shape[0] for segment in self.segments))
 
-    @property
-    def num_multipliers(self) -> int:
-        return sum(segment.active.size for segment in self.segments)
-
 
 _HYBRID: weakref.WeakKeyDictionary[LureForm, dict[tuple[int, Request], Any]] = weakref.WeakKeyDictionary()
 _KEPT: weakref.WeakKeyDictionary[LureForm, Sequence] = weakref.WeakKeyDictionary()
@@ -87,16 +82,10 @@ def sequence(form: LureForm) -> Sequence:
 def _sequence(view: LureForm) -> Sequence:
     host = recursion.host_form(view)
     scalings = recursion.loop_transform(view, 2, centred=True)
-    cuts = state_sequence(view.program)
-    start, _, _ = host.between((0,), cuts[0].registers, range(cuts[0].step), None, scalings)
+    (start, _, _), *maps = host.state_maps(scalings)
     segments = []
-    for k, (here, there) in enumerate(itertools.pairwise(cuts)):
-        places = range(here.step, there.step)
-        a, b, w = (
-            m.dense()
-            for m in host.between(here.registers, there.registers, places, k, scalings)
-            if m is not None
-        )
+    for k, found in enumerate(maps):
+        a, b, w = (m.dense() for m in found if m is not None)
         radius, c = scalings[k].q, scalings[k].c
         active = np.flatnonzero((radius > 0) & w.support(axis=1) & b.support(axis=0))
         centre = np.zeros(active.size) if c is None else np.abs(c[active])
@@ -123,11 +112,11 @@ def split(form: LureForm, k: int) -> tuple[LureForm, LureForm]:
     """
     program = form.program
     cut = state_sequence(program)[k]
-    sizes = [int(np.prod(program.shapes[r])) for r in cut.registers]
+    sizes = [program.sizes[r] for r in cut.registers]
     width = sum(sizes)
 
     shapes = list(program.shapes)
-    steps: list[Op | int] = list(program.steps[: cut.step])
+    steps = list(program.steps[: cut.step])
     flat = []
     for register, size in zip(cut.registers, sizes, strict=True):
         shapes.append((size,))
@@ -135,25 +124,21 @@ def split(form: LureForm, k: int) -> tuple[LureForm, LureForm]:
         steps.append(Op("reshape", (("shape", (size,)),), (register,), flat[-1]))
     shapes.append((width,))
     steps.append(Op("concatenate", (("dimension", 0),), tuple(flat), len(shapes) - 1))
-    front = Program(tuple(steps), program.taps[:k], tuple(shapes), len(shapes) - 1, program.half)
+    front = Program(tuple(steps), tuple(shapes), len(shapes) - 1, program.half)
 
-    later: list[Op | int] = []
+    later: list[Op | Tap] = []
     begin = 0
     for register, size in zip(cut.registers, sizes, strict=True):  # register r of the form is r + 1 here
         index = np.arange(begin, begin + size, dtype=np.int32).reshape(program.shapes[register])
         later.append(Op("take", (("index", StaticArray(index)),), (0,), register + 1))
         begin += size
     for step in program.steps[cut.step :]:
-        if isinstance(step, int):
-            later.append(step - k)
-        else:
-            inputs = tuple(i + 1 if i >= 0 else i for i in step.inputs)
+        inputs = tuple(i + 1 if i >= 0 else i for i in step.inputs)
+        if isinstance(step, Op):
             later.append(replace(step, inputs=inputs, output=step.output + 1))
-    taps = tuple(
-        replace(tap, inputs=tuple(i + 1 for i in tap.inputs), outputs=tuple(i + 1 for i in tap.outputs))
-        for tap in program.taps[k:]
-    )
-    tail = Program(tuple(later), taps, ((width,), *program.shapes), program.output + 1, program.half)
+        else:
+            later.append(replace(step, inputs=inputs, outputs=tuple(i + 1 for i in step.outputs)))
+    tail = Program(tuple(later), ((width,), *program.shapes), program.output + 1, program.half)
     return (
         LureForm(front, form.consts, form.slopes[:k]),
         LureForm(tail, form.consts, form.slopes[k:]),

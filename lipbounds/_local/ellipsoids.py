@@ -16,7 +16,6 @@ Cholesky. M and C are scaled by D^-1/2 first, which makes M well conditioned.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +24,7 @@ import numpy as np
 from scipy.linalg.lapack import dpotrf, dpotrs
 
 from lipbounds._activations.slopes_on_intervals import anchored_slopes, pair_slopes
-from lipbounds._form.lure import LureForm, proved_slopes, state_sequence
+from lipbounds._form.lure import LureForm, proved_slopes
 from lipbounds._form.steps import StaticArray
 from lipbounds._gain.blocks import TapScaling
 from lipbounds._lipsdp.tap_proof import is_identity, prove_psd
@@ -112,11 +111,9 @@ def stages(view: LureForm) -> tuple[Matrix, tuple[Stage, ...]]:
     """(A_0, stages) of an elementwise view; s_0 = A_0 x."""
     host = recursion.host_form(view)
     plain = [TapScaling(None, np.ones(tap.size_out), np.ones(tap.size_in)) for tap in view.taps]
-    cuts = state_sequence(view.program)
-    start, _, _ = host.between((0,), cuts[0].registers, range(cuts[0].step), None, plain)
+    (start, _, _), *maps = host.state_maps(plain)
     made = []
-    for k, (here, there) in enumerate(itertools.pairwise(cuts)):
-        h, g, w = host.between(here.registers, there.registers, range(here.step, there.step), k, plain)
+    for k, (h, g, w) in enumerate(maps):
         assert g is not None and w is not None
         lives_on = bool(h.support(axis=0).any())
         both = enclosures.stack([w.dense(), h.dense()]) if lives_on else w

@@ -28,7 +28,7 @@ from threadpoolctl import threadpool_limits
 from lipbounds._form.elementwise import elementwise_view
 from lipbounds._form.inputs import Box
 from lipbounds._form.lure import LureForm
-from lipbounds._gain.memory_budget import _TooLarge
+from lipbounds._gain.memory_budget import TooLarge
 from lipbounds._gain.wide_blocks import LIMIT
 from lipbounds._lipsdp import proof
 from lipbounds._lipsdp.state_matrices import WIDEST, first_tap, hybrid_start, split
@@ -132,7 +132,7 @@ def bounded(
             around = Around(form, norm, x, guarantee=guarantee, seed=seed, box=box, way=name)
             ran.append(around)
             use(around)
-        except (*FAILURES, _TooLarge) as error:
+        except (*FAILURES, TooLarge) as error:
             failed.append((name, error))
     if len(failed) == len(names):
         raise failed[0][1]

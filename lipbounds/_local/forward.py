@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +12,9 @@ import numpy as np
 from lipbounds._activations import activations
 from lipbounds._activations import intervals as I
 from lipbounds._form.lure import LureForm, multiplicity, proved_slopes
-from lipbounds._form.program import Tap
+from lipbounds._form.program import Op, Tap
 from lipbounds._form.steps import KINDS, StaticArray
+from lipbounds._form.walk import Algebra, walk
 from lipbounds._gain.blocks import HostForm
 from lipbounds._norms.cholesky import nonzeros_per_row
 from lipbounds._norms.rounding import U, gamma
@@ -53,8 +55,7 @@ def logits(form: LureForm, x: np.ndarray, seen: Seen | None = None) -> tuple[np.
     with delta_k the error made since the last taps and eta_j that of evaluating tap j.
     """
     host = recursion.host_form(form)
-    widest = max(int(np.prod(shape)) for shape in form.program.shapes)
-    step = max(1, _CHUNK // max(widest, 1))
+    step = max(1, _CHUNK // max(1, *form.program.sizes))
     carried = carriers(form)
     z = np.zeros((len(x), form.num_outputs))
     error = np.zeros(len(x))
@@ -74,65 +75,78 @@ def logits(form: LureForm, x: np.ndarray, seen: Seen | None = None) -> tuple[np.
 def _run(
     form: LureForm, host: HostForm, carried: dict[tuple[int, int], float], x: np.ndarray, seen: Seen
 ) -> tuple[np.ndarray, np.ndarray]:
-    program, count = form.program, len(x)
-    values: dict[int, np.ndarray] = {0: x.T}
-    errors: dict[int, np.ndarray] = {0: np.zeros_like(x.T)}
-    total: dict[int, np.ndarray] = {}
-    evaluation: dict[int, np.ndarray] = {}
+    rounded = _Rounded(form, host, carried, len(x), seen)
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        held = walk(form.program, rounded, {0: (x.T, np.zeros_like(x.T))})
+        z, error = held[form.program.output]
+        return z.T, rounded.gather(-1, error)
 
+
+class _Rounded(Algebra[tuple[np.ndarray, np.ndarray]]):
+    """Registers as columns (entries, N) of values and bounds of their rounding error since the last taps."""
+
+    affine = True
+
+    def __init__(
+        self, form: LureForm, host: HostForm, carried: dict[tuple[int, int], float], count: int, seen: Seen
+    ) -> None:
+        self.form, self.host, self.program, self.carried, self.seen = form, host, form.program, carried, seen
+        self.count = count
+        self.total: dict[int, np.ndarray] = {}
+        self.evaluation: dict[int, np.ndarray] = {}
+
+    @staticmethod
     def length(entries: np.ndarray) -> np.ndarray:
         top = np.maximum(entries.max(axis=0, initial=0.0), 1e-300)
         return top * np.sqrt(np.square(entries / top).sum(axis=0)) * (1 + gamma(len(entries) + 8))
 
-    def gather(target: int, delta: np.ndarray) -> np.ndarray:
+    def gather(self, target: int, delta: np.ndarray) -> np.ndarray:
         """t_k per example."""
-        t = length(delta)
-        for j, tap in enumerate(program.taps):
-            if (target, j) in carried and j in total:
-                slope = _largest_slope(form, j, tap)
-                t = t + carried[target, j] * (slope * total[j] + evaluation[j])
-        return t * (1 + gamma(4 * len(program.taps) + 8))
+        t = self.length(delta)
+        for j, tap in enumerate(self.form.taps):
+            if (target, j) in self.carried and j in self.total:
+                slope = _largest_slope(self.form, j, tap)
+                t = t + self.carried[target, j] * (slope * self.total[j] + self.evaluation[j])
+        return t * (1 + gamma(4 * len(self.form.taps) + 8))
 
-    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        for place, step in enumerate(program.steps):
-            if isinstance(step, int):
-                tap = program.taps[step]
-                y = np.concatenate([values[i] for i in tap.inputs])
-                delta = np.concatenate([errors[i] for i in tap.inputs])
-                scale = np.sqrt(multiplicity(tap))[:, None] * (1 + 4 * U)
-                total[step] = gather(step, delta * scale)
-                seen.append((y.T, total[step]))
-                v, eta = _apply(host, tap, y)
-                evaluation[step] = length(eta)
-                begin = 0
-                for register in tap.outputs:
-                    size = int(np.prod(program.shapes[register]))
-                    values[register] = v[begin : begin + size]
-                    errors[register] = np.zeros((size, count))
-                    begin += size
-                continue
-            out = np.zeros((int(np.prod(program.shapes[step.output])), count))
-            error = np.zeros_like(out)
-            offset = _offset(host, step, program.shapes)
-            if offset is not None:
-                out, error = out + offset[0][:, None], error + offset[1][:, None]
-            for m in host.step(place):
-                value, wrong = values[m.register], errors[m.register]
-                if m.rows is not None and (m.rows >= 0).all():
-                    product, spread = value[m.rows], wrong[m.rows]
-                else:
-                    size = abs(m.matrix)
-                    terms = nonzeros_per_row(m.matrix)
-                    product = m.matrix @ value
-                    spread = size @ (
-                        wrong * (1 + 2 * m.relerr) + np.abs(value) * (gamma(terms + 1) + m.relerr)
-                    )
-                    spread = spread * (1 + gamma(terms + 4)) + terms * 2.0**-1022
-                out = out + product
-                error = (error + spread + np.abs(out) * U) * (1 + 4 * U)
-            values[step.output], errors[step.output] = out, error
-        z = values[program.output]
-        return z.T, gather(-1, errors[program.output])
+    def step(self, place: int, op: Op, held: Mapping[int, Any]) -> tuple[np.ndarray, np.ndarray]:
+        out, error = (np.zeros((self.program.sizes[op.output], self.count)) for _ in range(2))
+        offset = _offset(self.host, op, self.program.shapes)
+        if offset is not None:
+            out, error = out + offset[0][:, None], error + offset[1][:, None]
+        for m in self.host.step(place):
+            value, wrong = held[m.register]
+            if m.rows is not None and (m.rows >= 0).all():
+                product, spread = value[m.rows], wrong[m.rows]
+            else:
+                terms = nonzeros_per_row(m.matrix)
+                product = m.matrix @ value
+                spread = abs(m.matrix) @ (
+                    wrong * (1 + 2 * m.relerr) + np.abs(value) * (gamma(terms + 1) + m.relerr)
+                )
+                spread = spread * (1 + gamma(terms + 4)) + terms * 2.0**-1022
+            out = out + product
+            error = (error + spread + np.abs(out) * U) * (1 + 4 * U)
+        return out, error
+
+    def tap(self, k: int, value: Any) -> tuple[np.ndarray, np.ndarray]:
+        (y, delta), tap = value, self.form.taps[k]
+        self.total[k] = self.gather(k, delta * (np.sqrt(multiplicity(tap))[:, None] * (1 + 4 * U)))
+        self.seen.append((y.T, self.total[k]))
+        v, eta = _apply(self.host, tap, y)
+        self.evaluation[k] = self.length(eta)
+        return v, np.zeros_like(v)
+
+    def join(self, registers: Sequence[int], held: Mapping[int, Any]) -> tuple[np.ndarray, np.ndarray]:
+        values, errors = zip(*(held[i] for i in registers), strict=True)
+        return np.concatenate(values), np.concatenate(errors)
+
+    def split(self, value: Any, registers: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        begin = 0
+        for i in registers:
+            end = begin + self.program.sizes[i]
+            yield i, (value[0][begin:end], value[1][begin:end])
+            begin = end
 
 
 def _offset(host: HostForm, step: Any, shapes: Any) -> tuple[np.ndarray, np.ndarray] | None:

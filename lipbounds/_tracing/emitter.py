@@ -34,8 +34,7 @@ class Emitter:
         self.registers: dict[int, int] = {lowering.flat.input.index: 0}
         self.shapes: list[tuple[int, ...]] = [lowering.flat.input.shape]
         self.levels: list[int] = [0]
-        self.steps: list[Op | int] = []
-        self.taps: list[Tap] = []
+        self.steps: list[Op | Tap] = []
         self.leaves: list[Any] = []
         self.leaf_places: dict[tuple[str, Any], int] = {}
         self.slopes: list[Any] = []
@@ -79,9 +78,7 @@ class Emitter:
         else:
             last = self.register(output, output.shape, 0)
             self.steps.append(Op("constant", (), (-1 - self.leaf(output),), last))
-        program = Program(
-            tuple(self.steps), tuple(self.taps), tuple(self.shapes), last, self.low.half_formats()
-        )
+        program = Program(tuple(self.steps), tuple(self.shapes), last, self.low.half_formats())
         return program, tuple(self.leaves), tuple(self.slopes), self.registers
 
     def emit_linear(self, part: Linear, eqn: Eqn, value: Value) -> None:
@@ -147,8 +144,8 @@ class Emitter:
     ) -> None:
         level = max(self.levels[s] for s in sources)
         outputs = tuple(self.register(v, v.shape, level + 1) for v in values)
-        self.steps.append(len(self.taps))
         shapes = tuple(v.shape for v in values)
-        tap = Tap(path=eqn.path, inputs=sources, outputs=outputs, shapes=shapes, level=level, **fields)
-        self.taps.append(tap)
+        self.steps.append(
+            Tap(path=eqn.path, inputs=sources, outputs=outputs, shapes=shapes, level=level, **fields)
+        )
         self.slopes.append(slopes)

@@ -15,9 +15,11 @@ import numpy as np
 from lipbounds._activations import activations
 from lipbounds._form.concrete import is_concrete
 from lipbounds._form.inputs import check_box
-from lipbounds._form.lure import LureForm, apply_op, check_weights
+from lipbounds._form.lure import Arrays, LureForm, apply_op, check_weights
 from lipbounds._form.precision import TOO_NARROW, half_or_wider
+from lipbounds._form.program import Op
 from lipbounds._form.steps import KINDS
+from lipbounds._form.walk import walk
 from lipbounds._text.calls import usual_floats
 from lipbounds._tracing.flat import Flat
 from lipbounds._tracing.jaxpr import flatten
@@ -410,45 +412,44 @@ def _check_rows(call: Function, params: Any, spec: jax.ShapeDtypeStruct, form: L
         raise UnsupportedError((item,))
 
 
+class _Marks(Arrays):
+    """1 where an entry depends on a marked entry of the input, by the structure of the program alone."""
+
+    def __init__(self, form: LureForm, dtype: Any) -> None:
+        self.taps = form.taps
+        super().__init__(form, self.mark, dtype, affine=True)
+
+    def mark(self, k: int, y: Any) -> Any:
+        groups, kind = self.taps[k].groups, self.taps[k].kind
+        if groups is None:
+            return y
+        rows = y[groups.array].max(axis=1)
+        if kind != "sort":
+            return rows
+        return jnp.zeros(self.taps[k].size_out, y.dtype).at[groups.array].set(rows[:, None])
+
+    def step(self, place: int, op: Op, held: Mapping[int, Any]) -> Any:
+        joint = KINDS[op.kind].joint
+        args = []
+        for i in op.inputs:
+            if i >= 0:
+                args.append(held[i])
+            else:
+                const = jnp.asarray(self.consts[-1 - i])
+                args.append((jnp.zeros_like(const) if joint else const != 0).astype(self.dtype))
+        if op.kind == "sub":
+            out = jnp.add(*args)
+        elif op.kind == "neg":
+            out = args[0]
+        elif op.kind == "div":
+            out = jnp.broadcast_to(args[0], jnp.broadcast_shapes(args[0].shape, args[1].shape))
+        else:
+            out = apply_op(op, args)
+        return (out > 0).astype(self.dtype)
+
+
 @jax.jit
 def _reach(form: LureForm, mask: jax.Array) -> jax.Array:
     """1 where an entry of the output depends on the marked entries of the input (structurally)."""
-    program = form.program
-    registers: dict[int, jax.Array] = {0: mask}
-    for step in program.steps:
-        if isinstance(step, int):
-            tap = program.taps[step]
-            y = jnp.concatenate([registers[i].ravel() for i in tap.inputs])
-            if tap.groups is None:
-                v = y
-            else:
-                rows = y[tap.groups.array].max(axis=1)
-                v = rows
-                if tap.kind == "sort":
-                    v = jnp.zeros(tap.size_out, y.dtype).at[tap.groups.array].set(rows[:, None])
-            start = 0
-            for register, shape in zip(tap.outputs, tap.shapes, strict=True):
-                size = int(np.prod(shape))
-                registers[register] = v[start : start + size].reshape(shape)
-                start += size
-            continue
-        joint = KINDS[step.kind].joint
-        args = []
-        for i in step.inputs:
-            if i >= 0:
-                args.append(registers[i])
-            else:
-                const = jnp.asarray(form.consts[-1 - i]).astype(mask.dtype)
-                args.append(
-                    jnp.zeros_like(const) if joint else jnp.where(const == 0, 0, 1).astype(mask.dtype)
-                )
-        if step.kind == "sub":
-            out = jnp.add(*args)
-        elif step.kind == "neg":
-            out = args[0]
-        elif step.kind == "div":
-            out = jnp.broadcast_to(args[0], jnp.broadcast_shapes(args[0].shape, args[1].shape))
-        else:
-            out = apply_op(step, args)
-        registers[step.output] = (out > 0).astype(mask.dtype)
-    return registers[program.output].ravel()
+    held = walk(form.program, _Marks(form, mask.dtype), {0: mask})
+    return held[form.program.output].ravel()

@@ -10,6 +10,7 @@ The output rows are K vector-Jacobian products in chunks small enough for a proc
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -21,7 +22,8 @@ import numpy as np
 from lipbounds._form.batched_steps import apply_batched, fixed_operands
 from lipbounds._form.concrete import is_concrete
 from lipbounds._form.lure import LureForm, flat_slopes, multiplicity
-from lipbounds._form.program import Program
+from lipbounds._form.program import Op, Program
+from lipbounds._form.walk import Algebra, connected, walk
 from lipbounds._triangle.output_rows import Scalings, row_grams
 
 Pair = tuple[int, int]  # (source, target) taps; source -1 is the input
@@ -66,30 +68,12 @@ class Plan:
 @lru_cache(maxsize=256)
 def plan(program: Program, centred: bool) -> Plan:
     taps = program.taps
-    through = [centred and tap.groups is None for tap in taps]
 
-    def reached(source: int) -> set[int]:
-        found = {0} if source < 0 else set()
-        for step in program.steps:
-            if isinstance(step, int):
-                if step == source or (through[step] and any(i in found for i in taps[step].inputs)):
-                    found.update(taps[step].outputs)
-            elif any(i in found for i in step.inputs if i >= 0):
-                found.add(step.output)
-        return found
+    def through(k: int) -> bool:
+        return centred and taps[k].groups is None
 
-    def leading(target: int) -> set[int]:
-        found: set[int] = {program.output} if target < 0 else set()
-        for step in reversed(program.steps):
-            if isinstance(step, int):
-                if step == target or (through[step] and any(o in found for o in taps[step].outputs)):
-                    found.update(taps[step].inputs)
-            elif step.output in found:
-                found.update(i for i in step.inputs if i >= 0)
-        return found
-
-    from_ = {j: reached(j) for j in range(-1, len(taps))}
-    to = {k: leading(k) for k in range(len(taps))}
+    from_ = {j: connected(program, {0} if j < 0 else (), (j,), through) for j in range(-1, len(taps))}
+    to = {k: connected(program, (), (k,), through, reverse=True) for k in range(len(taps))}
     pairs = [
         (j, k)
         for j in range(-1, len(taps))
@@ -136,10 +120,6 @@ def _larger(a: Any, b: Any) -> Any:
     return jnp.maximum(jnp.abs(a), jnp.abs(b))
 
 
-def _section(a: Any, start: int, size: int) -> Any:
-    return a[start : start + size] if a.ndim else a
-
-
 # --- all blocks at once --------------------------------------------------------------------------------------------
 
 
@@ -162,68 +142,83 @@ def _pick(
     return padded[np.array(rows)]
 
 
+class _Blocks(Algebra[Any]):
+    """Vectors of all blocks at once. A register holds a batch with one row for each of its `alive` blocks; joined, a
+    tap's inputs are (blocks, rows), and its outputs (tap, blocks and rows of y, rows of w)."""
+
+    def __init__(
+        self, form: LureForm, layout: Plan, scalings: Scalings, given: dict[int, Any], dtype: Any
+    ) -> None:
+        self.form, self.program, self.layout, self.scalings = form, form.program, layout, scalings
+        self.given, self.dtype, self.alive = given, dtype, layout.alive
+        self.out: dict[int, jax.Array] = {}
+
+    def pick(self, register: int, held: Mapping[int, Any], want: tuple[int, ...]) -> Any:
+        shape = self.program.shapes[register]
+        return _pick(held.get(register), self.alive[register], want, shape, self.dtype)
+
+    def step(self, place: int, op: Op, held: Mapping[int, Any]) -> Any:
+        want = self.alive[op.output]
+        if not want:
+            return None
+        stacks = [self.pick(i, held, want) for i in op.reads]
+        return apply_batched(op, fixed_operands(self.form, op, self.dtype), stacks)
+
+    def join(self, registers: Sequence[int], held: Mapping[int, Any]) -> Any:
+        arriving = tuple(sorted({p for i in registers for p in self.alive[i]}))
+        parts = [self.pick(i, held, arriving).reshape(len(arriving), -1) for i in registers]
+        return arriving, jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+
+    def tap(self, k: int, value: Any) -> Any:
+        arriving, y = value or ((), None)
+        _, q, e = self.scalings[k]
+        ends = tuple(p for p in arriving if self.layout.pairs[p][1] == k)
+        if ends:
+            ended = _pick(y, arriving, ends, (self.program.taps[k].size_in,), self.dtype)
+            self.out[k] = ended if e is None else e * ended
+        return k, arriving, y, self.given[k][0] * q if k in self.given else None
+
+    def split(self, value: Any, registers: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        k, arriving, y, begun = value
+        c, start = self.scalings[k][0], 0
+        for register in registers:
+            want, size = self.alive[register], self.program.sizes[register]
+            part = slice(start, start + size)
+            start += size
+            if not want:
+                continue
+            pieces: list[Any] = []
+            order: tuple[int, ...] = ()
+            passing = tuple(p for p in want if self.layout.pairs[p][0] != k)
+            if passing:
+                piece = _pick(y, arriving, passing, (y.shape[1],), self.dtype)[:, part]
+                pieces.append(piece * (c[part] if c.ndim else c))
+                order = passing
+            if len(passing) < len(want):
+                pieces.append(begun[:, part])
+                order = (*order, *self.given[k][1])
+            joined = jnp.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+            shape = self.program.shapes[register]
+            yield register, _pick(joined, order, want, (size,), self.dtype).reshape(len(want), *shape)
+
+
 def all_blocks(
     form: LureForm, layout: Plan, scalings: Scalings, vectors: tuple[jax.Array, ...]
 ) -> dict[int, jax.Array]:
     """{target k: G[k, j] u_p for its blocks p = (j, k), by source, (blocks, n_k)}: linear in the vectors."""
-    program = form.program
     dtype = vectors[0].dtype
-    shapes, alive, pairs = program.shapes, layout.alive, layout.pairs
     given = {
         j: (batch, tuple(range(first, last)))
         for (j, first, last), batch in zip(layout.groups, vectors, strict=True)
     }
-    batches: dict[int, Any] = {}
-    if alive[0]:
+    blocks = _Blocks(form, layout, scalings, given, dtype)
+    held, first = {}, layout.alive[0]
+    if first:
         batch, names = given[-1]
-        batches[0] = _pick(batch, names, alive[0], (form.in_size,), dtype).reshape(len(alive[0]), *shapes[0])
-    out: dict[int, jax.Array] = {}
-    for step in program.steps:
-        if isinstance(step, int):
-            tap, (c, q, e) = program.taps[step], scalings[step]
-            arriving = tuple(sorted({p for i in tap.inputs for p in alive[i]}))
-            y = None
-            if arriving:
-                parts = [
-                    _pick(batches.get(i), alive[i], arriving, shapes[i], dtype).reshape(len(arriving), -1)
-                    for i in tap.inputs
-                ]
-                y = jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
-                ends = tuple(p for p in arriving if pairs[p][1] == step)
-                if ends:
-                    ended = _pick(y, arriving, ends, (tap.size_in,), dtype)
-                    out[step] = ended if e is None else e * ended
-            begun = None
-            if step in given:
-                batch, names = given[step]
-                begun = batch * q
-            start = 0
-            for register, shape in zip(tap.outputs, tap.shapes, strict=True):
-                size = int(np.prod(shape))
-                want = alive[register]
-                if want:
-                    pieces = []
-                    order: tuple[int, ...] = ()
-                    passing = tuple(p for p in want if pairs[p][0] != step)
-                    if passing:
-                        assert y is not None and c is not None
-                        piece = _pick(y, arriving, passing, (tap.size_in,), dtype)[:, start : start + size]
-                        pieces.append(piece * _section(c, start, size))
-                        order = passing
-                    if any(pairs[p][0] == step for p in want):
-                        assert begun is not None
-                        pieces.append(begun[:, start : start + size])
-                        order = (*order, *names)
-                    joined = jnp.concatenate(pieces) if len(pieces) > 1 else pieces[0]
-                    batches[register] = _pick(joined, order, want, (size,), dtype).reshape(len(want), *shape)
-                start += size
-            continue
-        want = alive[step.output]
-        if not want:
-            continue
-        stacks = [_pick(batches.get(i), alive[i], want, shapes[i], dtype) for i in step.inputs if i >= 0]
-        batches[step.output] = apply_batched(step, fixed_operands(form, step, dtype), stacks)
-    return out
+        whole = _pick(batch, names, first, (form.in_size,), dtype)
+        held[0] = whole.reshape(len(first), *form.program.shapes[0])
+    walk(form.program, blocks, held)
+    return blocks.out
 
 
 def _lengths(v: jax.Array) -> jax.Array:

@@ -11,18 +11,19 @@ forward once, on the cotangents.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lipbounds._form.batched_steps import apply_batched, fixed_operands
+from lipbounds._form.batched_steps import Batches, apply_batched
 from lipbounds._form.concrete import is_concrete
 from lipbounds._form.lure import LureForm
 from lipbounds._form.program import Op, Program
 from lipbounds._form.steps import KINDS
+from lipbounds._form.walk import walk
 
 #: (c, q, e) per tap: v = c y + q w and ||w|| <= ||e y||; None is zero for c and one for e.
 Scalings = tuple[tuple[Any, Any, Any], ...]
@@ -68,35 +69,26 @@ def row_grams(form: LureForm, sources: tuple[int, ...], scalings: Scalings, dtyp
 def _neck(program: Program) -> tuple[int, tuple[Op, ...]]:
     """(register, steps from it to the output): the narrowest register that everything passes before the output, with
     linear steps of one register after it; the output itself unless another has fewer entries than it has."""
-    writers = {step.output: step for step in program.steps if not isinstance(step, int)}
     neck = place = program.output
     steps: tuple[Op, ...] = ()
     passed: tuple[Op, ...] = ()
-    while place in writers:
-        step = writers[place]
-        before = [i for i in step.inputs if i >= 0]
-        if len(before) != 1:
+    while place:
+        step = program.steps[program.written[place]]
+        if not isinstance(step, Op) or len(step.reads) != 1:
             break
-        place, passed = before[0], (*passed, step)
-        if np.prod(program.shapes[place]) < np.prod(program.shapes[neck]):
+        place, passed = step.reads[0], (*passed, step)
+        if program.sizes[place] < program.sizes[neck]:
             neck, steps = place, passed
     return neck, steps
 
 
 def _through(form: LureForm, tail: tuple[Op, ...], seeds: jax.Array) -> jax.Array:
     """Rows over the outputs taken back to rows over the neck, through the steps of `_neck` (last step first)."""
+    batches = Batches(form, len(seeds), seeds.dtype)
     rows = seeds.reshape(-1, *form.program.shapes[form.program.output])
     for step in tail:
-        (rows,) = _pull(form, step, rows)
+        ((_, rows),) = batches.back(0, step, rows)
     return rows.reshape(seeds.shape[0], -1)
-
-
-def _pull(form: LureForm, step: Op, out: jax.Array) -> tuple[jax.Array, ...]:
-    """The transpose of a linear step on a batch of its outputs: one batch per operand that is a register."""
-    shapes = [form.program.shapes[i] for i in step.inputs if i >= 0]
-    fixed = fixed_operands(form, step, out.dtype)
-    zeros = (jnp.zeros((out.shape[0], *shape), out.dtype) for shape in shapes)
-    return jax.vjp(lambda *m: apply_batched(step, fixed, m), *zeros)[1](out)
 
 
 def _grams(
@@ -198,7 +190,7 @@ def _places(form: LureForm, scalings: Scalings, moving: set[int]) -> Places:
     """`form` and `scalings` hold the numbers of their leaves. Offsets cancel, so joint steps have none."""
     ops = {}
     for step in form.program.steps:
-        if not isinstance(step, int) and not KINDS[step.kind].joint:
+        if isinstance(step, Op) and not KINDS[step.kind].joint:
             for i in step.inputs:
                 if i < 0 and form.consts[-1 - i] in moving:
                     ops[step.output] = form.consts[-1 - i]
@@ -210,25 +202,32 @@ def _places(form: LureForm, scalings: Scalings, moving: set[int]) -> Places:
     return Places(ops, taps)
 
 
-def _join(registers: Batch, names: tuple[int, ...], form: LureForm, batch: int, dtype: Any) -> Any:
-    """The registers side by side, (batch, entries); None if all are zero."""
-    if not any(i in registers for i in names):
-        return None
-    parts = [
-        registers[i].reshape(batch, -1) if i in registers else jnp.zeros((batch, size), dtype)
-        for i, size in ((i, int(np.prod(form.program.shapes[i]))) for i in names)
-    ]
-    return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+class _Back(Batches):
+    """From the neck to the sources; keeps the registers at `places`."""
 
+    def __init__(
+        self, form: LureForm, scalings: Scalings, divisors: dict[int, Any], places: Places, seeds: jax.Array
+    ) -> None:
+        super().__init__(form, len(seeds), seeds.dtype)
+        self.scalings, self.divisors, self.places = scalings, divisors, places
+        self.found: dict[int, jax.Array] = {}
+        self.kept_ops: Batch = {}
+        self.kept_taps: Batch = {}
 
-def _split(v: Any, names: tuple[int, ...], form: LureForm) -> Batch:
-    out, start = {}, 0
-    for i in names:
-        shape = form.program.shapes[i]
-        size = int(np.prod(shape))
-        out[i] = v[:, start : start + size].reshape(v.shape[0], *shape)
-        start += size
-    return out
+    def back(self, place: int, op: Op, out: Any) -> Iterator[tuple[int, Any]]:
+        if op.output in self.places.ops:
+            self.kept_ops[op.output] = out
+        return super().back(place, op, out)
+
+    def tap(self, k: int, value: Any) -> Any:
+        if value is None:
+            return None
+        c, q, _ = self.scalings[k]
+        if k in self.places.taps:
+            self.kept_taps[k] = value
+        if k in self.divisors:
+            self.found[k] = q / self.divisors[k] * value
+        return None if c is None else c * value
 
 
 def _run_back(
@@ -241,42 +240,56 @@ def _run_back(
     sizes: Sequence[Any] | None = None,
 ) -> tuple[list[jax.Array], Any]:
     """(seeds G[neck, j] / s_j for every source j, the registers at `places`) by the program run backward."""
-    divisors = dict(zip(sources, sizes, strict=True)) if sizes is not None else {}
-    program, (batch, dtype) = form.program, (seeds.shape[0], seeds.dtype)
-    registers: Batch = {neck: seeds.reshape(batch, *program.shapes[neck])}
-    found: dict[int, jax.Array] = {}
-    kept_ops: Batch = {}
-    kept_taps: Batch = {}
+    divisors = dict(zip(sources, sizes or [1] * len(sources), strict=True))
+    back = _Back(form, scalings, divisors, places, seeds)
+    held = walk(form.program, back, {neck: seeds.reshape(-1, *form.program.shapes[neck])}, reverse=True)
+    if 0 in held and -1 in divisors:
+        back.found[-1] = held[0].reshape(len(seeds), -1) / divisors[-1]
+    widths = {j: form.in_size if j < 0 else form.taps[j].size_out for j in sources}
+    rows = [back.found[j] if j in back.found else back.zeros((widths[j],)) for j in sources]
+    return rows, (back.kept_ops, back.kept_taps)
 
-    def accumulate(parts: Batch) -> None:
-        for i, part in parts.items():
-            registers[i] = registers[i] + part if i in registers else part
 
-    for step in reversed(program.steps):
-        if isinstance(step, int):
-            tap, (c, q, _) = program.taps[step], scalings[step]
-            v = _join(registers, tap.outputs, form, batch, dtype)
-            if v is None:
-                continue
-            if step in places.taps:
-                kept_taps[step] = v
-            if step in sources:
-                found[step] = (q / divisors[step] if divisors else q) * v
-            if c is not None:
-                accumulate(_split(c * v, tap.inputs, form))
-        elif step.output in registers:
-            out = registers.pop(step.output)
-            if step.output in places.ops:
-                kept_ops[step.output] = out
-            names = [i for i in step.inputs if i >= 0]
-            for i, part in zip(names, _pull(form, step, out), strict=True):
-                accumulate({i: part})
-    if 0 in registers:
-        v = registers[0].reshape(batch, -1)
-        found[-1] = v / divisors[-1] if -1 in divisors else v
-    widths = {j: form.in_size if j < 0 else program.taps[j].size_out for j in sources}
-    rows = [found[j] if j in found else jnp.zeros((batch, widths[j]), dtype) for j in sources]
-    return rows, (kept_ops, kept_taps)
+class _Slopes(Batches):
+    """From the sources, with vectors `given`, to derivatives in the coefficients at `places`, by leaf."""
+
+    def __init__(
+        self, form: LureForm, scalings: Scalings, given: dict[int, jax.Array], places: Places, kept: Any
+    ) -> None:
+        first = next(iter(given.values()))
+        super().__init__(form, len(first), first.dtype)
+        self.scalings, self.given, self.places = scalings, given, places
+        self.kept_ops, self.kept_taps = kept
+        self.slopes: dict[int, jax.Array] = {}
+
+    def put(self, leaf: int, slope: jax.Array) -> None:
+        self.slopes[leaf] = self.slopes[leaf] + slope if leaf in self.slopes else slope
+
+    def tap(self, k: int, value: Any) -> Any:
+        c, q, _ = self.scalings[k]
+        y, w = None if c is None else value, self.given.get(k)
+        if k in self.kept_taps:
+            for leaf, factor, slope in zip(self.places.taps[k], (y, w), (c, q), strict=True):
+                if leaf is not None and factor is not None:
+                    total = jnp.sum(factor * self.kept_taps[k], axis=0)
+                    self.put(leaf, total if slope.shape else jnp.sum(total))
+        terms = [] if y is None else [c * y]
+        if w is not None:
+            terms.append(q * w)
+        return sum(terms[1:], terms[0]) if terms else None
+
+    def step(self, place: int, op: Op, held: Mapping[int, Any]) -> Any:
+        if op.output in self.kept_ops:
+            (i,) = (j for j, leaf in enumerate(op.inputs) if leaf < 0)
+            coefficient = jnp.asarray(self.form.consts[-1 - op.inputs[i]])
+
+            def applied(a: Any) -> Any:
+                stacks = [held[r] for r in op.reads]
+                return apply_batched(op, [a.astype(self.dtype) if j == i else None for j in range(2)], stacks)
+
+            _, pull = jax.vjp(applied, coefficient)
+            self.put(self.places.ops[op.output], pull(self.kept_ops[op.output])[0])
+        return super().step(place, op, held)
 
 
 def _run_forward(
@@ -284,48 +297,7 @@ def _run_forward(
 ) -> dict[int, jax.Array]:
     """Derivatives of sum_k seed_k' G[neck, j] g_k in the coefficients at `places`, by leaf; the g are `vectors`."""
     given = dict(zip(sources, vectors, strict=True))
-    program, (batch, dtype) = form.program, (vectors[0].shape[0], vectors[0].dtype)
-    kept_ops, kept_taps = kept
-    registers: Batch = {}
-    slopes: dict[int, jax.Array] = {}
-
-    def add(leaf: int, slope: jax.Array) -> None:
-        slopes[leaf] = slopes[leaf] + slope if leaf in slopes else slope
-
-    if -1 in given:
-        registers[0] = given[-1].reshape(batch, *program.shapes[0])
-    for step in program.steps:
-        if isinstance(step, int):
-            tap, (c, q, _) = program.taps[step], scalings[step]
-            y = None if c is None else _join(registers, tap.inputs, form, batch, dtype)
-            w = given.get(step)
-            if step in kept_taps:
-                for leaf, factor, value in zip(places.taps[step], (y, w), (c, q), strict=True):
-                    if leaf is not None and factor is not None:
-                        slope = jnp.sum(factor * kept_taps[step], axis=0)
-                        add(leaf, slope if value.shape else jnp.sum(slope))
-            terms = [] if y is None else [c * y]
-            if w is not None:
-                terms.append(q * w)
-            if terms:
-                registers.update(_split(sum(terms[1:], terms[0]), tap.outputs, form))
-        elif any(i in registers for i in step.inputs if i >= 0):
-            stacks = [
-                registers[i] if i in registers else jnp.zeros((batch, *program.shapes[i]), dtype)
-                for i in step.inputs
-                if i >= 0
-            ]
-            fixed = fixed_operands(form, step, dtype)
-            registers[step.output] = apply_batched(step, fixed, stacks)
-            if step.output in kept_ops:
-                place = next(j for j, i in enumerate(step.inputs) if i < 0)
-                coefficient = jnp.asarray(form.consts[-1 - step.inputs[place]])
-
-                def applied(a: Any, step: Any = step, stacks: Any = stacks, place: int = place) -> Any:
-                    return apply_batched(
-                        step, [a.astype(dtype) if j == place else None for j in range(2)], stacks
-                    )
-
-                _, pull = jax.vjp(applied, coefficient)
-                add(places.ops[step.output], pull(kept_ops[step.output])[0])
-    return slopes
+    forward = _Slopes(form, scalings, given, places, kept)
+    start = {0: given[-1].reshape(-1, *form.program.shapes[0])} if -1 in given else {}
+    walk(form.program, forward, start)
+    return forward.slopes

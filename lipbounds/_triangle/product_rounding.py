@@ -9,8 +9,9 @@ in the 2-norm, a >= || |A_n| ... |A_1| ||_2, and behind further taps by that tim
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from lipbounds._form.lure import LureForm, multiplicity
 from lipbounds._form.program import Op
+from lipbounds._form.walk import Algebra, walk
 from lipbounds._gain.blocks import HostForm, Node, TapScaling
 from lipbounds._norms import enclosures
 from lipbounds._norms.rounding import UNDERFLOW, U, gamma
@@ -73,7 +75,9 @@ class Leg:
 
 
 Legs = dict[tuple[int, int], Leg]
-_Held = dict[int, tuple[np.ndarray, np.ndarray, int]]  # register: (|...| 1, lost to underflow, roundings)
+_Held = tuple[
+    np.ndarray, np.ndarray, int
+]  # of a register: |...| 1, what underflow loses of each entry, roundings
 
 
 def legs(form: LureForm, inputs: dict[int, float]) -> Legs:
@@ -103,47 +107,58 @@ def legs(form: LureForm, inputs: dict[int, float]) -> Legs:
     return out
 
 
+class _Sums(Algebra[_Held]):
+    """Products with the absolute values of the linear steps. Nothing passes a tap; `found` is what arrives there."""
+
+    def __init__(self, host: HostForm) -> None:
+        self.host = host
+        self.found: dict[int, tuple[float, float, int]] = {}
+
+    def poured(self, matrix: Any, terms: int, value: _Held) -> _Held:
+        entries, lost = (np.asarray(abs(matrix) @ a) for a in value[:2])
+        return entries, lost * (1 + 1e-6) + terms * UNDERFLOW, value[2] + terms + 2
+
+    def step(self, place: int, op: Op, held: Mapping[int, _Held]) -> _Held | None:
+        parts = [
+            self.poured(m.matrix, m.terms, held[m.register])
+            for m in self.host.step(place)
+            if m.register in held
+        ]
+        return functools.reduce(self.add, parts) if parts else None
+
+    def back(self, place: int, op: Op, out: _Held) -> Iterator[tuple[int, _Held]]:
+        return ((m.register, self.poured(m.matrix.T, m.terms, out)) for m in self.host.step(place))
+
+    def add(self, a: _Held, b: _Held) -> _Held:
+        return a[0] + b[0], a[1] + b[1], max(a[2] + 2, b[2])
+
+    def join(self, registers: Sequence[int], held: Mapping[int, _Held]) -> _Held:
+        parts = [held[r] for r in registers if r in held]
+        return (
+            np.concatenate([p[0] for p in parts]),
+            np.concatenate([p[1] for p in parts]),
+            max(p[2] for p in parts),
+        )
+
+    def tap(self, k: int, value: _Held | None) -> None:
+        if value is not None:
+            entries, lost, steps = value
+            size = float(np.sqrt(np.square(lost * 2.0**500).sum())) * 2.0**-500
+            self.found[k] = float(entries.max(initial=0.0)) * (1 + 1e-6), size * (1 + 1e-6), steps
+
+
 def _sweep(host: HostForm, start: list[int], target: int | None) -> dict[int, tuple[float, float, int]]:
     """Ones at the registers `start`, forward to the next taps (or, back from a target, to the taps before) through the
     absolute values of the linear steps: {where: (largest entry, 2-norm of what underflow may lose, roundings)}."""
-    program, found = host.program, {}
-    sizes = [int(np.prod(shape)) for shape in program.shapes]
-    held: _Held = {r: (np.full(sizes[r], float(start.count(r))), np.zeros(sizes[r]), 0) for r in set(start)}
-
-    def pour(into: int, matrix: Any, terms: int, value: tuple[np.ndarray, np.ndarray, int]) -> None:
-        entries, lost = (np.asarray(abs(matrix) @ a) for a in value[:2])
-        lost = lost * (1 + 1e-6) + terms * UNDERFLOW
-        old = held.get(into, (np.zeros(sizes[into]), np.zeros(sizes[into]), 0))
-        held[into] = old[0] + entries, old[1] + lost, max(old[2], value[2] + terms) + 2
-
-    def arrive(where: int, registers: Sequence[int]) -> None:
-        parts = [held[r] for r in registers if r in held]
-        if parts:
-            top = max(float(p[0].max(initial=0.0)) for p in parts)
-            lost = float(np.sqrt(sum(np.square(p[1] * 2.0**500).sum() for p in parts))) * 2.0**-500
-            found[where] = top * (1 + 1e-6), lost * (1 + 1e-6), max(p[2] for p in parts)
-
+    program, sums = host.program, _Sums(host)
+    held = {
+        r: (np.full(program.sizes[r], float(start.count(r))), np.zeros(program.sizes[r]), 0)
+        for r in set(start)
+    }
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        if target is None:
-            for place, step in enumerate(program.steps):
-                if isinstance(step, int):
-                    arrive(step, program.taps[step].inputs)
-                else:
-                    for m in host.step(place):
-                        if m.register in held:
-                            pour(step.output, m.matrix, m.terms, held[m.register])
-            arrive(OUTPUT, [program.output])
-            return found
-        for place in range(len(program.steps) - 1, -1, -1):
-            step = program.steps[place]
-            if isinstance(step, Op):
-                if step.output in held:
-                    for m in host.step(place):
-                        pour(m.register, m.matrix.T, m.terms, held[step.output])
-            else:
-                arrive(step, program.taps[step].outputs)
-        arrive(INPUT, [0])
-    return found
+        walk(program, sums, held, reverse=target is not None)
+        sums.tap(OUTPUT if target is None else INPUT, held.get(program.output if target is None else 0))
+    return sums.found
 
 
 @dataclass(frozen=True, eq=False)

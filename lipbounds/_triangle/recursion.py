@@ -136,7 +136,7 @@ def structure(
     """Pairs (source, target) of nodes joined by a path; targets are nodes (the output is treated by rows)."""
     pairs = []
     for j, source in enumerate([(), *nodes]):
-        reached = host._coming_from({source}, scalings)
+        reached = host.coming_from({source}, scalings)
         for target in nodes[j:]:
             if any(i in reached for k in target for i in host.program.taps[k].inputs) and target != source:
                 pairs.append((source, target))
@@ -443,7 +443,7 @@ def _to_many_outputs(
     host = host_form(form)
     found: dict[Node, BlockNorm] = {}
     for place, source in enumerate([(), *nodes]):
-        if host.program.output not in host._coming_from({source}, scalings):
+        if host.program.output not in host.coming_from({source}, scalings):
             continue
         shape = _shape(host, (source, ()))
         if shape[1] <= DENSE_LIMIT:
