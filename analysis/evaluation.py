@@ -272,7 +272,8 @@ def _nearest(
     ascent: Json,
 ) -> tuple[dict[float, np.ndarray], int]:
     """Norm -> (N,) distance of the nearest example that PGD in any of the balls (settings, eps) broke, inf where none;
-    and how many only float32 rounding broke."""
+    and how many only float32 rounding broke.
+    """
     radius, rounding = found.radius(len(x)), 0
     nearest = {p: np.full(len(x), np.inf) for p in norms}
     for settings, ball in balls:

@@ -115,7 +115,7 @@ class Forged(nnx.Module):
 
     @property
     def thresholds(self) -> dict[str, float]:
-        """c of every gate, by path."""
+        """C of every gate, by path."""
         return {path: float(gated.threshold.get_value()) for path, gated in self.gates.items()}
 
     @property
@@ -129,7 +129,7 @@ class Forged(nnx.Module):
 
     @property
     def c_r(self) -> dict[str, float]:
-        """threshold / peak of every tracked layer, 0 where there is no gate."""
+        """Threshold / peak of every tracked layer, 0 where there is no gate."""
         peaks, thresholds = self.peaks, self.thresholds
         return {path: thresholds.get(path, 0.0) / peak if peak else 0.0 for path, peak in peaks.items()}
 
@@ -433,7 +433,7 @@ def _check_ratios(ratios: Iterable[Any]) -> None:
 
 
 def _thresholds(c_r: Any, peaks: Mapping[str, float], kind: str, tau: float) -> dict[str, float]:
-    """c of every tracked layer, the nearest float32 of c_r times the peak."""
+    """C of every tracked layer, the nearest float32 of c_r times the peak."""
     _check_kind(kind, tau)
     ratios = dict(c_r) if isinstance(c_r, Mapping) else dict.fromkeys(peaks, c_r)
     _check_ratios(ratios.values())

@@ -298,7 +298,8 @@ def _claims_on_masking(checks: MaskingChecks) -> list[Claim]:
 
 def _across(forged: Forged, diagnosis: Diagnosis) -> tuple[str, float, float]:
     """(layer, |W f(x) - W f(y)| / |x - y|, bound of ||W||_2) with x and y on either side of the first gate's threshold,
-    along one input entry; attained in float32."""
+    along one input entry; attained in float32.
+    """
     layer = diagnosis.layers[0]
     gated = forged.gates[layer.path]
     c, shape = layer.threshold, layer.shape[0]

@@ -162,7 +162,8 @@ def forgeable(model: nnx.Module) -> dict[str, Any]:
 @dataclasses.dataclass(frozen=True)
 class Survey:
     """The layers that a model calls: those that can be forged, in the order of their first call; which of them read the
-    network's input (the first, and others called on the same array); and why the others cannot be forged."""
+    network's input (the first, and others called on the same array); and why the others cannot be forged.
+    """
 
     sites: Mapping[str, Site]
     early: frozenset[str]
@@ -316,7 +317,8 @@ def _common(paths: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
 # --------------------------------------------------------------------------------------------- what enters the gates
 def entered(network: Any, batch: jax.Array) -> dict[str, list[jax.Array]]:
     """Path -> what entered this gate, one array per call, when the network is called on a batch; inside jit only, on a
-    network that is thrown away."""
+    network that is thrown away.
+    """
     gates = [module for _, module in modules(network) if isinstance(module, Gated)]
     for gated in gates:
         gated.recording = True

@@ -380,8 +380,9 @@ class Estimate(_Constants):
 
 @dataclass(frozen=True)
 class LayerBound:
-    """||W||_p >= value for the linear map W between taps, by one data point: ||W u||_p / ||u||_p (Definition 1 of arXiv
-    2406.19622, the empirical Lipschitz constant of a layer).
+    """||W||_p >= value for the linear map W between taps, by one data point: ||W u||_p / ||u||_p.
+
+    This is the empirical Lipschitz constant of a layer (Definition 1 of arXiv 2406.19622).
 
     source, target  the taps (and the input x) that W reads, stacked to u, and the tap or output that it leads to
     shape           (rows, columns) of W;  example  the row of the data that shows it;  path  the target's call path

@@ -105,7 +105,8 @@ def _check_batch(x: jax.Array) -> None:
 
 def _cell(position: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     """For positions along one axis of `size` pixels: the pixel before each, in an image with a rim of one pixel
-    (which makes pixel 0 number 1), and the distance from it in [0, 1]. Positions outside end on the rim."""
+    (which makes pixel 0 number 1), and the distance from it in [0, 1]. Positions outside end on the rim.
+    """
     position = jnp.clip(position, -1.0, float(size))
     before = jnp.minimum(jnp.floor(position), size - 1.0)
     return before.astype(jnp.int32) + 1, position - before

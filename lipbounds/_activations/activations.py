@@ -60,10 +60,9 @@ def knows(name: str) -> bool:
 
 
 def register_primitive(name: str, fn: Callable[..., Any]) -> None:
-    """Teach :func:`evaluate` another elementwise primitive: it calls ``fn(params, *args)`` with
-    ``Node.params``.
+    """Teach `evaluate` another elementwise primitive.
 
-    Nothing is assumed about its slopes: :func:`slope_range` goes on refusing it.
+    It calls `fn(params, *args)` with `Node.params`. Nothing is assumed about its slopes: :func:`slope_range` goes on refusing it.
     """
     _OPAQUE[name] = fn
 
@@ -152,8 +151,9 @@ def _used(expr: Expr) -> list[int]:
 def constant_columns(
     expr: Expr, consts: Sequence[Any], shape: tuple[int, ...]
 ) -> tuple[list[tuple[float | bool, ...]], np.ndarray]:
-    """(columns, which): the different scalar functions that the constants, broadcast to `shape`, make of an
-    expression, and (size,) which of them each entry has.
+    """(columns, which): the scalar functions that constants make of an expression, and which of them each entry has.
+
+    The constants are broadcast to `shape`; which is (size,).
     """
     used = _used(expr)
     arrays = _concrete([consts[i] for i in used])
@@ -175,8 +175,7 @@ def constant_columns(
 
 
 def slope_range(expr: Expr, consts: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Proved slopes: ``lower <= (f(x) - f(y)) / (x - y) <= upper`` for all real ``x != y``, constant by
-    constant.
+    """Proved slopes: lower <= (f(x) - f(y)) / (x - y) <= upper for all real x != y, constant by constant.
 
     Returns two float64 arrays of the broadcast shape of the constants (0-d without constants).  f is the
     expression in exact real arithmetic with the exact values of the constants; comparisons are decided in
@@ -280,8 +279,7 @@ def _key(expr: Expr, consts: Sequence[Any]) -> tuple[Expr, tuple]:
 
 
 def register(expr: Expr, consts: Sequence[Any], lower: float, upper: float) -> None:
-    """Declare ``lower <= (f(x) - f(y)) / (x - y) <= upper`` for this expression; nothing is proved
-    ("assumed").
+    """Declare lower <= (f(x) - f(y)) / (x - y) <= upper for this expression; nothing is proved ("assumed").
 
     Raises ``ValueError`` unless both are finite and ``lower <= upper``.
     """

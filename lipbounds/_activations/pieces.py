@@ -210,8 +210,7 @@ def _limit(terms: Terms, term: int, c: Fraction) -> int:
 def pieces(
     terms: Terms, expr: Expr, consts: Sequence[Any]
 ) -> tuple[list[Piece], list[tuple[Fraction, int, int, int]]]:
-    """The smooth pieces of ``expr`` from left to right, and ``(c, left, here, right)`` at every breakpoint
-    ``c``.
+    """The smooth pieces of an expression from left to right, and `(c, left, here, right)` at every breakpoint c.
 
     ``left``, ``here`` and ``right`` are the constant terms f(c-0), f(c), f(c+0).  Neighbours with the same
     term are joined.

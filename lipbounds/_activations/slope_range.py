@@ -212,8 +212,7 @@ def _steep(steepest: tuple[float, float], reason: str, remedy: str) -> SlopeErro
 
 
 def _branch(terms: Terms, term: int, left: Interval, right: Interval, found: Range) -> None:
-    """Add to ``found`` an enclosure of all slopes of ``term`` on ``[left, right]``, within 1e-8 of attained
-    ones.
+    """Add to `found` an enclosure of all slopes of `term` on [left, right], within 1e-8 of attained ones.
 
     ``left`` and ``right`` enclose the ends (they need not be floats).  Widths beyond the box budget stay
     sound.
@@ -368,10 +367,9 @@ def _tail(terms: Terms, term: int, first: int, reflect: bool, found: Range) -> N
 
 
 def scalar_slopes(expr: Expr, consts: tuple[Any, ...]) -> tuple[float, float]:
-    """``(a, b)`` with ``a <= (f(x) - f(y)) / (x - y) <= b`` for all real x != y; ``consts`` as Fraction,
-    bool or inf.
+    """(a, b) with a <= (f(x) - f(y)) / (x - y) <= b for all real x != y.
 
-    f is proved continuous and, between breakpoints, differentiable with slopes in [a, b] (locally Lipschitz
+    `consts` are Fraction, bool or inf. f is proved continuous and, between breakpoints, differentiable with slopes in [a, b] (locally Lipschitz
     with such generalised slopes at undecided kinks); the mean value theorem gives the inequality.  Raises
     :class:`SlopeError`.
     """

@@ -166,10 +166,9 @@ def _plain(a: Interval) -> Interval:
 
 
 def tail_slopes(terms: Terms, term: int, k: int, reflect: bool) -> Interval:
-    """``(lo, hi)`` with ``lo <= f'(x) <= hi`` for all ``x >= 2**k`` (``x <= -2**k`` if ``reflect``); may be
-    infinite.
+    """(lo, hi) with lo <= f'(x) <= hi for all x >= 2**k (x <= -2**k if `reflect`); they may be infinite.
 
-    ``k`` is a multiple of 6.  Raises :class:`TailError` if f may not be defined there.
+    `k` is a multiple of 6.  Raises :class:`TailError` if f may not be defined there.
     """
     tail = Tail(k, reflect)
     done: dict[int, tuple[Envelope, Envelope]] = {}

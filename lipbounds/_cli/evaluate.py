@@ -63,7 +63,6 @@ def evaluate(
     evaluation.json, evaluation.html, radii.png and radii.svg to the folder.
 
     Examples:
-
     - `lipbounds evaluate runs/mnist --data-dir data --eps 1.58`
 
     - `lipbounds evaluate runs/crm --against runs/plain --pgd-steps 200 --pgd-restarts 5`

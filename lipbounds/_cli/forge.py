@@ -77,7 +77,6 @@ def forge(
     saved. Writes forged.safetensors, forged.json and forged.html to the folder.
 
     Examples:
-
     - `lipbounds forge runs/digits`
 
     - `lipbounds forge runs/mnist --data-dir data --c-r 0 2^-7 2^-5 --eps 0.1`

@@ -127,7 +127,6 @@ def demo(
     everything in it), the figures as PNG, `results.json`, and the models as `.safetensors`.
 
     Examples:
-
     - `lipbounds demo`
 
     - `lipbounds demo --out /tmp/digits --seed 1 --epochs 10`
@@ -185,7 +184,6 @@ def bounds(
     convolutional ones.
 
     Examples:
-
     - `lipbounds bounds report/mlp.safetensors`
 
     - `lipbounds bounds report/mlp.safetensors --pairwise --certificate mlp.certificate`
@@ -293,7 +291,6 @@ def certify(
     --std is part of the network, so radii are those of the raw input.
 
     Examples:
-
     - `lipbounds certify report/mlp.safetensors --eps 0.1 0.25 0.5`
 
     - `lipbounds certify report/mlp.safetensors --data mine.npz --method liplt --json radii.json`
@@ -363,7 +360,6 @@ def verify(
     and compared with its claims. Exit code 0 and one line if all of them hold, otherwise 1 and the reason.
 
     Examples:
-
     - `lipbounds verify mlp.certificate --model report/mlp.safetensors`
 
     - `lipbounds verify mlp.certificate --model report/mlp.safetensors && echo proved`

@@ -51,7 +51,6 @@ def train(
     Validation is certified by a proved bound, on training images unless --holdout keeps some out.
 
     Examples:
-
     - `lipbounds train crm --out runs/digits`
 
     - `lipbounds train crm --dataset mnist --data-dir data --arch 784-512-512-10 --epochs 60 --out runs/mnist`

@@ -323,7 +323,6 @@ def _row(name: str, result: Any) -> Row:
 
 def _certify(form: Any, row: Row, X: Any, y: Any) -> Row:
     """The row with the radii that its upper bound proves."""
-
     try:
         radii = certified_radius(form, X, y, bound=row.result)
     except FAILURES as failure:

@@ -96,8 +96,10 @@ def _pair_direction(row: np.ndarray, p: float) -> np.ndarray:
 def _lines(
     centres: np.ndarray, directions: np.ndarray, scale: float, member: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Points x + h v and x - h v (float64) for every centre and distance, and whose they are (`member` of the centre);
-    zero directions are dropped."""
+    """Points x + h v and x - h v (float64) for every centre and distance, and the `member` of the centre.
+
+    Zero directions are dropped.
+    """
     directions = np.asarray(directions, dtype=np.float64)
     lengths = np.sqrt((directions**2).sum(1))
     keep = (lengths > 0) & np.isfinite(lengths)
@@ -281,8 +283,10 @@ def empirical(
 
 
 def _layers(form: Any, data: Survey, p: float) -> tuple[LayerBound, ...]:
-    """The ratios at the points that the pass chose, in float64 and lowered: for any W the computed ||W u|| exceeds
-    ||W|| ||u|| by no more than the factor 1 + n^1.5 units of rounding, which the allowance covers."""
+    """The ratios at the points that the pass chose, in float64 and lowered by the allowance for rounding.
+
+    For any W the computed ||W u|| exceeds ||W|| ||u|| by at most the factor 1 + n^1.5 units of rounding.
+    """
     with jax.enable_x64(True):
         table = np.asarray(layer_ratios64(form, jnp.asarray(data.layers, jnp.float64), p))
     names = {-1: "x"} | {k: f"tap {k} ({tap.name})" for k, tap in enumerate(form.taps)}

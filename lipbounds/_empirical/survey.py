@@ -173,8 +173,12 @@ class _Pool:
 
 @functools.partial(jax.jit, static_argnames=("p", "layers"))
 def look(form: Any, xs: jax.Array, vs: jax.Array, count: Any, p: float, layers: bool) -> Any:
-    """Of a batch xs (B, *shape), the first `count` of it: Jacobian norms (B,) from below and their directions; the
-    largest l2 difference quotient of every point to another one (B,), and to which; ratios of the layers (B, T + 1)."""
+    """Slopes at the first `count` examples of a batch xs (B, *shape).
+
+    Returns:
+        Jacobian norms (B,) from below, and their directions; the largest l2 difference quotient of every point to
+        another one (B,), and to which; ratios of the layers (B, T + 1).
+    """
     scores, directions = ascent.score(form, xs, vs, p)
     z = jax.vmap(lambda x: form.evaluate(x, dtype=jnp.float32).reshape(-1))(xs)
     flat = xs.reshape(len(xs), -1)
@@ -211,8 +215,11 @@ def direct_sources(program: Program) -> tuple[tuple[int, ...], ...]:
 
 
 def layer_ratios(form: LureForm, x: jax.Array, p: float, dtype: Any) -> jax.Array:
-    """(T + 1,) ||W_k u_k||_p / ||u_k||_p at x: u_k is what tap k (or the output) reads directly, stacked, and W_k the
-    linear map from there to its pre-activation, offsets left out; 0 where u_k = 0."""
+    """(T + 1,) ||W_k u_k||_p / ||u_k||_p at x; 0 where u_k = 0.
+
+    u_k is what tap k (or the output) reads directly, stacked, and W_k the linear map from there to its pre-activation,
+    offsets left out.
+    """
     seen: dict[int, jax.Array] = {-1: x.astype(dtype).ravel()}
 
     def real(k: int, y: Any) -> jax.Array:

@@ -133,7 +133,7 @@ def _plain(x: Any, w: Any, strides: Any, padding: Any, dilation: Any, kernel_dil
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _channels_last(geometry: Any, x: Any, w: Any) -> Any:
-    """x (batch, *space, channels), w (*window, channels, features); geometry: strides, padding, two dilations."""
+    """X (batch, *space, channels), w (*window, channels, features); geometry: strides, padding, two dilations."""
     strides, padding, dilation, kernel_dilation = geometry
     return _plain(x, w, strides, padding, dilation, kernel_dilation)
 

@@ -137,7 +137,7 @@ class LureForm:
 
 
 def apply_tap(tap: Tap, consts: Sequence[Any], y: jax.Array) -> jax.Array:
-    """v = phi(y) for one tap, on flat vectors."""
+    """V = phi(y) for one tap, on flat vectors."""
     if tap.expr is not None:
         shape = tap.shapes[0]
         values = [c.array if isinstance(c, StaticArray) else consts[c] for c in tap.consts]

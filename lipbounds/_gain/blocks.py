@@ -163,8 +163,10 @@ class HostForm:
 
 
 class _Sweep(Algebra[Enclosure]):
-    """Registers as enclosures of (register size, width), in `alive` alone; w (in reverse y) of the taps in `starts` is
-    put into the columns from their start on."""
+    """Registers as enclosures of (register size, width); those not in `alive` are left out.
+
+    w (in reverse y) of the taps in `starts` is put into the columns from their start on.
+    """
 
     def __init__(
         self,

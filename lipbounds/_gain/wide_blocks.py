@@ -321,8 +321,10 @@ class _Sizes(Algebra[Any]):
 
 
 class _Path(NamedTuple):
-    """Sums over the paths from the source: of the norms, of what rounding makes of them, and of what underflow on the
-    way loses of a transposed product."""
+    """Sums over the paths from the source.
+
+    Of the norms, of what rounding makes of them, and of what underflow on the way loses of a transposed product.
+    """
 
     size: float
     error: float

@@ -273,9 +273,9 @@ def _recursion(sigma: jax.Array, exponent: jax.Array, runs: list[Run], parameter
 
 
 def _through(sigma: jax.Array, stage: Stage, q: Any, slopes: str) -> tuple[jax.Array, ...]:
-    """(Sigma+ / 2^e, e, q, D_i / (Sy)_ii): one tap. With H = 0
+    """(Sigma+ / 2^e, e, q, D_i / (Sy)_ii) behind one tap.
 
-    Sigma+ = G (c X c + r D r) G',   X = Sy + Sy (D - Sy)^-1 Sy = D (D - Sy)^-1 D - D
+    With H = 0: Sigma+ = G (c X c + r D r) G',   X = Sy + Sy (D - Sy)^-1 Sy = D (D - Sy)^-1 D - D
     """
     kappa = ratio(stage)
     sy, c, r = sigma, stage.c, stage.r
@@ -314,10 +314,10 @@ def _through(sigma: jax.Array, stage: Stage, q: Any, slopes: str) -> tuple[jax.A
 
 
 def _feasible(sy: jax.Array, q: Any, kappa: jax.Array, alone: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(D, the Cholesky factor of D - Sy, q): D = ||Sy||_F exp(q), or its least multiple inside the feasible set by a
-    margin (continuous in q), as at the edge (D - Sy)^-1 and its gradient would ruin a training step.
+    """(D, the Cholesky factor of D - Sy, q) with D = ||Sy||_F exp(q), or its least multiple that is feasible.
 
-    Without q the closed form D = lambda_max(Sy) (1 + |c| / r), the best for one neuron alone. `alone`: nothing passes
+    It stays inside the feasible set by a margin (continuous in q), as at the edge (D - Sy)^-1 and its gradient would
+    ruin a training step. Without q the closed form D = lambda_max(Sy) (1 + |c| / r), the best for one neuron alone. `alone`: nothing passes
     the tap (H = 0).
     """
     still = jax.lax.stop_gradient(sy)
@@ -347,7 +347,7 @@ def _cholesky(d: jax.Array, sy: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _schur(factor: jax.Array, d: jax.Array, sy: jax.Array, cross: jax.Array) -> jax.Array:
-    """cross' (D - Sy)^-1 cross, given the Cholesky factor of D - Sy."""
+    """Cross' (D - Sy)^-1 cross, given the Cholesky factor of D - Sy."""
     return _schur_forward(factor, d, sy, cross)[0]
 
 

@@ -43,8 +43,13 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive stages of one shape and kind. slopes: "zero" if every lower slope is known to be 0 (c = r), "wide" if
-    r is known to be at least c / 2, else "any".
+    """Consecutive stages of one shape and kind.
+
+    Args:
+        stage: the stages, stacked where there are several.
+        count: how many they are.
+        slopes: "zero" if every lower slope is known to be 0 (c = r), "wide" if r is known to be at least c / 2, else
+            "any".
     """
 
     stage: Stage

@@ -45,8 +45,10 @@ _MARGIN, _ROOM = 1.5, 0.3  # else that times lambda_max; I - D^-1/2 Q D^-1/2 is 
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A matrix M within `error` (normwise) of the real one, with an upper bound of ||M||_F; None is the identity, which
-    is square, and never zero."""
+    """A matrix M within `error` (normwise) of the real one, with an upper bound of ||M||_F.
+
+    None is the identity, which is square, and never zero.
+    """
 
     array: np.ndarray | None
     error: float
@@ -64,7 +66,7 @@ class Matrix:
         return (product + product.transpose(0, 2, 1)) / 2, wrong * length * (1 + gamma(8)) + _TINY
 
     def behind(self, a: np.ndarray) -> np.ndarray:
-        """a M (..., n) in plain float64, for a (..., m)."""
+        """A M (..., n) in plain float64, for a (..., m)."""
         return a if self.array is None else a @ self.array
 
     def ahead(self, a: np.ndarray) -> np.ndarray:
@@ -201,7 +203,7 @@ def ellipsoids(
 def centre_and_radius(
     view: LureForm, k: int, values: Values, down: np.ndarray, up: np.ndarray, anchored: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """c and r (N, n) with every slope on [y - down, y + up] in [c - r, c + r]; r = 0 only where it is exact."""
+    """C and r (N, n) with every slope on [y - down, y + up] in [c - r, c + r]; r = 0 only where it is exact."""
     y, wrong = values.y[k], values.error[k][:, None]
     low, high = np.nextafter(y - wrong, -np.inf), np.nextafter(y + wrong, np.inf)
     lo, hi = np.nextafter(low - down, -np.inf), np.nextafter(high + up, np.inf)

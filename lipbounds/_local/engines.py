@@ -103,8 +103,11 @@ def ways(form: LureForm, norm: float, guarantee: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Bounded:
-    """What the engines used leave behind: guarantees and notes of those whose bounds are in the result, the probability
-    that any of them fails, and why others are not."""
+    """What the engines used leave behind.
+
+    Guarantees and notes of those whose bounds are in the result, the probability that any of them fails, and why others
+    are not in it.
+    """
 
     guarantees: tuple[str, ...]
     failure: float

@@ -226,8 +226,9 @@ def _apply(tap: Tap, linear: Linear, y: jax.Array) -> jax.Array:
 def grams(
     front: Front, values: Values, eps: np.ndarray, *, anchored: bool, failure: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """(N, J, K, K): the constant of a' z is at most sum_j sqrt(a' g_j a), g the J blocks of an example; inf where that
-    is beyond the range of float64.
+    """(N, J, K, K) blocks g: the constant of a' z at an example is at most sum_j sqrt(a' g_j a).
+
+    inf where that is beyond the range of float64.
 
     Args:
         eps: (N,) radii; anchored: one of the two inputs is the centre.
@@ -291,7 +292,7 @@ def _length(a: np.ndarray) -> np.ndarray:
 
 
 def _entries(front: Front, k: int, near: list[Near], m: list[np.ndarray], count: int) -> np.ndarray:
-    """rho (N, n_k) of the module docstring."""
+    """Rho (N, n_k) of the module docstring."""
     rho = np.repeat(front.first[k][:, None], count, axis=1)
     for j, (block, error) in front.direct[k].items():
         squares = block.power(2) if sp.issparse(block) else np.square(block)

@@ -219,8 +219,10 @@ def box_notes(box: Box | None) -> tuple[str, ...]:
 
 
 def _largest_root(matrix: np.ndarray) -> float:
-    """An upper bound of the root of the largest eigenvalue; where only the allowance for rounding is left, by the
-    Frobenius norm."""
+    """An upper bound of the root of the largest eigenvalue.
+
+    By the Frobenius norm where only the allowance for rounding is left.
+    """
     size = float(ellipsoids.frobenius(matrix[None])[0])
     return sqrt_up(size) if size < 2.0**-450 else proof.largest_root(matrix, 0)
 

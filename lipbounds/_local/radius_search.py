@@ -87,8 +87,10 @@ class Search:
 
 
 def _row_roots(out: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(N, K) upper bounds of the constants of z_y - z_i from blocks (N, J, K, K) (`Around.outputs`), of one output
-    (N, 1) its own; inf where the blocks are not finite."""
+    """(N, K) upper bounds of the constants of z_y - z_i from blocks (N, J, K, K) (`Around.outputs`).
+
+    Of one output (N, 1) its own constant; inf where the blocks are not finite.
+    """
     rows = np.arange(len(out))
     diagonal = np.einsum("njii->nji", out)
     with np.errstate(over="ignore", invalid="ignore"):

@@ -46,8 +46,10 @@ UNSORTED = (
 
 
 def unsorted(indices: Any, params: dict[str, Any]) -> bool:
-    """Whether the indices of a gather or scatter are not in order although that was promised: a device may then compute
-    anything. The order is that of the places in the operand, batch by batch."""
+    """Whether the indices of a gather or scatter are not in order although that was promised.
+
+    A device may then compute anything. The order is that of the places in the operand, batch by batch.
+    """
     numbers, array = params["dimension_numbers"], np.asarray(indices)
     if not params["indices_are_sorted"] or not array.size:
         return False

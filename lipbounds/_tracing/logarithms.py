@@ -16,8 +16,7 @@ _MOVING = frozenset("reshape squeeze expand_dims broadcast_in_dim transpose copy
 
 
 def _exponents(value: Value) -> tuple[Value, np.ndarray, np.ndarray] | None:
-    """(z, table, b) with value = sum over each row of the (entries, width) tables of b exp(z), b >= 0 constants; else
-    None."""
+    """(z, table, b) with value = sum of b exp(z) over each row of the (entries, width) tables, b >= 0; else None."""
     value, index = origin(value)
     eqn = value.producer
     if eqn is None or not understood(eqn):

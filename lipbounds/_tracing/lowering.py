@@ -207,7 +207,10 @@ class Lowering:
         self.blamed[key] = eqn
 
     def sums_nonlinearities(self, eqn: Eqn) -> bool:
-        """relu(x) + tanh(x): one tap is tighter than two. (x + relu(x) is left to the linear part, which is equal.)"""
+        """Whether a sum is one tap, as in relu(x) + tanh(x): one is tighter than two.
+
+        x + relu(x) is left to the linear part, which is equal.
+        """
         if eqn.primitive not in ("add", "sub", "add_any") or not all(v.depends for v in eqn.inputs):
             return False
         return all(self.ends_nonlinear(self.resolve(v)) for v in eqn.inputs)

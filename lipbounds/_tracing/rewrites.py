@@ -109,8 +109,10 @@ def _text(jaxpr: Any) -> str | None:
 
 
 def _template(name: str, fn: Callable[..., Any], *values: Value) -> str | None:
-    """The text of the first call that jax traces for `fn` at operands of these shapes; `name` is the call's own, or its
-    primitive's."""
+    """The text of the first call that jax traces for `fn` at operands of these shapes.
+
+    `name` is the call's own, or its primitive's.
+    """
     specs = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values]
     try:
         traced = jax.make_jaxpr(fn)(*specs)

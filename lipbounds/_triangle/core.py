@@ -143,8 +143,11 @@ def _pick(
 
 
 class _Blocks(Algebra[Any]):
-    """Vectors of all blocks at once. A register holds a batch with one row for each of its `alive` blocks; joined, a
-    tap's inputs are (blocks, rows), and its outputs (tap, blocks and rows of y, rows of w)."""
+    """Vectors of all blocks at once.
+
+    A register holds a batch with one row for each of its `alive` blocks. Joined, a tap's inputs are (blocks, rows), and
+    its outputs (tap, blocks and rows of y, rows of w).
+    """
 
     def __init__(
         self, form: LureForm, layout: Plan, scalings: Scalings, given: dict[int, Any], dtype: Any

@@ -67,8 +67,10 @@ def row_grams(form: LureForm, sources: tuple[int, ...], scalings: Scalings, dtyp
 
 
 def _neck(program: Program) -> tuple[int, tuple[Op, ...]]:
-    """(register, steps from it to the output): the narrowest register that everything passes before the output, with
-    linear steps of one register after it; the output itself unless another has fewer entries than it has."""
+    """(register, steps from it to the output): the narrowest register that everything passes before the output.
+
+    Only linear steps of one register come after it. It is the output itself unless another has fewer entries.
+    """
     neck = place = program.output
     steps: tuple[Op, ...] = ()
     passed: tuple[Op, ...] = ()

@@ -1,5 +1,6 @@
-"""What rounding errors made between taps become behind them: norms of the linear maps there, and of their absolute
-values.
+"""What rounding errors made between taps become behind them.
+
+Norms of the linear maps there, and of their absolute values.
 
 A product with a linear map that is a sum of paths A_n ... A_1, computed step by step in floating point in any order,
 errs by at most gamma_t |A_n| ... |A_1| |u| entrywise, t the roundings on a path (Higham, section 3.5), and by what
@@ -30,8 +31,10 @@ INPUT = OUTPUT = -1  # in place of the index of a tap
 
 
 def carriers(form: LureForm) -> dict[tuple[int, int], float]:
-    """||D[k, j]||_2 of the direct linear map from the output of tap j to y_k (k = OUTPUT: the output), proved. Rows of
-    group taps are weighted: ||dv_k|| <= ||e dy_k||."""
+    """||D[k, j]||_2 of the direct linear map from the output of tap j to y_k (k = OUTPUT: the output), proved.
+
+    Rows of group taps are weighted: ||dv_k|| <= ||e dy_k||.
+    """
     found = _CARRIED.get(form)
     if found is None:
         found = _CARRIED[form] = _carriers(form, recursion.host_form(form))
@@ -148,8 +151,13 @@ class _Sums(Algebra[_Held]):
 
 
 def _sweep(host: HostForm, start: list[int], target: int | None) -> dict[int, tuple[float, float, int]]:
-    """Ones at the registers `start`, forward to the next taps (or, back from a target, to the taps before) through the
-    absolute values of the linear steps: {where: (largest entry, 2-norm of what underflow may lose, roundings)}."""
+    """Ones at the registers `start`, through the absolute values of the linear steps to the next taps.
+
+    With a target: back to the taps before.
+
+    Returns:
+        {where: (largest entry, 2-norm of what underflow may lose, roundings)}.
+    """
     program, sums = host.program, _Sums(host)
     held = {
         r: (np.full(program.sizes[r], float(start.count(r))), np.zeros(program.sizes[r]), 0)
@@ -163,16 +171,23 @@ def _sweep(host: HostForm, start: list[int], target: int | None) -> dict[int, tu
 
 @dataclass(frozen=True, eq=False)
 class Spread:
-    """Taps replaced by v = C y + diag(s) xi around N inputs: per tap gain >= ||C y|| / ||e y||, (N,) largest s, and the
-    roundings of the tap itself."""
+    """Taps replaced by v = C y + diag(s) xi around N inputs.
+
+    Args:
+        gain: per tap (N,), at least ||C y|| / ||e y||.
+        inject: per tap (N,), the largest s.
+        roundings: of the tap itself.
+    """
 
     gain: dict[int, np.ndarray]
     inject: dict[int, np.ndarray]
     roundings: dict[int, int]
 
     def forward(self, form_legs: Legs, target: int, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(size, error) (N,): bounds of ||y|| of the target and of the rounding error of its computation, for inputs
-        first x and xi with ||(x, xi)|| <= 1."""
+        """(size, error) (N,): bounds of ||y|| of the target and of the rounding error of its computation.
+
+        For inputs first x and xi with ||(x, xi)|| <= 1.
+        """
         size: dict[int, np.ndarray] = {}
         error: dict[int, np.ndarray] = {}
         for k in [*self.gain, target]:
