@@ -62,7 +62,8 @@ def knows(name: str) -> bool:
 def register_primitive(name: str, fn: Callable[..., Any]) -> None:
     """Teach `evaluate` another elementwise primitive.
 
-    It calls `fn(params, *args)` with `Node.params`. Nothing is assumed about its slopes: :func:`slope_range` goes on refusing it.
+    It calls `fn(params, *args)` with `Node.params`. Nothing is assumed about its slopes: :func:`slope_range` goes on
+    refusing it.
     """
     _OPAQUE[name] = fn
 

@@ -369,9 +369,9 @@ def _tail(terms: Terms, term: int, first: int, reflect: bool, found: Range) -> N
 def scalar_slopes(expr: Expr, consts: tuple[Any, ...]) -> tuple[float, float]:
     """(a, b) with a <= (f(x) - f(y)) / (x - y) <= b for all real x != y.
 
-    `consts` are Fraction, bool or inf. f is proved continuous and, between breakpoints, differentiable with slopes in [a, b] (locally Lipschitz
-    with such generalised slopes at undecided kinks); the mean value theorem gives the inequality.  Raises
-    :class:`SlopeError`.
+    `consts` are Fraction, bool or inf. f is proved continuous and, between breakpoints, differentiable with slopes in
+    [a, b] (locally Lipschitz with such generalised slopes at undecided kinks); the mean value theorem gives the
+    inequality.  Raises :class:`SlopeError`.
     """
     terms = Terms()
     parts, joints = pieces(terms, expr, consts)

@@ -317,8 +317,8 @@ def _feasible(sy: jax.Array, q: Any, kappa: jax.Array, alone: bool) -> tuple[jax
     """(D, the Cholesky factor of D - Sy, q) with D = ||Sy||_F exp(q), or its least multiple that is feasible.
 
     It stays inside the feasible set by a margin (continuous in q), as at the edge (D - Sy)^-1 and its gradient would
-    ruin a training step. Without q the closed form D = lambda_max(Sy) (1 + |c| / r), the best for one neuron alone. `alone`: nothing passes
-    the tap (H = 0).
+    ruin a training step. Without q the closed form D = lambda_max(Sy) (1 + |c| / r), the best for one neuron alone.
+    `alone`: nothing passes the tap (H = 0).
     """
     still = jax.lax.stop_gradient(sy)
     square = jnp.sum(jnp.square(sy))

@@ -48,8 +48,9 @@ Seen = list[tuple[np.ndarray, np.ndarray]]
 def logits(form: LureForm, x: np.ndarray, seen: Seen | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(z, error): float64 logits (N, K) and proved (N,) bounds of ||z - z_exact||_2.
 
-    The same of every tap's pre-activations (N, n) is put into `seen`. Between taps the rounding errors of the linear steps are bounded entrywise; at each tap their 2-norm is carried to
-    the output by the constants of the naive recursion,
+    The same of every tap's pre-activations (N, n) is put into `seen`. Between taps the rounding errors of the linear
+    steps are bounded entrywise; at each tap their 2-norm is carried to the output by the constants of the naive
+    recursion,
         t_k = ||delta_k|| + sum_j ||D[k, j]|| (max|slope_j| t_j + ||eta_j||),
     with delta_k the error made since the last taps and eta_j that of evaluating tap j.
     """
