@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -166,3 +168,15 @@ def test_no_internal_error_leaves_a_public_verb(
         with pytest.raises(ValueError, match=words) as found:
             verb()
         assert type(found.value) is ValueError
+
+
+def test_without_a_cpu_device_the_words_say_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX_PLATFORMS=cuda alone leaves none."""
+    form = lb.trace(lambda x: jnp.flip(jnp.asarray([[1.0, 2.0], [3.0, 4.0]], x.dtype) @ x), jnp.ones(2))
+
+    def devices(platform: str | None = None) -> Any:
+        raise RuntimeError(f"Unknown backend {platform}")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(ValueError, match="JAX_PLATFORMS=cuda,cpu"):
+        lb.liplt(form)

@@ -17,6 +17,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from lipbounds._form import windows
+from lipbounds._form.concrete import on_host
 from lipbounds._form.program import Op
 from lipbounds._form.steps import KINDS
 from lipbounds._norms import cholesky, enclosures
@@ -214,7 +215,7 @@ def _moves(
         shape = shapes[i] if i >= 0 else np.shape(consts[-1 - i])
         iota = np.arange(1, n + 1, dtype=np.int32).reshape(shape) if j == place else np.zeros(shape, np.int32)
         args.append(jnp.asarray(iota))
-    with jax.default_device(jax.devices("cpu")[0]):
+    with on_host():
         moved = np.asarray(KINDS[op.kind].apply(params, *args))
     return _selection(register, moved.astype(np.int64) - 1, n)
 
@@ -343,7 +344,7 @@ def _probed(
     for const in others:
         if const is not None and ((const != 0) & (np.abs(const) < np.finfo(np.float64).tiny)).any():
             raise ValueError(f"a {op.kind} step has subnormal weights, which the device flushes to zero")
-    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+    with jax.enable_x64(True), on_host():
 
         def column(unit: Any) -> Any:
             args = [

@@ -11,6 +11,7 @@ import numpy as np
 
 from lipbounds._activations import activations
 from lipbounds._activations import intervals as I
+from lipbounds._form.concrete import on_host
 from lipbounds._form.lure import LureForm, multiplicity, proved_slopes
 from lipbounds._form.program import Op, Tap
 from lipbounds._form.steps import KINDS, StaticArray
@@ -165,7 +166,7 @@ def _offset(host: HostForm, step: Any, shapes: Any) -> tuple[np.ndarray, np.ndar
         terms = int(np.bincount(target[kept]).max(initial=0))
         return total, gamma(terms) * size * (1 + gamma(terms + 4))
     args = []
-    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+    with jax.enable_x64(True), on_host():
         for i in step.inputs:
             args.append(jnp.zeros(shapes[i]) if i >= 0 else jnp.asarray(host.consts[-1 - i], jnp.float64))
         value = np.asarray(KINDS[step.kind].apply(dict(step.params), *args), np.float64).ravel()
@@ -199,7 +200,7 @@ def _apply(host: HostForm, tap: Tap, y: np.ndarray) -> tuple[np.ndarray, np.ndar
         consts = [c.array if isinstance(c, StaticArray) else host.consts[c] for c in tap.consts]
         point = y.T.reshape(y.shape[1], *tap.shapes[0])
         if not enclosable(host, tap):
-            with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+            with jax.enable_x64(True), on_host():
                 v = np.asarray(activations.evaluate(tap.expr, consts, jnp.asarray(point)), np.float64)
             v = np.broadcast_to(v, point.shape).reshape(y.shape[1], -1).T
             return v, DECLARED_ACCURACY * (1 + np.abs(v))
