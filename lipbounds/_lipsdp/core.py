@@ -386,10 +386,9 @@ def _constants(passed: _Passed) -> Constants:
     sigma = passed.sigma
     scale = jnp.exp2(passed.exponent / 2)
     vector = jnp.linalg.eigh(jax.lax.stop_gradient(sigma), symmetrize_input=False)[1][:, -1]
-    value = core._root(_dot(vector, _dot(sigma, vector)))
-    off = 1 - jnp.eye(sigma.shape[0], dtype=sigma.dtype)
-    pairs = core._root(ellipsoid.pair_squares(sigma) * off)
-    return Constants(scale * value, scale * core._root(jnp.diagonal(sigma)), scale * pairs)
+    value = core.root(_dot(vector, _dot(sigma, vector)))
+    classes, pairs = core.root(jnp.diagonal(sigma)), core.distances(sigma)
+    return Constants(scale * value, scale * classes, scale * pairs)
 
 
 def _optimiser() -> Any:

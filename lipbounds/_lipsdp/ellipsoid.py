@@ -38,6 +38,7 @@ from lipbounds._lipsdp.recursion_step import (
     top,
 )
 from lipbounds._text.progress import say
+from lipbounds._triangle.core import pair_squares
 
 _WIDE, _SMOOTH = 200, 7
 _SHARP = 40  # squarings after which `top` is lambda_max to the last digit
@@ -86,12 +87,6 @@ def run(
             carry, d = step(carry, (taps, given))
         multipliers.append(d)
     return Passed(carry[0], carry[1], tuple(multipliers))
-
-
-def pair_squares(sigma: jax.Array) -> jax.Array:
-    """(K, K) of (e_i - e_j)' Sigma (e_i - e_j)."""
-    diagonal = jnp.diagonal(sigma)
-    return diagonal[:, None] + diagonal[None, :] - 2 * sigma
 
 
 KINDS = ("value", "entries", "largest", "pairs")

@@ -32,7 +32,14 @@ from lipbounds._lipsdp.tap_proof import (
     prove_psd,
 )
 from lipbounds._norms.cholesky import TINY
-from lipbounds._norms.rounding import U, require_gradual_underflow, sqrt_up, unscale_up
+from lipbounds._norms.rounding import (
+    U,
+    require_gradual_underflow,
+    roots_up,
+    sqrt_up,
+    squared_distances,
+    unscale_up,
+)
 
 __all__ = [
     "Ellipsoid",
@@ -412,21 +419,13 @@ def _half(scale: int) -> int:
 def class_roots(matrix: np.ndarray, scale: int) -> np.ndarray:
     """(K,) upper bounds of sqrt(2**scale S_ii): constants of the single outputs."""
     d = matrix.diagonal()
-    return unscale_up(
-        np.where(d > 0.0, np.nextafter(np.sqrt(np.nextafter(d, np.inf)), np.inf), 0.0), _half(scale)
-    )
+    return unscale_up(np.where(d > 0.0, roots_up(d), 0.0), _half(scale))
 
 
 def pair_roots(matrix: np.ndarray, scale: int) -> np.ndarray:
-    """(K, K) upper bounds of sqrt(2**scale (e_i - e_j)' S (e_i - e_j)), zero diagonal.
-
-    fl(fl(s_ii + s_jj) - 2 s_ij) errs by at most u (s_ii + s_jj) + u |result|: where the difference cancels, this
-    allowance is what remains of it.
-    """
+    """(K, K) upper bounds of sqrt(2**scale (e_i - e_j)' S (e_i - e_j)), zero diagonal."""
     d = matrix.diagonal()
     both = d[:, None] + d[None, :]
-    square = np.maximum(both - 2.0 * matrix, 0.0) * (1.0 + 4.0 * U) + 4.0 * U * both
-    root = np.nextafter(np.sqrt(np.nextafter(square, np.inf)), np.inf)
-    root = np.where(both > 0.0, root, 0.0)
+    root = np.where(both > 0.0, roots_up(squared_distances(both, matrix)), 0.0)
     np.fill_diagonal(root, 0.0)
     return unscale_up(np.maximum(root, root.T), _half(scale))

@@ -11,7 +11,7 @@ import itertools
 import numpy as np
 
 from lipbounds._local.engines import Around
-from lipbounds._norms.rounding import U, gamma
+from lipbounds._norms.rounding import U, gamma, roots_up, squared_distances
 
 _ROOM = 4.0  # a search goes on while the last ball was certified and the radius may grow by a larger factor
 _SAID = 1.5  # a search that ended where the radius may grow by a larger factor is said in a note
@@ -98,9 +98,8 @@ def _row_roots(out: np.ndarray, labels: np.ndarray) -> np.ndarray:
             square = diagonal * (1 + 4 * U)
         else:
             both = diagonal + diagonal[rows, :, labels][:, :, None]
-            square = np.maximum(both - 2 * out[rows, :, labels], 0.0) * (1 + 4 * U) + 4 * U * both
-        roots = np.nextafter(np.sqrt(np.nextafter(square, np.inf)), np.inf)
-        total = roots.sum(axis=1) * (1 + gamma(out.shape[1]))
+            square = squared_distances(both, out[rows, :, labels])
+        total = roots_up(square).sum(axis=1) * (1 + gamma(out.shape[1]))
     total[~np.isfinite(out).all(axis=(1, 2, 3))] = np.inf
     if out.shape[-1] > 1:
         own = total[rows, labels]

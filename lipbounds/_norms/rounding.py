@@ -71,6 +71,19 @@ def sqrt_up(x: float) -> float:
     return up(math.sqrt(x))
 
 
+def roots_up(x: np.ndarray) -> np.ndarray:
+    """Upper bounds of the square roots of entries >= 0."""
+    return np.asarray(np.nextafter(np.sqrt(np.nextafter(x, np.inf)), np.inf))
+
+
+def squared_distances(both: np.ndarray, product: np.ndarray) -> np.ndarray:
+    """Upper bounds of s_ii + s_jj - 2 s_ij, from float64 sums `both` = fl(s_ii + s_jj) and `product` = s_ij.
+
+    The difference errs by at most u (s_ii + s_jj) + u |result|: where it cancels, this allowance is what remains of it.
+    """
+    return np.asarray(np.maximum(both - 2.0 * product, 0.0) * (1.0 + 4.0 * U) + 4.0 * U * both)
+
+
 def gamma(n: int) -> float:
     """An upper bound of n U / (1 - n U), the relative error of n roundings in any order (Higham, 3.1)."""
     if n >= 2**50:

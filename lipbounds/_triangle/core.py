@@ -317,22 +317,26 @@ class Core:
             lambda _, v: _unit(jnp.einsum("sij,sj->si", fixed, v), v),
             jax.lax.stop_gradient(jnp.stack(state.rows)),
         )
-        value = weight @ _root(jnp.einsum("si,sij,sj->s", u, whole, u))
-        classes = weight @ _root(jnp.diagonal(whole, axis1=1, axis2=2))
-        distances = jax.vmap(_distances)(jnp.stack([gram.centred for gram in grams]))
-        return value, classes, jnp.einsum("s,sij->ij", weight, distances), tuple(u)
+        value = weight @ root(jnp.einsum("si,sij,sj->s", u, whole, u))
+        classes = weight @ root(jnp.diagonal(whole, axis1=1, axis2=2))
+        apart = jax.vmap(distances)(jnp.stack([gram.centred for gram in grams]))
+        return value, classes, jnp.einsum("s,sij->ij", weight, apart), tuple(u)
 
 
-def _root(x: jax.Array) -> jax.Array:
+def root(x: jax.Array) -> jax.Array:
     """The square root, 0 with gradient 0 where x is not positive."""
     return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
 
 
-def _distances(gram: jax.Array) -> jax.Array:
-    """(K, K) distances between rows from their Gram matrix: an estimate (it cancels), safe to differentiate."""
-    squares = jnp.diagonal(gram)
-    off = 1 - jnp.eye(gram.shape[0], dtype=gram.dtype)
-    return _root((squares[:, None] + squares[None, :] - 2 * gram) * off)
+def pair_squares(gram: jax.Array) -> jax.Array:
+    """(K, K) of (e_i - e_j)' S (e_i - e_j): an estimate, it cancels."""
+    diagonal = jnp.diagonal(gram)
+    return diagonal[:, None] + diagonal[None, :] - 2 * gram
+
+
+def distances(gram: jax.Array) -> jax.Array:
+    """(K, K) distances between rows from their Gram matrix: an estimate, safe to differentiate."""
+    return root(pair_squares(gram) * (1 - jnp.eye(gram.shape[0], dtype=gram.dtype)))
 
 
 @partial(jax.jit, static_argnames=("core", "steps", "pairwise", "dtype"))
