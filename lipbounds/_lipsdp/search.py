@@ -243,8 +243,11 @@ class _Attempts:
         return None
 
     def network(self) -> bool:
-        """The constant of the network; whether Newton's method is not enough: it failed, or its proof is far above the
-        value in float arithmetic, as it can be where neurons hardly move, and the recursion may prove more."""
+        """Prove the constant of the network; True where Newton's method is not enough.
+
+        It failed, or its proof is far above the value in float arithmetic, as it can be where neurons hardly move, and
+        the recursion may prove more.
+        """
         exact = self.newton(np.eye(self.task.form.num_outputs), "network")
         loose = exact is None or exact.constants.value > (1 + _LOST) * self.solved["network"].value
         if loose:
@@ -275,8 +278,10 @@ class _Attempts:
 
 
 def by_recursion(task: Task, how: Recursion, pairwise: bool) -> Answer:
-    """Proofs for the whole network, then for the pairs: by Newton's method on the dense form where the network is
-    small, else by the recursion."""
+    """Proofs for the whole network, then for the pairs.
+
+    By Newton's method on the dense form where the network is small, else by the recursion.
+    """
     attempts = _Attempts(task, how)
     with threads(attempts.dense):
         if how.initial is not None:

@@ -19,8 +19,11 @@ R = TypeVar("R")
 
 
 def usual_floats(verb: Callable[P, R]) -> Callable[P, R]:
-    """The verb under NumPy's default error state: what underflows or overflows on purpose inside a proof is no error
-    of the caller's, even with `np.errstate(all="raise")`."""
+    """The verb under NumPy's default error state.
+
+    What underflows or overflows on purpose inside a proof is no error of the caller's, even with
+    `np.errstate(all="raise")`.
+    """
 
     @functools.wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:

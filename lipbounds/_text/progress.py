@@ -109,8 +109,10 @@ def _text(seconds: float) -> str:
 
 @contextmanager
 def meter(count: int, seconds: float) -> Iterator[Advance]:
-    """Yields advance(what, seconds), to be called when a block is done: a bar where the whole is estimated above 5
-    seconds and shown on a terminal, else lines of text."""
+    """Yields advance(what, seconds), to be called when a block is done.
+
+    It moves a bar where the whole is estimated above 5 seconds and shown on a terminal, else it says lines of text.
+    """
     screen = _tell.get()
     if not isinstance(screen, _Terminal) or seconds < _QUIET:
         yield lambda what, _: say(what)
