@@ -24,6 +24,7 @@ from lipbounds._gain import wide_blocks
 from lipbounds._gain.blocks import HostForm, Node
 from lipbounds._norms import enclosures
 from lipbounds._norms import matrices as norms
+from lipbounds._text.progress import reporting
 from lipbounds._triangle import recursion as _triangle
 from lipbounds._triangle import scaling as _scaling
 from lipbounds._triangle.recursion import Request
@@ -304,12 +305,13 @@ def test_matrix_free_products_are_the_blocks() -> None:
 
 
 def test_progress_names_every_block() -> None:
-    form, said = form_of("relu"), []
-    request = Request(progress=said.append)
+    form, said = form_of("relu"), list[str]()
     scalings = _triangle.loop_transform(form, 2, centred=True)
     pairs = _triangle.structure(_triangle.host_form(form), [(0,), (1,)], scalings)
-    _triangle.block_norms(form, pairs, scalings, request)
-    assert sorted(said) == ["input to relu[0]", "input to relu[1]", "relu[0] to relu[1]"]
+    with reporting(said.append):
+        _triangle.block_norms(form, pairs, scalings, Request())
+    names = ("input to relu[0]", "input to relu[1]", "relu[0] to relu[1]")
+    assert sorted(said) == [f"norm of {name}" for name in names]
 
 
 def test_assumed_slopes_are_the_weakest_word(rng: np.random.Generator) -> None:

@@ -242,15 +242,8 @@ def empirical(
     xs, vs, scores = (np.asarray(a) for a in climbed)
     order = np.argsort(-scores, kind="stable")
     final = order[:_FINALISTS]
-    centres, members = [xs[order].reshape(-1, n)], [order]
-    directions = [vs[order].reshape(-1, n).astype(np.float64)]
-    if k * n <= _DENSE_ENTRIES or pairwise:
-        for s in final if k * n <= _DENSE_ENTRIES else final[:1]:
-            rows = _directions(np.asarray(ascent.jacobian(form, jnp.asarray(xs[s]))))
-            centres.append(xs[s].reshape(1, n))
-            members.append(final[final == s])
-            directions.append(_best_direction(rows, p)[None])
-    lines = _lines(np.concatenate(centres), np.concatenate(directions), data.size, np.concatenate(members))
+    dense = final if k * n <= _DENSE_ENTRIES else final[: int(pairwise)]
+    lines = _confirming(form, xs, vs, order, dense, p, data.size)
     found = _quotients(form, *region.hold(*lines), p, pairwise)
     if len(data.pairs):
         first, second = data.pairs.astype(np.float64).reshape(-1, 2, n).swapaxes(0, 1)
@@ -280,6 +273,22 @@ def empirical(
         pairwise=found.pairs,
         layers=_layers(form, data, p) if layers else (),
     )
+
+
+def _confirming(
+    form: Any, xs: np.ndarray, vs: np.ndarray, order: np.ndarray, dense: np.ndarray, p: float, scale: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The point pairs of step 3 (see `_lines`): along the directions that climbed, and from the starts `dense` along
+    the best direction of the whole Jacobian."""
+    n = xs[0].size
+    centres, members = [xs[order].reshape(-1, n)], [order]
+    directions = [vs[order].reshape(-1, n).astype(np.float64)]
+    for s in dense:
+        rows = _directions(np.asarray(ascent.jacobian(form, jnp.asarray(xs[s]))))
+        centres.append(xs[s].reshape(1, n))
+        members.append(np.array([s]))
+        directions.append(_best_direction(rows, p)[None])
+    return _lines(np.concatenate(centres), np.concatenate(directions), scale, np.concatenate(members))
 
 
 def _layers(form: Any, data: Survey, p: float) -> tuple[LayerBound, ...]:
