@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
-from lipbounds._text import whole
+from lipbounds._text import Progress, reporting, whole
 from lipbounds.results import check_norm
 
-Progress = Callable[[str], None]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def reports(verb: Callable[P, R]) -> Callable[P, R]:
+    """What the verb says goes where its keyword `progress` says: True, False or a function of one text."""
+
+    @functools.wraps(verb)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with reporting(kwargs.get("progress")):  # type: ignore[arg-type]
+            return verb(*args, **kwargs)
+
+    return run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +37,7 @@ class AttackSettings:
         low, high: the box of the inputs, [low, high] in every coordinate.
         batch_size: examples at once; all chunks run the same compiled programs.
         seed: of everything random, which depends on nothing else but the example's index.
-        progress: called with a line of text after every chunk.
+        progress: True, False or a function of one text: a line after every chunk.
 
     Raises:
         ValueError: another norm, a box that is empty or not finite, a batch size below 1.
@@ -35,7 +48,7 @@ class AttackSettings:
     high: float = 1.0
     batch_size: int = 256
     seed: int = 0
-    progress: Progress | None = None
+    progress: Progress = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "norm", check_norm(self.norm))

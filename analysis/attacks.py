@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lipbounds._text import as_labels, whole
+from lipbounds._text import as_labels, reporting, say, whole
 from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings
 from lipbounds.results import NORM_NAMES
 
@@ -129,7 +129,8 @@ def pgd(
         return _ascend(problem, "ce" if loss == "ce" else "margin", steps, restarts, step_size, key)
 
     name = "FGSM" if steps == 1 and step_size is None else "PGD"
-    return search(name, find, fn, x, y, eps, settings, loss)
+    with reporting(settings.progress):
+        return search(name, find, fn, x, y, eps, settings, loss)
 
 
 def fgsm(
@@ -212,8 +213,7 @@ def search(
             raw = np.asarray(find(problem))
             found[kept] = _settle(points[kept], raw[:count], radii[kept], p, box)
             after[kept] = np.asarray(margins(model, weights, found[rows], problem.labels))[:count]
-        if settings.progress is not None:
-            settings.progress(f"{name} in {NORM_NAMES[p]}: {kept.stop} of {len(points)} examples")
+        say(f"{name} in {NORM_NAMES[p]}: {kept.stop} of {len(points)} examples")
     if not np.isfinite(before).all():
         raise ValueError(f"the logits of example {int(np.argmin(np.isfinite(before)))} are not finite")
     correct = before > 0

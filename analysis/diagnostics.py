@@ -22,17 +22,19 @@ from flax import nnx
 from lipbounds._text import (
     Direction,
     Html,
+    Progress,
     element,
     html_table,
     markdown_table,
     markdown_text,
     printable,
+    say,
     show,
     text_table,
     together,
     whole,
 )
-from lipbounds.analysis.attack_settings import Progress
+from lipbounds.analysis.attack_settings import reports
 from lipbounds.analysis.batches import chunks, padded
 from lipbounds.analysis.forging import Forged
 from lipbounds.analysis.gates import gate as gate_function
@@ -244,6 +246,7 @@ def _shown(mark: str, way: Any, *values: float) -> tuple[str, ...]:
     return tuple(mark + show(value, direction) for value in values)
 
 
+@reports
 def diagnose(
     forged: Forged,
     data: Any,
@@ -252,7 +255,7 @@ def diagnose(
     seed: int = 0,
     batch_size: int = 256,
     guarantee: Guarantee = "auto",
-    progress: Progress | None = None,
+    progress: Progress = None,
 ) -> Diagnosis:
     """Measure every forged layer on data.
 
@@ -263,7 +266,7 @@ def diagnose(
         seed: of the draw, and of iterations that start at random.
         batch_size: examples at once.
         guarantee: of the upper bound of ||W||_2, as in `lb.naive`.
-        progress: called with a line of text.
+        progress: True, False or a function of one text.
 
     What the theory says is checked on every sampled input, up to rounding: lambda_max(A') <= lambda_max(A) and
     lambda_max(A') <= ||A'||_2 <= ||A||_2, eigenvalues below disc bounds, disc bounds of A' at most those of A, and on
@@ -302,8 +305,7 @@ def diagnose(
             seen[path].append({name: np.asarray(value)[: len(rows)] for name, value in found.items()})
         draw.add(rows)
         count += len(rows)
-        if progress is not None:
-            progress(f"diagnosis: {count} examples")
+        say(f"diagnosis: {count} examples")
     chosen = draw.rows()
     layers = []
     for path, gated in gates.items():
@@ -314,8 +316,7 @@ def diagnose(
             token = rng.integers(x.shape[1], size=size)
             sizes.append(np.asarray(jnp.abs(x[np.arange(size), token]).astype(jnp.float32))[: len(part)])
         layers.append(_layer(path, gated, np.concatenate(sizes), seen[path], guarantee, seed))
-        if progress is not None:
-            progress(f"diagnosis: {path}, worst lambda_max(A') / lambda_max(A) {layers[-1].ratios.max():.4f}")
+        say(f"diagnosis: {path}, worst lambda_max(A') / lambda_max(A) {layers[-1].ratios.max():.4f}")
     return Diagnosis(tuple(layers), forged.kind, count, len(chosen), seed, left_out)
 
 

@@ -25,9 +25,10 @@ import lipbounds as lb
 from lipbounds._form import fingerprint
 from lipbounds._lipsdp import check_certificate, load_certificate
 from lipbounds._local import logits
+from lipbounds._text import Progress
 from lipbounds.analysis.attack_settings import AttackSettings
 from lipbounds.analysis.attacks import Attack, length, pgd
-from lipbounds.analysis.experiment import Json, Progress, eps_grid, norm_key, radii_record
+from lipbounds.analysis.experiment import Json, eps_grid, norm_key, radii_record
 from lipbounds.errors import GuaranteeError
 from lipbounds.results import Part, check_norm
 
@@ -105,7 +106,7 @@ def certify(
     *,
     methods: Sequence[str | lb.UpperBound] = ("naive", "liplt", "lipsdp"),
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = None,
 ) -> Certified:
     """Bound a network by several methods, pairs of classes each, and certify images x (N, *shape) in l2.
 
@@ -169,7 +170,7 @@ def certificates(
     methods: Sequence[str | lb.UpperBound] = ("naive", "liplt", "lipsdp"),
     images: int | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = None,
 ) -> Json:
     """The part of the record of `evaluate` that needs no attack on a ball: clean and certified accuracy."""
     x, y = _first(x, y, images)
@@ -193,7 +194,7 @@ def evaluate(
     paper_units: float | None = None,
     images: int | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = None,
 ) -> Json:
     """Clean accuracy, accuracy under attack and certified accuracy of a network, as plain data.
 
@@ -207,7 +208,7 @@ def evaluate(
             inside every certified radius, where nothing can be found.
         images: so many of the images, the first ones; None for all.
         seed: of everything random.
-        progress: called with a line of text.
+        progress: True, False or a function of one text.
 
     Returns a dict with the keys (every `by eps` has str(eps) in pixel values as keys)
         clean, images, eps, unit, seed     accuracy in [0, 1], number of images, radii in pixel values

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 import lipbounds as lb
-from lipbounds.analysis.attack_settings import Progress
+from lipbounds._text import Progress, say
+from lipbounds.analysis.attack_settings import reports
 
 Json = dict[str, Any]
 
@@ -136,6 +137,7 @@ def eps_grid(radii: Sequence[Any]) -> list[float]:
     return [float(eps) for eps in np.linspace(0.0, 1.02 * top if top > 0 else 1.0, GRID)]
 
 
+@reports
 def measure(
     form: Any,
     x: np.ndarray,
@@ -146,7 +148,7 @@ def measure(
     guarantee: str = "auto",
     seed: int = 0,
     quick: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = None,
 ) -> dict[str, list[Json]]:
     """Bound `form` by every method in every norm, certify images x (n, *in_shape) with labels y (n,).
 
@@ -155,16 +157,16 @@ def measure(
     A method that refuses becomes a "refused" row with its reason. GuaranteeError (by `lb.compare`) if a
     lower bound exceeds an upper bound of the same norm, since then one of the two is wrong.
     """
-    report = progress or (lambda what: None)
     rows: dict[str, list[Json]] = {kind: [] for kind in KINDS}
     for norm in norms:
         key = norm_key(norm)
         labels, results = [], []
         for name in offered(method_names() if methods is None else methods, norm, quick):
             label = LABELS.get(name, name)
-            report(f"{label}, norm {key}")
+            say(f"{label}, norm {key}")
             pairwise = norm == 2 or name != "empirical"  # the search over pairs is slow, one norm shows it
             options: Json = {"norm": norm, "pairwise": pairwise, "guarantee": guarantee, "seed": seed}
+            options["progress"] = False  # one line of its own for every method
             asked: list[Any] = [name]
             if name == "lipsdp" and quick and sum(tap.size_out for tap in form.taps) > _SMALL:
                 asked = [lb.lipsdp(form, solver=lb.Recursion(iterations=_QUICK), **options)]
@@ -174,8 +176,8 @@ def measure(
             else:
                 labels.append(label)
                 results.append(row.result)
-        report(f"certified radii, norm {key}")
-        compared = lb.compare(form, x, y, methods=results, norm=norm, pairwise=True)
+        say(f"certified radii, norm {key}")
+        compared = lb.compare(form, x, y, methods=results, norm=norm, pairwise=True, progress=False)
         certified: list[tuple[Json, Any]] = []
         for label, row in zip(labels, compared, strict=True):
             kind = result_kind(row.result)
@@ -188,7 +190,7 @@ def measure(
                 continue
             certified.append((record, row.radii))
             if label == LABELS["liplt"]:
-                radii = lb.certified_radius(form, x, y, bound=without_pairs(row.result))
+                radii = lb.certified_radius(form, x, y, bound=without_pairs(row.result), progress=False)
                 record["without_pairs"] = {}
                 certified.append((record["without_pairs"], radii))
         grid = eps_grid([radii for _, radii in certified])

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from lipbounds._text import Html, html_table, markdown_table, show, text_table
+from lipbounds._text import Html, html_table, markdown_table, reporting, say, show, text_table
 from lipbounds.analysis.attack_settings import LINF, AttackSettings
 from lipbounds.analysis.attacks import pgd
 from lipbounds.analysis.forging import Forged, Where, forge
@@ -126,7 +126,7 @@ def search_c_r(
     if not values or len(set(values)) < len(values) or not all(0 <= c < 1 for c in values):
         raise ValueError(f"candidates must be different numbers in [0, 1), at least one, got {candidates!r}")
     settings = settings.changed(changes)
-    progress = settings.progress
+    quiet = dataclasses.replace(settings, progress=None)
     if eps is not None and not (math.isfinite(eps) and eps > 0):
         raise ValueError(f"eps must be a number > 0, or None for clean accuracy only, got {eps!r}")
     forged = forge(
@@ -138,17 +138,17 @@ def search_c_r(
         where=where,
         quantile=quantile,
         batch_size=settings.batch_size,
-        progress=progress,
+        progress=settings.progress,
     )
     ball, number = (0.0, 0) if eps is None else (float(eps), steps)
     rows = []
-    for c in values:
-        network = forged.with_c_r(c, keep=True)
-        attack = pgd(network, x, y, ball, dataclasses.replace(settings, progress=None), steps=number)
-        row = Candidate(c, float(attack.correct.mean()), None if eps is None else attack.accuracy)
-        rows.append(row)
-        if progress is not None:
+    with reporting(settings.progress):
+        for c in values:
+            network = forged.with_c_r(c, keep=True)
+            attack = pgd(network, x, y, ball, quiet, steps=number)
+            row = Candidate(c, float(attack.correct.mean()), None if eps is None else attack.accuracy)
+            rows.append(row)
             under = "" if row.attacked is None else f", {row.attacked:.2%} under PGD"
-            progress(f"c_r {show(c)}: {row.clean:.2%} correct{under}")
+            say(f"c_r {show(c)}: {row.clean:.2%} correct{under}")
     search = Search(tuple(rows), forged, kind, len(attack), eps, settings.norm, number)
     return dataclasses.replace(search, forged=forged.with_c_r(search.best.c_r))

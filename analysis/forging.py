@@ -34,8 +34,8 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save
 
-from lipbounds._text import read_safetensors, show, text_table, whole, write_atomically
-from lipbounds.analysis.attack_settings import Progress
+from lipbounds._text import Progress, read_safetensors, say, show, text_table, whole, write_atomically
+from lipbounds.analysis.attack_settings import reports
 from lipbounds.analysis.batches import Example, chunks, examples, padded
 from lipbounds.analysis.gates import (
     Gated,
@@ -241,13 +241,14 @@ class Tracked:
         }
 
 
+@reports
 def track(
     model: nnx.Module,
     data: Any,
     *,
     where: Where = None,
     batch_size: int = 256,
-    progress: Progress | None = None,
+    progress: Progress = None,
 ) -> Tracked:
     """The largest |activation| of every example in front of every chosen layer: Algorithm 1's tracking mode.
 
@@ -275,8 +276,7 @@ def track(
                 raise ValueError(f"the activations in front of {path} are not finite for example {bad}")
         seen.append(found)
         count += len(rows)
-        if progress is not None:
-            progress(f"tracking: {count} examples")
+        say(f"tracking: {count} examples")
     return Tracked(sites, example, {s.path: np.concatenate([one[s.path] for one in seen]) for s in sites})
 
 
@@ -290,7 +290,7 @@ def forge(
     where: Where = None,
     quantile: float = 1.0,
     batch_size: int = 256,
-    progress: Progress | None = None,
+    progress: Progress = None,
 ) -> Forged:
     """A copy of the model with a gate in front of every chosen layer, thresholds c_r times what the data reach.
 
@@ -313,7 +313,7 @@ def forge(
         quantile: the peak is the quantile of the examples' maxima: 1 the maximum, as in the paper, less is robust
             against outliers.
         batch_size: examples at once.
-        progress: called with a line of text after every batch.
+        progress: True, False or a function of one text: a line after every batch.
 
     A layer that is shared or called several times has one gate. Layers with stacked kernels (nnx.vmap, nnx.scan) cannot
     be forged. Training must be over: a gate is not meant to be trained through.

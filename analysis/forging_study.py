@@ -15,7 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lipbounds._text import Html, element, html_table, markdown_table, markdown_text, show, text_table
+from lipbounds._text import (
+    Html,
+    element,
+    html_table,
+    markdown_table,
+    markdown_text,
+    reporting,
+    say,
+    show,
+    text_table,
+)
 from lipbounds.analysis.attack_settings import LINF, AttackSettings
 from lipbounds.analysis.attacks import pgd
 from lipbounds.analysis.diagnostics import Diagnosis, diagnose
@@ -165,19 +175,19 @@ def study(
     Raises as `forge`, `pgd`, `square` and `diagnose` do.
     """
     settings = settings.changed(changes)
-    size, seed, progress = settings.batch_size, settings.seed, settings.progress
+    size, seed = settings.batch_size, settings.seed
     quiet = dataclasses.replace(settings, progress=None)
     gates: Json = {"kind": kind, "tau": tau, "quantile": quantile}
-    forged = forge(model, data, 0.0, where=where, batch_size=size, progress=progress, **gates)
+    forged = forge(model, data, 0.0, where=where, batch_size=size, progress=settings.progress, **gates)
     rows = []
-    for c in sorted({0.0, *(float(c) for c in candidates)}):
-        network = forged.with_c_r(c, keep=True)
-        white = pgd(network, x, y, eps, quiet, steps=steps, restarts=restarts)
-        black = square(network, x, y, eps, quiet, queries=queries)
-        found = diagnose(network, np.asarray(x), examples=examples, seed=seed, batch_size=size)
-        rows.append(Row(c, white.correct, white.correct & ~white.success, black.accuracy, found))
-        if progress is not None:
-            progress(f"c_r {power_of_two(c)}: {rows[-1].clean:.2%} clean, {rows[-1].pgd:.2%} under PGD")
+    with reporting(settings.progress):
+        for c in sorted({0.0, *(float(c) for c in candidates)}):
+            network = forged.with_c_r(c, keep=True)
+            white = pgd(network, x, y, eps, quiet, steps=steps, restarts=restarts)
+            black = square(network, x, y, eps, quiet, queries=queries)
+            found = diagnose(network, np.asarray(x), examples=examples, seed=seed, batch_size=size)
+            rows.append(Row(c, white.correct, white.correct & ~white.success, black.accuracy, found))
+            say(f"c_r {power_of_two(c)}: {rows[-1].clean:.2%} clean, {rows[-1].pgd:.2%} under PGD")
     record = {
         "images": len(np.asarray(y)),
         "eps": float(eps),

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from lipbounds._text import Html, as_labels, element, whole
-from lipbounds.analysis.attack_settings import Progress
+from lipbounds._text import Html, Progress, as_labels, element, say, whole
+from lipbounds.analysis.attack_settings import reports
 from lipbounds.analysis.attacks import Model, as_points, count_classes, split
 
 ABSTAIN = -1
@@ -103,6 +103,7 @@ class Smoothed:
         return element("pre", repr(self))
 
 
+@reports
 def smooth(
     fn: Any,
     x: Any,
@@ -114,7 +115,7 @@ def smooth(
     batch_size: int = 1024,
     seed: int = 0,
     y: Any = None,
-    progress: Progress | None = None,
+    progress: Progress = None,
 ) -> Smoothed:
     """Certify the smoothed version of a classifier at every example, or abstain (CERTIFY, arXiv 1902.02918).
 
@@ -128,7 +129,7 @@ def smooth(
         batch_size: noisy examples at once.
         seed: the noise depends on it, on the example's index and on the sample's number, and on no batch.
         y: (N,) labels, for `Smoothed.accuracy`.
-        progress: called with a line of text after every tenth of the samples.
+        progress: True, False or a function of one text: a line after every tenth of the samples.
 
     Raises:
         TypeError: fn is not callable.
@@ -148,7 +149,7 @@ def smooth(
     choosing, deciding = jax.random.split(jax.random.key(seed))
 
     def sample(key: jax.Array, count: int, what: str) -> np.ndarray:
-        return _counts(model, weights, points, np.float32(sigma), key, count, size, classes, what, progress)
+        return _counts(model, weights, points, np.float32(sigma), key, count, size, classes, what)
 
     rows = np.arange(len(points))
     chosen = sample(choosing, n0, "choosing the classes").argmax(axis=1)
@@ -183,7 +184,6 @@ def _counts(
     size: int,
     classes: int,
     what: str,
-    progress: Progress | None,
 ) -> np.ndarray:
     """(N, K) how often each class has the largest logit at `count` noisy copies of every example."""
     total = len(points) * count
@@ -205,8 +205,8 @@ def _counts(
                 jnp.asarray(number < total),
                 tally,
             )
-            if progress is not None and (start + size) // tenth > start // tenth:
-                progress(f"Smoothing, {what}: {min(start + size, total)} of {total} samples")
+            if (start + size) // tenth > start // tenth:
+                say(f"Smoothing, {what}: {min(start + size, total)} of {total} samples")
     found = np.asarray(tally, np.int64)
     if found[:, -1].any():
         place = int(np.argmax(found[:, -1] > 0))

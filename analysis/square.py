@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lipbounds._text import whole
+from lipbounds._text import reporting, whole
 from lipbounds.analysis import attacks
 from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings
 from lipbounds.analysis.attacks import Attack, Problem, keep, margin_of, per_example, project
@@ -65,7 +65,8 @@ def square(
     def find(problem: Problem) -> jax.Array:
         return _search(problem, queries, share, key)
 
-    return attacks.search("Square", find, fn, x, y, eps, settings, "margin")
+    with reporting(settings.progress):
+        return attacks.search("Square", find, fn, x, y, eps, settings, "margin")
 
 
 def _search(problem: Problem, queries: int, share: float, key: jax.Array) -> jax.Array:

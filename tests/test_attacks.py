@@ -413,3 +413,10 @@ def test_the_settings_of_an_attack_are_checked_once_and_can_be_shared(rng, net):
         TypeError, match="unknown option 'clip'; the settings of an attack are norm, low, high"
     ):
         pgd(net, X, Y, 0.1, clip=True)
+
+
+def test_progress_means_what_it_means_in_every_bound(net, capfd):
+    pgd(net, X, Y, 0.1, steps=1, progress=True)
+    assert capfd.readouterr() == ("", "")  # stderr is no terminal
+    with pytest.raises(ValueError, match="progress must be True, False or a function of one text, got 3"):
+        pgd(net, X, Y, 0.1, steps=1, progress=3)
