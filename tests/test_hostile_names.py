@@ -245,7 +245,7 @@ def test_names_of_registered_functions():
     inner.__name__ = outer.__name__ = name
     form = lb.trace(outer, jax.ShapeDtypeStruct((3,), np.float32))
     tap = dataclasses.replace(form.taps[0], name=name)
-    form = dataclasses.replace(form, program=dataclasses.replace(form.program, taps=(tap,)))
+    form = dataclasses.replace(form, program=dataclasses.replace(form.program, steps=(tap,)))
     assert "\x1b" not in repr(form)
     check_page(form._repr_html_(), name)
 

@@ -21,6 +21,9 @@ from lipbounds._form.steps import KINDS
 from lipbounds._form.walk import Algebra
 
 _HIGHEST = lax.Precision.HIGHEST
+#: Products and sums of products in full precision, where a GPU would round float32 operands to TF32.
+product = partial(jnp.matmul, precision=_HIGHEST)
+einsum = partial(jnp.einsum, precision=_HIGHEST)
 
 
 def fixed_operands(form: LureForm, step: Any, dtype: Any) -> list[Any]:

@@ -21,6 +21,7 @@ import numpy as np
 import optax
 from jax.scipy.linalg import solve_triangular
 
+from lipbounds._form.batched_steps import einsum, product
 from lipbounds._form.lure import LureForm
 from lipbounds._form.program import Program
 from lipbounds._lipsdp import ellipsoid, recursion_step
@@ -37,7 +38,6 @@ _MARGIN = 0.1  # relative distance from the edge of feasibility that multipliers
 _BESIDE = 0.25  # times this where something passes the tap
 _TIGHT = 9  # squarings of that edge
 _LEAST = 0.02  # |c| / r of the closed-form start is at least this
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class LipSdpState(NamedTuple):
@@ -184,7 +184,7 @@ class _Front(core.Core):
         norms = weight * norms
         total = jnp.sum(norms)
         share = jnp.where(norms > 0, norms, 1)
-        sigma = jnp.einsum("s,sij->ij", jnp.where(norms > 0, jnp.square(weight) * total / share, 0), whole)
+        sigma = einsum("s,sij->ij", jnp.where(norms > 0, jnp.square(weight) * total / share, 0), whole)
         return total, None, sigma, state.rows
 
 
@@ -215,10 +215,10 @@ def _prepare(
     start, runs = stages(form, dtype)
     start, exponent = _near_one(start)
     if reach is None:
-        sigma = _dot(start, start.T)
+        sigma = product(start, start.T)
     else:
         reach, shift = recursion_step.rescale(reach)
-        sigma, exponent = _dot(_dot(start, reach), start.T), exponent + shift / 2
+        sigma, exponent = product(product(start, reach), start.T), exponent + shift / 2
     good = good & _finite((sigma, [run.stage for run in runs]))
     sigma = jnp.where(good, sigma, 0)
     runs = [
@@ -283,8 +283,8 @@ def _through(sigma: jax.Array, stage: Stage, q: Any, slopes: str) -> tuple[jax.A
     y_state, wide = sigma, jnp.zeros((), sigma.dtype)
     if stage.W is not None:
         W, wide = _near_one(stage.W)
-        y_state = _dot(W, sigma)
-        sy = _dot(y_state, W.T)
+        y_state = product(W, sigma)
+        sy = product(y_state, W.T)
     # A neuron that cannot move has w = 0, and so has every neuron where nothing moves.
     moves = jnp.diagonal(jax.lax.stop_gradient(sy)) > 0
     c, r = jnp.where(moves, c, 0), jnp.where(moves, r, 0)
@@ -292,21 +292,21 @@ def _through(sigma: jax.Array, stage: Stage, q: Any, slopes: str) -> tuple[jax.A
     if stage.H is None:
         up = up + wide
         if slopes == "any":
-            cross = _dot(sy * c, G.T)
-            new = _dot(cross.T * c + G * (r * r * d), G.T)
+            cross = product(sy * c, G.T)
+            new = product(cross.T * c + G * (r * r * d), G.T)
         else:
             cross = (d * c)[:, None] * G.T
             new = jnp.zeros((len(G), len(G)), G.dtype)
             if slopes != "zero":
-                new = _dot(G * ((r * r - c * c) * d), G.T)
+                new = product(G * ((r * r - c * c) * d), G.T)
     else:
-        A = stage.H + (stage.G * c if stage.W is None else _dot(stage.G * c, stage.W))
+        A = stage.H + (stage.G * c if stage.W is None else product(stage.G * c, stage.W))
         B = stage.G * (r * jnp.exp2(wide))  # y is counted in units of 2^wide, so w is too
         size = jax.lax.stop_gradient(jnp.maximum(jnp.max(jnp.abs(A)), jnp.max(jnp.abs(B))))
         shrink, up = _power_of_two(size)
         A, B = A * shrink, B * shrink
-        cross = _dot(y_state, A.T)
-        new = _dot(_dot(A, sigma), A.T) + _dot(B * d, B.T)
+        cross = product(y_state, A.T)
+        new = product(product(A, sigma), A.T) + product(B * d, B.T)
     new = _schur(factor, d, sy, cross) + new
     own = jax.lax.stop_gradient(jnp.diagonal(sy))
     relative = jax.lax.stop_gradient(d) / jnp.maximum(own, jnp.maximum(jnp.max(own) * 1e-20, 1e-30))
@@ -353,21 +353,17 @@ def _schur(factor: jax.Array, d: jax.Array, sy: jax.Array, cross: jax.Array) -> 
 
 def _schur_forward(factor: Any, d: Any, sy: Any, cross: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     z = solve_triangular(factor, cross, lower=True)
-    return _dot(z.T, z), (factor, z)
+    return product(z.T, z), (factor, z)
 
 
 def _schur_backward(saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     factor, z = saved
     v = solve_triangular(factor, z, lower=True, trans=1)  # (D - Sy)^-1 cross
-    pulled = _dot(v, g + g.T)
-    return jnp.zeros_like(factor), -jnp.sum(pulled * v, axis=1) / 2, _dot(pulled, v.T) / 2, pulled
+    pulled = product(v, g + g.T)
+    return jnp.zeros_like(factor), -jnp.sum(pulled * v, axis=1) / 2, product(pulled, v.T) / 2, pulled
 
 
 _schur.defvjp(_schur_forward, _schur_backward)
-
-
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=_HIGHEST)
 
 
 def _power_of_two(size: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -386,7 +382,7 @@ def _constants(passed: _Passed) -> Constants:
     sigma = passed.sigma
     scale = jnp.exp2(passed.exponent / 2)
     vector = jnp.linalg.eigh(jax.lax.stop_gradient(sigma), symmetrize_input=False)[1][:, -1]
-    value = core.root(_dot(vector, _dot(sigma, vector)))
+    value = core.root(product(vector, product(sigma, vector)))
     classes, pairs = core.root(jnp.diagonal(sigma)), core.distances(sigma)
     return Constants(scale * value, scale * classes, scale * pairs)
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lipbounds._form.batched_steps import apply_batched, fixed_operands
+from lipbounds._form.batched_steps import apply_batched, einsum, fixed_operands, product
 from lipbounds._form.concrete import is_concrete
 from lipbounds._form.lure import LureForm, flat_slopes, multiplicity
 from lipbounds._form.program import Op, Program
@@ -294,7 +294,9 @@ class Core:
         reach = [jnp.ones((), dtype)]  # of the input, then of every tap
         for k in range(len(form.taps)):
             sources = np.array([1 + j for j, target in layout.pairs if target == k], int)
-            reach.append(lengths[k] @ jnp.stack(reach)[sources] if k in lengths else jnp.zeros((), dtype))
+            reach.append(
+                product(lengths[k], jnp.stack(reach)[sources]) if k in lengths else jnp.zeros((), dtype)
+            )
         value, classes, pairs, tops = self._outputs(form, layout, scalings, jnp.stack(reach), state, steps)
         constants = Constants(value, classes if pairwise else None, pairs if pairwise else None)
         return constants, State(vectors, tuple(tops))
@@ -314,13 +316,13 @@ class Core:
         u = jax.lax.fori_loop(
             0,
             2 * steps,
-            lambda _, v: _unit(jnp.einsum("sij,sj->si", fixed, v), v),
+            lambda _, v: _unit(einsum("sij,sj->si", fixed, v), v),
             jax.lax.stop_gradient(jnp.stack(state.rows)),
         )
-        value = weight @ root(jnp.einsum("si,sij,sj->s", u, whole, u))
-        classes = weight @ root(jnp.diagonal(whole, axis1=1, axis2=2))
+        value = product(weight, root(einsum("si,sij,sj->s", u, whole, u)))
+        classes = product(weight, root(jnp.diagonal(whole, axis1=1, axis2=2)))
         apart = jax.vmap(distances)(jnp.stack([gram.centred for gram in grams]))
-        return value, classes, jnp.einsum("s,sij->ij", weight, apart), tuple(u)
+        return value, classes, einsum("s,sij->ij", weight, apart), tuple(u)
 
 
 def root(x: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lipbounds._form.batched_steps import Batches, apply_batched
+from lipbounds._form.batched_steps import Batches, apply_batched, product
 from lipbounds._form.concrete import is_concrete
 from lipbounds._form.lure import LureForm
 from lipbounds._form.program import Op, Program
@@ -59,7 +59,7 @@ def row_grams(form: LureForm, sources: tuple[int, ...], scalings: Scalings, dtyp
     out = []
     for gram, scale in _grams(form, sources, scalings, seeds, neck):
         if head is not None:
-            gram = head @ gram @ head.T
+            gram = product(product(head, gram), head.T)
         centred, cross = gram[:count, :count], gram[:count, count]
         whole = centred + cross[:, None] + cross[None, :] + gram[count, count]
         out.append(RowGram(whole, centred, jax.lax.stop_gradient(scale)))
@@ -133,7 +133,7 @@ def _grams(
         return *jax.tree.map(lambda r: r.reshape(chunks * height, *r.shape[2:]), (found, registers)), sizes
 
     def outputs(found: Any, sizes: Any) -> Any:
-        return [(r @ r.T)[:count, :count] for r in found], sizes
+        return [product(r, r.T)[:count, :count] for r in found], sizes
 
     @jax.custom_vjp
     def grams(smooth: Any, other: Any) -> Any:
@@ -149,7 +149,7 @@ def _grams(
         form, scalings = join(smooth, other)
         vectors = []
         for r, size, g in zip(found, sizes, cotangents[0], strict=True):
-            vectors.append(jnp.pad((g + g.T) / size, (0, r.shape[0] - count)) @ r)
+            vectors.append(product(jnp.pad((g + g.T) / size, (0, r.shape[0] - count)), r))
         zero = {n: jnp.zeros_like(leaf) for n, leaf in zip(np.flatnonzero(moving), smooth, strict=True)}
 
         def part(total: Any, given: Any) -> Any:
