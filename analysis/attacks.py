@@ -241,6 +241,7 @@ class Model:
     graph: Any
 
     def __call__(self, weights: Any, batch: jax.Array) -> jax.Array:
+        """Logits (B, K) of a batch."""
         if weights is None:
             return self.graph(batch)
         return nnx.merge(self.graph, weights, copy=True)(batch)
@@ -292,11 +293,13 @@ def margin_of(z: jax.Array, y: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("model",))
 def margins(model: Model, weights: Any, points: jax.Array, labels: jax.Array) -> jax.Array:
+    """Logit margins (B,) of a model at points."""
     return margin_of(model(weights, points).astype(jnp.float32), labels)
 
 
 @jax.jit
 def keep(point: jax.Array, margin: jax.Array, best: Any) -> Any:
+    """(point, margin) of the smaller margin so far, example by example."""
     better = margin < best[1]
     return jnp.where(per_example(better, point), point, best[0]), jnp.where(better, margin, best[1])
 

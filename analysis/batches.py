@@ -35,8 +35,10 @@ def examples(batch: Any, example: Example | None = None) -> np.ndarray:
 
 
 def chunks(data: Any, size: int) -> Iterator[np.ndarray]:
-    """The examples of an array (N, ...), or of an iterable of batches (n, ...) or pairs (x, y) of which x is taken, in
-    arrays of `size` rows, the last one shorter. Read once; no more than `size` rows and one batch are held.
+    """The examples of `data` in arrays of `size` rows, the last one shorter.
+
+    Data are an array (N, ...), or an iterable of batches (n, ...) or of pairs (x, y), of which x is taken. They are read
+    once; no more than `size` rows and one batch are held.
 
     TypeError where data are neither, ValueError for batches that `examples` refuses and where there is no example.
     """

@@ -272,8 +272,9 @@ def _nearest(
     norms: Sequence[float],
     ascent: Json,
 ) -> tuple[dict[float, np.ndarray], int]:
-    """Norm -> (N,) distance of the nearest example that PGD in any of the balls (settings, eps) broke, inf where none;
-    and how many only float32 rounding broke.
+    """{norm: (N,) distance of the nearest adversarial example that PGD found}, and how many only rounding broke.
+
+    PGD runs in every ball (settings, eps); the distance is inf where it found none.
     """
     radius, rounding = found.radius(len(x)), 0
     nearest = {p: np.full(len(x), np.inf) for p in norms}

@@ -76,7 +76,7 @@ def norm_key(norm: float) -> str:
 
 
 def result_kind(result: Any) -> str:
-    """ "upper", "lower" or "estimate"; TypeError for anything else."""
+    """The kind of a result, "upper", "lower" or "estimate"; TypeError for anything else."""
     for kind, cls in (("upper", lb.UpperBound), ("lower", lb.LowerBound), ("estimate", lb.Estimate)):
         if isinstance(result, cls):
             return kind

@@ -105,6 +105,7 @@ class Forged(nnx.Module):
         self.sites, self.example, self.kind, self.tau = tuple(sites), example, kind, tau
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
+        """The output of the forged network."""
         return self.network(*args, **keywords)  # type: ignore[operator]
 
     @property

@@ -60,29 +60,36 @@ class Row:
 
     @property
     def clean(self) -> float:
+        """Share of the images that are classified correctly."""
         return float(self.correct.mean())
 
     @property
     def pgd(self) -> float:
+        """Share of the images that withstood PGD."""
         return float(self.withstood.mean())
 
     @property
     def zeroed(self) -> float:
+        """Mean share of the entries that the gates set to zero, over the layers."""
         return float(np.mean([layer.zeroed for layer in self.diagnosis.layers]))
 
     @property
     def zero(self) -> float:
+        """Mean share of the entries that are zero behind the gates, over the layers."""
         return float(np.mean([layer.zero for layer in self.diagnosis.layers]))
 
     @property
     def constant(self) -> float:
+        """Largest empirical Lipschitz constant of a layer before forging."""
         return max(layer.constant for layer in self.diagnosis.layers)
 
     @property
     def constant_forged(self) -> float:
+        """Largest empirical Lipschitz constant of a layer after forging."""
         return max(layer.constant_forged for layer in self.diagnosis.layers)
 
     def to_json(self) -> Json:
+        """The record as JSON values."""
         names = ("c_r", "clean", "pgd", "square", "zeroed", "zero", "constant", "constant_forged")
         return {name: getattr(self, name) for name in names} | {"diagnosis": self.diagnosis.to_json()}
 
@@ -130,6 +137,7 @@ class Study:
         return f"**Study**: {markdown_text(self._headline())}\n\n{markdown_table(*self._table())}"
 
     def to_json(self) -> Json:
+        """The record as JSON values."""
         return {"settings": self.settings, "rows": [row.to_json() for row in self.rows]}
 
 
@@ -307,8 +315,9 @@ def _claims_on_masking(checks: MaskingChecks) -> list[Claim]:
 
 
 def _across(forged: Forged, diagnosis: Diagnosis) -> tuple[str, float, float]:
-    """(layer, |W f(x) - W f(y)| / |x - y|, bound of ||W||_2) with x and y on either side of the first gate's threshold,
-    along one input entry; attained in float32.
+    """(layer, |W f(x) - W f(y)| / |x - y|, bound of ||W||_2), attained in float32.
+
+    x and y lie on either side of the first gate's threshold, along one input entry.
     """
     layer = diagnosis.layers[0]
     gated = forged.gates[layer.path]

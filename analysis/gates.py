@@ -82,6 +82,7 @@ class Gated(nnx.Module):
         return getattr(self.layer, name)
 
     def __call__(self, inputs: Any, *args: Any, **keywords: Any) -> Any:
+        """The layer on its gated inputs."""
         if isinstance(self.recording, Calls):
             self.recording.made.append((self.path, inputs))
             return self.layer(inputs, *args, **keywords)
@@ -121,6 +122,7 @@ def modules(root: nnx.Module) -> Iterator[tuple[tuple[Any, ...], Any]]:
 
 
 def dotted(path: Iterable[Any]) -> str:
+    """A path as text with dots."""
     return ".".join(map(str, path))
 
 
@@ -161,8 +163,10 @@ def forgeable(model: nnx.Module) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------- the layers there are
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """The layers that a model calls: those that can be forged, in the order of their first call; which of them read the
-    network's input (the first, and others called on the same array); and why the others cannot be forged.
+    """The layers that a model calls.
+
+    Those that can be forged, in the order of their first call; which of them read the network's input (the first, and
+    others called on the same array); and why the others cannot be forged.
     """
 
     sites: Mapping[str, Site]
@@ -316,8 +320,9 @@ def _common(paths: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
 
 # --------------------------------------------------------------------------------------------- what enters the gates
 def entered(network: Any, batch: jax.Array) -> dict[str, list[jax.Array]]:
-    """Path -> what entered this gate, one array per call, when the network is called on a batch; inside jit only, on a
-    network that is thrown away.
+    """{path: what entered this gate, one array per call} when the network is called on a batch.
+
+    For use inside jit, on a network that is not used afterwards.
     """
     gates = [module for _, module in modules(network) if isinstance(module, Gated)]
     for gated in gates:

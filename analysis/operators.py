@@ -90,8 +90,10 @@ class Operator:
 
 
 def plain_layer(layer: Any) -> nnx.Module:
-    """A copy of an nnx.Conv or nnx.Linear without bias, in its weights' dtype (at least float32), products at the
-    highest precision. ValueError for other modules and for layers with a product of their own.
+    """A copy of an nnx.Conv or nnx.Linear without bias, with products at the highest precision.
+
+    It computes in the dtype of its weights, at least float32. ValueError for other modules and for layers with a
+    product of their own.
     """
     if type(layer) not in (nnx.Conv, nnx.Linear):
         raise ValueError(f"diagnostics read nnx.Conv and nnx.Linear, not {type(layer).__name__}")

@@ -135,8 +135,10 @@ def _number(z: Any) -> str:
 
 
 def gershgorin_discs(A: Any, by: By = "row") -> Discs:
-    """The discs of a square matrix A (n, n), real or complex: centres a_ii, radii sum over j != i of |a_ij| ("row") or
-    of |a_ji| ("column"), in float64 and rounded upwards, so that they hold for A as it is stored.
+    """The Gershgorin discs of a square matrix A (n, n), real or complex.
+
+    Their centres are a_ii, their radii the sums over j != i of |a_ij| ("row") or |a_ji| ("column"), in float64 and
+    rounded upwards, so that they hold for A as it is stored.
 
     Source: Gershgorin's theorem (Horn and Johnson, Matrix Analysis, 6.1.1); Theorem 1 of arXiv 2406.19622. ValueError
     for a matrix that is not square, is empty or has NaN or infinite entries, and for results beyond float64.

@@ -60,8 +60,10 @@ def eigenvalues_figure(found: Interlacing, title: str = "") -> Figure:
 
 
 def ratios_figure(diagnosis: Diagnosis) -> Figure:
-    """lambda_max(A'(x)) / lambda_max(A) over the sample, a box per layer; a bar marks the worst input, a ring the worst
-    with the mask x != 0, which is what zeros that were there before leave.
+    """lambda_max(A'(x)) / lambda_max(A) over the sample, one box per layer.
+
+    A bar marks the worst input; a ring marks the worst one for the mask x != 0, the effect of zeros that were there
+    before.
     """
     figure = _figure(7.6, 1.1 + 0.34 * len(diagnosis.layers))
     ax = figure.subplots()

@@ -86,6 +86,7 @@ class Augmentation:
             raise ValueError(f"fill must be finite, got {self.fill}")
 
     def __call__(self, key: jax.Array, x: jax.Array) -> jax.Array:
+        """A batch x (B, height, width, channels) changed at random."""
         # Always three keys: what one change draws does not depend on which others are switched on.
         mirror, angle, shift = jax.random.split(key, 3)
         if self.flip:
@@ -104,8 +105,10 @@ def _check_batch(x: jax.Array) -> None:
 
 
 def _cell(position: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """For positions along one axis of `size` pixels: the pixel before each, in an image with a rim of one pixel
-    (which makes pixel 0 number 1), and the distance from it in [0, 1]. Positions outside end on the rim.
+    """The pixel before each position along one axis of `size` pixels, and the distance from it in [0, 1].
+
+    Pixels are counted in an image with a rim of one pixel, which makes pixel 0 number 1. Positions outside end on the
+    rim.
     """
     position = jnp.clip(position, -1.0, float(size))
     before = jnp.minimum(jnp.floor(position), size - 1.0)

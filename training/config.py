@@ -136,6 +136,7 @@ class Config:
         )
 
     def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values."""
         return dataclasses.asdict(self)
 
     @classmethod

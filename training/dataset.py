@@ -81,11 +81,13 @@ class Dataset:
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of one image."""
         height, width, channels = self.train_pixels.shape[1:]
         return int(height), int(width), int(channels)
 
     @functools.cached_property
     def classes(self) -> int:
+        """Number of classes."""
         return len(self.class_names) or 1 + int(max(self.train_y.max(), self.test_y.max()))
 
     def _scaled(self, pixels: ByteArray) -> FloatArray:

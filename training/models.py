@@ -87,6 +87,7 @@ class MLP(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits (B, K) of raw pixels (B, height, width, channels)."""
         h = _flatten_image((x - self.mean) / self.std)
         for layer in self.layers[:-1]:
             h = self.activation(layer(h))
@@ -112,6 +113,7 @@ class ResidualBlock(nnx.Module):
         self.activation = _activation(activation)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """The block on x (B, height, width, channels): its convolutions added to x."""
         return x + self.second(self.activation(self.first(self.activation(x))))
 
 
@@ -140,6 +142,7 @@ class ResidualCNN(nnx.Module):
         self.head = nnx.Linear((height // 4) * (width // 4) * channels, classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits (B, K) of raw pixels (B, height, width, channels)."""
         h = self.stem((x - self.mean) / self.std)
         for block in self.blocks:
             h = block(h)
@@ -178,6 +181,7 @@ class ConvNet(nnx.Module):
         self.dense = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(sizes)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits (B, K) of raw pixels (B, height, width, channels)."""
         h = (x - self.mean) / self.std
         for conv in self.convs:
             h = self.activation(conv(h))
@@ -233,8 +237,10 @@ def spec_for(
     mean: float = 0.0,
     std: float = 1.0,
 ) -> ModelSpec:
-    """The spec of an architecture named as on the command line: widths such as "784-512-10", or a key of
-    `ARCHITECTURES`. ValueError where the name is unknown or does not fit images of this shape or so many classes.
+    """The spec of an architecture named as on the command line.
+
+    The name is widths such as "784-512-10", or a key of `ARCHITECTURES`. ValueError where it is unknown or does not fit
+    images of this shape or this number of classes.
     """
     height, width, channels = (int(n) for n in input_shape)
     common = {"activation": activation, "mean": mean, "std": std}

@@ -26,14 +26,17 @@ class Devices:
 
     @property
     def count(self) -> int:
+        """Number of devices."""
         return int(self.mesh.devices.size)
 
     @property
     def platform(self) -> str:
+        """The platform of the devices: "cpu", "gpu" or "tpu"."""
         return str(self.mesh.devices.flat[0].platform)
 
     @property
     def replicated(self) -> NamedSharding:
+        """The sharding of what every device holds."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
@@ -42,6 +45,7 @@ class Devices:
         return jax.process_index() == 0
 
     def check_batch(self, batch_size: int) -> None:
+        """ValueError unless the devices can share a batch of this size."""
         if batch_size % self.count:
             raise ValueError(
                 f"batch_size {batch_size} cannot be spread over {self.count} devices: choose a multiple of {self.count}"

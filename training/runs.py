@@ -31,8 +31,10 @@ class RunError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A finished run: its configuration, the network with its final weights, one log record per epoch, and the name of
-    the data that it was trained on.
+    """A finished run.
+
+    Its configuration, the network with its final weights, one log record per epoch, and the name of the data that it
+    was trained on.
     """
 
     folder: pathlib.Path
@@ -142,6 +144,7 @@ def write_log(folder: pathlib.Path, records: list[dict[str, Any]]) -> None:
 
 
 def append_log(folder: pathlib.Path, record: dict[str, Any]) -> None:
+    """Append one record to the log of a run."""
     path = folder / LOG
     try:
         with path.open("a", encoding="utf-8") as file:
@@ -153,4 +156,5 @@ def append_log(folder: pathlib.Path, record: dict[str, Any]) -> None:
 
 
 def write_model(folder: pathlib.Path, model: nnx.Module, spec: ModelSpec) -> None:
+    """Write the final weights of a run."""
     save_model(folder / MODEL, model, spec)

@@ -108,6 +108,7 @@ class Trainer:
     # --- the network and its bound ---------------------------------------------------------------------------------
 
     def network(self, weights: Any, x: jax.Array) -> jax.Array:
+        """Logits (B, K) of images x."""
         return nnx.merge(self.graph, weights, self.rest)(x)
 
     def form(self, weights: Any) -> Any:
@@ -117,6 +118,7 @@ class Trainer:
 
     @property
     def core(self) -> Any:
+        """The jit-able core of the bound in the loss."""
         return {"naive": lb.naive.core, "liplt": lb.liplt.core, "recursion": lb.lipsdp.core}[
             self.config.constants
         ]
@@ -131,6 +133,7 @@ class Trainer:
         return pair_constants(found, self.config.pairs).astype(_FLOAT), jax.lax.stop_gradient(bound)
 
     def loss(self, logits: jax.Array, labels: jax.Array, pairs: jax.Array) -> jax.Array:
+        """The loss of a batch, given the constants of all pairs of classes."""
         c = self.config
         if c.loss == "gloro":
             return losses.gloro(logits, labels, pairs, eps=c.eps)
@@ -183,11 +186,13 @@ class Trainer:
         return jax.tree.map(lambda a: jnp.asarray(a, a.dtype), state)
 
     def classes(self, weights: Any) -> int:
+        """Number of outputs of the network."""
         x = jax.ShapeDtypeStruct((1, *self.input_shape), _FLOAT)
         return int(jax.eval_shape(self.network, weights, x).shape[-1])
 
     @cached_property
     def optimiser(self) -> Any:
+        """Adam with the schedule of the configuration, and a rate of its own for the multipliers."""
         rate = schedule(self.config, self.steps, self.config.learning_rate, self.config.final_learning_rate)
         ratio = self.config.multiplier_rate / self.config.learning_rate
         quick = schedule(
@@ -361,6 +366,7 @@ class Trainer:
         return state.weights if self.config.average == "none" else state.average
 
     def model(self, state: TrainState) -> nnx.Module:
+        """The network with the final weights of a state."""
         return nnx.merge(self.graph, self.final_weights(state), self.rest)
 
 

@@ -278,8 +278,9 @@ def empirical(
 def _confirming(
     form: Any, xs: np.ndarray, vs: np.ndarray, order: np.ndarray, dense: np.ndarray, p: float, scale: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The point pairs of step 3 (see `_lines`): along the directions that climbed, and from the starts `dense` along
-    the best direction of the whole Jacobian.
+    """The point pairs of step 3 (see `_lines`).
+
+    Along the directions that climbed, and from the starts `dense` along the best direction of the whole Jacobian.
     """
     n = xs[0].size
     centres, members = [xs[order].reshape(-1, n)], [order]
