@@ -37,8 +37,8 @@ def examples(batch: Any, example: Example | None = None) -> np.ndarray:
 def chunks(data: Any, size: int) -> Iterator[np.ndarray]:
     """The examples of `data` in arrays of `size` rows, the last one shorter.
 
-    Data are an array (N, ...), or an iterable of batches (n, ...) or of pairs (x, y), of which x is taken. They are read
-    once; no more than `size` rows and one batch are held.
+    Data are an array (N, ...), or an iterable of batches (n, ...) or of pairs (x, y), of which x is taken. They are
+    read once; no more than `size` rows and one batch are held.
 
     TypeError where data are neither, ValueError for batches that `examples` refuses and where there is no example.
     """

@@ -75,7 +75,7 @@ class Row:
 
     @property
     def zero(self) -> float:
-        """Mean share of the entries that are zero behind the gates, over the layers."""
+        """Mean share of the entries that were zero before the gates, over the layers."""
         return float(np.mean([layer.zero for layer in self.diagnosis.layers]))
 
     @property
