@@ -63,7 +63,7 @@ def numpy_chain(form, x):
 
 
 # ---------------------------------------------------------------------------------------------- empirical
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("norm", NORMS)
 def test_linear_maps_are_found_exactly(norm):
     form = chain(4, 3)

@@ -331,6 +331,7 @@ def test_every_start_is_sound_and_the_last_is_about_liplt() -> None:
 
 
 # --------------------------------------------------------------------------------------- scaling
+@pytest.mark.slow
 @pytest.mark.parametrize("scales", [(1e-30, 1, 1), (1e30, 1, 1), (1e-9, 1e12, 1e-3)], ids=str)
 @pytest.mark.parametrize(
     "options", [{}, {"solver": lb.Recursion(iterations=300)}, {"multipliers": "layer"}], ids=str

@@ -69,6 +69,7 @@ def alone(net, monkeypatch, engine, **options):
         return results(net, **options)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("net", WIDE, indirect=True)
 def test_no_engine_alone_does_better(net, monkeypatch):
     form, x, y, _ = net

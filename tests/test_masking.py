@@ -71,6 +71,7 @@ def test_an_honest_network_passes(honest):
     assert honest.failed == () and 70 <= honest[0].images <= 80 == honest[4].images
 
 
+@pytest.mark.slow
 def test_the_figures_are_those_of_the_attacks(honest, trained):
     from lipbounds.analysis.attacks import fgsm, pgd
     from lipbounds.analysis.smoothing import smooth

@@ -104,6 +104,7 @@ def test_every_point_lies_in_ball_and_box_exactly(rng, net, norm):
 
 
 # ------------------------------------------------------------------------------------------------ what is drawn
+@pytest.mark.slow
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("norm", NORMS)
 def test_what_is_drawn_depends_on_the_seed_and_on_no_batch(rng, net, norm):
