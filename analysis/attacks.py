@@ -134,14 +134,7 @@ def pgd(
 
 
 def fgsm(
-    fn: Any,
-    x: Any,
-    y: Any,
-    eps: Any,
-    settings: AttackSettings = DEFAULT,
-    *,
-    loss: str = "ce",
-    **changes: Any,
+    fn: Any, x: Any, y: Any, eps: Any, settings: AttackSettings = DEFAULT, *, loss: str = "ce", **changes: Any
 ) -> Attack:
     """One step of length eps from x, along the sign of the loss's gradient (norm inf) or along the gradient (norm 2).
 

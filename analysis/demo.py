@@ -134,13 +134,7 @@ def _one_model(
         steps += 1
 
     rows = measure(
-        form,
-        data.test_x,
-        data.test_y,
-        methods=methods,
-        seed=config.seed,
-        quick=True,
-        progress=measured,
+        form, data.test_x, data.test_y, methods=methods, seed=config.seed, quick=True, progress=measured
     )
     return {
         "name": name,

@@ -244,12 +244,7 @@ class Tracked:
 
 @reports
 def track(
-    model: nnx.Module,
-    data: Any,
-    *,
-    where: Where = None,
-    batch_size: int = 256,
-    progress: Progress = None,
+    model: nnx.Module, data: Any, *, where: Where = None, batch_size: int = 256, progress: Progress = None
 ) -> Tracked:
     """The largest |activation| of every example in front of every chosen layer: Algorithm 1's tracking mode.
 

@@ -178,13 +178,7 @@ class Top:
 
 
 def largest_eigenvalues(
-    op: Operator,
-    masks: Any,
-    *,
-    norm: bool = False,
-    tolerance: float = 1e-3,
-    rounds: int = 8,
-    seed: int = 0,
+    op: Operator, masks: Any, *, norm: bool = False, tolerance: float = 1e-3, rounds: int = 8, seed: int = 0
 ) -> Top:
     """lambda_max(A') for every mask (B, *in_shape) of booleans, True = kept; with `norm` ||A'||_2 instead.
 
@@ -282,13 +276,7 @@ def _begin(vector: jax.Array, kept: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("graph", "in_shape", "norm"))
 def _step(
-    graph: Any,
-    weights: Any,
-    kept: jax.Array,
-    basis: jax.Array,
-    k: int,
-    in_shape: tuple[int, ...],
-    norm: bool,
+    graph: Any, weights: Any, kept: jax.Array, basis: jax.Array, k: int, in_shape: tuple[int, ...], norm: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Basis vector k + 1, and the entries (k, k) and (k + 1, k) of the tridiagonal matrix."""
     image = _symmetric(graph, weights, kept, basis[k], in_shape, norm)

@@ -86,10 +86,7 @@ def curves(log: list[Json], config: Config) -> Figure:
     left.set_title("loss", loc="left", fontsize=9)
     seen = [record for record in log if "clean" in record]
     right.plot(
-        epochs,
-        [100 * record["accuracy"] for record in log],
-        color="#bbbbbb",
-        label="training, as augmented",
+        epochs, [100 * record["accuracy"] for record in log], color="#bbbbbb", label="training, as augmented"
     )
     for key, colour, name in (
         ("clean", RADII_LINES[0], "clean"),

@@ -31,8 +31,7 @@ def _setting(
     most = _COUNTS if isinstance(default, int) else math.inf
     limits = None if low is None else (low, most if high is None else high)
     return dataclasses.field(
-        default=default,
-        metadata={"group": group, "help": help, "limits": limits, "choices": tuple(choices)},
+        default=default, metadata={"group": group, "help": help, "limits": limits, "choices": tuple(choices)}
     )
 
 

@@ -174,13 +174,7 @@ class Trainer:
         trained = (weights, multipliers)
         average = weights if c.average != "none" else ()
         state = TrainState(
-            weights,
-            multipliers,
-            self.optimiser.init(trained),
-            bound,
-            held,
-            average,
-            jnp.zeros((), jnp.int32),
+            weights, multipliers, self.optimiser.init(trained), bound, held, average, jnp.zeros((), jnp.int32)
         )
         # strongly typed, as every later state is, so that the epoch is compiled once
         return jax.tree.map(lambda a: jnp.asarray(a, a.dtype), state)

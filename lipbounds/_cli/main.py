@@ -276,8 +276,7 @@ def certify(
         bool, option("Also bound the network around each image: larger radii.", None, "--local")
     ] = False,
     box: Annotated[
-        Any,
-        option("With --local: only inputs in this range count, such as 0,1.", "LOW,HIGH", parser=box_of),
+        Any, option("With --local: only inputs in this range count, such as 0,1.", "LOW,HIGH", parser=box_of)
     ] = None,
     memory: MemoryOption = None,
     seed: SeedOption = 0,

@@ -185,12 +185,7 @@ class _Groups:
         squares = (self.back @ b.reshape(len(b), -1).T).T
         share = np.where(far, self.fresh / rivals[:, None], c * self.fresh)
         return Near(
-            {"share": share},
-            np.sqrt(squares) * (1 + _ROUNDING),
-            1.0,
-            reach,
-            weights,
-            weights * total,
+            {"share": share}, np.sqrt(squares) * (1 + _ROUNDING), 1.0, reach, weights, weights * total
         )
 
     def _sorted(self, y: np.ndarray, low: np.ndarray, high: np.ndarray, moves: np.ndarray) -> Near:

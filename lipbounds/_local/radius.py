@@ -212,13 +212,7 @@ def certified_radius(
     search = Search(labels, gaps, radius, near.tries)
     try:
         found = bounded(
-            form,
-            proof.norm,
-            x[search.todo],
-            search.run,
-            guarantee=guarantee,
-            seed=seed,
-            box=inside,
+            form, proof.norm, x[search.todo], search.run, guarantee=guarantee, seed=seed, box=inside
         )
     except NoEngineError as error:
         return Radii(radius, *fields, proof.guarantee, proof.method, (*notes, f"global radii: {error}"))
