@@ -1,4 +1,4 @@
-"""What every attack is told besides the network, the examples and the radii."""
+"""Settings that all attacks share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ R = TypeVar("R")
 
 
 def reports(verb: Callable[P, R]) -> Callable[P, R]:
-    """What the verb says goes where its keyword `progress` says: True, False or a function of one text."""
+    """Direct the function's progress lines as its keyword `progress` says: True, False or a function of one text."""
 
     @functools.wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -30,13 +30,13 @@ def reports(verb: Callable[P, R]) -> Callable[P, R]:
 
 @dataclasses.dataclass(frozen=True)
 class AttackSettings:
-    """What every attack is told besides the network, the examples and the radii.
+    """Settings that all attacks share.
 
     Args:
         norm: of the ball, 2 or inf.
         low, high: the box of the inputs, [low, high] in every coordinate.
         batch_size: examples at once; all chunks run the same compiled programs.
-        seed: of everything random, which depends on nothing else but the example's index.
+        seed: of all random numbers, which otherwise depend on the example's index only.
         progress: True, False or a function of one text: a line after every chunk.
 
     Raises:
@@ -79,7 +79,7 @@ class AttackSettings:
         return bottom, top
 
     def diameter(self, shape: tuple[int, ...]) -> float:
-        """Of the box of examples of this shape, in `norm`: a larger radius changes nothing."""
+        """Diameter in `norm` of the box of examples of this shape; larger radii give the same ball."""
         return (self.high - self.low) * (math.sqrt(math.prod(shape)) if self.norm == 2 else 1.0)
 
 

@@ -13,12 +13,12 @@ for an attack without a target is max(z_y - max over i != y of z_i, -kappa), whi
 and their penalty on the distance is the ball. With kappa = 0 the steps are the same up to the first success and end
 there, so the same examples are broken: "cw" is another name of "margin".
 
-What any attack returns is checked again on the host in float64, so an example that is reported lies within eps and in
-the box, exactly; `search` does that for all of them.
+All adversarial examples are checked on the host in float64, so an example that is reported lies within eps and in
+the box exactly; `search` does this for all attacks.
 
 The network is evaluated as it is given, in float32 with matrix products at the highest precision (no TF32). A success
 closer to the decision boundary than float32 resolves is thus one of the float32 program, and not necessarily of the
-network in real arithmetic that a certificate speaks of; `evaluation` tells the two apart.
+network in real arithmetic, which is what a certificate covers; `evaluation` distinguishes the two.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ _SHRINKS = 30
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Attack:
-    """What an attack on N examples found.
+    """Result of an attack on N examples.
 
-    correct      (N,) whether the example itself is classified as labelled; a tie of logits is not
+    correct      (N,) whether the example itself is classified as labelled; a tie of logits counts as wrong
     success      (N,) correct, and `adversarial` is not
     distance     (N,) float64, ||adversarial - x|| in `norm`, rounded up; inf where not `success`
     adversarial  (N, *shape) float32: the point of smallest margin within eps that was found, also where it is no
@@ -147,7 +147,7 @@ def fgsm(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
-    """What an attack is given: a network and B examples at once.
+    """Input of an attack: a network and B examples.
 
     where   x (B, *shape), radii (B,), finite and a little below those asked for, and low and high of the box
     labels  (B,);  index  (B,) numbers of the examples, so that what is random depends on no batch
@@ -171,7 +171,7 @@ def search(
     settings: AttackSettings,
     loss: str,
 ) -> Attack:
-    """Run the attack `find` chunk by chunk and check what it found: the part that all attacks share.
+    """Run the attack `find` in chunks and check its results; all attacks use this.
 
     `find` returns (B, *shape) points of small margin, up to rounding in ball and box.
     """
@@ -253,7 +253,7 @@ def split(fn: Any) -> tuple[Model, Any]:
 def _ascend(
     problem: Problem, loss: str, steps: int, restarts: int, step_size: float | None, key: jax.Array
 ) -> jax.Array:
-    """(B, *shape): the points of smallest margin that any restart came by."""
+    """(B, *shape): the points of smallest margin over all restarts."""
     model, weights, where, labels = problem.model, problem.weights, problem.where, problem.labels
     (x, eps, _, _), norm = where, problem.norm
     lengths = jnp.full_like(eps, step_size) if step_size else eps * np.float32(2.5 / max(steps, 1))
@@ -310,7 +310,7 @@ def _advance(
     loss: str,
     steps: int,
 ) -> Any:
-    """`steps` steps from `point`; every point left behind is compared with `best` (points, margins)."""
+    """`steps` steps from `point`; every point on the way is compared with `best` (points, margins)."""
 
     def objective(point: jax.Array) -> Any:
         z = model(weights, point).astype(jnp.float32)
@@ -387,7 +387,7 @@ def per_example(values: Any, like: Any) -> Any:
 def _settle(
     x: np.ndarray, found: np.ndarray, eps: np.ndarray, norm: float, box: tuple[np.float32, np.float32]
 ) -> np.ndarray:
-    """The points moved towards x, where need be, until float64 says that they lie in ball and box."""
+    """Move points towards x, where needed, until they lie in ball and box in float64."""
     settled = np.where(np.isfinite(found), found, x).clip(*box)
     for power in range(_SHRINKS):
         far = length(settled, x, norm)

@@ -1,4 +1,4 @@
-"""Data for one pass: an array, or an iterable of batches that need not fit in memory."""
+"""One pass over data: an array, or an iterable of batches that need not fit in memory."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Example = tuple[tuple[int, ...], str]  # shape and dtype of one example
 def examples(batch: Any, example: Example | None = None) -> np.ndarray:
     """A batch (n, ...) in the dtype that JAX gives it.
 
-    ValueError for what is not numbers, not finite in float32, or unlike the other examples.
+    ValueError for entries that are not numbers or not finite in float32, and for a shape or dtype that differs.
     """
     rows = np.asarray(batch)
     if rows.dtype.kind not in "fiub" and rows.dtype.name != "bfloat16":
         raise ValueError(f"data must hold numbers, got dtype {rows.dtype}")
     if rows.dtype == np.uint8:
         raise ValueError(
-            "data are bytes (uint8): scale them to what the network is called on, such as pixels / 255"
+            "data are bytes (uint8): scale them to the network's input units, such as pixels / 255"
         )
     with np.errstate(over="ignore"):
         rows = rows.astype(jax.dtypes.canonicalize_dtype(rows.dtype), copy=False)

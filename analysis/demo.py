@@ -59,9 +59,9 @@ def run_demo(
     command: str = "lipbounds demo",
     progress: Progress | None = None,
 ) -> Json:
-    """Do everything; write models, figures, `results.json` and `report.html` to `folder`, return the results.
+    """Run the demo: write models, figures, `results.json` and `report.html` to `folder`, return the results.
 
-    The folder is marked as ours from the start, so that a run that was stopped can be repeated.
+    The folder is marked as written by lipbounds from the start, so that an interrupted demo can be repeated.
     """
     from lipbounds.analysis.report import write_report
 

@@ -1,4 +1,4 @@
-"""What forging does to the layers of a network, measured on data (arXiv 2406.19622, section 3.3 and Appendix C).
+"""Effect of forging on the layers of a network, measured on data (arXiv 2406.19622, section 3.3 and Appendix C).
 
 Of every forged layer with weights W, gate f and A = W'W: how much is zeroed, the empirical constant before and after,
 and the eigenvalues, norms and Gershgorin discs of A and of A' = A D(x), D(x) the entries of x above the threshold
@@ -51,8 +51,8 @@ from lipbounds.errors import GuaranteeError
 from lipbounds.results import Guarantee
 
 Json = dict[str, Any]
-_FLOAT32 = 1e-4  # relative rounding of what is measured in float32, with room to spare
-_FLOAT64 = 1e-9  # of what is computed in float64
+_FLOAT32 = 1e-4  # relative rounding error of float32 measurements, with a safety margin
+_FLOAT64 = 1e-9  # the same of float64 computations
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,7 +110,7 @@ class Layer:
 
     @property
     def support_ratios(self) -> np.ndarray:
-        """(S,) as `ratios`, for the mask x != 0: what is below 1 here is not owed to the gate."""
+        """(S,) as `ratios`, for the mask x != 0: the part of the reduction that is not due to the gate."""
         return self._ratios(self.eigenvalues_support)
 
     def _ratios(self, values: np.ndarray) -> np.ndarray:
@@ -138,7 +138,7 @@ _EIGENVALUES = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Diagnosis:
-    """Of every forged layer a `Layer`, in the order of the calls.
+    """A `Layer` record for every forged layer, in the order of the calls.
 
     kind      of the gates
     examples  seen; sample: how many of them, drawn at random with `seed`, had their eigenvalues and discs computed,
@@ -180,6 +180,7 @@ class Diagnosis:
             first.append((one.path, *shapes, show(one.threshold), *shares, *low))
             mark, way = ("", "near") if one.exact else (">= ", "down")
             near = "" if one.exact else "~ "
+            ratios = (one.ratios.max(), one.ratios.mean(), one.support_ratios.max())
             second.append(
                 (
                     one.path,
@@ -187,25 +188,14 @@ class Diagnosis:
                     show(one.eigenvalue_bound, "up"),
                     one.guarantee,
                     *_shown(mark, way, one.worst, float(one.eigenvalues_forged.mean())),
-                    *(
-                        f"{near}{100 * ratio:.2f} %"
-                        for ratio in (one.ratios.max(), one.ratios.mean(), one.support_ratios.max())
-                    ),
+                    *(f"{near}{100 * ratio:.2f} %" for ratio in ratios),
                     *_shown(mark, way, one.norm_forged),
-                    *(
-                        show(bound, "up")
-                        for bound in (one.disc, one.rows_forged.max(), one.columns_forged.max())
-                    ),
+                    *_shown("", "up", one.disc, one.rows_forged.max(), one.columns_forged.max()),
                 )
             )
-        return [
-            (f"Activations and empirical constants, {self.examples} examples", _ACTIVATIONS, first),
-            (
-                f"A = W'W and the forged A'(x), {self.sample} examples (seed {self.seed})",
-                _EIGENVALUES,
-                second,
-            ),
-        ]
+        measured = f"Activations and empirical constants, {self.examples} examples"
+        sampled = f"A = W'W and the forged A'(x), {self.sample} examples (seed {self.seed})"
+        return [(measured, _ACTIVATIONS, first), (sampled, _EIGENVALUES, second)]
 
     def _notes(self) -> list[str]:
         notes = [f"{path} is left out: {reason}" for path, reason in self.left_out.items()]
@@ -268,7 +258,7 @@ def diagnose(
         guarantee: of the upper bound of ||W||_2, as in `lb.naive`.
         progress: True, False or a function of one text.
 
-    What the theory says is checked on every sampled input, up to rounding: lambda_max(A') <= lambda_max(A) and
+    Inequalities of the theory are checked on every sampled input, up to rounding: lambda_max(A') <= lambda_max(A) and
     lambda_max(A') <= ||A'||_2 <= ||A||_2, eigenvalues below disc bounds, disc bounds of A' at most those of A, and on
     all data ||W f(x)|| <= ||W||_2 ||f(x)||.
 

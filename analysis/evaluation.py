@@ -1,9 +1,9 @@
-"""What a trained network is worth: clean accuracy, accuracy under attack and certified accuracy, side by side.
+"""Evaluation of a trained network: clean accuracy, accuracy under attack and certified accuracy.
 
     certified accuracy at eps  <=  robust accuracy at eps  <=  accuracy under attack at eps  <=  clean accuracy
 
-The first is proved, the third is attained; the truth lies between. `evaluate` measures both on the same images and
-raises GuaranteeError rather than returning figures that contradict each other.
+The first is proved and the third is attained. `evaluate` measures both on the same images and
+raises GuaranteeError if they contradict each other.
 
 All distances are in pixel values in [0, 1]. Certified accuracies are in the l2 norm. An l-inf attack runs in the ball
 of radius eps / sqrt(n) (n pixel values), the largest that the l2 ball of radius eps contains.
@@ -63,7 +63,7 @@ def paper_units(dataset: str) -> tuple[float, str]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Certified:
-    """Bounds of one network and the radii that they prove for N images, by method; `refused` says why one has none."""
+    """Bounds of one network and the radii that they prove for N images, by method; `refused` holds the failures."""
 
     form: Any
     bounds: Mapping[str, lb.UpperBound]
@@ -127,7 +127,7 @@ def certify(
             f"methods must be upper bounds out of {', '.join(usable)}; got {', '.join(wrong) or 'none'}"
         )
     if len(set(names)) < len(names):
-        raise ValueError(f"every method once, got {', '.join(names)}")
+        raise ValueError(f"each method may be named only once, got {', '.join(names)}")
     single = isinstance(model, nnx.Module)
     form = lb.trace(model, x[0]) if single else lb.trace(model, x[:2], batched=True)
     rows = lb.compare(form, x, y, methods=list(methods), pairwise=True, seed=seed, progress=progress)

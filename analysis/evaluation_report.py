@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import pathlib
 
 from lipbounds.analysis.experiment import LABELS, Json
 from lipbounds.analysis.figures import NORM_NAMES, png, radii_figure, svg
-from lipbounds.analysis.report import MEANINGS, environment, write_page
+from lipbounds.analysis.report import MEANINGS, embedded, fill, write_page
 
 PAGE = "evaluation.html"
 FIGURES = ("radii.png", "radii.svg")
@@ -22,8 +21,7 @@ def write_evaluation_report(record: Json, folder: pathlib.Path) -> pathlib.Path:
     picture = png(figure)
     for name, data in zip(FIGURES, (picture, svg(figure)), strict=True):
         (folder / name).write_bytes(data)
-    write_page(folder / PAGE, render_evaluation(record, picture))
-    return folder / PAGE
+    return write_page(folder / PAGE, render_evaluation(record, picture))
 
 
 def render_evaluation(record: Json, picture: bytes) -> str:
@@ -31,22 +29,19 @@ def render_evaluation(record: Json, picture: bytes) -> str:
     parts = _parts(record)
     words = {word for _, part in parts for word in part["guarantee"].values()}
     names = [name for _, part in parts for key in ("guarantee", "refused") for name in part[key]]
-    return (
-        environment()
-        .get_template("evaluation.html.j2")
-        .render(
-            record=record,
-            parts=parts,
-            figure=base64.b64encode(picture).decode("ascii"),
-            labels={name: LABELS.get(name, name) for name in names},
-            norm_names=NORM_NAMES,
-            meanings={word: text for word, text in MEANINGS.items() if word in words},
-        )
+    return fill(
+        "evaluation.html.j2",
+        record=record,
+        parts=parts,
+        figure=embedded(picture),
+        labels={name: LABELS.get(name, name) for name in names},
+        norm_names=NORM_NAMES,
+        meanings={word: text for word, text in MEANINGS.items() if word in words},
     )
 
 
 def _parts(record: Json) -> list[tuple[str, Json]]:
-    """(title, record) of the network, and of the one it is set against."""
+    """(title, record) of the network, and of the one it is compared with."""
     other = record.get("against")
     mine = (record["model"]["title"], record)
     return [mine] if other is None else [mine, (other["model"]["title"], other)]

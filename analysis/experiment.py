@@ -40,25 +40,15 @@ LABELS = {
 _L2_ONLY = ("liplt-aol", "liplt-sll", "liplt-optimized", "lipsdp-clarabel", "lipsdp-scs")
 _LIPSDP = ("lipsdp", "lipsdp-layer")
 _REFERENCES = ("lipsdp-layer", "lipsdp-clarabel", "lipsdp-scs")
-_ORDER = (
-    "naive",
-    "liplt",
-    "liplt-aol",
-    "liplt-sll",
-    "liplt-optimized",
-    "lipsdp",
-    "liplt-estimate",
-    "empirical",
-)
 
 
 def method_names() -> tuple[str, ...]:
-    """The usual methods, those we have words for first: from the oldest bound to the tightest.
+    """The default methods: those of `LABELS` first, from the oldest bound to the tightest.
 
-    LipSDP's references, which are no tighter and take as long or longer, are measured only if named.
+    LipSDP's reference solvers, which are no tighter and take as long or longer, run only if named.
     """
-    known = [name for name in _ORDER if name in lb.METHODS]
-    return (*known, *(name for name in lb.METHODS if name not in known and name not in _REFERENCES))
+    ordered = dict.fromkeys([*(name for name in LABELS if name in lb.METHODS), *lb.METHODS])
+    return tuple(name for name in ordered if name not in _REFERENCES)
 
 
 def offered(names: Sequence[str], norm: float, quick: bool = False) -> list[str]:

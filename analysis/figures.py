@@ -49,11 +49,13 @@ def svg(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of this size in inches, outside pyplot."""
     return Figure(figsize=(width, height), dpi=160, layout="constrained", facecolor="white")
 
 
-def _dress(ax: Axes, grid: str) -> None:
+def dress(ax: Axes, grid: str) -> None:
+    """Apply the common style: two spines, muted ticks, and a grid along `grid` ("x", "y" or "both")."""
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -69,11 +71,11 @@ def certified_figure(model: Json, norms: Sequence[str]) -> Figure:
 
     Between two points of the grid the smaller accuracy is drawn.
     """
-    figure = _figure(7.6 if len(norms) == 1 else 4.9 * len(norms), 4.4 if len(norms) == 1 else 3.9)
+    figure = new_figure(7.6 if len(norms) == 1 else 4.9 * len(norms), 4.4 if len(norms) == 1 else 3.9)
     axes = figure.subplots(1, len(norms), squeeze=False)[0]
     colours = list(dict.fromkeys(row["label"] for row in model["upper"]))  # the same in every panel
     for ax, norm in zip(axes, norms, strict=True):
-        _dress(ax, "both")
+        dress(ax, "both")
         curves = certified_curves(model, norm)
         for label, record in curves:
             ax.step(
@@ -117,13 +119,13 @@ def radii_figure(panels: Sequence[tuple[str, Json]], marks: Sequence[float]) -> 
     A line is the share of the images that are classified correctly with a radius above eps (Figure 1 of arXiv
     2310.00116); between two points of the grid the smaller share is drawn. `marks` are eps to point out.
     """
-    figure = _figure(7.6, 0.8 + 3.4 * len(panels))
+    figure = new_figure(7.6, 0.8 + 3.4 * len(panels))
     axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
     names = list(dict.fromkeys(name for _, record in panels for name in record["radii"]))
     top = max((curve["eps"][-1] for _, record in panels for curve in record["radii"].values()), default=1.0)
     top = max(top, *(1.08 * mark for mark in marks))
     for ax, (title, record) in zip(axes, panels, strict=True):
-        _dress(ax, "both")
+        dress(ax, "both")
         for name, curve in record["radii"].items():
             # the grid ends beyond the largest finite radius, so nothing changes after it
             ax.step(
@@ -157,9 +159,9 @@ def radii_figure(panels: Sequence[tuple[str, Json]], marks: Sequence[float]) -> 
 
 def contrast_figure(rivals: Sequence[Json]) -> Figure:
     """Certified accuracy against eps in l2 of networks that differ in how they were trained; dotted: clean accuracy."""
-    figure = _figure(7.6, 3.6)
+    figure = new_figure(7.6, 3.6)
     ax = figure.subplots()
-    _dress(ax, "both")
+    dress(ax, "both")
     for colour, rival in zip(RADII_LINES, rivals, strict=False):
         model, bound = rival["model"], rival["bound"]
         ax.step(
@@ -196,13 +198,13 @@ def bounds_figure(model: Json) -> Figure:
     """
     norms = [norm for norm in ("2", "inf", "1") if any(row["norm"] == norm for row in model["upper"])]
     counts = [max(1, len(_bars(model, norm))) for norm in norms]
-    figure = _figure(7.6, 0.9 + sum(0.62 + 0.34 * n for n in counts))
+    figure = new_figure(7.6, 0.9 + sum(0.62 + 0.34 * n for n in counts))
     axes = figure.subplots(
         max(len(norms), 1), 1, squeeze=False, height_ratios=[n + 0.6 for n in counts] or None
     )
     used: dict[str, str] = {}
     for ax, norm in zip(axes[:, 0], norms, strict=False):
-        _dress(ax, "x")
+        dress(ax, "x")
         bars = _bars(model, norm)
         attained = max((r["value"] for r in model["lower"] if r["norm"] == norm), default=0.0)
         values = [v for v in (attained, *(row["value"] for _, row in bars)) if v > 0] or [1.0]

@@ -1,4 +1,4 @@
-"""Which threshold: accuracy of a forged network for a range of c_r, on a validation set.
+"""Choice of the threshold: accuracy of a forged network for a range of c_r, on a validation set.
 
 The network is tracked once and compiled once. Every candidate is the same program with other thresholds, and c_r = 0
 is the network itself. (arXiv 2406.19622, appendix A.1, does this with AutoAttack; here the
@@ -118,7 +118,7 @@ def search_c_r(
         kind, tau, where, quantile: of `forge`.
         **changes: fields of `settings` by name.
 
-    PGD through hard gates sees the slopes between the jumps only: see `masking` for what its accuracy is worth.
+    PGD through hard gates only sees the slopes between the jumps; `masking` checks how reliable its accuracy is.
 
     Raises ValueError and TypeError as `forge` and `pgd` do, and for candidates that are repeated or missing.
     """

@@ -147,9 +147,8 @@ class Forged(nnx.Module):
     def original(self) -> Any:
         """A copy of the network without gates: the model that was forged."""
         network = nnx.clone(self.network)
-        swap(
-            network, {id(module): module.layer for _, module in modules(network) if isinstance(module, Gated)}
-        )
+        gates = [module for _, module in modules(network) if isinstance(module, Gated)]
+        swap(network, {id(gated): gated.layer for gated in gates})
         return network
 
     def with_c_r(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from lipbounds._text import html_table
 from lipbounds.analysis.figures import png
 from lipbounds.analysis.forging_study import Claim, Study, power_of_two
 from lipbounds.analysis.masking import MaskingChecks
-from lipbounds.analysis.report import environment, write_page
+from lipbounds.analysis.report import embedded, fill, write_page
 from lipbounds.analysis.spectra_figures import ratios_figure, zeroed_figure
 
 Json = dict[str, Any]
@@ -36,21 +35,15 @@ def write_forging_report(
     """Write `forged.html` to `folder` (which exists); return its path."""
     one = next(row for row in found.rows if row.c_r == record["chosen"]["c_r"])
     figures = [zeroed_figure(one.diagnosis), ratios_figure(one.diagnosis)]
-    page = (
-        environment()
-        .get_template("forged.html.j2")
-        .render(
-            record=record,
-            chosen=power_of_two(one.c_r),
-            study=found._repr_html_(),
-            diagnosis=one.diagnosis._repr_html_(),
-            masking=None if checks is None else checks._repr_html_(),
-            claims=html_table(
-                ("claim", "verdict", "figures"),
-                [(row["claim"], row["verdict"], row["figures"]) for row in record["claims"]],
-            ),
-            figures=[base64.b64encode(png(figure)).decode("ascii") for figure in figures],
-        )
+    header = ("claim", "verdict", "figures")
+    page = fill(
+        "forged.html.j2",
+        record=record,
+        chosen=power_of_two(one.c_r),
+        study=found._repr_html_(),
+        diagnosis=one.diagnosis._repr_html_(),
+        masking=None if checks is None else checks._repr_html_(),
+        claims=html_table(header, [[row[key] for key in header] for row in record["claims"]]),
+        figures=[embedded(png(figure)) for figure in figures],
     )
-    write_page(folder / PAGE, page)
-    return folder / PAGE
+    return write_page(folder / PAGE, page)

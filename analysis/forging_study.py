@@ -1,7 +1,7 @@
-"""What forging does to a network, for a range of c_r: accuracy, and every layer; and the paper's claims, one by one.
+"""Study of forging over a range of c_r: accuracy, diagnosis of every layer, and the claims of the paper.
 
 The claims are those of arXiv 2406.19622 that can be checked on one network. Its tables are made with AutoAttack, which
-is not here: accuracies under PGD and Square bound robust accuracy from above, as AutoAttack's do, less tightly.
+is not available here: accuracies under PGD and Square bound robust accuracy from above too, but less tightly.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Study:
 
 
 def power_of_two(c_r: float) -> str:
-    """A c_r as people write it."""
+    """C_r as a power of two where it is one, else as a decimal."""
     power = math.log2(c_r) if c_r > 0 else 0.5
     return f"2^{power:.0f}" if power == round(power) else show(c_r)
 
@@ -241,7 +241,7 @@ def _rises(plain: Row, others: Sequence[Row], name: str) -> tuple[str, str]:
 
 
 def _claims_on_layers(others: Sequence[Row], across: tuple[str, float, float]) -> list[Claim]:
-    """What the paper says of eigenvalues, discs and constants; `across` as `_across` measures it."""
+    """The paper's claims about eigenvalues, discs and constants; `across` as `_across` measures it."""
     layers = [layer for row in others for layer in row.diagnosis.layers]
     place, quotient, norm = across
     # a disc of A (columns): of a kept column it is the same in A', as no entry of that column changes

@@ -1,6 +1,6 @@
 """Gates in front of layers of an nnx module: the gate itself, which layers can have one, and how it gets there.
 
-`forging` is the interface; here is what needs to know how flax modules are built.
+`forging` is the interface; this module holds the parts that depend on the structure of flax modules.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def dotted(path: Iterable[Any]) -> str:
 
 
 def swap(node: Any, new: Mapping[int, Any], seen: set[int] | None = None) -> None:
-    """Put new[id(m)] into every place below `node` (in place) where a module m stands; inside of m nothing changes."""
+    """Replace every module m below `node` by new[id(m)], in place; m itself is not changed."""
     seen = set() if seen is None else seen
     seen.add(id(node))
     for name, value in list(vars(node).items()):
@@ -239,9 +239,11 @@ def check_sites(wanted: Sequence[Site], found: Mapping[str, Site], source: str) 
     """ValueError with the first layer of `wanted` that the model does not have."""
     for site in wanted:
         if site.path not in found:
-            raise ValueError(f"{source} are of another network: this one calls no {site}")
+            raise ValueError(f"{source} belong to another network: this one does not call {site}")
         if found[site.path] != site:
-            raise ValueError(f"{source} are of another network, with {site}; this one has {found[site.path]}")
+            raise ValueError(
+                f"{source} belong to another network, which has {site}; this one has {found[site.path]}"
+            )
 
 
 def choose(model: nnx.Module, example: Example, where: Where) -> tuple[Site, ...]:

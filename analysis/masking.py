@@ -1,4 +1,4 @@
-"""Signs of gradient masking: does a network only look robust because gradients mislead the attack?
+"""Checks for gradient masking: whether a network only seems robust because its gradients mislead attacks.
 
 The five checks of arXiv 2406.19622, section 4.2.4 (after Athalye, Carlini, Wagner, "Obfuscated gradients give a false
 sense of security", ICML 2018, and Carlini et al., "On evaluating adversarial robustness", 2019):
@@ -15,8 +15,8 @@ expectation holds. A check "passes" where b <= c in every comparison, "fails" wh
 below the level, split evenly over the comparisons of the check, and is "inconclusive" in between and where there is
 nothing to compare.
 
-Accuracies under attack are upper bounds of robust accuracy. A check that passes shows no sign of masking; it is no
-proof that there is none, and none of the five proves robustness.
+Accuracies under attack are upper bounds of robust accuracy. A check that passes shows no sign of masking, but is no
+proof that there is none; none of the five checks proves robustness.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Check:
     """One check: its verdict ("passes", "fails" or "inconclusive"), why, the figures behind it, the images they are of.
 
     `figures` is plain data: shares in [0, 1], counts of images, p-values, lists in the order of the grid of radii.
-    `text` says them for people.
+    `text` presents them as a sentence.
     """
 
     name: str
@@ -339,7 +339,7 @@ def _decide(
     if images < _FEWEST:
         return INCONCLUSIVE, f"{images} images are too few: at least {_FEWEST} are needed"
     if not happened:
-        return INCONCLUSIVE, "this happens to no image with either: there is nothing to compare"
+        return INCONCLUSIVE, "neither outcome occurs on any image: there is nothing to compare"
     worse = [pair for pair in pairs if pair[0] > pair[1]]
     if not worse:
         return PASSES, ""

@@ -285,9 +285,8 @@ def _step(
     for _ in range(2):
         rest = rest - jnp.einsum("kb,kbn->bn", jnp.einsum("kbn,bn->kb", basis, rest), basis)
     vector, beta = _unit(rest)
-    ended = beta <= 1e-6 * jnp.sqrt(
-        jnp.square(image).sum(axis=-1)
-    )  # an invariant subspace: the rest is rounding
+    # in an invariant subspace, what is left is rounding
+    ended = beta <= 1e-6 * jnp.sqrt(jnp.square(image).sum(axis=-1))
     vector = jnp.where(ended[:, None], 0.0, vector)
     return basis.at[k + 1].set(vector), alpha, jnp.where(ended, 0.0, beta)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib.resources
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jinja2
@@ -48,32 +49,27 @@ def write_report(results: Json, folder: pathlib.Path) -> pathlib.Path:
         for what, figure in drawn.items():
             data = png(figure)
             (folder / f"{model['name']}-{what}.png").write_bytes(data)
-            figures[model["name"]][what] = base64.b64encode(data).decode("ascii")
+            figures[model["name"]][what] = embedded(data)
     rivals = contrast(results)
     if rivals:
         data = png(contrast_figure(rivals))
         (folder / "training-compared.png").write_bytes(data)
-        figures["training-compared"] = {"l2": base64.b64encode(data).decode("ascii")}
-    page = folder / "report.html"
-    write_page(page, render(results, figures))
-    return page
+        figures["training-compared"] = {"l2": embedded(data)}
+    return write_page(folder / "report.html", render(results, figures))
 
 
 def render(results: Json, figures: dict[str, dict[str, str]]) -> str:
     """The page as text; every value is escaped, figures are embedded as base64 PNG."""
     summaries = [summary(model) for model in results["models"]]
-    return (
-        environment()
-        .get_template("report.html.j2")
-        .render(
-            results=results,
-            figures=figures,
-            summaries=summaries,
-            rivals=contrast(results),
-            how=HOW,
-            norm_names=NORM_NAMES,
-            meanings={word: text for word, text in MEANINGS.items() if word in _words(results)},
-        )
+    return fill(
+        "report.html.j2",
+        results=results,
+        figures=figures,
+        summaries=summaries,
+        rivals=contrast(results),
+        how=HOW,
+        norm_names=NORM_NAMES,
+        meanings={word: text for word, text in MEANINGS.items() if word in _words(results)},
     )
 
 
@@ -110,35 +106,32 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     found.filters |= {
-        "up": _up,
-        "down": _down,
-        "near": _near,
+        **{way: _rounded(way) for way in ("up", "down", "near")},
         "seconds": seconds_text,
-        "percent": _percent,
+        "percent": lambda share: f"{100 * share:.1f} %",
         "percent2": lambda share: f"{100 * share:.2f} %",
     }
     return found
 
 
-def write_page(page: pathlib.Path, text: str) -> None:
-    """Write a page as UTF-8; what UTF-8 cannot hold (file names that are not text) becomes a character reference."""
+def _rounded(way: Any) -> Callable[..., str]:
+    return lambda value, digits=5: show(value, way, digits)
+
+
+def fill(template: str, **values: Any) -> str:
+    """The page that a template makes of these values."""
+    return environment().get_template(template).render(**values)
+
+
+def embedded(picture: bytes) -> str:
+    """A PNG as base64 text, for a page that holds its figures."""
+    return base64.b64encode(picture).decode("ascii")
+
+
+def write_page(page: pathlib.Path, text: str) -> pathlib.Path:
+    """Write a page as UTF-8 and return its path; characters that UTF-8 lacks become character references."""
     write_atomically(page, text.encode("utf-8", "xmlcharrefreplace"))
-
-
-def _up(value: float, digits: int = 5) -> str:
-    return show(value, "up", digits)
-
-
-def _down(value: float, digits: int = 5) -> str:
-    return show(value, "down", digits)
-
-
-def _near(value: float, digits: int = 5) -> str:
-    return show(value, "near", digits)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return page
 
 
 def summary(model: Json) -> Json:
@@ -162,10 +155,6 @@ def summary(model: Json) -> Json:
 
 
 def _words(results: Json) -> set[str]:
-    words = {
-        row["guarantee"]
-        for model in results["models"]
-        for kind in ("upper", "estimate")
-        for row in model[kind]
-    }
-    return words | ({"attained"} if any(model["lower"] for model in results["models"]) else set())
+    models = results["models"]
+    words = {row["guarantee"] for model in models for row in model["upper"] + model["estimate"]}
+    return words | ({"attained"} if any(model["lower"] for model in models) else set())

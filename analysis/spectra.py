@@ -8,7 +8,7 @@ eq. 12 of arXiv 2406.19622). A' is not symmetric and depends on x. What holds fo
   They are real, lambda_max(A') = ||W D||_2^2, and Cauchy's interlacing theorem gives lambda_max(A') <= lambda_max(A).
 - Disc bounds max |centre| + radius, of rows and of columns, do not grow, and ||A'||_2 <= ||A||_2.
 
-What does not follow, with examples below:
+The following do not follow, with counterexamples below:
 
 - "The radii of all discs are shrunk": columns that are kept do not change at all, nor do centres of kept rows; where a
   zeroed entry is orthogonal to the others no radius changes, by row or by column (`DISCS_STAY`).
@@ -154,9 +154,8 @@ def gershgorin_discs(A: Any, by: By = "row") -> Discs:
     if matrix.dtype.kind == "c":
         whole = real + 1j * as_matrix(matrix.imag)
         size = np.abs(whole)
-        size = np.where(
-            size > 0, np.nextafter(np.nextafter(size, np.inf), np.inf), 0.0
-        )  # hypot errs by 1 ulp
+        # hypot errs by 1 ulp
+        size = np.where(size > 0, np.nextafter(np.nextafter(size, np.inf), np.inf), 0.0)
     else:
         whole, size = real, np.abs(real)
     np.fill_diagonal(size, 0.0)

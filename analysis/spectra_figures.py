@@ -10,7 +10,7 @@ from matplotlib.ticker import PercentFormatter
 
 from lipbounds._text import label_text, show
 from lipbounds.analysis.diagnostics import Diagnosis
-from lipbounds.analysis.figures import INK, MUTED, _dress, _figure
+from lipbounds.analysis.figures import INK, MUTED, dress, new_figure
 from lipbounds.analysis.spectra import Discs, Interlacing
 
 BEFORE, AFTER = "#4477aa", "#ee6677"
@@ -22,12 +22,12 @@ def discs_figure(before: Discs, after: Discs, title: str = "") -> Figure:
     The upper half planes say everything where the centres are real; complex matrices are drawn whole.
     """
     real = not (np.iscomplexobj(before.centers) or np.iscomplexobj(after.centers))
-    figure = _figure(7.6, 5.2)
+    figure = new_figure(7.6, 5.2)
     axes = figure.subplots(2, 1, sharex=True, sharey=True)
     for ax, discs, name, colour in ((axes[0], before, "A", BEFORE), (axes[1], after, "A'", AFTER)):
         discs.plot(ax, color=colour)
         ax.set(xlabel="", ylabel="")
-        _dress(ax, "x")
+        dress(ax, "x")
         ax.axvline(discs.bound, color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
         words = f"{name} by {discs.by}: |eigenvalues| ≤ {show(discs.bound, 'up', 4)}"
         ax.set_title(words, fontsize=10, loc="left", color=INK)
@@ -41,9 +41,9 @@ def discs_figure(before: Discs, after: Discs, title: str = "") -> Figure:
 
 def eigenvalues_figure(found: Interlacing, title: str = "") -> Figure:
     """Histograms of the eigenvalues of A and of the nonzero part of A' on common bins; dotted: the largest of each."""
-    figure = _figure(7.6, 3.6)
+    figure = new_figure(7.6, 3.6)
     ax = figure.subplots()
-    _dress(ax, "y")
+    dress(ax, "y")
     bins = np.linspace(0.0, float(found.eigenvalues[-1]) or 1.0, 41)
     for values, name, colour in ((found.eigenvalues, "A", BEFORE), (found.kept, "A', entries kept", AFTER)):
         top = float(values.max(initial=0.0))
@@ -65,9 +65,9 @@ def ratios_figure(diagnosis: Diagnosis) -> Figure:
     A bar marks the worst input; a ring marks the worst one for the mask x != 0, the effect of zeros that were there
     before.
     """
-    figure = _figure(7.6, 1.1 + 0.34 * len(diagnosis.layers))
+    figure = new_figure(7.6, 1.1 + 0.34 * len(diagnosis.layers))
     ax = figure.subplots()
-    _dress(ax, "x")
+    dress(ax, "x")
     places = range(len(diagnosis.layers))
     look: dict[str, Any] = {"color": AFTER}
     ax.boxplot(
@@ -99,9 +99,9 @@ def ratios_figure(diagnosis: Diagnosis) -> Figure:
 
 def zeroed_figure(diagnosis: Diagnosis) -> Figure:
     """Mean share of entries that the gates zero, by depth (Figure 4 of arXiv 2406.19622), and what was zero before."""
-    figure = _figure(7.6, 3.6)
+    figure = new_figure(7.6, 3.6)
     ax = figure.subplots()
-    _dress(ax, "y")
+    dress(ax, "y")
     places = range(len(diagnosis.layers))
     for name, colour, label in (
         ("zeroed", AFTER, "zeroed by the gate"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import pathlib
 import time
 from collections.abc import Callable
@@ -14,8 +13,8 @@ from matplotlib.figure import Figure
 
 import lipbounds as lb
 from lipbounds import __version__
-from lipbounds.analysis.figures import INK, RADII_LINES, _dress, _figure, png
-from lipbounds.analysis.report import environment, write_page
+from lipbounds.analysis.figures import INK, RADII_LINES, dress, new_figure, png
+from lipbounds.analysis.report import embedded, fill, write_page
 from lipbounds.training.config import Config
 from lipbounds.training.data import load
 from lipbounds.training.loop import Fitted, proved_bound
@@ -58,28 +57,24 @@ def final_record(
 def write_training_report(folder: pathlib.Path, config: Config, log: list[Json], final: Json) -> pathlib.Path:
     """Write `report.html` to the run's folder; return its path."""
     picture = png(curves(log, config))
-    page = (
-        environment()
-        .get_template("training.html.j2")
-        .render(
-            title=f"{config.arch} on {config.dataset}",
-            config=config.to_json(),
-            log=log,
-            final=final,
-            lipbounds=__version__,
-            figure=base64.b64encode(picture).decode("ascii"),
-            skipped=sum(record["skipped"] for record in log),
-            failed=sum(record["failed"] for record in log),
-            seconds=sum(record["seconds"] for record in log),
-        )
+    page = fill(
+        "training.html.j2",
+        title=f"{config.arch} on {config.dataset}",
+        config=config.to_json(),
+        log=log,
+        final=final,
+        lipbounds=__version__,
+        figure=embedded(picture),
+        skipped=sum(record["skipped"] for record in log),
+        failed=sum(record["failed"] for record in log),
+        seconds=sum(record["seconds"] for record in log),
     )
-    write_page(folder / PAGE, page)
-    return folder / PAGE
+    return write_page(folder / PAGE, page)
 
 
 def curves(log: list[Json], config: Config) -> Figure:
     """Loss by epoch; accuracy in training, and clean and certified accuracy where validated."""
-    figure = _figure(8.4, 3.2)
+    figure = new_figure(8.4, 3.2)
     left, right = figure.subplots(1, 2)
     epochs = [record["epoch"] for record in log]
     left.plot(epochs, [record["loss"] for record in log], color=INK, linewidth=1.4)
@@ -103,6 +98,6 @@ def curves(log: list[Json], config: Config) -> Figure:
     right.set_title("accuracy (%)", loc="left", fontsize=9)
     right.legend(fontsize=7, frameon=False, loc="lower right")
     for ax in (left, right):
-        _dress(ax, "y")
+        dress(ax, "y")
         ax.set_xlabel("epoch", fontsize=8)
     return figure

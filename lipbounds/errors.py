@@ -1,4 +1,4 @@
-"""Everything this library refuses with, as plain data and a message that says it all at once.
+"""Errors of the library; one message lists all operations that have no bound.
 
 All errors about an input are `ValueError`s, so one `except ValueError` catches every refusal.
 `GuaranteeError` is not: it means that two results contradict each other.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Unsupported:
-    """One operation that has no bound here.
+    """One operation without a Lipschitz bound.
 
     primitive  name of the operation as JAX calls it ("mul", "dot_general", "argmax", ...)
     path       where it is called ("Block/attention/mul"); "" when it is the function itself
@@ -36,7 +36,7 @@ class Unsupported:
 
 
 def sentence(text: str) -> str:
-    """With a full stop at its end."""
+    """The text with a full stop at its end."""
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 

@@ -1,4 +1,4 @@
-"""What a computation returns: an `UpperBound`, a `LowerBound` or an `Estimate`, and never a mixture.
+"""Results of a computation: an `UpperBound`, a `LowerBound` or an `Estimate`, three separate types.
 
 With L the Lipschitz constant of the traced function in the norm p = `norm`,
 
@@ -11,8 +11,8 @@ in units of output per unit of the *traced function's* input:
     LowerBound   L >= value,  L_ij >= pairwise[i, j]                         (shown by explicit points)
     Estimate     neither: a number near a bound, for training and previews
 
-They are three types on purpose. `<` and its relatives work between two results of one type at one
-norm and raise TypeError otherwise; only an UpperBound converts by `float(b)`, because a number that
+The types are separate on purpose. `<`, `<=`, `>` and `>=` work between two results of one type in one
+norm and raise TypeError otherwise. Only an UpperBound converts by `float(b)`, because a number that
 is used as a Lipschitz constant has to be an upper bound. `.value` always reads the number.
 `==` is identity: two computations are never the same object.
 """
@@ -70,7 +70,7 @@ def check_norm(norm: Any) -> int | float:
 
 
 def weakest(guarantees: Iterable[str]) -> str:
-    """The weakest of some guarantees ("verified" of none): the one that a bound made of them carries."""
+    """The weakest of some guarantees ("verified" of none), which a bound computed from them has."""
     ranks = [_rank(g) for g in guarantees]
     return GUARANTEES[max(ranks, default=0)]
 
@@ -107,17 +107,18 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class _Ordered:
-    """Order within one type and one norm, else TypeError; layout of texts (private, not a common type)."""
+    """Order within one type and one norm (TypeError otherwise), and display; private, not a common type."""
 
     value: float
     norm: float
     _part_header: ClassVar[tuple[str, ...]] = ("from", "to", "shape", "norm", "guarantee", "how")
+    _direction: ClassVar[Direction] = "up"
 
     def _other(self, other: Any) -> float:
         mine = type(self).__name__
         if type(other) is not type(self):
             raise TypeError(
-                f"{mine} and {type(other).__name__} cannot be compared: they say different things about L. "
+                f"{mine} and {type(other).__name__} cannot be compared: they bound L from different sides. "
                 "Compare .value if you mean the numbers; lb.bracket sets a lower against an upper bound."
             )
         if other.norm != self.norm:
@@ -125,7 +126,9 @@ class _Ordered:
             raise TypeError(f"{mine}s in different norms ({a}, {b}) cannot be compared")
         return other.value
 
-    __array_ufunc__ = None  # NumPy scalars and arrays leave the comparison to us, which refuses it
+    __array_ufunc__ = (
+        None  # NumPy scalars and arrays then defer to the comparisons below, which raise TypeError
+    )
 
     def __lt__(self, other: Any) -> bool:
         return self.value < self._other(other)
@@ -139,7 +142,32 @@ class _Ordered:
     def __ge__(self, other: Any) -> bool:
         return self.value >= self._other(other)
 
-    # how a result is shown: facts() gives the rows, the three formats lay them out
+    @property
+    def worst_pair(self: Any) -> tuple[int, int] | None:
+        """The pair (i, j), i < j, whose `pairwise` is largest; None without `pairwise` or with one class."""
+        return _worst(self.pairwise)
+
+    def plot(self: Any, ax: Any = None) -> Any:
+        """Plot the pair constants, or the gain blocks, or the value as one bar; return the matplotlib Axes.
+
+        Without `ax` the plot gets its own figure (no pyplot state): `b.plot().figure.savefig(...)`.
+        """
+        ax = new_axes() if ax is None else ax
+        if self.pairwise is not None and len(self.pairwise) > 1:
+            draw_pairs(ax, self.pairwise, type(self).__name__)
+        else:
+            parts = getattr(self, "parts", ())
+            names = [f"{p.source} → {p.target}" for p in parts] or [self.method]
+            values = [p.value for p in parts] or [self.value]
+            ax.barh(range(len(names)), values, color="#cc6677" if self._direction == "down" else "#4477aa")
+            ax.set(yticks=range(len(names)))
+            ax.set_xlabel(f"{NORM_NAMES[self.norm]} norm of the block" if parts else "L")
+            ax.set_yticklabels([label_text(name, 40) for name in names])
+            ax.invert_yaxis()
+        ax.set_title(f"{label_text(self.method)}: {label_text(self._headline())}")
+        return ax
+
+    # Display: `_facts` gives the rows, and the three formats lay them out.
     def _headline(self) -> str:
         raise NotImplementedError
 
@@ -192,9 +220,7 @@ class _Constants(_Ordered):
     certificate: Any = None
     failure_probability: float = 0.0
     notes: tuple[str, ...] = ()
-    network: str | None = (
-        None  # digest of the form it was computed from, so that it is not used for another one
-    )
+    network: str | None = None  # digest of the form, so that the bound is not used for another network
 
     def __post_init__(self) -> None:
         _check_common(self)
@@ -208,11 +234,6 @@ class _Constants(_Ordered):
         if not 0.0 <= probability < 1.0:
             raise ValueError(f"failure_probability must lie in [0, 1), got {probability}")
         put(self, "failure_probability", probability)
-
-    @property
-    def worst_pair(self) -> tuple[int, int] | None:
-        """The pair (i, j), i < j, with the largest L_ij; None without `pairwise` or with one class."""
-        return _worst(self.pairwise)
 
     def average_pair(self) -> float:
         """Mean of L_ij over the pairs i < j. ValueError without `pairwise`."""
@@ -251,45 +272,21 @@ class _Constants(_Ordered):
         return nonnegative(product, "the constant of a pair")
 
     def parts_table(self) -> str:
-        """Every gain block with its norm, guarantee and method, as plain text."""
+        """A table of every gain block with its norm, guarantee and method, as plain text."""
         rows = self._part_rows()
         return text_table(self._part_header, rows, right=(3,)) if rows else "(no parts)"
 
-    def plot(self, ax: Any = None) -> Any:
-        """A picture of the pair constants, or of the parts, or of the value; returns the matplotlib Axes.
-
-        Without `ax` a figure of its own is made (no pyplot state): `b.plot().figure.savefig(...)`.
-        """
-        ax = new_axes() if ax is None else ax
-        if self.pairwise is not None and len(self.pairwise) > 1:
-            draw_pairs(ax, self.pairwise, type(self).__name__)
-        elif self.parts:
-            names = [label_text(f"{p.source} → {p.target}", 40) for p in self.parts]
-            ax.barh(range(len(names)), [p.value for p in self.parts], color="#4477aa")
-            ax.set(yticks=range(len(names)), xlabel=f"{NORM_NAMES[self.norm]} norm of the block")
-            ax.set_yticklabels(names)
-            ax.invert_yaxis()
-        else:
-            ax.barh([0], [self.value], color="#4477aa")
-            ax.set(yticks=[0], xlabel="L")
-            ax.set_yticklabels([label_text(self.method, 40)])
-        ax.set_title(f"{label_text(self.method)}: {label_text(self._headline())}")
-        return ax
-
-    def _direction(self) -> Direction:
-        raise NotImplementedError
-
     def _part_rows(self) -> list[list[str]]:
-        return [p._cells(self._direction() if p.guarantee != "estimate" else "near") for p in self.parts]
+        return [p._cells(self._direction if p.guarantee != "estimate" else "near") for p in self.parts]
 
     def _facts(self) -> list[tuple[str, str]]:
         facts = [("method", f"{self.method}, {seconds_text(self.seconds)}")]
         pair = self.worst_pair
         if pair is not None and self.pairwise is not None:
-            worst = show(float(self.pairwise[pair]), self._direction())
+            worst = show(float(self.pairwise[pair]), self._direction)
             facts.append(("pairs", f"worst {pair}: {worst}, average {show(self.average_pair())}"))
         if self.per_class is not None and len(self.per_class):
-            facts.append(("classes", f"largest L_i {show(float(self.per_class.max()), self._direction())}"))
+            facts.append(("classes", f"largest L_i {show(float(self.per_class.max()), self._direction)}"))
         return facts + [("note", note) for note in self.notes]
 
 
@@ -328,9 +325,6 @@ class UpperBound(_Constants):
     def __float__(self) -> float:
         return self.value
 
-    def _direction(self) -> Direction:
-        return "up"
-
     def _headline(self) -> str:
         risk = (
             f", fails with probability <= {show(self.failure_probability, digits=3)}"
@@ -342,7 +336,7 @@ class UpperBound(_Constants):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Estimate(_Constants):
-    """A number near an upper bound that proves nothing; fields as in UpperBound.
+    """A number near an upper bound, without proof; fields as in UpperBound.
 
     For training and previews (power iteration lies below a norm). `guarantee` is always "estimate";
     `float(e)` raises TypeError.
@@ -358,6 +352,7 @@ class Estimate(_Constants):
     guarantee: str = "estimate"
     method: str = ""
     seconds: float = 0.0
+    _direction: ClassVar[Direction] = "near"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -368,11 +363,8 @@ class Estimate(_Constants):
 
     def __float__(self) -> float:
         raise TypeError(
-            "an Estimate is not a bound, so it is not a number here; .value reads it if you mean that"
+            "an Estimate is not a bound and does not convert to float; read .value for the number"
         )
-
-    def _direction(self) -> Direction:
-        return "near"
 
     def _headline(self) -> str:
         return f"L ~ {show(self.value)}  ({NORM_NAMES[self.norm]}, estimate: not a bound)"
@@ -382,10 +374,10 @@ class Estimate(_Constants):
 class LayerBound:
     """||W||_p >= value for the linear map W between taps, by one data point: ||W u||_p / ||u||_p.
 
-    This is the empirical Lipschitz constant of a layer (Definition 1 of arXiv 2406.19622).
+    It is the empirical Lipschitz constant of the layer (Definition 1 of arXiv 2406.19622).
 
     source, target  the taps (and the input x) that W reads, stacked to u, and the tap or output that it leads to
-    shape           (rows, columns) of W;  example  the row of the data that shows it;  path  the target's call path
+    shape           (rows, columns) of W;  example  the row of the data that attains it;  path  the target's call path
     """
 
     source: str
@@ -406,13 +398,13 @@ class LayerBound:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LowerBound(_Ordered):
-    """L >= value, shown by two points.
+    """L >= value, attained between two points.
 
     witness    (x, x'), float64 of the input's shape: ||f(x) - f(x')||_p >= value * ||x - x'||_p
     pairwise   (K, K) symmetric, zero diagonal: L_ij >= pairwise[i, j], or None
-    layers     what data points show of the linear maps between the taps, see `LayerBound`
+    layers     lower bounds of the linear maps between the taps, attained at data points; see `LayerBound`
 
-    `float(l)` raises TypeError: a lower bound must not slip in where a Lipschitz constant is needed.
+    `float(l)` raises TypeError, so that a lower bound is never used as a Lipschitz constant.
 
     Example:
         >>> import lipbounds as lb
@@ -429,6 +421,7 @@ class LowerBound(_Ordered):
     pairwise: np.ndarray | None = None
     layers: tuple[LayerBound, ...] = ()
     _part_header: ClassVar[tuple[str, ...]] = ("from", "to", "shape", "norm >=", "shown by", "call path")
+    _direction: ClassVar[Direction] = "down"
 
     def __post_init__(self) -> None:
         _check_common(self)
@@ -446,27 +439,10 @@ class LowerBound(_Ordered):
             raise ValueError("the two points of a witness must differ")
         put(self, "witness", (first, second))
 
-    @property
-    def worst_pair(self) -> tuple[int, int] | None:
-        """The pair (i, j), i < j, with the largest lower bound of L_ij; None without `pairwise`."""
-        return _worst(self.pairwise)
-
     def __float__(self) -> float:
         raise TypeError(
-            "a LowerBound lies below the Lipschitz constant; .value reads the number if you mean that"
+            "a LowerBound is no Lipschitz constant and does not convert to float; read .value for the number"
         )
-
-    def plot(self, ax: Any = None) -> Any:
-        """The pair constants, or the value as one bar; returns the matplotlib Axes."""
-        ax = new_axes() if ax is None else ax
-        if self.pairwise is not None and len(self.pairwise) > 1:
-            draw_pairs(ax, self.pairwise, "LowerBound")
-        else:
-            ax.barh([0], [self.value], color="#cc6677")
-            ax.set(yticks=[0], xlabel="L")
-            ax.set_yticklabels([label_text(self.method, 40)])
-        ax.set_title(f"{label_text(self.method)}: {label_text(self._headline())}")
-        return ax
 
     def _part_rows(self) -> list[list[str]]:
         return [layer._cells() for layer in self.layers]
@@ -484,9 +460,7 @@ class LowerBound(_Ordered):
 
 
 def _check_common(record: Any) -> None:
-    kind = type(record).__name__
-    article = "an" if kind[0] in "UE" else "a"
-    put(record, "value", nonnegative(record.value, f"the value of {article} {kind}"))
+    put(record, "value", nonnegative(record.value, f"{type(record).__name__}.value"))
     put(record, "norm", check_norm(record.norm))
     put(record, "seconds", nonnegative(record.seconds, "seconds"))
     if not isinstance(record.method, str) or not record.method:

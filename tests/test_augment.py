@@ -241,5 +241,5 @@ def test_impossible_arguments(arguments, message):
 @pytest.mark.parametrize("x", [jnp.zeros((4, 4, 1)), jnp.zeros((2, 4, 4, 1), jnp.uint8)])
 @pytest.mark.parametrize("change", [Augmentation(flip=True), Augmentation(degrees=5)])
 def test_what_is_no_batch_of_float_images_is_refused(change, x):
-    with pytest.raises(ValueError, match="wanted is a batch of floats"):
+    with pytest.raises(ValueError, match="expected a batch of floats"):
         change(jax.random.key(0), x)

@@ -265,7 +265,7 @@ def test_verify_refuses_with_the_reason(model_file, certificate, tmp_path):
         bad = tmp_path / f"{name}.certificate"
         bad.write_bytes(content)
         result = run("verify", bad, "--model", model_file, code=1)
-        assert reason in result.stderr and f"{bad} is refused" in result.stderr and not result.stdout
+        assert reason in result.stderr and f"{bad} is rejected" in result.stderr and not result.stdout
     assert "no certificate" in run("verify", model_file, "--model", model_file, code=1).stderr
     run("verify", tmp_path / "none", "--model", model_file, code=2)
     run("verify", certificate, code=2)

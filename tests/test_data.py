@@ -135,7 +135,7 @@ def test_each_name_goes_to_its_reader(name, reader, monkeypatch):
 @pytest.mark.parametrize("name", ["CIFAR10", "", "imagenet"])
 def test_an_unknown_name_lists_the_known_ones(name):
     with pytest.raises(
-        ValueError, match=r"no data set '.*known are digits, mnist, cifar10, cifar100, tiny-image"
+        ValueError, match=r"unknown data set '.*known: digits, mnist, cifar10, cifar100, tiny-image"
     ):
         load(name)
 
@@ -217,7 +217,7 @@ def test_a_complete_place_comes_before_a_partial_one(cifar10_folder):
 @pytest.mark.parametrize("name", CIFAR10_FILES)
 def test_a_missing_cifar_file_is_named(cifar10_folder, name):
     (cifar10_folder / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"^no {name} in .*Wanted are .*{CIFAR_PAGE}"):
+    with pytest.raises(FileNotFoundError, match=f"^no {name} in .*Needed: .*{CIFAR_PAGE}"):
         cifar10(cifar10_folder)
 
 
@@ -232,11 +232,15 @@ def assert_refused(reader, path, change, message):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("data_batch_2.bin", lambda raw: raw[:-1], "truncated .*6 records of 3073 bytes and 3072 bytes more"),
+        (
+            "data_batch_2.bin",
+            lambda raw: raw[:-1],
+            "truncated .*6 records of 3073 bytes and 3072 further bytes",
+        ),
         (
             "test_batch.bin",
             lambda raw: raw + b"\0",
-            "bytes too many: 4 records of 3073 bytes and 1 bytes more",
+            "too long: 4 records of 3073 bytes and 1 further bytes",
         ),
         ("data_batch_3.bin", lambda raw: b"", "holds no records"),
         (
@@ -254,12 +258,12 @@ def test_a_wrong_cifar10_file_is_one_plain_error(cifar10_folder, name, change, m
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("train.bin", lambda raw: raw[:-100], "8 records of 3074 bytes and 2974 bytes more"),
+        ("train.bin", lambda raw: raw[:-100], "8 records of 3074 bytes and 2974 further bytes"),
         ("train.bin", lambda raw: b"\x14" + raw[1:], "record 0 has the coarse label 20"),
         ("test.bin", lambda raw: raw[:1] + b"\x64" + raw[2:], "record 0 has the fine label 100"),
-        ("test.bin", lambda raw: b"\1" * 3073 * 6, "records of 3073 bytes, those of CIFAR-10;"),
+        ("test.bin", lambda raw: b"\1" * 3073 * 6, "records of 3073 bytes, those of CIFAR-10, not"),
         ("fine_label_names.txt", lambda raw: b"apple\nbear\n", "names 2 classes, not 100"),
-        ("fine_label_names.txt", lambda raw: b"\xff\xfe", "is no text file"),
+        ("fine_label_names.txt", lambda raw: b"\xff\xfe", "is not a text file"),
     ],
 )
 def test_a_wrong_cifar100_file_is_one_plain_error(cifar100_folder, name, change, message):
@@ -304,11 +308,11 @@ def test_the_cifar100_training_file_in_place_of_the_test_file(cifar100_folder):
 @pytest.mark.parametrize(
     ("reader", "found", "advice"),
     [
-        (cifar10, "data_batch_1", "the binary version is wanted"),
-        (cifar10, "cifar-10-batches-py/data_batch_1", "the binary version is wanted"),
-        (cifar10, "cifar-10-python.tar.gz", "the binary version is wanted"),
+        (cifar10, "data_batch_1", "download the binary version"),
+        (cifar10, "cifar-10-batches-py/data_batch_1", "download the binary version"),
+        (cifar10, "cifar-10-python.tar.gz", "download the binary version"),
         (cifar10, "cifar-10-binary.tar.gz", "unpack it first"),
-        (cifar100, "cifar-100-python/train", "the binary version is wanted"),
+        (cifar100, "cifar-100-python/train", "download the binary version"),
         (cifar100, "cifar100/cifar-100-binary.tar.gz", "unpack it first"),
         (tiny_imagenet, "tiny-imagenet-200.zip", "unpack it first"),
     ],
@@ -340,7 +344,7 @@ def mnist_folder(tmp_path, rng):
 def test_mnist_labels_in_place_of_images(mnist_folder):
     labels = (mnist_folder / "train-labels-idx1-ubyte").read_bytes()
     (mnist_folder / "train-images-idx3-ubyte").write_bytes(labels)
-    with pytest.raises(ValueError, match=r"train-images.*these are labels, wanted are images"):
+    with pytest.raises(ValueError, match=r"train-images.*it holds labels, and images are needed"):
         mnist(mnist_folder)
 
 
@@ -388,7 +392,7 @@ def test_a_file_that_unpacks_to_more_than_its_header_says_is_not_unpacked(mnist_
     packed.write_bytes(gzip.compress(content + bytes(10**8)))
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError, match=rf"{name}\.gz holds bytes too many: .*, more follow"):
+        with pytest.raises(ValueError, match=rf"{name}\.gz is too long: .*, more follow"):
             load("mnist", mnist_folder)
         assert tracemalloc.get_traced_memory()[1] < 10**7
     finally:

@@ -238,7 +238,7 @@ def test_paper_units_halve_eps_on_cifar_only(model, test_set):
         ({"methods": ()}, "got none"),
         ({"methods": ("liplt", "guess")}, "upper bounds out of lipsdp.*; got guess"),
         ({"methods": ("empirical",)}, "got empirical"),
-        ({"methods": ("liplt", "liplt")}, "every method once, got liplt, liplt"),
+        ({"methods": ("liplt", "liplt")}, "each method may be named only once, got liplt, liplt"),
         ({"pgd_norms": (1,)}, "norm 2 or inf"),
         ({"pgd_steps": -1}, "steps must be"),
         ({"paper_units": 0.0}, "paper_units must be a factor > 0"),
@@ -386,8 +386,8 @@ def test_refusals_are_one_line(folder, model, tmp_path):
     assert "was interrupted" in run(other, *QUICK, code=1).stderr
     wide = ModelSpec("mlp", (28, 28, 1), {"widths": "784-10"})
     runs.write_model(other, build(wide), wide)
-    assert "is a run on mnist" in run(folder, "--against", other, code=1).stderr
-    assert "no data set 'svhn'" in run(file, "--dataset", "svhn", code=1).stderr
+    assert "was trained on mnist" in run(folder, "--against", other, code=1).stderr
+    assert "unknown data set 'svhn'" in run(file, "--dataset", "svhn", code=1).stderr
     save_model(file, build(wide), wide)
     assert (
         "takes images of shape (28, 28, 1), digits has (8, 8, 1)"

@@ -404,5 +404,5 @@ def test_validation_sees_images_of_all_classes_and_a_holdout_of_none_is_refused(
     )
     counts = np.bincount(run.images.labels[run.sample], minlength=10)
     assert len(run.sample) == 1000 and counts.min() > 70
-    with pytest.raises(ValueError, match="holdout 0.0001 of 1437 images is none"):
+    with pytest.raises(ValueError, match="holdout 0.0001 of 1437 images holds out no image"):
         split(1437, 1e-4)

@@ -123,7 +123,7 @@ def test_refusals(model_file, tmp_path):
         assert "eps" in run(*words, "--eps", wrong, code=2).stderr
     assert "needs one" in run("forge", model_file, code=2).stderr
     assert "tau" in run(*words, "--kind", "smooth", "--tau", "0", *QUICK, code=1).stderr
-    assert "no data set" in run("forge", model_file, "--dataset", "cats", code=1).stderr
+    assert "unknown data set" in run("forge", model_file, "--dataset", "cats", code=1).stderr
     (tmp_path / "forged.html").write_text("my thesis")
     assert "not written by" in run(*words, "--out", tmp_path, code=1).stderr
     assert (tmp_path / "forged.html").read_text() == "my thesis"

@@ -214,7 +214,7 @@ def test_an_array_larger_than_its_file_is_refused_before_it_is_allocated(
         archive.writestr("W0.npy", _header(shape) + bytes(40))
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError, match=r"mlp\.npz: .* promises shape .*; there are 40"):
+        with pytest.raises(ValueError, match=r"mlp\.npz: .* declares shape .*, but the file holds 40"):
             load_weights(path)
         assert tracemalloc.get_traced_memory()[1] < 10**7
     finally:
@@ -228,7 +228,7 @@ def test_an_archive_that_lies_about_its_own_size_is_refused(tmp_path: Path) -> N
         archive.writestr("W0.npy", _header(shape))
         (info,) = archive.infolist()
         info.file_size = len(_header(shape)) + 8 * 10**13  # in the central directory, which is what is read
-    with pytest.raises(ValueError, match="promises shape .* 80000000000000 bytes; there are"):
+    with pytest.raises(ValueError, match="declares shape .* 80000000000000 bytes, but the file holds"):
         load_weights(path)
 
 
@@ -284,7 +284,7 @@ def test_the_command_line_says_it_in_one_line(tmp_path: Path) -> None:
         archive.writestr("x.npy", _header("(10000000, 1000000)") + bytes(40))
     for words, why in (
         (("bounds", bad), "of type F8_E4M3, which NumPy does not have"),
-        (("certify", model, "--data", tmp_path / "d.npz"), "promises shape (10000000, 1000000)"),
+        (("certify", model, "--data", tmp_path / "d.npz"), "declares shape (10000000, 1000000)"),
     ):
         result = CliRunner().invoke(app, [str(word) for word in words])
         assert result.exit_code == 1 and why in result.stderr

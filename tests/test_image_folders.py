@@ -91,13 +91,13 @@ def append(text):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("train/n03/images/n03_1.JPEG", lambda path: path.write_bytes(path.read_bytes()[:-90]), "no JPEG"),
+        ("train/n03/images/n03_1.JPEG", lambda path: path.write_bytes(path.read_bytes()[:-90]), "not a JPEG"),
         (
             "train/n02/images/n02_0.JPEG",
             lambda path: path.write_bytes(b"nothing"),
-            "no JPEG that can be decoded",
+            "not a JPEG that can be decoded",
         ),
-        ("val/images/val_1.JPEG", lambda path: Image.new("RGB", (6, 8)).save(path, "PNG"), "no JPEG"),
+        ("val/images/val_1.JPEG", lambda path: Image.new("RGB", (6, 8)).save(path, "PNG"), "not a JPEG"),
         (
             "val/images/val_1.JPEG",
             lambda path: jpeg(path, 0, size=(8, 8)),
@@ -118,7 +118,7 @@ def append(text):
         ("val/val_annotations.txt", append(b"val_2.JPEG\n"), "line 3: no file and class"),
         ("wnids.txt", append(b"n01\n"), "none twice"),
         ("wnids.txt", lambda path: path.write_bytes(b""), "at least one class"),
-        ("words.txt", append(b"\xff"), "is no text file"),
+        ("words.txt", append(b"\xff"), "is not a text file"),
     ],
 )
 def test_a_wrong_tiny_imagenet_file_is_one_plain_error(tiny, name, change, message):

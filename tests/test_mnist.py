@@ -92,9 +92,9 @@ def swap(old, new):
     ("key", "change", "message"),
     [
         ("train_x", lambda data: data[:-1], "is truncated.*5 x 4 x 3 bytes, 59 follow"),
-        ("train_x", lambda data: data + b"\0", "bytes too many.*61 follow"),
+        ("train_x", lambda data: data + b"\0", "too long.*61 follow"),
         ("test_y", lambda data: data[:7], "is truncated: its header ends after 7 of 8 bytes"),
-        ("test_y", lambda data: b"", "no IDX file"),
+        ("test_y", lambda data: b"", "not an IDX file"),
         ("test_x", swap(b"\0\0\x08\x03", b"\0\0\x0d\x03"), "starts with 00000d03, not 00000803"),
         ("train_y", swap(b"\0\0\x08\x01", b"\0\0\x08\x03"), "starts with 00000803, not 00000801"),
         ("train_x", gzip.compress, "starts with 1f8b"),

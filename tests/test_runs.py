@@ -129,7 +129,7 @@ def test_a_finished_run(whole: Fitted) -> None:
     np.testing.assert_array_equal(run.model(x), whole.model(x))  # type: ignore[operator]
     again = resume(folder)
     assert same(again.state, whole.state) and again.log == whole.log
-    with pytest.raises(FileExistsError, match="is a run already: go on with it by"):
+    with pytest.raises(FileExistsError, match="is already a run: resume it with"):
         fit(PLAIN, out=folder)
 
 

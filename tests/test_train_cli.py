@@ -216,9 +216,9 @@ def test_what_is_wrong_is_said_and_nothing_is_left(
     assert not out.exists()
     assert "is not a run folder: there is no config.json" in refused("--resume", out)
     usage: list[tuple[list[Any], str]] = [
-        (["crm"], "say what to train with and where to write"),
-        (["--out", out], "say what to train with and where to write"),
-        ([], "say what to train with and where to write"),
+        (["crm"], "give a loss and an output folder"),
+        (["--out", out], "give a loss and an output folder"),
+        ([], "give a loss and an output folder"),
         (["hinge", "--out", out], "'hinge' is not one of"),
         (["crm", "--out", out, "--constants", "sdp"], "'sdp' is not one of"),
         (["crm", "--out", out, "--epochs", 0], "Invalid value for '--epochs'"),
@@ -234,7 +234,7 @@ def test_an_existing_run_is_not_overwritten(trained: Any) -> None:
     folder, _ = trained
     before = (folder / "model.safetensors").read_bytes()
     text = refused("crm", *TINY, "--out", folder)
-    assert "is a run already: go on with it by" in text
+    assert "is already a run: resume it with" in text
     assert (folder / "model.safetensors").read_bytes() == before
 
 
@@ -249,17 +249,17 @@ def test_another_architecture_in_a_run_is_refused(trained: Any, tmp_path: pathli
 @pytest.mark.parametrize(
     ("arguments", "idle"),
     [
-        (["cross-entropy", "--lam", 5], "--lam would do nothing"),
+        (["cross-entropy", "--lam", 5], "--lam has no effect"),
         (
             ["cross-entropy", "--constants", "liplt", "--refresh", 4],
-            "--constants, --refresh would do nothing",
+            "--constants, --refresh has no effect",
         ),
-        (["gloro", "--r0", 1, "--g", "hinge"], "--r0, --g would do nothing"),
-        (["crm", "--power-iterations", 3], "--power-iterations would do nothing"),
-        (["crm", "--constants", "liplt", "--multiplier-rate", 0.1], "--multiplier-rate would do nothing"),
-        (["crm", "--ema-decay", 0.9], "--ema-decay would do nothing"),
-        (["crm", "--average-from", 3], "--average-from would do nothing"),
-        (["crm", "--schedule", "constant", "--decay-from", 1], "--decay-from would do nothing"),
+        (["gloro", "--r0", 1, "--g", "hinge"], "--r0, --g has no effect"),
+        (["crm", "--power-iterations", 3], "--power-iterations has no effect"),
+        (["crm", "--constants", "liplt", "--multiplier-rate", 0.1], "--multiplier-rate has no effect"),
+        (["crm", "--ema-decay", 0.9], "--ema-decay has no effect"),
+        (["crm", "--average-from", 3], "--average-from has no effect"),
+        (["crm", "--schedule", "constant", "--decay-from", 1], "--decay-from has no effect"),
         (["gloro", "--smoothing", 0.1], "smoothing applies to cross-entropy and crm"),
     ],
 )
@@ -276,6 +276,6 @@ def test_a_run_on_other_data_is_neither_resumed_nor_evaluated(tmp_path: pathlib.
     own = Config(arch="64-10", loss="cross-entropy", epochs=1, batch_size=32, validate_every=0)
     folder = tmp_path / "run"
     fit(own, (x, y), out=folder)
-    assert "was begun with other data (the data given)" in refused("--resume", folder)
+    assert "was started with other data (the data given)" in refused("--resume", folder)
     result = CliRunner().invoke(app, ["evaluate", str(folder)])
     assert result.exit_code == 1 and "was trained on the data given, not on digits" in result.stderr

@@ -165,7 +165,10 @@ def edited(**changes):
         (edited(arguments={"channels": "4"}), "cannot be built with"),
         (edited(arguments={"rngs": 0}), "has no argument rngs"),
         (edited(arguments={"channels": 5, "blocks": 1, "classes": 3}), "the architecture needs float32"),
-        (edited(arguments={"channels": 4, "blocks": 2, "classes": 3}), "do not fit, see blocks.1"),
+        (
+            edited(arguments={"channels": 4, "blocks": 2, "classes": 3}),
+            "do not fit the architecture: blocks.1",
+        ),
         (edited(input_shape=[8, 8]), "no input shape of three numbers"),
         (edited(input_shape=["8", 4, 2]), "height, width, channels"),
         (lambda header: header["__metadata__"].update({"lipbounds-model": "{"}), "the header is not JSON"),

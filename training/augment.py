@@ -1,6 +1,6 @@
-"""Random changes of image batches, in JAX: mirror images, rotations, translations.
+"""Random augmentation of image batches in JAX: reflections, rotations and translations.
 
-Everything maps a key and a batch `(n, height, width, channels)` of floats to a batch of the same shape and dtype,
+Every function maps a key and a batch `(n, height, width, channels)` of floats to a batch of the same shape and dtype,
 works under jit, scan and vmap, and draws its random numbers in float32 whatever `jax_enable_x64` says, so that a
 key gives the same images everywhere, however the batch is sharded. Images in [0, 1] stay in [0, 1]: each new pixel
 is a weighted mean, with weights from 0 to 1, of old ones and of `fill`.
@@ -23,10 +23,10 @@ def flip(key: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def affine(x: jax.Array, angles: jax.Array, shifts: jax.Array, fill: float = 0.0) -> jax.Array:
-    """Each image turned about its centre, then moved; bilinear in one pass, `fill` outside the image.
+    """Rotate each image about its centre, then translate it; bilinear in one pass, `fill` outside the image.
 
     x       (n, height, width, channels), floats
-    angles  (n,) in degrees, counter-clockwise as the image is seen (row 0 on top); 90 is `numpy.rot90`
+    angles  (n,) in degrees, counter-clockwise with row 0 on top; 90 is `numpy.rot90`
     shifts  (n, 2) in pixels, down and to the right
 
     The value at a new pixel is read at the point it comes from, between the four pixels around that point. With
@@ -44,8 +44,8 @@ def affine(x: jax.Array, angles: jax.Array, shifts: jax.Array, fill: float = 0.0
     left, across = _cell(cos * column - sin * row + middle_column, width)
 
     # One gather for each of the four neighbours, in a rim of `fill`. For three channels this is two to three times
-    # as fast on a CPU as jax.scipy.ndimage.map_coordinates, for one channel as fast; and nested means cannot
-    # leave the range of the pixels by rounding, a sum of four products can.
+    # as fast on a CPU as jax.scipy.ndimage.map_coordinates, for one channel equally fast; and nested means cannot
+    # leave the range of the pixels by rounding, whereas a sum of four products can.
     rim = ((0, 0), (1, 1), (1, 1), (0, 0))
     flat = jnp.pad(x, rim, constant_values=fill).reshape(n, (height + 2) * (width + 2), channels)
     corner = (top * (width + 2) + left).reshape(n, height * width)
@@ -67,9 +67,9 @@ class Augmentation:
     degrees    largest angle of the rotation, 0..180; angles are uniform
     translate  largest shift as a share of height and width, 0..1; shifts are uniform and rounded to whole pixels,
                as torchvision's RandomAffine rounds them
-    fill       the pixel value of what enters the image, in the units of the images
+    fill       the pixel value outside the original image, in the units of the images
 
-    With nothing switched on a batch is returned as it is. ValueError for arguments outside these ranges.
+    By default a batch is returned unchanged. ValueError for arguments outside these ranges.
     """
 
     flip: bool = False
@@ -87,7 +87,7 @@ class Augmentation:
 
     def __call__(self, key: jax.Array, x: jax.Array) -> jax.Array:
         """A batch x (B, height, width, channels) changed at random."""
-        # Always three keys: what one change draws does not depend on which others are switched on.
+        # Always three keys, so that the draws of one change do not depend on which others are enabled.
         mirror, angle, shift = jax.random.split(key, 3)
         if self.flip:
             x = flip(mirror, x)
@@ -101,11 +101,11 @@ class Augmentation:
 
 def _check_batch(x: jax.Array) -> None:
     if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"wanted is a batch of floats (n, height, width, channels), got {x.dtype} {x.shape}")
+        raise ValueError(f"expected a batch of floats (n, height, width, channels), got {x.dtype} {x.shape}")
 
 
 def _cell(position: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """The pixel before each position along one axis of `size` pixels, and the distance from it in [0, 1].
+    """The last pixel at or before each position on an axis of `size` pixels, and the distance from it in [0, 1].
 
     Pixels are counted in an image with a rim of one pixel, which makes pixel 0 number 1. Positions outside end on the
     rim.

@@ -1,7 +1,7 @@
 """Checkpoints of a training state with orbax.
 
 A checkpoint is written to a temporary folder and renamed when it is complete, and an older one is deleted only after
-that: whatever happens while writing, the last complete one stays. Values are stored as they are, so a resumed run
+that, so that a failed write leaves the last complete one. Values are stored unchanged, so a resumed run
 repeats an uninterrupted one bit for bit.
 """
 
@@ -21,14 +21,13 @@ import orbax.checkpoint as ocp
 from lipbounds.training.store import unlike
 
 _KEPT = 2
-_ITEM = (
-    "state"  # named, as orbax guesses how to read unnamed items from the newest checkpoint, damaged or not
-)
+# Named, because orbax guesses how to read an unnamed item from the newest checkpoint, which may be damaged.
+_ITEM = "state"
 _CHECKSUM = "checksum"  # orbax does not notice a changed byte
 
 
 class CheckpointError(OSError):
-    """A checkpoint that could not be written or read; what was there before is untouched."""
+    """A checkpoint could not be written or read; existing checkpoints are unchanged."""
 
 
 class Checkpoints:
@@ -64,7 +63,7 @@ class Checkpoints:
         return sorted(int(step) for step in self._manager.all_steps())
 
     def save(self, epoch: int, state: Any) -> None:
-        """Write the state after `epoch`. CheckpointError if that fails; older checkpoints are then still there."""
+        """Write the state after `epoch`. CheckpointError if that fails; older checkpoints are then kept."""
         named = {f"{i:05d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
         leaves = {name: leaf for name, leaf in named.items() if leaf.size}  # orbax refuses empty arrays
         leaves[_CHECKSUM] = _checksum(leaves)
@@ -115,7 +114,7 @@ def _checksum(leaves: dict[str, Any]) -> np.ndarray:
 def _check(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     stored = found.pop(_CHECKSUM, None)
     if stored is None or stored != _checksum(found):
-        raise ValueError("its checksum is not that of its arrays")
+        raise ValueError("its checksum does not match its arrays")
     if set(found) != set(wanted):
         raise ValueError(f"it holds {len(found)} arrays, this configuration has {len(wanted)}")
     for name, is_, needed in unlike(found, wanted):

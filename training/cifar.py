@@ -19,7 +19,7 @@ from lipbounds.training.dataset import (
 
 _PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 _PIXELS = 3 * 32 * 32
-_PYTHON = "that is the Python version, the binary version is wanted"
+_PYTHON = "this is the Python version; download the binary version"
 _PACKED = "unpack it first (tar -xzf)"
 
 _CIFAR10 = Source(
@@ -101,12 +101,9 @@ def _read(
     if rest:
         other, name = (_PIXELS + 2, "CIFAR-100") if len(labels) == 1 else (_PIXELS + 1, "CIFAR-10")
         if size % other == 0:
-            raise ValueError(
-                f"{path} holds records of {other} bytes, those of {name}; wanted are {record} bytes"
-            )
+            raise ValueError(f"{path} holds records of {other} bytes, those of {name}, not of {record} bytes")
         raise ValueError(
-            f"{path} is truncated or holds bytes too many: "
-            f"{count} records of {record} bytes and {rest} bytes more"
+            f"{path} is truncated or too long: {count} records of {record} bytes and {rest} further bytes"
         )
     check_count(path, count, most, in_training)
     records = np.fromfile(path, np.uint8).reshape(-1, record)

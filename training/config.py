@@ -37,7 +37,7 @@ def _setting(
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that a run depends on; with the data and the seed it repeats bit for bit on the same machine.
+    """Settings of a run; with the same data and machine a run repeats bit for bit.
 
     Pixels lie in [0, 1] and radii are in those units. `__post_init__` raises ValueError for a setting of the wrong
     type, outside its limits, or at odds with another one.
@@ -164,7 +164,7 @@ Config.__doc__ = f"{inspect.getdoc(Config)}\n\nArgs:\n" + "\n".join(
     f"    {field.name}: {described(field)}" for field in dataclasses.fields(Config)
 )
 
-# The first preset is ours (benchmarks/results/crm-mnist-784-512-512-10.md). The others are rows of Table 1 of arXiv
+# The first preset is our own (benchmarks/results/crm-mnist-784-512-512-10.md). The others are rows of Table 1 of arXiv
 # 2310.00116, with the values of the authors' published runs. Their CIFAR-10 radii are in units of inputs in [-1, 1]:
 # r0 0.2, t 5 and lambda 15 there are 0.1, 10 and 30 in pixels.
 _PUBLISHED = {

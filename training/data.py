@@ -2,7 +2,7 @@
 
     load("cifar10", data_dir)      one of DATASETS
 
-Where the files come from and how they must lie is said by each reader, and by its errors.
+Each reader, and its errors, say where to download the files and where to put them.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _NUMERALS = tuple("0123456789")
 def digits() -> Dataset:
     """scikit-learn's 1797 handwritten digits, 8x8 grey pixels in 0..16.
 
-    One fifth, stratified, is the test set. The split does not depend on any seed of an experiment, so that no
-    model is tested on what another one saw.
+    One fifth, stratified, is the test set. The split does not depend on the seed of an experiment, so that no
+    model is tested on training images of another one.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -63,7 +63,7 @@ def mnist(data_dir: str | os.PathLike[str] | None = None) -> Dataset:
 
     The split is the official one; fewer images than the official 60 000 and 10 000 are read as they are.
     Nothing is downloaded. FileNotFoundError if a file, the folder or the variable is missing; ValueError,
-    which names the file, if one is truncated, has bytes too many, is no IDX file of the wanted kind, if
+    which names the file, if one is truncated, too long or not an IDX file of the right kind, if
     training and test files are mixed up, or if images and labels do not fit together.
     """
     place = _MNIST.find(data_dir)
@@ -104,7 +104,7 @@ def _idx(path: pathlib.Path, dimensions: int, most: int) -> np.ndarray:
     """The unsigned bytes of an IDX file of at most `most` records, in its shape.
 
     Format: 0, 0, 8 (unsigned byte), the number of dimensions; sizes as big-endian 32-bit integers; the data.
-    Of a compressed file the header is unpacked, then what it promises and one byte more, never the whole.
+    From a compressed file only the header, the data that it declares and one further byte are unpacked.
     """
     packed, start = path.suffix == ".gz", 4 + 4 * dimensions
     size = path.stat().st_size
@@ -123,23 +123,23 @@ def _idx(path: pathlib.Path, dimensions: int, most: int) -> np.ndarray:
                 )
             data = stream.read(promised + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is truncated or no gzip file: {error}") from error
+        raise ValueError(f"{path} is truncated or not a gzip file: {error}") from error
     if len(data) < promised:
         raise ValueError(f"{path} is truncated: {text}, {len(data)} follow")
     if len(data) > promised:
-        raise ValueError(f"{path} holds bytes too many: {text}, {'more' if packed else size - start} follow")
+        raise ValueError(f"{path} is too long: {text}, {'more' if packed else size - start} follow")
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def _idx_shape(path: pathlib.Path, header: bytes, dimensions: int) -> tuple[int, ...]:
-    """The shape that an IDX header promises."""
+    """The shape that an IDX header declares."""
     wanted = bytes((0, 0, 8, dimensions))
     if header[:4] != wanted:
         kind = _IDX_KINDS.get(header[:4])
         raise ValueError(
-            f"{path} is no IDX file of bytes in {dimensions} dimensions: "
+            f"{path} is not an IDX file of bytes in {dimensions} dimensions: "
             f"it starts with {header[:4].hex()}, not {wanted.hex()}"
-            + (f" (these are {kind}, wanted are {_IDX_KINDS[wanted]})" if kind else "")
+            + (f" (it holds {kind}, and {_IDX_KINDS[wanted]} are needed)" if kind else "")
         )
     start = 4 + 4 * dimensions
     if len(header) < start:
@@ -167,5 +167,5 @@ def load(
     progress   called with what is being read and the share that is done, by readers that take long
     """
     if name not in DATASETS:
-        raise ValueError(f"there is no data set {name!r}; known are {', '.join(DATASETS)}")
+        raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
     return DATASETS[name](data_dir, progress)

@@ -1,4 +1,4 @@
-"""What a data set is here, and where its official files are looked for."""
+"""The type `Dataset`, and the search for the official files of a data set."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ VARIABLE = "LIPBOUNDS_DATA"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images as they are stored and their labels, in a training and a test part; both hold at least one.
+    """Training and test images as stored, with their labels; both parts hold at least one image.
 
     `*_pixels`     uint8 `(n, height, width, channels)`
     `*_y`          int32 `(n,)`, each in 0..classes-1
     `levels`       the pixel value that means 1.0
-    `class_names`  one a class, or (): then the largest label says how many classes there are
+    `class_names`  one per class, or (), and then the largest label gives the number of classes
 
-    Arrays that do not fit this description, or each other, are a ValueError.
+    ValueError for arrays that do not fit this description or each other.
     """
 
     name: str
@@ -99,11 +99,11 @@ class Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The official files of a data set, and where below the data folder they may stand.
+    """The official files of a data set, and their possible places below the data folder.
 
     `places`   folders relative to the data folder, the most preferred first
     `files`    paths relative to a place; each may also end in one of `endings`
-    `mistakes` a file that people have there instead -> what to do then
+    `mistakes` a file that is often there instead -> what to do
     """
 
     title: str
@@ -116,13 +116,13 @@ class Source:
     def find(self, data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
         """The first place that holds every file. `data_dir` None: the environment's LIPBOUNDS_DATA.
 
-        Nothing is downloaded. FileNotFoundError, which says what is wanted and where it comes from, if there
+        Nothing is downloaded. FileNotFoundError, which names the files and their source, if there
         is no such folder or files are missing.
         """
         given = os.environ.get(VARIABLE) if data_dir is None else data_dir
         if given is None or not os.fspath(given):
             raise FileNotFoundError(
-                f"where is {self.title}? Pass data_dir, or set {VARIABLE} to the folder with it. {self._wanted()}"
+                f"{self.title} not found: pass data_dir, or set {VARIABLE} to its folder. {self._wanted()}"
             )
         folder = pathlib.Path(given)
         if not folder.is_dir():
@@ -160,14 +160,14 @@ class Source:
     def _wanted(self) -> str:
         files = ", ".join(self.files)
         gzipped = " (plain or .gz)" if ".gz" in self.endings else ""
-        return f"Wanted are {files}{gzipped} of {self.title}, from {self.page}; nothing is downloaded"
+        return f"Needed: {files}{gzipped} of {self.title}, from {self.page}; nothing is downloaded"
 
 
 def check_count(path: pathlib.Path, records: int, most: int, in_training: int) -> None:
     """ValueError if a file holds no records, or more than the official one, `most`.
 
-    `in_training` is the number in the official training file: one that stands where a test file is wanted is
-    told from the count.
+    `in_training` is the number in the official training file, so that a training file in the place of a
+    test file is recognised by its count.
     """
     if records == 0:
         raise ValueError(f"{path} holds no records")
@@ -177,7 +177,7 @@ def check_count(path: pathlib.Path, records: int, most: int, in_training: int) -
 
 
 def refuse_copies(contents: Sequence[tuple[pathlib.Path, ByteArray]]) -> None:
-    """ValueError if two files hold the same images, which would count some twice or test on what was trained."""
+    """ValueError if two files hold the same images: duplicates, or test images among the training images."""
     seen: dict[bytes, pathlib.Path] = {}
     for path, array in contents:
         digest = hashlib.blake2b(np.ascontiguousarray(array).data).digest()
@@ -187,8 +187,8 @@ def refuse_copies(contents: Sequence[tuple[pathlib.Path, ByteArray]]) -> None:
 
 
 def read_lines(path: pathlib.Path) -> list[str]:
-    """The lines of a text file that are not empty; ValueError if it is no text."""
+    """The lines of a text file that are not empty; ValueError if it is not UTF-8 text."""
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text file: {error}") from error
+        raise ValueError(f"{path} is not a text file: {error}") from error

@@ -129,7 +129,7 @@ def _decode(paths: Sequence[pathlib.Path], part: str, report: Progress, done: in
                 if (height, width) == images.shape[1:3]:
                     images[row] = np.asarray(image.convert("RGB"))
         except Exception as error:  # Pillow raises many kinds for a damaged file
-            raise ValueError(f"{path} is no JPEG that can be decoded: {error}") from error
+            raise ValueError(f"{path} is not a JPEG that can be decoded: {error}") from error
         if (height, width) != images.shape[1:3]:
             raise ValueError(
                 f"{path} has {height} x {width} pixels, {paths[0]} has {images.shape[1]} x {images.shape[2]}: "

@@ -37,7 +37,7 @@ class Fitted:
         model: with the weights to use (averaged ones where the configuration says so).
         spec: how to build it again; None for a model that was passed in.
         log: one record per epoch, see `fit`.
-        state: everything that training ended with.
+        state: the final training state.
         seconds: of this call, compilation included.
         folder: the run folder, if there is one.
     """
@@ -63,10 +63,10 @@ def fit(
     """Train a network as `config` says.
 
     Args:
-        data: in the place of `config.dataset`: a data set, or a pair of images (n, height, width, channels), floats in
+        data: instead of `config.dataset`, a data set, or a pair of images (n, height, width, channels), floats in
             the model's input units, and labels (n,).
-        model: a flax nnx module, batch of images -> logits, in the place of `config.arch`; a copy of it is trained. It
-            has no name to be rebuilt from, so it cannot be combined with `out`.
+        model: a flax nnx module, batch of images -> logits, instead of `config.arch`; a copy of it is trained. It
+            cannot be rebuilt from a name, so it cannot be combined with `out`.
         out: a new folder for the run: config.json, log.jsonl, checkpoints/ and, in the end, model.safetensors.
         devices: to spread the batches over; all by default.
         progress: called after every epoch with its record: epoch, loss (mean), accuracy and certified_estimate (on the
@@ -76,8 +76,8 @@ def fit(
 
     Raises:
         ValueError: configuration, data and model do not fit together.
-        FileNotFoundError: the data set is not where it should be.
-        FileExistsError: `out` holds something already.
+        FileNotFoundError: the files of the data set are not found.
+        FileExistsError: `out` is not empty.
         FloatingPointError: more than `config.max_skipped` steps of an epoch, or all, had gradients that are not finite.
         CheckpointError: a checkpoint cannot be written (full disk); the last complete one stays.
     """
@@ -109,9 +109,9 @@ def resume(
     devices: Devices | None = None,
     progress: Progress | None = None,
 ) -> Fitted:
-    """Go on with a run from its newest checkpoint, to the same weights as without the interruption, bit for bit.
+    """Resume a run from its newest checkpoint; the final weights are those of an uninterrupted run, bit for bit.
 
-    A finished run is trained no further. `data_dir` says where the data are now, if they have moved. Raises as `fit`
+    A finished run is not trained further. `data_dir` is the folder of the data, if they have moved. Raises as `fit`
     does, and RunError where the folder is not a run folder, or a run on other data.
     """
     folder = pathlib.Path(folder)
@@ -128,7 +128,7 @@ def resume(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Images:
-    """Training images as they are kept on the device: pixels / levels are what the model reads."""
+    """Training images as stored on the device; the model reads pixels / levels."""
 
     name: str
     pixels: np.ndarray
@@ -137,7 +137,7 @@ class _Images:
     classes: int
 
     def record(self) -> Record:
-        """What tells these images from others."""
+        """The identity of these images: name, number and digest."""
         digest = hashlib.sha256(np.ascontiguousarray(self.pixels).tobytes())
         digest.update(np.ascontiguousarray(self.labels).tobytes())
         return {"name": self.name, "images": len(self.labels), "sha256": digest.hexdigest()}
@@ -183,7 +183,7 @@ class _Run:
             raise ValueError(f"{images.name} has {images.classes} classes, and the network {outputs} outputs")
         part = self.held_out if config.holdout else self.rows
         self.sample = np.sort(np.random.default_rng(1).permutation(part)[:VALIDATED])
-        if config.validate_every:  # what cannot be bounded is refused now, not after hours
+        if config.validate_every:  # raises now, not after hours of training, if the network has no bound
             self.trainer.form(self.trainer.weights)
 
     def go(self, folder: pathlib.Path | None, checkpoints: Checkpoints | None, log: list[Record]) -> Fitted:
@@ -192,7 +192,7 @@ class _Run:
         state, done = self.trainer.init(), 0
         if checkpoints is not None and checkpoints.epochs():
             done, state = checkpoints.load(state)
-        parallel.agree(done, "the epoch to go on from")
+        parallel.agree(done, "the epoch to resume from")
         state = devices.put(state)
         log = [record for record in log if record["epoch"] <= done]
         if folder is not None and devices.leads:
@@ -206,7 +206,7 @@ class _Run:
             if record["skipped"] > config.max_skipped or record["skipped"] == self.trainer.steps:
                 raise FloatingPointError(
                     f"{record['skipped']} of {self.trainer.steps} steps of epoch {epoch} had a loss or gradient that "
-                    "is not finite and were skipped: lower learning_rate or lam, or take precision=float64"
+                    "is not finite and were skipped: lower learning_rate or lam, or set precision=float64"
                 )
             if self._validates(epoch) and devices.leads:
                 record |= self.validate(state)
@@ -223,7 +223,7 @@ class _Run:
         return Fitted(model, self.spec, config, tuple(log), ended, time.perf_counter() - self.started, folder)
 
     def _record(self, epoch: int, metrics: Any, begin: float) -> Record:
-        """Waits for the epoch to be done."""
+        """The record of an epoch; waits until the epoch is finished."""
         config = self.config
         found = parallel.host(metrics)
         rate = schedule(config, self.trainer.steps, config.learning_rate, config.final_learning_rate)(
@@ -256,7 +256,7 @@ class _Run:
         form = self.trainer.form(self.trainer.final_weights(state))
         try:
             bound = proved_bound(form, self.config, state, iterations=0)
-        except ValueError:  # multipliers that prove nothing today must not end the run
+        except ValueError:  # multipliers that prove nothing yet must not end the run
             bound = proved_bound(form, dataclasses.replace(self.config, constants="liplt"), state)
         radii = lb.certified_radius(form, x, self.images.labels[rows], bound=bound)
         return {
@@ -273,9 +273,9 @@ class _Run:
 def proved_bound(
     form: Any, config: Config, state: TrainState, iterations: int | None = None
 ) -> lb.UpperBound:
-    """All pairs of `form` by the method whose constants stand in the loss (LipLT for plain training), proved.
+    """A proved bound of all pairs by the method whose constants are in the loss (LipLT for plain training).
 
-    The recursion begins with the trained multipliers, which are proved as they are, too; iterations=0 does only that.
+    The recursion starts from the trained multipliers; iterations=0 proves these without further optimisation.
     """
     if config.uses_constants and config.constants == "naive":
         found = lb.naive(form, pairwise=True)
@@ -292,7 +292,9 @@ def split(count: int, holdout: float) -> tuple[np.ndarray, np.ndarray]:
     """Rows to train on and rows held out: the same for every seed, so that runs can be compared."""
     held = round(count * holdout)
     if holdout > 0 and held == 0:
-        raise ValueError(f"holdout {holdout} of {count} images is none: take more, or 0")
+        raise ValueError(
+            f"holdout {holdout} of {count} images holds out no image: increase it, or set it to 0"
+        )
     if held >= count:
         raise ValueError(f"holdout {holdout} leaves none of {count} images to train on")
     order = np.random.default_rng(0).permutation(count)

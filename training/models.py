@@ -1,4 +1,4 @@
-"""Architectures, by name.
+"""Network architectures by name.
 
 Every model maps one image `(height, width, channels)` in raw pixel units, or a batch of them, to logits
 `(..., classes)`. Normalisation `(x - mean) / std` is part of the model, so that a radius computed for it is
@@ -191,36 +191,17 @@ class ConvNet(nnx.Module):
         return self.dense[-1](h)
 
 
-def _convnet(convolutions: Sequence[Sequence[int]], dense: Sequence[int]) -> Callable[..., nnx.Module]:
-    def build_convnet(
-        input_shape: Sequence[int],
-        *,
-        classes: int = 10,
-        activation: str = "relu",
-        mean: float = 0.0,
-        std: float = 1.0,
-        rngs: nnx.Rngs,
-    ) -> nnx.Module:
-        return ConvNet(
-            input_shape,
-            convolutions=convolutions,
-            dense=dense,
-            classes=classes,
-            activation=activation,
-            mean=mean,
-            std=std,
-            rngs=rngs,
-        )
-
-    return build_convnet
+def _convnet(convolutions: Sequence[Sequence[int]], dense: Sequence[int]) -> tuple[Any, Mapping[str, Any]]:
+    return ConvNet, {"convolutions": convolutions, "dense": dense}
 
 
 _4C = [(32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 4, 2, 1)]
 _8C = [(64, 3, 1, 1), (64, 3, 1, 0), (64, 4, 2, 0), (128, 3, 1, 1), (128, 3, 1, 1), (128, 4, 2, 0)]
 
-ARCHITECTURES: Mapping[str, Callable[..., nnx.Module]] = {
-    "mlp": MLP,
-    "residual_cnn": ResidualCNN,
+#: Name -> (class, the arguments that the name fixes).
+ARCHITECTURES: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
+    "mlp": (MLP, {}),
+    "residual_cnn": (ResidualCNN, {}),
     "2C2F": _convnet([(16, 4, 2, 1), (32, 4, 2, 1)], [100]),
     "4C3F": _convnet(_4C, [512, 512]),
     "6C2F": _convnet([*_4C, (64, 3, 1, 1), (64, 4, 2, 1)], [512]),
@@ -264,14 +245,12 @@ def spec_for(
 def build(spec: ModelSpec, seed: int = 0) -> nnx.Module:
     """A model with fresh weights. Raises ValueError for an unknown architecture or unsuitable arguments."""
     try:
-        make = ARCHITECTURES[spec.architecture]
+        make, fixed = ARCHITECTURES[spec.architecture]
     except KeyError:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"unknown architecture {spec.architecture!r}; known: {known}") from None
-    # flax gives its classes the signature (*args, **kwargs)
-    target = make.__init__ if isinstance(make, type) else make  # type: ignore[misc]
-    signature = inspect.signature(target)
-    allowed = set(signature.parameters) - {"input_shape", "rngs", "self"}
+    # of __init__, as flax gives its classes the signature (*args, **kwargs)
+    allowed = set(inspect.signature(make.__init__).parameters) - {"input_shape", "rngs", "self", *fixed}
     unknown = set(spec.arguments) - allowed
     if unknown:
         raise ValueError(
@@ -281,7 +260,7 @@ def build(spec: ModelSpec, seed: int = 0) -> nnx.Module:
     if len(spec.input_shape) != 3 or not all(isinstance(n, int) and n > 0 for n in spec.input_shape):
         raise ValueError(f"an input shape is (height, width, channels), got {spec.input_shape!r}")
     try:
-        return make(tuple(spec.input_shape), **spec.arguments, rngs=nnx.Rngs(seed))
+        return make(tuple(spec.input_shape), **fixed, **spec.arguments, rngs=nnx.Rngs(seed))
     except TypeError as error:  # a missing or wrongly typed argument
         raise ValueError(
             f"{spec.architecture} cannot be built with {dict(spec.arguments)}: {error}"

@@ -20,7 +20,7 @@ _AXIS = "batch"
 
 @dataclass(frozen=True)
 class Devices:
-    """The devices of a run."""
+    """Devices of a run."""
 
     mesh: Mesh
 
@@ -36,7 +36,7 @@ class Devices:
 
     @property
     def replicated(self) -> NamedSharding:
-        """The sharding of what every device holds."""
+        """The sharding of arrays that every device holds whole."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
@@ -95,7 +95,7 @@ def agree(value: int, what: str) -> None:
 
 
 def leave() -> None:
-    """Leave the other processes, after the last common step; nothing where there are none."""
+    """Disconnect from the other processes, if any, after the last common step."""
     if jax.process_count() > 1:
         jax.distributed.shutdown()
 

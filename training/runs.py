@@ -1,6 +1,6 @@
-"""The folder of a run: config.json, log.jsonl (one line an epoch), checkpoints/, and in the end model.safetensors.
+"""The folder of a run: config.json, log.jsonl (one line per epoch), checkpoints/, and finally model.safetensors.
 
-A run with the recursion in its loss also leaves lipsdp.certificate, which proves the constants of that model.
+A run with the recursion in its loss also writes lipsdp.certificate, which proves the constants of that model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FORMAT_VERSION = 1
 
 
 class RunError(ValueError):
-    """A folder that is not a run, or a run that is not finished."""
+    """The folder is not a run, or the run is not finished."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +46,13 @@ class Run:
 
 
 def create(folder: pathlib.Path, config: Config, data: dict[str, Any]) -> None:
-    """A new run folder with its configuration and what tells its data from others.
+    """Create a run folder with its configuration and the digest of its data.
 
-    FileExistsError if something is there already.
+    FileExistsError if the folder exists and is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         what = (
-            f"is a run already: go on with it by `lipbounds train --resume {folder}` (resume(folder) in Python), or"
+            f"is already a run: resume it with `lipbounds train --resume {folder}` (resume(folder) in Python), or"
             if (folder / CONFIG).exists()
             else "is not empty:"
         )
@@ -79,13 +79,13 @@ def read(folder: pathlib.Path) -> Config:
 
 
 def check_data(folder: pathlib.Path, data: dict[str, Any]) -> None:
-    """RunError unless the run was begun with these data."""
+    """RunError unless the run was started with these data."""
     mine = _record(folder).get("data")
     if mine != data:
         name = mine.get("name") if isinstance(mine, dict) else None
         raise RunError(
-            f"{folder} was begun with other data ({name}): a run goes on with the same images and labels only; pass "
-            "them as data, or say with data_dir where they are"
+            f"{folder} was started with other data ({name}): a run resumes only with the same images and labels; pass "
+            "them as data, or pass their folder as data_dir"
         )
 
 
@@ -106,7 +106,7 @@ def _record(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def open_run(folder: str | os.PathLike[str]) -> Run:
-    """A finished run. RunError where the folder is none, or has no final weights yet."""
+    """Open a finished run. RunError if the folder is not a run or has no final weights yet."""
     folder = pathlib.Path(folder)
     config = read(folder)
     if not (folder / MODEL).is_file():
@@ -131,14 +131,14 @@ def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
-            if number == len(lines):  # no newline behind it: it was being written
+            if number == len(lines):  # without a newline: its write was interrupted
                 break
             raise RunError(f"{path}, line {number} is not JSON: {error}") from error
     return records
 
 
 def write_log(folder: pathlib.Path, records: list[dict[str, Any]]) -> None:
-    """All of the log anew, at once."""
+    """Replace the whole log atomically."""
     text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
     write_atomically(folder / LOG, text.encode())
 
@@ -151,7 +151,7 @@ def append_log(folder: pathlib.Path, record: dict[str, Any]) -> None:
             file.write(json.dumps(record, allow_nan=False) + "\n")
     except OSError as error:
         raise OSError(
-            f"{path} cannot be written: {error}; what was there is safe, resume the run once there is room"
+            f"{path} cannot be written: {error}; the records so far are safe: resume the run once there is room"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""One epoch of training, compiled: network, bound in the loss, optimiser, averages and guards.
+"""One compiled epoch of training: network, bound in the loss, optimiser, weight averages and guards.
 
 The gradient of a step is split where the loss meets the network and the bound: with logits z and constants C,
 
@@ -10,7 +10,7 @@ the current batch, and everything else is of the current step. With refresh = 1 
 of the recursion are trained with the weights through the same term.
 
 The weights, the network, losses and optimiser are float32; the constants are computed in `Config.precision`, with their
-multipliers. Everything random is derived from the seed and the epoch, so a state and a configuration determine what
+multipliers. All random numbers derive from the seed and the epoch, so a state and a configuration determine what
 follows bit for bit on one machine.
 """
 
@@ -35,11 +35,13 @@ from lipbounds.training.config import Config
 from lipbounds.training.parallel import Devices
 
 _FLOAT = jnp.float32
-_LONGEST = 4.0  # times the kept gradient: a batch with few examples below r0 says little about the next one
+_LONGEST = (
+    4.0  # largest scale of the kept gradient, as a batch with few examples below r0 is a poor reference
+)
 
 
 class Held(NamedTuple):
-    """What a refresh leaves for the steps after it.
+    """Constants and gradient that the steps after a refresh reuse.
 
     Args:
         pairs: (K, K) constants C.
@@ -53,7 +55,7 @@ class Held(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that changes while training; a pytree of arrays.
+    """Training state: a pytree of arrays.
 
     Args:
         weights: the network's parameters.
@@ -75,9 +77,9 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Of one epoch, on the augmented training images: means over the steps, and two counts.
+    """Metrics of one epoch on the augmented training images: means over the steps, and two counts.
 
-    certified is an estimate: it uses the constants of the loss, which nothing proves.
+    certified is an estimate: it uses the constants of the loss, which are not proved.
     """
 
     loss: jax.Array
@@ -147,7 +149,7 @@ class Trainer:
     # --- the state -------------------------------------------------------------------------------------------------
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
-        """In which everything of this run must be traced."""
+        """The context in which all functions of this run must be traced."""
         return jax.enable_x64(self.config.uses_constants and self.config.precision == "float64")
 
     def init(self) -> TrainState:
@@ -202,7 +204,7 @@ class Trainer:
     # --- one epoch -------------------------------------------------------------------------------------------------
 
     def epoch(self, state: TrainState, pixels: Any, labels: Any) -> tuple[TrainState, Metrics]:
-        """All steps of the epoch that `state.step` stands at: one compiled scan.
+        """All steps of the epoch that `state.step` begins, as one compiled scan.
 
         On a CPU the steps of a network with convolutions are dispatched one by one instead, as XLA runs convolutions
         inside a loop there up to 20 times slower.
@@ -312,7 +314,7 @@ class Trainer:
             loss, (along, toward) = jax.value_and_grad(self.loss, argnums=(0, 2))(logits, labels, pairs)
             (through,) = back(toward)
             multipliers = state.multipliers
-            if c.constants == "recursion":  # those that fail on finite weights begin anew
+            if c.constants == "recursion":  # multipliers that fail on finite weights are reset
                 multipliers = jax.tree.map(
                     lambda new, old: jnp.where(bound.failed, new, old), bound.multipliers, multipliers
                 )
@@ -348,7 +350,9 @@ class Trainer:
         if c.average == "none":
             return ()
         seen = state.step - c.average_from * self.steps
-        if c.average == "ema":  # a shorter memory at the start, so that the first weights are soon forgotten
+        if (
+            c.average == "ema"
+        ):  # a shorter memory at the start, so that the initial weights have little influence
             share = jnp.maximum(1 - c.ema_decay, 1 / (1 + jnp.maximum(seen, 0)).astype(_FLOAT))
         else:
             share = 1 / (1 + jnp.maximum(seen, 0)).astype(_FLOAT)
@@ -370,7 +374,7 @@ def _calm(bound: Any) -> Any:
 
 
 def _metrics(seen: Any) -> Metrics:
-    """From what every step of an epoch saw."""
+    """Metrics of an epoch from the values of its steps."""
     loss, accuracy, certified, skipped, failed = seen
     kept = jnp.maximum(jnp.sum(~skipped), 1)
 

@@ -25,7 +25,7 @@ FORMAT_VERSION = 1
 
 
 class StoreError(ValueError):
-    """A file that cannot be read as a model of ours, or a model that cannot be written."""
+    """The file is not a model that lipbounds wrote, or a model cannot be written."""
 
 
 def save_model(path: str | os.PathLike[str], model: nnx.Module, spec: ModelSpec) -> pathlib.Path:
@@ -48,7 +48,7 @@ def save_model(path: str | os.PathLike[str], model: nnx.Module, spec: ModelSpec)
 
 
 def load_model(path: str | os.PathLike[str]) -> tuple[nnx.Module, ModelSpec]:
-    """Read what `save_model` wrote. Raises StoreError for anything else, FileNotFoundError for nothing."""
+    """Read a file of `save_model`. StoreError for any other file, FileNotFoundError if there is none."""
     path = pathlib.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
@@ -76,7 +76,7 @@ def load_model(path: str | os.PathLike[str]) -> tuple[nnx.Module, ModelSpec]:
 
 
 def _shapes(spec: ModelSpec) -> nnx.Module:
-    """The model with shapes in the place of weights: no header can make us allocate anything."""
+    """The model with shapes instead of weights, so that a header cannot cause an allocation."""
     return nnx.eval_shape(lambda: build(spec))
 
 
@@ -91,13 +91,13 @@ def _tensors(model: nnx.Module) -> dict[str, Any]:
 def _check_fit(path: pathlib.Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     if set(found) != set(wanted):
         odd = sorted(set(found) ^ set(wanted))
-        raise StoreError(f"{path}: weights and architecture do not fit, see {', '.join(odd)}")
+        raise StoreError(f"{path}: the weights do not fit the architecture: {', '.join(odd)}")
     for name, is_, needed in unlike(found, wanted):
         raise StoreError(f"{path}: {name} is {is_}, the architecture needs {needed}")
 
 
 def unlike(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """(name, dtype and shape found, those wanted) of every array of `wanted` that `found` holds otherwise."""
+    """(name, dtype and shape found, those wanted) of every array that differs from `wanted`."""
     for name, one in wanted.items():
         if found[name].shape != one.shape or found[name].dtype != one.dtype:
             is_, needed = (f"{a.dtype}{list(a.shape)}" for a in (found[name], one))

@@ -31,16 +31,9 @@ def refusals() -> Iterator[contextlib.ExitStack]:
         with contextlib.ExitStack() as stack:
             yield stack
         return
-    except (
-        ValueError,
-        ArithmeticError,
-        OSError,
-        GuaranteeError,
-    ) as error:  # errors of the library are ValueErrors
+    except (ValueError, ArithmeticError, OSError, GuaranteeError) as error:
         message = str(error)
-    except (
-        jax.errors.JaxRuntimeError
-    ) as error:  # out of memory on a device, a coordinator that does not answer
+    except jax.errors.JaxRuntimeError as error:  # no memory on a device, or no answer from a coordinator
         message = str(error).splitlines()[0]
     typer.echo(f"lipbounds: {message}", err=True)
     raise typer.Exit(1)

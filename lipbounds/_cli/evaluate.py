@@ -19,7 +19,7 @@ RECORD = "evaluation.json"
 
 
 def _verb(text: str) -> str:
-    """A bound by name."""
+    """The name of a bound, checked."""
     if text not in VERBS:
         raise typer.BadParameter(f"{text!r} is not one of {', '.join(VERBS)}")
     return text
@@ -97,7 +97,9 @@ def _measure(subject: Subject, other: Subject | None, data_dir: Path | None, set
     from lipbounds.analysis import evaluation
 
     if other is not None and other.dataset != subject.dataset:
-        raise ValueError(f"{other.path} is a run on {other.dataset}, {subject.path} one on {subject.dataset}")
+        raise ValueError(
+            f"{other.path} was trained on {other.dataset}, and {subject.path} on {subject.dataset}"
+        )
     factor, explanation = evaluation.paper_units(subject.dataset)
     with tables.working() as tell:
         test = subject.data(data_dir, tell)
@@ -135,7 +137,7 @@ def _bounds(subject: Subject, names: list[str], test: Any, tell: Any) -> list[An
         bound = certified_bound(path, subject.model, test.test_x)
     except CertificateError as error:
         raise CertificateError(
-            f"{path} is refused: {error} (delete the file to compute LipSDP again)"
+            f"{path} is rejected: {error} (delete the file to compute LipSDP again)"
         ) from error
     return [bound if name == "lipsdp" else name for name in names]
 
@@ -209,8 +211,7 @@ def constants_table(record: Json) -> Table:
     table.add_column("time", justify="right")
     for method, row in record["constants"].items():
         bounds = [f"≤ {show(row[key], 'up', 5)}" for key in ("average_pair", "average_sum", "average_sqrt2")]
-        quartiles = record["radii"].get(method, {}).get("quartiles")
-        radius = "" if not quartiles else "inf" if quartiles[1] is None else show(quartiles[1], "down", 4)
+        radius = tables.median_radius(record["radii"].get(method, {}), 4)
         time = seconds_text(record["seconds"][method])
         table.add_row(LABELS.get(method, method), *bounds, radius, record["guarantee"][method], time)
     return table

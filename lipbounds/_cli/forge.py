@@ -42,13 +42,13 @@ def forge(
     c_r: Annotated[
         list[float] | None,
         option(
-            "Thresholds, as shares of the largest activation: 0.01, 2^-7.",
+            "Thresholds as fractions of the largest activation: 0.01, 2^-7.",
             "NUMBER...",
             parser=_ratio,
             show_default="2^-8 to 2^-4",
         ),
     ] = None,
-    kind: Annotated[Literal["hard", "smooth"], option("Gate: a jump, or a continuous ramp.")] = "hard",
+    kind: Annotated[Literal["hard", "smooth"], option("Gate: discontinuous (hard) or smooth.")] = "hard",
     tau: Annotated[float, option("Width of the smooth gate.", "NUMBER")] = 0.1,
     quantile: Annotated[
         float, option("Quantile of the largest activations of the images; 1 is the maximum.", "NUMBER")

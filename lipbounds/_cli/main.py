@@ -273,10 +273,10 @@ def certify(
     ] = "auto",
     pairwise: Annotated[bool, option("Use one constant per pair of classes, or one for all.")] = True,
     local: Annotated[
-        bool, option("Also bound the network around each image: larger radii.", None, "--local")
+        bool, option("Also bound the network locally around each image, for larger radii.", None, "--local")
     ] = False,
     box: Annotated[
-        Any, option("With --local: only inputs in this range count, such as 0,1.", "LOW,HIGH", parser=box_of)
+        Any, option("With --local: restrict inputs to this range, such as 0,1.", "LOW,HIGH", parser=box_of)
     ] = None,
     memory: MemoryOption = None,
     seed: SeedOption = 0,
@@ -372,7 +372,7 @@ def verify(
             claims = load_certificate(certificate)
             check(claims, form)
         except CertificateError as error:
-            raise CertificateError(f"{certificate} is refused: {error}") from error
+            raise CertificateError(f"{certificate} is rejected: {error}") from error
         typer.echo(tables.proved(claims, time.perf_counter() - begin))
 
 

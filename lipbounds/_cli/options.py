@@ -204,9 +204,7 @@ class Reading:
     output: Annotated[str | None, _model("Output to bound, where an ONNX file has several.", "NAME")] = None
     constant: Annotated[
         list[str] | None,
-        _model(
-            "Value of a further input of an ONNX file: a number or an .npy file; repeatable.", "NAME=VALUE"
-        ),
+        _model("Value of another input of an ONNX file: a number or an .npy file; repeatable.", "NAME=VALUE"),
     ] = None
 
 

@@ -127,34 +127,34 @@ def results_table(model: Json, title: str) -> Table:
         table.add_column(column, justify="right")
     table.add_column("guarantee")
     table.add_column("time", justify="right")
-    styles = {
-        "verified": "green",
-        "probabilistic": "cyan",
-        "assumed": "yellow",
-        "estimate": "dim",
-        "attained": "red",
-    }
+    styles = dict(verified="green", probabilistic="cyan", assumed="yellow", estimate="dim", attained="red")
     signs = {"upper": ("≤ ", "up"), "estimate": ("≈ ", "near"), "lower": ("≥ ", "down")}
     for norm in ("2", "inf", "1"):
         for kind, (sign, way) in signs.items():
             for row in (r for r in model[kind] if r["norm"] == norm):
                 word = row.get("guarantee", "attained")
                 pair = row.get("pairs", {}).get("worst_value")
-                quartiles = row.get("certified", {}).get("quartiles") or []
-                radius = (
-                    "" if not quartiles else "inf" if quartiles[1] is None else show(quartiles[1], "down", 3)
-                )
                 table.add_row(
                     Text(row["label"]),
                     norm,
                     sign + show(row["value"], way, 5),  # type: ignore[arg-type]
                     "" if pair is None else sign + show(pair, way, 4),  # type: ignore[arg-type]
-                    radius,
+                    median_radius(row.get("certified", {}), 3),
                     Text(word, styles[word]),
                     seconds_text(row["seconds"]),
                 )
         table.add_section()
     return table
+
+
+def median_radius(record: Json, digits: int) -> str:
+    """The median of the certified radii in a record, rounded down; "" where the record has none."""
+    from lipbounds._text.tables import show
+
+    quartiles = record.get("quartiles")
+    if not quartiles:
+        return ""
+    return "inf" if quartiles[1] is None else show(quartiles[1], "down", digits)
 
 
 def print_certified(bound: Any, radii: Any, shares: dict[float, float]) -> None:

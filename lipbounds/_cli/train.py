@@ -37,10 +37,11 @@ def train(
         typer.Option(metavar="HOST:PORT", help="Address of process 0.", rich_help_panel=_PROCESSES),
     ] = None,
     processes: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Number of them.", rich_help_panel=_PROCESSES)
+        int | None, typer.Option(metavar="N", min=1, help="Number of processes.", rich_help_panel=_PROCESSES)
     ] = None,
     process: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Index of this one.", rich_help_panel=_PROCESSES)
+        int | None,
+        typer.Option(metavar="N", min=0, help="Index of this process.", rich_help_panel=_PROCESSES),
     ] = None,
     **settings: Any,
 ) -> None:
@@ -69,7 +70,7 @@ def train(
             )
     elif out is None or ("loss" not in given and preset is None and config is None):
         raise typer.BadParameter(
-            "say what to train with and where to write, such as `lipbounds train crm --out RUN`",
+            "give a loss and an output folder, such as `lipbounds train crm --out RUN`",
             param_hint="train",
         )
     with refusals():
@@ -156,7 +157,7 @@ def _check_used(given: Json, c: Any) -> None:
     for names, (fine, what) in used.items():
         idle = [f"--{name.replace('_', '-')}" for name in names if name in given]
         if idle and not fine:
-            raise ValueError(f"{', '.join(idle)} would do nothing without {what}")
+            raise ValueError(f"{', '.join(idle)} has no effect without {what}")
 
 
 def _run(folder: Any, settings: Any, data_dir: str | None) -> None:

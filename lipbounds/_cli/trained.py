@@ -79,7 +79,7 @@ def open_subject(path: Path, dataset: str | None) -> Subject:
         how = f"CRM with {config.constants}" if config.loss == "crm" else config.loss
         return Subject(path, f"{config.arch}, {how}", config.dataset, config.data_dir, run.model, run.spec)
     if dataset is None or dataset not in DATASETS:
-        raise ValueError(f"there is no data set {dataset!r}; known are {', '.join(DATASETS)}")
+        raise ValueError(f"unknown data set {dataset!r}; known: {', '.join(DATASETS)}")
     model, spec = load_model(path)
     return Subject(path, path.stem, dataset, None, model, spec)
 

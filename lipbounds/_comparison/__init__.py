@@ -1,1 +1,1 @@
-"""All methods side by side."""
+"""Comparison of methods, and brackets of a lower and an upper bound."""

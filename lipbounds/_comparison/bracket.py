@@ -59,13 +59,11 @@ def check_order(lower: LowerBound, upper: UpperBound) -> None:
     """GuaranteeError if an attained slope (or a pair's) exceeds the bound; ValueError if norms differ."""
     if lower.norm != upper.norm:
         a, b = NORM_NAMES[lower.norm], NORM_NAMES[upper.norm]
-        raise ValueError(f"a lower bound in {a} and an upper bound in {b} say nothing about each other")
-    clash = (
-        ""
-        if lower.value <= upper.value
-        else f"L >= {lower.value!r} but {upper.method} says L <= {upper.value!r}"
-    )
-    if not clash and lower.pairwise is not None and upper.pairwise is not None:
+        raise ValueError(f"a lower bound in {a} and an upper bound in {b} cannot be compared")
+    clash = ""
+    if lower.value > upper.value:
+        clash = f"L >= {lower.value!r} but {upper.method} says L <= {upper.value!r}"
+    elif lower.pairwise is not None and upper.pairwise is not None:
         above = np.argwhere(lower.pairwise > upper.pairwise)
         if len(above):
             i, j = (int(c) for c in above[0])
@@ -116,10 +114,8 @@ def bracket(
     """
     if guarantee == "estimate":
         raise ValueError("a bracket needs a bound: guarantee='estimate' gives none")
-    if upper is None:
-        made = or_naive(form, norm=check_norm(norm), pairwise=pairwise, guarantee=guarantee, seed=seed)
-    else:
-        made = upper
+    options: dict[str, Any] = {"pairwise": pairwise, "seed": seed}
+    made = or_naive(form, norm=check_norm(norm), guarantee=guarantee, **options) if upper is None else upper
     if not isinstance(made, UpperBound):
         raise TypeError(f"a bracket needs an UpperBound, got {type(made).__name__}")
-    return Bracket(empirical(form, X, norm=made.norm, pairwise=pairwise, seed=seed), made)
+    return Bracket(empirical(form, X, norm=made.norm, **options), made)

@@ -2,9 +2,9 @@
 
     lower <= L <= upper      for every row of kind "lower" and every row of kind "upper"
 
-`compare` checks this for all of them (also for every pair of classes) and raises GuaranteeError
-rather than showing a table in which two rows contradict each other. Estimates stand in a column of
-their own and never enter the comparison or a certified accuracy.
+`compare` checks this for all rows (also for every pair of classes) and raises GuaranteeError
+if two rows contradict each other. Estimates have their own column
+and never enter this check or a certified accuracy.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ _WAYS: dict[str, Direction] = {"upper": "up", "lower": "down", "estimate": "near
 _COLOURS = {"verified": "#228833", "probabilistic": "#4477aa", "assumed": "#ccbb44", "estimate": "#bbbbbb"}
 
 
-#: Without being asked for by name, CVXPY solves nothing with more neurons or more pairs of classes than these.
+#: CVXPY solves larger problems (in neurons, or in pairs of classes) only if it is requested by name.
 CVXPY_NEURONS = 60
 CVXPY_PAIRS = 3
 
 
 @dataclass(frozen=True)
 class Question:
-    """What every method is asked: the arguments of `compare` that a method may need.
+    """The arguments of `compare` that a method may need.
 
-    named   the method was asked for by name, not as one of all: it then takes as long as it takes
+    named   the method was requested by name, not as one of all, and then may take any time
     """
 
     form: Any
@@ -68,28 +68,12 @@ class Question:
     named: bool = True
 
     def options(self, **more: Any) -> dict[str, Any]:
-        return {
-            "norm": self.norm,
-            "pairwise": self.pairwise,
-            "guarantee": self.guarantee,
-            "seed": self.seed,
-            **more,
-        }
+        options = {name: getattr(self, name) for name in ("norm", "pairwise", "guarantee", "seed")}
+        return options | more
 
 
-def _lower(q: Question) -> LowerBound:
-    return empirical(q.form, q.X, norm=q.norm, pairwise=q.pairwise, seed=q.seed)
-
-
-def _naive(q: Question) -> Any:
-    return naive(q.form, **q.options())
-
-
-def _liplt(scaling: str | None = None, **more: Any) -> Callable[[Question], Any]:
-    def run(q: Question) -> Any:
-        return liplt(q.form, **q.options(scaling=scaling, **more))
-
-    return run
+def _liplt(**more: Any) -> Callable[[Question], Any]:
+    return lambda q: liplt(q.form, **q.options(**more))
 
 
 def _lipsdp(name: str, solver: str = "recursion", multipliers: str = "neuron") -> Callable[[Question], Any]:
@@ -111,20 +95,20 @@ def _keep_small(q: Question, name: str) -> None:
         why = f"{pairs} pairs of classes, more than {CVXPY_PAIRS}"
     else:
         return
-    raise ValueError(f"{why}, can take minutes; it runs if named: methods=[{name!r}]")
+    raise ValueError(f"{why}, can take minutes; to run it, name it: methods=[{name!r}]")
 
 
 METHODS: dict[str, Callable[[Question], Any]] = {
-    "empirical": _lower,
+    "empirical": lambda q: empirical(q.form, q.X, norm=q.norm, pairwise=q.pairwise, seed=q.seed),
     "lipsdp": _lipsdp("lipsdp"),
     "lipsdp-clarabel": _lipsdp("lipsdp-clarabel", solver="clarabel"),
     "lipsdp-scs": _lipsdp("lipsdp-scs", solver="scs"),
     "lipsdp-layer": _lipsdp("lipsdp-layer", multipliers="layer"),
-    "liplt-optimized": _liplt("optimized"),
-    "liplt-sll": _liplt("sll"),
-    "liplt-aol": _liplt("aol"),
+    "liplt-optimized": _liplt(scaling="optimized"),
+    "liplt-sll": _liplt(scaling="sll"),
+    "liplt-aol": _liplt(scaling="aol"),
     "liplt": _liplt(),
-    "naive": _naive,
+    "naive": lambda q: naive(q.form, **q.options()),
     "liplt-estimate": _liplt(guarantee="estimate"),
 }
 """Every method, in the order of the table: name -> function of the Question, returning one of three types."""
@@ -200,7 +184,7 @@ class Comparison:
         return f"{low}L{high}  ({NORM_NAMES[self.norm]})"
 
     def _table(self) -> tuple[list[str], list[list[str]], list[int]]:
-        """Header, rows and the columns that stand flush right; columns without any entry are left out."""
+        """Header, rows and right-aligned columns; empty columns are left out."""
         header = ["method", "upper", "lower", "estimate", "guarantee", "worst pair", "median radius"]
         header += [f"certified at {eps:.4g}" for eps in self.eps] + ["time", ""]
         rows = []
@@ -227,12 +211,9 @@ class Comparison:
         return [header[i] for i in keep], [[row[i] for i in keep] for row in rows], right
 
     def _footer(self) -> list[str]:
-        clean = (
-            []
-            if self.clean is None
-            else [f"clean accuracy {100 * self.clean:.1f} %; radii in units of the input"]
-        )
-        return clean + list(self.notes)
+        if self.clean is None:
+            return list(self.notes)
+        return [f"clean accuracy {100 * self.clean:.1f} %; radii in units of the input", *self.notes]
 
     def __repr__(self) -> str:
         header, rows, right = self._table()
@@ -257,7 +238,7 @@ class Comparison:
     def plot(self, ax: Any = None) -> Any:
         """Bounds side by side (log scale), coloured by guarantee; returns the matplotlib Axes.
 
-        Lower bounds are hollow, estimates grey and hatched; methods without a number say so.
+        Lower bounds are hollow, estimates grey and hatched; a method without a result is labelled as such.
         """
         from matplotlib.patches import Patch
 
@@ -271,18 +252,13 @@ class Comparison:
                 continue
             colour = "#cc6677" if row.kind == "lower" else _COLOURS[row.guarantee]
             look: dict[str, Any] = {
-                "facecolor": "none" if row.kind == "lower" else colour,
                 "edgecolor": colour,
+                "facecolor": colour if row.kind == "upper" else "none",
             }
-            look |= {"hatch": "///", "facecolor": "none"} if row.kind == "estimate" else {}
+            look |= {"hatch": "///"} if row.kind == "estimate" else {}
             ax.barh(place, max(row.value - floor, 0.0), left=floor, **look)
-            ax.text(
-                max(row.value, floor),
-                place,
-                " " + show(row.value, _WAYS[row.kind], 4),
-                va="center",
-                fontsize=8,
-            )
+            number = show(row.value, _WAYS[row.kind], 4)
+            ax.text(max(row.value, floor), place, f" {number}", va="center", fontsize=8)
             seen.setdefault(row.guarantee, Patch(label=row.guarantee, **look))
         ax.set_xscale("log")
         ax.set_xlim(floor, 4 * max(positive, default=1.0))
@@ -310,7 +286,7 @@ def _run(name: str, question: Question) -> Row:
 
 
 def _words(failure: Exception) -> str:
-    """Why a method has no number."""
+    """The reason why a method has no result."""
     return f"out of memory: {reason(failure)}" if isinstance(failure, MemoryError) else reason(failure)
 
 
@@ -356,16 +332,16 @@ def compare(
     eps: float | Iterable[float] | None = None,
     progress: Progress = True,
 ) -> Comparison:
-    """Every method on one network, as a table of upper bounds, lower bounds and estimates.
+    """Compare methods on one network: a table of upper bounds, lower bounds and estimates.
 
-    A method that refuses or fails (a ValueError, numbers out of range, no memory) becomes a row that says why.
+    A method that fails (a ValueError, numbers out of range, no memory) becomes a row with the reason.
 
     Args:
         form: a traced form.
         X, y: (N, *form.in_shape) points for the lower bound, (N,) integer labels: with both, every upper bound also
             certifies X, and the table shows the certified accuracies.
-        methods: names out of `lb.METHODS`, or results that exist already; None means all names, but leaves the solvers
-            of CVXPY out beyond 60 neurons or 3 pairs of classes (a row says so).
+        methods: names from `lb.METHODS`, or results computed before; None means all names, but leaves the solvers
+            of CVXPY out beyond 60 neurons or 3 pairs of classes (their rows say so).
         norm, pairwise, guarantee, seed: as everywhere.
         eps: radii to certify at, in units of the traced function's input; None: the median of the positive radii that
             the best bound proves, in two digits, so that it certifies about half of the points.
@@ -407,9 +383,7 @@ def compare(
     rows = [_certify(form, row, points, labels) if row.kind == "upper" else row for row in rows]
     levels = _usual_eps(rows) if eps is None else levels
     rows = [
-        replace(row, certified=tuple(float(row.radii.accuracy(e)) for e in levels))
-        if row.radii is not None
-        else row
+        replace(row, certified=tuple(float(row.radii.accuracy(e)) for e in levels if row.radii is not None))
         for row in rows
     ]
     notes = () if pairwise else ("radii use sqrt(2) L; pass pairwise=True for larger ones",)

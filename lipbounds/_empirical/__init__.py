@@ -1,1 +1,1 @@
-"""Lower bounds: slopes attained between points of the input space or of data."""
+"""Lower bounds: difference quotients attained between pairs of points."""

@@ -1,7 +1,7 @@
-"""The jitted cores of `empirical`: Jacobian norms from below, and an ascent that makes them grow.
+"""The jitted cores of `empirical`: lower bounds of Jacobian norms, and an ascent that increases them.
 
-Everything here only chooses points; no number leaves this file as a bound. The form is an argument of
-every function (its weights are leaves), so a network of the same architecture compiles nothing.
+This module only chooses points; none of its numbers is a bound. The form is an argument of
+every function (its weights are leaves), so another network of the same architecture compiles nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def conjugate(p: float) -> float:
 
 
 def _objective(form: Any, functional: jax.Array | None):
-    """The function that climbs: all outputs, or one linear functional of them as a vector of length one."""
+    """The function to ascend on: all outputs, or one linear functional of them as a vector of length one."""
 
     def f(x: jax.Array) -> jax.Array:
         z = form.evaluate(x, dtype=jnp.float32).reshape(-1)
@@ -100,9 +100,8 @@ def climb(
         return _steepest(_objective(form, c if single else None), x, v, p, 4)
 
     scores, vs = jax.vmap(start)(xs, vs, functionals)
-    cycle = jnp.asarray(
-        0.5 * 0.6 ** (np.arange(steps) % 12), dtype=xs.dtype
-    )  # gaps from 0.5 to 0.002 of the scale
+    # gaps from 0.5 to 0.002 of the scale
+    cycle = jnp.asarray(0.5 * 0.6 ** (np.arange(steps) % 12), dtype=xs.dtype)
     unit = jnp.sqrt(jnp.asarray(max(xs[0].size, 1), dtype=xs.dtype))  # ||v||_2 <= unit for every p
 
     def inside(x, centre):
@@ -124,9 +123,8 @@ def climb(
         noise_key, length_key = jax.random.split(key)
         noise = _dual(jax.random.normal(noise_key, x.shape, x.dtype), 2)
         toward = _dual(uphill * (1.0 - wild) + noise * (0.3 + wild), 2)
-        jump = 10.0 ** jax.random.uniform(
-            length_key, (), x.dtype, -2.0, 1.0
-        )  # wild moves leave a piece, whatever its size
+        # wild moves leave a linear piece, whatever its size
+        jump = 10.0 ** jax.random.uniform(length_key, (), x.dtype, -2.0, 1.0)
         length = jnp.where(wild > 0, jump, step)
         candidate = inside(x + length * scale * toward, centre)
         new_score, new_v = _steepest(f, candidate, v, p, 2)

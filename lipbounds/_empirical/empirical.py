@@ -1,9 +1,9 @@
-"""Lower bounds: slopes that the network really attains, each shown by two points.
+"""Lower bounds: difference quotients that the network attains between two explicit points.
 
 `empirical` looks for a steep place and then measures there, in three steps:
 
 1. read the data once, in batches, and score the points by the size of the Jacobian of the *traced form*
-   (not of the user's function, whose custom derivative rules may lie), by the power method for p -> p;
+   (not of the user's function, whose custom derivative rules may be wrong), by the power method for p -> p;
 2. climb: every step proposes to move along the gradient of ||f(x + h v) - f(x - h v)|| (a finite h sees
    across the kinks of a ReLU network, where the gradient of the Jacobian's norm is zero) mixed
    with noise, and keeps the move if the Jacobian's norm grew. One jitted scan over a batch of starts;
@@ -15,7 +15,7 @@ Only step 3 decides the number that is returned: for any two points
 
 and derivatives only choose the points. The quotient is lowered by an allowance for the rounding of
 the float64 evaluation (1e-10 of it, and 1000 units in the last place of the outputs over the distance),
-which is far above what is seen but is not proved.
+which is far above the error observed but is not proved.
 
 Norms are the p -> p norms of the whole (K, n) Jacobian: 2 spectral, 1 largest column sum, inf
 largest row sum (Higham, "Estimating the matrix p-norm", 1992, for the power method).
@@ -44,7 +44,7 @@ _FINALISTS = 8  # points whose whole Jacobian is computed
 _PAIRS = 64  # pairs of classes that climb on their own
 _DENSE_ENTRIES = 2e7  # largest Jacobian (K * n) that is computed whole without pairs
 _DISTANCES = 10.0 ** -np.arange(0.0, 8.0)  # distances of step 3, in units of the inputs' scale
-_SPARE = 1e-3  # the climb keeps so far from the edge of a region, that both ends of short lines lie in it
+_SPARE = 1e-3  # relative distance of the climb from the edge of a region, so that short lines stay inside
 _RELATIVE, _ULPS = 1e-10, 1000.0  # the allowance of step 3
 
 
@@ -112,7 +112,7 @@ def _lines(
 
 @dataclass(frozen=True)
 class _Quotients:
-    """What step 3 found: the best slope, its two points (flat), and the best slope of every pair."""
+    """Result of step 3: the largest slope, its two points (flat), and the largest slope of every pair."""
 
     value: float
     witness: tuple[np.ndarray, np.ndarray] | None
@@ -143,7 +143,7 @@ def _quotients(form: Any, first: np.ndarray, second: np.ndarray, p: float, pairs
     shrink = 1.0 - _RELATIVE - 2 * (first.shape[1] + k) * unit_roundoff
     noise = _ULPS * unit_roundoff * (np.abs(a) + np.abs(b)).max(1, initial=0.0) / distance
     change = a - b
-    # the allowance is per output: for norms 1 and 2 it grows with the number of outputs
+    # the allowance is per output, so for norms 1 and 2 it grows with the number of outputs
     slopes = _norm(change, p) / distance * shrink - noise * (1.0 if p == math.inf else k ** (1.0 / p))
     slopes = np.where(np.isfinite(slopes), slopes, -np.inf)
     top = int(np.argmax(slopes))
@@ -176,7 +176,7 @@ def empirical(
     layers: bool = False,
     progress: Progress = True,
 ) -> LowerBound:
-    """The largest slope found, with the two points that show it: L >= value (see the module's text).
+    """Find a lower bound of L: the largest slope found, with the two points that attain it.
 
     Whatever `within` is, this is a lower bound of the global constant. Pairs of data points count, too: those with the
     largest difference quotient within a batch of 256.
@@ -188,16 +188,16 @@ def empirical(
             of the data's size climb too).
         norm: 1, 2 or inf.
         pairwise: also lower bounds of L_ij, (K, K): the 64 pairs with the steepest Jacobian rows climb on their own,
-            the others get the best of all point pairs tried.
+            the others get the largest slope of all point pairs tried.
         steps: ascent steps per start (0: only the points themselves).
         seed: of directions, noise and random points.
-        within: where the slope has to be attained: None anywhere, "range" between the smallest and the largest value of
-            every input entry over the data, a number r no farther than r (in `norm`) from a data point.
-        layers: also `.layers`: for every linear map W between taps max ||W u|| / ||u|| over the data, ||W|| >= that.
+        within: where the slope is attained: None for anywhere, "range" for between the least and the largest value of
+            every input entry over the data, a number r for within distance r (in `norm`) of a data point.
+        layers: also return `.layers`: max ||W u|| / ||u|| <= ||W|| over the data, for every linear map W between taps.
         progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
 
     Raises:
-        TypeError: a form that is being traced.
+        TypeError: a form whose weights are being traced.
         ValueError: wrong shapes, points that are not finite, an empty X, a wrong norm, `within` or `layers` without X.
 
     Example:
@@ -210,7 +210,7 @@ def empirical(
     begin = time.perf_counter()
     p = check_norm(norm)
     if not all(is_concrete(leaf) for leaf in jax.tree_util.tree_leaves(form)):
-        why = "empirical measures a concrete network, and this one is traced: call it outside jit and grad"
+        why = "empirical needs concrete weights, and these are being traced: call it outside jit and grad"
         raise TypeError(f"{why} (lb.liplt.core and lb.naive.core run inside)")
     if isinstance(steps, bool) or int(steps) != steps or steps < 0:
         raise ValueError(f"steps must be a whole number >= 0, got {steps!r}")
@@ -224,7 +224,7 @@ def empirical(
     points = _random(BATCH, shape, 1.0, rng) if X is None else X
     data = survey(form, points, p, _STARTS, _FINALISTS, layers, rng)
     xs, vs = data.starts, data.directions
-    if X is not None and steps > 0 and within is None:  # a few that the data do not know
+    if X is not None and steps > 0 and within is None:  # add a few random starts
         other = survey(
             form, _random(2 * _STARTS, shape, data.size / math.sqrt(n), rng), p, _STARTS // 4, 0, False, rng
         )
@@ -255,7 +255,7 @@ def empirical(
     witness = None
     if found.witness is not None:
         witness = (found.witness[0].reshape(shape), found.witness[1].reshape(shape))
-    notes = () if found.value > 0 else ("no slope above rounding was found at the points tried",)
+    notes = () if found.value > 0 else ("no slope larger than the rounding allowance was found",)
     if within is not None:
         where = (
             "the range of the data"
@@ -294,7 +294,7 @@ def _confirming(
 
 
 def _layers(form: Any, data: Survey, p: float) -> tuple[LayerBound, ...]:
-    """The ratios at the points that the pass chose, in float64 and lowered by the allowance for rounding.
+    """The ratios at the points chosen in the pass, in float64 and lowered by the allowance for rounding.
 
     For any W the computed ||W u|| exceeds ||W|| ||u|| by at most the factor 1 + n^1.5 units of rounding.
     """

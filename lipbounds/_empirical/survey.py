@@ -1,6 +1,6 @@
-"""One pass over data of any length: which points `empirical` climbs from, and which show the most of a layer.
+"""One pass over data of any length: the starting points of `empirical`, and the best example of every layer.
 
-Everything here only chooses points; no number leaves this file as a bound. The batches have one shape, so the pass is
+This module only chooses points; none of its numbers is a bound. The batches have one shape, so the pass is
 compiled once, and memory holds one batch.
 """
 
@@ -21,14 +21,14 @@ from lipbounds._form.program import Program
 from lipbounds._text.progress import say
 
 BATCH = 256  # points at once
-_CLOSE = 1e-4  # two points nearer than this share of their length: float32 says nothing about their quotient
+_CLOSE = 1e-4  # relative distance below which float32 does not resolve a difference quotient
 
 
 @dataclass
 class Survey:
-    """What a pass leaves, on the host.
+    """Result of a pass over the data, on the host.
 
-    starts, directions  (S, *shape) float32: the steepest points, some of the others, and where they are steep
+    starts, directions  (S, *shape) float32: the steepest points and some others, with their steepest directions
     pairs               (Q, 2, *shape): pairs of points with the largest difference quotients seen within a batch
     layers, examples    (T + 1, *shape) the point with the largest ||W u|| / ||u|| of every layer, and its number
     count, size         number of points; median of their l2 lengths
@@ -103,10 +103,8 @@ class _Pool:
     def __init__(
         self, shape: tuple[int, ...], starts: int, pairs: int, layers: int, rng: np.random.Generator
     ):
-        self.starts, self.steep = (
-            starts,
-            starts - starts // 4,
-        )  # the others let the climb see more than one place
+        self.starts = starts
+        self.steep = starts - starts // 4  # the other starts are drawn at random, for variety
         self.rng, self.count = rng, 0
         self.points = self.directions = np.zeros((0, *shape), np.float32)
         self.scores = self.lots = np.zeros(0)
@@ -147,11 +145,8 @@ class _Pool:
         for k in range(len(self.ratios)):
             top = int(np.argmax(ratios[:n, k]))
             if ratios[top, k] > self.ratios[k]:
-                self.ratios[k], self.layers[k], self.examples[k] = (
-                    ratios[top, k],
-                    block[top],
-                    self.count + top,
-                )
+                self.ratios[k], self.layers[k] = ratios[top, k], block[top]
+                self.examples[k] = self.count + top
         self.lengths.append(np.sqrt(np.square(block.reshape(n, -1), dtype=np.float64).sum(1)))
         self.low, self.high = np.minimum(self.low, block.min(0)), np.maximum(self.high, block.max(0))
         self.count += n
@@ -183,7 +178,7 @@ def look(form: Any, xs: jax.Array, vs: jax.Array, count: Any, p: float, layers: 
     z = jax.vmap(lambda x: form.evaluate(x, dtype=jnp.float32).reshape(-1))(xs)
     flat = xs.reshape(len(xs), -1)
 
-    def squares(a: jax.Array) -> jax.Array:  # cancels for near points, which are left out
+    def squares(a: jax.Array) -> jax.Array:  # inaccurate for near points, which are left out
         own = jnp.sum(a * a, axis=1)
         return jnp.maximum(own[:, None] + own - 2 * (a @ a.T), 0)
 
@@ -201,7 +196,7 @@ def look(form: Any, xs: jax.Array, vs: jax.Array, count: Any, p: float, layers: 
 
 
 def direct_sources(program: Program) -> tuple[tuple[int, ...], ...]:
-    """Per tap, and for the output, what it depends on without another tap between: taps, and -1 for the input."""
+    """Direct sources of every tap and of the output, with no tap in between; -1 is the input."""
     none: frozenset[int] = frozenset()
     reads = {0: frozenset({-1})}
     found = []

@@ -1,4 +1,4 @@
-"""How far the first pre-activations A x move over a ball of inputs cut to a box."""
+"""Range of the first pre-activations A x over the intersection of a ball and a box."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def reach(
     Args:
         a: (n, d), within `error` (Frobenius norm) of A.
         eps: (N,) radii; norm: 2 or inf.
-        low, high: (N, d) >= 0, the room inside the box; may be inf.
+        low, high: (N, d) >= 0, distances to the faces of the box; may be inf.
 
     norm inf is exact: sums of |a| times min(eps, room). norm 2 is the Lagrangian bound, for any tau > 0
 
         max a' d  <=  sum_i max_{d_i} (a_i d_i - tau d_i^2 / 2) + tau eps^2 / 2,
 
-    with tau = ||a|| / eps over the entries that have room, where without a box it is eps ||a||. Rounded up.
+    with tau = ||a|| / eps over the entries that can move; without a box the bound is eps ||a||. Rounded up.
     """
     d = a.shape[1]
     grown = 1 + gamma(2 * d + 32)
@@ -46,12 +46,11 @@ def _lagrangian(a: np.ndarray, eps: float, below: np.ndarray, above: np.ndarray)
     room = np.where(a > 0, above, below)
     tau = np.sqrt(np.square(size * (room > 0)).sum(axis=1)) / eps
     tau = np.where(tau > 0, tau, 1.0)[:, None]
-    # The bound holds for any step; where the step is the quotient, its rounding costs only the square of it.
+    # The bound holds for any step, and the rounding of an optimal step has only a second-order effect.
     step = np.minimum(size / tau, room)
     bound = (size * step - tau * np.square(step) / 2).sum(axis=1) + tau[:, 0] * eps * eps / 2
-    return np.asarray(
-        np.minimum(bound, (size * np.where(size > 0, room, 0.0)).sum(axis=1))
-    )  # or the box alone
+    alone = (size * np.where(size > 0, room, 0.0)).sum(axis=1)  # the bound by the box alone
+    return np.asarray(np.minimum(bound, alone))
 
 
 def rooms(x: np.ndarray, box: tuple[np.ndarray, np.ndarray] | None) -> tuple[np.ndarray, np.ndarray]:

@@ -1,13 +1,13 @@
 """The ellipsoid recursion around single inputs, batched, every rounding included (NumPy and LAPACK, float64).
 
-S (N, d, d) holds every increment ds of the state between the input x and any x' of its ball: ds ds' <= eps^2 S. At a
+S (N, d, d) bounds every increment ds of the state between the input x and any x' in its ball: ds ds' <= eps^2 S. At a
 tap, with T = [W; H] (pre-activations y = W s, and what of the state lives on),
 
     Q = T S T',    |dy_i| <= eps sqrt(Q_ii),    slopes [c - r, c + r] on that range,
     V = Q + Q[:, A] (D - Q[A, A])^-1 Q[A, :],   A the neurons with r > 0,  D > Q[A, A] diagonal,
     S+ = [G c, I] V [G c, I]' + G r D r G',
 
-the recursion of `ellipsoid` with c and r of this input: neurons whose slope is known are linear and take no multiplier.
+the recursion of `ellipsoid` with c and r of this input: a neuron whose slope is known is linear and has no multiplier.
 
 Rounding is covered by adding e I, e a normwise bound: of a product T S T' 3 gamma ||T||_F^2 ||S||_F; of the inverse,
 with any Y, C' M^-1 C = C'Y + C' M^-1 (C - M Y), so ||C||_F ||C - M Y||_F / lambda covers it, M >= lambda I proved by
@@ -34,13 +34,13 @@ from lipbounds._norms.rounding import U, gamma
 from lipbounds._triangle import recursion
 
 _TINY = 2.0**-900
-# |dy| / |p| against the standard deviation of y, up to a common factor: how far apart, and by which power
+# |dy| / |p| relative to the standard deviation of y: limit of the ratio, and the power that damps it
 _APART, _TRUST = 30.0, 0.4
 _LEAST, _MOST = 1e-4, 1e3  # of r in D, and of D r over the variance of y
-_DEAD = 0.1  # least slope of a neuron in a' dz/dv: others may wake up in the ball
-_FLOOR = 0.1  # of p^2, relative to its mean, so that a zero gradient keeps D finite
-_RAISED = 1.3  # D is that times the stationary one: the slopes behind it are guesses
-_MARGIN, _ROOM = 1.5, 0.3  # else that times lambda_max; I - D^-1/2 Q D^-1/2 is proved to be at least 0.3 I
+_DEAD = 0.1  # least slope assumed of a neuron in a' dz/dv, as a dead neuron may become active in the ball
+_FLOOR = 0.1  # floor of p^2 relative to its mean, so that a zero gradient keeps D finite
+_RAISED = 1.3  # factor on the stationary D, which is computed from guessed slopes
+_MARGIN, _ROOM = 1.5, 0.3  # otherwise factor on lambda_max; I - D^-1/2 Q D^-1/2 >= 0.3 I is proved
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,11 +125,11 @@ def stages(view: LureForm) -> tuple[Matrix, tuple[Stage, ...]]:
 
 @dataclass(frozen=True, eq=False)
 class Values:
-    """What the network computes at N inputs.
+    """Pre-activations of the network at N inputs.
 
     Args:
         y: (N, n) per tap; error (N,): ||y - y_exact||_2 is at most that.
-        slope: (N, n) per tap of the elementwise view, about what it is in the ball; for choices that cannot be wrong.
+        slope: (N, n) per tap of the elementwise view, approximate slopes in the ball; they do not affect soundness.
     """
 
     y: tuple[np.ndarray, ...]
@@ -242,7 +242,7 @@ def _adjoints(steps: Sequence[Stage], values: Values, directions: np.ndarray) ->
         p = stage.G.behind(directions)
         found.append((p, directions if stage.lives_on else None))
         slope = values.slope[stage.tap]
-        slope = np.where(np.abs(slope) < _DEAD, _DEAD, slope)  # no neuron behind counts for nothing
+        slope = np.where(np.abs(slope) < _DEAD, _DEAD, slope)
         back = slope[:, None] * p
         directions = stage.T.behind(np.concatenate([back, directions], axis=2) if stage.lives_on else back)
     return found[::-1]
@@ -275,8 +275,8 @@ def _multipliers(
     """D (m,) where a' S+ a is stationary, nearly: with u_i = (D - Q)^-1 Q (c p + u) it is |u_i| = r_i |p_i| there.
 
     So D_i = |dy_i| / (r_i |p_i|) with dy = Q (c p + u), the increment of y that is worst for a' z, and the signs of u
-    those of dy; root mean squares over several directions a. p (J, m): a' dz/dv; linear (J, size of q): c p, and what
-    lives on of the state. As p is a guess, |dy_i| / |p_i| is drawn to the standard deviation of y_i.
+    those of dy; root mean squares over several directions a. p (J, m): a' dz/dv; linear (J, size of q): c p, and the
+    part of the state that is kept. As p is a guess, |dy_i| / |p_i| is pulled towards the standard deviation of y_i.
     """
     fixed, block = linear @ q[:, at], q[np.ix_(at, at)]
     dy = fixed
@@ -294,7 +294,7 @@ def _multipliers(
 
 
 def _eliminate(q: np.ndarray, at: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
-    """(Z, e, D): Z + e I >= Q[:, A] (D - Q[A, A])^-1 Q[A, :], D a multiple of d that is feasible with room."""
+    """(Z, e, D): Z + e I >= Q[:, A] (D - Q[A, A])^-1 Q[A, :], D a strictly feasible multiple of d."""
     root = 1 / np.sqrt(np.maximum(d, _TINY))
     block = q[np.ix_(at, at)] * root[:, None] * root
     times = _RAISED

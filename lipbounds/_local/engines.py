@@ -1,13 +1,13 @@
-"""The engines behind local bounds: what of a form does not depend on the examples, and the recursion around them.
+"""The engines behind local bounds: preparation once per form, and the recursion around the examples.
 
 Three ways to bound a network on the balls around examples:
 
-    ellipsoids   the whole network by `ellipsoids`, verified: nowhere wider than `WIDEST`
+    ellipsoids   the whole network by `ellipsoids`, verified; for networks nowhere wider than `WIDEST`
     hybrid       everything up to the last wide tap as a whole, by LipLT (`hybrid_start`), and `ellipsoids` behind
     LipLT        local LipLT (`liplt`), probabilistic, of any width
 
-The last two stand beside each other on wide networks: neither is better on all examples, so both run, the cheaper one
-first, and the better result of every example counts (`bounded`).
+On wide networks neither of the last two is better on all examples, so both run, the cheaper one
+first, and every example keeps its better result (`bounded`).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ _READY: weakref.WeakKeyDictionary[LureForm, dict[Any, _Ready]] = weakref.WeakKey
 
 
 class NoEngineError(ValueError):
-    """No engine bounds this network around examples; the bound of the whole network is all there is."""
+    """No engine can bound this network around examples; only the bound of the whole network applies."""
 
 
 def ways(form: LureForm, norm: float, guarantee: str) -> tuple[str, ...]:
@@ -103,10 +103,10 @@ def ways(form: LureForm, norm: float, guarantee: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Bounded:
-    """What the engines used leave behind.
+    """Guarantee and notes of the engines that were used.
 
-    Guarantees and notes of those whose bounds are in the result, the probability that any of them fails, and why others
-    are not in it.
+    Guarantees and notes of the engines whose bounds are in the result, the probability that any of them fails, and why
+    other engines are not in it.
     """
 
     guarantees: tuple[str, ...]
@@ -126,8 +126,8 @@ def bounded(
 ) -> Bounded:
     """use(around) with every engine that applies, cheapest first.
 
-    `use` keeps the better result of every example and marks in `around.used` the rows where this engine gave it. What
-    one engine found stays where another fails: that becomes a note. ValueError where all fail.
+    `use` keeps the better result of every example and marks in `around.used` the rows that this engine gave. Results
+    of one engine stay if another fails, which becomes a note. ValueError if all fail.
     """
     names, ran, failed = ways(form, norm, guarantee), [], []
     for name in names:
@@ -139,14 +139,12 @@ def bounded(
             failed.append((name, error))
     if len(failed) == len(names):
         raise failed[0][1]
-    # what improved nothing is not in the result
+    # an engine that improved no example is not part of the result
     kept = [around for around in ran if around.used.any()] or [a for a in ran if len(names) == 1]
     notes = [note for around in kept for note in around.notes]
     if len(kept) > 1:
         better = int(kept[-1].used.sum())
-        notes.append(
-            f"the better engine counts for every example: {_NAMES[kept[-1].way]} for {better} of {len(x)}"
-        )
+        notes.append(f"every example uses the better engine: {_NAMES[kept[-1].way]} for {better} of {len(x)}")
     notes += [f"without {_NAMES[name]}, which failed: {reason(error)}" for name, error in failed]
     return Bounded(
         tuple(around.guarantee for around in kept),
@@ -156,7 +154,7 @@ def bounded(
 
 
 class Around:
-    """One engine around given examples, for several eps.
+    """One engine applied around given examples, for several eps.
 
     Args:
         seed: of the random start vectors of probabilistic norms.
@@ -193,21 +191,20 @@ class Around:
             self.failure = min(1.0, FAILURE * len(x))
 
     def part(self, rows: slice) -> Around:
-        """These examples alone: pre-activations are kept for one chunk at a time."""
+        """The same for these examples only; pre-activations are kept for one chunk at a time."""
         some = copy.copy(self)
-        some.x, some.used = self.x[rows], self.used[rows]  # views: what is marked there is marked here
+        some.x, some.used = self.x[rows], self.used[rows]  # views, so marks in the part are marks here
         some.__dict__.pop("values", None)
         return some
 
     @functools.cached_property
     def values(self) -> Values:
-
         ready, seen = self.ready, Seen()
         logits(ready.whole, self.x, seen)
         seen = seen[len(ready.whole.taps) - len(ready.view.taps) :]
         y, error = tuple(y for y, _ in seen), tuple(e for _, e in seen)
         ends = [ellipsoids.slopes_between(ready.view, s.tap, y[s.tap], y[s.tap]) for s in ready.stages]
-        # the slopes are those of the derivatives there, until a call knows better
+        # derivatives at the examples, until a call replaces them by the middles of the slope intervals
         return Values(y, error, tuple((a + b) / 2 for a, b in ends))
 
     def chunks(self, count: int) -> list[slice]:
@@ -224,12 +221,12 @@ class Around:
         return [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
 
     def each(self, work: Callable[[Around, slice], None], what: str) -> None:
-        """work(part, rows) for every chunk, side by side on all cores: small matrices gain nothing from threads."""
+        """work(part, rows) for every chunk, in parallel on all cores, as BLAS threads do not help small matrices."""
         count, done = len(self.x), 0
         parts = self.chunks(count)
 
         def one(rows: slice) -> None:
-            with jax.default_matmul_precision("highest"):  # the setting of one thread does not reach another
+            with jax.default_matmul_precision("highest"):  # the setting is per thread
                 work(self.part(rows), rows)
 
         with threadpool_limits(1, "blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -237,6 +234,7 @@ class Around:
                 done += part.stop - part.start
                 say(f"{what}: {done} of {count} examples")
 
+    @np.errstate(all="ignore")  # entries that are not finite give no bound
     def outputs(
         self, rows: Any, eps: np.ndarray, *, labels: np.ndarray | None = None, call: int = 0
     ) -> np.ndarray:
@@ -245,10 +243,6 @@ class Around:
         labels: (N,) classes whose margins matter, against the example itself; None is all outputs and all pairs of
         points. call: which call about these examples it is, from 0.
         """
-        with np.errstate(all="ignore"):  # what is not finite is no bound
-            return self._outputs(rows, eps, labels, call)
-
-    def _outputs(self, rows: Any, eps: np.ndarray, labels: np.ndarray | None, call: int) -> np.ndarray:
         anchored = labels is not None
         ready, values = self.ready, self.values.rows(rows)
         if ready.front is not None:
@@ -312,7 +306,7 @@ def _ready(form: LureForm, norm: float, way: str, word: str, seed: int) -> _Read
         _fits(form, wide, word)
         _, s, scale, word, failure = hybrid_start(form, wide, Request(norm, word, seed))
         guarantee = word if guarantee == "verified" else guarantee
-        # the ellipsoid is of the tail's input, in its order: the tail's own view reads it
+        # the ellipsoid is that of the tail's input, in the order in which the tail's view reads it
         view = elementwise_view(split(form, wide)[1])
         begin, stages = ellipsoids.stages(view)
         start, e = begin.map(np.ldexp(np.array(s), scale)[None])
@@ -321,7 +315,7 @@ def _ready(form: LureForm, norm: float, way: str, word: str, seed: int) -> _Read
             a.expr != b.expr or a.size_in != b.size_in
             for a, b in zip(whole.taps[ahead:], view.taps, strict=True)
         ):
-            raise ValueError("the taps behind the wide front cannot be told apart: use the global bound")
+            raise ValueError("the taps behind the wide front could not be matched: use the global bound")
         notes = (f"the first {wide} taps are bounded as a whole, by LipLT ({word})",)
     else:
         view, n = whole, form.in_size
@@ -329,7 +323,7 @@ def _ready(form: LureForm, norm: float, way: str, word: str, seed: int) -> _Read
         ball = np.ones(n)
         first = _first_map(begin, stages[0], n) if stages else None
         if norm == np.inf:
-            # of the ellipsoids sum dx_i^2 / p_i <= 1, sum 1 / p_i <= 1 around the cube, the least trace behind the map
+            # Among the ellipsoids sum dx_i^2 / p_i <= 1, sum 1 / p_i <= 1 around the cube, least trace after the map.
             a = first[0] if first is not None else np.eye(n) if begin.array is None else begin.array
             columns = np.sqrt(np.square(a).sum(axis=0))
             columns = np.maximum(columns, 1e-3 * columns.max(initial=0.0) + 1e-300)
@@ -347,17 +341,12 @@ def _first_map(begin: Matrix, stage: Stage, size: int) -> tuple[np.ndarray, floa
         return (np.eye(n, size) if one.array is None else one.array[:n]), one.error
     product = rows[:n] @ begin.array
     wrong = 2 * gamma(len(begin.array) + 4) * stage.T.size * begin.size
-    return product, add_up(
-        wrong,
-        *(
-            2 * e * size
-            for e, size in ((stage.T.error, begin.size + begin.error), (begin.error, stage.T.size))
-        ),
-    )
+    behind, ahead = 2 * stage.T.error * (begin.size + begin.error), 2 * begin.error * stage.T.size
+    return product, add_up(wrong, behind, ahead)
 
 
 def _fits(form: LureForm, wide: int, word: str) -> None:
-    """ValueError where the rows from all sources to the cut take more than `LIMIT`, unless "verified" asks for them."""
+    """ValueError if the rows from all sources to the cut need more than `LIMIT`, unless guarantee="verified"."""
     cut = split(form, wide)[0]
     need = 2 * 8 * cut.num_outputs * (form.in_size + sum(tap.size_out for tap in cut.taps))
     if word == "auto" and need > LIMIT:

@@ -1,7 +1,7 @@
 """Local LipLT: constants around single inputs of networks too wide for ellipsoids (convolutions), matrix-free.
 
-Around an input x every tap is v = C y + q in differences: C linear (the middle of the slopes on the range of y in the
-ball; of a maximum the mean of the entries that can win), and q what is left, zero wherever the range decides. With
+Around an input x every tap is v = C y + q for increments: C linear (the middle of the slopes on the range of y in the
+ball; for a maximum the mean of the entries that can win), and q the rest, zero wherever the slope is known. With
 G[k, j] the linear map from q_j to y_k for these C, and a_x + sum_j a_j = 1, every increment is
 
     dy_k = G[k, x] dx + sum_j G[k, j] q_j = B_k xi,    B_k = [a_x^-1/2 G[k, x], a_j^-1/2 G[k, j] diag(t_j), ...]
@@ -56,7 +56,7 @@ Linear = dict[str, Any]
 
 
 class Front:
-    """Computed once per form and reused for all inputs."""
+    """Data of local LipLT that is computed once per form and reused for all inputs."""
 
     def __init__(self, form: LureForm) -> None:
         self.form, self.taps = form, form.taps
@@ -93,7 +93,7 @@ class Near:
         passes: (N, size_in) largest |slope|; 0 where an entry has no effect. Below, m is any bound of ||passes * dy||.
         gain: ||dv|| <= gain m.
         reach: (N, size_out), |dv_l| <= reach_l ||dx||.
-        weights: (N, size_out), ||q / weights|| <= m; q is 0 where they are.
+        weights: (N, size_out), ||q / weights|| <= m; q is 0 where weights are 0.
         entries: (N, size_out), |q_l| <= entries_l ||dx||.
     """
 
@@ -112,7 +112,7 @@ def _elementwise(c: np.ndarray, r: np.ndarray, rho: np.ndarray) -> Near:
 
 
 class _Groups:
-    """Tables of a group tap: entries of a group that repeat one before them do not count."""
+    """Index tables of a group tap; repeated entries of a group count once."""
 
     def __init__(self, tap: Tap) -> None:
         assert tap.groups is not None
@@ -124,7 +124,7 @@ class _Groups:
         np.put_along_axis(self.fresh, order[:, 1:], ranked[:, 1:] != ranked[:, :-1], axis=1)
         flat = table.reshape(-1)
         self.back = sp.csr_array((np.ones(flat.size), (flat, np.arange(flat.size))), (tap.size_in, flat.size))
-        # how often an entry stands in its group, counted at the first place
+        # multiplicity of an entry in its group, stored at its first place
         self.times = self.fresh.astype(float)
         if tap.kind == "logsumexp" and not self.fresh.all():
             self.times *= (table[:, :, None] == table[:, None, :]).sum(axis=2)
@@ -164,9 +164,9 @@ class _Groups:
         top = high.max(axis=2, keepdims=True)
         with np.errstate(under="ignore"):
             least, most = (self.times * np.exp(end - top) for end in (low, high))
-        most = np.where(self.fresh, np.maximum(most, 1e-300), 0.0)  # nothing that counts is lost to underflow
+        most = np.where(self.fresh, np.maximum(most, 1e-300), 0.0)  # entries must not vanish by underflow
         whole = most.sum(axis=2, keepdims=True)
-        # what the others have at least (at most; what a difference may lose is made up for)
+        # sums over the other entries, from below and from above (with an allowance for cancellation)
         others = np.maximum(least.sum(axis=2, keepdims=True) - least, 0.0)
         rivals_most = np.maximum(whole - most, 0.0) + 8 * (low.shape[2] + 4) * U * whole
         b = np.where(self.fresh, most / np.where(self.fresh, most + others, 1.0), 0.0)
@@ -308,7 +308,7 @@ def _norm(
     rng: np.random.Generator,
 ) -> np.ndarray:
     """(N,) bounds of ||S_k B_k||; inf where rounding does not allow one."""
-    # a_j in proportion to how much of what passes tap j is left undecided there
+    # a_j in proportion to the undecided share of what passes tap j
     shares = {j: _length(t[j]) / np.maximum(_length(near[j].reach), 1e-300) for j in front.before[k]}
     total = 1.0 + sum(shares.values(), np.zeros(len(one.passes)))
     scaled = {

@@ -70,7 +70,7 @@ class LocalBounds:
         return len(self.value)
 
     def __getitem__(self, i: int) -> UpperBound:
-        """The bound around one example. It holds in its ball only, so it is of no network as a whole."""
+        """The bound around one example, which holds in its ball only and not for the whole network."""
         return UpperBound(
             value=float(self.value[i]),
             norm=self.norm,
@@ -126,14 +126,14 @@ def local(
         eps: a number > 0, or (N,) of them.
         norm: 2 or inf, of the balls and of the constants.
         pairwise: also the constants of all differences of two outputs.
-        bound: a bound of the whole network, which holds in every ball, too: no value is above it. None is `lb.liplt`.
+        bound: a bound of the whole network, which holds in every ball too, so no value exceeds it. None is `lb.liplt`.
         guarantee: "auto" or "verified". Networks nowhere wider than 1100 get ellipsoids, every rounding covered. Wider
             ones (norm 2) are treated as a whole up to there (LipLT) and locally behind, and also by local LipLT
-            (`liplt`), probabilistic; the smaller bound of every example counts. With "verified" the first alone,
+            (`liplt`), probabilistic; every example gets the smaller bound. With "verified" only the first,
             with a verified LipLT, which can take minutes.
         seed: of the random start vectors of probabilistic norms.
         box: (lower, upper), numbers or arrays of the shape of an input: only points inside count, (0, 1) for pixels.
-            The first layer's ranges become smaller where X is near its faces; networks wider than 1100 ignore it.
+            It narrows the first layer's ranges where X is near its faces; networks wider than 1100 ignore it.
         progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
 
     Raises:
@@ -154,10 +154,10 @@ def local(
     radii = check_eps(eps, len(x))
     p = check_norm(norm)
     inside = check_box(box, x)
-    ways(form, p, guarantee)  # refuses before anything takes time
+    ways(form, p, guarantee)  # raises before any work is done
     whole = liplt(form, norm=p, pairwise=pairwise, guarantee=guarantee, seed=seed) if bound is None else bound
     if not isinstance(whole, UpperBound):
-        raise TypeError(f"a bound of the whole network is an UpperBound, got {type(whole).__name__}")
+        raise TypeError(f"`bound` must be an UpperBound of the whole network, got {type(whole).__name__}")
     if whole.norm != p or (whole.network is not None and whole.network != fingerprint(form)):
         raise ValueError("`bound` is in another norm, or was computed from another network")
     classes = form.num_outputs
@@ -167,12 +167,12 @@ def local(
         pairs[:] = whole.pairwise
 
     def one_chunk(near: Around, part: slice) -> None:
-        # a second call knows the slopes of the first; local LipLT would learn nothing
+        # a second call reuses the slopes of the first, which does not help local LipLT
         for call in range(1 if near.ready.front is not None else _CALLS):
             out = near.outputs(slice(None), radii[part], call=call)
             for row, blocks in enumerate(out):
                 if not np.isfinite(blocks).all():
-                    continue  # what is known already stands
+                    continue  # the bound so far stays
                 i = part.start + row
                 if p == 2:
                     found = add_up(*(_largest_root(block) for block in blocks))

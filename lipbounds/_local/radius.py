@@ -46,7 +46,7 @@ class Radii:
         norm: 2, 1 or inf, of the perturbation.
         guarantee: that of the bound ("verified", "probabilistic", "assumed").
         method: of the bound.
-        notes: what a reader should know.
+        notes: remarks for the reader.
 
     Example:
         >>> import lipbounds as lb
@@ -115,7 +115,7 @@ class Local:
     """How `certified_radius(..., local=lb.Local(...))` bounds the network around each example.
 
     Args:
-        tries: how many eps are tried per example and engine. Balls that are certified as a whole do not count while
+        tries: number of eps tried per example and engine. Balls that are certified as a whole do not count while
             larger ones may be.
         box: (lower, upper), as in `lb.local`: a radius is then about the inputs inside it only.
 
@@ -160,9 +160,9 @@ def certified_radius(
             sqrt(2) L (norm 2; L for norm 1, 2 L for norm inf). None computes `lb.liplt(form, pairwise=True)`, without
             pairs where the outputs are more than 2048.
         local: also bound the network around each example (`lb.local`, with slopes anchored at the example): every ball
-            of radius eps certifies min(eps, min_i (z_y - z_i) / L_yi(eps)), and the largest of these and of the global
-            radius counts. Never below the global radius. Norms 2 and inf. Where no local bound applies (more than 4096
-            outputs, or l-inf and wider than 1100) the global radii stand, with a note. True or `lb.Local(...)`.
+            of radius eps certifies min(eps, min_i (z_y - z_i) / L_yi(eps)). The result is the maximum of these and the
+            global radius. Norms 2 and inf. If no local bound applies (more than 4096
+            outputs, or l-inf and wider than 1100) the global radii are returned, with a note. True or `lb.Local(...)`.
         guarantee, seed: of the bound where it is computed here, and with local as in `lb.local`.
         progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
 
@@ -190,7 +190,7 @@ def certified_radius(
     few = form.num_outputs <= _MOST_PAIRED
     proof = liplt(form, pairwise=few, guarantee=guarantee, seed=seed) if bound is None else bound
     if not isinstance(proof, UpperBound):
-        raise TypeError(f"a radius needs an UpperBound, got {type(proof).__name__}: it would prove nothing")
+        raise TypeError(f"a radius needs an UpperBound, got {type(proof).__name__}, which proves nothing")
     if proof.network is not None and proof.network != fingerprint(form):
         raise ValueError(
             "this bound was computed from another network: bound this form, or leave `bound` out"
@@ -238,7 +238,9 @@ def _margins(z: np.ndarray, error: np.ndarray, labels: np.ndarray) -> np.ndarray
 def _examples(form: LureForm, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
     x = check_inputs(form, X)
     if form.num_outputs < 1:
-        raise ValueError("a radius needs outputs: the logits of the classes, or one whose sign decides")
+        raise ValueError(
+            "a radius needs outputs: the logits of the classes, or one output whose sign is the class"
+        )
     return x, as_labels(y, len(x), form.num_outputs)
 
 
@@ -255,6 +257,3 @@ def _pair_constants(bound: UpperBound, classes: int) -> tuple[np.ndarray, tuple[
     name = "sqrt(2) L" if bound.norm == 2 else "L" if bound.norm == 1 else "2 L"
     note = f"without pairwise constants every pair uses {name} = {constant:.6g}; pairwise=True is never worse"
     return np.broadcast_to(constant, (classes, classes)), (note,)
-
-
-# --- logits with a proved error ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The search of local radii: of the balls around an example, the one that certifies most.
+"""The search for local radii: among the balls around an example, find the one that certifies the most.
 
 With m(eps) = min_i gap_i / L_yi(eps), falling in eps, every ball of radius eps certifies min(eps, m(eps)), as L_yi(eps)
 holds inside it; the best is the eps at which m(eps) = eps.
@@ -13,8 +13,8 @@ import numpy as np
 from lipbounds._local.engines import Around
 from lipbounds._norms.rounding import U, gamma, roots_up, squared_distances
 
-_ROOM = 4.0  # a search goes on while the last ball was certified and the radius may grow by a larger factor
-_SAID = 1.5  # a search that ended where the radius may grow by a larger factor is said in a note
+_ROOM = 4.0  # a search continues while the last ball was certified and the radius may grow by a larger factor
+_SAID = 1.5  # a note reports searches that ended although the radius may grow by a larger factor
 _STEP, _PATIENCE = 16.0, 16  # the next ball is at most that much larger; after so many, its fourth power
 _FARTHEST = 1e100  # no larger ball is tried
 
@@ -36,7 +36,7 @@ class Search:
         tries: balls per example and engine. A ball that is certified as a whole does not count while the radius may
             still grow much.
 
-    best (N,) are the radii so far; what one engine has found stays if it fails later. An engine takes the same steps as
+    best (N,) are the radii so far; results of an engine stay if it fails later. An engine takes the same steps as
     it would alone, every try narrowing an interval that holds its radius, and stops before them only where all the
     intervals of a chunk end below the best: so no engine alone finds more. (Examples cannot leave one by one: local
     LipLT takes as many Lanczos steps as the slowest example of a call needs.)
@@ -45,9 +45,7 @@ class Search:
     def __init__(self, labels: np.ndarray, gaps: np.ndarray, start: np.ndarray, tries: int) -> None:
         self.labels, self.gaps, self.start, self.tries = labels, gaps, start, tries
         self.best, self.todo = start.copy(), np.flatnonzero((start > 0) & np.isfinite(start))
-        self._open = np.zeros(
-            len(start)
-        )  # how far a search could have gone on from a ball certified as a whole
+        self._open = np.zeros(len(start))  # largest radius still possible where the last ball was certified
 
     def run(self, around: Around) -> None:
         """Raise the radii by an engine, which is around the examples `todo`."""
@@ -76,13 +74,13 @@ class Search:
         self._open[at] = np.maximum(self._open[at], np.where(whole, high, 0.0))
 
     def notes(self) -> tuple[str, ...]:
-        """What a reader should know of searches that ended early."""
+        """Notes about searches that ended early."""
         unfinished = int((self._open > _SAID * self.best).sum())
         if not unfinished:
             return ()
         return (
-            f"for {unfinished} of {len(self.best)} examples the search ended with a ball certified as a whole: "
-            f"their radii may be more than {_SAID:g} times larger, raise tries={self.tries}",
+            f"for {unfinished} of {len(self.best)} examples the search ended while the whole ball was still certified: "
+            f"their radii may be more than {_SAID:g} times larger; raise tries={self.tries}",
         )
 
 

@@ -1,4 +1,4 @@
-"""Reading back what the program wrote: models, certificates, radii, run folders."""
+"""`lb.load`: read models, certificates, radii and run folders back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _READ = (
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """Whatever the program wrote to `path`, as the object that it was. Loading never runs code from a file.
+    """Load a file or run folder that lipbounds wrote. Loading never runs code from a file.
 
     Args:
         path: a model (.safetensors), a certificate, the JSON file of `lipbounds certify --json`, or a run folder.
@@ -34,7 +34,7 @@ def load(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
-        ValueError: it is none of these, or damaged; CertificateError for a certificate.
+        ValueError: the file is none of these, or damaged; CertificateError for a certificate.
 
     Example:
         >>> import lipbounds as lb

@@ -1,4 +1,4 @@
-"""What every room may use: tables, HTML, progress, files, the boundary of a public call, the version."""
+"""Shared by all rooms: tables, HTML, progress, files, the wrapper of public calls, the version."""
 
 from lipbounds._text.arguments import as_labels, whole
 from lipbounds._text.files import DEFLATE, read_safetensors, write_atomically

@@ -8,7 +8,7 @@ import numpy as np
 
 
 def whole(name: str, value: Any, least: int = 1) -> int:
-    """The value, if it is a whole number of at least `least`; ValueError otherwise."""
+    """Return the value if it is a whole number >= `least`, else raise ValueError."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
     return value

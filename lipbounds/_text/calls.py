@@ -1,4 +1,4 @@
-"""What surrounds every public verb: NumPy's usual floating-point state inside, plain errors outside."""
+"""Wrapper of every public function: default floating-point state, progress, and plain errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from lipbounds._text.progress import reporting
 
-#: How a method fails on one network: a refusal, a factorisation or a number out of range, memory that is not there.
+#: Errors by which a method fails on one network: unsupported input, failed arithmetic, or too little memory.
 FAILURES = (ValueError, ArithmeticError, MemoryError, jax.errors.JaxRuntimeError)
 
 P = ParamSpec("P")
@@ -19,9 +19,9 @@ R = TypeVar("R")
 
 
 def usual_floats(verb: Callable[P, R]) -> Callable[P, R]:
-    """The verb under NumPy's default error state.
+    """Run the function under NumPy's default error state.
 
-    What underflows or overflows on purpose inside a proof is no error of the caller's, even with
+    Proofs underflow and overflow on purpose, which must not become an error of the caller, even with
     `np.errstate(all="raise")`.
     """
 
@@ -34,15 +34,15 @@ def usual_floats(verb: Callable[P, R]) -> Callable[P, R]:
 
 
 def public(verb: Callable[P, R]) -> Callable[P, R]:
-    """The verb as users call it.
+    """Make a function public: fix its precision, report its progress and turn its failures into plain errors.
 
     Floats: `usual_floats`, and products of JAX arrays in their own precision whatever `jax_default_matmul_precision`
     says: with a preset such as "BF16_BF16_F32" even float64 operands would be rounded to bfloat16.
 
-    Progress: what is said inside goes where the keyword `progress` says (`lipbounds._text.progress`).
+    Progress: lines reported inside go where the keyword `progress` directs them (`lipbounds._text.progress`).
 
-    Errors: a plain ValueError, the reason in it, in place of numerical failures and of exceptions that only this
-    library's own modules know; whatever `lipbounds.errors` defines, and every other error, passes unchanged.
+    Errors: numerical failures and exceptions that only this
+    library's own modules know become a ValueError with the reason; all other errors pass unchanged.
     """
     inner = usual_floats(verb)
 
@@ -63,7 +63,7 @@ def public(verb: Callable[P, R]) -> Callable[P, R]:
 
 
 def moved(**places: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Keywords that a verb no longer has, each with its new spelling, which one plain TypeError names."""
+    """Raise one TypeError that gives the new spelling of keywords that the function no longer has."""
 
     def decorate(verb: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(verb)
@@ -79,5 +79,5 @@ def moved(**places: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, or its name where it says nothing."""
+    """The message of an error, or its type's name if the message is empty."""
     return str(error) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and files of others, read within what they hold."""
+"""Atomic writes, and reading of untrusted .npz, .npy and .safetensors files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lipbounds._text.memory import available_memory
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """The file is complete or as it was before; a link is followed."""
+    """Write a file so that it is either complete or unchanged; symbolic links are followed."""
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
@@ -28,18 +28,18 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-# --- files that other people made: whatever they hold, an array or a ValueError ------------------------------------
+# --- untrusted files: reading gives arrays or a ValueError ---------------------------------------------------------
 
-DEFLATE = 1032  # deflate makes at most so many bytes of one
+DEFLATE = 1032  # deflate expands one byte to at most this many
 _KINDS = frozenset("F64 F32 F16 BF16 I64 I32 I16 I8 U64 U32 U16 U8 BOOL".split())
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file by name, each read only if the file can hold what its header promises.
+    """The arrays of an .npz file by name, each read only if the file can hold the size in its header.
 
     Raises:
-        ValueError: not an .npz file, cut off, damaged, pickled objects, a header that promises more than is there, or
-            arrays that take more memory than is free.
+        ValueError: not an .npz file, truncated, damaged, pickled objects, a header that declares too much data, or
+            arrays that need more memory than is free.
         OSError: the file cannot be opened.
     """
     with path.open("rb") as stream:
@@ -83,7 +83,7 @@ def _check_room(sizes: list[int]) -> None:
 
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, size: int) -> np.ndarray:
-    """One array of an archive of `size` bytes; ValueError before anything is allocated for a false promise."""
+    """One array of an archive of `size` bytes; ValueError before memory is allocated for a false header."""
     stored = info.compress_type == zipfile.ZIP_STORED
     room = min(info.compress_size, size) * (1 if stored else DEFLATE)
     with archive.open(info) as stream:
@@ -93,7 +93,7 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, size: int) -> np.nd
 
 
 def _array(stream: Any, size: int, room: int, what: str) -> np.ndarray:
-    """The array of a stream in NumPy's format, of `size` bytes by its own account and of at most `room`."""
+    """The array of a stream in NumPy's format that declares `size` bytes and can hold at most `room`."""
     version = np.lib.format.read_magic(stream)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
@@ -104,7 +104,7 @@ def _array(stream: Any, size: int, room: int, what: str) -> np.ndarray:
         raise ValueError("pickle")
     if min(shape, default=0) < 0 or promised != held or promised > room:
         raise ValueError(
-            f"the header of {what} promises shape {tuple(shape)}, {promised} bytes; there are "
+            f"the header of {what} declares shape {tuple(shape)}, {promised} bytes, but the file holds "
             f"{min(held, room)}"
         )
     flat = np.frombuffer(bytearray(stream.read(promised)), dtype, math.prod(shape))
@@ -112,10 +112,10 @@ def _array(stream: Any, size: int, room: int, what: str) -> np.ndarray:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """(tensors by name, metadata) of a .safetensors file; ValueError if it is damaged or holds what NumPy has not."""
+    """(tensors by name, metadata) of a .safetensors file; ValueError if it is damaged or of a type NumPy lacks."""
     from safetensors import safe_open
 
-    with path.open("rb"):  # what cannot be opened is an OSError, as everywhere
+    with path.open("rb"):  # raises OSError if the file cannot be opened, as the other readers do
         pass
     try:
         with safe_open(path, framework="numpy") as file:

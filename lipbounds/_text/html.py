@@ -1,4 +1,4 @@
-"""The only place outside the templates that writes HTML tags: text is escaped, finished HTML is a type of its own."""
+"""Writes all HTML outside the templates: text is escaped, and finished HTML has its own type."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def element(tag: str, *children: str, **attributes: str) -> Html:
 
 
 def together(*children: str) -> Html:
-    """Children one after the other, those that are not `Html` escaped."""
+    """Concatenate children, escaping those that are not `Html`."""
     return Html("".join(child if isinstance(child, Html) else html.escape(child) for child in children))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def available_memory() -> float | None:
-    """80 % of the memory that this process may still use, in GB; None where nothing says so."""
+    """80 % of the memory that this process may still use, in GB; None if the system does not tell."""
     found = []
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():

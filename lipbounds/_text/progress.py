@@ -1,11 +1,11 @@
-"""What a public call says while it works: one meaning of `progress` for all of them.
+"""Progress reports of public calls: `progress` means the same in all of them.
 
     progress=True      shown on stderr where that is a terminal and the call takes more than two seconds (the default);
                        proofs of norms that take longer get a bar with their estimated cost
     progress=False     nothing
     progress=function  function(text) is called with every line of text
 
-A call inside another one (LipLT inside `lipsdp`) says its lines where the outer one does.
+A nested call (LipLT inside `lipsdp`) reports where the outer one does.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class _Terminal:
 
 @contextmanager
 def reporting(progress: Progress) -> Iterator[None]:
-    """What is said inside goes where `progress` says; ValueError for what is neither a bool nor a function."""
+    """Direct lines reported inside as `progress` says; ValueError unless it is a bool or a function."""
     if not (progress is None or isinstance(progress, bool) or callable(progress)):
         raise ValueError(f"progress must be True, False or a function of one text, got {progress!r}")
     if progress is True and _tell.get() is not None:
@@ -82,7 +82,7 @@ def reporting(progress: Progress) -> Iterator[None]:
 
 @contextmanager
 def about(topic: str) -> Iterator[None]:
-    """Lines said inside begin with the topic."""
+    """Prefix lines reported inside with the topic."""
     token = _topic.set(f"{_topic.get()}{topic}, ")
     try:
         yield
@@ -91,14 +91,14 @@ def about(topic: str) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """One line of what is being done, or was done."""
+    """Report one line of progress."""
     tell = _tell.get()
     if tell is not None:
         tell(_topic.get() + text)
 
 
 def proof_seconds(rows: int, columns: int) -> float:
-    """About how long a proof of the norm of one block takes: its Gram matrix (often sparse) and its Cholesky factor."""
+    """Estimated time to prove the norm of one block: its Gram matrix (often sparse) and Cholesky factor."""
     small, wide = sorted((float(rows), float(columns)))
     return (small**3 / 3 + small**2 * wide / 4) / _RATE
 
@@ -111,7 +111,7 @@ def _text(seconds: float) -> str:
 def meter(count: int, seconds: float) -> Iterator[Advance]:
     """Yields advance(what, seconds), to be called when a block is done.
 
-    It moves a bar where the whole is estimated above 5 seconds and shown on a terminal, else it says lines of text.
+    It moves a bar if the total is estimated above 5 seconds and stderr is a terminal, else it reports lines of text.
     """
     screen = _tell.get()
     if not isinstance(screen, _Terminal) or seconds < _QUIET:

@@ -1,4 +1,4 @@
-"""Helpers of frozen records: numbers and arrays that are checked and cannot be changed, and a picture of pairs."""
+"""Helpers of frozen records: checked numbers, read-only arrays, and the heat map of pairs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def put(record: Any, name: str, value: Any) -> None:
 
 
 def nonnegative(value: Any, what: str) -> float:
-    """The value as a finite number >= 0; ValueError says what it was for."""
+    """The value as a finite number >= 0; ValueError names `what` otherwise."""
     number = float(value)
     if not math.isfinite(number) or number < 0.0:
         raise ValueError(f"{what} must be a finite number >= 0, got {number}")

@@ -66,7 +66,7 @@ def markdown_text(text: str) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """A Markdown table; what is markup or ends a cell is escaped."""
+    """A Markdown table; markup and cell separators in the text are escaped."""
 
     def line(row: Sequence[str]) -> str:
         cells = (lines("\n").join(markdown_text(part) for part in cell.split("\n")) for cell in row)
@@ -100,7 +100,7 @@ def label_text(text: str, longest: int = 80) -> str:
 
 
 def new_axes(width: float = 6.4, height: float = 4.0) -> Any:
-    """Axes on a figure of their own, without pyplot: nothing global is touched, nothing has to be closed."""
+    """Axes on a new figure, without pyplot, so that no global state changes and nothing has to be closed."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained").subplots()
