@@ -86,7 +86,7 @@ def test_no_engine_alone_does_better(net, monkeypatch):
         assert found.guarantee == "probabilistic"
         assert any("bounded as a whole" in note for note in found.notes)
         assert any("local LipLT, each example" in note for note in found.notes)
-    assert "the better engine counts for every example: local LipLT for 1 of 2" in radii.notes
+    assert "every example uses the better engine: local LipLT for 1 of 2" in radii.notes
     assert near.failure_probability == pytest.approx(2e-9)
     shape = (-1, *[1] * (x.ndim - 1))
     whole, pairs = largest_slopes(form, x, np.reshape(EPS, shape), 2, np.random.default_rng(1))
