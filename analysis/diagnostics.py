@@ -369,18 +369,14 @@ def _check(one: Layer, op: Operator) -> None:
     top = one.eigenvalue if one.exact else one.eigenvalue_bound
     root = math.sqrt(one.eigenvalue_bound)
     forged = one.eigenvalues_forged
+    slack = _FLOAT64 + (0 if one.exact else one.residual)
     near = _FLOAT64 + one.residual  # two attained values can be out of order by what Lanczos has missed
     for what, low, high, rounding in (
         ("lambda_max(A) <= its bound", one.eigenvalue, one.eigenvalue_bound, _FLOAT64),
         ("lambda_max(A') <= lambda_max(A)", one.worst, top, _FLOAT64),
         ("lambda_max(A' at x != 0) <= lambda_max(A)", one.eigenvalues_support, top, _FLOAT64),
         ("lambda_max(A') <= lambda_max(A' at x != 0)", forged, one.eigenvalues_support, near),
-        (
-            "lambda_max(A') <= ||A'||_2",
-            one.worst,
-            one.norm_forged,
-            _FLOAT64 + (0 if one.exact else one.residual),
-        ),
+        ("lambda_max(A') <= ||A'||_2", one.worst, one.norm_forged, slack),
         ("||A'||_2 <= ||A||_2", one.norm_forged, top, _FLOAT64),
         ("lambda_max(A) <= disc bound", one.eigenvalue, one.disc, _FLOAT64),
         ("lambda_max(A') <= disc bound by row", forged, one.rows_forged, _FLOAT64),

@@ -117,11 +117,8 @@ def certify(
     """
     names = [m if isinstance(m, str) else getattr(m, "method", repr(m)) for m in methods]
     usable = [name for name in lb.METHODS if name not in NOT_UPPER]
-    wrong = [
-        name
-        for name, method in zip(names, methods, strict=True)
-        if (name not in usable if isinstance(method, str) else not isinstance(method, lb.UpperBound))
-    ]
+    pairs = zip(names, methods, strict=True)
+    wrong = [name for name, m in pairs if not isinstance(m, lb.UpperBound) and m not in usable]
     if wrong or not names:
         raise ValueError(
             f"methods must be upper bounds out of {', '.join(usable)}; got {', '.join(wrong) or 'none'}"
@@ -319,10 +316,8 @@ def _first(x: Any, y: Any, images: int | None) -> tuple[np.ndarray, np.ndarray]:
     """The first images in float32 and their labels; `attacks` checks the rest."""
     if images is not None and images < 1:
         raise ValueError(f"images must be at least 1, got {images}")
-    points = np.atleast_1d(np.asarray(x))[:images]
-    return (points.astype(np.float32) if points.dtype.kind == "f" else points), np.atleast_1d(np.asarray(y))[
-        :images
-    ]
+    points, labels = (np.atleast_1d(np.asarray(a))[:images] for a in (x, y))
+    return (points.astype(np.float32) if points.dtype.kind == "f" else points), labels
 
 
 def _levels(eps: Sequence[float], factor: float) -> list[float]:

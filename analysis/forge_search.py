@@ -76,11 +76,9 @@ class Search:
         return [*header, ""], rows, tuple(range(len(header)))
 
     def __repr__(self) -> str:
-        attack = (
-            ""
-            if self.eps is None
-            else f", PGD {NORM_NAMES[self.norm]} eps {show(self.eps)}, {self.steps} steps"
-        )
+        attack = ""
+        if self.eps is not None:
+            attack = f", PGD {NORM_NAMES[self.norm]} eps {show(self.eps)}, {self.steps} steps"
         return f"Search: {self.kind} gates, {self.images} examples{attack}\n{text_table(*self._table())}"
 
     def _repr_markdown_(self) -> str:

@@ -264,9 +264,7 @@ def _claims_on_layers(others: Sequence[Row], across: tuple[str, float, float]) -
             f"the discs of kept columns are those of A: largest disc bound of A' by column {100 * kept:.2f} % of A's",
         ),
         Claim(
-            "the disc bound is no larger (proof of Lemma 2)",
-            _verdict(discs),
-            "rows and columns, every sampled input",
+            "the disc bound is no larger (proof of Lemma 2)", _verdict(discs), "by row and column, all inputs"
         ),
         Claim(
             f"the worst lambda_max(A') is about {100 * OF_A:.0f} % of lambda_max(A) (appendix C)",
@@ -326,11 +324,8 @@ def _across(forged: Forged, diagnosis: Diagnosis) -> tuple[str, float, float]:
     points[:, points.shape[1] // 2] = c * (1 - _NEAR / 2), c * (1 + _NEAR / 2)
     images = np.asarray(gated(jnp.asarray(points.reshape(2, *shape))), np.float64)
     distance = float(points[1].max()) - float(points[0].max())
-    return (
-        layer.path,
-        float(np.linalg.norm(images[1] - images[0])) / distance,
-        math.sqrt(layer.eigenvalue_bound),
-    )
+    quotient = float(np.linalg.norm(images[1] - images[0])) / distance
+    return layer.path, quotient, math.sqrt(layer.eigenvalue_bound)
 
 
 def _verdict(holds: Any) -> str:

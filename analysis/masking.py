@@ -114,10 +114,7 @@ class MaskingChecks:
 
     def __repr__(self) -> str:
         table = text_table(_HEADER[:3], [row[:3] for row in self._rows()], _RIGHT)
-        lines = [
-            printable(f"{c.name}: {'; '.join(part for part in (c.text, c.reason) if part)}")
-            for c in self.checks
-        ]
+        lines = [printable(f"{c.name}: {'; '.join(filter(None, (c.text, c.reason)))}") for c in self.checks]
         return "\n".join([f"MaskingChecks: {self._headline()}", table, *lines])
 
     def _repr_html_(self) -> Html:

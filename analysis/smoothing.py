@@ -194,17 +194,8 @@ def _counts(
             # all copies of all examples in one row, cut into batches; what lies beyond the end is not counted
             number = np.arange(start, start + size)
             example, copy = np.divmod(np.minimum(number, total - 1), count)
-            tally = _tally(
-                model,
-                weights,
-                inputs,
-                sigma,
-                key,
-                jnp.asarray(example, jnp.int32),
-                jnp.asarray(copy, jnp.int32),
-                jnp.asarray(number < total),
-                tally,
-            )
+            drawn = (jnp.asarray(a, jnp.int32) for a in (example, copy))
+            tally = _tally(model, weights, inputs, sigma, key, *drawn, jnp.asarray(number < total), tally)
             if (start + size) // tenth > start // tenth:
                 say(f"Smoothing, {what}: {min(start + size, total)} of {total} samples")
     found = np.asarray(tally, np.int64)

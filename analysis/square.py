@@ -209,10 +209,8 @@ def _start(key: jax.Array, index: jax.Array, where: Any, norm: float) -> jax.Arr
         shift = _signs(_uniform(key, index, width * channels).reshape(-1, 1, width, channels))
         shift = jnp.broadcast_to(shift, (len(x), height, width, channels))
     else:
-        i, j = (
-            jnp.arange(height, dtype=jnp.int32)[:, None, None],
-            jnp.arange(width, dtype=jnp.int32)[None, :, None],
-        )
+        i = jnp.arange(height, dtype=jnp.int32)[:, None, None]
+        j = jnp.arange(width, dtype=jnp.int32)[None, :, None]
         tall, wide = max(height // 5, 1), max(width // 5, 1)
         tiles = (-(-height // tall), -(-width // wide), channels)
         drawn = _uniform(key, index, 1 + math.prod(tiles))

@@ -195,9 +195,8 @@ class _Ordered:
         if not rows:
             return element("div", head, facts)
         parts = html_table(self._part_header, rows, right=(3,))
-        return element(
-            "div", head, facts, element("details", element("summary", f"{len(rows)} parts"), parts)
-        )
+        details = element("details", element("summary", f"{len(rows)} parts"), parts)
+        return element("div", head, facts, details)
 
     def to_markdown(self) -> str:
         """The whole result as Markdown: the statement, a table of facts, a table of parts."""
@@ -326,11 +325,8 @@ class UpperBound(_Constants):
         return self.value
 
     def _headline(self) -> str:
-        risk = (
-            f", fails with probability <= {show(self.failure_probability, digits=3)}"
-            if self.failure_probability
-            else ""
-        )
+        probability = self.failure_probability
+        risk = f", fails with probability <= {show(probability, digits=3)}" if probability else ""
         return f"L <= {show(self.value, 'up')}  ({NORM_NAMES[self.norm]}, {self.guarantee}{risk})"
 
 

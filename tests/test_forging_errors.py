@@ -43,7 +43,10 @@ def other_models():
     renamed = Wrapper(Net())
     conv = nnx.Sequential(nnx.Conv(6, 8, (), rngs=nnx.Rngs(0)), nnx.Linear(8, 3, rngs=nnx.Rngs(0)))
     return [
-        (Net((6, 8, 9, 3)), r"which has layers\.1: Linear with kernel \(8, 8\).*this one has layers\.1.*\(8, 9\)"),
+        (
+            Net((6, 8, 9, 3)),
+            r"which has layers\.1: Linear with kernel \(8, 8\).*this one has layers\.1.*\(8, 9\)",
+        ),
         (Net((6, 8, 8)), r"does not call layers\.2: Linear"),
         (renamed, r"does not call layers\.1: Linear"),
         (Net((5, 8, 8, 3)), r"cannot be called on examples of shape \(6,\)"),

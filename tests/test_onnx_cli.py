@@ -172,8 +172,11 @@ def test_further_inputs_as_constants(tmp_path):
         assert why in run("bounds", path, *given, code=1).stderr
     model_file = tmp_path / "m.safetensors"
     model_file.write_bytes(b"")
-    assert "--constant belongs to ONNX files" in run("bounds", model_file, "--constant", "a=1", code=1).stderr
-    assert "--shape belongs to ONNX files" in run("bounds", model_file, "--shape", "3", code=1).stderr
+    assert (
+        "--constant applies to ONNX files only"
+        in run("bounds", model_file, "--constant", "a=1", code=1).stderr
+    )
+    assert "--shape applies to ONNX files only" in run("bounds", model_file, "--shape", "3", code=1).stderr
 
 
 def test_thousands_of_outputs_are_bounded_without_their_pairs(tmp_path, monkeypatch):

@@ -68,7 +68,7 @@ def test_the_word_reaches_radii_and_every_method(rng: np.random.Generator) -> No
     assert lb.liplt(form, guarantee="estimate").guarantee == "estimate"
     radii = lb.certified_radius(form, np.ones((2, 4), np.float32), np.array([0, 1]))
     assert radii.guarantee == "assumed" and "assumed" in repr(radii)
-    assert any("float64, assumed right to 1e-09" in note for note in radii.notes), (
+    assert any("float64, assumed accurate to 1e-09" in note for note in radii.notes), (
         "lgamma has no interval rule"
     )
     z, error = logits(form, np.ones((2, 4)))

@@ -1,4 +1,4 @@
-"""Shared by the commands: errors as messages, models and data that are read, files that are written."""
+"""Shared by the commands: error messages, reading of models and data, writing of results."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def refusals() -> Iterator[contextlib.ExitStack]:
 
 
 def choose_method(method: str | None, norm: Norm, scaling: str, lipsdp_only: bool) -> str:
-    """The method asked for; by default LipSDP, or LipLT where only that fits what else was asked for."""
+    """The requested method; by default LipSDP, or LipLT where the other options require it."""
     scaled = scaling != "none"
     if method is None:
         method = "liplt" if (scaled or norm == "1") and not lipsdp_only else "lipsdp"
@@ -61,9 +61,9 @@ def bound_of(form: Any, method: str, scaling: Any, options: Json) -> Any:
 def load_form(
     path: Path, how: Reading, stack: contextlib.ExitStack, box: tuple[float, float] | None = None
 ) -> tuple[Any, tuple[int, ...]]:
-    """(form, shape of one input) of a model file of ours or an ONNX file; x -> (x - mean) / std stands in front.
+    """(form, shape of one input) of a model or ONNX file, with x -> (x - mean) / std in front.
 
-    `box` (lower, upper) of the inputs is for the check of values after tracing. JAX's float64 mode is entered into
+    `box` (lower, upper) of the inputs serves to check values after tracing. JAX's float64 mode is entered into
     `stack` for a network that computes in float64.
     """
     fn: Any
@@ -85,7 +85,7 @@ def load_form(
 
         for name in ("drop", "shape", "output", "constant"):
             if getattr(how, name):
-                raise ValueError(f"--{name} belongs to ONNX files")
+                raise ValueError(f"--{name} applies to ONNX files only")
         fn, model = load_model(path)
         shape, dtype = tuple(model.input_shape), np.dtype(np.float32)
     example = jax.ShapeDtypeStruct(shape, dtype)
@@ -99,7 +99,7 @@ def load_form(
 
 
 def _constants(given: list[str]) -> dict[str, Any]:
-    """Values of inputs by name, of name=number or name=file.npy."""
+    """Parse name=number or name=file.npy into values by input name."""
     from lipbounds._text.files import read_npy
 
     found: dict[str, Any] = {}
@@ -115,7 +115,7 @@ def _constants(given: list[str]) -> dict[str, Any]:
 
 
 def _per_channel(text: str, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
-    """A number, or one for each channel (the first axis of an image, or else the last), as an array that broadcasts."""
+    """One number, or one per channel (the first axis of an image, else the last), as an array that broadcasts."""
     try:
         values = np.asarray([float(part) for part in text.split(",")], dtype)
     except ValueError:
@@ -157,7 +157,7 @@ def read_data(data: str, shape: tuple[int, ...]) -> tuple[Any, Any]:
 
 
 def check_free(path: Path | None, force: bool, ours: Callable[[Path], bool], what: str) -> None:
-    """ValueError before any work is done if a file of another kind stands where one is to be written."""
+    """ValueError, before any work is done, if the file would overwrite one that lipbounds did not write."""
     if path is None:
         return
     if not path.parent.is_dir():
@@ -167,14 +167,14 @@ def check_free(path: Path | None, force: bool, ours: Callable[[Path], bool], wha
 
 
 def check_json(files: Output) -> None:
-    """ValueError if the JSON file of the result would replace one that we did not write."""
+    """ValueError if --json would overwrite a file that lipbounds did not write."""
     from lipbounds.analysis.demo import is_ours
 
     check_free(files.json, files.force, is_ours, "was not written by lipbounds")
 
 
 def header() -> Json:
-    """How every record begins that we write."""
+    """The common header of all records."""
     from lipbounds.analysis.demo import FORMAT, FORMAT_VERSION
 
     return {"format": FORMAT, "version": FORMAT_VERSION, "lipbounds": __version__}

@@ -124,7 +124,7 @@ def _measure(subject: Subject, other: Subject | None, data_dir: Path | None, set
 
 
 def _bounds(subject: Subject, names: list[str], test: Any, tell: Any) -> list[Any]:
-    """The methods, with the bound of the run's certificate, if there is one, in place of "lipsdp"."""
+    """The methods, with "lipsdp" replaced by the bound of the run's certificate, if there is one."""
     from lipbounds.analysis.evaluation import certified_bound
     from lipbounds.errors import CertificateError
     from lipbounds.training.runs import CERTIFICATE

@@ -17,19 +17,8 @@ import typer
 from typer.core import TyperGroup
 
 import lipbounds as lb
-from lipbounds._cli import tables, train
-from lipbounds._cli.common import (
-    Json,
-    bound_of,
-    check_free,
-    check_json,
-    choose_method,
-    header,
-    load_form,
-    read_data,
-    refusals,
-    write_json,
-)
+from lipbounds._cli import common, tables, train
+from lipbounds._cli.common import Json, refusals
 from lipbounds._cli.evaluate import evaluate
 from lipbounds._cli.forge import forge
 from lipbounds._cli.options import (
@@ -57,7 +46,7 @@ _DEFAULT = "lipsdp; liplt with --scaling or in norm 1"
 
 
 class Commands(TyperGroup):
-    """Gives `train` its options when it is called: they come from `Config`, which takes a second to import."""
+    """Builds the options of `train` only when needed, as they come from `Config`, which takes a second to import."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
@@ -88,7 +77,7 @@ def root(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
-    """Prove how far an input must move before the answer of a neural network can change.
+    """Prove how far an input must move before the predicted class of a neural network can change.
 
     Start with the demo, which trains small networks on real digits and saves them for the other commands:
 
@@ -107,7 +96,7 @@ def root(
     - `lipbounds forge runs/digits` zeroes small activations and measures the effect
 
     Every result states its guarantee: **verified** holds with every rounding error included,
-    **probabilistic** except with a stated probability, **assumed** if the slopes that you declared are right;
+    **probabilistic** except with a stated probability, **assumed** if the slopes that you declared are correct;
     an **estimate** is not a bound.
 
     Exit codes: 0 success, 1 error, 2 wrong usage.
@@ -121,7 +110,7 @@ def demo(
     epochs: Annotated[int, option("Passes over the training images.", "N", min=1)] = 40,
     force: ForceOption = False,
 ) -> None:
-    """Train small networks on digits, one by CRM, bound and certify them by every method, write a report.
+    """Train small networks on digits, bound and certify them by every method, and write a report.
 
     Takes a few minutes at most and downloads nothing. Writes to the folder: `report.html` (one page with
     everything in it), the figures as PNG, `results.json`, and the models as `.safetensors`.
@@ -198,7 +187,7 @@ def bounds(
 
     - `lipbounds bounds net.onnx --shape 3,64,64 --output logits --constant temperature=2`
     """
-    chosen = choose_method(method, norm, scaling, bool(search.given()))
+    chosen = common.choose_method(method, norm, scaling, bool(search.given()))
     _check_search(search, chosen, pairwise, guarantee)
     if memory is not None and chosen == "all":
         raise typer.BadParameter("applies to a single method, not to all", param_hint="--memory")
@@ -206,9 +195,9 @@ def bounds(
         from lipbounds._lipsdp.certificate_file import is_certificate
         from lipbounds.analysis.experiment import result_kind, result_record
 
-        check_json(files)
-        check_free(search.certificate, files.force, is_certificate, "is not a certificate")
-        form, _ = load_form(model, reading, stack)
+        common.check_json(files)
+        common.check_free(search.certificate, files.force, is_certificate, "is not a certificate")
+        form, _ = common.load_form(model, reading, stack)
         options: Json = {"norm": float(norm), "pairwise": pairwise, "guarantee": guarantee, "seed": seed}
         if memory is not None:
             options["memory"] = memory
@@ -217,14 +206,14 @@ def bounds(
             _compare(form, norm, options, record)
         else:
             options |= search.options() if chosen == "lipsdp" else {}
-            result = bound_of(form, chosen, scaling, options)
+            result = common.bound_of(form, chosen, scaling, options)
             typer.echo(repr(result))
             record[result_kind(result)].append(result_record(chosen, result))
             if search.certificate is not None:
                 lb.save_certificate(result, search.certificate, overwrite=files.force)
                 typer.echo(f"certificate: {search.certificate}")
                 typer.echo(f"check it:    lipbounds verify {search.certificate} --model {model}")
-        write_json(files.json, {**header(), **record})
+        common.write_json(files.json, {**common.header(), **record})
 
 
 def _check_search(search: Search, method: str, pairwise: bool, guarantee: str) -> None:
@@ -283,7 +272,7 @@ def certify(
     files: Output,
     reading: Reading,
 ) -> None:
-    """Certify images: no input closer than eps changes the answer.
+    """Certify images: no input within eps changes the predicted class.
 
     An image counts if it is classified correctly and its certified radius exceeds eps. Radii are in the
     units of the model's own input: for the demo's models pixel values in [0, 1]. The normalisation by --mean and
@@ -298,17 +287,17 @@ def certify(
     """
     if box is not None and not local:
         raise typer.BadParameter("belongs to --local", param_hint="--box")
-    chosen = choose_method(method, norm, scaling, False)
+    chosen = common.choose_method(method, norm, scaling, False)
     with refusals() as stack:
-        check_json(files)
-        form, shape = load_form(model, reading, stack, box)
-        x, y = read_data(data, shape)
+        common.check_json(files)
+        form, shape = common.load_form(model, reading, stack, box)
+        x, y = common.read_data(data, shape)
         if not len(x):
             raise ValueError(f"{data} holds no images")
         if jax.dtypes.canonicalize_dtype(np.float64) == np.float64:
             x = x.astype(np.float64)
         options: Json = {"pairwise": pairwise, "guarantee": guarantee, "seed": seed, "memory": memory}
-        bound = bound_of(form, chosen, scaling, {"norm": float(norm), **options})
+        bound = common.bound_of(form, chosen, scaling, {"norm": float(norm), **options})
         request: Guarantee = "verified" if guarantee == "verified" else "auto"
         around = lb.Local(box=box) if local else False
         with tables.working() as tell:
@@ -318,11 +307,11 @@ def certify(
         shares = {level: float(radii.accuracy(level)) for level in sorted({*(eps or (0.05, 0.1, 0.25))})}
         tables.print_certified(bound, radii, shares)
         record = {"model": str(model), "data": data, "norm": norm, **_certified(bound, radii, shares)}
-        write_json(files.json, {**header(), **record})
+        common.write_json(files.json, {**common.header(), **record})
 
 
 def _certified(bound: lb.UpperBound, radii: lb.Radii, shares: dict[float, float]) -> Json:
-    """The radii and what proves them, as plain data."""
+    """The radii and their bound as plain data."""
     proof = {name: getattr(bound, name) for name in ("method", "value", "guarantee")}
     return {
         "bound": {"kind": "upper", **proof},
@@ -366,7 +355,7 @@ def verify(
     with refusals() as stack:
         from lipbounds._lipsdp.certificate import check, load_certificate
 
-        form, _ = load_form(model, reading, stack)
+        form, _ = common.load_form(model, reading, stack)
         begin = time.perf_counter()
         try:
             claims = load_certificate(certificate)

@@ -22,7 +22,7 @@ VERBS = typing.get_args(Verb)
 
 
 def words(function: Callable[..., Any], option: str, *more: str) -> Any:
-    """The Literal of the words that an option of a library function takes, after `more`."""
+    """The Literal of `more` and the words that an option of a library function accepts."""
 
     def found(hint: Any) -> list[str]:
         if isinstance(hint, str):
@@ -66,7 +66,7 @@ def _is_number(text: str) -> bool:
 
 
 def eps_of(text: str) -> float:
-    """A radius as the commands read it."""
+    """Parse a radius."""
     value = number(text) if _is_number(text) else math.nan
     if not 0 <= value < math.inf:
         raise typer.BadParameter(f"{text!r} is not a finite number >= 0, such as 0.1 or 8/255")
@@ -74,7 +74,7 @@ def eps_of(text: str) -> float:
 
 
 def memory_of(text: str) -> int | None:
-    """A memory budget as the commands read it, in bytes."""
+    """Parse a memory budget, in bytes."""
     from lipbounds._gain.memory_budget import parse
 
     try:
@@ -84,7 +84,7 @@ def memory_of(text: str) -> int | None:
 
 
 def box_of(text: str) -> tuple[float, float]:
-    """Two numbers, "0,1"."""
+    """Parse two numbers, such as "0,1"."""
     try:
         low, high = (number(part) for part in text.split(","))
     except ValueError:
@@ -93,7 +93,7 @@ def box_of(text: str) -> tuple[float, float]:
 
 
 def shape_of(text: str) -> tuple[int, ...]:
-    """Numbers with commas between them, "3,32,32"."""
+    """Sizes separated by commas, such as "3,32,32"."""
     try:
         sizes = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -124,7 +124,7 @@ class Command(TyperCommand):
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose parameters that are dataclasses become one option for each of their fields."""
+    """Replace each dataclass parameter of a command by one option per field."""
     own = inspect.signature(command, eval_str=True)
     groups: dict[str, Any] = {
         p.name: p.annotation for p in own.parameters.values() if dataclasses.is_dataclass(p.annotation)
@@ -152,7 +152,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 # ------------------------------------------------------------------------------------------- single options
 def option(help: str, metavar: str | None = None, *names: str, panel: str | None = None, **more: Any) -> Any:
-    """What `typer.Option` holds: a line of help, the place of a value, the names where they do not follow."""
+    """A `typer.Option` with its help, metavar, names (unless derived from the parameter) and panel."""
     return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, **more)
 
 
@@ -185,7 +185,7 @@ _lipsdp = functools.partial(option, panel="LipSDP")
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How a model file is read; all but the first two are for ONNX files."""
+    """Options for reading a model file; all but the first two are for ONNX files."""
 
     mean: Annotated[
         str | None,
@@ -210,7 +210,7 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """How LipSDP is solved."""
+    """Options of LipSDP."""
 
     solver: Annotated[
         Solver, _lipsdp("Solver of LipSDP; clarabel and scs (through CVXPY) suit small networks.")

@@ -1,4 +1,4 @@
-"""Output of the commands: progress while they work, tables and lines when they are done."""
+"""Output of the commands: progress, tables and lines of results."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def console() -> Console:
 
 
 def say(console: Console, text: str) -> None:
-    """Print text as it is: names and paths in it are not markup."""
+    """Print text literally, without interpreting names and paths as markup."""
     console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def titled(title: str) -> Table:
-    """A table without rows yet, under a title that is not markup."""
+    """An empty table under a literal title."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -50,7 +50,7 @@ def progress(console: Console) -> Any:
 
 @contextlib.contextmanager
 def working() -> Iterator[Callable[[str], None]]:
-    """Yields tell(text), which shows on stderr what is being done; silent where stderr is no terminal."""
+    """Yields tell(text), which shows the current activity on stderr, if that is a terminal."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -96,7 +96,7 @@ def training(epochs: int, quiet: bool = False) -> Iterator[Callable[[Json, str],
 
 
 def proved(certificate: Any, seconds: float) -> str:
-    """One line: what a certificate that was just proved again says."""
+    """One line with the claim of a certificate that was just proved again."""
     from lipbounds._text.tables import seconds_text, show
     from lipbounds.results import NORM_NAMES
 

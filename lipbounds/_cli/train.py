@@ -101,7 +101,7 @@ def command() -> Any:
 
 
 def _annotation(field: dataclasses.Field[Any], hint: Any) -> Any:
-    """The option of a setting; None stands for one that is not given."""
+    """The command line option of a setting, None if not given."""
     from lipbounds.training.config import defaults, described
     from lipbounds.training.data import DATASETS
 
@@ -126,7 +126,7 @@ def _annotation(field: dataclasses.Field[Any], hint: Any) -> Any:
 
 
 def _settings(given: Json, preset: str | None, file: Path | None) -> Any:
-    """The configuration: what the data set suggests, then the preset, then the file, then the options."""
+    """The configuration: defaults of the data set, overridden by preset, file and options, in this order."""
     from lipbounds.training.config import Config, defaults, from_text
     from lipbounds.training.config import preset as settings_of
 

@@ -18,7 +18,7 @@ from lipbounds._cli.options import Pages, Source
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A trained network; `data_dir` is where its run found the data."""
+    """A trained network; `data_dir` is the data folder of its run."""
 
     path: Path
     title: str
@@ -55,7 +55,7 @@ class Subject:
 
 
 def check_source(source: Source) -> None:
-    """A model file needs a data set, a run has one."""
+    """BadParameter unless a model file comes with --dataset, and a run folder without."""
     if source.run.is_dir() and source.dataset is not None:
         raise typer.BadParameter("a run records its own data set", param_hint="--dataset")
     if not source.run.is_dir() and source.dataset is None:
@@ -85,7 +85,7 @@ def open_subject(path: Path, dataset: str | None) -> Subject:
 
 
 def folder_of(source: Source, files: Pages, names: Sequence[str], command: str) -> Path | None:
-    """Where the files `names` go, the record first. ValueError where others of that name would be replaced."""
+    """The folder for the files `names` (record first). ValueError if it would overwrite other files."""
     from lipbounds.analysis.demo import is_ours
 
     check_json(files)
@@ -102,7 +102,7 @@ def folder_of(source: Source, files: Pages, names: Sequence[str], command: str) 
 
 
 def record_of(command: str, subject: Subject, source: Source, settings: Json) -> Json:
-    """How the record of a command begins; its command line spells every setting out."""
+    """The header of a command's record, with a command line that spells out every setting."""
     words = ["lipbounds", command, str(source.run)]
     for name, value in {**settings, "dataset": source.dataset, "data_dir": source.data_dir}.items():
         if value is not None and value is not False:

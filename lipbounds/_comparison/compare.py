@@ -190,22 +190,11 @@ class Comparison:
         rows = []
         for row in self.rows:
             way = _WAYS[row.kind]
-            values = [
-                show(row.value, way) if row.kind == kind else "" for kind in ("upper", "lower", "estimate")
-            ]
+            values = [show(row.value, way) if row.kind == kind else "" for kind in _KINDS.values()]
             shares = [f"{100 * a:.1f} %" for a in row.certified] or [""] * len(self.eps)
-            rows.append(
-                [
-                    row.method,
-                    *values,
-                    row.guarantee or "-",
-                    show(row.pair, way),
-                    show(row.median_radius, "down", 4),
-                    *shares,
-                    seconds_text(row.seconds),
-                    row.reason,
-                ]
-            )
+            radius = show(row.median_radius, "down", 4)
+            cells = [row.method, *values, row.guarantee or "-", show(row.pair, way), radius, *shares]
+            rows.append([*cells, seconds_text(row.seconds), row.reason])
         keep = [i for i in range(len(header)) if i < 4 or any(row[i] for row in rows)]
         right = [keep.index(i) for i in keep if i in (1, 2, 3) or 5 <= i < len(header) - 1]
         return [header[i] for i in keep], [[row[i] for i in keep] for row in rows], right
@@ -219,9 +208,8 @@ class Comparison:
         header, rows, right = self._table()
         rows = [[*row[:-1], " ".join(row[-1].split())[:100]] for row in rows] if header[-1] == "" else rows
         table = text_table(header, rows, right)
-        return "\n".join(
-            [f"Comparison: {printable(self._statement())}", table, *map(printable, self._footer())]
-        )
+        head = f"Comparison: {printable(self._statement())}"
+        return "\n".join([head, table, *map(printable, self._footer())])
 
     def _repr_html_(self) -> Html:
         footer = [element("div", line) for line in self._footer()]
@@ -231,9 +219,8 @@ class Comparison:
     def to_markdown(self) -> str:
         """The table as Markdown, with the statement above it."""
         footer = ["", *(f"- {markdown_text(line)}" for line in self._footer())] if self._footer() else []
-        return "\n".join(
-            [f"**{markdown_text(self._statement())}**", "", markdown_table(*self._table()), *footer]
-        )
+        head = f"**{markdown_text(self._statement())}**"
+        return "\n".join([head, "", markdown_table(*self._table()), *footer])
 
     def plot(self, ax: Any = None) -> Any:
         """Bounds side by side (log scale), coloured by guarantee; returns the matplotlib Axes.

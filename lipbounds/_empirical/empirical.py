@@ -257,12 +257,8 @@ def empirical(
         witness = (found.witness[0].reshape(shape), found.witness[1].reshape(shape))
     notes = () if found.value > 0 else ("no slope larger than the rounding allowance was found",)
     if within is not None:
-        where = (
-            "the range of the data"
-            if within == "range"
-            else f"distance {within:g} ({NORM_NAMES[p]}) of the data"
-        )
-        notes = (*notes, f"attained within {where}")
+        near = "the range" if within == "range" else f"distance {within:g} ({NORM_NAMES[p]})"
+        notes = (*notes, f"attained within {near} of the data")
     return LowerBound(
         found.value,
         p,

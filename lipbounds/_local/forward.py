@@ -205,9 +205,7 @@ def _apply(host: HostForm, tap: Tap, y: np.ndarray) -> tuple[np.ndarray, np.ndar
             v = np.broadcast_to(v, point.shape).reshape(y.shape[1], -1).T
             return v, DECLARED_ACCURACY * (1 + np.abs(v))
         low, high = activations.enclose(tap.expr, consts, point, point)
-        low, high = (np.broadcast_to(a, point.shape).reshape(y.shape[1], -1).T for a in (low, high))
-        middle = low + (high - low) / 2
-        return middle, np.nextafter(np.maximum(high - middle, middle - low), np.inf) * (high > low)
+        return _middle(*(np.broadcast_to(a, point.shape).reshape(y.shape[1], -1).T for a in (low, high)))
     assert tap.groups is not None
     rows = y[tap.groups.array]  # (groups, width, N)
     if tap.kind == "sort":
@@ -227,6 +225,10 @@ def _logsumexp(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         powers = I.exp(I.sub(I.point(rows), I.point(top)))
         slip = gamma(rows.shape[1] + 1)
         low, high = (end.sum(axis=1) * (1 + sign * slip) for end, sign in zip(powers, (-1, 1), strict=True))
-        low, high = I.add(I.log((np.maximum(low, 1.0), high)), I.point(top[:, 0]))  # one power is exp(0)
+        return _middle(*I.add(I.log((np.maximum(low, 1.0), high)), I.point(top[:, 0])))  # one power is exp(0)
+
+
+def _middle(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Middle and radius of intervals, the radius rounded up."""
     middle = low + (high - low) / 2
     return middle, np.nextafter(np.maximum(high - middle, middle - low), np.inf) * (high > low)

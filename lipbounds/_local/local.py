@@ -187,15 +187,10 @@ def local(
                     near.used[row] |= (between < pairs[i]).any()
                     pairs[i] = np.minimum(pairs[i], between)
 
-    found = bounded(
-        form,
-        p,
-        x,
-        lambda around: around.each(one_chunk, "local bounds"),
-        guarantee=guarantee,
-        seed=seed,
-        box=inside,
-    )
+    def use(around: Around) -> None:
+        around.each(one_chunk, "local bounds")
+
+    found = bounded(form, p, x, use, guarantee=guarantee, seed=seed, box=inside)
     return LocalBounds(
         value,
         radii,

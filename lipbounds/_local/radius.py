@@ -192,16 +192,12 @@ def certified_radius(
     if not isinstance(proof, UpperBound):
         raise TypeError(f"a radius needs an UpperBound, got {type(proof).__name__}, which proves nothing")
     if proof.network is not None and proof.network != fingerprint(form):
-        raise ValueError(
-            "this bound was computed from another network: bound this form, or leave `bound` out"
-        )
+        raise ValueError("`bound` was computed from another network: bound this form, or leave it out")
     constants, notes = _pair_constants(proof, form.num_outputs)
     notes = (*notes, *form.notes)
     if not all(enclosable(recursion.host_form(form), tap) for tap in form.taps):
-        notes = (
-            *notes,
-            f"a declared activation is evaluated in float64, assumed right to {DECLARED_ACCURACY:g}",
-        )
+        exact = f"{DECLARED_ACCURACY:g}"
+        notes = (*notes, f"a declared activation is evaluated in float64, assumed accurate to {exact}")
     gaps = _margins(*logits(form, x), labels)
     scale = constants[labels] if form.num_outputs > 1 else np.broadcast_to(constants, gaps.shape)
     correct = np.asarray((gaps > 0).all(axis=1))
