@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import track
 
 import lipbounds as lb
+from lipbounds._norms import fourier, lanczos
 from lipbounds._norms import matrices as norms
 from lipbounds._triangle.recursion import host_form
 
@@ -100,11 +101,11 @@ def measure(operator: Operator, way: str) -> Json:
         found = {"value": norms.verified_norm(a, plan=plan), "proof": plan.name, "width": plan.width}
         found["stated"] = plan.memory
     elif way == "Golub-Kahan":
-        upper, lower, steps = norms.golub_kahan(lambda v: a @ v, lambda v: a.T @ v, a.shape[1])
+        upper, lower, steps = lanczos.golub_kahan(lambda v: a @ v, lambda v: a.T @ v, a.shape[1])
         found = {"value": upper, "lower": lower, "steps": steps}
     elif way == "Fourier":
         # the product of the bounds where there are two; strides drop rows and are left out
-        found = {"value": math.prod(norms.conv_fft_bound(w, operator.space) for w in kernels(operator))}
+        found = {"value": math.prod(fourier.conv_fft_bound(w, operator.space) for w in kernels(operator))}
     else:
         found = {"shape": a.shape, "stored": a.nnz if hasattr(a, "nnz") else a.size}
     found["seconds"] = time.perf_counter() - begin

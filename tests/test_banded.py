@@ -101,7 +101,7 @@ CASES = cases()
 
 def proof(a: Any, way: str = "banded") -> banded_cholesky.Plan:
     """The plan of one way, whatever the rule of sizes would choose."""
-    (plan,) = (p for p in banded_cholesky.plans(norms._wide(norms.as_matrix(a))) if p.way == way)
+    (plan,) = (p for p in banded_cholesky.plans(norms.wide(norms.as_matrix(a))) if p.way == way)
     return plan
 
 
@@ -128,10 +128,10 @@ def test_banded_and_dense_proofs_agree(name: str) -> None:
 
 @pytest.mark.parametrize("route", ["sparse", "dense", "slices"])
 def test_block_rows_of_the_gram_matrix_are_its_own(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cholesky, "_SPARSE_FLOPS", 1e30 if route == "sparse" else 1e-30)
+    monkeypatch.setattr(cholesky, "SPARSE_FLOPS", 1e30 if route == "sparse" else 1e-30)
     monkeypatch.setattr(banded_cholesky, "_slice", lambda w: 5 if route == "slices" else 10**6)
     for name in ("random", "channels first", "empty rows"):
-        b = norms._wide(CASES[name])
+        b = norms.wide(CASES[name])
         plan = proof(b)
         banded = banded_cholesky.BandedCholesky(b, 1, 1.0, plan)
         gram = (banded.b @ banded.b.T).toarray()
@@ -178,7 +178,7 @@ def wrong_proofs(count: int) -> int:
     """How many proofs of t succeed although t < ||B||^2, for t below and above what NumPy says."""
     wrong = 0
     for a in near_singular(count):
-        b = norms._wide(a)
+        b = norms.wide(a)
         banded = banded_cholesky.BandedCholesky(
             b, cholesky.nonzeros_per_row(b), cholesky.absolute_gram_norm(b), proof(b)
         )
@@ -204,7 +204,7 @@ def test_nothing_below_the_exact_norm_is_proved(height: int, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_without_the_shift_some_matrices_are_wrongly_proved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cholesky, "_rounding_shift", lambda *args: 0.0)
+    monkeypatch.setattr(cholesky, "rounding_shift", lambda *args: 0.0)
     assert wrong_proofs(72) >= 10
 
 
@@ -213,7 +213,7 @@ def test_the_factor_is_the_cholesky_factor(monkeypatch: pytest.MonkeyPatch) -> N
     """Each t is proved exactly where t I - G has positive pivots, far from rounding, in any block height."""
     for height, name in itertools.product((1, 5, 40), ("channels first", "random tall", "two taps")):
         monkeypatch.setattr(banded_cholesky, "_height", lambda w, height=height: height)
-        b = norms._wide(CASES[name])
+        b = norms.wide(CASES[name])
         banded = banded_cholesky.BandedCholesky(b, 100, 1.0, proof(b))
         top = float(np.linalg.norm(b.toarray(), 2)) ** 2
         assert banded.proves(top * (1 + 1e-8))
@@ -223,9 +223,9 @@ def test_the_factor_is_the_cholesky_factor(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_shift_is_taken_with_the_band() -> None:
     g = np.full(5000, 0.5)
-    whole = cholesky._rounding_shift(5000, 9, 5000, 1.0, g, 3.0)
-    assert cholesky._rounding_shift(5000, 9, 5000, 1.0, g, 3.0, 4999) == pytest.approx(whole, rel=1e-3)
-    narrow = cholesky._rounding_shift(5000, 9, 5000, 1.0, g, 3.0, 40)
+    whole = cholesky.rounding_shift(5000, 9, 5000, 1.0, g, 3.0)
+    assert cholesky.rounding_shift(5000, 9, 5000, 1.0, g, 3.0, 4999) == pytest.approx(whole, rel=1e-3)
+    narrow = cholesky.rounding_shift(5000, 9, 5000, 1.0, g, 3.0, 40)
     rest = 2 * 12 * 2.0**-53 * 3 + 4 * 2.0**-53 * 1.5
     assert narrow - rest == pytest.approx(2 * 45 * 2.0**-53 * 81 * 1.5, rel=1e-6)
 
@@ -235,7 +235,7 @@ def test_the_shift_is_taken_with_the_band() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_orders_and_bandwidths(name: str) -> None:
-    b = norms._wide(CASES[name])
+    b = norms.wide(CASES[name])
     columns = sp.csr_array(b.T.tocsr())
     pattern = (b != 0).astype(float)
     gram = (pattern @ pattern.T).toarray() > 0
@@ -249,7 +249,7 @@ def test_orders_and_bandwidths(name: str) -> None:
 
 
 def test_orders_find_narrow_bands() -> None:
-    widths = {name: banded_cholesky.row_order(norms._wide(a))[1] for name, a in CASES.items()}
+    widths = {name: banded_cholesky.row_order(norms.wide(a))[1] for name, a in CASES.items()}
     assert widths["channels first"] == widths["channels last"] == 2 * 12 * 3 + 2 * 3 + 2
     assert widths["one axis"] == 2 * 4 + 3
     assert widths["stride"] <= 8 * 5 * 2 and widths["stride, first"] <= 2 * 8 * 2 * 2
@@ -265,7 +265,7 @@ def test_the_cheaper_way_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert norms.proof_plan(CASES["channels last"]).way == "dense", "small ones need no search"
     assert norms.proof_plan(np.ones((3000, 3000))).way == "dense"
     # a budget takes the other way where only that one fits, and the smallest where none does
-    b = norms._wide(convolution((20, 20), 3, 3))
+    b = norms.wide(convolution((20, 20), 3, 3))
     dense, banded = (proof(b, way) for way in ("dense", "banded"))
     assert banded.memory < dense.memory
     for limit in (None, dense.memory, banded.memory, 10):
@@ -319,8 +319,8 @@ def fn(x):
 with jax.enable_x64(True):
     form = lb.trace(lambda x: fn(x).ravel(), np.zeros((32, 32, 32)))
 a = host_form(form).forward((), [()], ())[()].midpoint_for_search()
-upper, lower, _ = norms.golub_kahan(lambda v: a @ v, lambda v: a.T @ v, a.shape[1])
-print(a.shape[0], norms.verified_norm(a), upper, lower, norms.conv_fft_bound(kernel, (32, 32)),
+upper, lower, _ = lanczos.golub_kahan(lambda v: a @ v, lambda v: a.T @ v, a.shape[1])
+print(a.shape[0], norms.verified_norm(a), upper, lower, fourier.conv_fft_bound(kernel, (32, 32)),
       resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
     done = subprocess.run(

@@ -20,8 +20,7 @@ import lipbounds as lb
 from lipbounds._cli.main import app
 from lipbounds._form.lure import LureForm
 from lipbounds._gain import memory_budget
-from lipbounds._norms import banded_cholesky
-from lipbounds._norms import matrices as norms
+from lipbounds._norms import banded_cholesky, lanczos
 from lipbounds._triangle import recursion
 from lipbounds.training.models import ModelSpec, build
 from lipbounds.training.store import save_model
@@ -414,7 +413,7 @@ def test_a_resnet_on_32_by_32_is_verified() -> None:
     nodes = [(k,) for k in range(len(form.taps))]
     for pair, block in recursion.matrices(host, recursion.structure(host, nodes, scalings), scalings):
         a = block.midpoint_for_search()
-        lower = norms.golub_kahan(lambda v, a=a: a @ v, lambda v, a=a: a.T @ v, a.shape[1])[1]
+        lower = lanczos.golub_kahan(lambda v, a=a: a @ v, lambda v, a=a: a.T @ v, a.shape[1])[1]
         name = (
             recursion.node_name(form, pair[0], source=True),
             recursion.node_name(form, pair[1], source=False),

@@ -96,7 +96,7 @@ def test_verified_norm_is_never_below_the_exact_norm(count: int) -> None:
 
 
 def test_removing_the_rounding_term_breaks_the_property(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cholesky, "_rounding_shift", lambda *args: 0.0)
+    monkeypatch.setattr(cholesky, "rounding_shift", lambda *args: 0.0)
     assert len(below_truth(540, starts=True)) >= 10
 
 
@@ -122,10 +122,10 @@ def test_error_is_added_and_start_is_only_a_hint() -> None:
 
 @pytest.mark.parametrize("route", ["dense", "blocks", "sparse"])
 def test_sparse_and_blocked_routes(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cholesky, "_BLOCK", 7)
+    monkeypatch.setattr(cholesky, "BLOCK", 7)
     if route != "dense":
         monkeypatch.setattr(cholesky, "_SMALL", 0)
-        monkeypatch.setattr(cholesky, "_SPARSE_FLOPS", 1e30 if route == "sparse" else 1e-30)
+        monkeypatch.setattr(cholesky, "SPARSE_FLOPS", 1e30 if route == "sparse" else 1e-30)
     rng = np.random.default_rng(2)
     for shape in ((30, 50), (50, 30), (20, 20), (1, 9), (250, 210)):
         dense = np.where(rng.random(shape) < 0.1, rng.standard_normal(shape), 0.0)

@@ -13,8 +13,7 @@ import pytest
 from exact import exceeds, fractions
 from scipy.stats import beta as beta_distribution
 
-from lipbounds._norms import lanczos
-from lipbounds._norms import matrices as norms
+from lipbounds._norms import fourier, lanczos
 
 # ------------------------------------------------------------------------------------------------ convolution
 
@@ -38,7 +37,7 @@ def test_the_input_grid_is_not_enough_for_zero_padding() -> None:
     assert math.isclose(np.linalg.norm(convolution_matrix(kernel, (3,)), 2), true)
     on_input_grid = np.abs(np.fft.fft(kernel.ravel(), 3)).max()
     assert math.isclose(on_input_grid, 6.0) and on_input_grid < 6.83 > true - 0.01
-    bound = norms.conv_fft_bound(kernel, (3,))
+    bound = fourier.conv_fft_bound(kernel, (3,))
     assert true < bound and math.isclose(bound, 4 + 4 * math.cos(math.pi / 5), rel_tol=1e-10)
 
 
@@ -51,29 +50,32 @@ def test_conv_bound_is_above_the_norm_and_tight() -> None:
         ((4,), (7,), 2, 2),
     ):
         kernel = rng.standard_normal((*k, cin, cout))
-        bound = norms.conv_fft_bound(kernel, n)
+        bound = fourier.conv_fft_bound(kernel, n)
         assert bound >= np.linalg.norm(convolution_matrix(kernel, n), 2)
         grid = [x + y - 1 for x, y in zip(n, k, strict=True)]
         blocks = np.fft.fftn(kernel, grid, axes=range(len(k))).reshape(-1, cin, cout)
         exact = np.linalg.norm(blocks, 2, axis=(1, 2)).max()
         assert exact * (1 - 1e-14) <= bound <= exact * (1 + 1e-11)
         for factor in (1e-310, 1e200):
-            assert math.isclose(norms.conv_fft_bound(kernel * factor, n), bound * factor, rel_tol=1e-9)
+            assert math.isclose(fourier.conv_fft_bound(kernel * factor, n), bound * factor, rel_tol=1e-9)
     for taps in (2, 3, 5):  # few points: above every frequency, by no more than the factor of the grid
         kernel = rng.standard_normal((taps, taps, 3, 2))
-        fine, coarse = norms.conv_fft_bound(kernel, (200, 200)), norms.conv_fft_bound(kernel, (200, 200), 6)
+        fine, coarse = (
+            fourier.conv_fft_bound(kernel, (200, 200)),
+            fourier.conv_fft_bound(kernel, (200, 200), 6),
+        )
         grid = max(6, 3 * taps) + taps - 1
         assert fine <= coarse <= fine / math.cos((taps - 1) * math.pi / grid) * (1 + 1e-9)
     point = rng.standard_normal((1, 5, 4))  # one tap: the bound is the norm of a plain matrix
-    assert exceeds(Fraction(norms.conv_fft_bound(point, (2,))), fractions(point[0]))
-    assert norms.conv_fft_bound(np.zeros((3, 3, 1, 1)), (4, 4)) == 0.0
+    assert exceeds(Fraction(fourier.conv_fft_bound(point, (2,))), fractions(point[0]))
+    assert fourier.conv_fft_bound(np.zeros((3, 3, 1, 1)), (4, 4)) == 0.0
     for bad, shape in (
         (np.ones((3, 3, 1)), (4, 4)),
         (np.full((1, 1, 1), math.nan), (3,)),
         (np.ones((1, 1, 1)), (0,)),
     ):
         with pytest.raises(ValueError):
-            norms.conv_fft_bound(bad, shape)
+            fourier.conv_fft_bound(bad, shape)
 
 
 # ----------------------------------------------------------------------------------------- Golub-Kahan, power
@@ -102,7 +104,7 @@ def test_golub_kahan_never_fails_and_is_tight() -> None:
             a = (u[:, : min(m, n)] * values) @ v[:, : min(m, n)].T
             exact = float(np.linalg.norm(a, 2))
             for steps in (1, 3, 300):
-                upper, lower, used = norms.golub_kahan(
+                upper, lower, used = lanczos.golub_kahan(
                     partial(np.matmul, a), partial(np.matmul, a.T), n, seed=seed, max_steps=steps
                 )
                 assert lower <= exact <= upper
@@ -120,7 +122,9 @@ def test_golub_kahan_failure_probability() -> None:
     values = np.r_[1.0, np.full(9, 0.9)]
     seeds = range(400)
     missed = sum(
-        norms.golub_kahan(lambda x: values * x, lambda x: values * x, 10, seed=s, failure=0.5, max_steps=1)[0]
+        lanczos.golub_kahan(lambda x: values * x, lambda x: values * x, 10, seed=s, failure=0.5, max_steps=1)[
+            0
+        ]
         < 1
         for s in seeds
     )
@@ -142,29 +146,29 @@ def test_golub_kahan_hidden_direction_is_covered(monkeypatch: pytest.MonkeyPatch
         def apply(v: np.ndarray, extra: float = extra) -> np.ndarray:
             return v + extra * (x @ v) * x
 
-        assert norms.golub_kahan(apply, apply, n, seed=0)[0] >= 1 + extra
+        assert lanczos.golub_kahan(apply, apply, n, seed=0)[0] >= 1 + extra
         with monkeypatch.context() as patch:  # without the rounding loss the direction is overlooked
             patch.setattr(
                 lanczos, "_largest_root", lambda a, b, limit, low, loss: root(a, b, limit, low, 0.0)
             )
-            missed += norms.golub_kahan(apply, apply, n, seed=0)[0] < 1 + extra
+            missed += lanczos.golub_kahan(apply, apply, n, seed=0)[0] < 1 + extra
     assert missed > 0
 
 
 def test_golub_kahan_edges() -> None:
-    zero = norms.golub_kahan(lambda x: np.zeros(3), lambda y: np.zeros(4), 4)
+    zero = lanczos.golub_kahan(lambda x: np.zeros(3), lambda y: np.zeros(4), 4)
     assert zero == (0.0, 0.0, 1)
     for size in (1e-160, 1e200):
         a = np.random.default_rng(0).standard_normal((5, 8)) * size
         exact = np.linalg.norm(a / size, 2) * size
-        upper, lower, _ = norms.golub_kahan(partial(np.matmul, a), partial(np.matmul, a.T), 8)
+        upper, lower, _ = lanczos.golub_kahan(partial(np.matmul, a), partial(np.matmul, a.T), 8)
         assert lower <= exact <= upper <= 1.001 * exact
     with pytest.raises(ValueError, match="NaN"):
-        norms.golub_kahan(lambda x: x * math.nan, lambda x: x, 3)
+        lanczos.golub_kahan(lambda x: x * math.nan, lambda x: x, 3)
     with pytest.raises(ValueError, match="too small"):
-        norms.golub_kahan(lambda x: x, lambda x: x, 100, failure=1e-15)
+        lanczos.golub_kahan(lambda x: x, lambda x: x, 100, failure=1e-15)
     with pytest.raises(ValueError, match="failure"):
-        norms.golub_kahan(lambda x: x, lambda x: x, 3, failure=0.0)
+        lanczos.golub_kahan(lambda x: x, lambda x: x, 3, failure=0.0)
 
 
 @pytest.mark.slow
@@ -173,15 +177,15 @@ def test_power_iteration_value_gradient_and_warm_start() -> None:
     v0 = jnp.asarray(np.random.default_rng(1).standard_normal(5), dtype=jnp.float32)
 
     def sigma(a: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return norms.power_iteration(lambda x: a @ x, v, 100)
+        return lanczos.power_iteration(lambda x: a @ x, v, 100)
 
     (value, v), gradient = jax.jit(jax.value_and_grad(sigma, has_aux=True))(a, v0)
     u, s, vt = np.linalg.svd(np.asarray(a, dtype=np.float64))
     assert math.isclose(float(value), s[0], rel_tol=1e-5)
     assert np.allclose(gradient, np.outer(u[:, 0], vt[0]), atol=1e-3)
-    again, _ = norms.power_iteration(lambda x: a @ x, v, 0)
+    again, _ = lanczos.power_iteration(lambda x: a @ x, v, 0)
     assert math.isclose(float(again), s[0], rel_tol=1e-5)
-    few = [float(norms.power_iteration(lambda x: a @ x, v0, k)[0]) for k in (0, 1, 2, 5)]
+    few = [float(lanczos.power_iteration(lambda x: a @ x, v0, k)[0]) for k in (0, 1, 2, 5)]
     assert few == sorted(few) and few[0] < s[0] * (1 + 1e-6)
     batch = jax.vmap(jax.grad(lambda a: sigma(a, v0)[0]))(jnp.stack([a, 2 * a]))
     assert np.allclose(batch[0], batch[1], atol=1e-5) and np.allclose(batch[0], gradient, atol=1e-5)
@@ -190,14 +194,14 @@ def test_power_iteration_value_gradient_and_warm_start() -> None:
 def test_power_iteration_zero_map_and_pytrees() -> None:
     zero = jnp.zeros((3, 2), dtype=jnp.float32)
     value, gradient = jax.value_and_grad(
-        lambda a: norms.power_iteration(lambda x: a @ x, jnp.ones(2, jnp.float32), 3)[0]
+        lambda a: lanczos.power_iteration(lambda x: a @ x, jnp.ones(2, jnp.float32), 3)[0]
     )(zero)
     assert float(value) == 0.0 and not np.any(np.isnan(gradient)) and not np.any(gradient)
-    value, v = norms.power_iteration(
+    value, v = lanczos.power_iteration(
         lambda t: {"x": t[0] * 3, "y": (t[1] * 2, t[1])},
         (jnp.zeros(2, jnp.float32), jnp.zeros((2, 1), jnp.float32)),
         60,
     )
     assert math.isclose(float(value), 3.0, rel_tol=1e-5) and v[1].shape == (2, 1)
-    big, _ = norms.power_iteration(lambda x: x * 1e30, jnp.ones(4, jnp.float32), 3)
+    big, _ = lanczos.power_iteration(lambda x: x * 1e30, jnp.ones(4, jnp.float32), 3)
     assert math.isclose(float(big), 1e30, rel_tol=1e-5)

@@ -47,7 +47,7 @@ def test_golub_kahan_waits_for_the_norm_to_show() -> None:
     rng = np.random.default_rng(0)
     u, v = rng.standard_normal((n, r)), rng.standard_normal((r, n))
     exact = float(np.linalg.norm(np.linalg.qr(u)[1] @ np.linalg.qr(v.T)[1].T, 2))
-    upper, lower, steps = norms.golub_kahan(
+    upper, lower, steps = lanczos.golub_kahan(
         lambda x: u @ (v @ x), lambda y: v.T @ (u.T @ y), n, failure=1e-10
     )
     assert exact * (1 - 1e-9) <= upper <= exact * 1.001
@@ -257,10 +257,10 @@ def test_more_starts_cover_what_rounding_hides() -> None:
     ]
     assert len(unlucky) >= 3
     for seed in unlucky:
-        assert norms.golub_kahan(apply, apply, n, seed=seed, failure=1e-4)[0] < 1.9
-        assert norms.golub_kahan(apply, apply, n, seed=seed, failure=1e-4, rounding=wrong)[0] >= 1.9
+        assert lanczos.golub_kahan(apply, apply, n, seed=seed, failure=1e-4)[0] < 1.9
+        assert lanczos.golub_kahan(apply, apply, n, seed=seed, failure=1e-4, rounding=wrong)[0] >= 1.9
     with pytest.raises(ValueError, match="too small for products"):
-        norms.golub_kahan(apply, apply, n, failure=1e-4, rounding=1.0)
+        lanczos.golub_kahan(apply, apply, n, failure=1e-4, rounding=1.0)
 
 
 def test_the_rounding_of_ordinary_products_changes_no_bound(monkeypatch: pytest.MonkeyPatch) -> None:

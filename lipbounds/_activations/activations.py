@@ -20,24 +20,9 @@ from jax import lax
 
 from lipbounds._activations import intervals as I
 from lipbounds._activations.enclosure import enclose
-from lipbounds._activations.expression import DECLARE, Expr, Node, SlopeError
+from lipbounds._activations.expression import Expr, SlopeError
 from lipbounds._activations.piecewise import interp
 from lipbounds._activations.slope_range import scalar_slopes
-
-__all__ = [
-    "DECLARE",
-    "Expr",
-    "Node",
-    "SlopeError",
-    "enclose",
-    "evaluate",
-    "known_name",
-    "piecewise_linear_slopes",
-    "register",
-    "register_primitive",
-    "registered",
-    "slope_range",
-]
 
 _LAX: dict[str, Callable[..., Any]] = {
     "add": lax.add, "sub": lax.sub, "mul": lax.mul, "div": lax.div, "neg": lax.neg, "abs": lax.abs,
@@ -301,28 +286,8 @@ def registered(expr: Expr, consts: Sequence[Any]) -> tuple[float, float] | None:
 
 
 _SPOTS = np.array(
-    [
-        -30.0,
-        -7.3,
-        -3.0,
-        -2.2,
-        -1.0,
-        -0.7,
-        -0.3,
-        -0.05,
-        0.0,
-        0.05,
-        0.4,
-        0.8,
-        1.0,
-        1.7,
-        2.5,
-        4.0,
-        5.9,
-        8.0,
-        30.0,
-    ]
-)
+    [-30, -7.3, -3, -2.2, -1, -0.7, -0.3, -0.05, 0, 0.05, 0.4, 0.8, 1, 1.7, 2.5, 4, 5.9, 8, 30]
+)  # fmt: skip
 
 
 def _references(x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:

@@ -52,13 +52,8 @@ def _round(x: Any, away: bool) -> Any:
 
 def _pow(a: Interval, b: Interval) -> tuple[Interval, Any]:
     n = np.asarray(b[0])
-    if (
-        n.size
-        and np.all(b[0] == b[1])
-        and np.all(n == n.flat[0])
-        and abs(n.flat[0]) <= 64
-        and n.flat[0] % 1 == 0
-    ):
+    uniform = n.size and np.all(b[0] == b[1]) and np.all(n == n.flat[0])
+    if uniform and abs(n.flat[0]) <= 64 and n.flat[0] % 1 == 0:
         k = int(n.flat[0])
         return I.ipow(a, k), (a[0] <= 0) & (a[1] >= 0) & (k < 0)
     return I.exp(I.mul(b, I.log(a))), I.outside("log", a)
@@ -158,12 +153,8 @@ def enclose(expr: Expr, consts: Sequence[Any], x_lo: Any, x_hi: Any) -> tuple[np
             elif op == "select_n":
                 (must, may), off, on = args
                 value = I.where(must, on, I.where(~may, off, I.hull(off, on)))
-                bad = (
-                    bad
-                    | np.where(must, vals[node.args[2]][1], False)
-                    | np.where(~may, vals[node.args[1]][1], False)
-                )
-                bad = bad | (~must & may & (vals[node.args[1]][1] | vals[node.args[2]][1]))
+                bad_off, bad_on = (vals[i][1] for i in node.args[1:])
+                bad = bad | (may & bad_on) | (~must & bad_off)
             else:
                 value, extra = _node(node, args)
                 bad = bad | extra

@@ -9,6 +9,7 @@ interval splits it there, so breakpoints are exact rationals and no grid decides
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,7 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 from lipbounds._activations.expression import DECLARE, REPLACE, Expr, SlopeError
-from lipbounds._activations.terms import _REMEDY, _UNARY, Domain, Split, Terms, Value
+from lipbounds._activations.terms import UNARY, Domain, Split, Terms, Value
 
 _MAX_PIECES = 256
 _COMPARE = frozenset("lt le gt ge eq ne".split())
@@ -37,34 +38,26 @@ def _compare(terms: Terms, op: str, a: Value, b: Value, domain: Domain) -> bool:
     if isinstance(a, bool) or isinstance(b, bool):
         if op in ("eq", "ne"):
             return (bool(a) == bool(b)) == (op == "eq")
-        raise SlopeError(f"{op} of booleans has no slope rule", _REMEDY)
+        raise SlopeError(f"{op} of booleans has no slope rule", DECLARE)
     sign: int | None
     if isinstance(a, float) or isinstance(b, float):
         fa, fb = (a if isinstance(a, float) else 0.0), (b if isinstance(b, float) else 0.0)
         sign = (fa > fb) - (fa < fb)
     else:
-        sign = 0 if a == b else terms.sign(terms.add(a, terms.scale(Fraction(-1), b)), domain)
+        sign = 0 if a == b else terms.sign(terms.add(a, terms.negative(b)), domain)
     if sign is None:
         raise SlopeError(
             f"the comparison {op!r} is of quantities that are not affine in x, so continuity is not proved",
             "compare x, scaled and shifted, with a constant, or declare slopes with register_activation",
         )
-    table = {
-        "lt": sign < 0,
-        "le": sign <= 0,
-        "gt": sign > 0,
-        "ge": sign >= 0,
-        "eq": sign == 0,
-        "ne": sign != 0,
-    }
-    return table[op]
+    return bool(getattr(operator, op)(sign, 0))
 
 
 def _extreme(terms: Terms, op: str, a: Value, b: Value, domain: Domain) -> Value:
     for p, q in ((a, b), (b, a)):
         if isinstance(p, float):
             return p if (p > 0) == (op == "max") else q
-    sign = 0 if a == b else terms.sign(terms.add(a, terms.scale(Fraction(-1), b)), domain)
+    sign = 0 if a == b else terms.sign(terms.add(a, terms.negative(b)), domain)
     if sign is None:
         return terms.extreme(op, a, b)
     return a if (sign >= 0) == (op == "max") else b
@@ -76,9 +69,7 @@ def _steps(terms: Terms, op: str, a: int, params: tuple, domain: Domain) -> int:
         sign = terms.sign(a, domain)
         if sign is not None:
             return terms.poly([sign])
-        raise SlopeError(
-            "it contains the sign of a quantity that is not affine in x, so continuity is not proved", _STEP
-        )
+        raise SlopeError("it contains the sign of a quantity that is not affine in x", _STEP)
     q = terms.constant(a)
     if q is None:
         raise SlopeError(
@@ -109,7 +100,7 @@ def _interpolate(terms: Terms, a: int, params: tuple, domain: Domain) -> int:
         k = (low + high) // 2
         sign = terms.sign(terms.add(a, terms.poly([-Fraction(xp[k])])), domain)
         if sign is None:
-            raise SlopeError("it interpolates at a quantity that is not affine in x", _REMEDY)
+            raise SlopeError("it interpolates at a quantity that is not affine in x", DECLARE)
         low, high = (k + 1, high) if sign >= 0 else (low, k)
     first = min(max(low - 1, 0), len(xp) - 2)
     if (low == 0 and not left) or (low == len(xp) and not right):
@@ -138,17 +129,13 @@ def resolve(terms: Terms, expr: Expr, consts: Sequence[Any], x: int, domain: Dom
         elif op == "select_n":
             if len(a) != 3 or not isinstance(a[0], bool):
                 raise SlopeError(
-                    "a selection by something other than one comparison has no slope rule", _REMEDY
+                    "a selection by something other than one comparison has no slope rule", DECLARE
                 )
             v = a[2] if a[0] else a[1]
         elif op == "interp" and isinstance(a[0], int) and not isinstance(a[0], bool):
             v = _interpolate(terms, a[0], node.params, domain)
         elif op in ("and", "or", "xor", "not") and all(isinstance(p, bool) for p in a):
-            v = (
-                not a[0]
-                if op == "not"
-                else {"and": a[0] and a[-1], "or": a[0] or a[-1], "xor": a[0] != a[-1]}[op]
-            )
+            v = {"not": not a[0], "and": a[0] and a[-1], "or": a[0] or a[-1], "xor": a[0] != a[-1]}[op]
         elif op == "to_float":
             v = terms.poly([int(a[0])]) if isinstance(a[0], bool) else a[0]
         elif op == "is_finite":
@@ -163,12 +150,12 @@ def resolve(terms: Terms, expr: Expr, consts: Sequence[Any], x: int, domain: Dom
             v = abs(a[0])
         elif any(isinstance(p, (bool, float)) for p in a):
             what = "a boolean" if any(isinstance(p, bool) for p in a) else "an infinite constant"
-            raise SlopeError(f"{op} of {what} has no slope rule", _REMEDY)
+            raise SlopeError(f"{op} of {what} has no slope rule", DECLARE)
         else:
             v = _arithmetic(terms, op, a, node.params, domain)
         vals.append(v)
     if isinstance(vals[-1], (bool, float)):
-        raise SlopeError("the result is a predicate or infinite, not a real number", _REMEDY)
+        raise SlopeError("the result is a predicate or infinite, not a real number", DECLARE)
     return vals[-1]
 
 
@@ -176,13 +163,13 @@ def _arithmetic(terms: Terms, op: str, a: list[int], params: tuple, domain: Doma
     if op == "add":
         return terms.add(a[0], a[1])
     if op == "sub":
-        return terms.add(a[0], terms.scale(Fraction(-1), a[1]))
+        return terms.add(a[0], terms.negative(a[1]))
     if op == "mul":
         return terms.mul(a[0], a[1])
     if op == "div":
         return terms.div(a[0], a[1])
     if op == "neg":
-        return terms.scale(Fraction(-1), a[0])
+        return terms.negative(a[0])
     if op == "abs":
         sign = terms.sign(a[0], domain)
         return terms.magnitude(a[0]) if sign is None else terms.scale(Fraction(sign), a[0]) if sign else a[0]
@@ -192,7 +179,7 @@ def _arithmetic(terms: Terms, op: str, a: list[int], params: tuple, domain: Doma
         return terms.raised(a[0], a[1])
     if op in ("sign", "floor", "ceil", "round"):
         return _steps(terms, op, a[0], params, domain)
-    if op in _UNARY:
+    if op in UNARY:
         return terms.unary(op, a[0])
     unbounded = op in _UNBOUNDED and any(terms.coefficients(i) is not None for i in a)
     raise SlopeError(f"the primitive {op!r} has no slope rule", REPLACE if unbounded else DECLARE)
@@ -204,7 +191,7 @@ def _limit(terms: Terms, term: int, c: Fraction) -> int:
         return terms.at(term, c)
     except SlopeError as error:
         reason = f"it cannot be bounded here: what a branch tends to at x = {float(c):.9g} is not known"
-        raise SlopeError(f"{reason} ({error.reason})", _REMEDY) from error
+        raise SlopeError(f"{reason} ({error.reason})", DECLARE) from error
 
 
 def pieces(
@@ -224,7 +211,7 @@ def pieces(
         except Split as split:
             work += [Domain(split.at, domain.right), Domain(domain.left, split.at)]
         if len(work) + len(out) > _MAX_PIECES:
-            raise SlopeError(f"it has more than {_MAX_PIECES} pieces", _REMEDY)
+            raise SlopeError(f"it has more than {_MAX_PIECES} pieces", DECLARE)
     joints = []
     for left, right in pairwise(out):
         c = left.domain.right

@@ -99,9 +99,7 @@ def knots(
             + (", where the function jumps" if equal and values[k] != values[k + 1] else ""),
             "drop one of two equal knots" if equal else "sort the knots",
         )
-    if (
-        gaps <= 2 * float(jnp.finfo(wide).eps) ** 2
-    ).any():  # jax takes the left knot's value between such knots
+    if (gaps <= 2 * float(jnp.finfo(wide).eps) ** 2).any():  # where jax takes the left knot's value
         return "two knots of jnp.interp are so close that it jumps between them", "move the knots apart"
     given = iter(rest)
     for side, end, value in (("left", left, values[0]), ("right", right, values[-1])):
@@ -158,6 +156,5 @@ def integer_bounds(primitive: str, dtype: Any, bounds: Sequence[Bounds]) -> Boun
     else:
         return None
     info = jnp.iinfo(dtype)
-    return (
-        (low, high) if max(low, -high, -low, high) <= _MOST and info.min <= low and high <= info.max else None
-    )
+    fits = max(abs(low), abs(high)) <= _MOST and info.min <= low and high <= info.max
+    return (low, high) if fits else None

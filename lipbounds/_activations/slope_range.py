@@ -16,7 +16,6 @@ from lipbounds._activations.pieces import pieces
 from lipbounds._activations.tails import TailError, tail_slopes
 from lipbounds._activations.terms import DOMAIN_REMEDY, Domain, Terms
 
-_REMEDY = DECLARE
 _BOUNDED = "clip its argument first (jnp.clip(x, -c, c)), or use a function of bounded slope such as jnp.sqrt(1 + x**2)"
 _SMOOTH = "smooth it there (jnp.sqrt(x**2 + c) in place of jnp.sqrt(jnp.abs(x))), or use a function of bounded slope"
 _STEEP = 1e6  # a slope that is attained; beyond this no slopes are asked for
@@ -64,7 +63,7 @@ def _chain(u: Jet, v: Interval, g: Interval, h: Interval | None, bad: Any) -> Je
 def _pow(u: Jet, q: Fraction) -> Jet:
     c = float(q)
     if c != q or float(q - 1) != q - 1:
-        raise SlopeError(f"the exponent {c:g} is too small or large for the slope rule of pow", _REMEDY)
+        raise SlopeError(f"the exponent {c:g} is too small or large for the slope rule of pow", DECLARE)
     bad = np.logical_not(u.v[0] > 0 if c < 1 else u.v[0] >= 0)
     g = I.mul(I.point(c), I.power(u.v, c - 1))
     return _chain(u, I.power(u.v, c), g, None, bad)
@@ -124,9 +123,8 @@ def jets(terms: Terms, term: int, x: Interval) -> dict[int, Jet]:
         t = terms.items[i]
         jet = _jet(t.op, [done[j] for j in t.args], t.param, x)
         c = terms.coefficients(t.args[0]) if t.op == "sqrt" else None
-        if (
-            c is not None and len(c) == 3
-        ):  # sqrt(u) of a quadratic: f'' = (4 c2 c0 - c1^2) / (4 u sqrt u), no cancellation
+        # For the square root of a quadratic u, f'' = (4 c2 c0 - c1^2) / (4 u sqrt u) does not cancel.
+        if c is not None and len(c) == 3:
             d = I.from_fraction(c[2] * c[0] - c[1] * c[1] / 4)
             jet = Jet(jet.v, jet.d, I.div(d, I.mul(done[t.args[0]].v, jet.v)), jet.bad)
         done[i] = jet
@@ -191,7 +189,7 @@ def _failure(terms: Terms, term: int, a: float, b: float) -> SlopeError:
             name = what.get(t.op, t.op + " outside its domain")
             if _undefined(t.op, [here[j] for j in t.args], [[e[j] for j in t.args] for e in ends]):
                 return SlopeError(f"it is not defined on all reals: {name} {where}", DOMAIN_REMEDY)
-            return SlopeError(f"it cannot be bounded here: perhaps {name} {where}", _REMEDY)
+            return SlopeError(f"it cannot be bounded here: perhaps {name} {where}", DECLARE)
     steepest = max((_size(terms, term, x), x) for x in (a, middle, b))
     return _steep(steepest, f"its slope is unbounded or too large {where}", _SMOOTH)
 
@@ -207,7 +205,7 @@ def _steep(steepest: tuple[float, float], reason: str, remedy: str) -> SlopeErro
     """The refusal of a slope, given (lower bound, x) where it is large: only a bounded one can be declared."""
     slope, x = steepest
     if slope < _STEEP:
-        return SlopeError(reason, _REMEDY)
+        return SlopeError(reason, DECLARE)
     return SlopeError(f"{reason}: it is at least {slope:.2g} at x = {x:.6g}", remedy)
 
 
@@ -228,10 +226,9 @@ def _branch(terms: Terms, term: int, left: Interval, right: Interval, found: Ran
     for level in range(_MAX_LEVELS + 1):
         n, m = len(a), _midpoint(a, b)
         used += n
+        pts = np.concatenate([a, b, m])
         if inside[0] <= inside[1]:
-            pts = np.clip(np.concatenate([a, b, m]), *inside)
-        else:
-            pts = np.concatenate([a, b, m])
+            pts = np.clip(pts, *inside)
         jet = jets(terms, term, (np.concatenate([a, pts]), np.concatenate([b, pts])))[term]
         size = 4 * n
         d_lo, d_hi, s_lo, s_hi = (np.broadcast_to(q, size) for q in (*jet.d, *jet.s))
@@ -273,10 +270,7 @@ def _sharpen(a: Any, b: Any, pts: Any, d: Interval, s: Interval, n: int) -> Inte
     usable = (pm >= a) & (pm <= b) & ~np.isnan(at[0]) & ~np.isnan(at[1])
     lo, hi = np.where(usable, np.maximum(lo, at[0]), lo), np.where(usable, np.minimum(hi, at[1]), hi)
     exact = (pa == a) & (pb == b)
-    (l_lo, l_hi), (r_lo, r_hi) = (
-        (d[0][n : 2 * n], d[1][n : 2 * n]),
-        (d[0][2 * n : 3 * n], d[1][2 * n : 3 * n]),
-    )
+    (l_lo, l_hi), (r_lo, r_hi) = ((e[k : k + n] for e in d) for k in (n, 2 * n))
     up, down = exact & (s[0] >= 0), exact & (s[1] <= 0)
     lo = np.where(up, np.maximum(lo, l_lo), np.where(down, np.maximum(lo, r_lo), lo))
     hi = np.where(up, np.minimum(hi, r_hi), np.where(down, np.minimum(hi, l_hi), hi))
@@ -355,7 +349,7 @@ def _tail(terms: Terms, term: int, first: int, reflect: bool, found: Range) -> N
         side = "-infinity" if reflect else "+infinity"
         reason = f"its slope is unbounded, or cannot be bounded, as x tends to {side}"
         if outside:
-            raise SlopeError(f"{reason} ({outside} may leave its domain)", _REMEDY)
+            raise SlopeError(f"{reason} ({outside} may leave its domain)", DECLARE)
         spots = [-x if reflect else x for x in 2.0 ** np.arange(first, max(first, 26) + 1)]
         sizes = [(_size(terms, term, float(x)), float(x)) for x in spots]
         raise _steep(next((s for s in sizes if s[0] >= _STEEP), (0.0, 0.0)), reason, _BOUNDED)
@@ -396,7 +390,7 @@ def scalar_slopes(expr: Expr, consts: tuple[Any, ...]) -> tuple[float, float]:
     )
     first = next((k for k in _TAILS if largest < 2**k), None)
     if first is None and smooth:
-        raise SlopeError(f"a breakpoint at {float(largest):.3g} is too far out", _REMEDY)
+        raise SlopeError(f"a breakpoint at {float(largest):.3g} is too far out", DECLARE)
     with I.quiet():
         for part in smooth:
             assert first is not None
@@ -411,5 +405,5 @@ def scalar_slopes(expr: Expr, consts: tuple[Any, ...]) -> tuple[float, float]:
             if part.domain.right is None:
                 _tail(terms, part.term, first, False, found)
     if not (np.isfinite(found.lo) and np.isfinite(found.hi) and found.lo <= found.hi):
-        raise SlopeError("its slope range could not be bounded", _REMEDY)
+        raise SlopeError("its slope range could not be bounded", DECLARE)
     return float(found.lo) + 0.0, float(found.hi) + 0.0

@@ -123,11 +123,8 @@ def anchored_slopes(
                 # too near to tell: both ends of what is possible
                 low = np.where(inside & ~apart, a[:, at], low)
                 high = np.where(inside & ~apart, b[:, at], high)
-        flat = box[0] == box[1]
-        low, high = (
-            np.where(flat | ~(low <= high), a[:, at], low),
-            np.where(flat | ~(low <= high), b[:, at], high),
-        )
+        unclear = (box[0] == box[1]) | ~(low <= high)
+        low, high = np.where(unclear, a[:, at], low), np.where(unclear, b[:, at], high)
         a[:, at], b[:, at] = np.maximum(a[:, at], low), np.minimum(b[:, at], high)
     return a, b
 

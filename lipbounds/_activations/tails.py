@@ -18,9 +18,7 @@ from lipbounds._activations.intervals import Interval
 from lipbounds._activations.terms import Terms
 
 _ZERO: Interval = (0.0, 0.0)
-_FIXED_AT_ZERO = frozenset(
-    ("expm1", "log1p", "tanh", "erf", "sin", "tan", "atan", "asinh", "sinh", "asin", "atanh")
-)
+_FIXED_AT_ZERO = frozenset("expm1 log1p tanh erf sin tan atan asinh sinh asin atanh".split())
 
 
 @dataclass(frozen=True)

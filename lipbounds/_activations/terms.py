@@ -13,7 +13,7 @@ from lipbounds._activations.expression import DECLARE, SlopeError
 _MAX_DEGREE = 6
 
 
-_UNARY = frozenset(
+UNARY = frozenset(
     "exp exp2 expm1 log log1p tanh logistic softplus erf erfc sqrt rsqrt cbrt sin cos tan atan asinh acosh "
     "atanh sinh cosh asin acos".split()
 )
@@ -28,9 +28,6 @@ _KNOWN: dict[tuple[str, Fraction | int], Fraction | int] = {
     ("asinh", 0): 0, ("sinh", 0): 0, ("cosh", 0): 1, ("asin", 0): 0,
     ("acos", 1): 0, ("acosh", 1): 0, ("atanh", 0): 0,
 }  # fmt: skip
-
-
-_REMEDY = DECLARE
 
 
 DOMAIN_REMEDY = (
@@ -129,7 +126,7 @@ class Terms:
             return self.poly([p + q for p, q in zip(pad_a, pad_b, strict=True)])
         if a == () or b == ():
             return j if a == () else i
-        if self._total[i] and self.scale(Fraction(-1), j) == i:
+        if self._total[i] and self.negative(j) == i:
             return self.poly([])
         return self._intern("add", (min(i, j), max(i, j)))
 
@@ -158,7 +155,7 @@ class Terms:
         c = self.coefficients(i)
         if c is not None and (len(c) <= 1 or (len(c) - 1) * n <= _MAX_DEGREE):
             if n > 1024:
-                raise SlopeError(f"a power of {n} is too large", _REMEDY)
+                raise SlopeError(f"a power of {n} is too large", DECLARE)
             if len(c) <= 1:
                 return self.poly([self.constant(i) ** n])  # type: ignore[operator]
             out = i
@@ -181,7 +178,7 @@ class Terms:
             return self.scale(1 / q, i)
         u = self._one_plus_exp(j)
         if u is not None:  # a / (1 + exp u) = a * logistic(-u)
-            return self.mul(i, self.unary("logistic", self.scale(Fraction(-1), u)))
+            return self.mul(i, self.unary("logistic", self.negative(u)))
         return self._intern("div", (i, j))
 
     def _one_plus_exp(self, i: int) -> int | None:
@@ -192,7 +189,7 @@ class Terms:
                     return self.items[b].args[0]
         return None
 
-    def _negative(self, i: int) -> int:
+    def negative(self, i: int) -> int:
         return self.scale(Fraction(-1), i)
 
     def unary(self, op: str, i: int) -> int:
@@ -204,11 +201,11 @@ class Terms:
             if u is not None:
                 return self.unary("softplus", u)
             if t.op == "logistic":  # log(1 / (1 + exp -u)) = -softplus(-u)
-                return self._negative(self.unary("softplus", self._negative(t.args[0])))
+                return self.negative(self.unary("softplus", self.negative(t.args[0])))
             if t.op == "cosh":  # softplus(2u) - u - log 2
                 both = self.unary("softplus", self.scale(Fraction(2), t.args[0]))
                 less = self.add(t.args[0], self.unary("log", self.poly([2])))
-                return self.add(both, self._negative(less))
+                return self.add(both, self.negative(less))
         if q is None:
             return self._intern(op, (i,))
         if op == "softplus" and q == 0:
@@ -236,7 +233,7 @@ class Terms:
             return self._intern("pow", (i,), n)
         if base is not None and base > 0:
             return self.unary("exp", self.mul(self.unary("log", i), j))
-        raise SlopeError("pow with both base and exponent depending on x has no slope rule", _REMEDY)
+        raise SlopeError("pow with both base and exponent depending on x has no slope rule", DECLARE)
 
     def extreme(self, op: str, i: int, j: int) -> int:
         """``max`` or ``min`` of two terms whose order is not decided (constants are)."""
@@ -267,7 +264,7 @@ class Terms:
                 memo[k] = self.extreme(t.op, a[0], a[1])
             elif t.op == "abs":
                 memo[k] = self.magnitude(a[0])
-            elif t.op in _UNARY:
+            elif t.op in UNARY:
                 memo[k] = self.unary(t.op, a[0])
             else:
                 memo[k] = {"add": self.add, "mul": self.mul, "div": self.div}[t.op](a[0], a[1])

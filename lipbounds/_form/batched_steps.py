@@ -7,6 +7,7 @@ and 0.12). So convolutions are written in that form here, with their derivatives
 
 from __future__ import annotations
 
+import string
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,9 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lipbounds._form.lure import LureForm, apply_op
+from lipbounds._form.lure import LureForm, apply_op, fixed_operands
 from lipbounds._form.program import Op
-from lipbounds._form.steps import KINDS
 from lipbounds._form.walk import Algebra
 
 _HIGHEST = lax.Precision.HIGHEST
@@ -26,27 +26,11 @@ product = partial(jnp.matmul, precision=_HIGHEST)
 einsum = partial(jnp.einsum, precision=_HIGHEST)
 
 
-def fixed_operands(form: LureForm, step: Any, dtype: Any) -> list[Any]:
-    """The constants of a step in their places, offsets as zero; None where a register stands."""
-    joint = KINDS[step.kind].joint
-    args: list[Any] = []
-    for i in step.inputs:
-        if i >= 0:
-            args.append(None)
-        else:
-            const = jnp.asarray(form.consts[-1 - i])
-            args.append(jnp.zeros(const.shape, dtype) if joint else const.astype(dtype))
-    return args
-
-
 def apply_batched(step: Any, fixed: Sequence[Any], stacks: Sequence[Any]) -> Any:
     """The step on stacks (batch, *shape), one for every None among the fixed operands; for reverse mode only."""
     params = dict(step.params)
-    if (
-        step.kind == "conv"
-        and fixed[0] is None
-        and params["feature_group_count"] == params["batch_group_count"] == 1
-    ):
+    grouped = step.kind == "conv" and (params["feature_group_count"], params["batch_group_count"]) != (1, 1)
+    if step.kind == "conv" and fixed[0] is None and not grouped:
         return _convolution(params, stacks[0], fixed[1])
     places = [place for place, value in enumerate(fixed) if value is None]
 
@@ -70,10 +54,10 @@ class Batches(Algebra[Any]):
 
     def step(self, place: int, op: Op, held: Mapping[int, Any]) -> Any:
         stacks = [held[i] if i in held else self.zeros(self.program.shapes[i]) for i in op.reads]
-        return apply_batched(op, fixed_operands(self.form, op, self.dtype), stacks)
+        return apply_batched(op, fixed_operands(self.form.consts, op, self.dtype), stacks)
 
     def back(self, place: int, op: Op, out: Any) -> Iterator[tuple[int, Any]]:
-        fixed = fixed_operands(self.form, op, self.dtype)
+        fixed = fixed_operands(self.form.consts, op, self.dtype)
         zeros = (self.zeros(self.program.shapes[i]) for i in op.reads)
         return zip(op.reads, jax.vjp(lambda *m: apply_batched(op, fixed, m), *zeros)[1](out), strict=True)
 
@@ -83,11 +67,8 @@ class Batches(Algebra[Any]):
         return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
     def split(self, value: Any, registers: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        start = 0
-        for i in registers:
-            end = start + self.program.sizes[i]
-            yield i, value[:, start:end].reshape(self.count, *self.program.shapes[i])
-            start = end
+        for i, place in self.program.places_of(registers):
+            yield i, value[:, place].reshape(self.count, *self.program.shapes[i])
 
     def add(self, a: Any, b: Any) -> Any:
         return a + b
@@ -118,9 +99,7 @@ def _convolution(params: dict[str, Any], stack: Any, kernel: Any) -> Any:
 
 
 def _plain(x: Any, w: Any, strides: Any, padding: Any, dilation: Any, kernel_dilation: Any) -> Any:
-    space = (
-        "DHW"[3 - (x.ndim - 2) :] if x.ndim <= 5 else "".join(chr(ord("a") + d) for d in range(x.ndim - 2))
-    )
+    space = string.ascii_lowercase[: x.ndim - 2]
     return lax.conv_general_dilated(
         x,
         w,
@@ -137,8 +116,7 @@ def _plain(x: Any, w: Any, strides: Any, padding: Any, dilation: Any, kernel_dil
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _channels_last(geometry: Any, x: Any, w: Any) -> Any:
     """X (batch, *space, channels), w (*window, channels, features); geometry: strides, padding, two dilations."""
-    strides, padding, dilation, kernel_dilation = geometry
-    return _plain(x, w, strides, padding, dilation, kernel_dilation)
+    return _plain(x, w, *geometry)
 
 
 def _forward(geometry: Any, x: Any, w: Any) -> Any:

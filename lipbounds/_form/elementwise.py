@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lipbounds._activations.activations import Expr, Node
+from lipbounds._activations.expression import Expr, Node
 from lipbounds._form.lure import LureForm
 from lipbounds._form.program import Op, Program, Tap
 from lipbounds._form.steps import StaticArray
@@ -126,12 +126,15 @@ class _Rewriter:
 
     def rewrite(self, tap: Tap) -> None:
         assert tap.groups is not None
+        inputs, table = tuple(self.places[i] for i in tap.inputs), tap.groups.array
         if tap.kind == "sort":
-            self.sort(tap)
-        elif tap.kind != "logsumexp" and _is_prefixes(tap.groups.array):
-            self.running(tap)
-        else:
-            self.tournament(tap)
+            self.sort(tap, self.take(inputs, table), table)
+            return
+        prefixes = tap.kind != "logsumexp" and _is_prefixes(table)
+        found = (
+            self.running(tap, inputs, table) if prefixes else self.tournament(tap, self.take(inputs, table))
+        )
+        self.places[tap.outputs[0]] = self.op("reshape", (found,), tap.shapes[0], shape=tap.shapes[0])
 
     def better(self, tap: Tap, a: int, b: int) -> int:
         """max(a, b), min(a, b) or logaddexp(a, b), entry by entry."""
@@ -139,12 +142,11 @@ class _Rewriter:
         won = self.ramp("softplus" if tap.kind == "logsumexp" else "relu", self.op("sub", (a, b), shape), tap)
         return self.op("sub", (a, won), shape) if tap.kind == "min" else self.op("add", (b, won), shape)
 
-    def running(self, tap: Tap) -> None:
+    def running(self, tap: Tap, inputs: tuple[int, ...], table: np.ndarray) -> int:
         """Prefixes of lines of n entries: after the round of blocks of 2 d entries each prefix of a block is known."""
-        assert tap.groups is not None
-        n = tap.groups.array.shape[1]
-        lines = tap.groups.array[n - 1 :: n]
-        current = self.take(tuple(self.places[i] for i in tap.inputs), lines)
+        n = table.shape[1]
+        lines = table[n - 1 :: n]
+        current = self.take(inputs, lines)
         here = np.arange(lines.size).reshape(lines.shape)
         at = np.arange(n)
         half = 1
@@ -158,14 +160,11 @@ class _Rewriter:
             index[:, upper] = lines.size + np.arange(lines.shape[0] * upper.size).reshape(-1, upper.size)
             current = self.take((current, best), index)
             half *= 2
-        self.places[tap.outputs[0]] = self.op("reshape", (current,), tap.shapes[0], shape=tap.shapes[0])
+        return current
 
-    def tournament(self, tap: Tap) -> None:
+    def tournament(self, tap: Tap, current: int) -> int:
         """Columns of the (groups, width) table, halved until one is left."""
-        assert tap.groups is not None
-        table = tap.groups.array
-        count, width = table.shape
-        current = self.take(tuple(self.places[i] for i in tap.inputs), table)
+        count, width = self.shapes[current]
         while width > 1:
             half = width // 2
             index = np.arange(count * width).reshape(count, width)
@@ -178,14 +177,11 @@ class _Rewriter:
             else:
                 current = best
             width = half + width % 2
-        self.places[tap.outputs[0]] = self.op("reshape", (current,), tap.shapes[0], shape=tap.shapes[0])
+        return current
 
-    def sort(self, tap: Tap) -> None:
+    def sort(self, tap: Tap, current: int, table: np.ndarray) -> None:
         """Odd-even transposition: `width` rounds of neighbours exchanged, one relu per pair (one round for width 2)."""
-        assert tap.groups is not None
-        table = tap.groups.array
         count, width = table.shape
-        current = self.take(tuple(self.places[i] for i in tap.inputs), table)
         for turn in range(width if width > 2 else width - 1):
             low = np.arange(turn % 2, width - 1, 2)
             if not low.size:
@@ -196,9 +192,7 @@ class _Rewriter:
             small = self.op("sub", (a, won), (count, low.size))
             large = self.op("add", (b, won), (count, low.size))
             # Columns that were exchanged come from (small, large), the others stay.
-            where = np.arange(2 * count * low.size, 2 * count * low.size + count * width).reshape(
-                count, width
-            )
+            where = 2 * count * low.size + index
             pairs = np.arange(count * low.size).reshape(count, low.size)
             where[:, low] = pairs
             where[:, low + 1] = count * low.size + pairs

@@ -115,10 +115,9 @@ class LureForm:
                 f"one example has shape {self.in_shape}, got {x.shape}; use jax.vmap for a batch"
             )
         taps = self.taps
-        out = propagate(
+        return propagate(
             self, x.ravel(), lambda k, y: apply_tap(taps[k], self.consts, y), dtype=dtype, affine=True
         )
-        return out
 
     def __repr__(self) -> str:
         taps = ", ".join(f"{printable(t.name)}[{t.size_out}]" for t in self.taps) or "none (linear)"
@@ -162,6 +161,13 @@ def apply_op(op: Op, args: Sequence[Any]) -> Any:
     return KINDS[op.kind].apply(dict(op.params), *args)
 
 
+def fixed_operands(consts: Sequence[Any], op: Op, dtype: Any, affine: bool = False) -> list[Any]:
+    """The constant operands of a step in their places, None where a register stands; offsets are zero unless affine."""
+    offset = KINDS[op.kind].joint and not affine
+    args = [None if i >= 0 else jnp.asarray(consts[-1 - i]) for i in op.inputs]
+    return [a if a is None else jnp.zeros(a.shape, dtype) if offset else a.astype(dtype) for a in args]
+
+
 class Arrays(Algebra[Any]):
     """One example as arrays of the registers' shapes; taps are a function on flat vectors.
 
@@ -180,14 +186,10 @@ class Arrays(Algebra[Any]):
         return self.of_tap(k, value)
 
     def step(self, place: int, op: Op, held: Mapping[int, Any]) -> Any:
-        offset = KINDS[op.kind].joint and not self.affine
-        args = []
-        for i in op.inputs:
+        args = fixed_operands(self.consts, op, self.dtype, self.affine)
+        for place, i in enumerate(op.inputs):
             if i >= 0:
-                args.append(held[i] if i in held else jnp.zeros(self.program.shapes[i], self.dtype))
-            else:
-                const = jnp.asarray(self.consts[-1 - i])
-                args.append(jnp.zeros(const.shape, self.dtype) if offset else const.astype(self.dtype))
+                args[place] = held[i] if i in held else jnp.zeros(self.program.shapes[i], self.dtype)
         return apply_op(op, args)
 
     def join(self, registers: Sequence[int], held: Mapping[int, Any]) -> Any:
@@ -195,11 +197,8 @@ class Arrays(Algebra[Any]):
         return jnp.concatenate([held[i].ravel() if i in held else jnp.zeros(n, self.dtype) for i, n in zeros])
 
     def split(self, value: Any, registers: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        start = 0
-        for i in registers:
-            end = start + self.program.sizes[i]
-            yield i, value[start:end].reshape(self.program.shapes[i])
-            start = end
+        for i, place in self.program.places_of(registers):
+            yield i, value[place].reshape(self.program.shapes[i])
 
 
 def propagate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -113,6 +114,13 @@ class Program:
     def sizes(self) -> tuple[int, ...]:
         """Entries of every register."""
         return tuple(int(np.prod(shape)) for shape in self.shapes)
+
+    def places_of(self, registers: Iterable[int]) -> Iterator[tuple[int, slice]]:
+        """(register, its entries) where registers stand side by side in one vector."""
+        start = 0
+        for r in registers:
+            yield r, slice(start, start + self.sizes[r])
+            start += self.sizes[r]
 
     @cached_property
     def written(self) -> dict[int, int]:

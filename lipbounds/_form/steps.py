@@ -70,10 +70,8 @@ def _take(p: dict[str, Any], *arrays: Any) -> Any:
 
 def _scatter_add(p: dict[str, Any], operand: Any, updates: Any) -> Any:
     out = jnp.concatenate([jnp.ravel(operand), jnp.zeros((1,), operand.dtype)])
-    out = out.at[p["target"].array.ravel()].add(
-        jnp.ravel(updates)
-    )  # target -1 is dropped with the last entry
-    return out[:-1].reshape(operand.shape)
+    out = out.at[p["target"].array.ravel()].add(jnp.ravel(updates))
+    return out[:-1].reshape(operand.shape)  # target -1 is the last entry, which is dropped
 
 
 def _dot(p: dict[str, Any], a: Any, b: Any) -> Any:

@@ -52,15 +52,15 @@ class HostForm:
         self.in_size = form.in_size
         self.num_outputs = form.num_outputs
         self.consts = [np.asarray(c) for c in form.consts]
-        self._steps: dict[int, list[StepMatrix]] = {}
+        self.steps: dict[int, list[StepMatrix]] = {}
         self.proved: dict[Any, float] = {}  # norms already proved, by content
 
     def step(self, place: int) -> list[StepMatrix]:
-        if place not in self._steps:
+        if place not in self.steps:
             op = self.program.steps[place]
             assert isinstance(op, Op)
-            self._steps[place] = step_matrices(op, self.consts, self.program.shapes)
-        return self._steps[place]
+            self.steps[place] = step_matrices(op, self.consts, self.program.shapes)
+        return self.steps[place]
 
     def node_size(self, node: Node, *, source: bool) -> int:
         taps = self.program.taps
@@ -189,12 +189,9 @@ class _Sweep(Algebra[Enclosure]):
         return whole
 
     def split(self, value: Enclosure, registers: Sequence[int]) -> Iterator[tuple[int, Enclosure]]:
-        begin = 0
-        for r in registers:
-            end = begin + self.program.sizes[r]
+        for r, place in self.program.places_of(registers):
             if r in self.alive:
-                yield r, value if len(registers) == 1 else value.select(rows=slice(begin, end))
-            begin = end
+                yield r, value if len(registers) == 1 else value.select(rows=place)
 
     def add(self, a: Enclosure, b: Enclosure) -> Enclosure:
         return enclosures.add(a, b)

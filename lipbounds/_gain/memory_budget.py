@@ -114,7 +114,7 @@ class Budget:
         return 8 * vector * (steps + _SPARE_VECTORS)
 
     def notes(self, host: HostForm) -> tuple[str, ...]:
-        steps = sum(banded_cholesky.stored(m.matrix) for each in host._steps.values() for m in each)
+        steps = sum(banded_cholesky.stored(m.matrix) for each in host.steps.values() for m in each)
         said = [
             f"memory budget {show(self.limit)}, the largest need {show(self.largest)} (beside it the network's steps "
             f"as matrices, {show(steps)})"

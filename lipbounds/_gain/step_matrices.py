@@ -6,6 +6,7 @@ constants, unrounded; a division has the relative error of one rounding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -23,6 +24,7 @@ from lipbounds._form.steps import KINDS
 from lipbounds._norms import cholesky, enclosures
 from lipbounds._norms import matrices as norms
 from lipbounds._norms.enclosures import Enclosure
+from lipbounds._norms.fourier import conv_fft_bound
 from lipbounds._norms.rounding import U, mul_up
 
 _COARSE = 12  # points an axis of a convolution of which a quick norm is enough
@@ -57,8 +59,7 @@ class StepMatrix:
             if np.unique(used).size == used.size:
                 rows = np.full(self.matrix.shape[1], -1, np.int64)
                 rows[used] = np.flatnonzero(self.rows >= 0)
-        matrix = self.matrix.T.tocsr() if sp.issparse(self.matrix) else self.matrix.T
-        return StepMatrix(self.register, matrix, rows, self.relerr, self.bound)
+        return StepMatrix(self.register, cholesky.transposed(self.matrix), rows, self.relerr, self.bound)
 
     @cached_property
     def norm(self) -> float:
@@ -66,7 +67,7 @@ class StepMatrix:
         small = min(self.matrix.shape) <= _VERIFY_STEP
         if small and self.rows is None:
             return norms.verified_norm(self.matrix) * (1 + 4 * self.relerr)
-        cheap = enclosures._cheap_norm(self.matrix)
+        cheap = enclosures.cheap_norm(self.matrix)
         if self.bound is not None:
             cheap = min(cheap, self.bound())
         return cheap * (1 + 4 * self.relerr)
@@ -91,7 +92,7 @@ class StepMatrix:
     @cached_property
     def absolute_norm(self) -> float:
         """A proved bound of the spectral norm of the absolute values."""
-        return enclosures._cheap_norm(self.matrix) * (1 + 4 * self.relerr)
+        return enclosures.cheap_norm(self.matrix) * (1 + 4 * self.relerr)
 
     def apply(self, m: Enclosure) -> Enclosure:
         """Matrix @ m, with its error."""
@@ -109,12 +110,7 @@ class StepMatrix:
 def _is_identity(m: Enclosure) -> bool:
     """Exactly the identity, where a sweep starts: a product with it is not rounded."""
     matrix = m.exact_or_none()
-    if (
-        matrix is None
-        or not sp.issparse(matrix)
-        or matrix.shape[0] != matrix.shape[1]
-        or matrix.nnz != matrix.shape[0]
-    ):
+    if not sp.issparse(matrix) or not matrix.shape[0] == matrix.shape[1] == matrix.nnz:
         return False
     ones = np.arange(matrix.shape[0])
     return bool(
@@ -135,13 +131,7 @@ def _coo(values: Any, rows: Any, cols: Any, shape: tuple[int, int]) -> Any:
     keep = cols >= 0
     matrix = sp.csr_array((values[keep].astype(np.float64), (rows[keep], cols[keep])), shape=shape)
     matrix.sum_duplicates()
-    if matrix.nnz > 0.3 * shape[0] * shape[1]:
-        return matrix.toarray()
-    return matrix
-
-
-def size_of(shape: Sequence[int]) -> int:
-    return int(np.prod(shape))
+    return matrix.toarray() if matrix.nnz > 0.3 * shape[0] * shape[1] else matrix
 
 
 def step_matrices(
@@ -153,10 +143,10 @@ def step_matrices(
     places = [(j, i) for j, i in enumerate(op.inputs) if i >= 0]
     if KINDS[op.kind].moves:
         return [_moves(op, params, place, register, consts, shapes) for place, register in places]
-    out_size = size_of(out_shape)
+    out_size = math.prod(out_shape)
     result = []
     for place, register in places:
-        shape, n = shapes[register], size_of(shapes[register])
+        shape, n = shapes[register], math.prod(shapes[register])
         index = np.arange(n).reshape(shape)
         if op.kind in ("add", "sub", "neg"):
             step = _selection(register, np.broadcast_to(index, out_shape), n)
@@ -186,8 +176,7 @@ def step_matrices(
             matrix = _conv_matrix(params, shape, kernel, out_shape)
             result.append(StepMatrix(register, matrix, bound=_conv_bound(params, shape, kernel)))
         elif op.kind == "reduce_sum":
-            table = windows.along(shape, params["axes"])
-            result.append(_table(register, table, n))
+            result.append(_table(register, windows.along(shape, params["axes"]), n))
         elif op.kind == "reduce_window_sum":
             result.append(_table(register, windows.windows(shape, params), n))
         elif op.kind == "cumsum":
@@ -209,7 +198,7 @@ def _moves(
     op: Op, params: dict[str, Any], place: int, register: int, consts: Sequence[Any], shapes: Any
 ) -> StepMatrix:
     """A selection, found by moving an iota counted from 1."""
-    n = size_of(shapes[register])
+    n = math.prod(shapes[register])
     args = []
     for j, i in enumerate(op.inputs):
         shape = shapes[i] if i >= 0 else np.shape(consts[-1 - i])
@@ -227,30 +216,25 @@ def _table(register: int, table: np.ndarray, n: int) -> StepMatrix:
 
 def _cumsum(register: int, params: dict[str, Any], shape: tuple[int, ...]) -> StepMatrix:
     lines = windows.along(shape, [params["axis"]])  # (lines, length)
-    length, n = lines.shape[1], size_of(shape)
-    keep = (
-        np.triu(np.ones((length, length), bool))
-        if params["reverse"]
-        else np.tril(np.ones((length, length), bool))
-    )
-    out, into = np.nonzero(keep)
+    length, n = lines.shape[1], math.prod(shape)
+    keep = np.tri(length, dtype=bool)
+    out, into = np.nonzero(keep.T if params["reverse"] else keep)
     return StepMatrix(register, _coo(1.0, lines[:, out], lines[:, into], (n, n)))
 
 
 def _dot_matrix(dimension_numbers: Any, place: int, index: np.ndarray, other: np.ndarray) -> Any:
     """Matrix of lax.dot_general in its operand `place`; `index` counts that operand's entries."""
     contract, batch = dimension_numbers
-    mine, theirs = place, 1 - place
 
     def grouped(a: np.ndarray, which: int) -> np.ndarray:
         free = [d for d in range(a.ndim) if d not in contract[which] and d not in batch[which]]
         a = a.transpose([*batch[which], *free, *contract[which]])
         sizes = a.shape
         nb, nf = len(batch[which]), len(free)
-        return a.reshape(size_of(sizes[:nb]), size_of(sizes[nb : nb + nf]), size_of(sizes[nb + nf :]))
+        return a.reshape(math.prod(sizes[:nb]), math.prod(sizes[nb : nb + nf]), math.prod(sizes[nb + nf :]))
 
-    cols = grouped(index, mine)  # (batch, my free, contracted)
-    values = grouped(other, theirs)  # (batch, their free, contracted)
+    cols = grouped(index, place)  # (batch, my free, contracted)
+    values = grouped(other, 1 - place)  # (batch, their free, contracted)
     (nb, f, _), g = cols.shape, values.shape[1]
     if nb == 1 and f == 1:
         dense = np.zeros((g, index.size))
@@ -266,9 +250,9 @@ def _conv_matrix(
 ) -> Any:
     """Matrix of lax.conv_general_dilated in its first operand."""
     numbers = p["dimension_numbers"]
-    index = np.arange(size_of(shape)).reshape(shape).transpose(numbers.lhs_spec)  # (batch, channel, *space)
+    index = np.arange(math.prod(shape)).reshape(shape).transpose(numbers.lhs_spec)  # (batch, channel, *space)
     row = (
-        np.arange(size_of(out_shape)).reshape(out_shape).transpose(numbers.out_spec)
+        np.arange(math.prod(out_shape)).reshape(out_shape).transpose(numbers.out_spec)
     )  # (batch, feature, *space)
     weights = kernel.transpose(numbers.rhs_spec)  # (feature, channel in group, *window)
     groups = p["feature_group_count"]
@@ -291,15 +275,15 @@ def _conv_matrix(
         form[axis], form[rank + axis] = part.shape
         where = where * space[axis] + np.maximum(part, 0).reshape(form)
         valid = valid & (part >= 0).reshape(form)
-    o, k = np.nonzero(valid.reshape(size_of(out_space), size_of(window)))
-    position = where.reshape(size_of(out_space), size_of(window))[o, k]
+    o, k = np.nonzero(valid.reshape(math.prod(out_space), math.prod(window)))
+    position = where.reshape(math.prod(out_space), math.prod(window))[o, k]
     channel = (np.arange(features) // (features // groups))[:, None] * channels + np.arange(channels)[None, :]
     flat_index = index.reshape(*index.shape[:2], -1)
     flat_row = row.reshape(*row.shape[:2], -1)
     rows = flat_row[:, :, None, o]  # (batch, feature, 1, entries)
     cols = flat_index[:, channel][..., position]  # (batch, feature, channel, entries)
     values = weights.reshape(features, channels, -1)[None][..., k]
-    return _coo(values, rows, cols, (size_of(out_shape), size_of(shape)))
+    return _coo(values, rows, cols, (math.prod(out_shape), math.prod(shape)))
 
 
 def _conv_bound(p: dict[str, Any], shape: tuple[int, ...], kernel: np.ndarray) -> Callable[..., float] | None:
@@ -321,12 +305,11 @@ def _conv_bound(p: dict[str, Any], shape: tuple[int, ...], kernel: np.ndarray) -
             window = np.moveaxis(weights, axis, 0)
             folded = np.zeros((place[-1] - place[0] + 1, stride, *window.shape[1:]))
             folded[place - place[0], phase] = window
-            phases = np.moveaxis(
-                np.moveaxis(folded, 0, axis + 1), 0, -3
-            )  # window back in place, phase before channels
+            # The window goes back to its place, and the phase before the channels.
+            phases = np.moveaxis(np.moveaxis(folded, 0, axis + 1), 0, -3)
             weights = phases.reshape(*phases.shape[:-3], stride * phases.shape[-2], phases.shape[-1])
             sizes[axis] = -(-sizes[axis] // stride)
-        return norms.conv_fft_bound(weights, tuple(sizes), most)
+        return conv_fft_bound(weights, tuple(sizes), most)
 
     return cache(bound)
 
@@ -335,7 +318,7 @@ def _probed(
     op: Op, params: dict[str, Any], place: int, register: int, consts: Sequence[Any], shapes: Any
 ) -> StepMatrix:
     """A step's matrix by unit vectors: each output is one product plus zeros, so nothing is rounded."""
-    n, out = size_of(shapes[register]), size_of(shapes[op.output])
+    n, out = math.prod(shapes[register]), math.prod(shapes[op.output])
     if n * out > 2**28:
         raise ValueError(
             f"a {op.kind} step of size {out} x {n} is too large to verify; use guarantee='probabilistic'"

@@ -30,6 +30,7 @@ from lipbounds._gain.step_matrices import StepMatrix
 from lipbounds._norms import enclosures
 from lipbounds._norms import matrices as norms
 from lipbounds._norms.enclosures import Enclosure
+from lipbounds._norms.lanczos import golub_kahan
 from lipbounds._norms.rounding import UNDERFLOW, add_up, gamma, mul_up, sqrt_up
 
 #: Bytes that the parts of a cut, and a block formed for its proof, may take where no budget is given.
@@ -73,22 +74,20 @@ def wide_norm(
     cut = partial(_by_cut, host, source, target, scalings, limit)
     ways: list[Callable[[], Bound | None]] = [free, cut] if matrix_free else [cut, free]
     ways.append(partial(_by_proof, host, source, target, scalings, limit))
-    for way in ways:
-        try:
-            found = way()
-        except (ValueError, memory_budget.TooLarge, MemoryError):
-            continue
-        if found is not None:
-            return found
-    return Bound(product_of_steps(host, source, target, scalings), "verified", "product of steps")
+    found = next((bound for bound in map(_attempt, ways) if bound is not None), None)
+    return found or Bound(product_of_steps(host, source, target, scalings), "verified", "product of steps")
 
 
 def cut_norm(
     host: HostForm, pair: tuple[Node, Node], scalings: Sequence[TapScaling], *, limit: int = LIMIT
 ) -> Bound | None:
     """A verified bound through a narrow cut; None where there is no such cut, no memory for it, or no tight proof."""
+    return _attempt(partial(_by_cut, host, *pair, scalings, limit))
+
+
+def _attempt(way: Callable[[], Bound | None]) -> Bound | None:
     try:
-        return _by_cut(host, *pair, scalings, limit)
+        return way()
     except (ValueError, memory_budget.TooLarge, MemoryError):
         return None
 
@@ -229,7 +228,7 @@ def _by_golub_kahan(
     arrays = tuple((s.c, s.q, s.e) for s in scalings)
     with jax.enable_x64(True):
         product = partial(_block_product, form, arrays, source=source, target=target)
-        upper, _, steps = norms.golub_kahan(
+        upper, _, steps = golub_kahan(
             lambda u: np.asarray(product(jnp.asarray(u), transposed=False)),
             lambda u: np.asarray(product(jnp.asarray(u), transposed=True)),
             host.node_size(source, source=True),
@@ -361,7 +360,7 @@ def _norm_of_step(host: HostForm, place: int, m: StepMatrix, failure: float) -> 
     if key not in host.proved:
         wrong = gamma(m.terms) * m.absolute_norm
         matrix = np.asarray(m.matrix, np.float64)
-        found, _, _ = norms.golub_kahan(
+        found, _, _ = golub_kahan(
             lambda v: matrix @ v,
             lambda v: matrix.T @ v,
             matrix.shape[1],

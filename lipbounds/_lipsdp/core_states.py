@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lipbounds._form.batched_steps import Batches, apply_batched, fixed_operands
+from lipbounds._form.batched_steps import Batches, apply_batched
 from lipbounds._form.concrete import is_concrete
 from lipbounds._form.elementwise import elementwise_view
-from lipbounds._form.lure import Cut, LureForm, flat_slopes, state_sequence
+from lipbounds._form.lure import Cut, LureForm, fixed_operands, flat_slopes, state_sequence
 from lipbounds._form.program import Op
 from lipbounds._form.walk import walk
 
@@ -136,7 +136,7 @@ class _Columns(Batches):
         return held[i].stack(self.dtype) if isinstance(held[i], _Identity) else held[i]
 
     def step(self, place: int, op: Op, held: Mapping[int, Any]) -> Any:
-        fixed, shapes = fixed_operands(self.form, op, self.dtype), self.program.shapes
+        fixed, shapes = fixed_operands(self.form.consts, op, self.dtype), self.program.shapes
         if len(op.reads) == 1 and isinstance(held[op.reads[0]], _Identity):
             known = _of_identity(op, fixed, shapes[op.reads[0]], shapes[op.output])
             if known is not None:

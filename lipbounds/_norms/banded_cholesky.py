@@ -16,7 +16,7 @@ below its largest row sum, so
 
     lambda_min(M) >= -||M - L L'||_2 >= -g / (1 - g) min(trace(M), (2 w + 1) max m_ii) ,
 
-which is the Cholesky term of the shift c (`cholesky._rounding_shift`, a factor 2 above it). The Gram and diagonal terms
+which is the Cholesky term of the shift c (`cholesky.rounding_shift`, a factor 2 above it). The Gram and diagonal terms
 of c are those of `cholesky`: they do not depend on how G is blocked. The order of rows needs no proof. As there, BLAS
 is taken to form ordinary inner products (no Strassen) and to solve triangular systems by substitution.
 
@@ -38,7 +38,6 @@ from scipy.linalg.lapack import dpotrf
 from scipy.sparse.csgraph import reverse_cuthill_mckee
 
 from lipbounds._norms import cholesky
-from lipbounds._norms.cholesky import is_sparse
 
 #: Below this smaller side the dense proof takes less time than the search for an order.
 LEAST = 1024
@@ -142,7 +141,7 @@ class Plan:
 
 def stored(a: Any) -> int:
     """Bytes of a matrix."""
-    return int(a.data.nbytes + a.indices.nbytes + a.indptr.nbytes) if is_sparse(a) else int(a.nbytes)
+    return int(a.data.nbytes + a.indices.nbytes + a.indptr.nbytes) if sp.issparse(a) else int(a.nbytes)
 
 
 def plans(b: Any, memory: int | None = None) -> list[Plan]:
@@ -153,12 +152,12 @@ def plans(b: Any, memory: int | None = None) -> list[Plan]:
     r, n = b.shape
     own = stored(b)
     lanczos = 8 * _LANCZOS * r
-    block = min(r, cholesky._BLOCK)
+    block = min(r, cholesky.BLOCK)
     # a dense matrix is read in blocks of rows; a sparse one is transposed, and its absolute values are taken
-    work = (3 if is_sparse(b) else 1) * own + lanczos
+    work = (3 if sp.issparse(b) else 1) * own + lanczos
     whole = 8 * (r * r + 2 * block * n + 4 * block * block)
     dense = Plan("dense", work + whole, r**3 / 3 + float(r) * r * min(n, r))
-    if not is_sparse(b) or (r < LEAST and (memory is None or dense.memory <= memory)):
+    if not sp.issparse(b) or (r < LEAST and (memory is None or dense.memory <= memory)):
         return [dense]
     order, w = row_order(b)
     nb = _height(w)
@@ -196,7 +195,7 @@ class BandedCholesky:
 
     def shift(self, t: float) -> float:
         r, n = self.b.shape
-        return cholesky._rounding_shift(r, self.k, n, t, self.diagonal, self.absolute_gram, self.width)
+        return cholesky.rounding_shift(r, self.k, n, t, self.diagonal, self.absolute_gram, self.width)
 
     def restore(self) -> None:
         """Nothing: the Gram matrix is formed anew by every proof."""
@@ -245,9 +244,9 @@ class BandedCholesky:
         touched = b.indices[b.indptr[lo] : b.indptr[hi]]
         columns = np.unique(touched)
         height, width = top - lo, hi - lo
-        dense = 2.0 * height * width * columns.size / cholesky._DENSE_FLOPS + 4e-9 * height * columns.size
+        dense = 2.0 * height * width * columns.size / cholesky.DENSE_FLOPS + 4e-9 * height * columns.size
         rows = b[lo:top]
-        if float(self.counts[touched].sum()) / cholesky._SPARSE_FLOPS < dense:
+        if float(self.counts[touched].sum()) / cholesky.SPARSE_FLOPS < dense:
             return (rows @ b[lo:hi].T.tocsr()).toarray()
         g = np.zeros((height, width))
         step = _slice(self.width)

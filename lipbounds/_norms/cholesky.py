@@ -1,7 +1,7 @@
 """The proof behind a verified spectral norm: Gram matrix, rounding shift, Cholesky.
 
 Let B be r x n (r the smaller side), k the largest number of nonzeros in a row, G the computed B B', t > 0. If
-LAPACK's Cholesky of fl(t I - G - c I) runs to completion with c = `_rounding_shift(...)`, then t I - B B' is
+LAPACK's Cholesky of fl(t I - G - c I) runs to completion with c = `rounding_shift(...)`, then t I - B B' is
 positive semidefinite, that is ||B||_2 <= sqrt(t). Three roundings enter c:
 
 - the Gram: |G - B B'| <= gamma_k |B| |B|' entrywise in any summation order, so its 2-norm is at most
@@ -29,19 +29,24 @@ from lipbounds._norms.rounding import U
 TINY = 2.0**-800
 """Covers every underflow in a Gram or Cholesky step of matrices with 2**-100 <= max|a| <= 2**100."""
 
-_BLOCK = 1024
+BLOCK = 1024  # rows of a dense block
 _SMALL = 2**22
-_DENSE_FLOPS = 4e10
-_SPARSE_FLOPS = 1.5e8
+DENSE_FLOPS = 4e10  # operations per second, estimated
+SPARSE_FLOPS = 1.5e8
 _EXACT_EIGENVALUES = 192
 
 
-def is_sparse(a: Any) -> bool:
-    """Whether `a` is a scipy.sparse matrix or array."""
-    return bool(sp.issparse(a))
+def transposed(a: Any) -> Any:
+    """The transpose, CSR where sparse."""
+    return a.T.tocsr() if sp.issparse(a) else a.T
 
 
-def _rounding_shift(
+def dense_array(a: Any) -> Any:
+    """The matrix as an ndarray."""
+    return a.toarray() if sp.issparse(a) else a
+
+
+def rounding_shift(
     r: int,
     k: int,
     n: int,
@@ -68,19 +73,19 @@ def nonzeros_per_row(b: Any) -> int:
     """The largest number of nonzero (stored) entries in a row."""
     if b.shape[0] == 0 or b.shape[1] == 0:
         return 0
-    if is_sparse(b):
+    if sp.issparse(b):
         return int(np.diff(b.indptr).max())
-    return max(int(np.count_nonzero(b[i : i + _BLOCK], axis=1).max()) for i in range(0, b.shape[0], _BLOCK))
+    return max(int(np.count_nonzero(b[i : i + BLOCK], axis=1).max()) for i in range(0, b.shape[0], BLOCK))
 
 
 def absolute(b: Any) -> Any:
     """|B| entrywise, dense or CSR."""
-    return sp.csr_array((np.abs(b.data), b.indices, b.indptr), shape=b.shape) if is_sparse(b) else np.abs(b)
+    return sp.csr_array((np.abs(b.data), b.indices, b.indptr), shape=b.shape) if sp.issparse(b) else np.abs(b)
 
 
 def absolute_gram_norm(b: Any) -> float:
     """max(|B| (|B|' 1)) in float64, dense in row blocks."""
-    blocks = [b] if is_sparse(b) else [b[i : i + _BLOCK] for i in range(0, b.shape[0], _BLOCK)]
+    blocks = [b] if sp.issparse(b) else [b[i : i + BLOCK] for i in range(0, b.shape[0], BLOCK)]
     columns = np.zeros(b.shape[1])
     for block in blocks:
         columns += absolute(block).T @ np.ones(block.shape[0])
@@ -93,22 +98,22 @@ def gram(b: Any) -> np.ndarray:
     Sparse B: scipy's sparse product, or dense products of row blocks restricted to the columns that both
     touch, by estimated cost. Beside the result it holds one dense row block (1024 x its nonempty columns).
     """
-    if not is_sparse(b):
+    if not sp.issparse(b):
         return np.ascontiguousarray(b @ b.T)
     r, n = b.shape
     if r * n <= _SMALL:
         dense = b.toarray()
         return np.ascontiguousarray(dense @ dense.T)
-    starts = list(range(0, r, _BLOCK))
+    starts = list(range(0, r, BLOCK))
     touched = np.zeros((len(starts), n), dtype=bool)
     for i, lo in enumerate(starts):
-        touched[i, b[lo : lo + _BLOCK].indices] = True
+        touched[i, b[lo : lo + BLOCK].indices] = True
     weight = touched.astype(np.float64)
     overlap = weight @ weight.T
-    rows = float(min(_BLOCK, r))
-    dense_cost = float(np.triu(overlap).sum()) * (2.0 * rows * rows / _DENSE_FLOPS + 4e-9 * rows)
+    rows = float(min(BLOCK, r))
+    dense_cost = float(np.triu(overlap).sum()) * (2.0 * rows * rows / DENSE_FLOPS + 4e-9 * rows)
     columns = np.bincount(b.indices, minlength=n).astype(np.float64)
-    if float(columns @ columns) / _SPARSE_FLOPS < dense_cost:
+    if float(columns @ columns) / SPARSE_FLOPS < dense_cost:
         return _gram_sparse(b, starts)
     return _gram_blocks(b, starts, touched)
 
@@ -117,7 +122,7 @@ def _gram_sparse(b: Any, starts: list[int]) -> np.ndarray:
     g = np.zeros((b.shape[0], b.shape[0]))
     transposed = b.T.tocsr()
     for lo in starts:
-        (b[lo : lo + _BLOCK] @ transposed).toarray(out=g[lo : lo + _BLOCK])
+        (b[lo : lo + BLOCK] @ transposed).toarray(out=g[lo : lo + BLOCK])
     return g
 
 
@@ -127,24 +132,24 @@ def _gram_blocks(b: Any, starts: list[int], touched: np.ndarray) -> np.ndarray:
         columns = np.flatnonzero(touched[i])
         if columns.size == 0:
             continue
-        left = b[lo : lo + _BLOCK][:, columns].toarray()
+        left = b[lo : lo + BLOCK][:, columns].toarray()
         for j in range(i, len(starts)):
             if not np.any(touched[j] & touched[i]):
                 continue
             low = starts[j]
-            right = left if j == i else b[low : low + _BLOCK][:, columns].toarray()
+            right = left if j == i else b[low : low + BLOCK][:, columns].toarray()
             product = left @ right.T
-            g[lo : lo + _BLOCK, low : low + _BLOCK] = product
+            g[lo : lo + BLOCK, low : low + BLOCK] = product
             if j != i:
-                g[low : low + _BLOCK, lo : lo + _BLOCK] = product.T
+                g[low : low + BLOCK, lo : lo + BLOCK] = product.T
     return g
 
 
 def _mirror(g: np.ndarray) -> None:
     """Copy the strict lower triangle onto the upper one, in place."""
     n = g.shape[0]
-    for lo in range(0, n, _BLOCK):
-        hi = min(lo + _BLOCK, n)
+    for lo in range(0, n, BLOCK):
+        hi = min(lo + BLOCK, n)
         corner = np.tril(g[lo:hi, lo:hi], -1)
         g[lo:hi, lo:hi] = corner + corner.T
         g[lo:hi, hi:] = g[hi:, lo:hi].T
@@ -171,7 +176,7 @@ class ShiftedCholesky:
         self.dirty = False
 
     def shift(self, t: float) -> float:
-        return _rounding_shift(self.g.shape[0], self.k, self.n, t, self.diagonal, self.absolute_gram)
+        return rounding_shift(self.g.shape[0], self.k, self.n, t, self.diagonal, self.absolute_gram)
 
     def restore(self) -> None:
         """Bring back G after a factorisation in its place."""
@@ -188,8 +193,8 @@ class ShiftedCholesky:
         self.restore()
         self.dirty = True
         size = self.g.shape[0]
-        for lo in range(0, size, _BLOCK):  # M = t I - G: only the triangle that LAPACK reads is negated
-            part = self.g[lo : lo + _BLOCK, lo:]
+        for lo in range(0, size, BLOCK):  # M = t I - G: only the triangle that LAPACK reads is negated
+            part = self.g[lo : lo + BLOCK, lo:]
             height = part.shape[0]
             keep = np.tril(part[:, :height], -1)
             np.negative(part, out=part)
@@ -238,7 +243,7 @@ def estimate_gram_norm(g: np.ndarray, b: Any) -> float:
         return float(g[0, 0])
     if r <= _EXACT_EIGENVALUES:
         return float(np.linalg.eigvalsh(g)[-1])
-    if is_sparse(b) and 4 * b.nnz < r * r:
+    if sp.issparse(b) and 4 * b.nnz < r * r:
         transposed = b.T
         return top_eigenvalue(lambda v: b @ (transposed @ v), r)
     return top_eigenvalue(lambda v: g @ v, r)

@@ -10,16 +10,15 @@ import numpy as np
 import scipy.sparse as sp
 
 from lipbounds._norms import banded_cholesky, cholesky
-from lipbounds._norms.cholesky import is_sparse
 from lipbounds._norms.matrices import (
-    _check_order,
-    _entries,
-    _largest,
-    _products_stay_normal,
     as_matrix,
+    check_order,
+    entries,
     frobenius_norm,
     induced_norm,
+    largest,
     pairwise_row_norms,
+    products_stay_normal,
     proof_plan,
     row_norms,
     verified_norm,
@@ -34,19 +33,6 @@ from lipbounds._norms.rounding import (
     require_gradual_underflow,
     sqrt_up,
 )
-
-__all__ = [
-    "Enclosure",
-    "add",
-    "enclosure_cheap_norm",
-    "enclosure_norm",
-    "enclosure_pair_norms",
-    "enclosure_plan",
-    "enclosure_row_norms",
-    "multiply",
-    "scale",
-    "stack",
-]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,16 +65,16 @@ class Enclosure:
 
     @property
     def sparse(self) -> bool:
-        return is_sparse(self._midpoint)
+        return bool(sp.issparse(self._midpoint))
 
     @property
     def stored(self) -> int:
         """How many entries of M are stored."""
-        return int(_entries(self._midpoint).size)
+        return int(entries(self._midpoint).size)
 
     @property
     def T(self) -> Enclosure:
-        return Enclosure(self._midpoint.T.tocsr() if self.sparse else self._midpoint.T, self.error)
+        return Enclosure(cholesky.transposed(self._midpoint), self.error)
 
     def with_error(self) -> tuple[Any, float]:
         """(M, error), for a proof that adds what the error can do."""
@@ -119,13 +105,13 @@ class Enclosure:
                 index = np.asarray(chosen)
                 most = 1 if index.dtype == bool else int(np.bincount(index % self.shape[axis]).max(initial=0))
                 error = mul_up(sqrt_up(float(most)) if most > 1 else 1.0, error)
-        return Enclosure(matrix if is_sparse(matrix) else np.ascontiguousarray(matrix), error)
+        return Enclosure(matrix if sp.issparse(matrix) else np.ascontiguousarray(matrix), error)
 
     def dense(self) -> Enclosure:
         return Enclosure(self._midpoint.toarray(), self.error) if self.sparse else self
 
 
-def _cheap_norm(a: Any) -> float:
+def cheap_norm(a: Any) -> float:
     """An upper bound of || |A| ||_2, hence of ||A||_2: min(sqrt(||A||_1 ||A||_inf), ||A||_F)."""
     column, row = sqrt_up(induced_norm(a, 1)), sqrt_up(induced_norm(a, math.inf))
     return min(mul_up(column, row), frobenius_norm(a))
@@ -135,7 +121,7 @@ def multiply(a: Any, m: Enclosure, relerr: float = 0.0, norm: float | None = Non
     """An enclosure of A_true M_true for M_true in `m` and |A_true - A| <= relerr |A| entrywise.
 
     With k the most nonzero terms of one inner product, e the error of `m` and N >= || |A| ||_2
-    (`_cheap_norm`),
+    (`cheap_norm`),
         e' = (1 + relerr) N e + (gamma_k + relerr) N ||M||_F + k sqrt(rows cols) 2**-1022,
     since || |A| |M| ||_F <= || |A| ||_2 ||M||_F. `norm`, a proved bound of ||A_true||_2, replaces (1 +
     relerr) N in the first term: without it errors grow by N instead of ||A||_2 for each factor. The product
@@ -149,15 +135,13 @@ def multiply(a: Any, m: Enclosure, relerr: float = 0.0, norm: float | None = Non
     if 0 in (rows, cols, a.shape[1]):
         return Enclosure(np.zeros((rows, cols)))
     require_gradual_underflow()
-    transposed = m._midpoint.T.tocsr() if is_sparse(m._midpoint) else m._midpoint.T
-    k = min(cholesky.nonzeros_per_row(a), cholesky.nonzeros_per_row(transposed))
-    del transposed
-    cheap = _cheap_norm(a)
+    k = min(map(cholesky.nonzeros_per_row, (a, cholesky.transposed(m._midpoint))))
+    cheap = cheap_norm(a)
     grown = add_up(1.0, relerr)
     carried = mul_up(finite(norm, "norm") if norm is not None else mul_up(grown, cheap), m.error)
     rounding = mul_up(add_up(gamma(k), relerr), cheap, frobenius_norm(m._midpoint))
     underflow = 0.0
-    if not _products_stay_normal(a, m._midpoint):
+    if not products_stay_normal(a, m._midpoint):
         underflow = mul_up(float(k), sqrt_up(float(rows) * float(cols)), UNDERFLOW)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         product = _product(a, m._midpoint)
@@ -166,23 +150,22 @@ def multiply(a: Any, m: Enclosure, relerr: float = 0.0, norm: float | None = Non
 
 def _product(a: Any, b: Any) -> Any:
     """fl(A B) by the cheaper of the dense and the sparse way; dense only where it stays below 2 GB."""
-    if not is_sparse(a) and not is_sparse(b):
+    if not sp.issparse(a) and not sp.issparse(b):
         return a @ b
     (rows, inner), cols = a.shape, b.shape[1]
     dense = 2.0 * rows * inner * cols / 4e10 + 4e-9 * (rows * inner + inner * cols)
-    if is_sparse(a) and is_sparse(b):
+    if sp.issparse(a) and sp.issparse(b):
         terms = float(np.bincount(a.indices, minlength=inner).astype(float) @ np.diff(b.indptr).astype(float))
         sparse = terms / 1.5e8
     else:
-        sparse = (a.nnz * cols if is_sparse(a) else b.nnz * rows) / 1e9
+        sparse = (a.nnz * cols if sp.issparse(a) else b.nnz * rows) / 1e9
     if dense < sparse and 8 * (rows * inner + inner * cols + rows * cols) < 2**31:
-        a = a.toarray() if is_sparse(a) else a
-        b = b.toarray() if is_sparse(b) else b
+        a, b = map(cholesky.dense_array, (a, b))
     return _tidy(a @ b)
 
 
 def _tidy(a: Any) -> Any:
-    if is_sparse(a) and (a.shape[0] * a.shape[1] <= 2**16 or a.nnz > 0.25 * a.shape[0] * a.shape[1]):
+    if sp.issparse(a) and (a.shape[0] * a.shape[1] <= 2**16 or a.nnz > 0.25 * a.shape[0] * a.shape[1]):
         return a.toarray()
     return a
 
@@ -214,9 +197,9 @@ def scale(m: Enclosure, rows: Any = None, cols: Any = None) -> Enclosure:
         d = as_matrix(np.atleast_2d(factors))[0]
         if d.shape != (matrix.shape[axis],):
             raise ValueError(f"{d.size} factors for a side of {matrix.shape[axis]}")
-        safe = _products_stay_normal(matrix, d)
+        safe = products_stay_normal(matrix, d)
         with np.errstate(over="ignore", under="ignore"):
-            if is_sparse(matrix):
+            if sp.issparse(matrix):
                 matrix = sp.diags_array(d) @ matrix if axis == 0 else matrix @ sp.diags_array(d)
             else:
                 matrix = matrix * (d[:, None] if axis == 0 else d)
@@ -224,7 +207,7 @@ def scale(m: Enclosure, rows: Any = None, cols: Any = None) -> Enclosure:
         lost = 0.0 if safe else mul_up(sqrt_up(float(matrix.shape[0]) * float(matrix.shape[1])), UNDERFLOW)
         exact = safe and bool(np.isin(np.abs(np.frexp(d)[0]), (0.0, 0.5)).all())
         rounding = 0.0 if exact else mul_up(U, frobenius_norm(matrix))
-        error = add_up(mul_up(_largest(np.abs(d)), error), rounding, lost)
+        error = add_up(mul_up(largest(np.abs(d)), error), rounding, lost)
     return Enclosure(matrix, error)
 
 
@@ -234,10 +217,10 @@ def stack(blocks: list[Enclosure], axis: int = 0) -> Enclosure:
         raise ValueError("stack needs at least one block and axis 0 or 1")
     parts = [b._midpoint for b in blocks]
     joined: Any
-    if all(is_sparse(p) for p in parts):
-        joined = sp.csr_array(sp.vstack(parts, format="csr") if axis == 0 else sp.hstack(parts, format="csr"))
+    if all(sp.issparse(p) for p in parts):
+        joined = sp.csr_array((sp.hstack if axis else sp.vstack)(parts, format="csr"))
     else:
-        joined = np.concatenate([p.toarray() if is_sparse(p) else p for p in parts], axis=axis)
+        joined = np.concatenate([cholesky.dense_array(p) for p in parts], axis=axis)
     return Enclosure(joined, frobenius_norm(np.array([[b.error for b in blocks]])))
 
 
@@ -248,13 +231,13 @@ def enclosure_plan(m: Enclosure, memory: int | None = None) -> banded_cholesky.P
 
 def enclosure_norm(m: Enclosure, p: float = 2, start: float | None = None) -> float:
     """An upper bound of ||M_true||_p, p in {1, 2, inf}, for every M_true in the enclosure."""
-    _check_order(p, (1, 2, math.inf))
+    check_order(p, (1, 2, math.inf))
     return verified_norm(m._midpoint, m.error, start) if p == 2 else induced_norm(m._midpoint, p, m.error)
 
 
 def enclosure_cheap_norm(m: Enclosure) -> float:
-    """An upper bound of ||M_true||_2 without a factorisation: `_cheap_norm` and the error."""
-    return add_up(_cheap_norm(m._midpoint), m.error)
+    """An upper bound of ||M_true||_2 without a factorisation: `cheap_norm` and the error."""
+    return add_up(cheap_norm(m._midpoint), m.error)
 
 
 def enclosure_row_norms(m: Enclosure, q: float) -> np.ndarray:

@@ -125,10 +125,10 @@ def _largest_block(blocks: np.ndarray) -> float:
 def _prove(gram: np.ndarray, diagonal: np.ndarray, n: int, absolute: float, t: float, first: bool) -> float:
     r = gram.shape[1]
     if first:
-        t = t + 4.0 * cholesky._rounding_shift(r, n, n, t, diagonal, absolute)
+        t = t + 4.0 * cholesky.rounding_shift(r, n, n, t, diagonal, absolute)
     for growth in (0.0, 1e-11, 1e-9, 1e-7, 1e-5, 1e-3, 1e-1, 10.0):
         raised = t * (1.0 + growth)
-        shift = cholesky._rounding_shift(r, n, n, raised, diagonal, absolute) + 4.0 * U * raised
+        shift = cholesky.rounding_shift(r, n, n, raised, diagonal, absolute) + 4.0 * U * raised
         matrix = -gram
         np.einsum("fii->fi", matrix)[...] += raised - shift
         try:

@@ -1,15 +1,9 @@
-"""Norms of matrices with a proof, rounding included; estimates and probabilistic bounds for matvecs.
-
-Everything here works on plain matrices (NumPy arrays, scipy.sparse) or on callables; nothing knows about
-networks.
+"""Proved upper bounds of norms of matrices (NumPy arrays, scipy.sparse), rounding included.
 
 - `verified_norm`: spectral norm of a matrix, an upper bound in real arithmetic (Gram, shifted Cholesky), dense
   or banded as `proof_plan` chooses
 - `induced_norm`: 1 and infinity norm, sums rounded up
 - `row_norms`, `pairwise_row_norms`: vector norms of rows and of all row differences, rounded up
-- `conv_fft_bound`: one zero-padded convolution by the (n+k-1)-point Fourier transform, verified
-- `golub_kahan`: matrix-free, holds except with a stated probability
-- `power_iteration`: matrix-free, jitted and differentiable, an estimate
 
 Inputs are taken as exact real numbers; float32 and small integers convert exactly. NaN, infinities, complex
 numbers and results beyond the float64 range raise ValueError. Verified work runs on the host in NumPy/SciPy.
@@ -24,9 +18,6 @@ import numpy as np
 import scipy.sparse as sp
 
 from lipbounds._norms import banded_cholesky, cholesky
-from lipbounds._norms.cholesky import is_sparse
-from lipbounds._norms.fourier import conv_fft_bound
-from lipbounds._norms.lanczos import golub_kahan, power_iteration
 from lipbounds._norms.rounding import (
     UNDERFLOW,
     U,
@@ -40,18 +31,6 @@ from lipbounds._norms.rounding import (
     up,
 )
 
-__all__ = [
-    "conv_fft_bound",
-    "frobenius_norm",
-    "golub_kahan",
-    "induced_norm",
-    "pairwise_row_norms",
-    "power_iteration",
-    "proof_plan",
-    "row_norms",
-    "verified_norm",
-]
-
 _CHUNK = 2**22  # entries of a temporary array
 _NO_SCALING = 100  # |exponent| up to which squares of entries neither overflow nor lose digits
 
@@ -60,7 +39,7 @@ def as_matrix(a: Any) -> Any:
     """`a` as a finite float64 ndarray (2-D) or canonical csr_array, converted exactly; else ValueError."""
     matrix: Any
     values: Any
-    if is_sparse(a):
+    if sp.issparse(a):
         if a.ndim != 2:
             raise ValueError(f"a matrix must have two dimensions, not {a.ndim}")
         matrix = sp.csr_array(a)
@@ -72,47 +51,43 @@ def as_matrix(a: Any) -> Any:
     if values.dtype != np.float64:
         if values.dtype.kind not in "biuf" or (values.dtype.kind == "f" and values.dtype.itemsize > 8):
             raise ValueError(f"entries of type {values.dtype} do not convert to float64 exactly")
-        if (
-            values.dtype.kind in "iu"
-            and values.size
-            and max(abs(int(values.max())), abs(int(values.min()))) > 2**53
-        ):
+        if values.dtype.kind in "iu" and values.size and max(int(values.max()), -int(values.min())) > 2**53:
             raise ValueError("integer entries above 2**53 do not convert to float64 exactly")
         matrix = matrix.astype(np.float64)
-    if is_sparse(matrix) and not matrix.has_canonical_format:
+    if sp.issparse(matrix) and not matrix.has_canonical_format:
         matrix = matrix.copy()
         matrix.sum_duplicates()
-    if not np.all(np.isfinite(matrix.data if is_sparse(matrix) else matrix)):
+    if not np.all(np.isfinite(entries(matrix))):
         raise ValueError("the matrix has NaN or infinite entries")
     return matrix
 
 
-def _entries(a: Any) -> np.ndarray:
-    return a.data if is_sparse(a) else a
+def entries(a: Any) -> np.ndarray:
+    return a.data if sp.issparse(a) else a
 
 
-def _largest(a: Any) -> float:
-    values = _entries(a)
+def largest(a: Any) -> float:
+    values = entries(a)
     return 0.0 if values.size == 0 else max(float(values.max()), -float(values.min()), 0.0)
 
 
 def _scaled(a: Any) -> tuple[Any, int]:
     """(B, e), A = 2**e B up to underflow of entries below 2**-1022 max|b|; e = 0, B = A for usual sizes."""
     require_gradual_underflow()
-    exponent = math.frexp(_largest(a))[1]
+    exponent = math.frexp(largest(a))[1]
     if abs(exponent) <= _NO_SCALING:
         return a, 0
     with np.errstate(under="ignore"):
-        if is_sparse(a):
+        if sp.issparse(a):
             return sp.csr_array((np.ldexp(a.data, -exponent), a.indices, a.indptr), shape=a.shape), exponent
         return np.ldexp(a, -exponent), exponent
 
 
-def _products_stay_normal(a: Any, b: Any) -> bool:
+def products_stay_normal(a: Any, b: Any) -> bool:
     """Whether no product of nonzero entries of A and B is below the normal range (zeros are exact)."""
 
     def smallest(x: Any) -> float:
-        sizes = np.abs(_entries(x))
+        sizes = np.abs(entries(x))
         return float(sizes.min(where=sizes > 0, initial=math.inf))
 
     least = (smallest(a), smallest(b))
@@ -128,10 +103,10 @@ def row_norms(a: Any, q: float) -> np.ndarray:
     A sum of n terms >= 0 in any order is at least (1 - gamma_n) times the exact one (Higham, section 4.2).
     Rows whose largest entry is outside 2**+-100 are scaled by a power of two first. q = inf is exact.
     """
-    _check_order(q, (1, 2, math.inf))
+    check_order(q, (1, 2, math.inf))
     a = as_matrix(a)
     require_gradual_underflow()
-    if is_sparse(a):
+    if sp.issparse(a):
         return _row_norms_sparse(a, q)
     m, n = a.shape
     out = np.zeros(m)
@@ -197,11 +172,11 @@ def induced_norm(a: Any, p: float, error: float = 0.0) -> float:
     p = 1 is the largest column sum of |A|, p = inf the largest row sum. ||E||_1 <= sqrt(m) ||E||_F and
     ||E||_inf <= sqrt(n) ||E||_F for E of shape (m, n).
     """
-    _check_order(p, (1, math.inf))
+    check_order(p, (1, math.inf))
     a = as_matrix(a)
     error = finite(error, "error")
     if p == 1:
-        a = a.T.tocsr() if is_sparse(a) else a.T
+        a = cholesky.transposed(a)
     if 0 in a.shape:
         return 0.0
     return add_up(float(row_norms(a, 1).max()), mul_up(sqrt_up(a.shape[1]), error))
@@ -215,9 +190,8 @@ def pairwise_row_norms(rows: Any, q: float, error: float | np.ndarray = 0.0) -> 
     entry by entry, each within one rounding, never through the Gram matrix, which cancels below the truth.
     Beside R there is a buffer of 2 MB and the result; no (K, K, n) array exists.
     """
-    _check_order(q, (1, 2, math.inf))
-    matrix = as_matrix(rows)
-    r = matrix.toarray() if is_sparse(matrix) else matrix
+    check_order(q, (1, 2, math.inf))
+    r = cholesky.dense_array(as_matrix(rows))
     count, n = r.shape
     allowance = _pair_errors(error, count, n, q)
     scaled, exponent = _scaled(r)
@@ -238,13 +212,10 @@ def pairwise_row_norms(rows: Any, q: float, error: float | np.ndarray = 0.0) -> 
                     total = total + d.sum(axis=1) if q == 1 else np.maximum(total, d.max(axis=1))
             size = np.sqrt(total) if q == 2 else total
             values = unscale_up(np.nextafter(size * (1.0 + 2.0 * gamma(n + 8)), np.inf), exponent)
-            for j in np.flatnonzero(
-                total < 2.0**-600
-            ):  # scaling or squaring may have underflowed: unscaled, alone
+            # Scaling or squaring may have underflowed in tiny sums: these are computed one by one, unscaled.
+            for j in np.flatnonzero(total < 2.0**-600):
                 gap = r[lo + j] - r[i]
-                values[j] = (
-                    mul_up(float(row_norms(gap[None, :], q)[0]), 1.0 + 4.0 * U) if np.any(gap) else 0.0
-                )
+                values[j] = mul_up(float(row_norms(gap[None, :], q)[0]), 1.0 + 4.0 * U)
             out[i, lo:hi] = values
     if np.any(allowance):
         out = np.nextafter(out + allowance, np.inf)
@@ -267,7 +238,7 @@ def _pair_errors(error: float | np.ndarray, count: int, n: int, q: float) -> np.
     return np.where(total > 0.0, np.nextafter(np.nextafter(total, np.inf) * root, np.inf), 0.0)
 
 
-def _check_order(q: float, allowed: tuple[float, ...]) -> None:
+def check_order(q: float, allowed: tuple[float, ...]) -> None:
     if q not in allowed:
         raise ValueError(f"norm {q!r} is not one of {allowed}")
 
@@ -275,11 +246,9 @@ def _check_order(q: float, allowed: tuple[float, ...]) -> None:
 # ---------------------------------------------------------------------------------------------- spectral norm
 
 
-def _wide(a: Any) -> Any:
+def wide(a: Any) -> Any:
     """A or its transpose, whichever has the smaller side first (CSR where sparse)."""
-    if a.shape[0] <= a.shape[1]:
-        return a
-    return a.T.tocsr() if is_sparse(a) else a.T
+    return a if a.shape[0] <= a.shape[1] else cholesky.transposed(a)
 
 
 def proof_plan(a: Any, memory: int | None = None) -> banded_cholesky.Plan:
@@ -288,7 +257,7 @@ def proof_plan(a: Any, memory: int | None = None) -> banded_cholesky.Plan:
     The cheapest proof within `memory` bytes, by a rule of sizes and patterns (no wall time); where none fits, the
     smallest. Without a limit the cheapest.
     """
-    return banded_cholesky.choose(_wide(as_matrix(a)), memory)
+    return banded_cholesky.choose(wide(as_matrix(a)), memory)
 
 
 def verified_norm(
@@ -321,10 +290,10 @@ def verified_norm(
     error = finite(error, "error")
     if start is not None and not 0.0 < start < math.inf:
         raise ValueError(f"start is {start}, not a finite number > 0")
-    if 0 in a.shape or _largest(a) == 0.0:
+    if 0 in a.shape or largest(a) == 0.0:
         return error
     b, exponent = _scaled(a)
-    b = _wide(b)
+    b = wide(b)
     column, row, whole = induced_norm(b, 1), induced_norm(b, math.inf), frobenius_norm(b)
     ceiling = min(mul_up(column, row), mul_up(whole, whole))
     guess = 0.0

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lipbounds._tracing.flat import Eqn, Value
+from lipbounds._tracing.rules import Refused
 from lipbounds.errors import Unsupported
 
 _MOVES = frozenset(
@@ -22,41 +23,35 @@ _MOST = 60  # equations walked back through
 _LAYERS = ("BatchNorm", "LayerNorm", "GroupNorm", "RMSNorm", "InstanceNorm")
 
 
-@dataclass(frozen=True)
-class _Words:
-    reason: str
-    remedy: str
-
-
-SOFTMAX = _Words(
+SOFTMAX = Refused(
     "softmax cannot be bounded here",
     "drop a final softmax and certify the logits: the order of the classes stays the same; "
     "inside a network use another function in its place",
 )
-LOG_SOFTMAX = _Words(
+LOG_SOFTMAX = Refused(
     "the logarithm of a weighted or masked sum of exponentials cannot be bounded here in this form",
     "use constant weights b >= 0, not all 0: with negative weights, or weights that depend on x, there is no bound in "
     "general",
 )
-ATTENTION = _Words(
+ATTENTION = Refused(
     "attention (a product of two tensors that both depend on x, softmax, and another product) cannot be bounded here: "
     "over the whole space dot-product attention has no Lipschitz constant in general",
     "bound the parts of the network before and after it, or mix positions by a constant matrix",
 )
-BATCH = _Words(
+BATCH = Refused(
     "BatchNorm in training mode divides by the variance of the batch",
     "call model.eval() on a copy, so that it uses its running statistics",
 )
-STATISTICS = _Words(
+STATISTICS = Refused(
     "{layer} divides by a standard deviation of x, which cannot be bounded here",
     "call model.eval() on a copy if this is BatchNorm in training mode; "
     "otherwise put an affine layer (a constant scale and shift) in its place",
 )
-ROOT_MEAN_SQUARE = _Words(
+ROOT_MEAN_SQUARE = Refused(
     "{layer} divides by the root mean square of x, which cannot be bounded here",
     "put a constant scale in its place, or bound the part of the network before it",
 )
-LENGTH = _Words(
+LENGTH = Refused(
     "division by a norm of x cannot be bounded here",
     "leave a final normalisation out, or divide by a constant",
 )
@@ -66,7 +61,7 @@ LENGTH = _Words(
 class _Composite:
     head: Eqn
     members: frozenset[int]  # ids of equations that are explained by it
-    words: _Words
+    words: Refused
 
 
 def fold(found: list[tuple[Unsupported, Eqn | None]]) -> list[Unsupported]:
@@ -248,7 +243,7 @@ def _normalisation(head: Eqn, top: Value, below: Value) -> _Composite | None:
     return _Composite(head, _ids(*members), _normalisation_words(head, top, squares, sums, mean))
 
 
-def _normalisation_words(head: Eqn, top: Value, squares: list[Eqn], sums: list[Eqn], mean: bool) -> _Words:
+def _normalisation_words(head: Eqn, top: Value, squares: list[Eqn], sums: list[Eqn], mean: bool) -> Refused:
     named = next((layer for layer in _LAYERS if layer in head.path), None)
     alone = all(_count(eqn) == 1 for eqn in sums)
     centred = len(squares) > 1 or any(_difference(v) for v in (top, *(s.inputs[0] for s in squares)))
@@ -263,7 +258,7 @@ def _normalisation_words(head: Eqn, top: Value, squares: list[Eqn], sums: list[E
         words, layer = ROOT_MEAN_SQUARE, named or "a normalisation (RMSNorm)"
     else:
         return LENGTH
-    return _Words(words.reason.format(layer=layer), words.remedy)
+    return Refused(words.reason.format(layer=layer), words.remedy)
 
 
 def _count(eqn: Eqn) -> int:

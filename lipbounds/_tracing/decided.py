@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lipbounds._activations.activations import Expr
+from lipbounds._activations.expression import Expr
 from lipbounds._tracing.flat import Flat, Value
 from lipbounds._tracing.rules import Group, Linear
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -89,37 +90,28 @@ class Emitter:
 
     def emit_tap(self, found: Elementwise | Group, eqn: Eqn, value: Value) -> None:
         if not isinstance(found, Group):
-            consts = tuple(self.tap_constant(v) for v in found.consts)
+            fields: dict[str, Any] = dict.fromkeys(("size_in", "size_out"), math.prod(value.shape))
+            consts = [v.const for v in found.consts]
+            known = all(map(is_concrete, consts))
+            fields |= dict(kind="elementwise", expr=found.expr, assumed=found.assumed)
+            fields["name"] = activations.known_name(found.expr, consts) if known else "prelu"
+            fields["consts"] = tuple(self.tap_constant(v) for v in found.consts)
             source = self.registers[self.low.resolve(found.base).index]
-            concrete = [v.const for v in found.consts]
-            name = (
-                activations.known_name(found.expr, concrete) if all(map(is_concrete, concrete)) else "prelu"
-            )
-            size = int(np.prod(value.shape))
-            self.add_tap(
-                dict(
-                    kind="elementwise", name=name, size_in=size, size_out=size, expr=found.expr, consts=consts
-                )
-                | dict(assumed=found.assumed),
-                (source,),
-                [value],
-                eqn,
-                found.slopes,
-            )
+            self.add_tap(fields, (source,), [value], eqn, found.slopes)
             return
         sources = tuple(self.registers[self.low.resolve(v).index] for v in eqn.inputs)
         size_in = sum(int(np.prod(self.shapes[s])) for s in sources)
-        if eqn.primitive in ("max", "min") and len(sources) == 2 and found.index.size == size_in:
+        mode, name, values = found.mode, eqn.primitive, [value]
+        if name in ("max", "min") and len(sources) == 2 and found.index.size == size_in:
             twin = self.twin(eqn, sources)
             if twin is not None:  # max and min of one pair are one permutation: 1-Lipschitz together
-                low, high = (twin, value) if eqn.primitive == "max" else (value, twin)
-                fields = dict(kind="sort", name="maxmin", size_in=size_in, size_out=size_in)
-                self.add_tap(fields | dict(groups=StaticArray(found.index)), sources, [low, high], eqn, ())
-                return
-        mode = found.mode
-        size_out = found.index.size if mode == "sort" else found.index.shape[0]
-        fields = dict(kind=mode, name=eqn.primitive, size_in=size_in, size_out=size_out)
-        self.add_tap(fields | dict(groups=StaticArray(found.index)), sources, [value], eqn, ())
+                values = [twin, value] if name == "max" else [value, twin]
+                mode, name = "sort", "maxmin"
+        size_out = found.index.size if mode == "sort" else len(found.index)
+        fields = dict(
+            kind=mode, name=name, size_in=size_in, size_out=size_out, groups=StaticArray(found.index)
+        )
+        self.add_tap(fields, sources, values, eqn, ())
 
     def twin(self, eqn: Eqn, sources: tuple[int, ...]) -> Value | None:
         """The min beside this max (or the reverse) over the same two tensors."""

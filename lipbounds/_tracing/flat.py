@@ -63,14 +63,14 @@ def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     return getattr(jaxpr, "jaxpr", jaxpr), tuple(getattr(jaxpr, "consts", ()))
 
 
-def _stack(eqn: Any) -> Path:
+def stack_of(eqn: Any) -> Path:
     text = str(getattr(eqn.source_info, "name_stack", ""))
     return (text,) if text else ()
 
 
 def place_of(eqn: Any, path: Path) -> str:
     """The call path of an equation with the user's line, for messages."""
-    parts = printable("/".join(part for part in (*path, *_stack(eqn)) if part)) or "top level"
+    parts = printable("/".join(part for part in (*path, *stack_of(eqn)) if part)) or "top level"
     try:
         line = source_info_util.summarize(eqn.source_info)
     except Exception:  # internals of jax: a message must never fail because of them

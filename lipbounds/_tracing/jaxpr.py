@@ -12,6 +12,7 @@ them changes):
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -26,7 +27,7 @@ from jax.extend.core import Literal
 from lipbounds._activations import piecewise
 from lipbounds._form.concrete import is_concrete
 from lipbounds._text.tables import printable
-from lipbounds._tracing.flat import Eqn, Flat, Path, Value, _stack, opened, place_of
+from lipbounds._tracing.flat import Eqn, Flat, Path, Value, opened, place_of, stack_of
 from lipbounds._tracing.indices import UNSORTED, landings, outside, unsorted
 from lipbounds._tracing.parameters import not_understood
 from lipbounds._tracing.rewrites import rewrite
@@ -100,10 +101,15 @@ class _Inliner:
         out.producer = self.eqns[-1]
         return out
 
-    def refuse(self, eqn: Any, path: Path, shape: Any, reason: str, remedy: str) -> None:
-        self.refused.append(
-            Unsupported(eqn.primitive.name, place_of(eqn, path), tuple(shape), reason, remedy)
-        )
+    def refuse(self, eqn: Any, path: Path, reason: str, remedy: str) -> list[Value]:
+        """Note the refusal of an equation, and return its unknown outputs."""
+        item = Unsupported(eqn.primitive.name, place_of(eqn, path), _shape(eqn), reason, remedy)
+        self.refused.append(item)
+        return [self.unknown(var) for var in eqn.outvars]
+
+    def empty(self, variables: Sequence[Any]) -> list[Value]:
+        """Constants in place of tensors without entries, or of an empty scan's outputs: nothing of x passes them."""
+        return [self.const(np.zeros(v.aval.shape, v.aval.dtype)) for v in variables]
 
     def call(self, jaxpr: Any, args: Sequence[Value], path: Path) -> list[Value]:
         inner, consts = opened(jaxpr)
@@ -131,8 +137,7 @@ class _Inliner:
             if why is not None:
                 if not dependent and not _mutates(eqn):
                     return self.evaluate(eqn, inputs)
-                self.refuse(eqn, path, _shape(eqn), *why)
-                return [self.unknown(var) for var in eqn.outvars]
+                return self.refuse(eqn, path, *why)
         if name == "jit" and params["name"] == "_interp" and dependent:
             found = self.interpolation(eqn, inputs, path)
             if found is not None:
@@ -143,16 +148,15 @@ class _Inliner:
                 return simpler
         if name in _CALLS:
             return self.call(
-                params[_CALLS[name]], inputs, (*path, *_stack(eqn), str(params.get("name", name)))
+                params[_CALLS[name]], inputs, (*path, *stack_of(eqn), str(params.get("name", name)))
             )
         if _mutates(eqn):
             reason = "it reads or writes mutable state, so what it returns is not a function of its operands"
-            self.refuse(eqn, path, _shape(eqn), reason, "pass the state in and out as values")
-            return [self.unknown(var) for var in eqn.outvars]
+            return self.refuse(eqn, path, reason, "pass the state in and out as values")
         if name == "cond" and not inputs[0].depends and is_concrete(inputs[0].const):
             branches = params["branches"]
             index = int(np.clip(int(inputs[0].const), 0, len(branches) - 1))
-            return self.call(branches[index], inputs[1:], (*path, *_stack(eqn), f"cond[{index}]"))
+            return self.call(branches[index], inputs[1:], (*path, *stack_of(eqn), f"cond[{index}]"))
         if not dependent:
             return self.evaluate(eqn, inputs)
         if name == "scan":
@@ -177,11 +181,9 @@ class _Inliner:
             else:
                 reason = "a while loop has no static length"
                 remedy = "use lax.scan or a fori_loop with constant bounds"
-            self.refuse(eqn, path, _shape(eqn), reason, remedy)
-            return [self.unknown(var) for var in eqn.outvars]
+            return self.refuse(eqn, path, reason, remedy)
         if eqn.outvars and all(0 in v.aval.shape for v in eqn.outvars):
-            # nothing of x passes through a tensor without entries
-            return [self.const(np.zeros(v.aval.shape, v.aval.dtype)) for v in eqn.outvars]
+            return self.empty(eqn.outvars)
         return self.record(eqn, inputs, path)
 
     def record(self, eqn: Any, inputs: Sequence[Value], path: Path) -> list[Value]:
@@ -289,11 +291,11 @@ class _Inliner:
             num_consts, num_carry, _ = (len(part) for part in params["ft_in"].unpack())
         else:
             num_consts, num_carry = params["num_consts"], params["num_carry"]
-        consts, carry, xs = inputs[:num_consts], inputs[num_consts : num_consts + num_carry], []
+        consts, carry = inputs[:num_consts], inputs[num_consts : num_consts + num_carry]
         xs = inputs[num_consts + num_carry :]
         length = int(params["length"])
         order = range(length - 1, -1, -1) if params["reverse"] else range(length)
-        base = (*path, *_stack(eqn))
+        base = (*path, *stack_of(eqn))
         rows: list[list[Value]] = [[] for _ in range(length)]
         for step in order:
             where = (*base, f"scan[{step}]")
@@ -302,10 +304,7 @@ class _Inliner:
             carry, rows[step] = outs[:num_carry], outs[num_carry:]
         count = len(eqn.outvars) - num_carry
         if not length:
-            return [
-                *carry,
-                *(self.const(np.zeros(v.aval.shape, v.aval.dtype)) for v in eqn.outvars[num_carry:]),
-            ]
+            return [*carry, *self.empty(eqn.outvars[num_carry:])]
         return [*carry, *(self.stack([row[i] for row in rows], (*base, "scan")) for i in range(count))]
 
     def apply_at(self, eqn: Any, inputs: list[Value], path: Path) -> list[Value]:
@@ -339,8 +338,7 @@ class _Inliner:
         if why is not None:
             reason, remedy = why
         if reason:
-            self.refuse(eqn, path, _shape(eqn), reason, remedy)
-            return [self.unknown(var) for var in eqn.outvars]
+            return self.refuse(eqn, path, reason, remedy)
 
         def entry(value: Any) -> Any:
             zero = jnp.zeros((), updates.dtype)
@@ -352,25 +350,21 @@ class _Inliner:
             return flat.at[target].set(jax.vmap(entry)(flat[target])).reshape(tensor.shape)
 
         spec = jax.ShapeDtypeStruct(operand.shape, operand.dtype)
-        return self.call(jax.make_jaxpr(written)(spec), [operand], (*path, *_stack(eqn), "apply"))
+        return self.call(jax.make_jaxpr(written)(spec), [operand], (*path, *stack_of(eqn), "apply"))
 
     def row(self, value: Value, step: int, path: Path) -> Value:
         if not value.depends:
             return self.const(value.const[step], value.randomness)
         rest = value.shape[1:]
-        window = {
-            "start_indices": (step,) + (0,) * len(rest),
-            "limit_indices": (step + 1, *rest),
-            "strides": None,
-        }
+        start, limit = (step, *(0 for _ in rest)), (step + 1, *rest)
+        window = {"start_indices": start, "limit_indices": limit, "strides": None}
         sliced = self.emit("slice", window, [value], (1, *rest), path)
         return self.emit("reshape", {"new_sizes": rest, "dimensions": None}, [sliced], rest, path)
 
     def stack(self, rows: list[Value], path: Path) -> Value:
         if not any(row.depends for row in rows):
-            return self.const(
-                jnp.stack([jnp.asarray(row.const) for row in rows]), max(r.randomness for r in rows)
-            )
+            stacked = jnp.stack([jnp.asarray(row.const) for row in rows])
+            return self.const(stacked, max(row.randomness for row in rows))
         shape = (1, *rows[0].shape)
         lifted = [
             self.emit("reshape", {"new_sizes": shape, "dimensions": None}, [row], shape, path)
@@ -392,25 +386,18 @@ def _range(value: Value) -> tuple[int, int] | None:
 
 
 def _uses(jaxpr: Any, var: Any) -> bool:
-    return any(var is atom for eqn in jaxpr.eqns for atom in eqn.invars) or any(
-        var is atom for atom in jaxpr.outvars
-    )
+    read = itertools.chain(jaxpr.outvars, *(eqn.invars for eqn in jaxpr.eqns))
+    return any(var is atom for atom in read)
 
 
-_HARMLESS = ("debug_callback", "debug_print")
+_HARMLESS = (*_CALLS, "debug_callback", "debug_print", "scan", "while", "cond")
 
 
 def _mutates(eqn: Any) -> bool:
     """Touches a mutable reference, or has another effect than printing."""
     if any("Ref" in type(v.aval).__name__ for v in (*eqn.invars, *eqn.outvars)):
         return True
-    return bool(getattr(eqn, "effects", ())) and eqn.primitive.name not in (
-        *_HARMLESS,
-        *_CALLS,
-        "scan",
-        "while",
-        "cond",
-    )
+    return bool(getattr(eqn, "effects", ())) and eqn.primitive.name not in _HARMLESS
 
 
 def _shape(eqn: Any) -> tuple[int, ...]:
@@ -418,7 +405,5 @@ def _shape(eqn: Any) -> tuple[int, ...]:
 
 
 def _literal(atom: Any) -> Any:
-    value = atom.val
-    if not is_concrete(value):
-        return value
-    return np.asarray(value, atom.aval.dtype) if not hasattr(value, "dtype") else value
+    plain = is_concrete(atom.val) and not hasattr(atom.val, "dtype")
+    return np.asarray(atom.val, atom.aval.dtype) if plain else atom.val

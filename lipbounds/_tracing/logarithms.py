@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from lipbounds._form import windows
 from lipbounds._form.concrete import is_concrete
+from lipbounds._form.windows import along, iota
 from lipbounds._tracing.flat import Value
-from lipbounds._tracing.writer import Outputs, Writer, iota, origin, size_of, understood
+from lipbounds._tracing.writer import Outputs, Writer, origin, understood
 
 _MOVING = frozenset("reshape squeeze expand_dims broadcast_in_dim transpose copy stop_gradient slice".split())
 
@@ -23,7 +24,7 @@ def _exponents(value: Value) -> tuple[Value, np.ndarray, np.ndarray] | None:
         return None
     inner = None
     if eqn.primitive == "exp":
-        inner = eqn.inputs[0], iota(value.shape).reshape(-1, 1), np.ones((size_of(value), 1))
+        inner = eqn.inputs[0], iota(value.shape).reshape(-1, 1), np.ones((math.prod(value.shape), 1))
     elif eqn.primitive == "abs":
         inner = _exponents(eqn.inputs[0])  # a sum of exponentials is positive
     elif eqn.primitive == "mul":
@@ -38,7 +39,7 @@ def _exponents(value: Value) -> tuple[Value, np.ndarray, np.ndarray] | None:
     elif eqn.primitive == "reduce_sum":
         found = _exponents(eqn.inputs[0])
         if found is not None:
-            rows = windows.along(eqn.inputs[0].shape, [int(a) for a in eqn.params["axes"]])
+            rows = along(eqn.inputs[0].shape, [int(a) for a in eqn.params["axes"]])
             inner = found[0], *(part[rows].reshape(len(rows), -1) for part in found[1:])
     if inner is None or not inner[1].size:
         return None
@@ -166,9 +167,9 @@ def _sub(write: Writer, eqn: Any, inputs: Sequence[Value]) -> Outputs:
     shape = tuple(eqn.outvars[0].aval.shape)
     first, second = inputs
     made = first.producer
-    if made is None or made.primitive != "sub" or not all(v.depends for v in (*made.inputs, second)):
+    if made is None or made.primitive != "sub" or not understood(made):
         return None
-    if not understood(made):
+    if not all(v.depends for v in (*made.inputs, second)):
         return None
     found = _ends_shifted(second)
     if found is None or found[0].producer is None or first.shape != shape:

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipbounds._activations import activations
-from lipbounds._activations.activations import Expr, Node, SlopeError
+from lipbounds._activations.expression import DECLARE, Expr, Node, SlopeError
 from lipbounds._form.concrete import is_concrete
 from lipbounds._form.precision import TOO_NARROW, below_single, half_or_wider, keeps_half
 from lipbounds._form.program import Program
+from lipbounds._form.windows import pairs
 from lipbounds._tracing import rules
 from lipbounds._tracing.composites import fold
 from lipbounds._tracing.decided import Elementwise
@@ -249,21 +250,22 @@ class Lowering:
                 remedies.add(error.remedy)
         if failure is None:
             return rules.UNKNOWN
-        if activations.DECLARE in remedies:  # of the whole, where not of its last part
-            return Refused(failure.reason, activations.DECLARE)
+        if DECLARE in remedies:  # of the whole, where not of its last part
+            return Refused(failure.reason, DECLARE)
         return Refused(failure.reason, failure.remedy or rules.REWRITE)
 
     def prove(self, base: Value, expr: Expr, consts: list[Value]) -> Elementwise:
         values = [v.const for v in consts]
         if any(v.randomness == 2 for v in consts):
             raise SlopeError(rules.RANDOM_MASK.reason, rules.RANDOM_MASK.remedy)
-        if all(is_concrete(v) for v in values):
+        declared = None
+        if all(map(is_concrete, values)):
             arrays = [np.asarray(v) for v in values]
             declared = activations.registered(expr, arrays)
-            if declared is not None:
-                return Elementwise(base, expr, consts, declared, True)
-            return Elementwise(base, expr, consts, activations.slope_range(expr, arrays), False)
-        return Elementwise(base, expr, consts, activations.piecewise_linear_slopes(expr, values), False)
+            slopes: tuple[Any, Any] = declared or activations.slope_range(expr, arrays)
+        else:
+            slopes = activations.piecewise_linear_slopes(expr, values)
+        return Elementwise(base, expr, consts, slopes, declared is not None)
 
     def decide(self, eqn: Eqn, needed: set[int]) -> None:
         """Settle one needed equation and mark what it needs."""
@@ -303,7 +305,6 @@ class Lowering:
 
     def decide_elementwise(self, eqn: Eqn, needed: set[int]) -> None:
         value = eqn.outputs[0]
-        pair = _is_pair(eqn)
         if not jnp.issubdtype(value.dtype, jnp.floating):
             self.refuse(eqn, rules.JUMP, needed)
             return
@@ -311,17 +312,10 @@ class Lowering:
         if isinstance(found, Elementwise):
             self.taps[value.index] = found
             needed.add(found.base.index)
-        elif pair:
-            sizes = [int(np.prod(v.shape)) for v in eqn.inputs]
-            index = [
-                np.arange(n, dtype=np.int32).reshape(v.shape) for n, v in zip(sizes, eqn.inputs, strict=True)
-            ]
-            columns = np.broadcast_arrays(index[0], index[1] + np.int32(sizes[0]), np.empty(value.shape))[:2]
-            self.taps[value.index] = Group(eqn.primitive, np.stack([c.ravel() for c in columns], axis=1))
+        elif _is_pair(eqn):
+            self.taps[value.index] = Group(eqn.primitive, pairs(*(v.shape for v in eqn.inputs)))
             needed.update(self.resolve(v).index for v in eqn.inputs)
-        elif self.unguard(eqn, needed):
-            return
-        else:
+        elif not self.unguard(eqn, needed):
             nearest = next(self.dominators(value), None)
             self.refuse(eqn, found, needed, nearest[0] if nearest else None)
 

@@ -17,7 +17,9 @@ rows of an index table, -1 nowhere) and `entries` (the output reads entries of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,11 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipbounds._form.concrete import is_concrete
+from lipbounds._form.windows import iota, pairs
 from lipbounds._tracing import logarithms, rules
 from lipbounds._tracing.flat import Path, Value, opened, place_of
 from lipbounds._tracing.indices import landings, outside, unsorted
 from lipbounds._tracing.parameters import not_understood
-from lipbounds._tracing.writer import Emits, Outputs, Writer, size_of
+from lipbounds._tracing.writer import Emits, Outputs, Writer
 
 _PREFIX_ENTRIES = 2**22  # of a table of prefixes; longer ones go round by round
 _TABLE_ENTRIES = 2**24
@@ -52,34 +55,28 @@ def prefixes(n: int) -> np.ndarray:
     return np.minimum(np.arange(n)[:, None], np.arange(n)).astype(np.int32)
 
 
-def _cumulative(mode: str) -> Callable[..., Outputs]:
-    def make(write: Writer, eqn: Any, inputs: Sequence[Value]) -> Outputs:
-        return [running(write, mode, inputs[0], int(eqn.params["axis"]), bool(eqn.params["reverse"]))]
-
-    return make
+def _cumulative(mode: str, write: Writer, eqn: Any, inputs: Sequence[Value]) -> Outputs:
+    return [running(write, mode, inputs[0], int(eqn.params["axis"]), bool(eqn.params["reverse"]))]
 
 
 def running(write: Writer, mode: str, value: Value, axis: int, reverse: bool) -> Value:
     """The maxima (minima) of all prefixes along an axis."""
     n = value.shape[axis]
-    places = np.moveaxis(np.arange(size_of(value), dtype=np.int32).reshape(value.shape), axis, -1)
+    places = np.moveaxis(iota(value.shape), axis, -1)
     if reverse:
         places = places[..., ::-1]
     lines = places.reshape(-1, n)
+    flat = write.entries([value], lines.reshape(-1))
     if lines.size * n <= _PREFIX_ENTRIES:
-        first = write.entries([value], lines.reshape(-1))
         table = (n * np.arange(len(lines), dtype=np.int32)[:, None, None] + prefixes(n)).reshape(-1, n)
-        flat = write.grouped(mode, [first], table, (lines.size,))
+        flat = write.grouped(mode, [flat], table, (lines.size,))
     else:
-        flat = write.entries([value], lines.reshape(-1))
-        at = np.arange(lines.size, dtype=np.int32).reshape(lines.shape)
-        distance = 1
+        at, distance = iota(lines.shape), 1
         while distance < n:
             before = at.copy()
             before[:, distance:] = at[:, :-distance]
-            flat = write.grouped(
-                mode, [flat], np.stack([at.reshape(-1), before.reshape(-1)], 1), (lines.size,)
-            )
+            table = np.stack([at.reshape(-1), before.reshape(-1)], 1)
+            flat = write.grouped(mode, [flat], table, (lines.size,))
             distance *= 2
     back = np.empty(lines.size, np.int32)
     back[lines.reshape(-1)] = np.arange(lines.size, dtype=np.int32)
@@ -135,21 +132,13 @@ def _logaddexp(write: Writer, eqn: Any, inputs: Sequence[Value]) -> Outputs:
     return [write.grouped("logsumexp", inputs, pairs(*(v.shape for v in inputs)), shape)]
 
 
-def pairs(first: tuple[int, ...], second: tuple[int, ...]) -> np.ndarray:
-    """(outputs, 2) table of the entries that a binary operation reads, of its operands laid end to end."""
-    sizes = [int(np.prod(shape)) for shape in (first, second)]
-    index = [np.arange(n, dtype=np.int32).reshape(s) for n, s in zip(sizes, (first, second), strict=True)]
-    columns = np.broadcast_arrays(index[0], index[1] + np.int32(sizes[0]))
-    return np.stack([c.ravel() for c in columns], axis=1)
-
-
 # --- top_k ---------------------------------------------------------------------------------------------------------
 
 
 def _top_k(write: Writer, eqn: Any, inputs: Sequence[Value]) -> Outputs:
     params, value = eqn.params, inputs[0]
     k, axis = int(params["k"]), int(params.get("axis", -1)) % len(value.shape)
-    index = np.arange(size_of(value), dtype=np.int32).reshape(value.shape)
+    index = iota(value.shape)
     table = np.moveaxis(index, axis, -1).reshape(-1, value.shape[axis])
     outs = write.inliner.record(eqn, inputs, write.path)  # its indices are refused where they are used
     if k == 1:
@@ -166,7 +155,7 @@ def _top_k(write: Writer, eqn: Any, inputs: Sequence[Value]) -> Outputs:
 def _rounds(eqn: Any, inputs: Sequence[Value]) -> list[np.ndarray] | None:
     """The updates by rounds, (operand size,) places in the updates or -1: no entry gets two in one round."""
     operand, indices, updates = inputs
-    size = size_of(operand)
+    size = math.prod(operand.shape)
     if indices.depends or not is_concrete(indices.const) or size >= rules.MOST_TARGETS:
         return None
     places = jnp.asarray(indices.const)
@@ -193,17 +182,14 @@ def _rounds(eqn: Any, inputs: Sequence[Value]) -> list[np.ndarray] | None:
     return out
 
 
-def _scatter_extreme(mode: str) -> Callable[..., Outputs]:
-    def make(write: Writer, eqn: Any, inputs: Sequence[Value]) -> Outputs:
-        rounds = _rounds(eqn, inputs)
-        if rounds is None:
-            return None
-        operand, _, updates = inputs
-        own = np.arange(size_of(operand), dtype=np.int32)
-        columns = [own, *(np.where(r >= 0, r + np.int32(len(own)), own) for r in rounds)]
-        return [write.grouped(mode, [operand, updates], np.stack(columns, axis=1), operand.shape)]
-
-    return make
+def _scatter_extreme(mode: str, write: Writer, eqn: Any, inputs: Sequence[Value]) -> Outputs:
+    rounds = _rounds(eqn, inputs)
+    if rounds is None:
+        return None
+    operand, _, updates = inputs
+    own = iota(operand.shape).reshape(-1)
+    columns = [own, *(np.where(r >= 0, r + np.int32(len(own)), own) for r in rounds)]
+    return [write.grouped(mode, [operand, updates], np.stack(columns, axis=1), operand.shape)]
 
 
 def _scatter_mul(write: Writer, eqn: Any, inputs: Sequence[Value]) -> Outputs:
@@ -216,28 +202,22 @@ def _scatter_mul(write: Writer, eqn: Any, inputs: Sequence[Value]) -> Outputs:
     if updates.depends:
         places = rounds[0].reshape(operand.shape) if rounds else np.full(operand.shape, -1, np.int32)
         product = write.binary("mul", write.entries([updates], np.maximum(places, 0)), operand)
-        here = np.arange(size_of(operand), dtype=np.int32).reshape(operand.shape)
+        here = iota(operand.shape)
         return [write.entries([operand, product], np.where(places >= 0, here + np.int32(here.size), here))]
     out = operand
     for places in rounds:
-        factors = jnp.where(
-            jnp.asarray(places >= 0), jnp.ravel(updates.const)[np.maximum(places, 0)], 1
-        ).astype(operand.dtype)
-        out = write.binary(
-            "mul", out, write.inliner.const(factors.reshape(operand.shape), updates.randomness)
-        )
+        factors = jnp.where(jnp.asarray(places >= 0), jnp.ravel(updates.const)[np.maximum(places, 0)], 1)
+        factors = factors.astype(operand.dtype).reshape(operand.shape)
+        out = write.binary("mul", out, write.inliner.const(factors, updates.randomness))
     return [out]
 
 
-# --- log(sum(exp(.))) ----------------------------------------------------------------------------------------------
-
-
 _MAKERS: dict[str, Callable[..., Outputs]] = {
-    "cummax": _cumulative("max"),
-    "cummin": _cumulative("min"),
+    "cummax": partial(_cumulative, "max"),
+    "cummin": partial(_cumulative, "min"),
     "top_k": _top_k,
-    "scatter-max": _scatter_extreme("max"),
-    "scatter-min": _scatter_extreme("min"),
+    "scatter-max": partial(_scatter_extreme, "max"),
+    "scatter-min": partial(_scatter_extreme, "min"),
     "scatter-mul": _scatter_mul,
     "jit": _accumulate,
     "custom_jvp_call": _logaddexp,

@@ -16,8 +16,11 @@ that they compose.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,7 +30,7 @@ from jax import lax
 
 from lipbounds._form.concrete import is_concrete
 from lipbounds._form.steps import StaticArray
-from lipbounds._form.windows import along, windows
+from lipbounds._form.windows import along, iota, windows
 from lipbounds._tracing.flat import Eqn, Value
 from lipbounds._tracing.indices import UNSORTED, checked_mode, landings, outside, unsorted
 
@@ -143,15 +146,8 @@ def _dot_rule(eqn: Eqn) -> Linear | Refused:
 def _conv_rule(eqn: Eqn) -> Linear | Refused:
     if all(_depends(eqn)):
         return PRODUCT
-    names = (
-        "window_strides",
-        "padding",
-        "lhs_dilation",
-        "rhs_dilation",
-        "dimension_numbers",
-        "feature_group_count",
-        "batch_group_count",
-    )
+    names = "window_strides padding lhs_dilation rhs_dilation dimension_numbers".split()
+    names += ["feature_group_count", "batch_group_count"]
     return Linear("conv", {name: eqn.params[name] for name in names}, (0, 1))
 
 
@@ -167,27 +163,33 @@ def _aliases(eqn: Eqn) -> Sequence[Alias]:
     return [Alias(i) for i in range(len(eqn.outputs))]
 
 
-def _iotas(eqn: Eqn, operands: Sequence[int]) -> list[Any]:
-    """Distinct integers for every entry of the operands, counted from 0 over their concatenation."""
-    sizes = [int(np.prod(eqn.inputs[i].shape)) for i in operands]
-    starts = np.cumsum([0, *sizes[:-1]])
-    return [
-        (start + np.arange(size, dtype=np.int32)).astype(np.int32).reshape(eqn.inputs[i].shape)
-        for i, start, size in zip(operands, starts, sizes, strict=True)
-    ]
+def _unusable(*indices: Value) -> Refused | None:
+    """The refusal of indices that are not known; None where they are."""
+    if any(v.depends for v in indices):
+        return INDEX
+    return None if _concrete(*indices) else TRACED
+
+
+def _misplaced(eqn: Eqn, indices: Any, hits: np.ndarray) -> Refused | None:
+    """The refusal of a scatter that breaks a promise about its indices."""
+    if outside(hits, eqn.inputs[2].shape, eqn.params):
+        return OUTSIDE
+    return DISORDER if unsorted(indices, eqn.params) else None
 
 
 def _moved(eqn: Eqn, operands: Sequence[int], move: Callable[..., Any]) -> Linear:
     """The step that moves entries as `move` moves integers."""
-    index = np.asarray(move(*(jnp.asarray(i) for i in _iotas(eqn, operands))))
+    shapes = [eqn.inputs[i].shape for i in operands]
+    starts = itertools.accumulate(map(math.prod, shapes), initial=0)
+    index = np.asarray(
+        move(*(jnp.asarray(iota(s) + np.int32(n)) for s, n in zip(shapes, starts, strict=False)))
+    )
     return Linear("take", {"index": StaticArray(index)}, tuple(operands))
 
 
 def _gather(eqn: Eqn) -> Linear | Refused:
-    if eqn.inputs[1].depends:
-        return INDEX
-    if not _concrete(eqn.inputs[1]):
-        return TRACED
+    if why := _unusable(eqn.inputs[1]):
+        return why
     p = eqn.params
     indices = jnp.asarray(eqn.inputs[1].const)
     moved = _moved(
@@ -206,10 +208,8 @@ def _gather(eqn: Eqn) -> Linear | Refused:
 
 def _dynamic_slice(eqn: Eqn) -> Linear | Refused:
     starts = eqn.inputs[1:]
-    if any(s.depends for s in starts):
-        return INDEX
-    if not _concrete(*starts):
-        return TRACED
+    if why := _unusable(*starts):
+        return why
     sizes = eqn.params["slice_sizes"]
     shape = eqn.inputs[0].shape
     begin = [int(np.clip(int(s.const), 0, n - k)) for s, n, k in zip(starts, shape, sizes, strict=True)]
@@ -226,26 +226,20 @@ def _reshape(eqn: Eqn) -> Linear:
 
 def _dynamic_update_slice(eqn: Eqn) -> Linear | Refused:
     starts = eqn.inputs[2:]
-    if any(s.depends for s in starts):
-        return INDEX
-    if not _concrete(*starts):
-        return TRACED
+    if why := _unusable(*starts):
+        return why
     room = [n - k for n, k in zip(eqn.inputs[0].shape, eqn.inputs[1].shape, strict=True)]
     begin = [int(np.clip(int(s.const), 0, most)) for s, most in zip(starts, room, strict=True)]
     return _moved(eqn, (0, 1), lambda a, b: lax.dynamic_update_slice(a, b, begin))
 
 
 def _scatter(eqn: Eqn) -> Linear | Refused:
-    if eqn.inputs[1].depends:
-        return INDEX
-    if not _concrete(eqn.inputs[1]):
-        return TRACED
+    if why := _unusable(eqn.inputs[1]):
+        return why
     p, indices = eqn.params, jnp.asarray(eqn.inputs[1].const)
     hits = landings(eqn.inputs[0].shape, indices, eqn.inputs[2].shape, p)
-    if outside(hits, eqn.inputs[2].shape, p):
-        return OUTSIDE
-    if unsorted(indices, p):
-        return DISORDER
+    if why := _misplaced(eqn, indices, hits):
+        return why
     if (hits > 1).any() and not _writes_one_number(eqn.inputs[2]):
         return Refused(
             "an index occurs twice, so it is not defined which of the updates is kept", "use each index once"
@@ -264,20 +258,16 @@ def _writes_one_number(updates: Value) -> bool:
 
 
 def _scatter_add_rule(eqn: Eqn) -> Linear | Refused:
-    if eqn.inputs[1].depends:
-        return INDEX
-    if not _concrete(eqn.inputs[1]):
-        return TRACED
+    if why := _unusable(eqn.inputs[1]):
+        return why
     p, indices = eqn.params, jnp.asarray(eqn.inputs[1].const)
     operand, updates = eqn.inputs[0], eqn.inputs[2]
     hits = landings(operand.shape, indices, updates.shape, p)
-    if outside(hits, updates.shape, p):
-        return OUTSIDE
-    if unsorted(indices, p):
-        return DISORDER
+    if why := _misplaced(eqn, indices, hits):
+        return why
     if p["unique_indices"] and (hits > 1).any():
         return Refused("unique_indices=True was promised, but an index occurs twice", "drop the promise")
-    size = int(np.prod(operand.shape))
+    size = math.prod(operand.shape)
     if size >= MOST_TARGETS:
         return Refused(f"a scatter-add over {size} entries is too large", "split it")
     target = targets(operand.shape, indices, updates.shape, p)
@@ -329,36 +319,24 @@ def _split(eqn: Eqn) -> Sequence[Linear]:
 
 
 def _unstack(eqn: Eqn) -> Sequence[Linear]:
-    shape, axis = eqn.inputs[0].shape, eqn.params["axis"]
-    index = np.arange(int(np.prod(shape)), dtype=np.int32).reshape(shape)
-    return [
-        Linear("take", {"index": StaticArray(index.take(i, axis))}, (0,), i) for i in range(len(eqn.outputs))
-    ]
+    index, axis = iota(eqn.inputs[0].shape), eqn.params["axis"]
+    entries = (StaticArray(index.take(i, axis)) for i in range(len(eqn.outputs)))
+    return [Linear("take", {"index": one}, (0,), i) for i, one in enumerate(entries)]
 
 
-def _pool(mode: str) -> Rule:
-    def rule(eqn: Eqn) -> Group | Refused:
-        table = windows(eqn.inputs[0].shape, eqn.params)
-        if (table.max(axis=1, initial=-1) < 0).any():
-            return Refused(
-                "a pooling window reads padding only, so the output is infinite", "use less padding"
-            )
-        # A padded entry never wins: repeat another entry of the same window in its place.
-        return Group(mode, np.where(table < 0, table.max(axis=1, keepdims=True), table))
-
-    return rule
+def _pool(mode: str, eqn: Eqn) -> Group | Refused:
+    table = windows(eqn.inputs[0].shape, eqn.params)
+    if (table.max(axis=1, initial=-1) < 0).any():
+        return Refused("a pooling window reads padding only, so the output is infinite", "use less padding")
+    # A padded entry never wins: repeat another entry of the same window in its place.
+    return Group(mode, np.where(table < 0, table.max(axis=1, keepdims=True), table))
 
 
-def _reduce(mode: str) -> Rule:
-    def rule(eqn: Eqn) -> Group | Refused:
-        table = along(eqn.inputs[0].shape, [int(a) for a in eqn.params["axes"]])
-        return (
-            Group(mode, table)
-            if table.shape[1]
-            else Refused("a maximum over no entries is infinite", "drop it")
-        )
-
-    return rule
+def _reduce(mode: str, eqn: Eqn) -> Group | Refused:
+    table = along(eqn.inputs[0].shape, [int(a) for a in eqn.params["axes"]])
+    if not table.shape[1]:
+        return Refused("a maximum over no entries is infinite", "drop it")
+    return Group(mode, table)
 
 
 def _sort(eqn: Eqn) -> Group | Refused:
@@ -369,21 +347,13 @@ def _sort(eqn: Eqn) -> Group | Refused:
 
 def _scattered(eqn: Eqn) -> Refused:
     """What `rewrites` left of at[].max, at[].min and at[].multiply."""
-    if eqn.inputs[1].depends:
-        return INDEX
-    if not _concrete(eqn.inputs[1]):
-        return TRACED
-    if eqn.primitive.endswith("mul") and eqn.inputs[2].depends:
+    operand, indices, updates = eqn.inputs
+    if why := _unusable(indices):
+        return why
+    if eqn.primitive.endswith("mul") and updates.depends:
         return PRODUCT
-    if unsorted(eqn.inputs[1].const, eqn.params):
-        return DISORDER
-    if outside(
-        landings(eqn.inputs[0].shape, eqn.inputs[1].const, eqn.inputs[2].shape, eqn.params),
-        eqn.inputs[2].shape,
-        eqn.params,
-    ):
-        return OUTSIDE
-    return Refused(
+    hits = landings(operand.shape, indices.const, updates.shape, eqn.params)
+    return _misplaced(eqn, indices.const, hits) or Refused(
         "unique_indices=True was promised, but an index occurs twice, or the tensor has too many entries",
         "drop the promise, or split the tensor",
     )
@@ -423,13 +393,7 @@ RULES: dict[str, Rule] = {
     "stack": lambda eqn: Linear("stack", {"axis": eqn.params["axis"]}, tuple(range(len(eqn.inputs)))),
     "reduce_sum": _unary("reduce_sum", lambda p, e: {"axes": p["axes"]}),
     "cumsum": _unary("cumsum", lambda p, e: {"axis": p["axis"], "reverse": p["reverse"]}),
-    "reduce_window_sum": _unary(
-        "reduce_window_sum",
-        lambda p, e: {
-            k: p[k]
-            for k in ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
-        },
-    ),
+    "reduce_window_sum": _unary("reduce_window_sum", lambda p, e: dict(p)),
     "gather": _gather,
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update_slice,
@@ -438,10 +402,10 @@ RULES: dict[str, Rule] = {
     "select_n": _select,
     "split": _split,
     "unstack": _unstack,
-    "reduce_window_max": _pool("max"),
-    "reduce_window_min": _pool("min"),
-    "reduce_max": _reduce("max"),
-    "reduce_min": _reduce("min"),
+    "reduce_window_max": partial(_pool, "max"),
+    "reduce_window_min": partial(_pool, "min"),
+    "reduce_max": partial(_reduce, "max"),
+    "reduce_min": partial(_reduce, "min"),
     "sort": _sort,
     "grouped": lambda eqn: Group(eqn.params["mode"], eqn.params["index"]),
     "entries": lambda eqn: Linear(
@@ -469,4 +433,3 @@ ELEMENTWISE = frozenset(
     eq ne and or not xor clamp is_finite convert_element_type copy stop_gradient reduce_precision add_any atan2 rem
     lgamma digamma bessel_i0e bessel_i1e nextafter name optimization_barrier interp""".split()
 )
-_COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not", "xor", "is_finite"}

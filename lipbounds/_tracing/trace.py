@@ -256,24 +256,21 @@ def _cast(value: Any, dtype: np.dtype) -> Any:
     return jnp.asarray(np.asarray(value).astype(dtype) if is_concrete(value) else value, dtype)
 
 
+def _refusal(primitive: str, shape: Sequence[int], reason: str, remedy: str) -> UnsupportedError:
+    return UnsupportedError((Unsupported(primitive, "", tuple(shape), reason, remedy),))
+
+
 def _spec(x: Any) -> jax.ShapeDtypeStruct:
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
         raise TypeError(f"x must be an array or a jax.ShapeDtypeStruct, got {type(x).__name__}")
     dtype = jax.dtypes.canonicalize_dtype(x.dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         kind = "complex" if jnp.issubdtype(dtype, jnp.complexfloating) else "integer or boolean"
-        item = Unsupported(
-            "input",
-            "",
-            tuple(x.shape),
-            f"the input is {kind} ({dtype})",
-            "cast it to a float: x.astype(jnp.float32)",
-        )
-        raise UnsupportedError((item,))
+        remedy = "cast it to a float: x.astype(jnp.float32)"
+        raise _refusal("input", x.shape, f"the input is {kind} ({dtype})", remedy)
     if not half_or_wider(dtype):
         reason, remedy = TOO_NARROW
-        item = Unsupported("input", "", tuple(x.shape), reason.format(name=dtype.name), remedy)
-        raise UnsupportedError((item,))
+        raise _refusal("input", x.shape, reason.format(name=dtype.name), remedy)
     return jax.ShapeDtypeStruct(tuple(x.shape), dtype)
 
 
@@ -329,10 +326,8 @@ def _flatten(call: Function, params: Any, spec: jax.ShapeDtypeStruct) -> Flat:
         remedy = (
             "use jnp.where, lax.select or a tensor operation in place of a Python decision on values of x"
         )
-        item = Unsupported(
-            "python control flow", "", spec.shape, f"Python needs the value of x: {reason}", remedy
-        )
-        raise UnsupportedError((item,)) from error
+        reason = f"Python needs the value of x: {reason}"
+        raise _refusal("python control flow", spec.shape, reason, remedy) from error
 
 
 def _form(call: Function, params: Any, spec: jax.ShapeDtypeStruct) -> tuple[LureForm, Traced]:
@@ -402,14 +397,9 @@ def _check_rows(call: Function, params: Any, spec: jax.ShapeDtypeStruct, form: L
         scale = np.abs(rows).max(axis=0, initial=0.0) + 1e-3  # per output
         mixed = mixed or bool((np.abs(rows - ones) > 0.01 * scale).any())
     if mixed:
-        item = Unsupported(
-            "batched function",
-            "",
-            batch.shape,
-            "the output of one row depends on another row of the batch, or on how many there are",
-            "call model.eval() on a copy if this is BatchNorm; otherwise trace a function of one example",
-        )
-        raise UnsupportedError((item,))
+        reason = "the output of one row depends on another row of the batch, or on how many there are"
+        remedy = "call model.eval() on a copy if this is BatchNorm; otherwise trace a function of one example"
+        raise _refusal("batched function", batch.shape, reason, remedy)
 
 
 class _Marks(Arrays):

@@ -59,19 +59,17 @@ def _points(spec: jax.ShapeDtypeStruct, box: Box | None) -> Iterator[_Point]:
             yield _Point(np.broadcast_to(corner, spec.shape), "a corner of the box", False)
 
 
-@partial(jax.jit, static_argnames="dtype")
-def _registers(form: LureForm, x: Any, dtype: Any) -> dict[int, Any]:
-    """Every register of the form at x."""
-    return _one_by_one(form, x, dtype)
-
-
 def _one_by_one(form: LureForm, x: Any, dtype: Any) -> dict[int, Any]:
+    """Every register of the form at x."""
     found: dict[int, Any] = {}
     taps = form.taps
     propagate(
         form, x, lambda k, y: apply_tap(taps[k], form.consts, y), dtype=dtype, affine=True, registers=found
     )
     return found
+
+
+_registers = partial(jax.jit, static_argnames="dtype")(_one_by_one)
 
 
 def check_values(
@@ -186,11 +184,7 @@ def _rounding(form: LureForm, traced: Traced, value: Value, x: np.ndarray) -> fl
         except Exception:  # an operation that cannot be computed in float64 in this way
             same = None
     jitted = _flat(_registers(form, jnp.asarray(x), x.dtype)[register])
-    if same is None:
-        agree = _equal(mine, theirs, 1e-4)
-    else:
-        agree = _equal(exact, same, 1e-6)
-    if not agree:
+    if not (_equal(mine, theirs, 1e-4) if same is None else _equal(exact, same, 1e-6)):
         return None
     errors = np.abs(np.stack([mine, theirs, jitted]) - exact)
     return float(errors[np.isfinite(errors)].max(initial=0.0))

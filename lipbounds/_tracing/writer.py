@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipbounds._form.steps import KINDS
+from lipbounds._form.windows import iota
 from lipbounds._tracing import rules
 from lipbounds._tracing.flat import Eqn, Path, Value
 from lipbounds._tracing.parameters import not_understood
@@ -60,16 +62,12 @@ class Writer:
     def grouped(self, mode: str, values: Sequence[Value], index: np.ndarray, shape: tuple[int, ...]) -> Value:
         """max, min or logsumexp over every row of `index` (a sort of them: of the shape of the one operand)."""
         if len(values) > 1:
-            values = [self.entries(values, np.arange(sum(map(size_of, values)), dtype=np.int32))]
+            values = [self.entries(values, iota([sum(math.prod(v.shape) for v in values)]))]
         return self.emit("grouped", {"mode": mode, "index": index, "shape": shape}, values, shape, _group)
 
     def binary(self, name: str, a: Value, b: Value) -> Value:
         shape = np.broadcast_shapes(a.shape, b.shape)
         return self.emit(name, {}, [a, b], shape, {"mul": jnp.multiply, "sub": jnp.subtract}[name])
-
-
-def size_of(value: Value) -> int:
-    return int(np.prod(value.shape))
 
 
 def _take(*arrays: Any, index: np.ndarray) -> Any:
@@ -109,10 +107,6 @@ def _moved(value: Value) -> tuple[Value, np.ndarray | None]:
     operand = eqn.inputs[part.operands[0]]
     index = np.asarray(KINDS[part.kind].apply(dict(part.params), jnp.asarray(iota(operand.shape) + 1))) - 1
     return (operand, index) if operand.depends and (index >= 0).all() else (value, None)
-
-
-def iota(shape: tuple[int, ...]) -> np.ndarray:
-    return np.arange(int(np.prod(shape)), dtype=np.int32).reshape(shape)
 
 
 def origin(value: Value) -> tuple[Value, np.ndarray]:

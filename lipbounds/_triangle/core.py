@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lipbounds._form.batched_steps import apply_batched, einsum, fixed_operands, product
+from lipbounds._form.batched_steps import apply_batched, einsum, product
 from lipbounds._form.concrete import is_concrete
-from lipbounds._form.lure import LureForm, flat_slopes, multiplicity
+from lipbounds._form.lure import LureForm, fixed_operands, flat_slopes, multiplicity
 from lipbounds._form.program import Op, Program
 from lipbounds._form.walk import Algebra, connected, walk
 from lipbounds._triangle.output_rows import Scalings, row_grams
@@ -165,7 +165,7 @@ class _Blocks(Algebra[Any]):
         if not want:
             return None
         stacks = [self.pick(i, held, want) for i in op.reads]
-        return apply_batched(op, fixed_operands(self.form, op, self.dtype), stacks)
+        return apply_batched(op, fixed_operands(self.form.consts, op, self.dtype), stacks)
 
     def join(self, registers: Sequence[int], held: Mapping[int, Any]) -> Any:
         arriving = tuple(sorted({p for i in registers for p in self.alive[i]}))
@@ -183,11 +183,9 @@ class _Blocks(Algebra[Any]):
 
     def split(self, value: Any, registers: Sequence[int]) -> Iterator[tuple[int, Any]]:
         k, arriving, y, begun = value
-        c, start = self.scalings[k][0], 0
-        for register in registers:
+        c = self.scalings[k][0]
+        for register, part in self.program.places_of(registers):
             want, size = self.alive[register], self.program.sizes[register]
-            part = slice(start, start + size)
-            start += size
             if not want:
                 continue
             pieces: list[Any] = []
