@@ -14,7 +14,8 @@ from jax.extend.core import Literal
 
 from lipbounds._activations import activations as act
 from lipbounds._activations import intervals as I
-from lipbounds._activations.activations import Expr, Node, SlopeError, enclose, evaluate, slope_range
+from lipbounds._activations.activations import enclose, evaluate, slope_range
+from lipbounds._activations.expression import Expr, Node, SlopeError
 from lipbounds._activations.pieces import resolve
 from lipbounds._activations.tails import tail_slopes
 from lipbounds._activations.terms import Domain, Terms

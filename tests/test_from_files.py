@@ -186,7 +186,7 @@ def test_damaged_files(end: str, tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=rf"mlp\{end}: not an? (complete )?\{end} file, or cut off"):
             load_weights(path)
-    with pytest.raises(FileNotFoundError, match="absent.* is no file"):
+    with pytest.raises(FileNotFoundError, match="absent.* is not a file"):
         load_weights(tmp_path / f"absent{end}")
     (tmp_path / "mlp.pt").write_bytes(raw)
     with pytest.raises(

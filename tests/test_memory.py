@@ -142,7 +142,7 @@ def test_what_a_budget_cannot_limit_is_refused(form: LureForm) -> None:
     for verb in (lb.naive, lb.liplt, lb.lipsdp):
         with pytest.raises(ValueError, match="memory must be"):
             verb(form, memory="lots")
-        with pytest.raises(ValueError, match="memory is for norm=2"):
+        with pytest.raises(ValueError, match="memory applies to norm=2"):
             verb(form, norm=np.inf, memory="1GB")
         with pytest.raises(ValueError, match="proves nothing"):
             verb(form, guarantee="estimate", memory="1GB")
@@ -236,7 +236,7 @@ def test_a_budget_that_fits_changes_no_bound(form: LureForm, plain: Any, guarant
     (note,) = bound.notes
     needs = [p.how.split(", ")[1] for p in bound.parts]
     assert (
-        note.startswith("memory budget 1.0 GB, the largest need ")
+        note.startswith("memory budget 1.0 GB, largest need ")
         and note.split("need ")[1].split(" (")[0] in needs
     )
     assert np.isclose(lb.naive(form, memory=10**9).value, lb.naive(form).value, rtol=1e-8)

@@ -102,7 +102,7 @@ def test_everything_unsupported_is_named_at_once(tmp_path: Path) -> None:
     assert caught.value.items[2].shape == (1, 2, 3, 3)
     text = str(caught.value)
     assert "FusedConv at node '/FusedConv_1' (domain com.microsoft, opset 17)" in text
-    assert "operators of the domain com.microsoft are not read" in text
+    assert "operators of the domain com.microsoft are not supported" in text
     assert "quantised arithmetic rounds" in text and "remedy: use the model before quantisation" in text
     assert "it divides by statistics of its input" in text and "there is no rule for this operator" in text
 
@@ -122,17 +122,17 @@ def _scales(*factors: float) -> np.ndarray:
 _BN = [np.ones(2, np.float32)] * 4
 REFUSED: list[tuple[Any, str]] = [
     (_one("BatchNormalization", *_BN, training_mode=1), "training mode divides by statistics"),
-    (_one("BatchNormalization", *_BN, opset=7, spatial=0), "spatial=0 is not read"),
+    (_one("BatchNormalization", *_BN, opset=7, spatial=0), "spatial=0 is not supported"),
     (_one("Dropout", np.float32(0.5), np.array(True)), "training mode draws a random mask"),
     (_one("Cast", to=TensorProto.INT64), "x becomes int64 here"),
     (_one("Upsample", _scales(1, 1, 2, 2), opset=10, mode="nearest"), "at opset 10 this operator is deprecated"),
-    (_one("Resize", None, _scales(1, 1, 2, 2), mode="cubic"), "mode='cubic' is not read"),
+    (_one("Resize", None, _scales(1, 1, 2, 2), mode="cubic"), "mode='cubic' is not supported"),
     (_one("Resize", None, _scales(1, 1, 1.5, 2), mode="nearest"), "by the factor 1.5 .* depends on rounding"),
     (_one("Resize", None, _scales(1, 1, 0.5, 0.5), opset=18, antialias=1, mode="linear"), "antialias"),
     (_one("Resize", None, _scales(1, 1, 2, 2), coordinate_transformation_mode="tf_crop_and_resize", mode="linear"),
-     "tf_crop_and_resize' is not read"),
+     "tf_crop_and_resize' is not supported"),
     (_one("Celu", alpha=-1.0), "its alpha is -1.0"),
-    (_one("Pad", np.array([0, 0, -1, 0, 0, 0, 0, 0]), mode="edge"), "in mode 'edge' is not read"),
+    (_one("Pad", np.array([0, 0, -1, 0, 0, 0, 0, 0]), mode="edge"), "in mode 'edge' is not supported"),
     (_one("AveragePool", kernel_shape=[1, 1], pads=[1, 1, 1, 1]), "a window reads padding only"),
     (_one("Floor"), "its output jumps"),
     (_one("RandomNormalLike"), "draws random numbers"),
@@ -164,7 +164,7 @@ def test_refused_for_what_depends_on_the_input(tmp_path: Path) -> None:
         (net.done(masked), "1. Equal at .* its output jumps"),
         (net.done(shaped), "1. Cast at "),
         (pooled.done("i"), "only its first output is read"),
-        (control.done(choice), "control flow is not read"),
+        (control.done(choice), "control flow is not supported"),
         (training.done("y"), "in training mode divides"),
     ):
         with pytest.raises(lb.UnsupportedError, match="(?s)" + reason):

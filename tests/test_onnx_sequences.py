@@ -175,8 +175,8 @@ def test_rnn(direction: str, options: dict[str, Any], tmp_path: Path, rng: np.ra
 @pytest.mark.parametrize(("options", "reason"), [
     ({"lengths": [3]}, "sequence_lens are not the whole sequence"),
     ({"clip": 1.0}, "RNN with clip"),
-    ({"layout": 1}, "layout=1, is not read"),
-    ({"activations": ["ThresholdedRelu"]}, "activation 'thresholdedrelu' is not read"),
+    ({"layout": 1}, "layout=1, is not supported"),
+    ({"activations": ["ThresholdedRelu"]}, "activation 'thresholdedrelu' is not supported"),
 ])  # fmt: skip
 def test_rnn_refused(options: dict[str, Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(lb.UnsupportedError, match=reason):

@@ -161,9 +161,8 @@ def product_norm(u: Enclosure, v: Enclosure) -> tuple[float, float]:
     e = add_up(enclosures.enclosure_norm(missing), mul_up(2.0, wrong, known), mul_up(wrong, wrong))
     small = enclosures.multiply(np.ascontiguousarray(root.T), u.T)
     a, whole = enclosures.enclosure_norm(small), enclosures.enclosure_norm(u)
-    guess = float(
-        np.linalg.norm(_root(enclosures.multiply(u.T.dense().midpoint_for_search(), u)).T @ root, 2)
-    )
+    other = _root(enclosures.multiply(u.T.dense().midpoint_for_search(), u))
+    guess = float(np.linalg.norm(other.T @ root, 2))
     return sqrt_up(add_up(mul_up(a, a), mul_up(e, whole, whole))), guess
 
 
@@ -200,13 +199,10 @@ def _block_product(
         z = propagate(form, None if source else u, tap, dtype=u.dtype)
         if not target:
             return jnp.ravel(z)
-        parts = [
-            jnp.zeros(taps[k].size_in, u.dtype)
-            if seen[k] is None
-            else scalings[k][2].astype(u.dtype) * seen[k]
-            for k in target
-        ]
-        return jnp.concatenate(parts)
+        ends = [jnp.zeros(taps[k].size_in, u.dtype) if seen[k] is None else seen[k] for k in target]
+        return jnp.concatenate(
+            [scalings[k][2].astype(u.dtype) * y for k, y in zip(target, ends, strict=True)]
+        )
 
     if not transposed:
         return forward(vector)
@@ -360,15 +356,8 @@ def _norm_of_step(host: HostForm, place: int, m: StepMatrix, failure: float) -> 
     if key not in host.proved:
         wrong = gamma(m.terms) * m.absolute_norm
         matrix = np.asarray(m.matrix, np.float64)
-        found, _, _ = golub_kahan(
-            lambda v: matrix @ v,
-            lambda v: matrix.T @ v,
-            matrix.shape[1],
-            seed=place,
-            failure=share,
-            rtol=1.0,
-            rounding=wrong,
-        )
+        options: dict[str, Any] = dict(seed=place, failure=share, rtol=1.0, rounding=wrong)
+        found = golub_kahan(lambda v: matrix @ v, lambda v: matrix.T @ v, matrix.shape[1], **options)[0]
         host.proved[key] = min(add_up(found, mul_up(m.relerr, m.absolute_norm)), m.absolute_norm)
     return host.proved[key]
 

@@ -250,21 +250,16 @@ class Core:
     def init(self, form: LureForm, key: Any, dtype: Any = jnp.float32) -> State:
         """Random unit vectors to start from."""
         layout = plan(form.program, self.centred)
-        shapes = [(last - first, self._source_size(form, j)) for j, first, last in layout.groups]
+        sizes = {j: form.in_size if j < 0 else form.taps[j].size_out for j, _, _ in layout.groups}
+        shapes = [(last - first, sizes[j]) for j, first, last in layout.groups]
         keys = jax.random.split(key, len(shapes) + len(layout.sources) + 1)
 
         def start(shape: tuple[int, ...], k: Any) -> jax.Array:
             return _unit(jax.random.normal(k, shape, dtype), jnp.zeros(shape, dtype))
 
         blocks = tuple(start(shape, k) for shape, k in zip(shapes, keys, strict=False))
-        rows = tuple(
-            start((form.num_outputs,), k) for k in keys[len(shapes) : len(shapes) + len(layout.sources)]
-        )
+        rows = tuple(start((form.num_outputs,), k) for k in keys[len(shapes) : -1])
         return State(blocks, rows)
-
-    @staticmethod
-    def _source_size(form: LureForm, j: int) -> int:
-        return form.in_size if j < 0 else form.taps[j].size_out
 
     def __call__(
         self, form: LureForm, state: State, *, steps: int = 5, pairwise: bool = False
@@ -292,9 +287,8 @@ class Core:
         reach = [jnp.ones((), dtype)]  # of the input, then of every tap
         for k in range(len(form.taps)):
             sources = np.array([1 + j for j, target in layout.pairs if target == k], int)
-            reach.append(
-                product(lengths[k], jnp.stack(reach)[sources]) if k in lengths else jnp.zeros((), dtype)
-            )
+            total = product(lengths[k], jnp.stack(reach)[sources]) if k in lengths else jnp.zeros((), dtype)
+            reach.append(total)
         value, classes, pairs, tops = self._outputs(form, layout, scalings, jnp.stack(reach), state, steps)
         constants = Constants(value, classes if pairwise else None, pairs if pairwise else None)
         return constants, State(vectors, tuple(tops))
@@ -311,12 +305,8 @@ class Core:
         whole = jnp.stack([gram.whole for gram in grams])  # (sources, K, K)
         weight = jnp.stack([gram.scale for gram in grams]) * reach[1 + np.array(layout.sources)]
         fixed = jax.lax.stop_gradient(whole)
-        u = jax.lax.fori_loop(
-            0,
-            2 * steps,
-            lambda _, v: _unit(einsum("sij,sj->si", fixed, v), v),
-            jax.lax.stop_gradient(jnp.stack(state.rows)),
-        )
+        start = jax.lax.stop_gradient(jnp.stack(state.rows))
+        u = jax.lax.fori_loop(0, 2 * steps, lambda _, v: _unit(einsum("sij,sj->si", fixed, v), v), start)
         value = product(weight, root(einsum("si,sij,sj->s", u, whole, u)))
         classes = product(weight, root(jnp.diagonal(whole, axis1=1, axis2=2)))
         apart = jax.vmap(distances)(jnp.stack([gram.centred for gram in grams]))

@@ -48,9 +48,7 @@ def estimate(
             constants = [None if c is None else np.asarray(c, np.float64) for c in found]
         notes = (f"{_ESTIMATE_STEPS} power iterations per block: neither an upper nor a lower bound",)
         if not (constants[0] > 0 and all(c is None or np.isfinite(c).all() for c in constants)):
-            notes = (
-                "power iteration vanishes or leaves the range of float64 here: this is the bound itself",
-            )
+            notes = ("the power iteration vanishes or leaves the range of float64: this is the bound itself",)
             constants = None
     if constants is None:
         result = fallback()
@@ -70,12 +68,8 @@ def estimate(
 
 def _moderate(form: LureForm) -> bool:
     """Whether float32 holds every product of constants of the form, some of its digits included."""
-    logs = [float(np.log2(np.abs(c[c != 0]).max(initial=1.0))) for c in map(_host, form.consts) if c.size]
-    return sum(map(abs, logs)) < 60
-
-
-def _host(c: Any) -> np.ndarray:
-    return np.asarray(c) if np.issubdtype(np.asarray(c).dtype, np.floating) else np.zeros(0)
+    floats = [c for c in map(np.asarray, form.consts) if c.size and np.issubdtype(c.dtype, np.floating)]
+    return sum(abs(float(np.log2(np.abs(c[c != 0]).max(initial=1.0)))) for c in floats) < 60
 
 
 def finish(

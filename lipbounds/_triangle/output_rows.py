@@ -29,9 +29,7 @@ from lipbounds._form.walk import walk
 Scalings = tuple[tuple[Any, Any, Any], ...]
 Batch = dict[int, jax.Array]  # register -> (rows, *shape); absent is zero
 _CHUNK = 16  # rows at a time
-_SMALLEST = (
-    0.8  # rows are divided by their size, but not by less than this power of the smallest normal number
-)
+_SMALLEST = 0.8  # rows are divided by at least this power of the smallest normal number
 
 
 class RowGram(NamedTuple):

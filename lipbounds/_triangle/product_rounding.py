@@ -78,9 +78,8 @@ class Leg:
 
 
 Legs = dict[tuple[int, int], Leg]
-_Held = tuple[
-    np.ndarray, np.ndarray, int
-]  # of a register: |...| 1, what underflow loses of each entry, roundings
+#: Of a register: its product with |u|, what underflow may lose of each entry, and the number of roundings.
+_Held = tuple[np.ndarray, np.ndarray, int]
 
 
 def legs(form: LureForm, inputs: dict[int, float]) -> Legs:
@@ -122,11 +121,8 @@ class _Sums(Algebra[_Held]):
         return entries, lost * (1 + 1e-6) + terms * UNDERFLOW, value[2] + terms + 2
 
     def step(self, place: int, op: Op, held: Mapping[int, _Held]) -> _Held | None:
-        parts = [
-            self.poured(m.matrix, m.terms, held[m.register])
-            for m in self.host.step(place)
-            if m.register in held
-        ]
+        arrived = [m for m in self.host.step(place) if m.register in held]
+        parts = [self.poured(m.matrix, m.terms, held[m.register]) for m in arrived]
         return functools.reduce(self.add, parts) if parts else None
 
     def back(self, place: int, op: Op, out: _Held) -> Iterator[tuple[int, _Held]]:
@@ -136,12 +132,8 @@ class _Sums(Algebra[_Held]):
         return a[0] + b[0], a[1] + b[1], max(a[2] + 2, b[2])
 
     def join(self, registers: Sequence[int], held: Mapping[int, _Held]) -> _Held:
-        parts = [held[r] for r in registers if r in held]
-        return (
-            np.concatenate([p[0] for p in parts]),
-            np.concatenate([p[1] for p in parts]),
-            max(p[2] for p in parts),
-        )
+        entries, lost, steps = zip(*(held[r] for r in registers if r in held), strict=True)
+        return np.concatenate(entries), np.concatenate(lost), max(steps)
 
     def tap(self, k: int, value: _Held | None) -> None:
         if value is not None:
@@ -159,10 +151,8 @@ def _sweep(host: HostForm, start: list[int], target: int | None) -> dict[int, tu
         {where: (largest entry, 2-norm of what underflow may lose, roundings)}.
     """
     program, sums = host.program, _Sums(host)
-    held = {
-        r: (np.full(program.sizes[r], float(start.count(r))), np.zeros(program.sizes[r]), 0)
-        for r in set(start)
-    }
+    sizes = {r: program.sizes[r] for r in start}
+    held = {r: (np.full(n, float(start.count(r))), np.zeros(n), 0) for r, n in sizes.items()}
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         walk(program, sums, held, reverse=target is not None)
         sums.tap(OUTPUT if target is None else INPUT, held.get(program.output if target is None else 0))
@@ -201,9 +191,8 @@ class Spread:
                     v, dv = first, 2 * U * first
                 else:
                     v = self.gain[source] * size[source] + self.inject[source]
-                    dv = self.gain[source] * error[source] + gamma(self.roundings[source]) * (
-                        v + self.gain[source] * error[source]
-                    )
+                    passed = self.gain[source] * error[source]
+                    dv = passed + gamma(self.roundings[source]) * (v + passed)
                 total = total + leg.norm * v
                 wrong = wrong + leg.norm * dv + leg.rounding * (v + dv) + leg.lost
             size[k], error[k] = total * (1 + 1e-9), wrong * (1 + 1e-9)

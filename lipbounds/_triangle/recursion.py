@@ -40,7 +40,7 @@ DENSE_LIMIT = 4096
 #: Probability with which a probabilistic bound may fail, all its blocks together.
 FAILURE = 1e-9
 _LOOSE = 1e-6  # rounding error of a block, relative to its norm, above which shorter blocks are tried
-_STORED_ENTRIES = 2**28  # a scaling keeps all blocks: 2 GB
+STORED_ENTRIES = 2**28  # a scaling keeps all blocks: 2 GB
 
 _HOSTS: weakref.WeakKeyDictionary[LureForm, HostForm] = weakref.WeakKeyDictionary()
 
@@ -184,10 +184,6 @@ def block_norm(host: HostForm, block: Enclosure, norm: float, plan: Plan | None 
     return add_up(math.ldexp(host.proved[key], exponent), error)
 
 
-def _cost(host: HostForm, pair: tuple[Node, Node]) -> float:
-    return proof_seconds(host.node_size(pair[1], source=False), host.node_size(pair[0], source=True))
-
-
 def block_norms(
     form: LureForm, pairs: Sequence[tuple[Node, Node]], scalings: Sequence[TapScaling], request: Request
 ) -> dict[tuple[Node, Node], BlockNorm]:
@@ -199,7 +195,7 @@ def block_norms(
     small: list[tuple[Node, Node]] = []
     large: list[tuple[Node, Node]] = []
     for pair in pairs:
-        side = min(host.node_size(pair[0], source=True), host.node_size(pair[1], source=False))
+        side = min(_shape(host, pair))
         forced = request.norm != 2 or request.guarantee == "verified"
         dense = request.guarantee == "auto" and side <= DENSE_LIMIT
         if forced and request.norm == 2 and side > DENSE_LIMIT:
@@ -209,7 +205,7 @@ def block_norms(
                 continue
         (small if forced or dense else large).append(pair)
     loose = []
-    costs = {pair: _cost(host, pair) if request.norm == 2 else 0.0 for pair in small}
+    costs = {pair: proof_seconds(*_shape(host, pair)) if request.norm == 2 else 0.0 for pair in small}
     with meter(len(small), sum(costs.values())) as advance:
         for pair, block in matrices(host, small, scalings):
             plan = enclosures.enclosure_plan(block) if request.norm == 2 else None
@@ -367,8 +363,8 @@ def recursion(
 ) -> Triangle:
     """The triangle recursion for one partition and one centre, every operation rounded up."""
     host = host_form(form)
-    many = not pairwise and form.num_outputs > DENSE_LIMIT and request.norm == 2 and rows is None
-    many = many and request.guarantee != "verified"
+    many = form.num_outputs > DENSE_LIMIT and request.norm == 2 and request.guarantee != "verified"
+    many = many and not pairwise and rows is None
     if found is None:
         # Random norms of blocks to the output have the other half of what may fail.
         share = replace(request, failure=request.failure / 2) if many else request
@@ -408,9 +404,7 @@ def recursion(
             continue
         row = rows[source]
         plan = enclosures.enclosure_plan(row) if request.norm == 2 else None
-        how = "exact sums" if plan is None else plan.name
-        if plan is not None and request.budget is not None:
-            how = f"{how}, {request.budget.rows(plan.memory)}"
+        how = "exact sums" if plan is None else _rows_way(plan, request)
         value = block_norm(host, row, request.norm, plan)
         part(source, (), BlockNorm(value, "verified", how, row.shape))
         outputs[source] = value
@@ -449,9 +443,7 @@ def _to_many_outputs(
         if shape[1] <= DENSE_LIMIT:
             block = host.forward(source, [()], scalings)[()]
             plan = enclosures.enclosure_plan(block)
-            how = plan.name
-            if request.budget is not None:
-                how = f"{how}, {request.budget.rows(plan.memory)}"
+            how = _rows_way(plan, request)
             found[source] = BlockNorm(block_norm(host, block, 2, plan), "verified", how, shape)
             continue
         one = wide_norm(
@@ -466,6 +458,11 @@ def _to_many_outputs(
         )
         found[source] = BlockNorm(*one[:3], shape)
     return found
+
+
+def _rows_way(plan: Plan, request: Request) -> str:
+    """The name of the proof of the rows to the outputs, charged to the budget."""
+    return plan.name if request.budget is None else f"{plan.name}, {request.budget.rows(plan.memory)}"
 
 
 def _least(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:

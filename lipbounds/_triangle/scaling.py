@@ -34,10 +34,10 @@ def stored_blocks(form: LureForm, nodes: Sequence[Node], scalings: Sequence[TapS
     host = recursion.host_form(form)
     pairs = recursion.structure(host, nodes, scalings)
     entries = sum(host.node_size(s, source=True) * host.node_size(t, source=False) for s, t in pairs)
-    if entries > recursion._STORED_ENTRIES:
+    if entries > recursion.STORED_ENTRIES:
         raise ValueError(
             "a scaling keeps all blocks of the gain in memory; "
-            f"this network needs {8 * entries / 1e9:.1f} GB, more than {8 * recursion._STORED_ENTRIES / 1e9:.1f} GB: "
+            f"this network needs {8 * entries / 1e9:.1f} GB, more than {8 * recursion.STORED_ENTRIES / 1e9:.1f} GB: "
             "use scaling=None"
         )
     blocks = dict(recursion.matrices(host, pairs, scalings))
@@ -70,10 +70,7 @@ def factors(form: LureForm, nodes: Sequence[Node], blocks: Blocks, rule: str) ->
         if _grouped(form, node):
             found[node] = np.ones(size)
             continue
-        if size <= _GRAM_LIMIT:
-            gram = np.abs(b.T @ b)
-        else:
-            gram = None
+        gram = np.abs(b.T @ b) if size <= _GRAM_LIMIT else None
         if rule == "aol":
             t = gram.sum(axis=1) if gram is not None else np.abs(b).T @ np.abs(b).sum(axis=1)
         else:
@@ -172,17 +169,13 @@ def optimize(
     shapes: dict[tuple[int, int], list[int]] = {}
     for i, pair in enumerate(order):
         shapes.setdefault(blocks[pair].shape, []).append(i)
-    batches = [
-        _Batch(
-            jnp.asarray(
-                np.stack([blocks[order[i]].midpoint_for_search() / sizes[i] for i in members]), jnp.float32
-            ),
-            np.array([places.get(order[i][0], (0, -1))[1] for i in members]),
-            np.array([places.get(order[i][1], (0, -1))[1] for i in members]),
-            np.array(members),
-        )
-        for members in shapes.values()
-    ]
+
+    def batch(members: list[int]) -> _Batch:
+        relative = np.stack([blocks[order[i]].midpoint_for_search() / sizes[i] for i in members])
+        cols, rows = (np.array([places.get(order[i][s], (0, -1))[1] for i in members]) for s in (0, 1))
+        return _Batch(jnp.asarray(relative, jnp.float32), cols, rows, np.array(members))
+
+    batches = [batch(members) for members in shapes.values()]
     index = {node: i for i, node in enumerate(nodes)}
     table = np.full((len(nodes) + 1, len(nodes) + 1), -1)  # [target, source]: input first, output last
     for i, (source, target) in enumerate(order):
@@ -213,11 +206,8 @@ def _objective(logs: Any, vectors: Any, batches: Any, table: Any, sizes: Any) ->
         rows = jnp.concatenate([logs.get(m, jnp.zeros((0, m))), jnp.zeros((1, m))])[batch.rows]
         top = jax.lax.stop_gradient(cols.max(axis=1, initial=-1e30))
         low = jax.lax.stop_gradient(rows.min(axis=1, initial=1e30))
-        matrices = (
-            batch.matrices
-            * jnp.exp(cols - top[:, None])[:, None, :]
-            * jnp.exp(low[:, None] - rows)[:, :, None]
-        )
+        left, right = jnp.exp(low[:, None] - rows), jnp.exp(cols - top[:, None])
+        matrices = batch.matrices * right[:, None, :] * left[:, :, None]
         fixed = jax.lax.stop_gradient(matrices)
         for _ in range(2):
             v = jnp.einsum("bmn,bm->bn", fixed, jnp.einsum("bmn,bn->bm", fixed, u))
@@ -242,10 +232,8 @@ def _objective(logs: Any, vectors: Any, batches: Any, table: Any, sizes: Any) ->
 def _descend(logs: Any, batches: Any, table: Any, sizes: Any) -> Any:
     tool = optax.adam(optax.cosine_decay_schedule(_RATE, _STEPS, alpha=0.02))
     keys = jax.random.split(jax.random.key(0), len(batches))
-    vectors = [
-        jax.random.normal(key, (b.matrices.shape[0], b.matrices.shape[2]))
-        for key, b in zip(keys, batches, strict=True)
-    ]
+    shapes = [(b.matrices.shape[0], b.matrices.shape[2]) for b in batches]
+    vectors = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
     def step(carry: Any, _: Any) -> Any:
         logs, vectors, state = carry

@@ -24,7 +24,7 @@ def read_mat(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a .mat file by name; a cell array is an array of objects.
 
     Raises:
-        ValueError: MATLAB version 7.3 or 4, not a .mat file, cut off, or variables that are no matrices.
+        ValueError: MATLAB version 7.3 or 4, not a .mat file, cut off, or variables that are not matrices.
         OSError: the file cannot be opened.
     """
     raw = path.read_bytes()
@@ -95,7 +95,7 @@ def _matrix(data: bytes, order: str, *, top: bool) -> tuple[str, np.ndarray]:
     if kind not in _CLASSES and (kind != _CELL or not top):
         if top and not title:
             return "", np.empty(0)
-        raise ValueError(f"{title or 'an entry of a cell array'} is no matrix, and no cell array of matrices")
+        raise ValueError(f"{title or 'an entry of a cell array'} is not a matrix, and no cell array of matrices")
     if word & _COMPLEX:
         raise ValueError(f"{title or 'an entry of a cell array'} is complex")
     if len(shape) < 2 or min(shape) < 0:
@@ -108,7 +108,7 @@ def _matrix(data: bytes, order: str, *, top: bool) -> tuple[str, np.ndarray]:
         for i in range(count):
             entry, content = next(parts, (0, b""))
             if entry != _MATRIX:
-                raise ValueError(f"{title} has a cell that is no matrix")
+                raise ValueError(f"{title} has a cell that is not a matrix")
             cells[i] = _matrix(content, order, top=False)[1]
         return title, cells.reshape(shape, order="F")
     stored, content = next(parts, (0, b""))

@@ -94,7 +94,7 @@ def _read_external(path: Path, tensor: onnx.TensorProto) -> None:
         length = int(entries["length"]) if entries.get("length") else file.stat().st_size - offset
     except ValueError as error:
         raise ValueError(
-            f"{what} have an offset or a length that is no number; export the model again"
+            f"{what} have an offset or a length that is not a number; export the model again"
         ) from error
     if offset < 0 or length < 0 or offset + length > file.stat().st_size:
         raise ValueError(

@@ -162,7 +162,7 @@ class Builder:
     opset: int
     operators: Mapping[str, Operator]
     evaluated: frozenset[str]  # operators that onnx.reference evaluates on constants
-    explain: Callable[[str, str], tuple[str, str]]  # (operator, domain) -> why it is not read, and what to do
+    explain: Callable[[str, str], tuple[str, str]]  # (operator, domain) -> why it is not supported, and what to do
     values: dict[str, Const | jax.ShapeDtypeStruct] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     refused: list[Unsupported] = field(default_factory=list)
@@ -225,7 +225,7 @@ class Builder:
         return ()
 
     def refuse_by_name(self, proto: onnx.NodeProto) -> bool:
-        """Whether the operator is not read, whatever its inputs are; then it is noted."""
+        """Whether the operator is not supported, whatever its inputs are; then it is noted."""
         own = proto.domain in ("", "ai.onnx")
         if own and proto.op_type not in self.operators and proto.op_type in self.evaluated:
             return False
@@ -235,11 +235,8 @@ class Builder:
             return True
         schema = onnx.defs.get_schema(proto.op_type, self.opset, "")
         if schema.deprecated or schema.since_version > known.newest:
-            reason = (
-                "is deprecated"
-                if schema.deprecated
-                else f"has version {schema.since_version}, which is too new"
-            )
+            new = f"has version {schema.since_version}, which is too new"
+            reason = "is deprecated" if schema.deprecated else new
             self.refuse(proto, f"at opset {self.opset} this operator {reason}", "export with an older opset")
             return True
         return False
@@ -295,17 +292,14 @@ class Builder:
         version = onnx.defs.get_schema(proto.op_type, self.opset, "").since_version
         node = Node(proto, version, inputs, {a.name: _attribute(a) for a in proto.attribute})
         apply = self.operators[proto.op_type].build(node)
-        operands = [
-            (n, v) for i, (n, v) in enumerate(zip(proto.input, inputs, strict=True)) if i not in node.static
-        ]
-        present = [(n, v) for n, v in operands if v is not None]
+        named = enumerate(zip(proto.input, inputs, strict=True))
+        present = [(n, v) for i, (n, v) in named if i not in node.static and v is not None]
         free = any(isinstance(v, jax.ShapeDtypeStruct) for _, v in present)
         known = (*FLOATS, "bool") if proto.op_type in BOOLEAN else FLOATS
         wrong = next((v.dtype for _, v in present if np.dtype(v.dtype).name not in known), None)
         if free and wrong is not None:
-            raise Refused(
-                f"it computes with the network's input and {wrong}", "keep the network in floating point"
-            )
+            reason = f"it computes with the network's input and {wrong}"
+            raise Refused(reason, "keep the network in floating point")
         shapes = jax.eval_shape(apply, *(jax.ShapeDtypeStruct(v.shape, v.dtype) for _, v in present))
         made = list(shapes) if isinstance(shapes, (list, tuple)) else [shapes]
         for value in made:
@@ -314,9 +308,8 @@ class Builder:
             out = apply(*(jnp.asarray(v) for _, v in present))
             return [np.asarray(v) for v in (out if isinstance(out, (list, tuple)) else (out,))]
         scope = (proto.name or proto.output[0]).strip("/")
-        self.steps.append(
-            Step(apply, tuple(n for n, _ in present), tuple(proto.output), f"{scope}:{proto.op_type}")
-        )
+        names = tuple(n for n, _ in present)
+        self.steps.append(Step(apply, names, tuple(proto.output), f"{scope}:{proto.op_type}"))
         return made
 
 
@@ -346,9 +339,8 @@ def evaluate(proto: onnx.NodeProto, opset: int, inputs: Sequence[Const]) -> list
     feeds = dict(zip((n for n in proto.input if n), inputs, strict=True))
     try:
         with np.errstate(all="ignore"), warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # NumPy's, about constants that overflow; trace refuses what is not finite
+            # NumPy warns of constants that overflow, and trace refuses those that are not finite.
+            warnings.simplefilter("ignore")
             made = ReferenceEvaluator(graph, opsets={"": opset}).run(None, feeds)
     except Exception as error:  # the evaluator has no error of its own
         raise ValueError(f"it cannot be evaluated on constants: {error}") from error

@@ -1,4 +1,4 @@
-"""The operators that are read: elementwise, products, shapes, reductions. Windows stand in `_onnx_windows.py`.
+"""The supported operators: elementwise, products, shapes, reductions. Windows stand in `_onnx_windows.py`.
 
 A builder takes a node and returns the function of its operands. It may refuse (`Refused`), and it may fail with a
 ValueError or TypeError where the node does not fit its inputs. Definitions: the operator specifications of ONNX.
@@ -153,19 +153,16 @@ def _pow(node: Node) -> Apply:
 
 @operator(28, "Cast")
 def _cast(node: Node) -> Apply:
-    to = onnx.helper.tensor_dtype_to_np_dtype(int(node.attr("to")))
-    if to.name not in FLOATS:
-        raise Refused(
-            f"x becomes {to.name} here: the output jumps or is not a number",
-            "keep the network in floating point",
-        )
-    return lambda x: x.astype(to)
+    return _casting(onnx.helper.tensor_dtype_to_np_dtype(int(node.attr("to"))))
 
 
 @operator(25, "CastLike")
 def _cast_like(node: Node) -> Apply:
-    to = node.dtype(1)
     node.static.add(1)
+    return _casting(node.dtype(1))
+
+
+def _casting(to: np.dtype) -> Apply:
     if to.name not in FLOATS:
         raise Refused(
             f"x becomes {to.name} here: the output jumps or is not a number",
@@ -176,26 +173,23 @@ def _cast_like(node: Node) -> Apply:
 
 @operator(22, "Dropout")
 def _dropout(node: Node) -> Apply:
-    training = bool(node.constant(2, "training mode").any()) if node.has(2) else False
     if node.has(1):
         node.static.add(1)
-    if training:
-        raise Refused(
-            "Dropout in training mode draws a random mask", "export in evaluation mode: model.eval()"
-        )
+    if node.has(2) and node.constant(2, "training mode").any():
+        remedy = "export in evaluation mode: model.eval()"
+        raise Refused("Dropout in training mode draws a random mask", remedy)
     return lambda x: x
 
 
 @operator(15, "BatchNormalization")
 def _batch_normalization(node: Node) -> Apply:
-    training = bool(node.attr("training_mode", 0)) if node.version >= 14 else node.outputs() > 1
-    if training:
+    if node.attr("training_mode", 0) if node.version >= 14 else node.outputs() > 1:
         raise Refused(
             "BatchNormalization in training mode divides by statistics of its input",
             "export in evaluation mode: model.eval()",
         )
     if not node.attr("spatial", 1):
-        raise Refused("BatchNormalization with spatial=0 is not read", "export with opset 9 or newer")
+        raise Refused("BatchNormalization with spatial=0 is not supported", "export with opset 9 or newer")
     eps = float(node.attr("epsilon", 1e-5))
     channels = (-1,) + (1,) * (len(node.shape()) - 2)
 
@@ -285,8 +279,7 @@ def _concat(node: Node) -> Apply:
 @operator(13, "Slice")
 def _slice(node: Node) -> Apply:
     if node.version < 10:
-        starts, ends, axes = node.attr("starts"), node.attr("ends"), node.attr("axes")
-        steps = None
+        starts, ends, axes, steps = (node.attr(name) for name in ("starts", "ends", "axes", "steps"))
     else:
         starts, ends = node.ints(1, "starts"), node.ints(2, "ends")
         axes = node.ints(3, "axes") if node.has(3) else None
@@ -370,7 +363,7 @@ def _softmax(node: Node) -> Apply:
     return lambda x: function(x, axis=axes)
 
 
-# --- constants, and what is not read -------------------------------------------------------------------------------
+# --- constants, and what is not supported -------------------------------------------------------------------------------
 
 #: Evaluated by onnx.reference where nothing depends on the input; integers divide as integers there.
 EVALUATED = frozenset(
@@ -387,7 +380,7 @@ _JUMPS = (
 )
 _REASONS: dict[tuple[str, ...], tuple[str, str]] = {
     ("If", "Loop", "Scan", "SequenceMap"): (
-        "control flow is not read",
+        "control flow is not supported",
         "unroll it: export by tracing with a fixed input shape",
     ),
     (
@@ -411,7 +404,7 @@ _REASONS: dict[tuple[str, ...], tuple[str, str]] = {
     (
         "SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceLength",
         "SplitToSequence", "ConcatFromSequence", "Optional", "OptionalGetElement", "OptionalHasElement",
-    ): ("sequences and optional values are not read", "export with plain tensors"),
+    ): ("sequences and optional values are not supported", "export with plain tensors"),
     ("ArgMax", "ArgMin", "Hardmax"): (
         "it gives positions or picks by them, and jumps when the order of its entries changes",
         'export the logits; where ArgMax is the last operation, pass drop="argmax"',
@@ -425,16 +418,9 @@ _EXPLAINED = {name: text for names, text in _REASONS.items() for name in names}
 
 
 def explain(name: str, domain: str) -> tuple[str, str]:
-    """(reason, remedy) of an operator that is not read."""
+    """(reason, remedy) of an operator that is not supported."""
     if domain not in ("", "ai.onnx"):
-        return (
-            f"operators of the domain {domain} are not read",
-            "export with ONNX's own operators, without fusing them",
-        )
-    return _EXPLAINED.get(
-        name,
-        (
-            "there is no rule for this operator",
-            "replace it by supported operators, or write the network in JAX",
-        ),
-    )
+        remedy = "export with ONNX's own operators, without fusing them"
+        return f"operators of the domain {domain} are not supported", remedy
+    remedy = "replace it by supported operators, or write the network in JAX"
+    return _EXPLAINED.get(name, ("there is no rule for this operator", remedy))

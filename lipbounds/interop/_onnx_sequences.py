@@ -66,16 +66,16 @@ def _rnn(node: Node) -> Apply:
     steps, width, hidden = node.shape()[0], node.shape(0)[1], node.shape(2)[-1]
     way = node.choice("direction", "forward", "reverse", "bidirectional")
     backward = {"forward": [False], "reverse": [True], "bidirectional": [False, True]}[way]
-    names = [n.decode() if isinstance(n, bytes) else str(n) for n in node.attr("activations", [])]
-    names = [n.lower() for n in names] or ["tanh"] * len(backward)
+    names = [(n.decode() if isinstance(n, bytes) else n).lower() for n in node.attr("activations", [])]
+    names = names or ["tanh"] * len(backward)
     if len(names) != len(backward) or node.shape(1)[0] != len(backward):
         raise ValueError(
             f"it has {len(names)} activations and weights of shape {node.shape(1)}, direction {way}"
         )
     if unknown := [n for n in names if n not in _STATES]:
-        raise Refused(f"its activation {unknown[0]!r} is not read", f"use one of {', '.join(_STATES)}")
+        raise Refused(f"its activation {unknown[0]!r} is not supported", f"use one of {', '.join(_STATES)}")
     if node.attr("clip") is not None or node.attr("layout", 0):
-        raise Refused("RNN with clip, or with layout=1, is not read", "export without them")
+        raise Refused("RNN with clip, or with layout=1, is not supported", "export without them")
     if node.has(4) and set(node.ints(4, "sequence_lens")) != {steps}:
         raise Refused("its sequence_lens are not the whole sequence", "export with sequences of full length")
     if steps > _LONGEST:

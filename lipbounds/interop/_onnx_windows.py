@@ -73,7 +73,7 @@ def _window(node: Node, kernel: Sequence[int]) -> Window:
         n + low + high < r for n, (low, high), r in zip(spatial, pads, window.reach, strict=True)
     ):
         raise ValueError(f"its window spans {window.reach} entries, more than the input and its padding hold")
-    if auto in ("SAME_UPPER", "SAME_LOWER"):
+    if auto.startswith("SAME"):
         if max(dilations) > 1:
             raise Refused(
                 f"the standard and onnxruntime pad differently for auto_pad={auto} with dilations", _EXPLICIT
@@ -92,10 +92,9 @@ def _window(node: Node, kernel: Sequence[int]) -> Window:
 
 def _kernel(node: Node) -> tuple[int, ...]:
     kernel = node.shape(1)[2:]
-    if node.attr("kernel_shape") is not None and tuple(node.attr("kernel_shape")) != kernel:
-        raise ValueError(
-            f"kernel_shape is {list(node.attr('kernel_shape'))}, the weight has shape {node.shape(1)}"
-        )
+    declared = tuple(node.attr("kernel_shape", kernel))
+    if declared != kernel:
+        raise ValueError(f"kernel_shape is {list(declared)}, the weight has shape {node.shape(1)}")
     return kernel
 
 
@@ -213,16 +212,8 @@ def _average_pool(node: Node) -> Apply:
     window, pads = _pooling(node)
     padded = bool(node.attr("count_include_pad", 0))
     counts = np.ones((1, 1), int)
-    for n, k, s, d, r, given, (low, high) in zip(
-        window.spatial,
-        window.kernel,
-        window.strides,
-        window.dilations,
-        window.reach,
-        window.pads,
-        pads,
-        strict=True,
-    ):
+    sizes = (window.spatial, window.kernel, window.strides, window.dilations, window.reach)
+    for n, k, s, d, r, given, (low, high) in zip(*sizes, window.pads, pads, strict=True):
         first = np.arange((n + low + high - r) // s + 1) * s - low
         check_size((len(first), k))
         places = first[:, None] + np.arange(k) * d
@@ -239,14 +230,10 @@ def _average_pool(node: Node) -> Apply:
     return apply
 
 
-@operator(22, "GlobalAveragePool")
-def _global_average_pool(node: Node) -> Apply:
-    return functools.partial(jnp.mean, axis=tuple(range(2, len(node.shape()))), keepdims=True)
-
-
-@operator(22, "GlobalMaxPool")
-def _global_max_pool(node: Node) -> Apply:
-    return functools.partial(jnp.max, axis=tuple(range(2, len(node.shape()))), keepdims=True)
+@operator(22, "GlobalAveragePool", "GlobalMaxPool")
+def _global_pool(node: Node) -> Apply:
+    function = jnp.max if node.proto.op_type == "GlobalMaxPool" else jnp.mean
+    return functools.partial(function, axis=tuple(range(2, len(node.shape()))), keepdims=True)
 
 
 # --- padding, blocks, resizing -------------------------------------------------------------------------------------
@@ -271,7 +258,7 @@ def _pad(node: Node) -> Apply:
         return lambda x: lax.pad(x, np.asarray(value, x.dtype), [(low, high, 0) for low, high in widths])
     if min(pads, default=0) < 0:
         raise Refused(
-            f"padding by {pads} in mode {mode!r} is not read", "pad with constants, or by numbers >= 0"
+            f"padding by {pads} in mode {mode!r} is not supported", "pad with constants, or by numbers >= 0"
         )
     if mode == "reflect" and any(
         max(w) >= n > 0 for w, n in zip(widths, node.shape(), strict=True) if max(w)
@@ -314,7 +301,7 @@ def _coordinates(mode: str, size: int, out: int, scale: float) -> np.ndarray:
     if mode == "half_pixel_symmetric":
         return size / 2 * (1 - out / (scale * size)) + (i + 0.5) / scale - 0.5
     raise Refused(
-        f"coordinate_transformation_mode={mode!r} is not read", "resize with half_pixel or asymmetric"
+        f"coordinate_transformation_mode={mode!r} is not supported", "resize with half_pixel or asymmetric"
     )
 
 
@@ -354,7 +341,7 @@ def _resizing(
         if mode == "linear":
             steps.append((axis, _linear(places, size)))
         elif mode != "nearest":
-            raise Refused(f"mode={mode!r} is not read", "resize with mode nearest or linear")
+            raise Refused(f"mode={mode!r} is not supported", "resize with mode nearest or linear")
         elif coordinate == "align_corners" or not (float(scale).is_integer() or (1 / scale).is_integer()):
             raise Refused(
                 f"nearest by the factor {scale} ({coordinate}) depends on rounding",
@@ -380,11 +367,8 @@ def _scaled(
 ) -> tuple[dict[int, float], dict[int, int]]:
     if len(axes) != len(factors) or not all(f > 0 for f in factors):
         raise ValueError(f"scales are {list(factors)} for {len(axes)} axes")
-    sizes = {
-        a: int(np.floor(np.float32(node.shape()[a]) * np.float32(f)))
-        for a, f in zip(axes, factors, strict=True)
-    }
-    return dict(zip(axes, map(float, factors), strict=True)), sizes
+    scales = dict(zip(axes, map(float, factors), strict=True))
+    return scales, {a: int(np.floor(np.float32(node.shape()[a]) * np.float32(f))) for a, f in scales.items()}
 
 
 @operator(9, "Upsample")
@@ -396,7 +380,7 @@ def _upsample(node: Node) -> Apply:
 @operator(19, "Resize")
 def _resize(node: Node) -> Apply:
     if node.attr("antialias", 0) or node.attr("keep_aspect_ratio_policy", "stretch") != "stretch":
-        raise Refused("resizing with antialias or a fixed aspect ratio is not read", "resize without them")
+        raise Refused("resizing with antialias or a fixed aspect ratio is not supported", "resize without them")
     given = node.attr("axes")
     axes = [node.axis(int(a)) for a in (range(len(node.shape())) if given is None else given)]
     if node.version < 11:

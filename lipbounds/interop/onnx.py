@@ -107,7 +107,7 @@ def load_onnx(
     Raises:
         ImportError: the package onnx is missing.
         FileNotFoundError: there is no such file.
-        UnsupportedError: operators that are not read, all of them at once, each with its node, reason and remedy.
+        UnsupportedError: all unsupported operators at once, each with its node, reason and remedy.
         ValueError: not an ONNX file, cut off, external data missing or outside the model's folder, free axes,
             several inputs or outputs, constants that do not fit the graph's inputs, or nothing to drop.
     """
@@ -125,7 +125,12 @@ def load_onnx(
     graph = model.graph
     _fix(graph, constants or {})
     source = _input(graph)
-    dims = _dims(source, shape)
+    dims = _sizes(source)
+    if dims is None and shape is None:
+        raise ValueError(
+            f"the input {source.name!r} has no shape in the file: pass shape=, the shape of one example without the "
+            "batch axis"
+        )
     notes: list[str] = []
     target, dropped = _drop(graph, _output(graph, output), drops)
     batch, example = _example(graph, source, dims, shape, target)
@@ -187,7 +192,7 @@ def _fix(graph: onnx.GraphProto, constants: Mapping[str, Any]) -> None:
             )
         kind = inputs[name].type.tensor_type.elem_type
         if kind not in onnx.helper.get_all_tensor_dtypes() or kind == onnx.TensorProto.STRING:
-            raise ValueError(f"constants: the input {name!r} is no tensor of numbers")
+            raise ValueError(f"constants: the input {name!r} is not a tensor of numbers")
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind))
         value = np.asarray(given)
         dims = _sizes(inputs[name])
@@ -223,7 +228,7 @@ def _input(graph: onnx.GraphProto) -> onnx.ValueInfoProto:
             "the command line), or export with them as constants"
         )
     if not found[0].type.HasField("tensor_type"):
-        raise ValueError(f"the input {found[0].name!r} is no tensor: export with a tensor as input")
+        raise ValueError(f"the input {found[0].name!r} is not a tensor: export with a tensor as input")
     return found[0]
 
 
@@ -237,16 +242,6 @@ def _output(graph: onnx.GraphProto, output: str | None) -> str:
             f"the graph has {problem}: pass output= one of {', '.join(map(repr, names))} (--output on the command line)"
         )
     return output
-
-
-def _dims(source: onnx.ValueInfoProto, shape: Sequence[int] | None) -> Dims | None:
-    dims = _sizes(source)
-    if dims is None and shape is None:
-        raise ValueError(
-            f"the input {source.name!r} has no shape in the file: pass shape=, the shape of one example without the "
-            "batch axis"
-        )
-    return dims
 
 
 def _example(
@@ -264,12 +259,10 @@ def _example(
             raise ValueError(f"shape must hold positive numbers, got {given}")
         if dims is None:
             return True, given
-        if len(dims) not in (len(given), len(given) + 1):
-            raise ValueError(
-                f"shape={given} does not fit the input {name!r} {_text(dims)}, without its batch axis"
-            )
         batch = len(dims) == len(given) + 1
-        if any(isinstance(d, int) and d != n for d, n in zip(dims[batch:], given, strict=True)):
+        if len(dims[batch:]) != len(given) or any(
+            isinstance(d, int) and d != n for d, n in zip(dims[batch:], given, strict=True)
+        ):
             raise ValueError(
                 f"shape={given} does not fit the input {name!r} {_text(dims)}, without its batch axis"
             )

@@ -46,7 +46,7 @@ def load_weights(
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file")
+        raise FileNotFoundError(f"{path} is not a file")
     readers = {".npz": read_npz, ".mat": _mat, ".safetensors": lambda file: read_safetensors(file)[0]}
     if path.suffix not in readers:
         raise ValueError(
@@ -66,11 +66,8 @@ def load_weights(
             )
     if all(b is None for b in found):
         return list(weights.values()), None
-    filled = [
-        np.zeros(w.shape[0], w.dtype) if b is None else b
-        for w, b in zip(weights.values(), found, strict=True)
-    ]
-    return list(weights.values()), filled
+    both = zip(weights.values(), found, strict=True)
+    return list(weights.values()), [np.zeros(w.shape[0], w.dtype) if b is None else b for w, b in both]
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
