@@ -270,7 +270,7 @@ def _sharpen(a: Any, b: Any, pts: Any, d: Interval, s: Interval, n: int) -> Inte
     usable = (pm >= a) & (pm <= b) & ~np.isnan(at[0]) & ~np.isnan(at[1])
     lo, hi = np.where(usable, np.maximum(lo, at[0]), lo), np.where(usable, np.minimum(hi, at[1]), hi)
     exact = (pa == a) & (pb == b)
-    (l_lo, l_hi), (r_lo, r_hi) = ((e[k : k + n] for e in d) for k in (n, 2 * n))
+    (l_lo, r_lo), (l_hi, r_hi) = ((e[n : 2 * n], e[2 * n : 3 * n]) for e in d)
     up, down = exact & (s[0] >= 0), exact & (s[1] <= 0)
     lo = np.where(up, np.maximum(lo, l_lo), np.where(down, np.maximum(lo, r_lo), lo))
     hi = np.where(up, np.minimum(hi, r_hi), np.where(down, np.minimum(hi, l_hi), hi))

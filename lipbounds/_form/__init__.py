@@ -1,4 +1,4 @@
-"""The heart: the Lur'e form of a network, on which every method works."""
+"""The Lur'e form of a network: a linear map in feedback with activation layers. Every method works on it."""
 
 from lipbounds._form.lure import fingerprint
 

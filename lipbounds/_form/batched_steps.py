@@ -1,8 +1,8 @@
-"""Linear steps applied to a batch at once, written so that XLA compiles them well on a CPU also inside loops.
+"""Linear steps on batches, written so that XLA compiles them well on a CPU even inside loops.
 
-XLA brings convolutions into the form that its fast CPU kernels take (channels last, kernel as height, width, in, out)
-only outside loops; inside a loop anything else, the transpose of a convolution among it, is 20 times slower (jax 0.10
-and 0.12). So convolutions are written in that form here, with their derivatives.
+Outside loops XLA converts convolutions to the layout of its fast CPU kernels (channels last, kernel as height, width,
+in, out). Inside a loop it does not, and any other layout, such as that of a transposed convolution, is 20 times slower
+(jax 0.10 and 0.12). Convolutions and their derivatives are therefore written in that layout here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ einsum = partial(jnp.einsum, precision=_HIGHEST)
 
 
 def apply_batched(step: Any, fixed: Sequence[Any], stacks: Sequence[Any]) -> Any:
-    """The step on stacks (batch, *shape), one for every None among the fixed operands; for reverse mode only."""
+    """Apply a step to stacks (batch, *shape), one per None among the fixed operands; for reverse mode only."""
     params = dict(step.params)
     grouped = step.kind == "conv" and (params["feature_group_count"], params["batch_group_count"]) != (1, 1)
     if step.kind == "conv" and fixed[0] is None and not grouped:
@@ -44,7 +44,7 @@ def apply_batched(step: Any, fixed: Sequence[Any], stacks: Sequence[Any]) -> Any
 
 
 class Batches(Algebra[Any]):
-    """Registers as batches (count, *shape), joined to (count, entries); offsets cancel."""
+    """Walk with batches (count, *shape) in the registers, joined to (count, entries); offsets are dropped."""
 
     def __init__(self, form: LureForm, count: int, dtype: Any) -> None:
         self.form, self.program, self.count, self.dtype = form, form.program, count, dtype
@@ -115,7 +115,10 @@ def _plain(x: Any, w: Any, strides: Any, padding: Any, dilation: Any, kernel_dil
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _channels_last(geometry: Any, x: Any, w: Any) -> Any:
-    """X (batch, *space, channels), w (*window, channels, features); geometry: strides, padding, two dilations."""
+    """Convolve x (batch, *space, channels) with w (*window, channels, features).
+
+    geometry: strides, padding, two dilations.
+    """
     return _plain(x, w, *geometry)
 
 
@@ -141,7 +144,7 @@ def _backward(geometry: Any, kept: Any, g: Any) -> Any:
         weights_padding.append((low, written + reach - 1 - read - low))
     turned = jnp.flip(w, range(rank)).swapaxes(-1, -2)
     dx = _plain(g, turned, dilation, list(zip(before, after, strict=True)), strides, kernel_dilation)
-    # The weights: channels play the batch, the batch plays the channels.
+    # In the gradient of the weights, channels and batch change roles.
     dw = _plain(
         jnp.moveaxis(x, (0, -1), (-1, 0)),
         jnp.moveaxis(g, 0, -2),

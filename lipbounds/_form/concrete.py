@@ -1,4 +1,4 @@
-"""Values that are known and not tracers of jax, and the device where they are computed on the host."""
+"""Whether a value is concrete, and the CPU device on which proofs are computed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import jax
 
 
 def is_concrete(value: Any) -> bool:
-    """False for a tracer."""
+    """Whether a value is concrete rather than a tracer of jax."""
     return not isinstance(value, jax.core.Tracer)
 
 
 def on_host() -> AbstractContextManager[None]:
-    """The CPU as the default device, on whose arithmetic proofs rest; ValueError where JAX was started without one."""
+    """Make the CPU the default device, since proofs rely on its arithmetic; ValueError if JAX has no CPU device."""
     try:
         return jax.default_device(jax.devices("cpu")[0])
     except RuntimeError:

@@ -1,10 +1,10 @@
-"""The other view of group taps: max, min, sort and logsumexp as elementwise taps between linear maps, exactly.
+"""Rewrite group activations (max, min, sort, logsumexp) exactly as elementwise ones between linear maps.
 
     max(a, b) = b + relu(a - b),    min(a, b) = a - relu(a - b),    log(e^a + e^b) = b + softplus(a - b)
 
-A maximum over a window becomes a tournament, maxima of all prefixes of n entries n/2 log2(n) comparisons, a sort an
-odd-even transposition network; MaxMin needs one relu. The triangle recursion uses the groups (an orthogonal MaxMin
-network has constant 1), LipSDP uses this rewriting.
+A maximum over a window becomes a tournament, the maxima of all prefixes of n entries take n/2 log2(n) comparisons, and
+a sort becomes an odd-even transposition network; MaxMin needs one relu. LipSDP uses this rewriting. The triangle
+recursion works on the groups, which give an orthogonal MaxMin network the constant 1.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _RAMPS = {"relu": _RELU, "softplus": _SOFTPLUS}
 
 
 def elementwise_view(form: LureForm) -> LureForm:
-    """The same network with every group tap rewritten by relus or softplus; one without groups is returned as it is.
+    """Return the same network with group taps rewritten by relu or softplus, or `form` itself if it has none.
 
-    The constants and the function are unchanged; only its wiring is, so every bound of the result is one of `form`.
+    The function is unchanged, so every bound of the result is a bound of `form`.
     """
     if all(tap.groups is None for tap in form.taps):
         return form
@@ -62,7 +62,7 @@ class _Rewriter:
         return len(self.shapes) - 1
 
     def op(self, kind: str, inputs: tuple[int, ...], out: tuple[int, ...], **params: Any) -> int:
-        """A linear step; one that was done before is not done again, so equal tensors share one register."""
+        """Add a linear step and return its register, or return that of an equal step."""
         key = (kind, tuple(sorted(params.items())), inputs)
         if key not in self.known:
             level = max((self.levels[i] for i in inputs if i >= 0), default=0)
@@ -74,7 +74,7 @@ class _Rewriter:
         return self.op("take", inputs, index.shape, index=StaticArray(index.astype(np.int32)))
 
     def ramp(self, name: str, register: int, tap: Tap) -> int:
-        """The relu or softplus of a register, shared by all that need it: max and min of one pair need one."""
+        """Return the relu or softplus of a register; max and min of one pair share it."""
         if (name, register) in self.ramps:
             return self.ramps[name, register]
         shape = self.shapes[register]
@@ -143,7 +143,7 @@ class _Rewriter:
         return self.op("sub", (a, won), shape) if tap.kind == "min" else self.op("add", (b, won), shape)
 
     def running(self, tap: Tap, inputs: tuple[int, ...], table: np.ndarray) -> int:
-        """Prefixes of lines of n entries: after the round of blocks of 2 d entries each prefix of a block is known."""
+        """Extremes of all prefixes of lines of n entries, in rounds; each round doubles the blocks that are done."""
         n = table.shape[1]
         lines = table[n - 1 :: n]
         current = self.take(inputs, lines)
@@ -163,7 +163,7 @@ class _Rewriter:
         return current
 
     def tournament(self, tap: Tap, current: int) -> int:
-        """Columns of the (groups, width) table, halved until one is left."""
+        """Extremes of the rows of the (groups, width) table, by halving its columns until one is left."""
         count, width = self.shapes[current]
         while width > 1:
             half = width // 2
@@ -180,7 +180,7 @@ class _Rewriter:
         return current
 
     def sort(self, tap: Tap, current: int, table: np.ndarray) -> None:
-        """Odd-even transposition: `width` rounds of neighbours exchanged, one relu per pair (one round for width 2)."""
+        """Sort rows by odd-even transposition: `width` rounds of exchanges of neighbours, with one relu per pair."""
         count, width = table.shape
         for turn in range(width if width > 2 else width - 1):
             low = np.arange(turn % 2, width - 1, 2)
@@ -207,7 +207,7 @@ class _Rewriter:
 
 
 def _is_prefixes(table: np.ndarray) -> bool:
-    """Rows that hold, line after line of n = width entries, its prefixes (as `rewrites` writes them), n > 2."""
+    """Whether the rows are the prefixes of lines of n = width > 2 entries, as `rewrites` writes them."""
     count, n = table.shape
     if n < 3 or count % n:
         return False

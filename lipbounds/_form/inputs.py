@@ -1,4 +1,4 @@
-"""Checks of what users pass beside a network."""
+"""Checks of user input other than networks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Box = tuple[np.ndarray, np.ndarray]
 
 
 def check_box(box: Any, x: np.ndarray) -> Box | None:
-    """(lower, upper) in float64, numbers or of the shape of an input, with every row of x inside."""
+    """Return the box (lower, upper) in float64 after checking that it contains every row of x."""
     if box is None:
         return None
     try:

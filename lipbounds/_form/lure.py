@@ -1,14 +1,14 @@
-"""The Lur'e form of a network: a linear map wired to nonlinearities (taps). The heart of the library.
+"""The Lur'e form of a network: a linear map in feedback with its activation layers, called taps.
 
     y = C x + D v,   z = E x + F v,   v = phi(y)          (D strictly block lower triangular)
 
-with input x, pre-activations y, tap outputs v and network output z; biases cancel in differences. `trace` finds the
-form of any JAX function from its jaxpr, so no method ever looks at layers. Tap k has a proved slope interval
-[a_k, b_k] per entry; groups (max, min, sort, logsumexp) are 1-Lipschitz per group.
+with input x, pre-activations y, tap outputs v and network output z; biases cancel in differences. `trace` derives the
+form from the jaxpr of a JAX function, so no method depends on types of layers. Elementwise taps are slope-restricted,
+with a proved interval [a, b] per entry; group taps (max, min, sort, logsumexp) are 1-Lipschitz per group.
 
 **What is certified** is the program in the user's own dtype: everything that does not depend on x is evaluated once, as
 the program evaluates it, and taken as exact; every operation on x is exact real arithmetic (float casts of x are the
-identity). The interpreter below carries x in any wanted dtype.
+identity). The interpreter below evaluates it in any dtype.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class LureForm:
 
     @property
     def num_neurons(self) -> int:
-        """Entries of all taps."""
+        """Number of entries of all tap outputs."""
         return sum(tap.size_out for tap in self.taps)
 
     @property
@@ -89,7 +89,7 @@ class LureForm:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What every bound and radius of this network says."""
+        """Notes that every bound and radius of this network carries."""
         return half_note(self.program.half)
 
     @property
@@ -105,8 +105,8 @@ class LureForm:
     def evaluate(self, x: Any, dtype: Any = None) -> jax.Array:
         """The network at one example x (shape `in_shape`), every step in `dtype`; jit, grad and vmap work.
 
-        Its derivative is that of the traced form: custom rules and stop_gradient of the user's function do not reach
-        it. Returns shape (K,).
+        Its derivative is that of the traced form: custom derivative rules and stop_gradient of the user's function are
+        ignored. Returns shape (K,).
         """
         dtype = jnp.result_type(float) if dtype is None else dtype
         x = jnp.asarray(x, dtype)
@@ -136,7 +136,7 @@ class LureForm:
 
 
 def apply_tap(tap: Tap, consts: Sequence[Any], y: jax.Array) -> jax.Array:
-    """V = phi(y) for one tap, on flat vectors."""
+    """Evaluate v = phi(y) for one tap, on flat vectors."""
     if tap.expr is not None:
         shape = tap.shapes[0]
         values = [c.array if isinstance(c, StaticArray) else consts[c] for c in tap.consts]
@@ -157,7 +157,7 @@ _OF_ROWS: dict[str, Callable[..., jax.Array]] = {
 
 
 def apply_op(op: Op, args: Sequence[Any]) -> Any:
-    """One linear step on arrays."""
+    """Apply one linear step to arrays."""
     return KINDS[op.kind].apply(dict(op.params), *args)
 
 
@@ -173,7 +173,7 @@ class Arrays(Algebra[Any]):
 
     Args:
         tap: (k, y or None) -> v or None.
-        affine: offsets count; otherwise they are zero.
+        affine: whether offsets (biases) are kept; otherwise they are zero.
     """
 
     def __init__(
@@ -210,10 +210,10 @@ def propagate(
     affine: bool = False,
     registers: dict[int, Any] | None = None,
 ) -> Any:
-    """Run the program: linear steps as they are, taps by the callback `tap(k, y) -> v` on flat vectors.
+    """Run the program with the callback `tap(k, y) -> v` on flat vectors in place of the taps.
 
-    Without `affine` offsets are dropped and None stands for zero throughout: what does not depend on a nonzero source
-    is not computed. Returns the flat output, or None; a dict given as `registers` holds all registers afterwards.
+    Unless `affine`, offsets are dropped and None stands for zero, so that only what depends on a nonzero source is
+    computed. Returns the flat output, or None; a dict passed as `registers` holds all registers afterwards.
     """
     held = {} if registers is None else registers
     if x is not None:
@@ -236,10 +236,10 @@ def flat_slopes(form: LureForm, k: int) -> tuple[Any, Any]:
 
 
 def proved_slopes(form: LureForm, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """(lower, upper) slopes of an elementwise tap with concrete constants, proved again from them, as flat vectors.
+    """Prove the (lower, upper) slopes of an elementwise tap again from its concrete constants, as flat vectors.
 
-    Public verbs use these: the slope leaves of a form may have been changed (by a gradient step, by float32 arithmetic
-    under jit). Slopes that the user declared are looked up again.
+    Public functions use these, since a gradient step or float32 arithmetic under jit may have changed the slopes that
+    the form stores. Slopes that the user declared are looked up again.
     """
     tap = form.taps[k]
     assert tap.expr is not None
@@ -248,7 +248,7 @@ def proved_slopes(form: LureForm, k: int) -> tuple[np.ndarray, np.ndarray]:
         declared = activations.registered(tap.expr, values)
         if declared is None:
             raise ValueError(
-                f"the slopes of {tap.name} at {tap.path} were declared for other constants: declare these"
+                f"the slopes of {tap.name} at {tap.path} were declared for other constants: declare them for these too"
             )
         lower, upper = (np.asarray(s, np.float64) for s in declared)
     else:
@@ -257,8 +257,8 @@ def proved_slopes(form: LureForm, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 _MASKED = (
-    "; where a constant mask writes -inf in front of a maximum or a logsumexp, take the entries that count by an "
-    "index, x[..., np.flatnonzero(mask)], or write a finite number that never wins, such as -1e9"
+    "; if a constant mask writes -inf before a maximum or a logsumexp, select the other entries by index, "
+    "x[..., np.flatnonzero(mask)], or mask with a finite number such as -1e9"
 )
 
 
@@ -267,7 +267,7 @@ def check_weights(form: LureForm) -> None:
     for place, leaf in enumerate(form.consts):
         if is_concrete(leaf):
             values = np.asarray(leaf, np.float64)
-            # Guards of an activation may compare with infinity; NaN is never meant.
+            # An activation may compare with infinity, but never with NaN.
             bad = ~np.isfinite(values) if place in form.program.coefficients else np.isnan(values)
             if bad.any():
                 masked = "" if np.isnan(values).any() else _MASKED
@@ -278,7 +278,7 @@ def check_weights(form: LureForm) -> None:
 
 
 def fingerprint(form: LureForm) -> str:
-    """A digest of a concrete form: equal for equal networks in this process. Nothing sound rests on it."""
+    """Digest of a concrete form, equal for equal networks in this process; no proof depends on it."""
     digest = hashlib.sha256(str(hash(form.program)).encode())
     for leaf in form.consts:
         array = np.asarray(leaf)

@@ -1,4 +1,4 @@
-"""Floating point formats that x passes through: which are taken as real arithmetic, and what is said about it."""
+"""Floating-point formats that x may pass through, and what errors and notes say about them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOO_NARROW = (
 
 
 def half_note(formats: tuple[str, ...]) -> tuple[str, ...]:
-    """What a bound of a network says that computes in these formats on the way."""
+    """The note on a bound of a network that computes in these formats."""
     if not formats:
         return ()
     return (

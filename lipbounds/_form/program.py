@@ -43,8 +43,8 @@ class Tap:
 
     Args:
         kind: "elementwise", or one of `GROUPS` over the rows of `groups`: "max", "min", "sort", "logsumexp".
-        name: for people only ("relu").
-        path: the call path, for people only; not part of equality.
+        name: for display only ("relu").
+        path: the call path, for display only; not part of equality.
         inputs, outputs: registers.
         shapes: of the outputs.
         size_in, size_out: lengths of y and v.
@@ -72,7 +72,7 @@ class Tap:
         if self.kind not in ("elementwise", *GROUPS):
             raise ValueError(f"there is no kind of tap called {self.kind!r}")
         if (self.groups is None) != (self.kind == "elementwise"):
-            raise ValueError(f"a tap of kind {self.kind!r} has the wrong parts")
+            raise ValueError(f"a tap of kind {self.kind!r} needs groups if and only if it is not elementwise")
 
     @property
     def reads(self) -> tuple[int, ...]:

@@ -55,7 +55,7 @@ class Kind:
         apply: (params, *arrays) -> array.
         joint: linear in all operands together; a constant operand is an offset that cancels in differences.
             Otherwise bilinear: the constant operand is a coefficient.
-        moves: every output entry is one input entry or zero, so the step is known from what it does to an iota.
+        moves: every output entry is one input entry or zero, so its action on an iota determines the step.
     """
 
     apply: Callable[..., Any]

@@ -1,6 +1,6 @@
-"""One walk over a program, forward or in reverse. What registers hold, and how steps act on it, is an algebra's.
+"""Walk over a program, forward or in reverse, with the values and operations of an algebra.
 
-A register that holds nothing is zero, and a step to which nothing arrives is left out.
+A register without a value is zero, and a step whose inputs are all zero is skipped.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ Parts = Iterable[tuple[int, V]]
 
 
 class Algebra(Generic[V]):
-    """What a walk computes with: values V of registers; None is zero.
+    """The operations of a walk on register values V; None is zero.
 
-    A walk forward asks for `step`, `tap`, `join` and `split`. One in reverse asks for `back`, `add`, and `tap`, `join`
-    and `split`, which then go from the outputs of a tap to its inputs.
+    A forward walk calls `step`, `tap`, `join` and `split`. A reverse walk calls `back`, `add`, and `tap`, `join` and
+    `split` from the outputs of a tap to its inputs.
     """
 
-    affine = False  #: Whether constants count, so that steps act even where nothing arrives.
+    affine = False  #: Whether constants count, so that no step is skipped.
 
     def step(self, place: int, op: Op, held: Mapping[int, V]) -> V | None:
-        """What a linear step writes."""
+        """The output of a linear step."""
         raise NotImplementedError
 
     def back(self, place: int, op: Op, out: V) -> Parts[V]:
-        """The transposed step: what it brings to the registers that it reads."""
+        """The transposed step: its contribution to each register that it reads."""
         raise NotImplementedError
 
     def tap(self, k: int, value: V | None) -> V | None:
@@ -36,15 +36,15 @@ class Algebra(Generic[V]):
         raise NotImplementedError
 
     def join(self, registers: Sequence[int], held: Mapping[int, V]) -> V:
-        """The registers side by side; at least one of them holds something."""
+        """The registers side by side, at least one of which holds a value."""
         raise NotImplementedError
 
     def split(self, value: V, registers: Sequence[int]) -> Parts[V]:
-        """A joined value, by register."""
+        """Split a joined value into its registers."""
         raise NotImplementedError
 
     def add(self, a: V, b: V) -> V:
-        """The sum of what two steps bring to one register."""
+        """The sum of two contributions to one register."""
         raise NotImplementedError
 
 
@@ -59,7 +59,7 @@ def walk(
 ) -> MutableMapping[int, V]:
     """Run the steps at `places` (all by default) on what the registers hold, and return `held`, which is changed.
 
-    Forward, registers are dropped after their last use unless `keep`; in reverse, once they are passed on.
+    A forward walk drops registers after their last use unless `keep`; a reverse walk drops them once they are read.
     """
     places = range(len(program.steps)) if places is None else places
     for place in reversed(places) if reverse else places:

@@ -1,4 +1,4 @@
-"""Blocks of the gain as matrices with an error: the host's side of a form.
+"""Blocks of the gain as matrices with an error bound, computed on the host.
 
 The gain G of a form, after the loop transformation v = c y + q w, maps sources (the input x, or the w of taps) to
 targets (the pre-activations y of taps, or the output z). A block G[target, source] is a product and sum of the steps'
@@ -29,7 +29,7 @@ Node = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class TapScaling:
-    """How a tap enters the gain: v = c y + q w and ||w|| <= ||e y|| for differences (vectors; q e covers the radius).
+    """Loop transformation of a tap: v = c y + q w with ||w|| <= ||e y|| for differences (q e covers the radius).
 
     Args:
         c: centre of the slope interval, per entry; None is zero.
@@ -43,7 +43,7 @@ class TapScaling:
 
 
 class HostForm:
-    """A form with concrete constants, its steps as matrices, made when first needed."""
+    """A form with concrete constants and its steps as matrices, built when first needed."""
 
     def __init__(self, form: LureForm):
         if form.is_traced:
@@ -102,7 +102,7 @@ class HostForm:
     ) -> Iterator[tuple[Enclosure, Enclosure | None, Enclosure | None]]:
         """(A, B, W) of the state sequence: s_0 = A x first, then s_{k+1} = A s_k + B w_k and y_k = W s_k per tap k.
 
-        v = c y + q w is put in. B and W of the first are None. Shapes (d+, d), (d+, n_out), (n_in, d).
+        The taps are v = c y + q w. B and W of the first are None. Shapes (d+, d), (d+, n_out), (n_in, d).
         """
         cuts = state_sequence(self.program)
         yield self._between((0,), cuts[0].registers, range(cuts[0].step), None, scalings)

@@ -27,7 +27,7 @@ from lipbounds._norms.rounding import mul_up
 MOST_FLOPS = 5e12
 MOST_STEPS = 300  # of Golub-Kahan
 _LEAST_STEPS, _SPARE_VECTORS = 8, 8
-_PILOT = 64  # columns that tell how large a block will be
+_PILOT = 64  # columns from which the size of a block is estimated
 _ENTRY = 16  # bytes of a stored nonzero with the widest index
 _NAMED = 4  # blocks that a note names
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -80,7 +80,7 @@ def check_pairs(count: int, budget: Budget | None) -> None:
 
 @dataclass(eq=False)
 class Budget:
-    """The limit in bytes, and what was spent under it."""
+    """The limit in bytes, and its use so far."""
 
     limit: int
     largest: int = 0  # need of the largest proof that was done
@@ -91,7 +91,7 @@ class Budget:
         return show(need)
 
     def rows(self, need: int) -> str:
-        """Spend on the rows to the outputs, which every mode forms and proves."""
+        """Charge the rows to the outputs, which every mode forms and proves."""
         if need > self.limit:
             raise ValueError(
                 f"memory={show(self.limit)} is too small: the rows to the outputs take {show(need)} in every mode"
@@ -99,7 +99,7 @@ class Budget:
         return self.spend(need)
 
     def steps(self, vector: int) -> int:
-        """How many steps of Golub-Kahan fit, its vectors of `vector` entries together; ValueError where too few do."""
+        """The number of Golub-Kahan steps that fit, at `vector` entries each; ValueError if there are too few."""
         steps = min(MOST_STEPS, self.limit // (8 * vector) - _SPARE_VECTORS)
         if steps < _LEAST_STEPS:
             least = self.vectors(vector, _LEAST_STEPS)
@@ -116,8 +116,8 @@ class Budget:
     def notes(self, host: HostForm) -> tuple[str, ...]:
         steps = sum(banded_cholesky.stored(m.matrix) for each in host.steps.values() for m in each)
         said = [
-            f"memory budget {show(self.limit)}, the largest need {show(self.largest)} (beside it the network's steps "
-            f"as matrices, {show(steps)})"
+            f"memory budget {show(self.limit)}, largest need {show(self.largest)} (without the network's steps as "
+            f"matrices, {show(steps)})"
         ]
         if self.refused:
             some = [f"{name} {why}" for name, why in list(self.refused.items())[:_NAMED]]
@@ -135,7 +135,7 @@ class TooLarge(Exception):
 
 
 class Watched(dict[int, Enclosure]):
-    """Registers of a sweep that know how many bytes they hold at most."""
+    """Registers of a sweep with their peak size in bytes; raises TooLarge above the limit."""
 
     def __init__(self, limit: float) -> None:
         super().__init__()
@@ -183,9 +183,9 @@ def formed(
 ) -> tuple[Enclosure | None, str]:
     """(G[target, source], ""), or (None, what a proof needs in words) where that exceeds the limit.
 
-    Blocks that fit as dense arrays are swept at once, from the smaller side. Otherwise a few columns tell how many
-    bytes a column takes, in the end and on the way; the block is then formed by slices of columns, and left as soon as
-    it grows beyond the budget.
+    Blocks that fit as dense arrays are swept at once, from the smaller side. Otherwise the bytes of a column, stored
+    and during the sweep, are estimated from a few columns. The block is then formed by slices of columns, until it is
+    complete or exceeds the budget.
     """
     m, n = host.node_size(target, source=False), host.node_size(source, source=True)
     largest = max(host.program.sizes)
@@ -238,7 +238,7 @@ def proofs(
 ) -> tuple[dict[tuple[Node, Node], Proved], dict[tuple[Node, Node], tuple[float, int] | None]]:
     """(proved, left): the blocks whose proof fits the budget, and the others with their `convolution` bound or None.
 
-    The largest blocks come first, so that a budget that is too small shows before much is proved. A proof of more than
+    The largest blocks come first, so that a budget that is too small fails early. A proof of more than
     `MOST_FLOPS` operations is left too, unless proofs are `forced`; then a block without any is a ValueError.
     """
     proved: dict[tuple[Node, Node], Proved] = {}

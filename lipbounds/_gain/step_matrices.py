@@ -27,22 +27,22 @@ from lipbounds._norms.enclosures import Enclosure
 from lipbounds._norms.fourier import conv_fft_bound
 from lipbounds._norms.rounding import U, mul_up
 
-_COARSE = 12  # points an axis of a convolution of which a quick norm is enough
+_COARSE = 12  # points per axis for the quick norm of a convolution
 _QUICK = 2e9  # operations of a factorisation for a quick norm
 _VERIFY_STEP = 1100  # steps up to this size get a proved spectral norm, larger ones sqrt(||A||_1 ||A||_inf)
 
 
 @dataclass(frozen=True, eq=False)
 class StepMatrix:
-    """What one register contributes to a step's output: out += matrix @ register.
+    """The contribution of one register to a step's output: out += matrix @ register.
 
     Args:
         register: which register.
-        matrix: csr_array or ndarray (out, in), or None where `rows` says all.
+        matrix: csr_array or ndarray (out, in).
         rows: for a pure selection, the input entry each output entry copies (-1: zero).
         relerr: entrywise relative error of the entries.
-        bound: a proved bound of the spectral norm that is cheaper than one from the matrix, if there is one; with a
-            number, a looser one from so many points an axis.
+        bound: a proved bound of the spectral norm that is cheaper than one from the matrix, if there is one;
+            called with a number, a looser one from that many points per axis.
     """
 
     register: int
@@ -108,7 +108,7 @@ class StepMatrix:
 
 
 def _is_identity(m: Enclosure) -> bool:
-    """Exactly the identity, where a sweep starts: a product with it is not rounded."""
+    """Whether it is exactly the identity, where a sweep starts: a product with it is not rounded."""
     matrix = m.exact_or_none()
     if not sp.issparse(matrix) or not matrix.shape[0] == matrix.shape[1] == matrix.nnz:
         return False

@@ -1,12 +1,12 @@
-"""Norms of blocks that are too large for one dense proof, by the first of several ways that gives a guarantee.
+"""Norms of blocks too large for one dense proof, by the first of several methods that succeeds.
 
     a narrow cut      G = U V through few entries: a proof from the Gram matrix of the thin side, verified
     Golub-Kahan       products alone, probabilistic
     a proof           of the block formed within a limit of memory, verified
     product of steps  of the norms of the linear steps on the way, verified and loose; it always exists
 
-A way that fails (a failure probability below the rounding of the products, no cut, no memory) hands over to the next
-one, so a block never goes without a bound.
+A method that fails (a failure probability below the rounding of the products, no cut, no memory) is followed by the
+next one, so every block gets a bound.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def product_norm(u: Enclosure, v: Enclosure) -> tuple[float, float]:
 
 
 def _root(gram: Enclosure) -> np.ndarray:
-    """R with R R' about equal to the matrix: how far they are apart is measured where it matters."""
+    """R with R R' close to the matrix; the caller bounds the difference."""
     values, vectors = np.linalg.eigh(gram.dense().midpoint_for_search())
     return np.asarray(vectors * np.sqrt(np.maximum(values, 0.0)))
 
@@ -233,7 +233,7 @@ def _by_golub_kahan(
             max_steps=max_steps,
             rounding=rounding,
         )
-    if upper < _TINY:  # the device flushes what underflows to zero, so a vanishing product proves nothing
+    if upper < _TINY:  # the device flushes underflow to zero, so a vanishing product proves nothing
         return None
     size = host.node_size(source, source=True) + host.node_size(target, source=False)
     need = memory_budget.Budget.vectors(size, steps)
@@ -254,7 +254,7 @@ def product_rounding(
         failure: of the norms N of large dense steps, which are found by Golub-Kahan.
 
     Raises:
-        ValueError: weights that a device may take for zero.
+        ValueError: weights that a device may flush to zero.
     """
     program = host.program
     # The transposed product sums what comes back to a register from all steps that read it.
@@ -316,10 +316,7 @@ class _Sizes(Algebra[Any]):
 
 
 class _Path(NamedTuple):
-    """Sums over the paths from the source.
-
-    Of the norms, of what rounding makes of them, and of what underflow on the way loses of a transposed product.
-    """
+    """Sums over the paths from the source: norms, rounding errors, underflow losses of a transposed product."""
 
     size: float
     error: float
@@ -342,7 +339,7 @@ def _together(paths: Sequence[_Path]) -> _Path:
 
 
 def _may_vanish(matrix: Any) -> bool:
-    """Has it entries that are subnormal numbers in the float32 of the weights?"""
+    """Whether it has entries that are subnormal numbers in float32, the dtype of the weights."""
     entries = np.abs(matrix.data if sp.issparse(matrix) else matrix)
     return bool(((entries > 0.0) & (entries < 2.0**-126)).any())
 
@@ -362,7 +359,7 @@ def _norm_of_step(host: HostForm, place: int, m: StepMatrix, failure: float) -> 
     return host.proved[key]
 
 
-# --- what always exists --------------------------------------------------------------------------------------------
+# --- the last two methods -----------------------------------------------------------------------------------------
 
 
 def _by_proof(

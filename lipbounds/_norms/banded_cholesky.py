@@ -41,7 +41,7 @@ from lipbounds._norms import cholesky
 
 #: Below this smaller side the dense proof takes less time than the search for an order.
 LEAST = 1024
-_MARGIN = 6.0  # operations that a banded proof may save before its smaller products eat the gain
+_MARGIN = 6.0  # a banded proof must save this factor of operations, as its smaller products are slower
 _LANCZOS = 161  # vectors of the estimate of the norm
 
 
@@ -68,7 +68,7 @@ def bandwidth(columns: Any, position: np.ndarray | None = None) -> int:
 
 
 def _classes(pattern: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(first, which): rows with the same columns (channels of a pixel) are one class; by hash, a guess suffices."""
+    """(first, which): rows with the same columns (channels of a pixel) form a class, found by hash."""
     labels = np.random.default_rng(0).integers(1, 2**63, pattern.shape[1], dtype=np.uint64)
     sums = _reduced(np.add, labels[pattern.indices], pattern.indptr, 0)
     _, first, which = np.unique(sums, return_index=True, return_inverse=True)
@@ -110,7 +110,7 @@ def row_order(b: Any) -> tuple[np.ndarray | None, int]:
     return best
 
 
-# --- what a proof takes --------------------------------------------------------------------------------------------
+# --- the cost of a proof -------------------------------------------------------------------------------------------
 
 
 def _height(w: int) -> int:
@@ -198,7 +198,7 @@ class BandedCholesky:
         return cholesky.rounding_shift(r, self.k, n, t, self.diagonal, self.absolute_gram, self.width)
 
     def restore(self) -> None:
-        """Nothing: the Gram matrix is formed anew by every proof."""
+        """Do nothing: every proof forms the Gram matrix anew."""
 
     def estimate(self) -> float:
         """An estimate of lambda_max(B B')."""

@@ -7,8 +7,7 @@ positive semidefinite, that is ||B||_2 <= sqrt(t). Three roundings enter c:
 - the Gram: |G - B B'| <= gamma_k |B| |B|' entrywise in any summation order, so its 2-norm is at most
   gamma_k max(|B| (|B|' 1)) (zeros add no rounding, hence k and not n);
 - the Cholesky: completion proves lambda_min(M) >= -gamma_{r+1} / (1 - gamma_{r+1}) trace(M) for the
-floating-point
-  matrix M it was given (Demmel; Higham, Theorem 10.3 and 10.7; Rump, BIT 46 (2006) 433-452);
+  floating-point matrix M it was given (Demmel; Higham, Theorem 10.3 and 10.7; Rump, BIT 46 (2006) 433-452);
 - the diagonal t - g_ii - c, two roundings each.
 
 All constants carry a factor 2, which covers the rounding of c itself and kernels that multiply by reciprocal
@@ -252,8 +251,7 @@ def estimate_gram_norm(g: np.ndarray, b: Any) -> float:
 def certify(proof: Proof, guess: float, ceiling: float, estimate: Any) -> float:
     """The smallest tried t >= ||B||_2**2 with a proof; `ceiling` (already proved) where none succeeds.
 
-    `guess` is tried first (the start of a caller); `estimate()` gives lambda_max when the guess fails or is
-    0.
+    `guess` is tried first; `estimate()` gives lambda_max where the guess fails or is 0.
     """
     if guess > 0.0:
         t = guess + 2.0 * proof.shift(guess)

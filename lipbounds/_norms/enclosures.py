@@ -1,4 +1,4 @@
-"""Enclosures: matrices that are known up to a normwise error; `multiply`, `add`, `scale`, `stack` carry it along."""
+"""Enclosures: matrices known up to a normwise error, which `multiply`, `add`, `scale` and `stack` propagate."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ from lipbounds._norms.rounding import (
 class Enclosure:
     """The set of matrices {M + E : ||E||_F <= error}; M a float64 ndarray or csr_array.
 
-    A real matrix that is only known by a rounded product lies in it. `error` is in the units
-    of M. ValueError where M or error is not finite.
+    It contains the exact result of a rounded product. `error` is in the units of M. ValueError where M or error is not
+    finite.
 
-    M alone proves nothing about the real matrix, so it cannot be read alone. A proof takes `with_error`, and adds what
-    the error can do; `exact_or_none` and `support` answer questions about every member; a choice whose
-    consequences are proved later (an optimiser, a heuristic) takes `midpoint_for_search`.
+    M alone proves nothing about the exact matrix, so it cannot be read alone. A proof uses `with_error` and accounts
+    for the error; `exact_or_none` and `support` hold for every member; a choice whose consequences are proved later (an
+    optimiser, a heuristic) uses `midpoint_for_search`.
     """
 
     _midpoint: Any
     error: float = 0.0
 
-    __array_ufunc__ = None  # operators of NumPy arrays do not take an enclosure for an array
+    __array_ufunc__ = None  # NumPy must not treat an enclosure as an array
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_midpoint", as_matrix(self._midpoint))
@@ -77,7 +77,7 @@ class Enclosure:
         return Enclosure(cholesky.transposed(self._midpoint), self.error)
 
     def with_error(self) -> tuple[Any, float]:
-        """(M, error), for a proof that adds what the error can do."""
+        """(M, error), for a proof that accounts for the error."""
         return self._midpoint, self.error
 
     def exact_or_none(self) -> Any:
@@ -85,7 +85,7 @@ class Enclosure:
         return self._midpoint if self.error == 0.0 else None
 
     def midpoint_for_search(self) -> Any:
-        """M, for choices that are sound whatever they are: nothing may be proved from it."""
+        """M, for heuristic choices only: nothing may be proved from it."""
         return self._midpoint
 
     def support(self, axis: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Spectral norms of maps that are only known by their products: power iteration and Golub-Kahan."""
+"""Spectral norms of maps given by their products with vectors: power iteration, Golub-Kahan, Lanczos."""
 
 from __future__ import annotations
 
@@ -129,8 +129,7 @@ def golub_kahan(
     one with A'; `steps` is the number of the longest run. Memory: steps (n + m) doubles.
 
     Raises:
-        ValueError: products that are not finite or of the wrong length, bad arguments, a `failure` so small
-        that
+        ValueError: products that are not finite or of the wrong length, bad arguments, a `failure` so small that
             rounding hides the component that it allows (noise/delta above 1/4) until the last step.
     """
     if n < 1 or not 0.0 < failure < 1.0 or not rtol > 0.0 or max_steps < 1 or not 0.0 <= rounding < math.inf:
@@ -139,7 +138,7 @@ def golub_kahan(
         )
 
     products = (matvec, rmatvec)
-    # one thread: products with vectors gain little from more, and a busy machine loses
+    # One thread: more gain little in products with vectors, and slow down a busy machine.
     with threadpool_limits(1, "blas"):
         first = _Run(*products, np.random.default_rng(seed).standard_normal(n), noise, min(max_steps, n))
         upper = first.upper(_overlap(failure, n), 0.0, rtol)
@@ -179,7 +178,7 @@ def _starts(first: _Run, rounding: float, failure: float, n: int) -> tuple[int, 
 
 
 class _Run:
-    """The recurrence from v, its vectors and its bidiagonal matrix over `unit`, and what was lost in it."""
+    """The recurrence from v, its vectors, its bidiagonal matrix in units of `unit`, and its loss of orthogonality."""
 
     def __init__(
         self,

@@ -95,7 +95,9 @@ def _matrix(data: bytes, order: str, *, top: bool) -> tuple[str, np.ndarray]:
     if kind not in _CLASSES and (kind != _CELL or not top):
         if top and not title:
             return "", np.empty(0)
-        raise ValueError(f"{title or 'an entry of a cell array'} is not a matrix, and no cell array of matrices")
+        raise ValueError(
+            f"{title or 'an entry of a cell array'} is not a matrix, and no cell array of matrices"
+        )
     if word & _COMPLEX:
         raise ValueError(f"{title or 'an entry of a cell array'} is complex")
     if len(shape) < 2 or min(shape) < 0:

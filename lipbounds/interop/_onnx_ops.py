@@ -363,7 +363,7 @@ def _softmax(node: Node) -> Apply:
     return lambda x: function(x, axis=axes)
 
 
-# --- constants, and what is not supported -------------------------------------------------------------------------------
+# --- constants and unsupported operators ------------------------------------------------------------------------------
 
 #: Evaluated by onnx.reference where nothing depends on the input; integers divide as integers there.
 EVALUATED = frozenset(

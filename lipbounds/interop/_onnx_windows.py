@@ -380,7 +380,9 @@ def _upsample(node: Node) -> Apply:
 @operator(19, "Resize")
 def _resize(node: Node) -> Apply:
     if node.attr("antialias", 0) or node.attr("keep_aspect_ratio_policy", "stretch") != "stretch":
-        raise Refused("resizing with antialias or a fixed aspect ratio is not supported", "resize without them")
+        raise Refused(
+            "resizing with antialias or a fixed aspect ratio is not supported", "resize without them"
+        )
     given = node.attr("axes")
     axes = [node.axis(int(a)) for a in (range(len(node.shape())) if given is None else given)]
     if node.version < 11:
