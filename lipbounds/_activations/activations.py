@@ -1,8 +1,8 @@
 """Elementwise nonlinearities: evaluation, rigorous enclosures and proved slope ranges.
 
-An activation is an :class:`Expr` (hashable, no arrays) and a sequence of constants beside it.  The slope
-range ``[a, b]`` of :func:`slope_range` satisfies ``a <= (f(x) - f(y)) / (x - y) <= b`` for all real ``x !=
-y``, where f is the expression in exact real arithmetic and its constants are the exact values of their
+An activation is an `Expr` (hashable, no arrays) and a sequence of constants beside it. The slope
+range `[a, b]` of `slope_range` satisfies `a <= (f(x) - f(y)) / (x - y) <= b` for all real `x !=
+y`, where f is the expression in exact real arithmetic and its constants are the exact values of their
 floats.
 """
 
@@ -47,14 +47,14 @@ def knows(name: str) -> bool:
 def register_primitive(name: str, fn: Callable[..., Any]) -> None:
     """Teach `evaluate` another elementwise primitive.
 
-    It calls `fn(params, *args)` with `Node.params`. Nothing is assumed about its slopes: :func:`slope_range` goes on
-    refusing it.
+    It calls `fn(params, *args)` with `Node.params`. Nothing is assumed about its slopes: `slope_range` still
+    refuses it.
     """
     _OPAQUE[name] = fn
 
 
 def _as_const(c: Any, dtype: Any) -> jax.Array:
-    """``c`` as an array of ``dtype``; booleans stay boolean."""
+    """`c` as an array of `dtype`; booleans stay boolean."""
     if not isinstance(c, jax.Array):
         c = np.asarray(c)
         return jnp.asarray(c) if c.dtype == np.bool_ else jnp.asarray(c.astype(dtype))
@@ -62,9 +62,9 @@ def _as_const(c: Any, dtype: Any) -> jax.Array:
 
 
 def evaluate(expr: Expr, consts: Sequence[Any], x: Any) -> jax.Array:
-    """The expression at ``x``, elementwise, in ``x``'s dtype (jit, vmap and grad work).
+    """The expression at `x`, elementwise, in `x`'s dtype (jit, vmap and grad work).
 
-    Constants are cast to that dtype and broadcast; an unknown primitive raises ``ValueError``.
+    Constants are cast to that dtype and broadcast; an unknown primitive raises `ValueError`.
     """
     x = jnp.asarray(x)
     dtype = x.dtype
@@ -122,7 +122,7 @@ def _concrete(consts: Sequence[Any]) -> list[np.ndarray]:
 
 @lru_cache(maxsize=16384)
 def _cached(expr: Expr, consts: tuple[float | bool, ...]) -> tuple[float, float] | tuple[str, str]:
-    """Slopes of one scalar function, or the reason and remedy of its refusal."""
+    """The slopes of one scalar function, or the reason and remedy of its refusal."""
     exact = tuple(c if isinstance(c, bool) or np.isinf(c) else Fraction(c) for c in consts)
     try:
         return scalar_slopes(expr, exact)
@@ -137,7 +137,7 @@ def _used(expr: Expr) -> list[int]:
 def constant_columns(
     expr: Expr, consts: Sequence[Any], shape: tuple[int, ...]
 ) -> tuple[list[tuple[float | bool, ...]], np.ndarray]:
-    """(columns, which): the scalar functions that constants make of an expression, and which of them each entry has.
+    """(columns, which): the constants of the distinct scalar functions, and the index of the function of each entry.
 
     The constants are broadcast to `shape`; which is (size,).
     """
@@ -166,8 +166,8 @@ def slope_range(expr: Expr, consts: Sequence[Any]) -> tuple[np.ndarray, np.ndarr
     Returns two float64 arrays of the broadcast shape of the constants (0-d without constants).  f is the
     expression in exact real arithmetic with the exact values of the constants; comparisons are decided in
     rational arithmetic and both branches must agree at every breakpoint, slopes are enclosed with outward
-    rounding, and both tails are proved.  Slopes declared with :func:`register` are not looked up here.
-    Raises :class:`SlopeError` where f jumps, is not defined on all reals, has unbounded slopes, or cannot be
+    rounding, and both tails are proved. Slopes declared with `register` are not looked up here.
+    Raises `SlopeError` where f jumps, is not defined on all reals, has unbounded slopes, or cannot be
     decided.
     """
     shape = np.broadcast_shapes(*(np.shape(consts[i]) for i in _used(expr)))
@@ -232,9 +232,9 @@ def _homogeneous(expr: Expr, consts: Sequence[Any]) -> bool:
 def piecewise_linear_slopes(expr: Expr, consts: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
     """Slope ranges as traceable arrays, for constants that are being trained (PReLU, leaky slopes).
 
-    Accepts what is homogeneous in x by its structure alone, such as ``max(x, a * x)`` or ``where(x > 0, x, a
-    * x)``: then f is linear on each side of 0 and its slopes are f(1) and -f(-1) exactly, between which all
-    difference quotients lie.  Shapes are the broadcast shape of the constants.  Raises :class:`SlopeError`
+    Accepts what is homogeneous in x by its structure alone, such as `max(x, a * x)` or `where(x > 0, x, a
+    * x)`: then f is linear on each side of 0 and its slopes are f(1) and -f(-1) exactly, between which all
+    difference quotients lie. Shapes are the broadcast shape of the constants. Raises `SlopeError`
     for anything else.
     """
     if not _homogeneous(expr, consts):
@@ -267,7 +267,7 @@ def _key(expr: Expr, consts: Sequence[Any]) -> tuple[Expr, tuple]:
 def register(expr: Expr, consts: Sequence[Any], lower: float, upper: float) -> None:
     """Declare lower <= (f(x) - f(y)) / (x - y) <= upper for this expression; nothing is proved ("assumed").
 
-    Raises ``ValueError`` unless both are finite and ``lower <= upper``.
+    Raises `ValueError` unless both are finite and `lower <= upper`.
     """
     lower, upper = float(lower), float(upper)
     if not (np.isfinite(lower) and np.isfinite(upper) and lower <= upper):
@@ -276,7 +276,7 @@ def register(expr: Expr, consts: Sequence[Any], lower: float, upper: float) -> N
 
 
 def registered(expr: Expr, consts: Sequence[Any]) -> tuple[float, float] | None:
-    """The slopes declared with :func:`register` for this expression and these constants, or None."""
+    """The slopes declared with `register` for this expression and these constants, or None."""
     if not _REGISTERED:
         return None
     try:
@@ -291,7 +291,7 @@ _SPOTS = np.array(
 
 
 def _references(x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
-    """Values at ``x`` of the activations that have a name; one-parameter families are fitted to ``y``."""
+    """Values at `x` of the activations that have a name; one-parameter families are fitted to `y`."""
     v = {n: I.VALUE[n](I.point(x))[1] for n in ("tanh", "erf", "logistic", "softplus")}
     normal = 0.5 * (1 + I.VALUE["erf"](I.point(x / np.sqrt(2)))[1])
     negative = np.minimum(x, 0.0)

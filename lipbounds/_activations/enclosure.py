@@ -17,7 +17,7 @@ _MONOTONE = {"floor": np.floor, "ceil": np.ceil, "sign": np.sign}
 
 
 def _compare(op: str, a: Interval, b: Interval, same: bool) -> Interval:
-    """``(must, may)`` as booleans."""
+    """`(must, may)` as booleans."""
     if same:
         flag = np.full(np.shape(a[0]), op in ("le", "ge", "eq"))
         return flag, flag
@@ -120,11 +120,11 @@ def _node(node: Node, args: list[Interval]) -> tuple[Interval, Any]:
 
 
 def enclose(expr: Expr, consts: Sequence[Any], x_lo: Any, x_hi: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Float64 arrays with ``lo <= f(x) <= hi`` for every real x in ``[x_lo, x_hi]``, elementwise.
+    """Float64 arrays with `lo <= f(x) <= hi` for every real x in `[x_lo, x_hi]`, elementwise.
 
     Shapes broadcast with the constants; constants count with the exact values of their floats, rounding is
-    outward. Ends are infinite where f may be undefined or overflow on the box.  Raises ``ValueError`` for
-    NaN or reversed ends, :class:`SlopeError` for a primitive without interval rule.
+    outward. Ends are infinite where f may be undefined or overflow on the box. Raises `ValueError` for
+    NaN or reversed ends, `SlopeError` for a primitive without interval rule.
     """
     x = np.asarray(x_lo, np.float64), np.asarray(x_hi, np.float64)
     if not np.all(x[0] <= x[1]):

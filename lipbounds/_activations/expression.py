@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Node:
     """One operation of an expression.
 
-    ``op`` is "x" (the variable), "const" (``params = (index,)`` into the constants kept beside the
-    expression), "to_float" (bool to 0/1) or the name of a lax primitive; ``args`` are indices of earlier
+    `op` is "x" (the variable), "const" (`params = (index,)` into the constants kept beside the
+    expression), "to_float" (bool to 0/1) or the name of a lax primitive; `args` are indices of earlier
     nodes.
     """
 
@@ -21,7 +21,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Expr:
-    """A function of one real variable: node ``i`` refers to nodes below ``i``, the last is the result."""
+    """A function of one real variable: node `i` refers to nodes below `i`, the last is the result."""
 
     nodes: tuple[Node, ...]
 
@@ -33,7 +33,7 @@ DECLARE = "if its slope is bounded declare it with register_activation; otherwis
 
 
 class SlopeError(ValueError):
-    """The slope range of an expression could not be proved; ``reason`` says why, ``remedy`` what to do."""
+    """The slope range of an expression could not be proved; `reason` is the cause, `remedy` the suggested fix."""
 
     def __init__(self, reason: str, remedy: str = "") -> None:
         super().__init__(f"{reason}; {remedy}" if remedy else reason)

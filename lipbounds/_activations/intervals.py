@@ -1,7 +1,7 @@
 """Interval arithmetic in float64 with outward rounding, vectorised over boxes (NumPy and SciPy on the host).
 
-An interval is a pair ``(lo, hi)`` of arrays and stands for a set of finite reals inside ``[lo, hi]`` (so 0
-times an unbounded interval is 0).  Sums, products, quotients and roots are widened only when they round
+An interval is a pair `(lo, hi)` of arrays and stands for a set of finite reals inside `[lo, hi]` (so 0
+times an unbounded interval is 0). Sums, products, quotients and roots are widened only when they round
 (TwoSum, TwoProd); functions of NumPy and SciPy are widened by several times their documented error and
 clamped to known ranges.
 """
@@ -33,7 +33,7 @@ def point(x: Any) -> Interval:
 
 
 def from_fraction(q: Fraction) -> Interval:
-    """The tightest float64 pair around the rational ``q``."""
+    """The tightest float64 pair around the rational `q`."""
     try:
         f = np.float64(float(q))
     except OverflowError:
@@ -57,7 +57,7 @@ def hull(a: Interval, b: Interval) -> Interval:
 
 
 def clip(a: Interval, lo: Any, hi: Any) -> Interval:
-    """``a`` cut to ``[lo, hi]``, a range known to contain it."""
+    """`a` cut to `[lo, hi]`, a range known to contain it."""
     return np.clip(a[0], lo, hi), np.clip(a[1], lo, hi)
 
 
@@ -92,7 +92,7 @@ def _split(a: Any) -> tuple[Any, Any]:
 
 
 def _product_error(a: Any, b: Any, p: Any) -> Any:
-    """``a * b - p`` exactly where it is safe to say, NaN elsewhere (Dekker's product)."""
+    """`a * b - p` exactly where it is safe to say, NaN elsewhere (Dekker's product)."""
     (ah, al), (bh, bl) = _split(a), _split(b)
     e = al * bl - (((p - ah * bh) - al * bh) - ah * bl)
     safe = (np.abs(a) < 1e150) & (np.abs(b) < 1e150) & (np.abs(p) > 1e-280)
@@ -133,7 +133,7 @@ def absolute(a: Interval) -> Interval:
 
 
 def ipow(a: Interval, n: int) -> Interval:
-    """``a ** n`` for any integer ``n``; even powers are taken of ``|a|``."""
+    """`a ** n` for any integer `n`; even powers are taken of `|a|`."""
     if n < 0:
         return div(point(1.0), ipow(a, -n))
     if n == 0:
@@ -148,7 +148,7 @@ def ipow(a: Interval, n: int) -> Interval:
 
 
 def widen(v: Any, w: Any = None, ulps: float = 8.0) -> Interval:
-    """``[v, w]`` widened by ``ulps`` relative roundings; an overflow stays a finite lower bound."""
+    """`[v, w]` widened by `ulps` relative roundings; an overflow stays a finite lower bound."""
     w = v if w is None else w
     r = (ulps + 2) * _EPS
     lo, hi = v - np.abs(v) * r - _TINY, w + np.abs(w) * r + _TINY
@@ -173,7 +173,7 @@ def exp(u: Interval) -> Interval:
 
 
 def _signed(fn: Callable[[Any], Any], u: Interval, ulps: float = 8.0, bound: float = np.inf) -> Interval:
-    """An increasing odd-signed function (``fn(0) = 0``), clamped to its sign and to ``[-bound, bound]``."""
+    """An increasing odd-signed function (`fn(0) = 0`), clamped to its sign and to `[-bound, bound]`."""
     lo, hi = widen(fn(u[0]), fn(u[1]), ulps)
     lo = np.where(u[0] >= 0, np.maximum(lo, 0.0), lo)
     hi = np.where(u[1] <= 0, np.minimum(hi, 0.0), hi)
@@ -181,7 +181,7 @@ def _signed(fn: Callable[[Any], Any], u: Interval, ulps: float = 8.0, bound: flo
 
 
 def _decay(e: Interval) -> Interval:
-    """``t / (1 + t)^2`` for t in ``e`` inside [0, 1], where it increases; at most 1/4."""
+    """`t / (1 + t)^2` for t in `e` inside [0, 1], where it increases; at most 1/4."""
 
     def g(t: Any) -> Interval:
         return div(point(t), ipow(add(point(1.0), point(t)), 2))
@@ -226,7 +226,7 @@ def erfc(u: Interval) -> Interval:
 
 
 def _contains(u: Interval, phase: float) -> Any:
-    """Whether ``u`` may contain a point ``phase + 2 k pi`` (errs towards yes)."""
+    """Whether `u` may contain a point `phase + 2 k pi` (errs towards yes)."""
     slack = 1e-9 + 1e-15 * np.maximum(np.abs(u[0]), np.abs(u[1]))
     lo, hi = (u[0] - phase) / (2 * np.pi) - slack, (u[1] - phase) / (2 * np.pi) + slack
     return np.logical_not(np.ceil(lo) > np.floor(hi))
@@ -262,7 +262,7 @@ def log(u: Interval) -> Interval:
 
 
 def power(u: Interval, c: float) -> Interval:
-    """``u ** c`` for non-negative ``u`` and an exact float exponent."""
+    """`u ** c` for non-negative `u` and an exact float exponent."""
     lo, hi = widen(np.power(u[0], c), np.power(u[1], c))
     lo2, hi2 = widen(np.power(u[1], c), np.power(u[0], c))
     return (np.maximum(lo, 0.0), hi) if c >= 0 else (np.maximum(lo2, 0.0), hi2)
@@ -339,7 +339,7 @@ SECOND: dict[str, Fn] = {
 
 
 def outside(op: str, u: Interval) -> Any:
-    """Whether ``u`` may leave the domain of ``op`` (boolean array)."""
+    """Whether `u` may leave the domain of `op` (boolean array)."""
     lo, hi = u
     if op == "sqrt":
         return np.logical_not(lo >= 0)

@@ -1,8 +1,8 @@
 """Exact resolution of an expression into smooth pieces, and the proof that they meet without a jump.
 
-Arithmetic is rational.  On an open interval where every comparison, ``abs``, ``max``, ``min`` and ``sign``
+Arithmetic is rational. On an open interval where every comparison, `abs`, `max`, `min` and `sign`
 of affine quantities is decided, an expression becomes a *term*: a hash-consed expression without
-comparisons, with polynomials in x folded exactly.  A comparison whose affine difference vanishes inside the
+comparisons, with polynomials in x folded exactly. A comparison whose affine difference vanishes inside the
 interval splits it there, so breakpoints are exact rationals and no grid decides anything.
 """
 
@@ -69,7 +69,7 @@ def _steps(terms: Terms, op: str, a: int, params: tuple, domain: Domain) -> int:
         sign = terms.sign(a, domain)
         if sign is not None:
             return terms.poly([sign])
-        raise SlopeError("it contains the sign of a quantity that is not affine in x", _STEP)
+        raise SlopeError("it contains the sign of a quantity that is not affine in x, which may jump", _STEP)
     q = terms.constant(a)
     if q is None:
         raise SlopeError(
@@ -111,9 +111,9 @@ def _interpolate(terms: Terms, a: int, params: tuple, domain: Domain) -> int:
 
 
 def resolve(terms: Terms, expr: Expr, consts: Sequence[Any], x: int, domain: Domain) -> int:
-    """The term of ``expr`` with its variable replaced by term ``x`` on the open interval ``domain``.
+    """The term of `expr` with its variable replaced by term `x` on the open interval `domain`.
 
-    Raises :class:`Split` where a decision changes inside and :class:`SlopeError` where one cannot be made
+    Raises `Split` where a decision changes inside and `SlopeError` where one cannot be made
     exactly.
     """
     vals: list[Value] = []
@@ -199,7 +199,7 @@ def pieces(
 ) -> tuple[list[Piece], list[tuple[Fraction, int, int, int]]]:
     """The smooth pieces of an expression from left to right, and `(c, left, here, right)` at every breakpoint c.
 
-    ``left``, ``here`` and ``right`` are the constant terms f(c-0), f(c), f(c+0).  Neighbours with the same
+    `left`, `here` and `right` are the constant terms f(c-0), f(c), f(c+0). Neighbours with the same
     term are joined.
     """
     identity = terms.poly([0, 1])

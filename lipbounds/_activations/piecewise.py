@@ -1,8 +1,8 @@
-"""Piecewise functions as jax writes them, rewritten so that they are elementwise functions of one tensor.
+"""Rewrite the piecewise functions of jax as elementwise functions of one tensor.
 
 `jnp.interp` searches its knots and gathers at an index that depends on x; `jnp.select` and `jnp.piecewise` take the
-argmax of stacked predicates and select by that integer. Both are recognised by what they compute, not by their name
-alone, and become an equation `interp` of our own, or comparisons and two-way selections. Whether the result is
+argmax of stacked predicates and select by that integer. Both are recognised by their computation, not only by name, and
+become an equation `interp`, or comparisons and two-way selections. Whether the result is
 continuous is decided later, as for every elementwise function.
 """
 
@@ -71,7 +71,7 @@ def template(jaxpr: Any, avals: Sequence[Any]) -> tuple[str | None, str | None, 
 def knots(
     form: tuple[str | None, str | None, bool], dtype: Any, xp: np.ndarray, fp: np.ndarray, rest: Sequence[Any]
 ) -> Knots | tuple[str, str]:
-    """The parameters of `interp`, or (reason, remedy): where it jumps, or is not what its real numbers say."""
+    """The parameters of `interp`, or (reason, remedy) where it jumps or deviates from its knots."""
     left, right, periodic = form
     if periodic:
         return (

@@ -18,7 +18,7 @@ from lipbounds._activations.terms import DOMAIN_REMEDY, Domain, Terms
 
 _BOUNDED = "clip its argument first (jnp.clip(x, -c, c)), or use a function of bounded slope such as jnp.sqrt(1 + x**2)"
 _SMOOTH = "smooth it there (jnp.sqrt(x**2 + c) in place of jnp.sqrt(jnp.abs(x))), or use a function of bounded slope"
-_STEEP = 1e6  # a slope that is attained; beyond this no slopes are asked for
+_STEEP = 1e6  # an attained slope beyond this cannot be declared
 _TOLERANCE = 1e-8
 _MAX_BOXES = 40_000
 _MAX_BROKEN = 3_000
@@ -28,7 +28,7 @@ _TAILS = (6, 12, 18, 24, 36, 48, 60)
 
 @dataclass(frozen=True)
 class Jet:
-    """Enclosures of f, f' and f'' on boxes; ``bad`` marks boxes where f may be undefined."""
+    """Enclosures of f, f' and f'' on boxes; `bad` marks boxes where f may be undefined."""
 
     v: Interval
     d: Interval
@@ -70,7 +70,7 @@ def _pow(u: Jet, q: Fraction) -> Jet:
 
 
 def _pick(mask_a: Any, mask_b: Any, a: Jet, b: Jet, v: Interval) -> Jet:
-    """``a`` or ``b`` where decided; elsewhere (on the kink too) both slopes, f'' unknown."""
+    """`a` or `b` where decided; elsewhere (on the kink too) both slopes, f'' unknown."""
     mask_a, mask_b = mask_a & np.logical_not(mask_b), mask_b & np.logical_not(mask_a)
     d = I.where(mask_a, a.d, I.where(mask_b, b.d, I.hull(a.d, b.d)))
     return Jet(v, d, I.where(mask_a, a.s, I.where(mask_b, b.s, I.WHOLE)), a.bad | b.bad)
@@ -117,7 +117,7 @@ def _jet(op: str, a: list[Jet], param: Any, x: Interval) -> Jet:
 
 
 def jets(terms: Terms, term: int, x: Interval) -> dict[int, Jet]:
-    """Jets of ``term`` and of everything below it on the boxes ``x``."""
+    """Jets of `term` and of everything below it on the boxes `x`."""
     done: dict[int, Jet] = {}
     for i in terms.reachable(term):
         t = terms.items[i]
@@ -133,7 +133,7 @@ def jets(terms: Terms, term: int, x: Interval) -> dict[int, Jet]:
 
 @dataclass
 class Range:
-    """What is known of the slopes: ``[lo, hi]`` encloses those proved so far, ``[inf, sup]`` is attained."""
+    """Range of the slopes: `[lo, hi]` encloses those proved so far, `[inf, sup]` is attained."""
 
     lo: float = np.inf
     hi: float = -np.inf
@@ -144,7 +144,7 @@ class Range:
         self.lo, self.hi = min(self.lo, lo), max(self.hi, hi)
 
     def attain(self, lo: float, hi: float) -> None:
-        """Some slope of at least ``lo`` and some slope of at most ``hi`` are attained."""
+        """Some slope of at least `lo` and some slope of at most `hi` are attained."""
         self.inf, self.sup = min(self.inf, hi), max(self.sup, lo)
 
     def slack(self) -> float:
@@ -161,7 +161,7 @@ def _midpoint(a: Any, b: Any) -> Any:
 
 
 def _undefined(op: str, done: list[Jet], ends: list[list[Jet]]) -> bool:
-    """Whether an operation is certainly undefined: at the point of ``done``, or between the points of ``ends``."""
+    """Whether an operation is certainly undefined: at the point of `done`, or between the points of `ends`."""
     (lo, hi) = (np.asarray(q) for q in done[-1].v)
     if op in ("div", "tan"):
         sides = [(I.cos(a[-1].v) if op == "tan" else a[-1].v) for a in ends]
@@ -195,7 +195,7 @@ def _failure(terms: Terms, term: int, a: float, b: float) -> SlopeError:
 
 
 def _size(terms: Terms, term: int, x: float) -> float:
-    """A lower bound of ``|f'(x)|``."""
+    """A lower bound of `|f'(x)|`."""
     jet = jets(terms, term, I.point(x))[term]
     low, high = float(jet.d[0]), float(jet.d[1])
     return max(low, -high, 0.0) if not np.any(jet.bad) and not np.isnan(low + high) else 0.0
@@ -212,7 +212,7 @@ def _steep(steepest: tuple[float, float], reason: str, remedy: str) -> SlopeErro
 def _branch(terms: Terms, term: int, left: Interval, right: Interval, found: Range) -> None:
     """Add to `found` an enclosure of all slopes of `term` on [left, right], within 1e-8 of attained ones.
 
-    ``left`` and ``right`` enclose the ends (they need not be floats).  Widths beyond the box budget stay
+    `left` and `right` enclose the ends (they need not be floats). Widths beyond the box budget stay
     sound.
     """
     start, stop = float(left[0]), float(right[1])
@@ -260,7 +260,7 @@ def _branch(terms: Terms, term: int, left: Interval, right: Interval, found: Ran
 def _sharpen(a: Any, b: Any, pts: Any, d: Interval, s: Interval, n: int) -> Interval:
     """Slopes on boxes: the natural enclosure, cut by the mean value form and by monotonicity of f'.
 
-    For a point t of a box B, f'(B) lies in ``f'(t) + f''(B) (B - t)``; if f'' has one sign, between the
+    For a point t of a box B, f'(B) lies in `f'(t) + f''(B) (B - t)`; if f'' has one sign, between the
     ends' slopes. Points clipped out of their box are not used for monotonicity (they are ends only up to
     rounding).
     """
@@ -329,7 +329,7 @@ def _check_joint(terms: Terms, c: Fraction, values: tuple[int, int, int]) -> Non
 
 
 def _tail(terms: Terms, term: int, first: int, reflect: bool, found: Range) -> None:
-    """Add the half line beyond ``2**first``: the nearest tail that adds nothing, and the boxes before it."""
+    """Add the half line beyond `2**first`: the nearest tail that adds nothing, and the boxes before it."""
     best: tuple[float, int, Interval] | None = None
     outside = ""
     for k in (k for k in _TAILS if k >= first):
@@ -365,7 +365,7 @@ def scalar_slopes(expr: Expr, consts: tuple[Any, ...]) -> tuple[float, float]:
 
     `consts` are Fraction, bool or inf. f is proved continuous and, between breakpoints, differentiable with slopes in
     [a, b] (locally Lipschitz with such generalised slopes at undecided kinks); the mean value theorem gives the
-    inequality.  Raises :class:`SlopeError`.
+    inequality. Raises `SlopeError`.
     """
     terms = Terms()
     parts, joints = pieces(terms, expr, consts)
@@ -390,7 +390,7 @@ def scalar_slopes(expr: Expr, consts: tuple[Any, ...]) -> tuple[float, float]:
     )
     first = next((k for k in _TAILS if largest < 2**k), None)
     if first is None and smooth:
-        raise SlopeError(f"a breakpoint at {float(largest):.3g} is too far out", DECLARE)
+        raise SlopeError(f"a breakpoint at {float(largest):.3g} is too far from 0", DECLARE)
     with I.quiet():
         for part in smooth:
             assert first is not None

@@ -1,4 +1,4 @@
-"""Slopes of activations on intervals: what a bound that holds near one input may use.
+"""Slopes of activations on intervals, for bounds that hold near one input.
 
 Two kinds, both with every rounding included, for f on [lo, hi]:
 
@@ -120,7 +120,7 @@ def anchored_slopes(
                 use = inside & apart
                 low = np.where(use, np.minimum(low, chord[0]), low)
                 high = np.where(use, np.maximum(high, chord[1]), high)
-                # too near to tell: both ends of what is possible
+                # too close to separate: take the pair slopes
                 low = np.where(inside & ~apart, a[:, at], low)
                 high = np.where(inside & ~apart, b[:, at], high)
         unclear = (box[0] == box[1]) | ~(low <= high)

@@ -1,8 +1,8 @@
-"""Proved enclosures of f and f' on a whole half line ``[M, inf)`` by power envelopes.
+"""Proved enclosures of f and f' on a whole half line `[M, inf)` by power envelopes.
 
-A quantity g(x) has the envelope ``(p, lo, hi)`` if ``g(x)`` is in ``x**p * [lo, hi]`` for all ``x >= M``.
-Powers are multiples of 1/6, M is a power of 2**6, so ``M**p`` is exact.  What decays like ``exp(-c x**q)``
-is put into ``x**-8 * [0, M**8 exp(-c M**q)]`` (the product decreases once ``c q M**q >= 8``).
+A quantity g(x) has the envelope `(p, lo, hi)` if `g(x)` is in `x**p * [lo, hi]` for all `x >= M`.
+Powers are multiples of 1/6, M is a power of 2**6, so `M**p` is exact. What decays like `exp(-c x**q)`
+is put into `x**-8 * [0, M**8 exp(-c M**q)]` (the product decreases once `c q M**q >= 8`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Envelope:
 
 
 class TailError(Exception):
-    """The tail leaves the domain of an operation (``str`` names it)."""
+    """The tail leaves the domain of an operation (`str` names it)."""
 
 
 def _const(a: Interval) -> Envelope:
@@ -40,20 +40,20 @@ _ONE = _const((1.0, 1.0))
 
 @dataclass(frozen=True)
 class Tail:
-    """Envelopes on ``[2**k, inf)`` of a term in ``t``, where ``x = t`` or ``x = -t`` (``reflect``)."""
+    """Envelopes on `[2**k, inf)` of a term in `t`, where `x = t` or `x = -t` (`reflect`)."""
 
     k: int
     reflect: bool
 
     def power(self, p: Fraction) -> Interval:
-        """``M ** p``."""
+        """`M ** p`."""
         e = self.k * p
         if e.denominator == 1 and abs(e) < 1000:
             return I.point(2.0 ** int(e))
         return (0.0, 1e-300) if e < 0 and abs(e) >= 1000 else I.VALUE["exp2"](I.from_fraction(e))
 
     def span(self, p: Fraction) -> Interval:
-        """``x ** p`` over the tail."""
+        """`x ** p` over the tail."""
         if p == 0:
             return I.point(1.0)
         m = self.power(p)
@@ -79,7 +79,7 @@ class Tail:
         return Envelope(e.p - f.p, _plain(I.div(e.a, f.a)))
 
     def decay(self, c: float, q: Fraction) -> Envelope | None:
-        """Envelope of something in ``[0, exp(-c x**q)]``, or None if the bound is not yet decreasing."""
+        """Envelope of something in `[0, exp(-c x**q)]`, or None if the bound is not yet decreasing."""
         m = I.mul(I.point(c), self.power(q))
         if not (c > 0 and q > 0 and float(q) * m[0] >= 8.001):
             return None
@@ -87,7 +87,7 @@ class Tail:
         return Envelope(Fraction(-8), (0.0, float(top)))
 
     def unary(self, op: str, u: Envelope) -> tuple[Envelope, Envelope]:
-        """Envelopes of ``op(u)`` and of its derivative at u."""
+        """Envelopes of `op(u)` and of its derivative at u."""
         span = self.range(u)
         if np.any(I.outside(op, span)):
             raise TailError(op)
@@ -166,7 +166,7 @@ def _plain(a: Interval) -> Interval:
 def tail_slopes(terms: Terms, term: int, k: int, reflect: bool) -> Interval:
     """(lo, hi) with lo <= f'(x) <= hi for all x >= 2**k (x <= -2**k if `reflect`); they may be infinite.
 
-    `k` is a multiple of 6.  Raises :class:`TailError` if f may not be defined there.
+    `k` is a multiple of 6. Raises `TailError` if f may not be defined there.
     """
     tail = Tail(k, reflect)
     done: dict[int, tuple[Envelope, Envelope]] = {}

@@ -1,4 +1,4 @@
-"""Exact terms in one variable, interned: equal numbers mean equal functions."""
+"""Exact terms in one variable, interned: terms with equal ids are equal functions."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Value = Any  # a term id (int), a bool (decided predicate) or +-inf (float): wha
 
 
 class Split(Exception):
-    """A comparison changes inside the interval, at the rational ``at``."""
+    """A comparison changes inside the interval, at the rational `at`."""
 
     def __init__(self, at: Fraction) -> None:
         super().__init__(at)
@@ -51,7 +51,7 @@ class Split(Exception):
 
 @dataclass(frozen=True)
 class Domain:
-    """The open interval ``(left, right)``; ``None`` is infinite."""
+    """The open interval `(left, right)`; `None` is infinite."""
 
     left: Fraction | None
     right: Fraction | None
@@ -65,7 +65,7 @@ class Term:
 
 
 def _root(c: Fraction, n: int) -> Fraction | None:
-    """The rational n-th root (n = 2 or 3) of ``c`` if there is one."""
+    """The rational n-th root (n = 2 or 3) of `c` if there is one."""
     sign, c = (-1 if c < 0 else 1), abs(c)
 
     def integer(k: int) -> int | None:
@@ -147,7 +147,7 @@ class Terms:
         return self.power(i, 2) if i == j else self._intern("mul", (min(i, j), max(i, j)))
 
     def power(self, i: int, n: int) -> int:
-        """``term ** n`` for an integer n."""
+        """`term ** n` for an integer n."""
         if n < 0:
             return self.div(self.poly([1]), self.power(i, -n))
         if n <= 1:
@@ -225,7 +225,7 @@ class Terms:
         return self._intern(op, (i,)) if exact is None else self.poly([Fraction(exact)])
 
     def raised(self, i: int, j: int) -> int:
-        """``term_i ** term_j``: a constant exponent, or a positive constant base."""
+        """`term_i ** term_j`: a constant exponent, or a positive constant base."""
         n, base = self.constant(j), self.constant(i)
         if n is not None and n.denominator == 1:
             return self.power(i, int(n))
@@ -236,7 +236,7 @@ class Terms:
         raise SlopeError("pow with both base and exponent depending on x has no slope rule", DECLARE)
 
     def extreme(self, op: str, i: int, j: int) -> int:
-        """``max`` or ``min`` of two terms whose order is not decided (constants are)."""
+        """`max` or `min` of two terms whose order is not decided (constants are)."""
         p, q = self.constant(i), self.constant(j)
         if p is not None and q is not None:
             return i if (p >= q) == (op == "max") else j
@@ -247,7 +247,7 @@ class Terms:
         return self._intern("abs", (i,)) if q is None else self.poly([abs(q)])
 
     def at(self, i: int, c: Fraction) -> int:
-        """The term at ``x = c``, exactly (a constant polynomial where exact values are known)."""
+        """The term at `x = c`, exactly (a constant polynomial where exact values are known)."""
         memo: dict[int, int] = {}
         for k in self.reachable(i):
             t = self.items[k]
@@ -271,7 +271,7 @@ class Terms:
         return memo[i]
 
     def reachable(self, i: int) -> list[int]:
-        """``i`` and every term below it, arguments first."""
+        """`i` and every term below it, arguments first."""
         seen, stack = {i}, [i]
         while stack:
             for a in self.items[stack.pop()].args:

@@ -1,7 +1,7 @@
-"""What refused equations are together: softmax, attention, a normalisation. One entry of the error instead of many.
+"""Group refused equations into softmax, attention and normalisations, so that each is one entry of the error.
 
 A composite is recognised by its shape in the flat program: a quotient of exponentials and their sum, two products
-around a softmax, a quotient by a root of squares. Nothing is decided here but words.
+around a softmax, a quotient by a root of squares. This affects only the text of the error.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class _Composite:
 
 
 def fold(found: list[tuple[Unsupported, Eqn | None]]) -> list[Unsupported]:
-    """The refusals in order, those of one composite as one entry at the place of its first."""
+    """The refusals in order; those of one composite become one entry in place of the first."""
     composites = list(_composites([eqn for _, eqn in found if eqn is not None]))
     out: list[Unsupported] = []
     told: set[int] = set()
@@ -107,7 +107,7 @@ def _composites(refused: list[Eqn]) -> Iterator[_Composite]:
 
 
 def _around(refused: list[Eqn], exp: Eqn) -> list[Eqn]:
-    """What jax.nn.logsumexp computes besides: entries of weight 0 are masked, a sum below 0 is made NaN."""
+    """The other equations of jax.nn.logsumexp: it masks entries of weight 0 and turns a sum below 0 into NaN."""
     found, masks = [], [exp]
     for eqn in reversed(refused):
         if eqn.primitive in ("select_n", "ne") and any(
@@ -126,7 +126,7 @@ def _around(refused: list[Eqn], exp: Eqn) -> list[Eqn]:
 
 
 def _producers(value: Value) -> list[Eqn]:
-    """Where a value comes from, through moves, sums and differences."""
+    """The producers of a value, through moves, sums and differences."""
     found: list[Eqn] = []
     stack = [value]
     while stack and len(found) < _MOST:
@@ -143,14 +143,14 @@ def _ids(*eqns: Eqn) -> frozenset[int]:
 
 
 def _back(value: Value) -> Value:
-    """Through what only moves entries."""
+    """Go back through equations that only move entries."""
     while value.producer is not None and value.producer.primitive in _MOVES:
         value = value.producer.inputs[0]
     return value
 
 
 def _past_constants(value: Value) -> Value:
-    """Through moves, and sums, products and maxima with constants."""
+    """Go back through moves, and through sums, products and maxima with constants."""
     while True:
         value = _back(value)
         eqn = value.producer
@@ -271,6 +271,6 @@ def _count(eqn: Eqn) -> int:
 
 
 def _difference(value: Value) -> bool:
-    """Is it u - v, both depending on x?"""
+    """Whether it is u - v with both depending on x."""
     eqn = _past_constants(value).producer
     return eqn is not None and eqn.primitive == "sub" and all(v.depends for v in eqn.inputs)

@@ -1,4 +1,4 @@
-"""What was decided of every equation, which the emitter writes down."""
+"""The decision about each equation, from which the emitter writes the program."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lipbounds._tracing.rules import Group, Linear
 
 @dataclass(eq=False)
 class Elementwise:
-    """A tap to be: `expr` of the tensor `base`."""
+    """A future tap: `expr` applied to the tensor `base`."""
 
     base: Value
     expr: Expr
@@ -29,7 +29,7 @@ class Decided(Protocol):
     taps: dict[int, Elementwise | Group]
 
     def resolve(self, value: Value) -> Value:
-        """The value that this one is another name of."""
+        """The value of which this one is an alias."""
         ...
 
     def half_formats(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Writing the decided equations as a program, in order, with registers and leaves counted from 0."""
+"""Write the decided equations as a program, in order, with registers and leaves counted from 0."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lipbounds._tracing.rules import Group, Linear
 
 
 def constant_key(value: Value) -> tuple[str, Any]:
-    """Equal scalars are one constant; arrays are told apart by identity."""
+    """Equal scalars are one constant; arrays are distinguished by identity."""
     if value.shape == () and is_concrete(value.const) and jnp.issubdtype(value.dtype, jnp.floating):
         scalar = np.asarray(value.const)
         return ("scalar", (scalar.dtype.name, scalar.tobytes()))
@@ -55,7 +55,7 @@ class Emitter:
             self.leaf_places[key] = len(self.leaves)
             const = value.const
             if is_concrete(const) and not isinstance(const, jax.Array):
-                const = np.array(const)  # the caller may go on writing to its array
+                const = np.array(const)  # the caller may modify its array later
             self.leaves.append(const)
         return self.leaf_places[key]
 

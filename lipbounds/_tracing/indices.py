@@ -1,4 +1,4 @@
-"""What indices of gather and scatter promise, and which entries they reach."""
+"""Promises about the indices of gather and scatter, and the entries that they reach."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax import lax
 
 
 def checked_mode(mode: Any) -> Any:
-    """What a gather or scatter does out of range; where it was promised that nothing is, so that it can be seen."""
+    """The out-of-range mode, with a promise that indices are in range replaced by a mode that shows violations."""
     modes = lax.GatherScatterMode
     return modes.FILL_OR_DROP if mode == modes.PROMISE_IN_BOUNDS else mode
 

@@ -201,7 +201,7 @@ class _Inliner:
         return outputs
 
     def rewritten(self, fn: Callable[..., Any], inputs: Sequence[Value], eqn: Any, path: Path) -> list[Value]:
-        """The program of `fn` in place of an equation."""
+        """Inline the program of `fn` in place of an equation."""
         specs, start = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in inputs], len(self.eqns)
         outputs = self.call(jax.make_jaxpr(fn)(*specs), inputs, path)
         for record in self.eqns[start:]:
@@ -209,7 +209,7 @@ class _Inliner:
         return outputs
 
     def rows(self, value: Value, path: Path) -> list[Value] | None:
-        """What was stacked along the first axis to make a boolean or integer tensor; None: not known."""
+        """The rows that were stacked to make a boolean or integer tensor, or None if they are not known."""
         if jnp.issubdtype(value.dtype, jnp.floating):
             return None
         if not value.depends:
@@ -241,7 +241,7 @@ class _Inliner:
         return out
 
     def interpolation(self, eqn: Any, inputs: list[Value], path: Path) -> list[Value] | None:
-        """`jnp.interp` of x with constant knots, as one equation `interp`; None: something else of that name."""
+        """`jnp.interp` of x with constant knots, as one equation `interp`; None for another function of that name."""
         (out,) = eqn.outvars
         form = piecewise.template(eqn.params["jaxpr"], [var.aval for var in eqn.invars])
         if form is None:
@@ -264,14 +264,14 @@ class _Inliner:
         return [result]
 
     def unknown(self, var: Any) -> Value:
-        """The output of something already refused: depends on x, and is not complained about again."""
+        """The output of a refused equation: it depends on x, and is not refused again."""
         shape = tuple(getattr(var.aval, "shape", ()))
         value = self.value(shape, getattr(var.aval, "dtype", np.dtype(np.float32)), depends=True)
         value.producer = Eqn("refused", {}, (), (value,), "")
         return value
 
     def evaluate(self, eqn: Any, inputs: list[Value]) -> list[Value]:
-        """A constant equation, evaluated once, as the program does it."""
+        """Evaluate a constant equation once, as the program does."""
         name = eqn.primitive.name
         randomness = max((value.randomness for value in inputs), default=0)
         if name.startswith(_RANDOM):
@@ -285,7 +285,7 @@ class _Inliner:
         return [self.const(value, randomness) for value in outs]
 
     def scan(self, eqn: Any, inputs: list[Value], path: Path) -> list[Value]:
-        """A scan over x-dependent values, unrolled: its length is static."""
+        """Unroll a scan over values that depend on x: its length is static."""
         params = eqn.params
         if "ft_in" in params:
             num_consts, num_carry, _ = (len(part) for part in params["ft_in"].unpack())
@@ -394,7 +394,7 @@ _HARMLESS = (*_CALLS, "debug_callback", "debug_print", "scan", "while", "cond")
 
 
 def _mutates(eqn: Any) -> bool:
-    """Touches a mutable reference, or has another effect than printing."""
+    """Whether it touches a mutable reference, or has another effect than printing."""
     if any("Ref" in type(v.aval).__name__ for v in (*eqn.invars, *eqn.outvars)):
         return True
     return bool(getattr(eqn, "effects", ())) and eqn.primitive.name not in _HARMLESS

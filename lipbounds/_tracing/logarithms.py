@@ -1,4 +1,4 @@
-"""Logarithms of sums of exponentials, recognised in a program and written as one group."""
+"""Recognise logarithms of sums of exponentials in a program and write them as one group."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _exponents(value: Value) -> tuple[Value, np.ndarray, np.ndarray] | None:
 def _weighted(write: Writer, a: Value, table: np.ndarray, b: np.ndarray, shape: Any) -> Value | None:
     """log(sum(b exp(a))) over the rows of the table, b >= 0: logsumexp of a + log(b) where b > 0.
 
-    An entry that fills up a short row is there several times, with equal shares of its weight. log(b) is subtracted in
+    A short row repeats an entry, whose weight is shared equally among its copies. log(b) is subtracted in
     two parts, so that it is right to about twice the digits of a.
     """
     if (b == 1.0).all():
@@ -75,7 +75,7 @@ def _weighted(write: Writer, a: Value, table: np.ndarray, b: np.ndarray, shape: 
 
 
 def _case(a: Value, index: np.ndarray) -> Value:
-    """What a is read from where a constant predicate chooses the same tensor for all of these entries; else a."""
+    """The tensor that a constant predicate selects for all of these entries of a; a if they differ."""
     eqn = a.producer
     if eqn is None or eqn.primitive != "select_n" or eqn.inputs[0].depends or not understood(eqn):
         return a
@@ -88,7 +88,7 @@ def _case(a: Value, index: np.ndarray) -> Value:
 
 
 def _sign(write: Writer, eqn: Any, inputs: Sequence[Value]) -> Outputs:
-    """The sign of a sum of exponentials with weights >= 0, not all 0, as jax asks for it: 1."""
+    """The sign of a sum of exponentials with weights >= 0, not all 0, which jax computes: 1."""
     found = _exponents(inputs[0])
     if found is None or not found[2].any(axis=1).all():
         return None
@@ -124,7 +124,7 @@ def _log(write: Writer, eqn: Any, inputs: Sequence[Value]) -> Outputs:
 
 
 def _is_shifted(value: Value) -> bool:
-    """A difference that `_log` wrote?"""
+    """Whether the value is a difference that `_log` wrote."""
     eqn = value.producer
     if eqn is None or eqn.primitive != "sub":
         return False
@@ -135,7 +135,7 @@ def _is_shifted(value: Value) -> bool:
 def _ends_shifted(value: Value) -> tuple[Value, np.ndarray] | None:
     """(d, index) with value = d[index], d a difference that `_log` wrote."""
     end = value
-    while end.producer is not None and end.producer.primitive in _MOVING:  # most sums are told here
+    while end.producer is not None and end.producer.primitive in _MOVING:  # most sums are ruled out here
         end = end.producer.inputs[0]
     if not _is_shifted(end):
         return None
@@ -144,13 +144,13 @@ def _ends_shifted(value: Value) -> tuple[Value, np.ndarray] | None:
 
 
 def _same(c: Value, index: np.ndarray, other: Value, shape: tuple[int, ...]) -> bool:
-    """c[index] = other, as tensors of this shape, because both move the same entries?"""
+    """Whether c[index] = other, as tensors of this shape, because both move the same entries."""
     (first, there), (second, here) = origin(c), origin(other)
     return first is second and np.array_equal(there.reshape(-1)[index], np.broadcast_to(here, shape))
 
 
 def _add(write: Writer, eqn: Any, inputs: Sequence[Value]) -> Outputs:
-    """(l - c) + c, as it is left by `_log`: l alone, so that c need not be made."""
+    """Write (l - c) + c, with the difference from `_log`, as l, so that c is not needed."""
     shape = tuple(eqn.outvars[0].aval.shape)
     for near, other in (inputs, inputs[::-1]):
         found = _ends_shifted(near) if near.depends and other.depends else None
@@ -163,7 +163,7 @@ def _add(write: Writer, eqn: Any, inputs: Sequence[Value]) -> Outputs:
 
 
 def _sub(write: Writer, eqn: Any, inputs: Sequence[Value]) -> Outputs:
-    """(a - c) - (l - c), the last step of log_softmax: a - l."""
+    """Write (a - c) - (l - c), the last step of log_softmax, as a - l."""
     shape = tuple(eqn.outvars[0].aval.shape)
     first, second = inputs
     made = first.producer
@@ -182,4 +182,4 @@ def _sub(write: Writer, eqn: Any, inputs: Sequence[Value]) -> Outputs:
 
 
 MAKERS: dict[str, Callable[..., Outputs]] = {"log": _log, "sign": _sign, "add": _add, "sub": _sub}
-"""Primitives that may end such an expression, with who rewrites them."""
+"""Primitives that may end such an expression, with the functions that rewrite them."""

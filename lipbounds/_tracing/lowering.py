@@ -59,7 +59,7 @@ class Lowering:
     # -- reading the flat program -----------------------------------------------------------------------------------
 
     def _find_consumers(self) -> None:
-        """Who reads a tensor, counting only equations that reach the output."""
+        """Find the readers of each tensor among the equations that reach the output."""
         live = self.live
         live.update(v.index for v in self.flat.outputs)
         for eqn in reversed(self.flat.eqns):
@@ -70,7 +70,7 @@ class Lowering:
                         self.consumers.setdefault(value.index, []).append(eqn)
 
     def rule(self, eqn: Eqn) -> Any:
-        """What `rules` says of an equation (None: nothing), asked once, after its parameters were looked at."""
+        """The rule's verdict on an equation (None: no verdict), computed once, after a check of its parameters."""
         if id(eqn) not in self.rules:
             rule = rules.RULES.get(eqn.primitive)
             known = rule is not None or eqn.primitive in rules.ELEMENTWISE
@@ -83,7 +83,7 @@ class Lowering:
         return self.rules[id(eqn)]
 
     def resolve(self, value: Value) -> Value:
-        """Through casts and other identities."""
+        """Follow casts and other identities back to their operand."""
         while value.producer is not None:
             target = self._identity(value)
             if target is None:
@@ -110,7 +110,7 @@ class Lowering:
         return target
 
     def expandable(self, value: Value) -> bool:
-        """Made elementwise, by operands of its own shape?"""
+        """Whether it is computed elementwise from operands of its own shape."""
         eqn = value.producer
         if eqn is None or eqn.primitive not in rules.ELEMENTWISE or len(eqn.outputs) != 1:
             return False
@@ -123,7 +123,7 @@ class Lowering:
         return all(v.shape == value.shape for v in eqn.inputs if v.depends)
 
     def is_linear(self, value: Value) -> bool:
-        """Can be made by a linear step (or is x itself)?"""
+        """Whether a linear step can compute it (or it is x itself)."""
         eqn = value.producer
         if eqn is None:
             return True
@@ -198,7 +198,7 @@ class Lowering:
     # -- deciding ---------------------------------------------------------------------------------------------------
 
     def refuse(self, eqn: Eqn, why: Refused, needed: set[int], base: Value | None = None) -> None:
-        """Note the refusal, and go on behind it (behind the whole function, if it is one of `base`)."""
+        """Record a refusal and continue with its inputs (with `base`, if it is a function of that)."""
         needed.update(
             self.resolve(v).index for v in ([base] if base is not None else eqn.inputs) if v.depends
         )
@@ -210,7 +210,7 @@ class Lowering:
     def sums_nonlinearities(self, eqn: Eqn) -> bool:
         """Whether a sum is one tap, as in relu(x) + tanh(x): one is tighter than two.
 
-        x + relu(x) is left to the linear part, which is equal.
+        x + relu(x) is left to the linear part, which gives the same bound.
         """
         if eqn.primitive not in ("add", "sub", "add_any") or not all(v.depends for v in eqn.inputs):
             return False
@@ -226,7 +226,7 @@ class Lowering:
         return self.expandable(value) and not self.is_linear(value)
 
     def elementwise(self, value: Value, eqn: Eqn, closed_only: bool = False) -> Elementwise | Refused:
-        """The tap that makes `value`, or why there is none."""
+        """The tap that computes `value`, or the reason why there is none."""
         found = list(self.dominators(value))
         candidates = [(b, r) for i, (b, r, nonlinear) in enumerate(found) if nonlinear or i == 0]
         if not candidates:
@@ -345,9 +345,9 @@ class Lowering:
         return tuple(sorted(names))
 
     def unguard(self, eqn: Eqn, needed: set[int]) -> bool:
-        """Take the branch that a guard against NaN or inf leaves in real arithmetic, where it is such a guard.
+        """Take the branch that a guard against NaN or inf selects in real arithmetic; False for another selection.
 
-        What the guard looks at is needed, too, so it must have a Lipschitz constant: then it is finite everywhere.
+        The guarded tensor is marked as needed, so it must have a Lipschitz constant and is finite everywhere.
         """
         if eqn.primitive != "select_n" or len(eqn.inputs) != 3:
             return False
@@ -360,7 +360,7 @@ class Lowering:
         return True
 
     def settled(self, value: Value, guarded: list[Value]) -> bool | None:
-        """The value of every entry of a predicate about NaN and inf; None if it is not one. `guarded`: of what."""
+        """The constant value of a predicate about NaN and inf, or None; its operands are added to `guarded`."""
         eqn = value.producer
         if eqn is None or not value.depends:
             return None

@@ -1,8 +1,8 @@
-"""The parameters of equations: which of them each rule understands, and the values it allows. One table.
+"""The table of parameters that each rule supports, with the values that it allows.
 
 A primitive says what it computes through its parameters, and a new jax version may add one that changes the result. So
-nothing is taken up on the strength of its name alone: every parameter of an equation must be in `PARAMETERS`, with a
-value that is allowed there, or the equation is refused. A rule that supports a primitive has a row here as well
+no equation is accepted by its name alone: every parameter must be in `PARAMETERS` with a value that is allowed there,
+or the equation is refused. A rule that supports a primitive has a row here as well
 (tests/test_parameters.py compares the two, and builds every primitive on the installed jax).
 
 Each parameter is mapped to one of
@@ -36,7 +36,7 @@ def FREE(value: Any) -> bool:
 
 
 def _placement(sharding: Any) -> bool:
-    """Where an array lies; an array that is "unreduced" is not its value yet."""
+    """Where an array is placed; an "unreduced" array does not hold its final value."""
     return not getattr(getattr(sharding, "spec", None), "unreduced", ())
 
 

@@ -1,11 +1,11 @@
-"""Equations that are written as simpler ones while a program is inlined.
+"""Rewrite equations as simpler ones while a program is inlined.
 
 Each is an identity of real arithmetic, so the certified network is the same:
 
     cummax, cummin      maxima over prefixes: groups of prefixes, or, where their table is too large, log2(n) rounds of
                         x_i <- max(x_i, x_(i-d)), d = 1, 2, 4, ...
-    top_k               its values are the last k entries of a sort (its indices stay what they were)
-    scatter-max, -min   an entry is the extreme of what was there and of all updates that land there
+    top_k               its values are the last k entries of a sort (its indices are not changed)
+    scatter-max, -min   an entry is the extreme of its old value and of all updates that land on it
     scatter-mul         with constant factors, one product per entry and round; linear
     logaddexp(x, y)     log(e^x + e^y), recognised because its jaxpr is the one that jax makes for `jnp.logaddexp`
     log(sum(b exp(z)))  logsumexp of z + log(b) over constant groups, b constants >= 0; with z = a - c and c constant in
@@ -39,7 +39,7 @@ _TABLE_ENTRIES = 2**24
 
 
 def rewrite(inliner: Emits, eqn: Any, inputs: Sequence[Value], path: Path) -> Outputs:
-    """The outputs of an equation that depends on x, made by simpler ones; None where nothing is known here."""
+    """The outputs of an equation that depends on x, computed by simpler ones; None if there is no rewrite."""
     name = eqn.primitive.name
     maker = _MAKERS.get(name)
     if maker is None or not_understood(name, eqn.params) is not None:

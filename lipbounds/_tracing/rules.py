@@ -1,9 +1,9 @@
-"""What each primitive is: linear, an elementwise function, a group, or nothing we can bound. One table.
+"""The table of rules: each primitive is linear, elementwise, a group, or refused.
 
 Linearity is a property of *operands*, not of names: `mul`, `dot_general`, `conv_general_dilated` with one operand that
 depends on x are linear, with two they are not; a gather whose index depends on x is not linear either.
 
-A rule takes an equation, whose parameters `parameters` has checked, and returns what it is:
+A rule takes an equation, whose parameters `parameters` has checked, and returns one of
 
 * `Alias`    the output is an operand (casts between floats, stop_gradient, optimization_barrier, ...);
 * `Linear`   a step of the canonical program: its kind is a key of `steps.KINDS`, which says how to apply it;
@@ -346,7 +346,7 @@ def _sort(eqn: Eqn) -> Group | Refused:
 
 
 def _scattered(eqn: Eqn) -> Refused:
-    """What `rewrites` left of at[].max, at[].min and at[].multiply."""
+    """Refuse the scatters at[].max, at[].min and at[].multiply that `rewrites` could not rewrite."""
     operand, indices, updates = eqn.inputs
     if why := _unusable(indices):
         return why

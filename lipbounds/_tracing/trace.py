@@ -1,4 +1,4 @@
-"""`trace`: any JAX function to its Lur'e form, and the checks that nothing was missed."""
+"""`trace`: the Lur'e form (linear maps and activation layers) of a JAX function, and checks of the result."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def trace(
             A plain function, a flax nnx module (split; never mutated), or anything callable. Parameters it closes over
             may be tracers.
         x: an example (with `batched`: a batch): an array, or a `jax.ShapeDtypeStruct`.
-        batched: refuse when the output of one row depends on another row.
+        batched: raise an error if the output of one row depends on another row.
         box: (lower, upper) of the inputs, numbers or arrays of the shape of an example. The form is for all of R^n
             whatever it is; its corners are among the points where form and function are compared.
 
     Raises:
-        UnsupportedError: everything that has no Lipschitz bound here, at once, with remedies.
+        UnsupportedError: lists all operations without a Lipschitz bound, with remedies.
         TypeError: `fn` is not callable or x is not an array.
         ValueError: weights that are not finite, or an output that is not one vector.
 
@@ -348,7 +348,7 @@ def _form(call: Function, params: Any, spec: jax.ShapeDtypeStruct) -> tuple[Lure
 
 
 def _owned(leaf: Any) -> Any:
-    """A copy that shares no memory with arrays of the user, who may change them in place (jax aliases NumPy on CPU)."""
+    """A copy that shares no memory with the user's arrays, which may change in place (jax aliases NumPy on CPU)."""
     if not is_concrete(leaf):
         return leaf
     if isinstance(leaf, jax.Array):

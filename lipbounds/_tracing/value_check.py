@@ -1,7 +1,7 @@
-"""The value check after tracing: the form computes what the program computes, in every register.
+"""The value check after tracing: form and program agree in every register.
 
-Every linear step and every tap is compared where it is made, so that nothing hides behind a dead neuron or beside a
-larger output. What is certified does not rest on this check.
+Every linear step and every tap is compared on its own, so that no difference is hidden by a dead neuron or a larger
+output. No certificate depends on this check.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lipbounds._tracing.flat import Flat, Value
 from lipbounds.errors import Unsupported, UnsupportedError
 
 FINITE_REMEDY = "check the weights and the domain of the functions used; all of R^n must be allowed as input"
-_SIZES = (1e2, 1e4)  # of the points far out: a function may change its course there
+_SIZES = (1e2, 1e4)  # of distant points, where a function may behave differently
 _WHOLE = (None, lax.Precision.HIGHEST, (lax.Precision.HIGHEST, lax.Precision.HIGHEST))
 _ROUNDED = 0.05  # tolerance where products in `fn` may be rounded to 8 bits
 
@@ -81,8 +81,8 @@ def check_values(
 ) -> None:
     """The form agrees with the program at points other than the traced one, in every register, and both are finite.
 
-    The points have sizes from 1 to 1e4; the corners of `box` are among them where one is given. The tolerance is
-    rounding's, and both compute products in full precision: what a GPU loses in TF32 is no difference between them.
+    The points have sizes from 1 to 1e4; the corners of `box` are among them where one is given. The tolerance
+    covers rounding; both compute products in full precision, so TF32 on a GPU makes no difference.
     Far from the origin a program may lose all its digits or overflow, so only what disagrees with the form in float64
     too counts there.
 

@@ -1,4 +1,4 @@
-"""Equations written into a flat program, and where the entries of a value come from."""
+"""Write equations into a flat program, and find where the entries of a value come from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Outputs = list[Value] | None
 
 
 class Emits(Protocol):
-    """Whoever holds the flat program and appends an equation to it."""
+    """The owner of the flat program, which appends equations to it."""
 
     def const(self, const: Any, randomness: int = 0) -> Value: ...
 

@@ -1,4 +1,4 @@
-"""Estimates of the triangle recursion on the device: jit-able, differentiable, warm-started. For training and previews.
+"""Estimates of the triangle recursion on the device, jit-able, differentiable and warm-started, for training.
 
 All blocks of the gain are iterated at once: one run of the program carries, at every register, a batch with one vector
 per block (source, target) that passes there, so that a step is one batched convolution or product; its transpose comes
@@ -50,7 +50,7 @@ class Constants(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Which blocks exist, and which of them pass each register.
+    """The blocks that exist, and those that pass each register.
 
     Args:
         pairs: the blocks, by source and then by target.
@@ -93,7 +93,7 @@ def plan(program: Program, centred: bool) -> Plan:
 
 
 def loop_transform(form: LureForm, centred: bool, dtype: Any) -> Scalings:
-    """(c, q, e) per tap as in linmap.TapScaling, on the device and differentiable in the slopes."""
+    """(c, q, e) per tap as in `TapScaling`, on the device and differentiable in the slopes."""
     out: list[tuple[Any, Any, Any]] = []
     for k, tap in enumerate(form.taps):
         if tap.groups is not None:

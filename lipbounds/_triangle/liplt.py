@@ -48,18 +48,18 @@ def liplt(
         norm: 2, 1 or inf; the constant is of the map from (R^n, norm) to (R^K, norm). Scalings need norm 2.
         pairwise: also L_ij of z_i - z_j for all pairs, and L_i per class.
         guarantee: "auto" (verified up to 4096, else probabilistic at 1e-9), "verified", "probabilistic", "estimate".
-        seed: of the random start vectors of probabilistic norms.
+        seed: for the random start vectors of probabilistic norms.
         memory: None, or a budget of the proofs in bytes ("2GB", "500 MB", "1.5GiB", an int), for norm 2. With "auto" a
-            block of any size is verified where its proof fits (dense or banded Cholesky, at most 5e12 operations),
-            else Golub-Kahan takes as many steps as fit; with "verified" what fits no proof is an error, single
-            convolutions excepted, which have a Fourier bound (verified, a little larger). Parts and notes say what was
-            chosen. It covers the arrays of one proof at a time; not Python, JAX, the network and its steps as matrices.
-        progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
+            block of any size is verified if its proof fits (dense or banded Cholesky, at most 5e12 operations); if not,
+            Golub-Kahan takes as many steps as fit. With "verified" a block without a fitting proof is an error, unless
+            it is a single convolution, which gets a slightly larger Fourier bound. Parts and notes report the choices.
+            The budget covers the arrays of one proof, but not Python, JAX, the network and its steps as matrices.
+        progress: True reports long computations on stderr, False is silent; a function receives each line of text.
 
     Raises:
         TypeError: not a form, or a form that is being traced (use `lb.liplt.core`).
-        ValueError: an unknown option, a scaling in another norm than 2, or a scaling of a network too large for it
-            or with a memory budget (it keeps all blocks), a memory that is none or too small.
+        ValueError: an unknown option, a scaling in another norm than 2, with a memory budget or for a network that
+            is too large (a scaling keeps all blocks), an invalid or too small memory.
 
     Example:
         >>> import lipbounds as lb
@@ -72,7 +72,7 @@ def liplt(
     if scaling not in SCALINGS:
         raise ValueError(f"scaling must be one of None, 'aol', 'sll', 'optimized', got {scaling!r}")
     if scaling is not None and p != 2:
-        raise ValueError("scalings of LipLT are for norm=2; use scaling=None in other norms")
+        raise ValueError("scalings of LipLT apply to norm=2 only; use scaling=None in other norms")
     if scaling is not None and guarantee in ("estimate", "probabilistic"):
         raise ValueError(f"scaled blocks are stored and verified; guarantee={guarantee!r} needs scaling=None")
     method = "liplt" if scaling is None else f"liplt-{scaling}"

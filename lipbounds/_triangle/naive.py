@@ -32,14 +32,16 @@ def estimate(
     started: float,
     fallback: Any,
 ) -> Estimate:
-    """The core's result as an Estimate; in norms 1 and inf, where the exact sums are cheap, the bound itself.
+    """The core's result as an Estimate; in norms 1 and inf, which are cheap to compute, the bound itself.
 
-    float32 where the weights are moderate, else float64; the bound where the result is 0 or not finite even so.
+    Computed in float32 if the weights are moderate, else in float64; the bound itself if the result is 0 or not finite.
     """
-    notes = ("induced norms are summed exactly also in estimate mode",)
+    notes = ("norms 1 and inf are computed exactly even in estimate mode",)
     constants: list[Any] | None = None
     if norm == 2 and not pairwise and form.num_outputs > recursion.DENSE_LIMIT:
-        notes = (f"the core takes Gram matrices of all {form.num_outputs} outputs: this is the bound itself",)
+        notes = (
+            f"an estimate needs Gram matrices of all {form.num_outputs} outputs: this is the bound itself",
+        )
     elif norm == 2:
         dtype = np.float32 if _moderate(form) else np.float64
         wide = jax.enable_x64(True) if dtype == np.float64 else contextlib.nullcontext()
@@ -116,17 +118,17 @@ def naive(
         norm: 2, 1 or inf; the constant is of the map from (R^n, norm) to (R^K, norm).
         pairwise: also L_ij of z_i - z_j for all pairs, and L_i per class.
         guarantee: "auto" (verified up to 4096, else probabilistic at 1e-9), "verified", "probabilistic", "estimate".
-        seed: of the random start vectors of probabilistic norms.
+        seed: for the random start vectors of probabilistic norms.
         memory: None, or a budget of the proofs in bytes ("2GB", "500 MB", "1.5GiB", an int), for norm 2. With "auto" a
-            block of any size is verified where its proof fits (dense or banded Cholesky, at most 5e12 operations),
-            else Golub-Kahan takes as many steps as fit; with "verified" what fits no proof is an error, single
-            convolutions excepted, which have a Fourier bound (verified, a little larger). Parts and notes say what was
-            chosen. It covers the arrays of one proof at a time; not Python, JAX, the network and its steps as matrices.
-        progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
+            block of any size is verified if its proof fits (dense or banded Cholesky, at most 5e12 operations); if not,
+            Golub-Kahan takes as many steps as fit. With "verified" a block without a fitting proof is an error, unless
+            it is a single convolution, which gets a slightly larger Fourier bound. Parts and notes report the choices.
+            The budget covers the arrays of one proof, but not Python, JAX, the network and its steps as matrices.
+        progress: True reports long computations on stderr, False is silent; a function receives each line of text.
 
     Raises:
         TypeError: not a form, or a form that is being traced (use `lb.naive.core`).
-        ValueError: an unknown norm or guarantee, a memory that is none or too small.
+        ValueError: an unknown norm or guarantee, an invalid or too small memory.
 
     Example:
         >>> import lipbounds as lb
@@ -143,7 +145,7 @@ def naive(
     request = Request(p, guarantee if guarantee != "estimate" else "auto", seed, budget=budget)
 
     def bound() -> Triangle:
-        # With the share that LipLT gives to these very norms: so LipLT, which takes the smaller one, is never above.
+        # LipLT gives the same share to these norms and takes the smaller bound, so it is never above this one.
         half = replace(request, failure=request.failure / 2)
         found = recursion.triangle(form, half, pairwise=pairwise, centred=False)
         return replace(found, failure=2 * found.failure)

@@ -1,11 +1,9 @@
-"""What rounding errors made between taps become behind them.
-
-Norms of the linear maps there, and of their absolute values.
+"""Propagation of rounding errors through the linear maps between activation layers (taps).
 
 A product with a linear map that is a sum of paths A_n ... A_1, computed step by step in floating point in any order,
 errs by at most gamma_t |A_n| ... |A_1| |u| entrywise, t the roundings on a path (Higham, section 3.5), and by what
 underflow loses. So a product with the map from the output of one tap to the input of the next errs by gamma_t a ||u||
-in the 2-norm, a >= || |A_n| ... |A_1| ||_2, and behind further taps by that times the norms of the maps there.
+in the 2-norm, a >= || |A_n| ... |A_1| ||_2; later taps see this error multiplied by the norms of the maps between.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def _multiplicity_factor(tap: Tap, norm: float) -> np.ndarray:
 
 
 def partitions(form: LureForm) -> list[tuple[Node, ...]]:
-    """Ways to treat taps as nodes of the recursion: one by one, and stacked by level (if that differs)."""
+    """Partitions of the taps into nodes of the recursion: one by one, and stacked by level (if that differs)."""
     single = tuple((k,) for k in range(len(form.taps)))
     levels: dict[int, list[int]] = {}
     for k, tap in enumerate(form.taps):
@@ -121,7 +121,7 @@ class BlockNorm:
 
 @dataclass(frozen=True)
 class Request:
-    """What a verb asks of the recursion."""
+    """Options of a run of the recursion."""
 
     norm: float = 2
     guarantee: str = "auto"
@@ -187,7 +187,7 @@ def block_norm(host: HostForm, block: Enclosure, norm: float, plan: Plan | None 
 def block_norms(
     form: LureForm, pairs: Sequence[tuple[Node, Node]], scalings: Sequence[TapScaling], request: Request
 ) -> dict[tuple[Node, Node], BlockNorm]:
-    """Every block of the list with its norm: proved, or probabilistic where the size rule or the budget says so."""
+    """The norm of each block: proved, or probabilistic where the size rule or the budget requires it."""
     if request.budget is not None:
         return _within_budget(form, pairs, scalings, request, request.budget)
     host = host_form(form)
@@ -300,7 +300,7 @@ def _shorten(
     found: dict[tuple[Node, Node], BlockNorm],
     norm: float,
 ) -> None:
-    """Blocks whose rounding error is not small beside their norm, bounded by shorter ones instead.
+    """Bound blocks whose rounding error is not small relative to their norm by shorter blocks.
 
     Without rounding G[k, j] = D[k, j] q_j + sum_m D[k, m] c_m G[m, j] over the taps m between, D the direct linear
     maps, so ||G[k, j]|| <= ||D[k, j] q_j|| + sum_m ||D[k, m] c_m|| ||G[m, j]||. The smaller bound is kept.
@@ -366,7 +366,7 @@ def recursion(
     many = form.num_outputs > DENSE_LIMIT and request.norm == 2 and request.guarantee != "verified"
     many = many and not pairwise and rows is None
     if found is None:
-        # Random norms of blocks to the output have the other half of what may fail.
+        # Probabilistic norms of blocks to the output have the other half of the failure probability.
         share = replace(request, failure=request.failure / 2) if many else request
         found = block_norms(form, structure(host, nodes, scalings), scalings, share)
     known: dict[Node, BlockNorm] = {}
@@ -433,7 +433,7 @@ def recursion(
 def _to_many_outputs(
     form: LureForm, nodes: Sequence[Node], scalings: Sequence[TapScaling], request: Request
 ) -> dict[Node, BlockNorm]:
-    """Norms of the blocks to more outputs than one dense proof takes: nothing of the size outputs x outputs."""
+    """Norms of the blocks to too many outputs for a dense proof: no array of shape (outputs, outputs) is formed."""
     host = host_form(form)
     found: dict[Node, BlockNorm] = {}
     for place, source in enumerate([(), *nodes]):

@@ -2,7 +2,7 @@
 
 S = I is the CRM paper's choice SN; T = S^2 with T >= B'B its AOL and SLL (Theorem 3.2), here taken backward over the
 taps with B the stacked column of scaled blocks below a tap. `optimize` descends on log S. Any positive S is valid, so
-nothing here needs a proof; the blocks are scaled by the exact floats and proved afterwards.
+nothing here needs a proof: the norms of the scaled blocks are proved afterwards.
 """
 
 from __future__ import annotations
@@ -81,13 +81,13 @@ def factors(form: LureForm, nodes: Sequence[Node], blocks: Blocks, rule: str) ->
             f = 1 / (np.sqrt(t) * top)
         usable = np.isfinite(f) & (f > 1e-290) & (f < 1e290)
         spare = float(np.median(f[usable])) if usable.any() else 1.0  # any positive scaling is valid
-        # A column that is zero up to the blocks' error weighs little as a target; the error it has grows as much.
+        # A column that is zero up to the blocks' error gets little weight as a target, and its error grows as much.
         found[node] = np.where(dead, 0.0, np.where(zero, spare * _ZERO_COLUMN, np.where(usable, f, spare)))
     return found
 
 
 def _grouped(form: LureForm, node: Node) -> bool:
-    """Groups and elementwise taps stacked in one node are left unscaled: scalings act through groups differently."""
+    """Whether a node contains group taps, with which scalings do not commute: it is left unscaled."""
     return any(form.taps[k].groups is not None for k in node)
 
 

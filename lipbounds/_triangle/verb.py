@@ -1,4 +1,4 @@
-"""What the bounds of a whole network share: a public function with its jit-able core beside it, and checked options."""
+"""Shared by the bounds of a whole network: the decorator that adds a jit-able core, and checks of options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Result = TypeVar("Result", covariant=True)
 
 
 class Verb(Protocol[P, Result]):
-    """A public bound: ``verb(form, ...)``, and under jit ``verb.core(form, state)`` with ``verb.init(form, key)``."""
+    """A public bound: `verb(form, ...)`, and under jit `verb.core(form, state)` with `verb.init(form, key)`."""
 
     core: Any
     init: Callable[..., Any]
@@ -36,7 +36,7 @@ def with_core(core: Any) -> Callable[[Callable[P, R]], Verb[P, R]]:
 
 
 def check(form: Any, norm: Any, guarantee: str, verb: str) -> Any:
-    """The norm, after plain errors for everything that a verb cannot work with."""
+    """Check the arguments of a bound and return the norm."""
     if not isinstance(form, LureForm):
         raise TypeError(
             f"lb.{verb} needs a LureForm from lb.trace or lb.from_weights, got {type(form).__name__}"
@@ -54,12 +54,12 @@ def check(form: Any, norm: Any, guarantee: str, verb: str) -> Any:
 
 
 def budget_of(memory: Any, norm: Any, guarantee: str) -> memory_budget.Budget | None:
-    """The budget of one call; ValueError where there is nothing that it could limit."""
+    """The budget of one call; ValueError where it has nothing to limit."""
     limit = memory_budget.parse(memory)
     if limit is None:
         return None
     if norm != 2:
-        raise ValueError("memory is for norm=2; norms 1 and inf are sums of entries: leave it out")
+        raise ValueError("memory applies to norm=2 only (norms 1 and inf are sums of entries): leave it out")
     if guarantee == "estimate":
         raise ValueError(
             "memory limits proofs, and guarantee='estimate' proves nothing: leave one of them out"

@@ -1,4 +1,4 @@
-"""Networks that other people trained: ONNX files and files of matrices.
+"""Readers of trained networks: ONNX files and files of matrices.
 
 ONNX (``pip install "lipbounds[onnx]"``)::
 

@@ -23,7 +23,7 @@ def read_model(path: str | os.PathLike[str]) -> tuple[onnx.ModelProto, int]:
     raw = path.read_bytes()
     try:
         model = onnx.load_model_from_string(raw)
-    except Exception as error:  # DecodeError of protobuf, which is no dependency of ours
+    except Exception as error:  # DecodeError of protobuf, which is not a dependency
         raise ValueError(f"{path}: not an ONNX file, or cut off; export or download it again") from error
     if not model.HasField("graph") or not model.graph.node or not model.opset_import:
         raise ValueError(
@@ -41,7 +41,7 @@ def read_model(path: str | os.PathLike[str]) -> tuple[onnx.ModelProto, int]:
 
 
 def _opset(path: Path, model: onnx.ModelProto) -> int:
-    # ONNX's checker and onnxruntime accept an entry that stands there twice
+    # ONNX's checker and onnxruntime accept a duplicate entry
     found = sorted({int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx")})
     newest = int(onnx.defs.onnx_opset_version())
     if len(found) != 1:

@@ -1,4 +1,4 @@
-"""From an ONNX graph to a list of steps: constants are evaluated, shapes are static, what cannot be read is refused.
+"""From an ONNX graph to a list of steps: constants are evaluated, shapes are static, unsupported nodes are refused.
 
 Every value of the graph is a NumPy array if it does not depend on the input, and a shape and dtype if it does. A node
 of constants only is evaluated once: what moves entries and computes shapes by `onnx.reference`, in NumPy. Every other
@@ -156,7 +156,7 @@ def run(program: Program, weights: Mapping[str, jax.Array], x: jax.Array) -> jax
 
 @dataclass
 class Builder:
-    """Reads the nodes that the output needs, and notes everything that it has to refuse."""
+    """Reads the nodes that the output needs, and collects all refusals."""
 
     graph: onnx.GraphProto
     opset: int

@@ -24,7 +24,7 @@ _DROPPED = {"Softmax": "softmax", "LogSoftmax": "softmax", "ArgMax": "argmax"}
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What a network read from a file takes and gives.
+    """Input and outputs of a network that was read from a file.
 
     name     of the graph's input
     shape    of one example, without a batch axis, in the layout of the graph
@@ -32,7 +32,7 @@ class InputSpec:
     outputs  K, the number of outputs
     batch    whether the graph has a batch axis, which the function adds and removes
     opset    of the graph
-    notes    what was done to the graph, and what its layout is, one sentence each
+    notes    changes to the graph and its layout, one sentence each
     """
 
     name: str

@@ -32,7 +32,7 @@ def load_weights(
     Where the names do not order the layers (fc, head, out), `order` does.
 
     Args:
-        path: the file; its ending says what it is.
+        path: the file; its suffix determines the format.
         transposed: the matrices of the file are (in, out), as in Keras and flax. Never guessed.
         order: names of all weights of the file, first layer first.
 
@@ -41,7 +41,7 @@ def load_weights(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another ending, a file that is cut off, names or shapes that make no chain of layers, tensors that
+        ValueError: another suffix, a file that is cut off, names or shapes that make no chain of layers, tensors that
             are no matrices, integers, NaN or infinity, or pickled objects.
     """
     path = Path(path)
