@@ -52,15 +52,15 @@ class HostForm:
         self.in_size = form.in_size
         self.num_outputs = form.num_outputs
         self.consts = [np.asarray(c) for c in form.consts]
-        self.steps: dict[int, list[StepMatrix]] = {}
+        self.built: dict[int, list[StepMatrix]] = {}
         self.proved: dict[Any, float] = {}  # norms already proved, by content
 
     def step(self, place: int) -> list[StepMatrix]:
-        if place not in self.steps:
+        if place not in self.built:
             op = self.program.steps[place]
             assert isinstance(op, Op)
-            self.steps[place] = step_matrices(op, self.consts, self.program.shapes)
-        return self.steps[place]
+            self.built[place] = step_matrices(op, self.consts, self.program.shapes)
+        return self.built[place]
 
     def node_size(self, node: Node, *, source: bool) -> int:
         taps = self.program.taps

@@ -114,7 +114,7 @@ class Budget:
         return 8 * vector * (steps + _SPARE_VECTORS)
 
     def notes(self, host: HostForm) -> tuple[str, ...]:
-        steps = sum(banded_cholesky.stored(m.matrix) for each in host.steps.values() for m in each)
+        steps = sum(banded_cholesky.stored(m.matrix) for each in host.built.values() for m in each)
         said = [
             f"memory budget {show(self.limit)}, largest need {show(self.largest)} (without the network's steps as "
             f"matrices, {show(steps)})"
