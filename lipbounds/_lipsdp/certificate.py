@@ -1,16 +1,16 @@
 """Certificates: what proves a LipSDP bound again, by someone else and however it was found.
 
 A certificate holds inverse multipliers D of every tap and claims: the constant of the network, of pairs, of classes.
-`check` forgets how they were found. It rebuilds the state sequence (or the dense form) from the form, carries the
-ellipsoid through it with every rounding bounded (`proof`), and compares what that proves with the claims; claims
-that LipLT rules are recomputed. Nothing rests on the stored numbers, on a hash, or on a solver. A probabilistic
-claim is checked with the seed of the file, so it trusts whoever made it not to have searched for a lucky seed.
+`check` rebuilds the state sequence (or the dense form) from the form, carries the ellipsoid through it with every
+rounding bounded (`proof`), and compares what that proves with the claims; claims that follow from LipLT are recomputed.
+Nothing rests on the stored numbers, on a hash, or on a solver. A probabilistic claim is checked with the seed of the
+file, so it trusts whoever made it not to have searched for a lucky seed.
 
 **The file** is a safetensors file of float64 tensors, so that loading runs no code: `proof{i}.D{k}` the inverse
 multipliers of segment k, `proof{i}.weights` the weights p of an l-inf input, `pairwise` (K, K), `per_class` (K,).
-Its metadata are four strings: `format` ("lipbounds-certificate"), `version` ("1"), `header` (JSON: norm, guarantee,
-method, value as a hexadecimal float, failure_probability, seed, in_shape, num_outputs, sizes of the taps, network (the
-digest of the constants), proofs) and `digest` (sha256 of header and tensors, against accidents).
+Its metadata are `format` ("lipbounds-certificate"), `version` ("1"), `header` (JSON: norm, guarantee, method, value as
+a hexadecimal float, failure_probability, seed, in_shape, num_outputs, sizes of the taps, network (the digest of the
+constants), proofs) and `digest` (sha256 of header and tensors, against accidents).
 
 Claims are `RESERVE` above what was proved when they were made: the last digits of a proof depend on the order in which
 a machine sums, and a claim has to hold on all of them.
@@ -33,7 +33,7 @@ from lipbounds._form.elementwise import elementwise_view
 from lipbounds._form.lure import LureForm, check_weights
 from lipbounds._lipsdp import proof as _proof
 from lipbounds._lipsdp.barrier import dense_gain
-from lipbounds._lipsdp.certificate_file import is_certificate, pack, take, take_float, take_sizes, unpack
+from lipbounds._lipsdp.certificate_file import is_certificate, pack, read, take, take_float, take_sizes
 from lipbounds._lipsdp.state_matrices import hybrid_start, sequence
 from lipbounds._norms.rounding import add_up
 from lipbounds._text.calls import FAILURES, public, reason, usual_floats
@@ -388,7 +388,7 @@ def save_certificate(bound: UpperBound, path: str | os.PathLike[str], *, overwri
 
 def load_certificate(path: str | os.PathLike[str]) -> Certificate:
     """The certificate in a file, its form checked but nothing proved; CertificateError with the reason, OSError."""
-    return _certificate(*unpack(Path(path).read_bytes()))
+    return _certificate(*read(path))
 
 
 @public
@@ -405,9 +405,8 @@ def verify_certificate(path: str | os.PathLike[str], form: LureForm, *, progress
         OSError: the file cannot be read. TypeError: no concrete form.
 
     Example:
-        >>> import lipbounds as lb
+        >>> import tempfile, lipbounds as lb
         >>> form = lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])
-        >>> import tempfile
         >>> other = lb.from_weights([[[9.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     lb.save_certificate(lb.lipsdp(form), f"{folder}/bound")

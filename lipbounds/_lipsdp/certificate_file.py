@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,11 @@ def _metadata(raw: bytes) -> tuple[dict[str, Any], int]:
     return index, 8 + length
 
 
+def read(path: str | os.PathLike[str]) -> tuple[Any, dict[str, np.ndarray]]:
+    """`unpack` the file at `path`."""
+    return unpack(existing(path).read_bytes())
+
+
 def unpack(raw: bytes) -> tuple[Any, dict[str, np.ndarray]]:
     """(header, tensors) of a certificate file; CertificateError says what is wrong with it."""
     from safetensors import SafetensorError
@@ -85,6 +91,13 @@ def unpack(raw: bytes) -> tuple[Any, dict[str, np.ndarray]]:
     if not isinstance(fields, dict):
         raise CertificateError("its header is no JSON object")
     return fields, tensors
+
+
+def existing(path: str | os.PathLike[str]) -> Path:
+    """The path of a file; FileNotFoundError where there is none."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    return Path(path)
 
 
 def is_certificate(path: Path) -> bool:

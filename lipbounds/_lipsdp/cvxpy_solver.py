@@ -180,4 +180,4 @@ def _too_large(solver: str, neurons: int, why: str) -> str:
 
 
 def _missing(what: str, solver: str) -> str:
-    return f"solver={solver!r} needs CVXPY and its solvers ({what}): pip install lipbounds[sdp]"
+    return f'solver={solver!r} needs CVXPY and its solvers ({what}): pip install "lipbounds[sdp]"'

@@ -72,7 +72,8 @@ def lipsdp(
         norm: 2, or inf for inputs and outputs in the l-inf norm (recursion only).
         pairwise: also L_ij for all pairs and L_i per class. "recursion" gets all pairs from two passes, one for the
             whole network and one for the pairs; CVXPY solves one problem per pair.
-        guarantee: as everywhere; probabilistic parts can only come from LipLT on operators above 4096.
+        guarantee: "auto", "verified", "probabilistic" or "estimate", as in `lb.liplt`; probabilistic parts can only
+            come from LipLT on operators above 4096.
         seed: of probabilistic norms.
         memory: None, or a budget of the proofs of LipLT's norms, as in `lb.liplt`; the ellipsoid's own arrays, and the
             norms in front of one that starts behind the input, are chosen by size.

@@ -26,7 +26,7 @@ class Recursion:
         start_at: the tap where the ellipsoid starts; None chooses by size, 0 is the input.
         objective: what the pass for the pairs minimises: "mean" of log L_ij, the "largest" L_ij, or the mean of log
             L_ij with the given weights (K, K), symmetric, >= 0.
-        refine: optimise the worst so many pairs once more, each with multipliers of its own.
+        refine: the number of worst pairs that are optimised once more, each with multipliers of its own.
         initial: a state of `lb.lipsdp.core`, as training leaves it: its multipliers are proved as they are, then the
             recursion begins with them; with iterations=0 that proof is all (milliseconds to seconds). For
             multipliers="neuron" and norm=2.
@@ -82,7 +82,7 @@ class Cvxpy:
         time_limit: seconds, the start of the process included; None waits.
 
     Raises:
-        ValueError: another name, a memory or a time that is none.
+        ValueError: an unknown name, or a memory or time limit that is not positive.
 
     Example:
         >>> import lipbounds as lb

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lipbounds._lipsdp.certificate import load_certificate
-from lipbounds._lipsdp.certificate_file import is_certificate
+from lipbounds._lipsdp.certificate_file import existing, is_certificate
 from lipbounds._local.radius import Radii
 from lipbounds._text.files import read_safetensors
 from lipbounds.results import check_norm, weakest
@@ -48,9 +48,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     path = Path(path)
     if path.is_dir():
         return importlib.import_module("lipbounds.training").open_run(path)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}")
-    if is_certificate(path):
+    if is_certificate(existing(path)):
         return load_certificate(path)
     with path.open("rb") as file:
         begin = file.read(9)
