@@ -64,7 +64,8 @@ class AttackSettings:
         unknown = sorted(set(changes) - set(names))
         if unknown:
             raise TypeError(
-                f"unknown option {unknown[0]!r}; the settings of an attack are {', '.join(names)}"
+                f"unknown option {unknown[0]!r}; the settings that all attacks share are {', '.join(names)}, and the "
+                "options of one attack are in its own help"
             )
         return dataclasses.replace(self, **changes)
 

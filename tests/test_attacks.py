@@ -410,7 +410,7 @@ def test_the_settings_of_an_attack_are_checked_once_and_can_be_shared(rng, net):
     by_name = pgd(net, X, Y, 0.1, norm=math.inf, high=2.0, batch_size=3, seed=5, steps=2)
     np.testing.assert_array_equal(by_object.adversarial, by_name.adversarial)
     with pytest.raises(
-        TypeError, match="unknown option 'clip'; the settings of an attack are norm, low, high"
+        TypeError, match="unknown option 'clip'; the settings that all attacks share are norm, low, high"
     ):
         pgd(net, X, Y, 0.1, clip=True)
 

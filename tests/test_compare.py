@@ -448,3 +448,16 @@ def test_norm_inf_on_a_traced_network():
     c = compare_function(form, norm=math.inf, methods=[m for m in table.METHODS if m != "lipsdp-layer"])
     assert c.lower.value <= c["lipsdp"].value <= c["liplt"].value <= c["naive"].value
     assert "norm=2" in c["lipsdp-clarabel"].reason and "norm=2" in c["lipsdp-scs"].reason
+
+
+def test_likely_mistakes_are_answered_with_the_call_that_works(rng):
+    form = lb.from_weights([rng.standard_normal((3, 4))])
+    X = rng.standard_normal((5, 4))
+    with pytest.raises(ValueError, match=r"y\.argmax\(axis=1\)"):
+        lb.compare(form, X, np.eye(3)[[0, 1, 2, 0, 1]])
+    with pytest.raises(ValueError, match=r"y\.astype\(int\)"):
+        lb.certified_radius(form, X, np.array([0.0, 1.0, 2.0, 0.0, 1.0]))
+    with pytest.raises(ValueError, match="subtract 1"):
+        lb.certified_radius(form, X, np.array([1, 2, 3, 1, 2]))
+    with pytest.raises(TypeError, match="options such as norm are keywords"):
+        lb.compare(form, X, np.array([0, 1, 2, 0, 1]), 2)

@@ -95,7 +95,7 @@ def bracket(
     Args:
         form: from `lb.trace` or `lb.from_weights`.
         X: points for the lower bound, which is `lb.empirical(form, X)`.
-        norm, pairwise, guarantee, seed: as everywhere.
+        norm, pairwise, guarantee, seed: as in `lb.liplt` (guarantee: "auto", "verified", "probabilistic", "estimate").
         upper: the upper bound, whose norm is used then; None is `lb.liplt(form)`, where that fails `lb.naive(form)`
             with a note.
         progress: True shows on stderr what takes long, False nothing; a function gets every line of text.

@@ -329,7 +329,7 @@ def compare(
             certifies X, and the table shows the certified accuracies.
         methods: names from `lb.METHODS`, or results computed before; None means all names, but leaves the solvers
             of CVXPY out beyond 60 neurons or 3 pairs of classes (their rows say so).
-        norm, pairwise, guarantee, seed: as everywhere.
+        norm, pairwise, guarantee, seed: as in `lb.liplt` (guarantee: "auto", "verified", "probabilistic", "estimate").
         eps: radii to certify at, in units of the traced function's input; None: the median of the positive radii that
             the best bound proves, in two digits, so that it certifies about half of the points.
         progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
@@ -348,6 +348,8 @@ def compare(
     p = check_norm(norm)
     if y is not None and X is None:
         raise ValueError("labels y need points X")
+    if not isinstance(methods, str | Iterable | None):
+        raise TypeError(f"methods holds names of methods, got {methods!r}; options such as norm are keywords")
     wanted = list(METHODS) if methods is None else [methods] if isinstance(methods, str) else list(methods)
     unknown = [m for m in wanted if (m not in METHODS if isinstance(m, str) else type(m) not in _KINDS)]
     if unknown:

@@ -80,7 +80,8 @@ class Search:
             return ()
         return (
             f"for {unfinished} of {len(self.best)} examples the search ended while the whole ball was still certified: "
-            f"their radii may be more than {_SAID:g} times larger; raise tries={self.tries}",
+            f"their radii may be more than {_SAID:g} times larger; take more tries than {self.tries}: "
+            "local=lb.Local(tries=...)",
         )
 
 

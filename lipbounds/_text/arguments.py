@@ -25,12 +25,19 @@ def as_labels(y: Any, count: int, classes: int | None = None) -> np.ndarray:
     """
     labels = np.asarray(y)
     if labels.shape != (count,) or (count and labels.dtype.kind not in "iu"):
+        one_hot = (
+            "; of one-hot rows take y.argmax(axis=1)" if labels.ndim == 2 and len(labels) == count else ""
+        )
+        floats = "; cast them: y.astype(int)" if labels.shape == (count,) and labels.dtype.kind == "f" else ""
         raise ValueError(
-            f"y must hold {count} integer labels, got shape {labels.shape}, dtype {labels.dtype}"
+            f"y must hold {count} integer labels, got shape {labels.shape}, dtype {labels.dtype}{one_hot}{floats}"
         )
     if classes is not None and count:
         last = max(classes, 2) - 1
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high > last:
-            raise ValueError(f"labels must lie in 0..{last}, got {low}..{high}")
+            counted = (
+                "; subtract 1 where the classes are counted from 1" if (low, high) == (1, last + 1) else ""
+            )
+            raise ValueError(f"labels must lie in 0..{last}, got {low}..{high}{counted}")
     return labels.astype(np.int64)
