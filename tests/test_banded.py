@@ -312,6 +312,7 @@ import resource
 import jax, numpy as np
 import lipbounds as lb
 from lipbounds import norms
+from lipbounds._norms import fourier, lanczos
 from lipbounds._triangle.recursion import host_form
 kernel = np.random.default_rng(0).standard_normal((3, 3, 32, 32)) / 17
 def fn(x):

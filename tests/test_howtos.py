@@ -18,7 +18,7 @@ ROWS = (
     ("activation", "_tracing/parameters.py", '_PLAIN = """', "gudermann "),
     ("activation", "_activations/activations.py", "_LAX: dict[str, Callable[..., Any]] = {\n",
      '    "gudermann": lambda x: lax.atan(lax.sinh(x)),\n'),
-    ("activation", "_activations/terms.py", '_UNARY = frozenset(\n    "', "gudermann "),
+    ("activation", "_activations/terms.py", 'UNARY = frozenset(\n    "', "gudermann "),
     ("activation", "_activations/intervals.py", "VALUE: dict[str, Fn] = {\n",
      '    "gudermann": lambda u: _signed(np.arctan, _signed(np.sinh, u)),\n'),
     ("activation", "_activations/intervals.py", "FIRST: dict[str, Fn] = {\n",

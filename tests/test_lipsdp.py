@@ -455,5 +455,5 @@ def test_progress_is_called() -> None:
 
 def test_without_cvxpy_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install lipbounds\[sdp\]"):
+    with pytest.raises(ValueError, match=r'pip install "lipbounds\[sdp\]"'):
         lb.lipsdp(plain(), solver="scs")

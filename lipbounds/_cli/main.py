@@ -252,7 +252,8 @@ def certify(
         option("Radii to certify, in input units.", "NUMBER...", parser=eps_of, show_default="0.05 0.1 0.25"),
     ] = None,
     data: Annotated[
-        str, option("`digits` (the demo's test images), or an .npz file with arrays x and y.", "DATA")
+        str,
+        option("`digits` (the demo's test images), or an .npz file with arrays x and y.", "DATA", "--data"),
     ] = "digits",
     norm: NormOption = "2",
     method: Annotated[Verb | None, option("Bound that proves the radii.", show_default=_DEFAULT)] = None,
@@ -339,7 +340,9 @@ def verify(
             help="Certificate, as `lipbounds bounds --certificate` writes it.",
         ),
     ],
-    model: Annotated[Path, option("Model of the certificate.", "MODEL", exists=True, dir_okay=False)],
+    model: Annotated[
+        Path, option("Model of the certificate.", "MODEL", "--model", exists=True, dir_okay=False)
+    ],
     reading: Reading,
 ) -> None:
     """Prove a saved bound again, from the weights of the model.

@@ -152,7 +152,10 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 # ------------------------------------------------------------------------------------------- single options
 def option(help: str, metavar: str | None = None, *names: str, panel: str | None = None, **more: Any) -> Any:
-    """A `typer.Option` with its help, metavar, names (unless derived from the parameter) and panel."""
+    """A `typer.Option` with its help, metavar, names (unless derived from the parameter) and panel.
+
+    Name it where the metavar is the parameter in capitals, which typer 0.27 would take for the name.
+    """
     return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, **more)
 
 

@@ -317,7 +317,7 @@ def convolution(
 
 
 def _transform_bytes(host: HostForm, op: Op) -> int:
-    """About what `norms.conv_fft_bound` holds: complex blocks per frequency, and one chunk of real ones."""
+    """About what `fourier.conv_fft_bound` holds: complex blocks per frequency, and one chunk of real ones."""
     kernel = np.shape(host.consts[-1 - op.inputs[1]])
     spec = dict(op.params)["dimension_numbers"].rhs_spec
     space = host.program.shapes[op.inputs[0]]

@@ -12,6 +12,7 @@ from flint import fmpq, fmpq_mat
 
 from lipbounds._form.elementwise import elementwise_view
 from lipbounds._form.lure import LureForm, apply_op, apply_tap, propagate, proved_slopes
+from lipbounds._form.program import Op
 from lipbounds._form.steps import KINDS
 
 
@@ -142,13 +143,13 @@ def attained_jacobian(form: LureForm, x: np.ndarray) -> fmpq_mat | None:
     registers = {0: fmpq_mat(n, n)}
     for i in range(n):
         registers[0][i, i] = fmpq(1)
-    for step in view.program.steps:
-        if not isinstance(step, int):
-            add_step(step, view, registers, n)
+    factors = iter([slopes[k] for k in range(len(taps))])
+    for tap in view.program.steps:
+        if isinstance(tap, Op):
+            add_step(tap, view, registers, n)
             continue
-        tap = taps[step]
         rows = [row for r in tap.inputs for row in registers[r].tolist()]
-        v = [[rational(c) * e for e in row] for c, row in zip(slopes[step], rows, strict=True)]
+        v = [[rational(c) * e for e in row] for c, row in zip(next(factors), rows, strict=True)]
         begin = 0
         for register, shape in zip(tap.outputs, tap.shapes, strict=True):
             end = begin + math.prod(shape)
