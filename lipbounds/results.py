@@ -293,13 +293,22 @@ class _Constants(_Ordered):
 class UpperBound(_Constants):
     """L <= value, by `method`, with `guarantee` "verified", "probabilistic" or "assumed".
 
-    pairwise      (K, K) symmetric, zero diagonal: L_ij <= pairwise[i, j] (float64, read-only), or None
-    per_class     (K,): L_i <= per_class[i] for the single output z_i, or None
-    parts         the blocks that the bound is made of; the bound cannot claim more than the weakest of them
-    certificate   what proves the bound again, where the method has one
-    failure_probability   0 where verified; the stated probability of a false bound where probabilistic
+    Args:
+        value: the bound of the whole network.
+        norm: 1, 2 or math.inf, of inputs and outputs.
+        guarantee: as above; the weakest of the parts.
+        method: the name of the method.
+        seconds: how long it took.
+        pairwise: (K, K) symmetric, zero diagonal: L_ij <= pairwise[i, j] (float64, read-only), or None.
+        per_class: (K,): L_i <= per_class[i] for the single output z_i, or None.
+        parts: the blocks that the bound is made of; the bound cannot claim more than the weakest of them.
+        certificate: what proves the bound again, where the method has one.
+        failure_probability: 0 where verified; the stated probability of a false bound where probabilistic.
+        notes: about how the bound was found.
+        network: a digest of the network, to tell bounds of one network from those of another.
 
-    ValueError if a number is negative, NaN or infinite, a shape is wrong, or the guarantee claims too much.
+    Raises:
+        ValueError: a number is negative, NaN or infinite, a shape is wrong, or the guarantee claims too much.
 
     Example:
         >>> import lipbounds as lb
@@ -396,11 +405,17 @@ class LayerBound:
 class LowerBound(_Ordered):
     """L >= value, attained between two points.
 
-    witness    (x, x'), float64 of the input's shape: ||f(x) - f(x')||_p >= value * ||x - x'||_p
-    pairwise   (K, K) symmetric, zero diagonal: L_ij >= pairwise[i, j], or None
-    layers     lower bounds of the linear maps between the taps, attained at data points; see `LayerBound`
-
     `float(l)` raises TypeError, so that a lower bound is never used as a Lipschitz constant.
+
+    Args:
+        value: the lower bound.
+        norm: 1, 2 or math.inf, of inputs and outputs.
+        method: the name of the method.
+        seconds: how long it took.
+        witness: (x, x'), float64 of the input's shape: ||f(x) - f(x')||_p >= value * ||x - x'||_p.
+        notes: about how the bound was found.
+        pairwise: (K, K) symmetric, zero diagonal: L_ij >= pairwise[i, j], or None.
+        layers: lower bounds of the linear maps between the taps, attained at data points; see `LayerBound`.
 
     Example:
         >>> import lipbounds as lb

@@ -419,7 +419,7 @@ def test_a_failed_write_leaves_the_old_file(
 def test_only_bounds_with_a_certificate_are_saved(
     form: lb.LureForm, bound: UpperBound, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="by 'liplt' carries no certificate; lb.lipsdp"):
+    with pytest.raises(ValueError, match="by 'liplt' carries no certificate: use one by lb.lipsdp"):
         certificate.save_certificate(lb.liplt(form), tmp_path / "c")
     with pytest.raises(TypeError, match="UpperBound"):
         certificate.save_certificate(bound.certificate, tmp_path / "c")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import inspect
+import re
 import subprocess
 import sys
 import types
@@ -32,6 +33,18 @@ def test_the_example_of_a_public_name(name: str) -> None:
     runner = doctest.DocTestRunner(optionflags=doctest.IGNORE_EXCEPTION_DETAIL)
     runner.run(test, out=said.append)
     assert not runner.failures, "".join(said)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_of_a_public_name_is_described(name: str) -> None:
+    thing = getattr(lb, name)
+    if name == "Estimate" or (isinstance(thing, type) and issubclass(thing, Exception)):
+        return  # its fields are those of UpperBound; errors are raised by the library
+    text = inspect.getdoc(thing)
+    assert text is not None
+    _, _, described = text.partition("Args:\n")
+    for parameter in inspect.signature(thing).parameters:
+        assert re.search(rf"^ +([\w, ]*, )?{parameter}(, [\w, ]*)?:", described, re.MULTILINE), parameter
 
 
 LEAKS = """

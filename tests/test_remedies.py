@@ -150,3 +150,8 @@ def test_masks_of_minus_infinity_have_a_remedy_that_works() -> None:
 def test_reason_and_remedy_are_sentences() -> None:
     item = Unsupported("mul", "a/b", (3,), "it is a product", "make it a sum.")
     assert str(item) == "mul at a/b, shape (3,): it is a product. Remedy: make it a sum."
+
+
+def test_a_batch_without_batched_is_told_what_to_pass() -> None:
+    with pytest.raises(ValueError, match=r"shape \(5, 2\): pass one example such as X\[0\], or a batch"):
+        lb.trace(lambda X: X @ jnp.ones((3, 2)), jnp.ones((5, 3)))

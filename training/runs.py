@@ -44,6 +44,10 @@ class Run:
     log: list[dict[str, Any]]
     data: str
 
+    def __repr__(self) -> str:
+        c = self.config
+        return f"Run({str(self.folder)!r}: {c.loss}, {c.arch} on {self.data}, {len(self.log)} epochs)"
+
 
 def create(folder: pathlib.Path, config: Config, data: dict[str, Any]) -> None:
     """Create a run folder with its configuration and the digest of its data.

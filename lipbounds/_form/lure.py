@@ -30,7 +30,7 @@ from lipbounds._form.program import Op, Program, Tap
 from lipbounds._form.steps import KINDS, StaticArray
 from lipbounds._form.walk import Algebra, walk
 from lipbounds._text.html import Html, element, together
-from lipbounds._text.tables import html_table, printable
+from lipbounds._text.tables import counted, html_table, printable
 
 Slopes = tuple[Any, Any] | tuple[()]
 
@@ -122,8 +122,8 @@ class LureForm:
     def __repr__(self) -> str:
         taps = ", ".join(f"{printable(t.name)}[{t.size_out}]" for t in self.taps) or "none (linear)"
         return (
-            f"LureForm({self.in_shape} -> ({self.num_outputs},), {len(self.taps)} taps: {taps}, "
-            f"{self.num_neurons} neurons{', assumed slopes' if self.assumed else ''})"
+            f"LureForm({self.in_shape} -> ({self.num_outputs},), {counted(len(self.taps), 'tap')}: {taps}, "
+            f"{counted(self.num_neurons, 'neuron')}{', assumed slopes' if self.assumed else ''})"
         )
 
     def _repr_html_(self) -> Html:

@@ -40,7 +40,7 @@ from lipbounds._text.calls import FAILURES, public, reason, usual_floats
 from lipbounds._text.files import write_atomically
 from lipbounds._text.progress import Progress, say
 from lipbounds._text.records import frozen_array, put
-from lipbounds._text.tables import show
+from lipbounds._text.tables import counted, show
 from lipbounds._text.version import __version__
 from lipbounds._triangle.liplt import liplt
 from lipbounds._triangle.recursion import Request
@@ -125,7 +125,7 @@ class Certificate:
     def __repr__(self) -> str:
         norm = NORM_NAMES.get(self.norm, self.norm)
         pairs = "" if self.pairwise is None else f", {self.num_outputs} x {self.num_outputs} pairs"
-        proofs = f"{len(self.proofs)} proof{'' if len(self.proofs) == 1 else 's'}"
+        proofs = counted(len(self.proofs), "proof")
         return f"Certificate(L <= {show(self.value, 'up')} ({norm}), {self.guarantee}, {proofs}{pairs})"
 
 
@@ -350,10 +350,13 @@ def _brief(sizes: tuple[int, ...]) -> str:
 def save_certificate(bound: UpperBound, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write the certificate of a bound to a file (format in the module's docstring), atomically.
 
-    An older certificate at `path` is replaced; any other file only with `overwrite=True`.
+    Args:
+        bound: a bound that carries a certificate, as those of `lb.lipsdp` do.
+        path: an older certificate there is replaced.
+        overwrite: replace any other file, too.
 
     Raises:
-        TypeError: `bound` is no UpperBound.
+        TypeError: `bound` is not an UpperBound.
         ValueError: it carries no certificate, or there is another file at `path`.
 
     Example:
@@ -366,14 +369,10 @@ def save_certificate(bound: UpperBound, path: str | os.PathLike[str], *, overwri
         True
     """
     if not isinstance(bound, UpperBound):
-        raise TypeError(
-            f"save_certificate writes the certificate of an UpperBound, got {type(bound).__name__}"
-        )
+        raise TypeError(f"only an UpperBound has a certificate, got {type(bound).__name__}")
     certificate = bound.certificate
     if not isinstance(certificate, Certificate):
-        raise ValueError(
-            f"a bound by {bound.method!r} carries no certificate; lb.lipsdp(form) makes one that does"
-        )
+        raise ValueError(f"a bound by {bound.method!r} carries no certificate: use one by lb.lipsdp(form)")
     if not bound.value <= certificate.value <= bound.value * (1.0 + 4.0 * RESERVE):
         raise ValueError(
             f"the bound says {bound.value!r}, its certificate {certificate.value!r}: they do not belong together"

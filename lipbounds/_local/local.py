@@ -46,6 +46,10 @@ class LocalBounds:
         norm: 2 or inf, of the balls and of the constants.
         guarantee: "verified", "probabilistic" (a wide front) or "assumed".
         failure_probability: of all of them together.
+        seconds: the time of all of them together.
+        notes: about how they were found.
+        network: a digest of the network, to tell bounds of one network from those of another.
+        method: "local" and how it was computed.
 
     Example:
         >>> import lipbounds as lb
@@ -139,6 +143,8 @@ def local(
     Raises:
         TypeError: not a concrete form.
         ValueError: shapes, values that are not finite, eps not > 0, norm 1, an unknown guarantee, too many outputs.
+
+    Source: LipSDP and LipLT (`lb.lipsdp`, `lb.liplt`) with the slopes that the activations can have on a ball.
 
     Example:
         >>> import lipbounds as lb

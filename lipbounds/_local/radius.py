@@ -170,6 +170,8 @@ def certified_radius(
         TypeError: an Estimate or LowerBound in place of an upper bound.
         ValueError: shapes, labels out of range, values that are not finite, a bound of another network's size.
 
+    Source: Tsuzuku et al., Lipschitz-margin training, NeurIPS 2018, Proposition 1, with a constant per pair of classes.
+
     Example:
         >>> import lipbounds as lb
         >>> form = lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])

@@ -41,6 +41,11 @@ def seconds_text(seconds: float) -> str:
     return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
+def counted(count: int, noun: str) -> str:
+    """A count with its noun: "1 tap", "2 taps"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def printable(text: str) -> str:
     """Text on one line without control characters, which could move a terminal's cursor: they become escapes."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)

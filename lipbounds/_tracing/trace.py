@@ -335,7 +335,8 @@ def _form(call: Function, params: Any, spec: jax.ShapeDtypeStruct) -> tuple[Lure
     (output,) = flat.outputs
     if len(output.shape) > 1:
         raise ValueError(
-            f"the function must return one vector of shape (K,), it returned shape {output.shape}"
+            f"the function must return one vector of shape (K,), it returned shape {output.shape}: pass one example "
+            "such as X[0], or a batch with batched=True"
         )
     if not jnp.issubdtype(output.dtype, jnp.floating) and not output.depends:
         raise ValueError(f"the function must return floating point numbers, it returned {output.dtype}")

@@ -61,6 +61,9 @@ def liplt(
         ValueError: an unknown option, a scaling in another norm than 2, with a memory budget or for a network that
             is too large (a scaling keeps all blocks), an invalid or too small memory.
 
+    Source: Fazlyab et al., Certified robustness via dynamic margin maximization and improved Lipschitz regularization,
+    NeurIPS 2023, arXiv 2310.00116, Theorems 3.2 and 3.3.
+
     Example:
         >>> import lipbounds as lb
         >>> form = lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])

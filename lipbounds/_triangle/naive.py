@@ -130,6 +130,9 @@ def naive(
         TypeError: not a form, or a form that is being traced (use `lb.naive.core`).
         ValueError: an unknown norm or guarantee, an invalid or too small memory.
 
+    Source: the product of the norms of the layers (Szegedy et al., Intriguing properties of neural networks, ICLR 2014,
+    section 4.3), here over every path of a network.
+
     Example:
         >>> import lipbounds as lb
         >>> form = lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])
