@@ -144,6 +144,7 @@ ZOO: dict[str, tuple[Callable[..., Any], tuple[float, ...]]] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ZOO)
 def test_slopes_enclose_the_truth_within_1e_6(name: str) -> None:
     fn, limits = ZOO[name]

@@ -195,7 +195,7 @@ def wrong_proofs(count: int) -> int:
     return wrong
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("height", [1, 3, 64])
 def test_nothing_below_the_exact_norm_is_proved(height: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(banded_cholesky, "_height", lambda w: height)

@@ -133,7 +133,7 @@ def scalar(constants: Any) -> jax.Array:
     return constants.value if hasattr(constants, "value") else constants
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("name", ["relu", "cnn_batch_norm", "max_pool_overlapping", "nnx_scan"])
 @pytest.mark.parametrize("verb", sorted(CORES))
 def test_cores_converge_to_the_verified_value(verb: str, name: str) -> None:

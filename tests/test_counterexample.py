@@ -94,6 +94,7 @@ def test_a_harmless_example_is_no_contradiction(monkeypatch):
         script.main()
 
 
+@pytest.mark.slow
 def test_the_script_runs():
     pytest.importorskip("cvxpy", reason="the coupled SDP is solved with CVXPY")
     done = subprocess.run([sys.executable, "-W", "error", PATH], capture_output=True, text=True, check=False)

@@ -53,7 +53,7 @@ def _layer(name: str) -> tuple[Any, tuple[int, ...]]:
     return layer, shape
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_discs_of_a_convolution_equal_those_of_its_matrix(name: str, rng: np.random.Generator) -> None:
     layer, shape = _layer(name)

@@ -46,6 +46,7 @@ CALLS: list[tuple[Any, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("scale", [1e-160, 1e40, 1e160])
 def test_a_scaled_network_has_the_scaled_bounds(scale: float) -> None:

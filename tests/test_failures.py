@@ -81,6 +81,7 @@ def test_lipsdp_without_a_proof_in_other_ways(monkeypatch: pytest.MonkeyPatch) -
             assert any("this is LipLT's bound" in note for note in bound.notes)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("solver", ["clarabel", "scs"])
 def test_multipliers_of_a_solver_that_cannot_be_proved(monkeypatch: pytest.MonkeyPatch, solver: str) -> None:
     pytest.importorskip("cvxpy")
@@ -140,6 +141,7 @@ def test_a_contradiction_is_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
         lb.compare(form, methods=["empirical", false])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "error", FAILURES[:3] + (memory_budget.TooLarge("too large"),), ids=lambda e: type(e).__name__
 )

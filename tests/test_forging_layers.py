@@ -141,7 +141,7 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_default_rule(rng, name, wrapped):

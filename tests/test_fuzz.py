@@ -86,6 +86,7 @@ def seen() -> set[str]:
     return set()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_supported_entries_have_a_form(name: str) -> None:
     drawn = _drawn(name, 3)

@@ -100,7 +100,7 @@ ZOO = [
 ]  # fmt: skip
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("name", ZOO)
 @pytest.mark.parametrize("centred", [True, False])
 def test_blocks_of_the_gain(name: str, centred: bool) -> None:

@@ -203,7 +203,7 @@ _MASKED = np.where(_RNG.uniform(size=_B.shape) < 0.5, np.float32(0), _B) + np.ey
 _W = _RNG.normal(size=(6, 6)).astype(np.float32)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize(
     "fn",
     [

@@ -190,7 +190,7 @@ def matrix_of(name: str) -> np.ndarray:
     return matrix
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", list(LINEAR))
 def test_linear_operation_has_its_exact_norm(name: str) -> None:
     form = lb.trace(flat(name), ROW)

@@ -136,7 +136,7 @@ def test_other_architectures_against_clarabel(build: Any) -> None:
     assert tied > exact * (1 + 1e-4), "the two problems are the same here, so this shows less than it says"
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @needs_cvxpy
 @pytest.mark.parametrize(
     "options",
@@ -345,6 +345,7 @@ def test_the_sizes_of_the_layers_only_multiply(scales: tuple[float, ...], option
     assert np.abs(ratio - 1).max() <= (0.2 if "solver" in options else 1e-6)
 
 
+@pytest.mark.slow
 def test_layers_sixty_orders_of_magnitude_apart() -> None:
     """Where Newton's multipliers have no proof in float64 the recursion steps in."""
     one, other = scaled_by((1, 1, 1), {}), scaled_by((1e30, 1e-30, 1e-8), {})

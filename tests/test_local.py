@@ -156,7 +156,7 @@ def test_constants_grow_with_the_ball_and_items_are_bounds():
     assert "LocalBounds: 10 examples, l2, verified" in repr(small) and "one per example" not in repr(small)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in FEW else pytest.mark.slow) for n in sorted(NETS)]
 )

@@ -286,6 +286,7 @@ CONTROLS = QUICK + [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(("name", "count", "norm"), RUNS)
 def test_no_attack_succeeds_inside_a_local_radius(name, count, norm):

@@ -49,6 +49,7 @@ def conv_net(seed=0, size=24):
     return lb.trace(net, jax.ShapeDtypeStruct((size, size, 2), jnp.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("eps", [0.01, 0.3])
 def test_a_convolutional_network(eps, monkeypatch):
@@ -87,6 +88,7 @@ def test_radii_of_a_convolutional_network():
     assert whole.guarantee == "verified" and (whole.radius >= far.radius).all()
 
 
+@pytest.mark.slow
 def test_small_balls_give_the_jacobian(wide):
     for activation in ("relu", "silu"):
         form = mlp(activation=activation, seed=3)
@@ -135,6 +137,7 @@ def cancelling(c, depth):
         return lb.trace(net, jax.ShapeDtypeStruct((4,), jnp.float64))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("depth", [1, 2, 4])
 @pytest.mark.parametrize("c", [1.0, 1e6, 1e12, 1e16, 1e60])
 def test_linear_steps_that_cancel(c, depth, wide):
@@ -231,6 +234,7 @@ GROUPS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", sorted(GROUPS))
 @pytest.mark.parametrize("reach", [0.05, 0.4, 3.0])
 def test_what_a_group_leaves_undecided(name, reach):

@@ -103,6 +103,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_are_those_of_finite_differences(rng: np.random.Generator, name: str) -> None:
     logits, labels, pairs = case(rng, 4, 6, np.float64)
@@ -237,6 +238,7 @@ def test_a_scalar_stands_for_every_pair(rng: np.random.Generator, name: str) -> 
     np.testing.assert_array_equal(loss(logits, labels, np.float32(1.3)), loss(logits, labels, whole))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", LOSSES)
 def test_types_and_vmap(rng: np.random.Generator, name: str) -> None:
     logits, labels, pairs = case(rng, 5, 12)

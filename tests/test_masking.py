@@ -141,6 +141,7 @@ def test_few_images_and_attacks_that_break_nothing_are_inconclusive(trained):
     assert tiny[0].verdict == tiny[3].verdict == "inconclusive" and "nothing to compare" in tiny[0].reason
 
 
+@pytest.mark.slow
 def test_l2_and_its_grid(trained):
     fn, x, y = trained
     found = gradient_masking(fn, None, x, y, eps=1.0, norm=2, steps=10, queries=100, samples=20)

@@ -329,6 +329,7 @@ def bounds_of(form: LureForm, source: Any, target: Any, *, centred: bool) -> tup
     return memory_budget.convolution(host, source, target, scalings, 10**12), float(np.linalg.norm(dense, 2))
 
 
+@pytest.mark.slow
 def test_the_fourier_bound_of_a_block_holds_and_is_close() -> None:
     form = two_convolutions()
     for centred in (False, True):

@@ -112,6 +112,7 @@ def test_golub_kahan_never_fails_and_is_tight() -> None:
             assert upper <= 1.0011 * exact and lower >= exact / 1.0011
 
 
+@pytest.mark.slow
 def test_golub_kahan_failure_probability() -> None:
     """The start misses the top vector with at most the stated probability, and not much less."""
     for n in (2, 3, 4, 10, 1000, 10**6):

@@ -347,6 +347,7 @@ def _quick(case: Case, place: int) -> Any:
     return pytest.param(case, marks=pytest.mark.slow if between or place % 3 else ())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", [_quick(case, i) for i, case in enumerate(CASES)], ids=_name)
 def test_operator_agrees_with_onnxruntime(case: Case, tmp_path: Path, rng: np.random.Generator) -> None:
     path = tmp_path / "net.onnx"

@@ -347,7 +347,7 @@ def test_limits_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_cvxpy_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install lipbounds\[sdp\]"):
+    with pytest.raises(ValueError, match=r'pip install "lipbounds\[sdp\]"'):
         cvxpy_solver.solve(*problem(FORMS["chain"]()))
 
 

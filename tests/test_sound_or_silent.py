@@ -35,7 +35,7 @@ def nasty_points() -> tuple[np.ndarray, np.ndarray]:
     return first.astype(np.float32), second.astype(np.float32)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", sorted(TRICKS))
 def test_sound_or_silent(name: str) -> None:
     case = TRICKS[name]

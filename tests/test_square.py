@@ -120,6 +120,7 @@ def test_what_is_drawn_depends_on_the_seed_and_on_no_batch(rng, net, norm):
     assert not np.array_equal(both[0], both[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_scan_of_accelerators_asks_the_same(rng, net, norm, monkeypatch):
     x, y = images(rng, net)

@@ -63,6 +63,7 @@ def test_lanczos_waits_for_the_norm_to_show() -> None:
     assert exact * (1 - 1e-9) <= upper <= exact * 1.001
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("n", "r", "layers"), [(20_000, 2, 3), (9_000, 16, 1)])
 def test_low_rank_blocks_are_verified_through_their_thin_side(n: int, r: int, layers: int) -> None:
     form, sizes = low_rank(n, r, layers)

@@ -38,7 +38,7 @@ def in_groups(names: list[str], quick: bool = True) -> list[Any]:
             name,
             marks=[
                 pytest.mark.xdist_group(name),
-                *([] if name in CORE or (quick and place % 3 == 0) else [pytest.mark.slow]),
+                *([] if name in CORE or (quick and place % 6 == 0) else [pytest.mark.slow]),
             ],
         )
         for place, name in enumerate(names)
