@@ -58,7 +58,7 @@ def trace(
         >>> import lipbounds as lb
         >>> W = jnp.array([[1.0, 2.0], [0.0, 1.0]])
         >>> lb.trace(lambda x: W @ jax.nn.relu(W @ x), jnp.zeros(2))
-        LureForm((2,) -> (2,), 1 taps: relu[2], 2 neurons)
+        LureForm((2,) -> (2,), 1 tap: relu[2], 2 neurons)
     """
     if not callable(fn):
         raise TypeError(f"trace needs a function of one example, got {type(fn).__name__}")
@@ -103,7 +103,7 @@ def from_weights(
     Example:
         >>> import lipbounds as lb
         >>> lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0]]], activation="tanh")
-        LureForm((2,) -> (1,), 1 taps: tanh[2], 2 neurons)
+        LureForm((2,) -> (1,), 1 tap: tanh[2], 2 neurons)
     """
     matrices = [w if isinstance(w, jax.Array) else np.asarray(w) for w in weights]
     if not matrices:
