@@ -121,7 +121,7 @@ def without_pairs(bound: Any) -> Any:
 
 
 def eps_grid(radii: Sequence[Any]) -> list[float]:
-    """Eps from 0 to just beyond the largest finite radius of several `Radii`."""
+    """eps from 0 to just beyond the largest finite radius of several `Radii`."""
     finite = [r[np.isfinite(r)] for r in (np.asarray(item.radius) for item in radii)]
     top = max((float(r.max()) for r in finite if r.size), default=0.0)
     return [float(eps) for eps in np.linspace(0.0, 1.02 * top if top > 0 else 1.0, GRID)]

@@ -116,7 +116,7 @@ class Forged(nnx.Module):
 
     @property
     def thresholds(self) -> dict[str, float]:
-        """C of every gate, by path."""
+        """c of every gate, by path."""
         return {path: float(gated.threshold.get_value()) for path, gated in self.gates.items()}
 
     @property
@@ -428,7 +428,7 @@ def _check_ratios(ratios: Iterable[Any]) -> None:
 
 
 def _thresholds(c_r: Any, peaks: Mapping[str, float], kind: str, tau: float) -> dict[str, float]:
-    """C of every tracked layer, the nearest float32 of c_r times the peak."""
+    """c of every tracked layer, the nearest float32 of c_r times the peak."""
     _check_kind(kind, tau)
     ratios = dict(c_r) if isinstance(c_r, Mapping) else dict.fromkeys(peaks, c_r)
     _check_ratios(ratios.values())

@@ -67,7 +67,7 @@ class Discs:
 
     @property
     def bound(self) -> float:
-        """Max |centers_i| + radii_i: |lambda| <= bound for every eigenvalue."""
+        """max |centers_i| + radii_i: |lambda| <= bound for every eigenvalue."""
         return finite(self.reach.max())
 
     def contains(self, eigenvalues: Any, slack: float = 0.0) -> np.ndarray:

@@ -118,7 +118,7 @@ def knots(
 
 
 def first_largest(*rows: Any, dtype: Any) -> Any:
-    """Argmax over the first axis of stacked rows, by comparisons, as an integer of this dtype."""
+    """argmax over the first axis of stacked rows, by comparisons, as an integer of this dtype."""
     rows = tuple(lax.convert_element_type(row, np.int32) if row.dtype == np.bool_ else row for row in rows)
     best, at = rows[0], jnp.zeros(rows[0].shape, dtype)
     for i, row in enumerate(rows[1:], 1):

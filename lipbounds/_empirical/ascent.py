@@ -169,5 +169,5 @@ def jacobian(form: Any, x: jax.Array) -> jax.Array:
 
 @jax.jit
 def values64(form: Any, xs: jax.Array) -> jax.Array:
-    """F at xs (P, *shape) in float64, (P, K); to be called inside jax.enable_x64(True)."""
+    """f at xs (P, *shape) in float64, (P, K); to be called inside jax.enable_x64(True)."""
     return jax.lax.map(lambda x: form.evaluate(x, dtype=jnp.float64).reshape(-1), xs, batch_size=16)

@@ -95,7 +95,7 @@ class StepMatrix:
         return enclosures.cheap_norm(self.matrix) * (1 + 4 * self.relerr)
 
     def apply(self, m: Enclosure) -> Enclosure:
-        """Matrix @ m, with its error."""
+        """matrix @ m, with its error."""
         if _is_identity(m):
             wrong = norms.frobenius_norm(self.matrix) if self.relerr else 0.0
             return Enclosure(self.matrix, mul_up(self.relerr, wrong))

@@ -308,7 +308,7 @@ def _follow(problem: Prepared, tolerance: float, max_steps: int) -> tuple[np.nda
 def _advance(
     barrier: _Barrier, v: np.ndarray, L: np.ndarray, move: np.ndarray, t: float
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """V and its factor after a step to about the least t rho - log det A along `move`; None: not feasible."""
+    """v and its factor after a step to about the least t rho - log det A along `move`; None: not feasible."""
     best: tuple[np.ndarray, np.ndarray] | None = None
     least, step = math.inf, 1.0
     for _ in range(40):

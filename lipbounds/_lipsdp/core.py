@@ -347,7 +347,7 @@ def _cholesky(d: jax.Array, sy: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _schur(factor: jax.Array, d: jax.Array, sy: jax.Array, cross: jax.Array) -> jax.Array:
-    """Cross' (D - Sy)^-1 cross, given the Cholesky factor of D - Sy."""
+    """cross' (D - Sy)^-1 cross, given the Cholesky factor of D - Sy."""
     return _schur_forward(factor, d, sy, cross)[0]
 
 

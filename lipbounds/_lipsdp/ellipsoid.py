@@ -93,7 +93,7 @@ KINDS = ("value", "entries", "largest", "pairs")
 
 
 def objective(sigma: jax.Array, exponent: jax.Array, kind: Any, weights: Any, squarings: Any) -> jax.Array:
-    """Log L of what `KINDS[kind]` says, as a smooth function that tends to it from above as `squarings` grows.
+    """log L of what `KINDS[kind]` says, as a smooth function that tends to it from above as `squarings` grows.
 
     "value": the network, l2 to l2; "entries": l-inf outputs; "largest": the largest L_ij; "pairs": the mean of log L_ij
     with `weights` (K, K). `kind` may be traced: one compiled optimisation serves all.
@@ -293,7 +293,7 @@ def _moderate(a: np.ndarray) -> tuple[np.ndarray, int]:
 def parameters_of(
     p: Problem, s: Sequence[float | np.ndarray] | float, q: Sequence[np.ndarray] | None = None
 ) -> Parameters:
-    """S as given, per tap or for all; q as given per tap, else 0 (always with one multiplier per layer)."""
+    """s as given, per tap or for all; q as given per tap, else 0 (always with one multiplier per layer)."""
     taps: list[Any] = []
     place = 0
     for stack, count in zip(p.runs, p.counts, strict=True):
@@ -338,7 +338,7 @@ def _on_device(p: Problem) -> tuple[Any, Any]:
 
 
 def _constant(p: Problem, log: float) -> float:
-    """Exp of the log, in units of the network; infinite beyond the range of floats (it is only shown)."""
+    """exp of the log, in units of the network; infinite beyond the range of floats (it is only shown)."""
     with np.errstate(over="ignore", under="ignore"):
         return float(np.exp(log + p.exponent * LOG2))
 

@@ -82,7 +82,7 @@ def _exponent(x: np.ndarray) -> int:
 
 
 def _shifted(x: np.ndarray, exponent: int) -> np.ndarray:
-    """X * 2**exponent; entries that become denormal lose at most 2**-1074 (part of TINY)."""
+    """x * 2**exponent; entries that become denormal lose at most 2**-1074 (part of TINY)."""
     if exponent == 0:
         return x
     with np.errstate(under="ignore"):

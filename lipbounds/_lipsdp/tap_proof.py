@@ -56,7 +56,7 @@ class Infeasible(ValueError):
 
 
 def cholesky_shift(n: int) -> float:
-    """C such that a completed Cholesky of the n x n matrix M proves M + c diag(M) >= 0.
+    """c such that a completed Cholesky of the n x n matrix M proves M + c diag(M) >= 0.
 
     The factor R satisfies R'R = M + E, |E_ij| <= g sqrt(m_ii m_jj), g = gamma_{n+1} / (1 - gamma_{n+1}) (Demmel;
     Higham, Theorem 10.3), so x'E x <= g (sum sqrt(m_ii) |x_i|)^2 <= g n sum m_ii x_i^2. The factor 2 covers the

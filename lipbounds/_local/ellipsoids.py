@@ -66,7 +66,7 @@ class Matrix:
         return (product + product.transpose(0, 2, 1)) / 2, wrong * length * (1 + gamma(8)) + _TINY
 
     def behind(self, a: np.ndarray) -> np.ndarray:
-        """A M (..., n) in plain float64, for a (..., m)."""
+        """a M (..., n) in plain float64, for a (..., m)."""
         return a if self.array is None else a @ self.array
 
     def ahead(self, a: np.ndarray) -> np.ndarray:
@@ -203,7 +203,7 @@ def ellipsoids(
 def centre_and_radius(
     view: LureForm, k: int, values: Values, down: np.ndarray, up: np.ndarray, anchored: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """C and r (N, n) with every slope on [y - down, y + up] in [c - r, c + r]; r = 0 only where it is exact."""
+    """c and r (N, n) with every slope on [y - down, y + up] in [c - r, c + r]; r = 0 only where it is exact."""
     y, wrong = values.y[k], values.error[k][:, None]
     low, high = np.nextafter(y - wrong, -np.inf), np.nextafter(y + wrong, np.inf)
     lo, hi = np.nextafter(low - down, -np.inf), np.nextafter(high + up, np.inf)

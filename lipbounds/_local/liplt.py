@@ -287,7 +287,7 @@ def _length(a: np.ndarray) -> np.ndarray:
 
 
 def _entries(front: Front, k: int, near: list[Near], m: list[np.ndarray], count: int) -> np.ndarray:
-    """Rho (N, n_k) of the module docstring."""
+    """rho (N, n_k) of the module docstring."""
     rho = np.repeat(front.first[k][:, None], count, axis=1)
     for j, (block, error) in front.direct[k].items():
         squares = block.power(2) if sp.issparse(block) else np.square(block)

@@ -120,7 +120,7 @@ class Local:
         box: (lower, upper), as in `lb.local`: a radius is then about the inputs inside it only.
 
     Raises:
-        ValueError: tries is no whole number >= 1. The box is checked against the examples.
+        ValueError: tries is not a whole number >= 1. `certified_radius` checks the box against the examples.
 
     Example:
         >>> import lipbounds as lb

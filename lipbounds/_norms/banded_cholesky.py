@@ -58,7 +58,7 @@ def _reduced(by: Any, values: np.ndarray, starts: np.ndarray, empty: Any) -> np.
 
 
 def bandwidth(columns: Any, position: np.ndarray | None = None) -> int:
-    """Max |i - j| over the nonzero g_ij of B B', row i of B placed at position[i].
+    """max |i - j| over the nonzero g_ij of B B', row i of B placed at position[i].
 
     `columns` is the CSR pattern of B': g_ij != 0 only if rows i and j share a column, so no Gram matrix is needed.
     """

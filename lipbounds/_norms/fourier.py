@@ -102,7 +102,7 @@ def _root(j: int, grid: int) -> complex:
 
 
 def _largest_block(blocks: np.ndarray) -> float:
-    """T >= max_f ||block_f||_2**2, proved block by block at one common t."""
+    """t >= max_f ||block_f||_2**2, proved block by block at one common t."""
     if blocks.shape[1] > blocks.shape[2]:
         blocks = blocks.transpose(0, 2, 1)
     count, r, n = blocks.shape

@@ -36,7 +36,7 @@ def _tree_norm(tree: Any) -> jax.Array:
 
 
 def _normalised(tree: Any, fallback: Any) -> Any:
-    """Tree / ||tree||, or `fallback` where the norm is zero."""
+    """tree / ||tree||, or `fallback` where the norm is zero."""
     norm = _tree_norm(tree)
     divisor = jnp.where(norm > 0, norm, jnp.ones_like(norm))
     return jax.tree.map(lambda x, y: jnp.where(norm > 0, x / divisor.astype(x.dtype), y), tree, fallback)
@@ -287,7 +287,7 @@ def _noise(noise: float, lost: float, size: float) -> float:
 
 
 def _overlap(failure: float, n: int) -> float:
-    """Delta with P(|c| < delta) <= failure for one coordinate c of a uniform unit vector in R^n."""
+    """delta with P(|c| < delta) <= failure for one coordinate c of a uniform unit vector in R^n."""
     return failure * math.sqrt(math.pi / (2.0 * n)) if n > 1 else 1.0
 
 

@@ -41,8 +41,8 @@ def public(verb: Callable[P, R]) -> Callable[P, R]:
 
     Progress: lines reported inside go where the keyword `progress` directs them (`lipbounds._text.progress`).
 
-    Errors: numerical failures and exceptions that only this
-    library's own modules know become a ValueError with the reason; all other errors pass unchanged.
+    Errors: numerical failures and exceptions that only this library's own modules know become a ValueError with the
+    reason; all other errors pass unchanged.
     """
     inner = usual_floats(verb)
 

@@ -147,7 +147,7 @@ class _Batch(NamedTuple):
 def optimize(
     form: LureForm, nodes: Sequence[Node], blocks: Blocks, start: Mapping[Node, np.ndarray]
 ) -> dict[Node, np.ndarray]:
-    """F = 1/S from `start` by Adam on log f, on the recursion with power-iterated norms in float32.
+    """f = 1/S from `start` by Adam on log f, on the recursion with power-iterated norms in float32.
 
     Blocks of one shape are one batch and the recursion is a scan: deep networks compile as fast as shallow ones.
     """
@@ -197,7 +197,7 @@ def _frobenius(matrix: np.ndarray) -> float:
 
 
 def _objective(logs: Any, vectors: Any, batches: Any, table: Any, sizes: Any) -> tuple[Any, Any]:
-    """Log of the recursion's value, with two power steps per block from `vectors`; and the new vectors."""
+    """log of the recursion's value, with two power steps per block from `vectors`; and the new vectors."""
     norms_ = sizes
     fresh = []
     for batch, u in zip(batches, vectors, strict=True):
