@@ -23,6 +23,7 @@ from lipbounds._cli.evaluate import evaluate
 from lipbounds._cli.forge import forge
 from lipbounds._cli.options import (
     Command,
+    DeviceOption,
     ForceOption,
     MemoryOption,
     ModelPath,
@@ -160,6 +161,7 @@ def bounds(
     ] = None,
     scaling: ScalingOption = "none",
     memory: MemoryOption = None,
+    device: DeviceOption = "auto",
     seed: SeedOption = 0,
     files: Output,
     search: Search,
@@ -199,6 +201,7 @@ def bounds(
         common.check_free(search.certificate, files.force, is_certificate, "is not a certificate")
         form, _ = common.load_form(model, reading, stack)
         options: Json = {"norm": float(norm), "pairwise": pairwise, "guarantee": guarantee, "seed": seed}
+        options["device"] = device
         if memory is not None:
             options["memory"] = memory
         record: Json = {"model": str(model), "upper": [], "lower": [], "estimate": [], "refused": []}
@@ -269,6 +272,7 @@ def certify(
         Any, option("With --local: restrict inputs to this range, such as 0,1.", "LOW,HIGH", parser=box_of)
     ] = None,
     memory: MemoryOption = None,
+    device: DeviceOption = "auto",
     seed: SeedOption = 0,
     files: Output,
     reading: Reading,
@@ -298,12 +302,21 @@ def certify(
         if jax.dtypes.canonicalize_dtype(np.float64) == np.float64:
             x = x.astype(np.float64)
         options: Json = {"pairwise": pairwise, "guarantee": guarantee, "seed": seed, "memory": memory}
+        options["device"] = device
         bound = common.bound_of(form, chosen, scaling, {"norm": float(norm), **options})
         request: Guarantee = "verified" if guarantee == "verified" else "auto"
         around = lb.Local(box=box) if local else False
         with tables.working() as tell:
             radii = lb.certified_radius(
-                form, x, y, bound=bound, local=around, guarantee=request, seed=seed, progress=tell
+                form,
+                x,
+                y,
+                bound=bound,
+                local=around,
+                guarantee=request,
+                seed=seed,
+                device=device,
+                progress=tell,
             )
         shares = {level: float(radii.accuracy(level)) for level in sorted({*(eps or (0.05, 0.1, 0.25))})}
         tables.print_certified(bound, radii, shares)

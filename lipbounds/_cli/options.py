@@ -18,6 +18,7 @@ import lipbounds as lb
 
 Norm = Literal["1", "2", "inf"]
 Verb = Literal["naive", "liplt", "lipsdp"]
+Device = Literal["auto", "cpu", "gpu"]
 VERBS = typing.get_args(Verb)
 
 
@@ -177,6 +178,9 @@ ScalingOption = Annotated[
 MemoryOption = Annotated[
     int | None,
     option("Verify every block whose proof fits in this much memory, such as 2GB.", "SIZE", parser=memory_of),
+]
+DeviceOption = Annotated[
+    Device, option("Where large proofs are computed: auto takes a GPU if JAX has one, cpu never does.")
 ]
 ForceOption = Annotated[bool, option("Overwrite files that lipbounds did not create.", None, "--force")]
 

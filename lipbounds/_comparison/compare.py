@@ -24,6 +24,7 @@ from lipbounds._lipsdp.lipsdp import lipsdp
 from lipbounds._local.radius import certified_radius
 from lipbounds._text.arguments import as_labels
 from lipbounds._text.calls import FAILURES, public, reason
+from lipbounds._text.device import Device
 from lipbounds._text.html import Html, element, together
 from lipbounds._text.progress import Progress, about, say
 from lipbounds._text.tables import (
@@ -317,6 +318,7 @@ def compare(
     guarantee: Guarantee = "auto",
     seed: int = 0,
     eps: float | Iterable[float] | None = None,
+    device: Device = "auto",
     progress: Progress = True,
 ) -> Comparison:
     """Compare methods on one network: a table of upper bounds, lower bounds and estimates.
@@ -332,6 +334,7 @@ def compare(
         norm, pairwise, guarantee, seed: as in `lb.liplt` (guarantee: "auto", "verified", "probabilistic", "estimate").
         eps: radii to certify at, in units of the traced function's input; None: the median of the positive radii that
             the best bound proves, in two digits, so that it certifies about half of the points.
+        device: where large proofs are computed: "auto" (on a GPU where JAX has one by default), "cpu" or "gpu".
         progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
 
     Raises:

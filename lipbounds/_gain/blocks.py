@@ -42,6 +42,23 @@ class TapScaling:
     e: np.ndarray
 
 
+def by_smaller_side(
+    host: HostForm, pairs: Sequence[tuple[Node, Node]]
+) -> list[tuple[Node, list[Node], bool]]:
+    """(node, its partners, reverse): one sweep each, from the source to targets or, reverse, back to sources.
+
+    Each block is swept from its smaller side.
+    """
+    groups: dict[tuple[Node, bool], list[Node]] = {}
+    for source, target in pairs:
+        reverse = host.node_size(source, source=True) > host.node_size(target, source=False)
+        groups.setdefault((target, True) if reverse else (source, False), []).append(
+            source if reverse else target
+        )
+    ordered = sorted(groups.items(), key=lambda group: group[0][1])
+    return [(node, others, reverse) for (node, reverse), others in ordered]
+
+
 class HostForm:
     """A form with concrete constants and its steps as matrices, built when first needed."""
 

@@ -23,6 +23,7 @@ from lipbounds._lipsdp.search import by_recursion, check_estimate, estimate, thr
 from lipbounds._lipsdp.solvers import Cvxpy, Recursion, SolverName, solver_of
 from lipbounds._lipsdp.task import Answer, Task
 from lipbounds._text.calls import FAILURES, moved, reason
+from lipbounds._text.device import Device
 from lipbounds._text.progress import Progress
 from lipbounds._triangle.liplt import or_naive
 from lipbounds._triangle.verb import budget_of, check, with_core
@@ -53,6 +54,7 @@ def lipsdp(
     guarantee: Guarantee = "auto",
     seed: int = 0,
     memory: int | str | None = None,
+    device: Device = "auto",
     progress: Progress = True,
 ) -> UpperBound | Estimate:
     """LipSDP: the smallest L that multipliers T prove, never more than `liplt`, with a certificate.
@@ -77,6 +79,7 @@ def lipsdp(
         seed: of probabilistic norms.
         memory: None, or a budget of the proofs of LipLT's norms, as in `lb.liplt`; the ellipsoid's own arrays, and the
             norms in front of one that starts behind the input, are chosen by size.
+        device: where large proofs are computed: "auto" (on a GPU where JAX has one by default), "cpu" or "gpu".
         progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
 
     Raises:

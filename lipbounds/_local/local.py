@@ -26,6 +26,7 @@ from lipbounds._local.engines import Around, bounded, ways
 from lipbounds._local.forward import check_inputs
 from lipbounds._norms.rounding import add_up, gamma, sqrt_up
 from lipbounds._text.calls import public
+from lipbounds._text.device import Device
 from lipbounds._text.html import Html, element
 from lipbounds._text.progress import Progress
 from lipbounds._text.tables import printable, seconds_text, show
@@ -120,6 +121,7 @@ def local(
     guarantee: Guarantee = "auto",
     seed: int = 0,
     box: Any = None,
+    device: Device = "auto",
     progress: Progress = True,
 ) -> LocalBounds:
     """Upper bounds of the Lipschitz constants of the network on the balls B(x, eps) around the examples of X.
@@ -138,6 +140,7 @@ def local(
         seed: of the random start vectors of probabilistic norms.
         box: (lower, upper), numbers or arrays of the shape of an input: only points inside count, (0, 1) for pixels.
             It narrows the first layer's ranges where X is near its faces; networks wider than 1100 ignore it.
+        device: where large proofs are computed: "auto" (on a GPU where JAX has one by default), "cpu" or "gpu".
         progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
 
     Raises:

@@ -25,6 +25,7 @@ from lipbounds._local.radius_search import Search, ratios
 from lipbounds._norms.rounding import U
 from lipbounds._text.arguments import as_labels, whole
 from lipbounds._text.calls import moved, public
+from lipbounds._text.device import Device
 from lipbounds._text.html import Html, element
 from lipbounds._text.progress import Progress
 from lipbounds._text.tables import label_text, new_axes, printable
@@ -148,6 +149,7 @@ def certified_radius(
     *,
     guarantee: Guarantee = "auto",
     seed: int = 0,
+    device: Device = "auto",
     progress: Progress = True,
 ) -> Radii:
     """Certified radii of labelled examples.
@@ -164,6 +166,7 @@ def certified_radius(
             global radius. Norms 2 and inf. If no local bound applies (more than 4096
             outputs, or l-inf and wider than 1100) the global radii are returned, with a note. True or `lb.Local(...)`.
         guarantee, seed: of the bound where it is computed here, and with local as in `lb.local`.
+        device: where large proofs are computed: "auto" (on a GPU where JAX has one by default), "cpu" or "gpu".
         progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
 
     Raises:

@@ -1,7 +1,7 @@
 """Proved upper bounds of norms of matrices (NumPy arrays, scipy.sparse), rounding included.
 
 - `verified_norm`: spectral norm of a matrix, an upper bound in real arithmetic (Gram, shifted Cholesky), dense
-  or banded as `proof_plan` chooses
+  or banded as `proof_plan` chooses, or by residual on an accelerator
 - `induced_norm`: 1 and infinity norm, sums rounded up
 - `row_norms`, `pairwise_row_norms`: vector norms of rows and of all row differences, rounded up
 
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
-from lipbounds._norms import banded_cholesky, cholesky
+from lipbounds._norms import banded_cholesky, cholesky, device
 from lipbounds._norms.rounding import (
     UNDERFLOW,
     U,
@@ -300,10 +300,13 @@ def verified_norm(
     if start is not None:
         with np.errstate(over="ignore", under="ignore"):
             guess = min(float(np.ldexp(start, -exponent)), 2.0**400) ** 2
-    k, absolute_gram = cholesky.nonzeros_per_row(b), cholesky.absolute_gram_norm(b)
     if plan is None:
         plan = banded_cholesky.choose(b, None)
-    if plan.way == "banded":
+    t = device.norm_bound_of(b, plan.flops)
+    k, absolute_gram = cholesky.nonzeros_per_row(b), cholesky.absolute_gram_norm(b)
+    if t is not None:
+        t = min(t, ceiling)
+    elif plan.way == "banded":
         banded = banded_cholesky.BandedCholesky(b, k, absolute_gram, plan)
         t = cholesky.certify(banded, guess, ceiling, banded.estimate)
     else:

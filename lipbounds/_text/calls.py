@@ -9,6 +9,7 @@ from typing import ParamSpec, TypeVar
 import jax
 import numpy as np
 
+from lipbounds._text.device import proofs_on, with_notes
 from lipbounds._text.progress import reporting
 
 #: Errors by which a method fails on one network: unsupported input, failed arithmetic, or too little memory.
@@ -41,6 +42,9 @@ def public(verb: Callable[P, R]) -> Callable[P, R]:
 
     Progress: lines reported inside go where the keyword `progress` directs them (`lipbounds._text.progress`).
 
+    Device: proofs inside are computed where the keyword `device` says (`lipbounds._text.device`), and a result that has
+    notes says which device that was.
+
     Errors: numerical failures and exceptions that only this library's own modules know become a ValueError with the
     reason; all other errors pass unchanged.
     """
@@ -49,8 +53,12 @@ def public(verb: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            with jax.default_matmul_precision("highest"), reporting(kwargs.get("progress", True)):  # type: ignore[arg-type]
-                return inner(*args, **kwargs)
+            with (
+                jax.default_matmul_precision("highest"),
+                reporting(kwargs.get("progress", True)),  # type: ignore[arg-type]
+                proofs_on(kwargs.get("device")) as notes,
+            ):
+                return with_notes(inner(*args, **kwargs), notes)
         except Exception as error:
             home = type(error).__module__
             own = home.startswith("lipbounds.") and home != "lipbounds.errors"

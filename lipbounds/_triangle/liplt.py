@@ -11,6 +11,7 @@ import numpy as np
 from lipbounds._form.lure import LureForm
 from lipbounds._gain.memory_budget import check_pairs
 from lipbounds._text.calls import FAILURES, reason
+from lipbounds._text.device import Device
 from lipbounds._text.progress import Progress
 from lipbounds._triangle import recursion
 from lipbounds._triangle import scaling as _scaling
@@ -33,6 +34,7 @@ def liplt(
     guarantee: Guarantee = "auto",
     seed: int = 0,
     memory: int | str | None = None,
+    device: Device = "auto",
     progress: Progress = True,
 ) -> UpperBound | Estimate:
     """LipLT (CRM paper, Theorem 3.3): the loop transformation v = c y + r w, then the triangle recursion.
@@ -54,6 +56,7 @@ def liplt(
             Golub-Kahan takes as many steps as fit. With "verified" a block without a fitting proof is an error, unless
             it is a single convolution, which gets a slightly larger Fourier bound. Parts and notes report the choices.
             The budget covers the arrays of one proof, but not Python, JAX, the network and its steps as matrices.
+        device: where large proofs are computed: "auto" (on a GPU where JAX has one by default), "cpu" or "gpu".
         progress: True reports long computations on stderr, False is silent; a function receives each line of text.
 
     Raises:

@@ -12,6 +12,7 @@ import numpy as np
 
 from lipbounds._form.lure import LureForm, fingerprint
 from lipbounds._gain import memory_budget
+from lipbounds._text.device import Device
 from lipbounds._text.progress import Progress
 from lipbounds._triangle import recursion
 from lipbounds._triangle.core import Core, run_core
@@ -106,6 +107,7 @@ def naive(
     guarantee: Guarantee = "auto",
     seed: int = 0,
     memory: int | str | None = None,
+    device: Device = "auto",
     progress: Progress = True,
 ) -> UpperBound | Estimate:
     """The naive Lipschitz bound: on a chain, the product of the layers' norms.
@@ -124,6 +126,7 @@ def naive(
             Golub-Kahan takes as many steps as fit. With "verified" a block without a fitting proof is an error, unless
             it is a single convolution, which gets a slightly larger Fourier bound. Parts and notes report the choices.
             The budget covers the arrays of one proof, but not Python, JAX, the network and its steps as matrices.
+        device: where large proofs are computed: "auto" (on a GPU where JAX has one by default), "cpu" or "gpu".
         progress: True reports long computations on stderr, False is silent; a function receives each line of text.
 
     Raises:

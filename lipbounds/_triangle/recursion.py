@@ -24,7 +24,8 @@ import scipy.sparse as sp
 
 from lipbounds._form.lure import LureForm, multiplicity, proved_slopes
 from lipbounds._form.program import Tap
-from lipbounds._gain.blocks import HostForm, Node, TapScaling
+from lipbounds._gain.blocks import HostForm, Node, TapScaling, by_smaller_side
+from lipbounds._gain.device_blocks import proved_on_device
 from lipbounds._gain.memory_budget import Budget, proofs
 from lipbounds._gain.wide_blocks import LIMIT, cut_norm, wide_norm
 from lipbounds._norms import enclosures
@@ -147,19 +148,13 @@ def matrices(
     host: HostForm, pairs: Sequence[tuple[Node, Node]], scalings: Sequence[TapScaling]
 ) -> Iterator[tuple[tuple[Node, Node], Enclosure]]:
     """The blocks of the gain one after another, or their transposes: swept from the smaller side."""
-    from_source: dict[Node, list[Node]] = {}
-    from_target: dict[Node, list[Node]] = {}
-    for source, target in pairs:
-        if host.node_size(source, source=True) <= host.node_size(target, source=False):
-            from_source.setdefault(source, []).append(target)
+    for node, others, reverse in by_smaller_side(host, pairs):
+        if reverse:
+            for source, block in host.backward(node, others, scalings).items():
+                yield (source, node), block.T
         else:
-            from_target.setdefault(target, []).append(source)
-    for source, targets in from_source.items():
-        for target, block in host.forward(source, targets, scalings).items():
-            yield (source, target), block
-    for target, sources in from_target.items():
-        for source, block in host.backward(target, sources, scalings).items():
-            yield (source, target), block.T
+            for target, block in host.forward(node, others, scalings).items():
+                yield (node, target), block
 
 
 def block_norm(host: HostForm, block: Enclosure, norm: float, plan: Plan | None = None) -> float:
@@ -188,10 +183,15 @@ def block_norms(
     form: LureForm, pairs: Sequence[tuple[Node, Node]], scalings: Sequence[TapScaling], request: Request
 ) -> dict[tuple[Node, Node], BlockNorm]:
     """The norm of each block: proved, or probabilistic where the size rule or the budget requires it."""
-    if request.budget is not None:
-        return _within_budget(form, pairs, scalings, request, request.budget)
     host = host_form(form)
     found: dict[tuple[Node, Node], BlockNorm] = {}
+    if request.norm == 2 and request.guarantee in ("auto", "verified"):
+        limit = math.inf if request.budget is None else request.budget.limit
+        for pair, value in proved_on_device(host, pairs, scalings, limit).items():
+            found[pair] = BlockNorm(value, "verified", "residual on a GPU", _shape(host, pair))
+        pairs = [pair for pair in pairs if pair not in found]
+    if request.budget is not None:
+        return {**found, **_within_budget(form, pairs, scalings, request, request.budget)}
     small: list[tuple[Node, Node]] = []
     large: list[tuple[Node, Node]] = []
     for pair in pairs:
