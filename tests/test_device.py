@@ -1,5 +1,5 @@
-"""Proofs on an accelerator, with the CPU in its place: sound in exact arithmetic, equal to the host's, and refused where
-products are not IEEE products."""
+"""Proofs on an accelerator, with the CPU in its place: sound in exact arithmetic, equal to the proofs of the host, and
+refused where products are not IEEE products."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ SAID = f"large proofs by residual in float64 on {KIND}"
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The CPU is the accelerator unless device="cpu"; every size counts as large; small tiles."""
-    monkeypatch.setattr(places, "accelerator", lambda choice: jax.devices("cpu")[0] if choice != "cpu" else None)
+    monkeypatch.setattr(
+        places, "accelerator", lambda choice: jax.devices("cpu")[0] if choice != "cpu" else None
+    )
     monkeypatch.setattr(proofs, "TILE", 8)
     monkeypatch.setattr(proofs, "SMALLEST", 1)
     monkeypatch.setattr(proofs, "_FASTER", np.inf)
@@ -66,7 +68,9 @@ def test_the_error_terms_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("shape", "tile"), [((3, 2), 8), ((40, 17), 8), ((150, 150), 64), ((70, 300), 64), ((700, 520), 256)]
 )
-def test_norms_agree_with_the_host(shape: tuple[int, int], tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norms_agree_with_the_host(
+    shape: tuple[int, int], tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(proofs, "TILE", tile)
     a = np.random.default_rng(0).standard_normal(shape)
     assert on_device(a) == pytest.approx(norms.verified_norm(a), rel=1e-9)
