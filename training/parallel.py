@@ -6,6 +6,7 @@ batch is summed across devices by XLA. Every process runs the same program (`jax
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,9 +90,21 @@ def local(tree: Any) -> Any:
 
 
 def agree(value: int, what: str) -> None:
-    """RuntimeError unless all processes have the same value."""
-    if jax.process_count() > 1:
-        multihost_utils.assert_equal(np.int32(value), f"the processes of this run disagree about {what}")
+    """ValueError unless all processes have the same value; they wait for each other here."""
+    if len(set(everyone(value))) > 1:
+        raise ValueError(f"the processes of this run disagree about {what}")
+
+
+def everyone(record: Any) -> list[Any]:
+    """What each process hands in, plain data for JSON, in the order of the processes; all of them have to call it."""
+    if jax.process_count() == 1:
+        return [record]
+    text = np.frombuffer(json.dumps(record).encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(text.size))).reshape(-1)
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: text.size] = text
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
 
 def leave() -> None:

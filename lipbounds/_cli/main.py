@@ -6,22 +6,21 @@ inside the commands.
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
-import numpy as np
 import typer
 from typer.core import TyperGroup
 
 import lipbounds as lb
 from lipbounds._cli import common, tables, train
+from lipbounds._cli.certify import certify
 from lipbounds._cli.common import Json, refusals
 from lipbounds._cli.evaluate import evaluate
 from lipbounds._cli.forge import forge
 from lipbounds._cli.options import (
+    DEFAULT_METHOD,
     Command,
     DeviceOption,
     ForceOption,
@@ -33,17 +32,12 @@ from lipbounds._cli.options import (
     ScalingOption,
     Search,
     SeedOption,
-    Verb,
-    box_of,
-    eps_of,
     grouped,
     option,
 )
 from lipbounds._text.version import __version__
 from lipbounds.errors import CertificateError
 from lipbounds.results import Guarantee
-
-_DEFAULT = "lipsdp; liplt with --scaling or in norm 1"
 
 
 class Commands(TyperGroup):
@@ -157,7 +151,7 @@ def bounds(
     guarantee: Annotated[Guarantee, option("Required guarantee.")] = "auto",
     method: Annotated[
         Literal["naive", "liplt", "lipsdp", "all"] | None,
-        option("Bound to compute, or all of them side by side.", show_default=_DEFAULT),
+        option("Bound to compute, or all of them side by side.", show_default=DEFAULT_METHOD),
     ] = None,
     scaling: ScalingOption = "none",
     memory: MemoryOption = None,
@@ -245,100 +239,6 @@ def _compare(form: Any, norm: str, options: Json, record: Json) -> None:
             record[row.kind].append(result_record(row.method, row.result))
 
 
-@app.command(cls=Command)
-@grouped
-def certify(
-    *,
-    model: ModelPath,
-    eps: Annotated[
-        list[float] | None,
-        option("Radii to certify, in input units.", "NUMBER...", parser=eps_of, show_default="0.05 0.1 0.25"),
-    ] = None,
-    data: Annotated[
-        str,
-        option("`digits` (the demo's test images), or an .npz file with arrays x and y.", "DATA", "--data"),
-    ] = "digits",
-    norm: NormOption = "2",
-    method: Annotated[Verb | None, option("Bound that proves the radii.", show_default=_DEFAULT)] = None,
-    scaling: ScalingOption = "none",
-    guarantee: Annotated[
-        Literal["auto", "verified", "probabilistic"], option("Required guarantee.")
-    ] = "auto",
-    pairwise: Annotated[bool, option("Use one constant per pair of classes, or one for all.")] = True,
-    local: Annotated[
-        bool, option("Also bound the network locally around each image, for larger radii.", None, "--local")
-    ] = False,
-    box: Annotated[
-        Any, option("With --local: restrict inputs to this range, such as 0,1.", "LOW,HIGH", parser=box_of)
-    ] = None,
-    memory: MemoryOption = None,
-    device: DeviceOption = "auto",
-    seed: SeedOption = 0,
-    files: Output,
-    reading: Reading,
-) -> None:
-    """Certify images: no input within eps changes the predicted class.
-
-    An image counts if it is classified correctly and its certified radius exceeds eps. Radii are in the
-    units of the model's own input: for the demo's models pixel values in [0, 1]. The normalisation by --mean and
-    --std is part of the network, so radii are those of the raw input.
-
-    Examples:
-    - `lipbounds certify report/mlp.safetensors --eps 0.1 0.25 0.5`
-
-    - `lipbounds certify report/mlp.safetensors --data mine.npz --method liplt --json radii.json`
-
-    - `lipbounds certify net.onnx --data mine.npz --mean 0.5,0.5,0.5 --std 0.2,0.2,0.2 --local --eps 0.3`
-    """
-    if box is not None and not local:
-        raise typer.BadParameter("belongs to --local", param_hint="--box")
-    chosen = common.choose_method(method, norm, scaling, False)
-    with refusals() as stack:
-        common.check_json(files)
-        form, shape = common.load_form(model, reading, stack, box)
-        x, y = common.read_data(data, shape)
-        if not len(x):
-            raise ValueError(f"{data} holds no images")
-        if jax.dtypes.canonicalize_dtype(np.float64) == np.float64:
-            x = x.astype(np.float64)
-        options: Json = {"pairwise": pairwise, "guarantee": guarantee, "seed": seed, "memory": memory}
-        options["device"] = device
-        bound = common.bound_of(form, chosen, scaling, {"norm": float(norm), **options})
-        request: Guarantee = "verified" if guarantee == "verified" else "auto"
-        around = lb.Local(box=box) if local else False
-        with tables.working() as tell:
-            radii = lb.certified_radius(
-                form,
-                x,
-                y,
-                bound=bound,
-                local=around,
-                guarantee=request,
-                seed=seed,
-                device=device,
-                progress=tell,
-            )
-        shares = {level: float(radii.accuracy(level)) for level in sorted({*(eps or (0.05, 0.1, 0.25))})}
-        tables.print_certified(bound, radii, shares)
-        record = {"model": str(model), "data": data, "norm": norm, **_certified(bound, radii, shares)}
-        common.write_json(files.json, {**common.header(), **record})
-
-
-def _certified(bound: lb.UpperBound, radii: lb.Radii, shares: dict[float, float]) -> Json:
-    """The radii and their bound as plain data."""
-    proof = {name: getattr(bound, name) for name in ("method", "value", "guarantee")}
-    return {
-        "bound": {"kind": "upper", **proof},
-        "guarantee": radii.guarantee,
-        "method": radii.method,
-        "notes": list(radii.notes),
-        "images": len(radii.radius),
-        "certified_accuracy": [{"eps": eps, "accuracy": share} for eps, share in shares.items()],
-        "radius": [float(r) if math.isfinite(r) else "inf" for r in np.asarray(radii.radius)],
-        "correct": radii.correct.tolist(),
-    }
-
-
 @app.command()
 @grouped
 def verify(
@@ -381,6 +281,7 @@ def verify(
         typer.echo(tables.proved(claims, time.perf_counter() - begin))
 
 
+app.command(cls=Command)(certify)
 app.command("train", help=train.train.__doc__)(lambda: None)
 app.command(cls=Command)(evaluate)
 app.command(cls=Command)(forge)

@@ -20,6 +20,7 @@ Norm = Literal["1", "2", "inf"]
 Verb = Literal["naive", "liplt", "lipsdp"]
 Device = Literal["auto", "cpu", "gpu"]
 VERBS = typing.get_args(Verb)
+DEFAULT_METHOD = "lipsdp; liplt with --scaling or in norm 1"
 
 
 def words(function: Callable[..., Any], option: str, *more: str) -> Any:
@@ -183,6 +184,11 @@ DeviceOption = Annotated[
     Device, option("Where large proofs are computed: auto takes a GPU if JAX has one, cpu never does.")
 ]
 ForceOption = Annotated[bool, option("Overwrite files that lipbounds did not create.", None, "--force")]
+
+_shared = functools.partial(option, panel="Several processes")
+CoordinatorOption = Annotated[str | None, _shared("Address of process 0.", "HOST:PORT")]
+ProcessesOption = Annotated[int | None, _shared("Number of processes.", "N", min=1)]
+ProcessOption = Annotated[int | None, _shared("Index of this process.", "N", min=0)]
 
 
 # ------------------------------------------------------------------------------------------- groups of options

@@ -13,8 +13,7 @@ import typer
 
 from lipbounds._cli import tables
 from lipbounds._cli.common import Json, refusals
-
-_PROCESSES = "Several processes"
+from lipbounds._cli.options import CoordinatorOption, ProcessesOption, ProcessOption
 
 
 def train(
@@ -32,17 +31,9 @@ def train(
         Path | None,
         typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Read settings from a JSON file."),
     ] = None,
-    coordinator: Annotated[
-        str | None,
-        typer.Option(metavar="HOST:PORT", help="Address of process 0.", rich_help_panel=_PROCESSES),
-    ] = None,
-    processes: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Number of processes.", rich_help_panel=_PROCESSES)
-    ] = None,
-    process: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=0, help="Index of this process.", rich_help_panel=_PROCESSES),
-    ] = None,
+    coordinator: CoordinatorOption = None,
+    processes: ProcessesOption = None,
+    process: ProcessOption = None,
     **settings: Any,
 ) -> None:
     """Train a network, by certified radius maximisation (crm) or one of its baselines.

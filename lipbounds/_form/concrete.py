@@ -16,7 +16,7 @@ def is_concrete(value: Any) -> bool:
 def on_host() -> AbstractContextManager[None]:
     """Make the CPU the default device, since proofs rely on its arithmetic; ValueError if JAX has no CPU device."""
     try:
-        return jax.default_device(jax.devices("cpu")[0])
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
     except RuntimeError:
         raise ValueError(
             "proofs are computed on the host, and JAX was started without a CPU device: set JAX_PLATFORMS=cuda,cpu "

@@ -8,13 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lipbounds._lipsdp.certificate import load_certificate
 from lipbounds._lipsdp.certificate_file import existing, is_certificate
+from lipbounds._local.blocks import radii_of
 from lipbounds._local.radius import Radii
 from lipbounds._text.files import read_safetensors
-from lipbounds.results import check_norm, weakest
 
 _READ = (
     "a model (.safetensors, `lipbounds train` and `demo`), a certificate (`lb.save_certificate`), radii (`lipbounds "
@@ -72,14 +70,6 @@ def _radii(path: Path) -> Radii | None:
     if record.get("format") != "lipbounds-results" or "radius" not in record:
         return None
     try:
-        radius = np.array([float(r) for r in record["radius"]])
-        correct = np.array(record["correct"])
-        guarantee, method = weakest([record["guarantee"]]), str(record["method"])
-        norm = check_norm(record["norm"])
-        notes = tuple(str(note) for note in record["notes"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds no complete radii: {error!r}") from error
-    fits = correct.dtype == bool and radius.shape == correct.shape == (radius.size,)
-    if not fits or not (radius >= 0).all() or radius[~correct].any():
-        raise ValueError(f"{path} holds radii that do not fit together")
-    return Radii(radius, correct, norm, guarantee, method, notes)
+        return radii_of(record)
+    except ValueError as error:
+        raise ValueError(f"{path} holds {error}") from error

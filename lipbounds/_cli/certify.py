@@ -1,0 +1,193 @@
+"""`lipbounds certify`: radii of images, in blocks that can be resumed and shared by processes."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+import typer
+
+import lipbounds as lb
+from lipbounds._cli import common, tables
+from lipbounds._cli.common import Json, refusals
+from lipbounds._cli.options import (
+    DEFAULT_METHOD,
+    CoordinatorOption,
+    DeviceOption,
+    MemoryOption,
+    ModelPath,
+    NormOption,
+    Output,
+    ProcessesOption,
+    ProcessOption,
+    Reading,
+    ScalingOption,
+    SeedOption,
+    Verb,
+    box_of,
+    eps_of,
+    grouped,
+    option,
+)
+from lipbounds._lipsdp.certificate import parameter_digest
+from lipbounds._local.blocks import Unfinished, blocks, joined, radii_of, record_of
+from lipbounds.results import Guarantee
+
+
+@grouped
+def certify(
+    *,
+    model: ModelPath,
+    eps: Annotated[
+        list[float] | None,
+        option("Radii to certify, in input units.", "NUMBER...", parser=eps_of, show_default="0.05 0.1 0.25"),
+    ] = None,
+    data: Annotated[
+        str,
+        option("`digits` (the demo's test images), or an .npz file with arrays x and y.", "DATA", "--data"),
+    ] = "digits",
+    norm: NormOption = "2",
+    method: Annotated[
+        Verb | None, option("Bound that proves the radii.", show_default=DEFAULT_METHOD)
+    ] = None,
+    scaling: ScalingOption = "none",
+    guarantee: Annotated[
+        Literal["auto", "verified", "probabilistic"], option("Required guarantee.")
+    ] = "auto",
+    pairwise: Annotated[bool, option("Use one constant per pair of classes, or one for all.")] = True,
+    local: Annotated[
+        bool, option("Also bound the network locally around each image, for larger radii.", None, "--local")
+    ] = False,
+    box: Annotated[
+        Any, option("With --local: restrict inputs to this range, such as 0,1.", "LOW,HIGH", parser=box_of)
+    ] = None,
+    memory: MemoryOption = None,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    coordinator: CoordinatorOption = None,
+    processes: ProcessesOption = None,
+    process: ProcessOption = None,
+    files: Output,
+    reading: Reading,
+) -> None:
+    """Certify images: no input within eps changes the predicted class.
+
+    An image counts if it is classified correctly and its certified radius exceeds eps. Radii are in the
+    units of the model's own input: for the demo's models pixel values in [0, 1]. The normalisation by --mean and
+    --std is part of the network, so radii are those of the raw input.
+
+    With --json an interrupted certification goes on from the images that it has when the same command is given again.
+    Several processes share the images and find the same radii as one; process 0 prints and writes them all.
+
+    Examples:
+    - `lipbounds certify report/mlp.safetensors --eps 0.1 0.25 0.5`
+
+    - `lipbounds certify report/mlp.safetensors --data mine.npz --method liplt --json radii.json`
+
+    - `lipbounds certify net.onnx --data mine.npz --mean 0.5,0.5,0.5 --std 0.2,0.2,0.2 --local --eps 0.3`
+
+    - `lipbounds certify net.onnx --data mine.npz --local --coordinator node0:1234 --processes 4 --process 1`
+    """
+    if box is not None and not local:
+        raise typer.BadParameter("belongs to --local", param_hint="--box")
+    chosen = common.choose_method(method, norm, scaling, False)
+    with refusals() as stack:
+        from lipbounds.training import parallel
+
+        parallel.join(coordinator, processes, process)
+        stack.callback(parallel.leave)
+        common.check_json(files)
+        form, shape = common.load_form(model, reading, stack, box)
+        x, y = common.read_data(data, shape)
+        if not len(x):
+            raise ValueError(f"{data} holds no images")
+        if jax.dtypes.canonicalize_dtype(np.float64) == np.float64:
+            x = x.astype(np.float64)
+        options: Json = {"pairwise": pairwise, "guarantee": guarantee, "seed": seed, "memory": memory}
+        options["device"] = device
+        bound = common.bound_of(form, chosen, scaling, {"norm": float(norm), **options})
+        request: Guarantee = "verified" if guarantee == "verified" else "auto"
+        settings: Json = {"guarantee": request, "seed": seed, "device": device}
+        near = lb.Local(box=box) if local else False
+        kept = _kept(form, x, y, bound, near, settings, files.json)
+        radii = _all_blocks(form, x, y, bound, near, settings, kept)
+        if jax.process_index() == 0:
+            shares = {level: float(radii.accuracy(level)) for level in sorted({*(eps or (0.05, 0.1, 0.25))})}
+            tables.print_certified(bound, radii, shares)
+            record = {"model": str(model), "data": data, **_certified(bound, radii, shares), "norm": norm}
+            common.write_json(files.json, {**common.header(), **record})
+        kept.remove()
+
+
+def _kept(
+    form: Any, x: Any, y: Any, bound: lb.UpperBound, local: Any, settings: Json, file: Path | None
+) -> Unfinished:
+    """What an interrupted run of the same command has left."""
+    from lipbounds.training import parallel
+
+    data = hashlib.sha256(np.ascontiguousarray(x).tobytes() + np.ascontiguousarray(y).tobytes()).hexdigest()
+    about: Json = {**settings, "local": repr(local), "data": data, "shape": [*x.shape]}
+    about |= {"network": parameter_digest(form), "method": bound.method, "bound": bound.value}
+    kept = Unfinished(file, jax.process_index(), about)
+    # Nobody writes before all have read.
+    parallel.agree(int(kept.key[:7], 16), "the model, the data, or the options")
+    return kept
+
+
+def _all_blocks(
+    form: Any, x: Any, y: Any, bound: lb.UpperBound, local: Any, settings: Json, kept: Unfinished
+) -> lb.Radii:
+    """The radii of all images: of this process's blocks, and of the others' once all processes are done.
+
+    typer.Exit with code 130 where Ctrl-C ends it, after a line about what is proved.
+    """
+    from lipbounds.training import parallel
+
+    parts, count = blocks(form, len(x), local is not False), jax.process_count()
+    if kept.done:
+        typer.echo(f"{_size(parts, kept)} of {len(x)} images were certified before", err=True)
+    try:
+        with tables.working() as tell:
+            for block in range(jax.process_index(), len(parts), count):
+                if block in kept.done:
+                    continue
+                part = parts[block]
+                prefix = f"images {part.start + 1} to {part.stop} of {len(x)}: " if len(parts) > 1 else ""
+                found = lb.certified_radius(
+                    form,
+                    x[part],
+                    y[part],
+                    bound=bound,
+                    local=local,
+                    progress=lambda text, prefix=prefix: tell(prefix + text),
+                    **settings,
+                )
+                kept.add(block, found)
+    except KeyboardInterrupt:
+        some = f", median radius {np.median(joined(kept.done.values()).radius):.4g}" if kept.done else ""
+        again = "give the same command again to go on" if kept.path is not None else "--json FILE keeps them"
+        said = f"{_size(parts, kept)} of {len(x)} images are certified{some}; {again}"
+        typer.echo(f"interrupted: {said}", err=True)
+        raise typer.Exit(130) from None
+    every: dict[int, Any] = {}
+    for record in parallel.everyone({str(block): record_of(radii) for block, radii in kept.done.items()}):
+        every |= {int(block): each for block, each in record.items()}
+    return joined(radii_of(every[block]) for block in range(len(parts)))
+
+
+def _size(parts: list[slice], kept: Unfinished) -> int:
+    return sum(parts[block].stop - parts[block].start for block in kept.done)
+
+
+def _certified(bound: lb.UpperBound, radii: lb.Radii, shares: dict[float, float]) -> Json:
+    """The radii and their bound as plain data."""
+    proof = {name: getattr(bound, name) for name in ("method", "value", "guarantee")}
+    return {
+        "bound": {"kind": "upper", **proof},
+        "images": len(radii.radius),
+        "certified_accuracy": [{"eps": eps, "accuracy": share} for eps, share in shares.items()],
+        **record_of(radii),
+    }
