@@ -165,7 +165,7 @@ def test_options_of_lipsdp_reach_the_library(model_file, monkeypatch, words, opt
 
     monkeypatch.setattr(lb, "lipsdp", fake)
     run("bounds", model_file, *words)
-    usual = {"norm": 2, "pairwise": False, "guarantee": "auto", "seed": 0}
+    usual = {"norm": 2, "pairwise": False, "guarantee": "auto", "seed": 0, "device": "auto"}
     usual |= {"solver": "recursion", "multipliers": "neuron"}
     asked.pop("progress")("15 iterations")
     refine = options.pop("refine", None)

@@ -34,6 +34,7 @@ from lipbounds._cli.options import (
 )
 from lipbounds._lipsdp.certificate import parameter_digest
 from lipbounds._local.blocks import Unfinished, blocks, joined, radii_of, record_of
+from lipbounds._text.progress import about
 from lipbounds.results import Guarantee
 
 
@@ -129,9 +130,9 @@ def _kept(
     from lipbounds.training import parallel
 
     data = hashlib.sha256(np.ascontiguousarray(x).tobytes() + np.ascontiguousarray(y).tobytes()).hexdigest()
-    about: Json = {**settings, "local": repr(local), "data": data, "shape": [*x.shape]}
-    about |= {"network": parameter_digest(form), "method": bound.method, "bound": bound.value}
-    kept = Unfinished(file, jax.process_index(), about)
+    given: Json = {**settings, "local": repr(local), "data": data, "shape": [*x.shape]}
+    given |= {"network": parameter_digest(form), "method": bound.method, "bound": bound.value}
+    kept = Unfinished(file, jax.process_index(), given)
     # Nobody writes before all have read.
     parallel.agree(int(kept.key[:7], 16), "the model, the data, or the options")
     return kept
@@ -155,16 +156,10 @@ def _all_blocks(
                 if block in kept.done:
                     continue
                 part = parts[block]
-                prefix = f"images {part.start + 1} to {part.stop} of {len(x)}: " if len(parts) > 1 else ""
-                found = lb.certified_radius(
-                    form,
-                    x[part],
-                    y[part],
-                    bound=bound,
-                    local=local,
-                    progress=lambda text, prefix=prefix: tell(prefix + text),
-                    **settings,
-                )
+                with about(f"images {part.start + 1} to {part.stop} of {len(x)}"):
+                    found = lb.certified_radius(
+                        form, x[part], y[part], bound=bound, local=local, progress=tell, **settings
+                    )
                 kept.add(block, found)
     except KeyboardInterrupt:
         some = f", median radius {np.median(joined(kept.done.values()).radius):.4g}" if kept.done else ""
