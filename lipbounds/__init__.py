@@ -16,6 +16,7 @@ from lipbounds._lipsdp.solvers import Cvxpy, Recursion
 from lipbounds._local.local import LocalBounds, local
 from lipbounds._local.radius import Local, Radii, certified_radius
 from lipbounds._local.stored import load
+from lipbounds._margins.margins import Margins, margins
 from lipbounds._text.version import __version__
 from lipbounds._tracing.trace import from_weights, register_activation, trace
 from lipbounds._triangle.liplt import liplt
@@ -35,6 +36,7 @@ __all__ = [
     "LocalBounds",
     "LowerBound",
     "LureForm",
+    "Margins",
     "Radii",
     "Recursion",
     "UnsupportedError",
@@ -51,6 +53,7 @@ __all__ = [
     "lipsdp",
     "load",
     "local",
+    "margins",
     "naive",
     "register_activation",
     "save_certificate",

@@ -129,6 +129,30 @@ def anchored_slopes(
     return a, b
 
 
+def kink(
+    expr: Expr, consts: Sequence[Any], shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """(t, a, b), arrays of `shape`, where f is continuous with slope a up to t and b from t on; None elsewhere.
+
+    Exact: None, too, where t, a, b or b - a is no float64. An affine f has a = b and t = 0.
+    """
+    values, which = constant_columns(expr, consts, shape)
+    found = np.zeros((3, len(values)))
+    for k, column in enumerate(values):
+        terms, parts = _pieces(expr, column)
+        lines = [terms.coefficients(part.term) for part in parts]
+        if len(parts) > 2 or any(line is None or len(line) > 2 for line in lines):
+            return None
+        slopes = [line[1] if len(line) == 2 else Fraction(0) for line in lines if line is not None]
+        at = parts[0].domain.right if len(parts) == 2 else Fraction(0)
+        exact = (at, slopes[0], slopes[-1], slopes[-1] - slopes[0])
+        if at is None or any(abs(q) > 1e100 or Fraction(float(q)) != q for q in exact):
+            return None
+        found[:, k] = [float(q) for q in exact[:3]]
+    t, a, b = (row[which].reshape(shape) for row in found)
+    return t, a, b
+
+
 def _affine(parts: list[Piece], lines: list[Any], t: I.Interval) -> I.Interval:
     """f([t]) of a piecewise affine f: the hull over the pieces that meet the interval."""
     low, high = np.full(np.shape(t[0]), np.inf), np.full(np.shape(t[0]), -np.inf)

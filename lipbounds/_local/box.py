@@ -55,7 +55,7 @@ def _lagrangian(a: np.ndarray, eps: float, below: np.ndarray, above: np.ndarray)
 
 def rooms(x: np.ndarray, box: tuple[np.ndarray, np.ndarray] | None) -> tuple[np.ndarray, np.ndarray]:
     """(x - lower, upper - x) of the flattened inputs (N, d), rounded up; inf without a box."""
-    flat = x.reshape(len(x), -1)
+    flat = x.reshape(len(x), int(np.prod(x.shape[1:])))
     if box is None:
         return np.full(flat.shape, np.inf), np.full(flat.shape, np.inf)
     low, high = (np.broadcast_to(end, x.shape[1:]).reshape(-1) for end in box)

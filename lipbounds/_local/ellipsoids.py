@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.linalg.lapack import dpotrf, dpotrs
@@ -140,6 +140,19 @@ class Values:
         return Values(*(tuple(a[at] for a in part) for part in (self.y, self.error, self.slope)))
 
 
+class Range(NamedTuple):
+    """What the recursion found at one stage, (N, n) each.
+
+    The pre-activations stay in [y - down, y + up] up to `Values.error`, with slopes [c - r, c + r]; rd is r D r.
+    """
+
+    down: np.ndarray
+    up: np.ndarray
+    c: np.ndarray
+    r: np.ndarray
+    rd: np.ndarray
+
+
 def ellipsoids(
     view: LureForm,
     steps: Sequence[Stage],
@@ -150,6 +163,7 @@ def ellipsoids(
     anchored: bool,
     directions: np.ndarray,
     first: tuple[np.ndarray, np.ndarray] | None = None,
+    ranges: list[Range] | None = None,
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """((N, K, K), c): dz dz' <= eps^2 times that, for all pairs of inputs in the ball, or all pairs with its centre.
 
@@ -161,6 +175,7 @@ def ellipsoids(
         anchored: the centre is one of the two inputs.
         directions: (N, J, K), the outputs a' z whose constants D is chosen for; any are sound.
         first: (N, n) twice, how far the first pre-activations can fall and rise, where better than the ellipsoid.
+        ranges: a list that receives the `Range` of every stage.
     """
     aims, middles = _adjoints(steps, values, directions), []
     for place, stage in enumerate(steps):
@@ -180,6 +195,8 @@ def ellipsoids(
         c, r = centre_and_radius(view, stage.tap, values, down, up, anchored)
         middles.append(c)
         v, rd = _through(q, n, c, r, aims[place])
+        if ranges is not None:
+            ranges.append(Range(down, up, c, r, rd))
         inner = c[:, :, None] * v[:, :n, :n] * c[:, None, :]
         wrong = 4 * U * frobenius(inner)
         np.einsum("nii->ni", inner)[:] += rd * (1 + 4 * U)

@@ -236,12 +236,19 @@ class Around:
 
     @np.errstate(all="ignore")  # entries that are not finite give no bound
     def outputs(
-        self, rows: Any, eps: np.ndarray, *, labels: np.ndarray | None = None, call: int = 0
+        self,
+        rows: Any,
+        eps: np.ndarray,
+        *,
+        labels: np.ndarray | None = None,
+        call: int = 0,
+        ranges: list[ellipsoids.Range] | None = None,
     ) -> np.ndarray:
         """(N, J, K, K) for radius eps around these rows: the constant of a' z is at most sum_j sqrt(a' S_j a).
 
         labels: (N,) classes whose margins matter, against the example itself; None is all outputs and all pairs of
-        points. call: which call about these examples it is, from 0.
+        points. call: which call about these examples it is, from 0. ranges: a list that receives those of the
+        pre-activations, from ellipsoids.
         """
         anchored = labels is not None
         ready, values = self.ready, self.values.rows(rows)
@@ -263,6 +270,7 @@ class Around:
                 anchored=anchored,
                 directions=self._directions(labels, len(eps)),
                 first=self._first(rows, eps),
+                ranges=ranges,
             )
             for known, c in zip(self.values.slope, middles, strict=True):
                 known[rows] = c

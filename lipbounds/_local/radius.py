@@ -187,7 +187,7 @@ def certified_radius(
         raise TypeError(f"certified_radius needs a LureForm from lb.trace, got {type(form).__name__}")
     if form.is_traced:
         raise TypeError("certified_radius works on concrete weights, outside jit, grad and vmap")
-    x, labels = _examples(form, X, y)
+    x, labels = check_examples(form, X, y)
     if not isinstance(local, bool | Local):
         raise ValueError(f"local must be True, False or a lb.Local, got {local!r}")
     near = Local() if local is True else local or None
@@ -203,7 +203,7 @@ def certified_radius(
     if not all(enclosable(recursion.host_form(form), tap) for tap in form.taps):
         exact = f"{DECLARED_ACCURACY:g}"
         notes = (*notes, f"a declared activation is evaluated in float64, assumed accurate to {exact}")
-    gaps = _margins(*logits(form, x), labels)
+    gaps = proved_gaps(*logits(form, x), labels)
     scale = constants[labels] if form.num_outputs > 1 else np.broadcast_to(constants, gaps.shape)
     correct = np.asarray((gaps > 0).all(axis=1))
     radius = np.where(correct, ratios(gaps, scale), 0.0)
@@ -222,7 +222,7 @@ def certified_radius(
     return Radii(search.best, *fields, risk, f"local, {proof.method}", notes)
 
 
-def _margins(z: np.ndarray, error: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def proved_gaps(z: np.ndarray, error: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """(N, K) proved margins z_y - z_i, rounded down, inf for i = y; of one output f (N, 1), f for label 1, else -f."""
     rows = np.arange(len(labels))
     with np.errstate(over="ignore"):
@@ -236,7 +236,7 @@ def _margins(z: np.ndarray, error: np.ndarray, labels: np.ndarray) -> np.ndarray
     return gaps
 
 
-def _examples(form: LureForm, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
+def check_examples(form: LureForm, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
     x = check_inputs(form, X)
     if form.num_outputs < 1:
         raise ValueError(

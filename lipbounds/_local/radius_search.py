@@ -61,7 +61,7 @@ class Search:
             if not (high > self.best[at])[left].any():
                 break
             labels, gaps = self.labels[at[left]], self.gaps[at[left]]
-            scale = _row_roots(near.outputs(left, eps[left], labels=labels, call=call), labels)
+            scale = row_roots(near.outputs(left, eps[left], labels=labels, call=call), labels)
             m = np.where(np.isinf(scale).any(axis=1), 0.0, ratios(gaps, scale))
             whole[left] = m >= eps[left]
             low[left] = np.maximum(low[left], np.minimum(eps[left], m))
@@ -85,7 +85,7 @@ class Search:
         )
 
 
-def _row_roots(out: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def row_roots(out: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """(N, K) upper bounds of the constants of z_y - z_i from blocks (N, J, K, K) (`Around.outputs`).
 
     Of one output (N, 1) its own constant; inf where the blocks are not finite.

@@ -1,0 +1,227 @@
+"""`lb.margins`: proved lower bounds of every margin on the balls around examples. The mathematics is in `__init__`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from lipbounds._form.inputs import check_box
+from lipbounds._form.lure import LureForm
+from lipbounds._local.local import box_notes, check_eps
+from lipbounds._local.radius import check_examples
+from lipbounds._margins import proof, search
+from lipbounds._margins.problem import Problem
+from lipbounds._text.arguments import whole
+from lipbounds._text.calls import public
+from lipbounds._text.progress import Progress, say
+from lipbounds.results import NORM_NAMES, Norm, check_norm
+
+_WIDTH = 8  # margins that are searched together
+_SMALL = 64  # neurons of a layer up to which the search is in float64, else in float32
+_KEPT = 16  # images whose gain is kept
+_TOLERANCE = 1e-3  # a search ends where a round gains less, relative to the bound by ellipsoids
+
+
+@dataclass(frozen=True, eq=False)
+class Margins:
+    """Lower bounds of the margins of N examples on their balls.
+
+    Args:
+        value: (N, K) lower bounds of z_y - z_i over the ball, inf for the own class i = y; of a network with one
+            output (N, 1), of z for label 1 and of -z for label 0.
+        eps: (N,) radii of the balls.
+        norm: 2 or inf.
+        guarantee: "verified".
+        seconds: the time of all of them together.
+        notes: remarks for the reader.
+
+    Example:
+        >>> import lipbounds as lb
+        >>> form = lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])
+        >>> found = lb.margins(form, [[1.0, 0.5]], [0], 0.1)
+        >>> found.certified.tolist(), len(found)
+        ([True], 1)
+    """
+
+    value: np.ndarray
+    eps: np.ndarray
+    norm: float
+    guarantee: str
+    seconds: float
+    notes: tuple[str, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    @property
+    def least(self) -> np.ndarray:
+        """(N,) the smallest margin of every example."""
+        return np.asarray(self.value.min(axis=1, initial=np.inf))
+
+    @property
+    def certified(self) -> np.ndarray:
+        """(N,) whether no input of the ball is classified otherwise than labelled."""
+        return np.asarray(self.least > 0)
+
+    def __repr__(self) -> str:
+        n = len(self)
+        head = f"Margins: {n} examples, {NORM_NAMES[self.norm]} balls, {self.guarantee}, {self.seconds:.1f} s"
+        if n:
+            head += f"\n  certified {self.certified.mean():.2%}"
+        return "\n".join([head, *(f"  note      {note}" for note in self.notes)])
+
+
+@public
+def margins(
+    form: LureForm,
+    X: Any,
+    y: Any,
+    eps: Any,
+    *,
+    norm: Norm = 2,
+    box: Any = None,
+    iterations: int = 200,
+    progress: Progress = True,
+) -> Margins:
+    """Lower bounds of every margin z_y - z_i on the balls ||x' - x|| <= eps around labelled examples.
+
+    Lagrangian duality with one multiplier per constraint of every neuron whose sign is open on the ball (see
+    `lipbounds._margins`): at least the bound of the local ellipsoids, z_y - z_i - eps L_yi(eps), which bound the
+    increment alone, and usually far above it.
+
+    Args:
+        form: from `lb.trace`, with activations made of two affine pieces: relu, leaky_relu, abs, and max, min and sort.
+        X: (N, *in_shape), floating point.
+        y: (N,) integer labels; of a network with one output 1 or 0, by its sign.
+        eps: radius > 0 of the balls, one for all or (N,), in the units of the traced function's input.
+        norm: 2 or inf, of the balls.
+        box: (lower, upper), numbers or arrays of the shape of an input: only points inside count, (0, 1) for pixels.
+        iterations: of the search for multipliers, at most, per margin; more tighten the bounds.
+        progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
+
+    Returns:
+        `Margins`: value (N, K), inf for the own class; verified.
+
+    Raises:
+        TypeError: not a concrete form.
+        ValueError: shapes, values that are not finite, eps not > 0, norm 1, other activations, a layer wider than 1100.
+
+    Source: Raghunathan, Steinhardt and Liang, Semidefinite relaxations for certifying robustness, NeurIPS 2018, in the
+        dual, with products of the bounds of every neuron.
+
+    Example:
+        >>> import lipbounds as lb
+        >>> form = lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])
+        >>> lb.margins(form, [[1.0, 0.5]], [0], 0.1).value.round(3).tolist()
+        [[inf, 0.717]]
+    """
+    begin = time.perf_counter()
+    problem = prepare(form, X, y, eps, norm=norm, box=box)
+    rounds = -(-whole("iterations", iterations) // search.ROUND)
+    value = problem.balls.local.copy()
+    pairs = [(row, other) for row in range(len(value)) for other in problem.others(row)]
+    found = Found(problem, value, len(pairs))
+    found.run(pairs, goal=np.inf, rounds=rounds)
+    notes = (*form.notes, *box_notes(problem.box))
+    return Margins(value, problem.eps, problem.norm, "verified", time.perf_counter() - begin, notes)
+
+
+def prepare(form: LureForm, X: Any, y: Any, eps: Any, *, norm: Norm, box: Any) -> Problem:
+    """The arguments of `margins`, checked, and the local ellipsoids around them."""
+    if not isinstance(form, LureForm):
+        raise TypeError(f"margins needs a LureForm from lb.trace, got {type(form).__name__}")
+    if form.is_traced:
+        raise TypeError("margins works on concrete weights, outside jit, grad and vmap")
+    x, labels = check_examples(form, X, y)
+    radii = check_eps(eps, len(x))
+    return Problem(form, x, labels, radii, norm=check_norm(norm), box=check_box(box, x))
+
+
+@public
+def certify_at(
+    form: LureForm,
+    X: Any,
+    y: Any,
+    eps: Any,
+    *,
+    norm: Norm = 2,
+    box: Any = None,
+    iterations: int = 200,
+    progress: Progress = True,
+) -> np.ndarray:
+    """(N,) whether the balls ||x' - x|| <= eps around labelled examples are certified: all margins are proved positive.
+
+    The cheapest proof first: local ellipsoids, then the dual for the margins that are still open, the worst one of
+    every example first; an example is given up with its first margin that cannot be proved. Arguments as in `margins`.
+    """
+    problem = prepare(form, X, y, eps, norm=norm, box=box)
+    value = problem.balls.local.copy()
+    alive = (problem.balls.gaps > 0).all(axis=1)
+    pairs = [
+        (rank, row, other)
+        for row in np.flatnonzero(alive).tolist()
+        for rank, other in enumerate(np.argsort(value[row]).tolist())
+        if value[row, other] <= 0
+    ]
+    pairs = [(row, other) for _, row, other in sorted(pairs)]
+    found = Found(problem, value, len(pairs))
+    found.run(pairs, goal=0.0, rounds=-(-whole("iterations", iterations) // search.ROUND))
+    return np.asarray(alive & (value > 0).all(axis=1))
+
+
+class Found:
+    """Margins of a problem, raised by proofs of what the search finds: value (N, K) is changed in place."""
+
+    def __init__(self, problem: Problem, value: np.ndarray, count: int) -> None:
+        self.problem, self.value, self.count, self.done = problem, value, count, 0
+        self.failed = np.zeros(len(value), bool)
+        self.gains: dict[int, tuple[proof.Gain, proof.Facts]] = {}
+
+    def jobs(self, pairs: list[tuple[int, int]], goal: float, rounds: int) -> Iterator[search.Job]:
+        for row, other in pairs:
+            made = self.problem.item(row, other)
+            if made is not None:
+                above = goal - float(self.problem.balls.gaps[row, other])
+                yield search.Job((row, other), *made, above, rounds)
+
+    def run(self, pairs: list[tuple[int, int]], goal: float, rounds: int) -> None:
+        """Search these margins and prove what is found."""
+        net = self.problem.net
+        small = max((k.at.size for k in self.problem.kinks), default=0) <= _SMALL
+        # BLAS threads that wait for busy cores cost more than they give: its matrices are small
+        with jax.enable_x64(small), threadpool_limits(1, "blas"):
+            search.run(
+                net,
+                self.jobs(pairs, goal, rounds),
+                self._prove,
+                width=_WIDTH,
+                tolerance=_TOLERANCE,
+                wanted=self.wanted,
+            )
+
+    def wanted(self, key: tuple[int, int]) -> bool:
+        return not self.failed[key[0]]
+
+    def _prove(self, job: search.Job, m: search.Multipliers, least: float) -> None:
+        row, other = job.key
+        self.done += 1
+        say(f"margins: {self.done} of {self.count}")
+        if job.goal < np.inf and not least > job.goal:
+            self.failed[row] = True
+            return
+        if row not in self.gains:
+            if len(self.gains) >= _KEPT:
+                self.gains.pop(next(iter(self.gains)))
+            gain = self.problem.gain(row)
+            self.gains[row] = gain, self.problem.facts(row, gain)
+        gain, facts = self.gains[row]
+        low = proof.prove(gain, facts, self.problem.aim(row, other), self.problem.weights(gain, m))
+        total = np.nextafter(self.problem.balls.gaps[row, other] + low, -np.inf)
+        self.value[row, other] = max(self.value[row, other], total)
+        self.failed[row] |= job.goal < np.inf and not total > 0

@@ -1,0 +1,264 @@
+"""What is known about a network and its balls before multipliers are searched: kinks, ranges, local bounds.
+
+Every tap of the elementwise view must have one kink: slope a up to t and b from there, so v = a y + (b - a) relu(y - t)
+up to a constant, and only the relu is nonlinear. Ranges of pre-activations are those of the local ellipsoids, proved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lipbounds._activations.slopes_on_intervals import kink
+from lipbounds._form.inputs import Box
+from lipbounds._form.lure import LureForm
+from lipbounds._form.steps import StaticArray
+from lipbounds._local import box as localbox
+from lipbounds._local import ellipsoids
+from lipbounds._local.engines import Around, ways
+from lipbounds._local.forward import logits
+from lipbounds._local.radius import proved_gaps
+from lipbounds._local.radius_search import row_roots
+from lipbounds._margins import proof, search
+from lipbounds._norms.rounding import U, gamma
+from lipbounds._text.tables import printable
+from lipbounds._triangle import recursion
+
+_CALLS = 2  # of the local ellipsoids; the second one knows the slopes of the first
+_SMALL = 0.03  # root of a multiplier at the start, so that its gradient is not 0
+_LEAST = 1e-3  # least start of M relative to its unit
+_TINY = 1e-30
+
+
+@dataclass(frozen=True, eq=False)
+class Kinks:
+    """One tap: the slopes base up to `at` and base + gain from there, exactly; (n,) each."""
+
+    at: np.ndarray
+    base: np.ndarray
+    gain: np.ndarray
+
+
+def kinks(view: LureForm) -> tuple[Kinks, ...]:
+    """The kinks of every tap; ValueError naming the taps that are not piecewise affine with one kink."""
+    host, found, other = recursion.host_form(view), list[Kinks](), list[str]()
+    for tap in view.taps:
+        one = None
+        if tap.expr is not None and not tap.assumed:
+            consts = [c.array if isinstance(c, StaticArray) else host.consts[c] for c in tap.consts]
+            flat = [np.broadcast_to(c, tap.shapes[0]).reshape(-1) if np.ndim(c) else c for c in consts]
+            one = kink(tap.expr, flat, (tap.size_in,))
+        if one is None:
+            other.append(f"{printable(tap.name)} at {printable(tap.path) or 'the function itself'}")
+            continue
+        found.append(Kinks(one[0], one[1], one[2] - one[1]))
+    if other:
+        raise ValueError(
+            "margins are for activations made of two affine pieces (relu, leaky_relu, abs, and max, min and sort, "
+            f"which are rewritten by relu); this network also has {', '.join(dict.fromkeys(other))}: use "
+            "lb.certified_radius(form, X, y, local=True)"
+        )
+    return tuple(found)
+
+
+@dataclass(frozen=True, eq=False)
+class Balls:
+    """N images with what is proved of their balls, and of the margins there.
+
+    Args:
+        gaps: (N, K) margins at the centres, rounded down, inf for the own class (of one output (N, 1)).
+        local: (N, K) lower bounds of the margins on the balls, by the anchored ellipsoids.
+        h, lo, hi: per tap (N, n), pre-activations less the kink: at the centre, and their range on the ball.
+        wrong: per tap (N,), ||h - h_exact||_2 is at most that.
+        noise: per tap (N, n), r D r of the ellipsoids, for the start of the search.
+    """
+
+    gaps: np.ndarray
+    local: np.ndarray
+    h: tuple[np.ndarray, ...]
+    lo: tuple[np.ndarray, ...]
+    hi: tuple[np.ndarray, ...]
+    wrong: tuple[np.ndarray, ...]
+    noise: tuple[np.ndarray, ...]
+
+
+class Problem:
+    """The network, prepared once, and the balls around examples x (N, *in_shape), of labels (N,).
+
+    Raises:
+        ValueError: taps without one kink, a network wider than local ellipsoids can take, norm 1.
+    """
+
+    def __init__(
+        self,
+        form: LureForm,
+        x: np.ndarray,
+        labels: np.ndarray,
+        eps: np.ndarray,
+        *,
+        norm: float,
+        box: Box | None,
+    ) -> None:
+        if ways(form, norm, "verified")[0] != "ellipsoids":
+            raise ValueError(
+                "this network is too wide for margins on balls: use lb.certified_radius(form, X, y, local=True)"
+            )
+        self.around = Around(form, norm, x, box=box, way="ellipsoids")
+        self.view, self.form, self.norm, self.box = self.around.ready.view, form, norm, box
+        self.kinks = kinks(self.view)
+        self.labels, self.eps, self.x = labels, eps, x
+        low, high = localbox.rooms(x, box)
+        self.low, self.high = -np.minimum(low, eps[:, None]), np.minimum(high, eps[:, None])
+        self.net = _network(self.view, self.kinks)
+        self.balls = self._balls()
+
+    @property
+    def classes(self) -> int:
+        return self.form.num_outputs
+
+    def aim(self, row: int, other: int) -> np.ndarray:
+        """The margin of class `other`: z_y - z_other; of one output z or -z, by the label."""
+        aim = np.zeros(self.classes)
+        if self.classes == 1:
+            aim[0] = 1.0 if self.labels[row] == 1 else -1.0
+        else:
+            aim[self.labels[row]] += 1.0
+            aim[other] -= 1.0
+        return aim
+
+    def others(self, row: int) -> list[int]:
+        """The classes that have a margin."""
+        return [k for k in range(self.classes) if self.classes == 1 or k != self.labels[row]]
+
+    def _balls(self) -> Balls:
+        gaps = proved_gaps(*logits(self.form, self.x), self.labels)
+        scale = np.zeros_like(gaps)
+        parts: list[tuple[slice, list[ellipsoids.Range]]] = []
+
+        def one(near: Around, rows: slice) -> None:
+            for call in range(_CALLS):
+                ranges: list[ellipsoids.Range] = []
+                labels = self.labels[rows]
+                out = near.outputs(slice(None), self.eps[rows], labels=labels, call=call, ranges=ranges)
+            scale[rows] = row_roots(out, labels)
+            values = near.values
+            parts.append((rows, ranges))
+            centres.append((rows, values.y, values.error))
+
+        centres: list[Any] = []
+        self.around.each(one, "local ellipsoids")
+        with np.errstate(all="ignore"):
+            moved = np.where(gaps == np.inf, 0.0, self.eps[:, None] * scale * (1 + 4 * U))
+            local = np.where(np.isnan(moved), -np.inf, np.nextafter(gaps - moved, -np.inf))
+        local[gaps == np.inf] = np.inf
+        shapes = [(len(self.x), tap.size_in) for tap in self.view.taps]
+        h, lo, hi, noise = (tuple(np.zeros(shape) for shape in shapes) for _ in range(4))
+        wrong = tuple(np.zeros(len(self.x)) for _ in shapes)
+        for (rows, ranges), (_, ys, errors) in zip(parts, centres, strict=True):
+            for k, (found, y, error, kinks) in enumerate(zip(ranges, ys, errors, self.kinks, strict=True)):
+                h[k][rows] = y - kinks.at
+                shift = np.abs(h[k][rows]) * 2 * U * (kinks.at != 0)
+                wrong[k][rows] = error + np.sqrt(np.square(shift).sum(axis=1)) * (
+                    1 + gamma(shift.shape[1] + 8)
+                )
+                own = wrong[k][rows][:, None] * (1 + 4 * U)
+                lo[k][rows] = np.nextafter(np.nextafter(h[k][rows] - own, -np.inf) - found.down, -np.inf)
+                hi[k][rows] = np.nextafter(np.nextafter(h[k][rows] + own, np.inf) + found.up, np.inf)
+                noise[k][rows] = found.rd
+        return Balls(gaps, local, h, lo, hi, wrong, noise)
+
+    # -- one image, one margin ---------------------------------------------------------------------------------------
+
+    def open(self, row: int, fixed: Any = None) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Per tap: which neurons are not stable, and the slope of w for those that are (0 or 1)."""
+        opened, slopes = [], []
+        for k, kinks in enumerate(self.kinks):
+            lo, hi = self.balls.lo[k][row], self.balls.hi[k][row]
+            opened.append((lo < 0) & (hi > 0) & (kinks.gain != 0))
+            slopes.append((lo >= 0).astype(float))
+        return opened, slopes
+
+    def item(self, row: int, other: int) -> tuple[search.Item, search.Multipliers] | None:
+        """The margin as an item of the search, and parameters that prove about what the ellipsoids do.
+
+        None where the ellipsoids are not finite, or the margin does not move.
+        """
+        balls, eps = self.balls, float(self.eps[row])
+        moved = float(balls.gaps[row, other] - balls.local[row, other])
+        if not 0 < moved < np.inf or not all(np.isfinite(a[row]).all() for a in (*balls.lo, *balls.hi)):
+            return None
+        ball = moved / (2 * eps**2)
+        opened, slopes = self.open(row)
+        taps, first = [], []
+        for k, kinks in enumerate(self.kinks):
+            h, lo, hi, live = balls.h[k][row], balls.lo[k][row], balls.hi[k][row], opened[k]
+            top, bottom = np.where(live, hi, 1.0), np.where(live, -lo, 1.0)
+            noise = np.where(live & (balls.noise[k][row] > 0), balls.noise[k][row], 1.0)
+            scale = np.where(live, ball * np.square(kinks.gain) / noise, 1.0)
+            p, q = np.maximum(h, 0.0), np.maximum(-h, 0.0)
+            taps.append(search.Neurons(p, q, top, bottom, live.astype(float), slopes[k], scale))
+            # the chord slopes from h are [a, 1] for h > 0 and [0, b] for h <= 0: tau_r = a, tau_v = 1 - b
+            a, b = p / (p + bottom), 1 - q / (q + top)
+            tr, tv = np.where(h > 0, a, 0.0), np.where(h > 0, 0.0, 1 - b)
+            roots = [np.sqrt(np.maximum(t, _SMALL**2)) for t in (tv, tr, np.zeros_like(tv))]
+            M = np.maximum(1 - tr - tv - 2 * roots[0] * roots[1], _LEAST)
+            first.append(tuple(np.where(live, t, 0.0) for t in (np.log(M), *roots)))
+        boxed = np.full(self.low.shape[1], float(self.norm != 2 or self.box is not None))
+        round_ = 1.0 if self.norm == 2 else 0.0
+        unit = max(moved, _TINY)
+        item = search.Item(
+            self.aim(row, other), eps, round_, self.low[row], self.high[row], boxed, ball, unit, tuple(taps)
+        )
+        start = np.full(boxed.shape, _SMALL if round_ else 0.0)
+        return _floats(item), _floats(search.Multipliers(np.zeros(()), start, tuple(first)))
+
+    def gain(self, row: int) -> proof.Gain:
+        opened, slopes = self.open(row)
+        total = [
+            k.base + np.where(live, 0.0, s * k.gain)
+            for k, live, s in zip(self.kinks, opened, slopes, strict=True)
+        ]
+        return proof.gain(self.view, opened, total, [k.gain for k in self.kinks])
+
+    def facts(self, row: int, gain: proof.Gain) -> proof.Facts:
+        def all_of(parts: tuple[np.ndarray, ...]) -> np.ndarray:
+            return np.concatenate(
+                [part[row][at] for part, at in zip(parts, gain.at, strict=True)] or [np.zeros(0)]
+            )
+
+        h, lo, hi = (all_of(parts) for parts in (self.balls.h, self.balls.lo, self.balls.hi))
+        wrong = float(np.sqrt(sum(float(e[row]) ** 2 for e in self.balls.wrong)) * (1 + 2.0**-20)) + 2.0**-500
+        eps = float(self.eps[row]) if self.norm == 2 else np.inf
+        p, q = np.maximum(h, 0.0), np.maximum(-h, 0.0)
+        return proof.Facts(p, q, wrong, hi, -lo, self.low[row], self.high[row], eps)
+
+    @staticmethod
+    def weights(gain: proof.Gain, found: search.Multipliers) -> proof.Weights:
+        rows = [
+            np.concatenate(
+                [np.asarray(tap[i], np.float64)[at] for tap, at in zip(found.taps, gain.at, strict=True)]
+                or [[]]
+            )
+            for i in range(4)
+        ]
+        return proof.Weights(float(found.ball), np.asarray(found.box, np.float64), *rows)
+
+
+def _floats(tree: Any) -> Any:
+    import jax
+
+    return jax.tree.map(lambda a: np.asarray(a, np.float64), tree)
+
+
+def _network(view: LureForm, kinks: tuple[Kinks, ...]) -> search.Network:
+    start, stages = ellipsoids.stages(view)
+    layers = []
+    for stage in stages:
+        rows, n = stage.T.array, stage.neurons
+        W = None if rows is None else rows[:n]
+        H = rows[n:] if stage.lives_on and rows is not None else None
+        k = kinks[stage.tap]
+        layers.append(search.Layer(W, H, stage.G.array, k.base, k.gain))
+    return search.Network(start.array, tuple(layers))

@@ -1,0 +1,389 @@
+"""Search for multipliers: the ellipsoid recursion with a centre, its gradient, batched L-BFGS.
+
+Nothing here is trusted: `proof` bounds the minimum again for the multipliers that are found.
+
+With the multipliers fixed, the Lagrangian is minimised tap by tap. After the terms of the input and of some taps,
+
+    min {terms so far : state = s} = value + (s - mu)' Sigma^-1 (s - mu)
+
+(Sigma may be singular). A tap adds phi(w, d) = A w^2 + 2 B w d + C d^2 + a w + b d, d = W s, per neuron. With
+w = c d + e, c = -B / A, it is A e^2 + a e - N d^2 + g d, N = B^2 / A - C: e is independent of the state, and d is a
+step of the ellipsoid recursion, Sigma' = Sigma + Sigma W' (D - W Sigma W')^-1 W Sigma with D = 1 / N, for N >= 0. A
+backward pass gives the minimiser z. The gradient is that of the Lagrangian at z (Danskin), so that an evaluation costs
+one recursion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jax.scipy.linalg import solve_triangular
+
+_MEMORY = 12  # pairs that L-BFGS keeps
+_SHORTER = 0.35  # factor on a step that failed
+_TRUSTED = 1e-3  # largest difference, relative to `Item.unit`, of two ways to compute the minimum
+_BARRIER, _FALL, _LAST = 1e-2, 0.65, 3e-4  # weight of the barrier: first, factor per round, least
+ROUND = 25  # evaluations between two looks
+
+
+class Layer(NamedTuple):
+    """One tap between two states: y = W s, s+ = H s + G (base d + gain w); None is the identity, for H zero."""
+
+    W: Any
+    H: Any
+    G: Any
+    base: Any
+    gain: Any
+
+
+class Network(NamedTuple):
+    """s_0 = start x (None is the identity), then the layers; the last state is the output."""
+
+    start: Any
+    layers: tuple[Layer, ...]
+
+
+class Neurons(NamedTuple):
+    """One tap of an item, (n,) each: p, q, top, bottom of `__init__`; stable neurons are w = slope d.
+
+    scale: the unit of the multipliers.
+    """
+
+    p: Any
+    q: Any
+    top: Any
+    bottom: Any
+    open: Any
+    slope: Any
+    scale: Any
+
+
+class Item(NamedTuple):
+    """One margin: aim' dz over ||u|| <= eps (where `round` is 1) and low <= u <= high.
+
+    boxed (d,) is 1 where the box has a multiplier; ball is the unit of lambda; unit that of the margin.
+    """
+
+    aim: Any
+    eps: Any
+    round: Any
+    low: Any
+    high: Any
+    boxed: Any
+    ball: Any
+    unit: Any
+    taps: tuple[Neurons, ...]
+
+
+class Multipliers(NamedTuple):
+    """lambda (), beta (d,), and per tap M, tau_v, tau_r, nu (n,)."""
+
+    ball: Any
+    box: Any
+    taps: tuple[tuple[Any, Any, Any, Any], ...]
+
+
+def multipliers(item: Item, x: Multipliers) -> Multipliers:
+    """From unconstrained parameters: exponentials where a multiplier must not be 0, squares elsewhere.
+
+    M >= 2 sqrt(tau_v tau_r), so that N >= 0.
+    """
+    taps = []
+    for n, (m, v, r, nu) in zip(item.taps, x.taps, strict=True):
+        M = jnp.exp(m) + 2 * jnp.abs(v * r)
+        taps.append((n.scale * M, *(n.scale * jnp.square(t) for t in (v, r, nu))))
+    box = jnp.where(item.round > 0, jnp.square(x.box), jnp.exp(x.box))
+    return Multipliers(item.ball * item.round * jnp.exp(x.ball), item.ball * item.boxed * box, tuple(taps))
+
+
+class _Step(NamedTuple):
+    over: Any  # 1 / A
+    a: Any
+    g: Any
+    c: Any
+    N: Any
+    constant: Any
+
+
+def _step(n: Neurons, m: tuple[Any, Any, Any, Any]) -> _Step:
+    M, tv, tr, nu = m
+    live = n.open > 0
+    A, B = M + tv + tr, M / 2 + tr
+    a = M * (n.p + n.q) + tv * (2 * n.p - n.top) + tr * (2 * n.q - n.bottom) + nu * (n.top + n.bottom)
+    b = -M * n.p + tr * (n.bottom - 2 * n.q) - nu * n.top
+    constant = tv * (n.p - n.top) * n.p + tr * (n.q - n.bottom) * n.q
+    constant = constant + nu * (n.top * n.q + n.bottom * n.p - n.top * n.bottom)
+
+    def kept(value: Any, other: Any = 0.0) -> Any:
+        return jnp.where(live, value, other)
+
+    c = B / A
+    N = jnp.maximum(B * c - tr, 0)
+    return _Step(kept(1 / A), kept(a), kept(b + a * c), kept(c, n.slope), kept(N), n.open @ constant)
+
+
+def _times(m: Any, x: Any) -> Any:
+    return x if m is None else m @ x
+
+
+def minimum(net: Network, item: Item, m: Multipliers) -> tuple[Any, tuple[Any, tuple[Any, ...]], Any]:
+    """(minimum, (u, (w per tap)), barrier) of the Lagrangian without the margin at the centre; NaN where it has none.
+
+    The barrier, the sum of log det (I - N^1/2 W Sigma W' N^1/2), goes to -inf where the minimum ceases to exist.
+    """
+    weight = m.ball + m.box
+    centre = m.box * (item.low + item.high) / (2 * weight)
+    start = jnp.eye(len(centre), dtype=centre.dtype) if net.start is None else net.start
+    S, mu = (start / weight) @ start.T, start @ centre
+    total = -m.ball * item.eps**2 + m.box @ (item.low * item.high) - weight @ jnp.square(centre)
+    kept, barrier = [], jnp.zeros((), total.dtype)
+    for layer, n, own in zip(net.layers, item.taps, m.taps, strict=True):
+        step = _step(n, own)
+        WS = _times(layer.W, S)
+        Sy = WS if layer.W is None else WS @ layer.W.T
+        y = _times(layer.W, mu)
+        total = total + step.constant + step.g @ y - step.g @ (Sy @ step.g) / 4
+        y, mu = y - Sy @ step.g / 2, mu - WS.T @ step.g / 2
+        root = jnp.sqrt(step.N)
+        F = jnp.linalg.cholesky(
+            jnp.eye(len(root), dtype=S.dtype) - root[:, None] * Sy * root, symmetrize_input=False
+        )
+        barrier = barrier + 2 * jnp.log(jnp.diagonal(F)).sum()
+        t = solve_triangular(F, jnp.column_stack([root[:, None] * WS, root * y]), lower=True)
+        X, t = t[:, :-1], t[:, -1]
+        S, mu = S + X.T @ X, mu + X.T @ t
+        total = total - t @ t - step.over @ jnp.square(step.a) / 4
+        slopes = layer.base + layer.gain * step.c
+        kept.append((S, mu, step, slopes))
+        G = jnp.diag(layer.gain) if layer.G is None else layer.G * layer.gain
+        T = jnp.diag(slopes) if layer.W is None else slopes[:, None] * layer.W
+        T = _times(layer.G, T)
+        T = T if layer.H is None else T + layer.H
+        S, mu = T @ S @ T.T + (G * step.over) @ G.T, T @ mu - G @ (step.over * step.a) / 2
+    total = total + item.aim @ mu - item.aim @ S @ item.aim / 4
+    aim, ws = item.aim, []
+    for layer, (S, mu, step, slopes) in zip(reversed(net.layers), reversed(kept), strict=True):
+        back = _times(None if layer.G is None else layer.G.T, aim)
+        behind = slopes * back
+        behind = behind if layer.W is None else layer.W.T @ behind
+        behind = behind if layer.H is None else behind + layer.H.T @ aim
+        d = _times(layer.W, mu - S @ behind / 2)
+        ws.append(step.c * d - step.over * (step.a + layer.gain * back) / 2)
+        bent = step.g - 2 * step.N * d
+        aim = behind + (bent if layer.W is None else layer.W.T @ bent)
+    u = centre - start.T @ aim / (2 * weight)
+    return total, (u, tuple(ws[::-1])), barrier
+
+
+def lagrangian(net: Network, item: Item, m: Multipliers, z: tuple[Any, tuple[Any, ...]]) -> Any:
+    """The Lagrangian at z, without the margin at the centre."""
+    u, ws = z
+    total = m.ball * (u @ u - item.eps**2) + m.box @ ((u - item.low) * (u - item.high))
+    s = _times(net.start, u)
+    for layer, n, (M, tv, tr, nu), w in zip(net.layers, item.taps, m.taps, ws, strict=True):
+        d = _times(layer.W, s)
+        w = jnp.where(n.open > 0, w, n.slope * d)
+        v, r = w + n.p, w - d + n.q
+        each = M * v * r + tv * (v - n.top) * v + tr * (r - n.bottom) * r
+        total = total + n.open @ (each + nu * (n.top * r + n.bottom * v - n.top * n.bottom))
+        ahead = _times(layer.G, layer.base * d + layer.gain * w)
+        s = ahead if layer.H is None else layer.H @ s + ahead
+    return total + item.aim @ s
+
+
+def _loss(net: Network, item: Item, x: Multipliers, weight: Any) -> tuple[Any, Any]:
+    """(loss, the part without the barrier): minus the minimum in units of the margin; differentiable.
+
+    The barrier makes it smooth: the best multipliers are usually at the edge of those that have a minimum, where the
+    minimum alone has a ridge. NaN where it is not to be trusted.
+    """
+    m = multipliers(item, x)
+    least, z, barrier = minimum(net, item, m)
+    least, z = jax.lax.stop_gradient((least, z))
+    value = lagrangian(net, item, m, z)
+    apart = jnp.abs(jax.lax.stop_gradient(value) - least) > _TRUSTED * item.unit
+    plain = -jnp.where(apart, jnp.nan, value) / item.unit
+    return plain - weight * barrier, plain
+
+
+class State(NamedTuple):
+    """L-BFGS of one item on flat parameters x, with loss f, its part without the barrier, and gradient g."""
+
+    x: Any
+    f: Any
+    plain: Any
+    g: Any
+    moves: Any
+    changes: Any
+    rho: Any
+    direction: Any
+    slope: Any
+    step: Any
+
+
+def _newton(g: Any, moves: Any, changes: Any, rho: Any) -> Any:
+    """The L-BFGS estimate of H^-1 g, newest pair first."""
+
+    def down(q: Any, pair: Any) -> Any:
+        s, y, r = pair
+        alpha = r * (s @ q)
+        return q - alpha * y, alpha
+
+    q, alphas = jax.lax.scan(down, g, (moves, changes, rho))
+    size = changes[0] @ changes[0]
+    q = q * jnp.where(size > 0, (moves[0] @ changes[0]) / jnp.where(size > 0, size, 1), 1)
+
+    def up(q: Any, pair: Any) -> Any:
+        s, y, r, alpha = pair
+        return q + s * (alpha - r * (y @ q)), None
+
+    return jax.lax.scan(up, q, (moves, changes, rho, alphas), reverse=True)[0]
+
+
+def begin(xs: Multipliers) -> State:
+    """States of a batch of items before their first evaluation, which is at the given parameters."""
+
+    def one(x: Multipliers) -> State:
+        flat = ravel_pytree(x)[0]
+        zero, none = jnp.zeros((_MEMORY, len(flat)), flat.dtype), jnp.zeros((), flat.dtype)
+        return State(flat, none, none, zero[0], zero, zero, zero[:, 0], zero[0], none, none)
+
+    return jax.vmap(one)(xs)
+
+
+@partial(jax.jit, static_argnames="count")
+def improve(
+    net: Network, items: Item, like: Multipliers, states: State, weights: Any, count: int = ROUND
+) -> State:
+    """The states after `count` evaluations each; `like` are parameters of the items, for their structure.
+
+    weights (N,) of the barrier. The first evaluation is at the current parameters, as the weight may have changed.
+    """
+
+    def one(item: Item, x: Multipliers, state: State, weight: Any) -> State:
+        _, unravel = ravel_pytree(x)
+        evaluate = jax.value_and_grad(lambda v: _loss(net, item, unravel(v), weight), has_aux=True)
+
+        def advance(s: State, _: None) -> tuple[State, None]:
+            trial = s.x + s.step * s.direction
+            (f, plain), g = evaluate(trial)
+            good = jnp.isfinite(f) & jnp.isfinite(g).all() & (f <= s.f + 1e-4 * s.step * s.slope)
+            move, change = trial - s.x, g - s.g
+            bend = move @ change
+            use = good & (bend > 1e-10 * jnp.sqrt((move @ move) * (change @ change)))
+
+            def pushed(rows: Any, row: Any) -> Any:
+                return jnp.where(use, jnp.concatenate([row[None], rows[:-1]]), rows)
+
+            pairs = (
+                pushed(s.moves, move),
+                pushed(s.changes, change),
+                pushed(s.rho, 1 / jnp.where(use, bend, 1)),
+            )
+            x, f, plain, g = (
+                jnp.where(good, a, b) for a, b in ((trial, s.x), (f, s.f), (plain, s.plain), (g, s.g))
+            )
+            direction = -_newton(g, *pairs)
+            direction = jnp.where(direction @ g < 0, direction, -g)
+            direction = jnp.where(good, direction, s.direction)
+            first = jnp.where(pairs[2][0] == 0, 0.3 / (jnp.sqrt(g @ g) + 1e-30), 1)
+            step = jnp.where(good, jnp.minimum(first, 1), s.step * _SHORTER)
+            return State(x, f, plain, g, *pairs, direction, direction @ g, step), None
+
+        here = state._replace(f=jnp.full_like(state.f, jnp.inf), step=jnp.zeros_like(state.step))
+        return jax.lax.scan(advance, here, None, length=count)[0]
+
+    return jax.vmap(one)(items, like, states, weights)
+
+
+@partial(jax.jit, static_argnames="width")
+def _unravel(items: Item, like: Multipliers, flat: Any, width: int) -> Multipliers:
+    def one(item: Item, x: Multipliers, v: Any) -> Multipliers:
+        return multipliers(item, ravel_pytree(x)[1](v))
+
+    return jax.vmap(one)(items, like, flat)
+
+
+def _where(rows: np.ndarray, a: State, b: State) -> State:
+    """The states of a in these rows, else those of b."""
+    return jax.tree.map(lambda x, y: jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, y), a, b)
+
+
+class Job(NamedTuple):
+    """One search: key names it; a minimum above `goal` is enough; at most `rounds` of `ROUND` evaluations."""
+
+    key: Any
+    item: Item
+    x: Multipliers
+    goal: float
+    rounds: int
+
+
+def run(
+    net: Network,
+    jobs: Iterable[Job],
+    done: Callable[[Job, Multipliers, float], None],
+    *,
+    width: int,
+    tolerance: float,
+    wanted: Callable[[Any], bool] = lambda key: True,
+) -> None:
+    """done(job, multipliers, minimum) for every job, as it ends: at its goal, out of rounds, or where it stalls.
+
+    `width` jobs are advanced together, and a new one takes the place of one that has ended. A job stalls where a round
+    gains less than `tolerance` units. Jobs whose key is not `wanted` any more are dropped.
+    """
+    waiting = iter(jobs)
+    slots: list[Job | None] = [None] * width
+    spent, last = np.zeros(width, int), np.zeros(width)
+    held: Any = None
+
+    def fresh() -> Job | None:
+        return next((job for job in waiting if wanted(job.key)), None)
+
+    while True:
+        new = [i for i, job in enumerate(slots) if job is None or not wanted(job.key)]
+        for i in new:
+            slots[i] = fresh()
+        live = [i for i, job in enumerate(slots) if job is not None]
+        if not live:
+            return
+        new = [i for i in new if slots[i] is not None]
+        if held is None or new:
+            rows = [slots[i] if slots[i] is not None else slots[live[0]] for i in range(width)]
+            items, xs = (
+                jax.tree.map(lambda *a: np.stack(a), *[getattr(job, field) for job in rows])
+                for field in ("item", "x")
+            )
+            started = begin(xs)
+            if held is None:
+                held = started
+            else:
+                fill = np.zeros(width, bool)
+                fill[new] = True
+                held = _where(fill, started, held)
+            spent[new], last[new] = 0, np.inf
+        weights = np.maximum(_BARRIER * _FALL**spent, _LAST)
+        held = improve(net, items, xs, held, weights.astype(held.f.dtype))
+        f, finished = np.asarray(held.plain), weights <= _LAST
+        ended = []
+        for i in live:
+            job = slots[i]
+            assert job is not None
+            spent[i] += 1
+            value = -float(f[i]) * float(job.item.unit)
+            stalled = finished[i] and last[i] - f[i] < tolerance
+            if not np.isfinite(f[i]) or value > job.goal or spent[i] >= job.rounds or stalled:
+                ended.append((i, job, value))
+        last = f.copy()
+        if ended:
+            found = jax.tree.map(np.asarray, _unravel(items, xs, held.x, width))
+            for i, job, value in ended:
+                slots[i] = None
+                done(job, jax.tree.map(lambda a, i=i: a[i], found), value)
