@@ -11,8 +11,8 @@ import numpy as np
 import lipbounds as lb
 from lipbounds._lipsdp import certificate
 from lipbounds._lipsdp import proof as _proof
-from lipbounds._lipsdp.barrier import dense_gain
 from lipbounds._lipsdp.certificate import Proof
+from lipbounds._lipsdp.dense_form import dense_gain
 from lipbounds._lipsdp.state_matrices import hybrid_start, sequence
 from lipbounds._triangle.recursion import Request
 from lipbounds.results import UpperBound

@@ -164,7 +164,7 @@ class Network:
 
     def multipliers(self, proof: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """(active neurons, D) per tap, as the library pairs them."""
-        from lipbounds._lipsdp.barrier import dense_gain
+        from lipbounds._lipsdp.dense_form import dense_gain
         from lipbounds._lipsdp.state_matrices import sequence
 
         active = (

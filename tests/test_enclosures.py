@@ -14,8 +14,8 @@ from lipbounds._norms.enclosures import Enclosure
 SOURCE = pathlib.Path(lipbounds.__file__).parent
 #: Where M may be read without its error, as nothing is proved from it: (file, function), with what comes of it.
 SEARCHES = {
-    ("barrier.py", "reduce_input"),  # the problem of the barrier method, which finds T
-    ("barrier_search.py", "_moderate"),  # whether the dense form is tried
+    ("dense_form.py", "reduce_input"),  # the problem whose multipliers are searched
+    ("dense_search.py", "_moderate"),  # whether the dense form is tried
     ("search.py", "parameters_from"),  # a start of the optimiser, which finds D
     ("search.py", "_Ellipsoids.__init__"),  # the first state of the optimiser
     ("proof.py", "_raised_dense"),  # a D that propagate_dense proves

@@ -13,8 +13,8 @@ from zoo import NETS
 
 import lipbounds as lb
 from lipbounds._form.elementwise import elementwise_view
-from lipbounds._lipsdp.barrier import dense_gain
 from lipbounds._lipsdp.certificate import load_certificate
+from lipbounds._lipsdp.dense_form import dense_gain
 
 #: gather_scatter and custom_vjp have classes whose constant is LipLT's.
 QUICK = ("linear", "two_branches", "custom_vjp")

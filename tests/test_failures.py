@@ -17,7 +17,7 @@ import lipbounds as lb
 from lipbounds._comparison import compare
 from lipbounds._empirical import empirical
 from lipbounds._gain import memory_budget
-from lipbounds._lipsdp import barrier_search, certificate, ellipsoid, search, task
+from lipbounds._lipsdp import certificate, dense_search, ellipsoid, search, task
 from lipbounds._lipsdp.proof import Infeasible
 from lipbounds._local import engines
 from lipbounds._triangle import recursion
@@ -47,7 +47,7 @@ def fail(monkeypatch: pytest.MonkeyPatch, module: Any, *names: str, error: BaseE
 def fail_proofs(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """No engine of LipSDP can prove anything."""
     fail(monkeypatch, search, "repair", error=error)
-    fail(monkeypatch, barrier_search, "propagate_dense", "repair_dense", error=error)
+    fail(monkeypatch, dense_search, "repair_dense", error=error)
     fail(monkeypatch, task, "proved_constants", error=error)
 
 
@@ -86,7 +86,7 @@ def test_lipsdp_without_a_proof_in_other_ways(monkeypatch: pytest.MonkeyPatch) -
 def test_multipliers_of_a_solver_that_cannot_be_proved(monkeypatch: pytest.MonkeyPatch, solver: str) -> None:
     pytest.importorskip("cvxpy")
     form = network()
-    fail(monkeypatch, barrier_search.Dense, "proof", error=FAILURES[1])
+    fail(monkeypatch, dense_search.Dense, "prove", error=FAILURES[1])
     bound = lb.lipsdp(form, solver=solver)
     assert bound.value == lb.liplt(form).value and bound.certificate is None
     assert any("multipliers failed: Singular matrix" in note for note in bound.notes)

@@ -14,7 +14,7 @@ from zoo import NETS
 
 import lipbounds as lb
 from lipbounds._lipsdp import proof, tap_proof
-from lipbounds._lipsdp.barrier import dense_gain
+from lipbounds._lipsdp.dense_form import dense_gain
 from lipbounds._lipsdp.proof import Infeasible, prove_psd
 from lipbounds._lipsdp.state_matrices import Segment, Sequence, sequence
 from lipbounds._norms.enclosures import Enclosure

@@ -32,8 +32,8 @@ import numpy as np
 from lipbounds._form.elementwise import elementwise_view
 from lipbounds._form.lure import LureForm, check_weights
 from lipbounds._lipsdp import proof as _proof
-from lipbounds._lipsdp.barrier import dense_gain
 from lipbounds._lipsdp.certificate_file import is_certificate, pack, read, take, take_float, take_sizes
+from lipbounds._lipsdp.dense_form import DenseGain, dense_gain
 from lipbounds._lipsdp.state_matrices import hybrid_start, sequence
 from lipbounds._norms.rounding import add_up
 from lipbounds._text.calls import FAILURES, public, reason, usual_floats
@@ -49,8 +49,6 @@ from lipbounds.results import GUARANTEES, NORM_NAMES, Guarantee, UpperBound, che
 
 KINDS = ("sequence", "dense")
 RESERVE = 1e-9  # relative distance of a claim from what was proved when it was made
-
-_STRENGTHS = GUARANTEES[:-1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,13 +183,17 @@ def _reserve(x: Any) -> np.ndarray:
 
 
 def proved_constants(
-    form: LureForm, proof: Proof, *, norm: float = 2, guarantee: str = "auto", seed: int = 0
+    form: LureForm,
+    proof: Proof,
+    *,
+    norm: float = 2,
+    guarantee: str = "auto",
+    seed: int = 0,
+    gain: DenseGain | None = None,
 ) -> Constants:
-    """What one proof shows about a form, every rounding included.
+    """What one proof shows about a form, every rounding included; `gain` is its dense form where that is known.
 
-    Raises:
-        _proof.Infeasible: the multipliers prove nothing.
-        ValueError: multipliers or weights of wrong shape or not positive.
+    `_proof.Infeasible` where the multipliers prove nothing, ValueError where their shapes are wrong or one is not > 0.
     """
     weights = proof.weights
     if proof.kind not in KINDS:
@@ -202,7 +204,7 @@ def proved_constants(
     if proof.kind == "dense":
         if proof.start_at != 0:
             raise ValueError("the dense form starts at the input")
-        gain = dense_gain(form)
+        gain = dense_gain(form) if gain is None else gain
         counts = tuple(active.size for active in gain.active)
         _check_counts(proof.D, counts)
         ellipsoid = _proof.propagate_dense(gain, np.concatenate([np.zeros(0), *proof.D]), weights)
@@ -284,8 +286,8 @@ def _prove(c: Certificate, form: LureForm, request: str) -> None:
 def _check_fields(c: Certificate) -> None:
     if c.norm not in (2, math.inf):
         raise CertificateError(f"its norm is {c.norm!r}; LipSDP bounds are for norm 2 and inf")
-    if c.guarantee not in _STRENGTHS:
-        raise CertificateError(f"its guarantee is {c.guarantee!r}, known are {', '.join(_STRENGTHS)}")
+    if c.guarantee not in GUARANTEES[:-1]:
+        raise CertificateError(f"its guarantee is {c.guarantee!r}, known are {', '.join(GUARANTEES[:-1])}")
     if not 0.0 <= c.failure_probability < 1.0:
         raise CertificateError(f"its probability of failure is {c.failure_probability}")
     if not 0 <= c.seed < 2**63:

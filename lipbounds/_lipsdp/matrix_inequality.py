@@ -190,16 +190,14 @@ class Prepared:
         return T, rho
 
 
-def prepare(
-    Gy: np.ndarray, Gz: np.ndarray, n: int, layers: np.ndarray | None = None, start: np.ndarray | None = None
-) -> Prepared:
-    """Check the problem, leave out idle neurons and scale it; the start is `start` (N,) where that is better.
+def prepare(Gy: np.ndarray, Gz: np.ndarray, n: int, layers: np.ndarray | None = None) -> Prepared:
+    """Check the problem, leave out idle neurons and scale it.
 
     `layers` (N,) ints tie the multipliers of equal labels; labels must be in the order of the network.
     ValueError for wrong shapes, values that are not finite, cycles.
     """
     Gy, Gz, layers = _checked(Gy, Gz, n, layers)
-    live = _live_neurons(Gy, Gz, n, layers)
+    live = live_neurons(Gy, Gz, n, layers)
     columns = np.concatenate([np.arange(n), n + np.flatnonzero(live)])
     small_y, small_z = Gy[np.ix_(live, columns)], Gz[:, columns]
     tie = None if layers is None else np.unique(layers[live], return_inverse=True)[1]
@@ -207,12 +205,6 @@ def prepare(
     if live.any():
         nodes = levels(small_y[:, n:]) if tie is None else tie
         T0, rho0 = feasible_start(small_y, small_z, n, nodes, tie is not None)
-        given = None if start is None else np.asarray(start, np.float64)[live]
-        if given is not None and np.isfinite(given).all() and (given > 0).all():
-            given = given if tie is None else (np.bincount(tie, given) / np.bincount(tie))[tie]
-            value = smallest_rho(small_y, small_z, n, given)
-            if value < rho0:
-                T0, rho0 = given, 1.01 * value
     a = np.sqrt(T0)
     columns_ = np.concatenate([np.full(n, math.sqrt(rho0)), a])
     return Prepared(
@@ -241,7 +233,7 @@ def _reached(Gy: np.ndarray, n: int, layers: np.ndarray | None) -> np.ndarray:
     return reached if layers is None else np.isin(layers, np.unique(layers[reached]))
 
 
-def _live_neurons(Gy: np.ndarray, Gz: np.ndarray, n: int, layers: np.ndarray | None) -> np.ndarray:
+def live_neurons(Gy: np.ndarray, Gz: np.ndarray, n: int, layers: np.ndarray | None) -> np.ndarray:
     """Neurons on a path from x to the output; by whole layers where these are tied."""
     between = Gy[:, n:] != 0
     live = closure((Gy[:, :n] != 0).any(axis=1), between)

@@ -20,7 +20,7 @@ import scipy.sparse as sp
 from scipy.linalg import cholesky, eigvalsh, solve_triangular
 
 from lipbounds._lipsdp import tap_proof
-from lipbounds._lipsdp.barrier import DenseGain
+from lipbounds._lipsdp.dense_form import DenseGain
 from lipbounds._lipsdp.state_matrices import Segment, Sequence
 from lipbounds._lipsdp.tap_proof import (
     CEILING,

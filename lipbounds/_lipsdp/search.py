@@ -1,4 +1,4 @@
-"""How LipSDP's multipliers are found: the ellipsoid recursion, Newton's method on the dense form, or CVXPY.
+"""How LipSDP's multipliers are found: vectors on the dense form, the ellipsoid recursion, or CVXPY.
 
 Each engine is a function that returns its proofs (`Answer`), `by_recursion` or `through_cvxpy`; what multipliers are
 worth is computed by `certificate.proved_constants` alone.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,10 +21,9 @@ from scipy.linalg import eigvalsh, solve
 from lipbounds._form.elementwise import elementwise_view
 from lipbounds._form.lure import LureForm
 from lipbounds._lipsdp import cvxpy_solver, ellipsoid, recursion_step
-from lipbounds._lipsdp.barrier import dense_gain
-from lipbounds._lipsdp.barrier_search import Dense, Solved, small_dense, threads
 from lipbounds._lipsdp.certificate import Proof
 from lipbounds._lipsdp.core import relative_multipliers
+from lipbounds._lipsdp.dense_search import Dense, Solved, small_dense, threads
 from lipbounds._lipsdp.proof import repair
 from lipbounds._lipsdp.solvers import Cvxpy, Recursion
 from lipbounds._lipsdp.state_matrices import WIDEST, Segment, Sequence, first_tap, hybrid_start, sequence
@@ -33,12 +33,10 @@ from lipbounds._text.progress import say
 from lipbounds._triangle import recursion
 from lipbounds._triangle.recursion import Request
 
-#: Networks with at most this many multipliers and inputs (after reduction) together are solved by Newton's method.
-POLISHED = 330
-#: All pairs are solved one by one where that takes about so many seconds.
-EVERY_PAIR = 15.0
-#: The same where states are too wide for the recursion to start at the input.
-DENSE_ONLY = 1100
+#: Networks with at most this many multipliers and inputs (after reduction) together are solved on the dense form.
+DENSE = 2048
+#: Every pair gets multipliers of its own where that takes about so many seconds.
+EVERY_PAIR = 30.0
 Wanted = Callable[[Segment, np.ndarray], np.ndarray]
 _MANY_BLOCKS = 400
 _LOST = 1e-2  # relative excess of a proof over L that calls for another one
@@ -197,7 +195,7 @@ class _Attempts:
         self.solved, self.dense, place = dict[str, Solved](), None, _place(task, how)
         if task.norm == 2 and how.start_at is None and how.iterations is None:
             with self.noting("the dense form"):
-                self.dense = small_dense(task, DENSE_ONLY if place else POLISHED)
+                self.dense = small_dense(task, DENSE)
         self.possible = task.norm == 2 or not place
         if not self.possible:
             self.notes.append("too wide for an ellipsoid in the l-inf norm")
@@ -233,72 +231,84 @@ class _Attempts:
                 self.notes.append(said)
                 self.found.append(self.task.prove(proof))
 
-    def newton(self, C: np.ndarray, what: str) -> Found | None:
-        """By Newton's method for the outputs C z, where there is a dense form."""
+    def exact(self, outputs: dict[str, np.ndarray]) -> list[Found]:
+        """On the dense form, if there is one, for each of the outputs C z."""
+        before = len(self.found)
         if self.dense is not None:
-            with self.noting(f"Newton ({what})"):
-                proof, self.solved[what] = self.dense.solve(C, what)
-                self.found.append(self.task.prove(proof))
-                return self.found[-1]
-        return None
+            if len(outputs) > 1:
+                say(f"the dense form of {len(outputs)} problems")
+            with self.noting("the dense form"):
+                solved = self.dense.solve(list(outputs.values()))
+                for (what, C), (T, one) in zip(outputs.items(), solved, strict=True):
+                    with self.noting(f"the proof ({what})"):
+                        self.found.append(self.dense.prove(self.task, C, T))
+                        self.solved[what] = one
+                        say(f"{what}: {one.value:.6g} in float arithmetic")
+        return self.found[before:]
 
-    def network(self) -> bool:
-        """Prove the constant of the network; True where Newton's method is not enough.
+    def network(self, more: dict[str, np.ndarray]) -> bool:
+        """Prove the constant of the network, and those of pairs with it; True where the dense form is not enough.
 
-        It failed, or its proof is far above the value in float arithmetic, as it can be where neurons hardly move, and
-        the recursion may prove more.
+        There is none, or its proof is far above the value in float arithmetic, as it can be where neurons hardly move,
+        and the recursion may prove more.
         """
-        exact = self.newton(np.eye(self.task.form.num_outputs), "network")
-        loose = exact is None or exact.constants.value > (1 + _LOST) * self.solved["network"].value
+        found = self.exact({"network": np.eye(self.task.form.num_outputs), **more})
+        solved = self.solved.get("network")
+        loose = solved is None or found[0].constants.value > (1 + _LOST) * solved.value
         if loose:
             self.recursion("value")
         return loose
 
-    def pairs(self, how: Recursion, loose: bool) -> None:
-        """All pairs: each by Newton's method where that is quick, else together, and the worst of them once more."""
+    def every_pair(self, how: Recursion) -> dict[str, np.ndarray]:
+        """The rows C of all pairs, where each can have multipliers of its own."""
         k = self.task.form.num_outputs
-        i, j = np.triu_indices(k, 1)
-        exact = isinstance(how.objective, str) and how.objective == "mean"
-        each = exact and self.dense is not None and self.dense.seconds * len(i) <= EVERY_PAIR
-        if each:
-            for a, b in zip(i.tolist(), j.tolist(), strict=True):
-                self.newton(pair(k, a, b), f"pair {a}, {b}")
+        mean = isinstance(how.objective, str) and how.objective == "mean"
+        if self.dense is None or not mean or self.dense.seconds(k * (k - 1) // 2) > EVERY_PAIR:
+            return {}
+        return {f"pair {a}, {b}": pair(k, a, b) for a, b in itertools.combinations(range(k), 2)}
+
+    def pairs(self, how: Recursion, each: bool, loose: bool) -> None:
+        """All pairs together where not `each` has been solved, and the worst of them once more."""
+        k = self.task.form.num_outputs
         if loose or not each:
             self.recursion(*pair_objective(how.objective, k))
         if each or not how.refine or not self.found:
             return
+        i, j = np.triu_indices(k, 1)
         worst = np.argsort(-np.min([f.constants.pairwise for f in self.found], axis=0)[i, j])[: how.refine]
-        for a, b in zip(i[worst].tolist(), j[worst].tolist(), strict=True):
-            if self.newton(pair(k, a, b), f"pair {a}, {b}") is None:
-                rows = pair(k, a, b)
-                self.recursion("pairs", np.abs(rows.T @ rows) * (1 - np.eye(k)))
+        rows = {f"pair {a}, {b}": pair(k, a, b) for a, b in zip(i[worst], j[worst], strict=True)}
+        if not self.exact(rows):
+            for C in rows.values():
+                self.recursion("pairs", np.abs(C.T @ C) * (1 - np.eye(k)))
 
     def answer(self) -> Answer:
-        return Answer(tuple(self.found), (*self.notes, *_newtons(list(self.solved.values()))))
+        return Answer(tuple(self.found), (*self.notes, *_said(list(self.solved.values()))))
 
 
 def by_recursion(task: Task, how: Recursion, pairwise: bool) -> Answer:
-    """Proofs for the whole network, then for the pairs.
+    """Proofs for the whole network, and for the pairs.
 
-    By Newton's method on the dense form where the network is small, else by the recursion.
+    On the dense form where the network is small enough, else by the recursion.
     """
     attempts = _Attempts(task, how)
     with threads(attempts.dense):
         if how.initial is not None:
             attempts.given()
         if how.initial is None or how.iterations != 0:
-            loose = attempts.network()
-            if pairwise and task.form.num_outputs > 1:
-                attempts.pairs(how, loose)
+            pairwise = pairwise and task.form.num_outputs > 1
+            each = attempts.every_pair(how) if pairwise else {}
+            loose = attempts.network(each)
+            if pairwise:
+                attempts.pairs(how, bool(each), loose)
     return attempts.answer()
 
 
-def _newtons(solved: list[Solved]) -> tuple[str, ...]:
-    """What Newton's method did, in words."""
+def _said(solved: list[Solved]) -> tuple[str, ...]:
+    """What was done on the dense form, in words."""
     if not solved:
         return ()
     (steps, value, gap), rest = solved[0], solved[1:]
-    text = f"Newton: {steps} steps, {value:.7g} in float arithmetic, relative gap {gap:.1g}"
+    text = f"dense form: {steps} steps, {value:.7g} in float arithmetic, relative gap {gap:.1g}"
     if rest:
         most, _, widest = (max(column) for column in zip(*rest, strict=True))
         text += f"; {len(rest)} pairs, at most {most} steps, gap {widest:.1g}"
@@ -347,7 +357,7 @@ def pair_objective(objective: str | np.ndarray, k: int) -> tuple[str, np.ndarray
 
 def through_cvxpy(task: Task, how: Cvxpy, pairwise: bool) -> Answer:
     """LipSDP through CVXPY: one problem for the network, and one per pair."""
-    dense = Dense(dense_gain(task.form), task.layers)
+    dense = Dense(task.gain, task.layers)
     k = task.form.num_outputs
     found, notes, solved = list[Found](), list[str](), list[cvxpy_solver.SdpResult]()
     problems = [np.eye(k)]
@@ -366,7 +376,7 @@ def through_cvxpy(task: Task, how: Cvxpy, pairwise: bool) -> Answer:
         )
         solved.append(result)
         try:
-            found.append(task.prove(dense.proof(C, result.T)))
+            found.append(dense.prove(task, C, result.T))
         except FAILURES as error:
             notes.append(f"the proof of {how.name}'s multipliers failed: {reason(error)}")
     first, rest = solved[0], solved[1:]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from lipbounds._form.lure import LureForm
 from lipbounds._lipsdp.certificate import Constants, Proof, proved_constants
+from lipbounds._lipsdp.dense_form import DenseGain, dense_gain
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +28,16 @@ class Task:
     seed: int
     layers: bool
 
+    @cached_property
+    def gain(self) -> DenseGain:
+        """The dense form, for all proofs of one request."""
+        return dense_gain(self.form)
+
     def prove(self, proof: Proof) -> Found:
-        found = proved_constants(self.form, proof, norm=self.norm, guarantee=self.guarantee, seed=self.seed)
+        gain = self.gain if proof.kind == "dense" else None
+        found = proved_constants(
+            self.form, proof, norm=self.norm, guarantee=self.guarantee, seed=self.seed, gain=gain
+        )
         return Found(proof, found)
 
 
