@@ -12,8 +12,9 @@ biases: anyone can run this again.
 Every cell (one net, one method) is a process of its own with a time limit, run one after another; imports and
 tracing are not counted. "first" is the first call, compilation included, "second" the same call on a new
 trace of the net, which compiles nothing and finds no cached result. Ratios are of second calls within one
-run. "lipsdp" is `lb.lipsdp(form)` as a user calls it: small nets are solved by Newton's method on the dense
-form, larger ones by the ellipsoid recursion, and the remark says which; "recursion" is the recursion alone.
+run. "lipsdp" is `lb.lipsdp(form)` as a user calls it: nets of up to 2048 multipliers and inputs are solved to the
+optimum on the dense form, larger ones by the ellipsoid recursion, and the remark says which; "recursion" is the
+recursion alone.
 
 Values of eclipse-nn (`pip install eclipse-nn`) are as reported: nothing proves them. Tables, figures and
 numbers go to benchmarks/results/.
@@ -307,8 +308,7 @@ def cells(row: Json) -> list[str]:
 
 def said(row: Json) -> str:
     """What found the value: the engine and its steps for ours, the peer's own words, once each."""
-    notes = [note for note in row["notes"] if not note.startswith("Newton (pair")]
-    return "; ".join(notes) if row["method"] not in ("slope found", "liplt", "naive") else ""
+    return "; ".join(row["notes"]) if row["method"] not in ("slope found", "liplt", "naive") else ""
 
 
 def draw(sweeps: dict[str, list[Json]], path: Path) -> None:

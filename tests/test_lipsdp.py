@@ -111,7 +111,7 @@ def test_random_networks_against_clarabel() -> None:
     ],
 )
 def test_the_recursion_alone_against_clarabel(kind: str) -> None:
-    """`iterations` asks for the recursion, without Newton's method."""
+    """`iterations` asks for the recursion, without the dense form."""
     form = plain(kind)
     exact = reference(form)
     found = lb.lipsdp(form, solver=lb.Recursion(iterations=900))
@@ -347,7 +347,7 @@ def test_the_sizes_of_the_layers_only_multiply(scales: tuple[float, ...], option
 
 @pytest.mark.slow
 def test_layers_sixty_orders_of_magnitude_apart() -> None:
-    """Where Newton's multipliers have no proof in float64 the recursion steps in."""
+    """Where the optimal multipliers have no proof in float64 the recursion steps in."""
     one, other = scaled_by((1, 1, 1), {}), scaled_by((1e30, 1e-30, 1e-8), {})
     assert 1 - NOT_BELOW <= other.value / (one.value * 1e-8) <= 1 + ABOVE
 

@@ -93,7 +93,7 @@ def test_a_certificate_for_weights_that_are_not_finite_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_a_neuron_that_hardly_moves_does_not_loosen_newtons_proof() -> None:
+def test_a_neuron_that_hardly_moves_does_not_loosen_the_proof() -> None:
     rng = np.random.default_rng(0)
     weights = [rng.standard_normal(shape) for shape in ((6, 8), (6, 6), (3, 6))]
     weights[0][2] *= 1e-12

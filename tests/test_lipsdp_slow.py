@@ -276,7 +276,7 @@ LARGER: dict[str, Callable[[], LureForm]] = {
 @needs_cvxpy
 @pytest.mark.slow
 def test_a_hundred_random_networks_against_clarabel() -> None:
-    """Newton (the default) is exact; the recursion alone is held against it on every fifth network."""
+    """The dense form (the default) is exact; the recursion alone is held against it on every fifth network."""
     excess, pure, seconds = {}, {}, np.zeros(3)
     for number in range(108):
         name, form = random_net(number)

@@ -22,7 +22,6 @@ from lipbounds._norms import matrices as norms
 from lipbounds._norms.enclosures import Enclosure
 from lipbounds._text.calls import FAILURES
 
-_ONE_THREAD = 500  # multipliers up to which one BLAS thread is the fastest
 _AS_GOOD = 1e-8  # relative excess of a proof over L in float arithmetic that is not worth another try
 _SHARES = (0.0, *np.logspace(-10, 0, 31).tolist())
 _COARSE = range(3, 19, 3)
@@ -158,8 +157,8 @@ def _moderate(block: Enclosure) -> bool:
 
 @contextlib.contextmanager
 def threads(dense: Dense | None) -> Iterator[None]:
-    """One BLAS thread for small matrices, which several threads only slow down."""
-    if dense is None or dense.size > _ONE_THREAD:
+    """One BLAS thread for the many small products of the dense form: several would wait for each other."""
+    if dense is None:
         yield
     else:
         with threadpool_limits(limits=1, user_api="blas"):

@@ -21,8 +21,8 @@ class Recursion:
     """The ellipsoid recursion, as the `solver` of `lb.lipsdp`.
 
     Args:
-        iterations: None chooses by size, and small networks are then solved by Newton's method on the dense form, to
-            the optimum.
+        iterations: None chooses by size, and networks of up to about 2000 neurons are then solved to the optimum on
+            vectors instead (docs/lipsdp.md).
         start_at: the tap where the ellipsoid starts; None chooses by size, 0 is the input.
         objective: what the pass for the pairs minimises: "mean" of log L_ij, the "largest" L_ij, or the mean of log
             L_ij with the given weights (K, K), symmetric, >= 0.
