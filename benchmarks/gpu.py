@@ -4,6 +4,7 @@
     python benchmarks/gpu.py slopes OUT.json          steepest slopes that they attain (on the CPU)
     python benchmarks/gpu.py check CPU.json SLOPES.json GPU.json OUT.json       against them and attacks (on the CPU)
     python benchmarks/gpu.py traces OUT.json          whether `lb.trace` refuses programs that the device rounds
+    python benchmarks/gpu.py proofs OUT.json          proofs of norms and semidefinite matrices, there and here
     python benchmarks/gpu.py steps OUT.json           a CRM step of 6C2F: LipLT, naive, no radius term
     python benchmarks/gpu.py data DIR                 files in the format of CIFAR-10 with made-up images
     python benchmarks/gpu.py speed OUT.json           seconds of lb.liplt, lb.lipsdp, lb.local
@@ -375,7 +376,36 @@ def speed(out: Path, small: bool) -> None:
         rows.add(what=name, turn=turn, **found)
 
 
+def proofs(out: Path, small: bool) -> None:
+    """Proofs of single matrices, first and again, on the device and on the host: seconds and the bounds themselves."""
+    from lipbounds._lipsdp.tap_proof import prove_psd
+    from lipbounds._norms.matrices import verified_norm
+    from lipbounds._text.device import proofs_on
+
+    rows, rng = Rows(out), np.random.default_rng(0)
+
+    def semidefinite(m: np.ndarray) -> float:
+        return float(prove_psd(m))
+
+    for shape in [(700, 600)] if small else [(2000, 1000), (2000, 2000), (8192, 4096), (8192, 8192)]:
+        a = rng.standard_normal(shape) / np.sqrt(shape[0])
+        gram = a.T @ a
+        gram.flat[:: len(gram) + 1] += 1e-7
+        checks: dict[str, Callable[[], float]] = {
+            "norm": lambda a=a: verified_norm(a),
+            "positive definite": lambda m=gram: semidefinite(m),
+        }
+        for what, proof in checks.items():
+            for place in ("auto", "auto", "cpu"):
+                if place == "cpu" and max(shape) ** 2 * min(shape) > 3e11:
+                    continue
+                with proofs_on(place) as notes:
+                    found = attempt(proof)
+                    rows.add(what=what, shape=str(shape), place=place, notes="; ".join(notes), **found)
+
+
 PARTS: dict[str, Callable[..., None]] = {
+    "proofs": proofs,
     "bounds": bounds,
     "slopes": slopes,
     "traces": traces,

@@ -3,6 +3,7 @@ refused where products are not IEEE products."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
@@ -217,6 +218,23 @@ def test_blocks_are_proved_on_the_device_from_either_side() -> None:
     assert set(ways.values()) == {"residual on a GPU"}
     assert {part.shape[0] > part.shape[1] for part in bound.parts} == {True, False}
     assert SAID in bound.notes
+
+
+def test_blocks_without_a_centre_are_proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LipLT takes the naive bound's norms of the maps from one layer to the next, with their factor."""
+    calls = []
+    original = device_blocks._norm
+    monkeypatch.setattr(device_blocks, "_norm", lambda *args: calls.append(args) or original(*args))
+    rng = np.random.default_rng(0)
+    form = lb.from_weights([rng.standard_normal((m, n)) for n, m in itertools.pairwise((3, 4, 5, 6, 2))])
+    naive = lb.naive(form)
+    assert len(calls) == 3
+    bound = lb.liplt(form)
+    assert len(calls) == 3 + 3 + 3  # the naive bound's again, and those that pass over layers
+    halves = {(part.source, part.target): part.value for part in bound.parts}
+    for part in naive.parts:
+        if part.source != "input" and part.target != "output":
+            assert halves[part.source, part.target] == part.value / 2
 
 
 @pytest.mark.parametrize("power", [30, 44])

@@ -338,7 +338,7 @@ def _top(g: Tiles, n: int, device: Any) -> float:
         there = jax.device_put(v.reshape(-1, TILE), device)
         return np.asarray(_symmetric_product(tiles, rows, columns, there)).reshape(-1)
 
-    return top_eigenvalue(apply, n)
+    return top_eigenvalue(apply, n, tol=1e-10)
 
 
 def wanted(n: int) -> Any:
