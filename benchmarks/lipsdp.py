@@ -4,6 +4,7 @@
     python benchmarks/lipsdp.py --quick               four small nets, one minute at most for each cell
     python benchmarks/lipsdp.py --nets 20-40-40-10 "32-[64]x5-10" --solvers recursion clarabel
     python benchmarks/lipsdp.py --plot                time against width and against depth, and nothing else
+    python benchmarks/lipsdp.py --cold                the first call of a fresh process, and a second net of its shapes
 
 `20-40-10` has 20 inputs, one hidden layer of 40 relus and 10 outputs; `[20]x8` repeats a layer; a name that
 ends in "leaky" has slopes 0.1 and 1. Entries of a weight matrix are N(0, 1) / sqrt(fan in), seed 0, no
@@ -61,6 +62,7 @@ NETS = (
 QUICK = ("20-40-40-10", "10-[20]x8-5", "64-32-32-10", "digits CNN")
 WIDTHS = tuple(f"64-[{width}]x3-10" for width in (16, 32, 64, 128, 256, 512))
 DEPTHS = tuple(f"64-[64]x{depth}-10" for depth in (2, 4, 8, 16, 32, 64))
+COLD = (("5-[50]x6-5", True), ("1-[128]x3-1", False), ("64-[128]x2-10", True), ("100-[400]x2-10", False))
 LEAK = 0.1
 ONCE = 30.0  # seconds after which a call is not repeated
 
@@ -71,7 +73,7 @@ def matrix(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
 
 
-def chain(name: str) -> tuple[list[np.ndarray], bool]:
+def chain(name: str, seed: int = 0) -> tuple[list[np.ndarray], bool]:
     """Weights (out, in) of a chain by its name, and whether it is leaky. ValueError for other names."""
     text, leaky = name.removesuffix(" leaky"), name.endswith(" leaky")
     widths: list[int] = []
@@ -82,7 +84,7 @@ def chain(name: str) -> tuple[list[np.ndarray], bool]:
         widths += [int(found[3])] if found[3] else [int(found[1])] * int(found[2])
     if len(widths) < 3 or min(widths) < 1:
         raise ValueError(f"a chain needs at least one hidden layer, got {name!r}")
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     return [matrix(rng, n, m) for m, n in itertools.pairwise(widths)], leaky
 
 
@@ -281,6 +283,54 @@ def sweep(nets: Iterable[str], limit: float) -> list[Json]:
     return rows
 
 
+# --------------------------------------------------------------------------------------------- cold and warm
+def cold(name: str, pairwise: bool, started: float) -> Json:
+    """In this process, begun at `started`: `lb.lipsdp` of a chain, then of one of its shapes with other weights."""
+    found: Json = {}
+    for seed, what in enumerate(("cold", "warm")):
+        form = lb.from_weights(chain(name, seed)[0])
+        wall, cpu = time.perf_counter(), time.process_time()
+        bound = lb.lipsdp(form, pairwise=pairwise, progress=False)
+        found |= {what: time.perf_counter() - wall, f"{what}_cpu": time.process_time() - cpu}
+        found |= {f"{what}_value": bound.value}
+        if seed == 0:
+            found |= dict(value=bound.value, notes=list(bound.notes), process_cpu=time.process_time())
+            found["process"] = time.time() - started
+    return found
+
+
+def cold_rows() -> list[Json]:
+    """Each case of `COLD` in a process of its own, without compiled programs of earlier ones."""
+    rows = []
+    for name, pairwise in COLD:
+        command = [
+            sys.executable,
+            __file__,
+            "--cold-cell",
+            name,
+            "pairs" if pairwise else "",
+            str(time.time()),
+        ]
+        free = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+        load = os.getloadavg()[0]
+        done = subprocess.run(command, capture_output=True, text=True, env=free, check=True)
+        rows.append(dict(net=name, pairwise=pairwise, load=load) | json.loads(done.stdout.splitlines()[-1]))
+        print(f"{name}: {rows[-1]['cold']:.2f} s, then {rows[-1]['warm']:.2f} s", file=sys.stderr, flush=True)
+    return rows
+
+
+def cold_table(rows: list[Json]) -> Table:
+    columns = ("net", "pairs", "value", "first call, s", "CPU s", "with imports, s", "CPU s", "second net, s",
+               "CPU s", "load", "remark")  # fmt: skip
+    keys = ("cold", "cold_cpu", "process", "process_cpu", "warm", "warm_cpu", "load")
+    lines = [
+        [r["net"], "all" if r["pairwise"] else "", f"{r['value']:.6g}", *(f"{r[k]:.2f}" for k in keys)]
+        + ["; ".join(r["notes"])]
+        for r in rows
+    ]
+    return table("lipsdp in a fresh process, and of a second net of the same shapes", columns, lines, LEFT)
+
+
 # -------------------------------------------------------------------------------------------------- results
 LEFT = ("net", "method", "guarantee", "remark")
 COLUMNS = ("net", "method", "value", "/ slope found", "/ lipsdp", "guarantee", "first, s", "second, s") + (
@@ -361,7 +411,14 @@ def main() -> None:
         "--plot", action="store_true", help="only the sweeps over width and depth, and their figure"
     )
     parser.add_argument("--cell", nargs=2, metavar=("NET", "METHOD"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--cold", action="store_true", help="only first calls of fresh processes, and second nets"
+    )
+    parser.add_argument("--cold-cell", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.cold_cell:
+        print(json.dumps(cold(args.cold_cell[0], bool(args.cold_cell[1]), float(args.cold_cell[2]))))
+        return
     if args.cell:
         print(json.dumps(cell(*args.cell)))
         return
@@ -372,6 +429,17 @@ def main() -> None:
     limit = args.limit or (60.0 if args.quick else 900.0)
     where = environment("lipsdp.py", ("cvxpy", "clarabel", "scs", "eclipse-nn")) | dict(limit_seconds=limit)
     stem = "lipsdp-" + where["device"].split()[0] + ("-quick" if args.quick else "")
+    if args.cold:
+        rows = cold_rows()
+        keep(
+            args.out,
+            f"{stem}-cold",
+            where | dict(load_after=os.getloadavg()[0]),
+            [cold_table(rows)],
+            rows=rows,
+        )
+        Console(width=160).print(cold_table(rows))
+        return
     if args.plot:
         few = 3 if args.quick else None
         sweeps = {"width": sweep(WIDTHS[:few], limit), "depth": sweep(DEPTHS[:few], limit)}

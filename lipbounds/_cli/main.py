@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 import lipbounds as lb
-from lipbounds._cli import common, tables, train
+from lipbounds._cli import common, programs, tables, train
 from lipbounds._cli.certify import certify
 from lipbounds._cli.common import Json, refusals
 from lipbounds._cli.evaluate import evaluate
@@ -67,6 +67,15 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    ctx: typer.Context,
+    cache: Annotated[
+        bool,
+        typer.Option(
+            "--cache/--no-cache",
+            help="Keep compiled programs for the next run, in the folder `lipbounds` of the user's cache or in "
+            f"{programs.VARIABLE} ('off': nowhere). A folder chosen for jax is used as it is.",
+        ),
+    ] = True,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
@@ -96,6 +105,7 @@ def root(
 
     Exit codes: 0 success, 1 error, 2 wrong usage.
     """
+    ctx.with_resource(programs.kept(cache))
 
 
 @app.command()

@@ -44,7 +44,7 @@ class Dense:
         self.Gy, self.Gz = reduce_input(gain)
         self.n = self.Gy.shape[1] - gain.Gy.shape[0]
         self.ties = gain.labels if layers else None
-        self._last = 0  # place in _SHARES of the last proof
+        self._last, self._usual = 0, 0.0  # place in _SHARES of the last proof, and what it lost
 
     @property
     def size(self) -> int:
@@ -93,14 +93,15 @@ class Dense:
             failed, place = (middle, place) if excess(middle) == math.inf else (failed, middle)
         if place == 0 and excess(place) > (1 + _WORTH) * best:  # at the edge of what floats can prove
             place = min((place, *_COARSE), key=excess)
+        enough = (1 + max(_AS_GOOD, 1.5 * self._usual if place == self._last else 0.0)) * best
         for step in (-1, 1):
-            while 0 <= place + step < len(_SHARES) and excess(place) > (1 + _AS_GOOD) * best:
+            while 0 <= place + step < len(_SHARES) and excess(place) > enough:
                 if excess(place + step) >= excess(place):
                     break
                 place += step
         found = tried[place][1]
         if found is not None and excess(place) <= (1 + 1e3 * _WORTH) * best:
-            self._last = place
+            self._last, self._usual = place, excess(place) / best - 1 if best else 0.0
             return found
         try:
             D = repair_dense(self.gain, (best**2 if 0 < best < math.inf else 1.0) / T)
