@@ -36,7 +36,7 @@ from rich.table import Table
 
 import lipbounds as lb
 from lipbounds._comparison.bracket import Bracket
-from lipbounds._lipsdp.state_matrices import WIDEST, first_tap
+from lipbounds._lipsdp.state_matrices import TAIL, first_tap
 from lipbounds._text.tables import show
 from lipbounds.training.data import digits
 
@@ -109,7 +109,7 @@ def measure(name: str, size: Size, *, steps: int, climb: int, count: int, lipsdp
     naive = lb.naive(lb.trace(model, x[0]))  # a form of its own: LipLT shall find no norms ready
     liplt = lb.liplt(form)
     bounds = {"naive": naive, "liplt": liplt}
-    if lipsdp and first_tap(form, WIDEST) < len(form.taps):
+    if lipsdp and first_tap(form, TAIL) < len(form.taps):
         bounds["lipsdp"] = lb.lipsdp(form)
     found = lb.empirical(form, x[:256], steps=climb)
     tightness = {key: Bracket(found, bound).ratio for key, bound in bounds.items()}

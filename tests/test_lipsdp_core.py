@@ -142,7 +142,7 @@ def test_wide_fronts_are_left_to_liplt(name: str, monkeypatch: pytest.MonkeyPatc
     form = trace(name)
     whole, plain = lb.lipsdp(form).value, lb.liplt(form).value
     widths = [tap.size_out for tap in form.taps]
-    monkeypatch.setattr(core_module, "WIDEST", max(widths) - 1)
+    monkeypatch.setattr(core_module, "TAIL", max(widths) - 1)
     state = begin(form)
     assert state.front != () and len(jax.tree.leaves(state.multipliers)) < len(form.taps)
     for _ in range(6):

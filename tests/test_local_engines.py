@@ -53,7 +53,8 @@ def known(name):
 def net(request, monkeypatch):
     name = getattr(request, "param", "mlp")
     monkeypatch.setattr(engines, "_READY", weakref.WeakKeyDictionary())
-    monkeypatch.setattr(engines, "WIDEST", WIDE[name])
+    monkeypatch.setattr(engines, "TAIL", WIDE[name])
+    monkeypatch.setattr(engines, "_WORK", 0)  # without ellipsoids of the whole
     return known(name)
 
 
@@ -65,7 +66,7 @@ def results(net, tries=2, **options):
 
 def alone(net, monkeypatch, engine, **options):
     with monkeypatch.context() as patch:
-        patch.setattr(engines, "ways", lambda form, norm, guarantee: (engine,))
+        patch.setattr(engines, "ways", lambda *_: (engine,))
         return results(net, **options)
 
 
@@ -171,7 +172,7 @@ def test_the_front_is_bounded_as_asked_for(net, monkeypatch):
         return *real(form, k, request)[:3], word, failure
 
     monkeypatch.setattr(engines, "hybrid_start", uncertain)
-    monkeypatch.setattr(engines, "ways", lambda form, norm, guarantee: ("hybrid",))
+    monkeypatch.setattr(engines, "ways", lambda *_: ("hybrid",))
     for guarantee, seed in (("auto", 3), ("auto", 4), ("verified", 4), ("auto", 3)):
         near = lb.local(form, x, EPS, bound=bound, guarantee=guarantee, seed=seed)
         assert near.guarantee == ("verified" if guarantee == "verified" else "probabilistic")
@@ -199,22 +200,23 @@ def test_blocks_of_the_front_are_proved_once(monkeypatch):
 
 def test_the_only_engine_that_applies(net, monkeypatch):
     form, x, _, bound = net
-    monkeypatch.setattr(engines, "WIDEST", 5)  # the outputs are wider: nothing is left behind a cut
+    monkeypatch.setattr(engines, "TAIL", 5)  # the outputs are wider: nothing is left behind a cut
     assert engines.ways(form, 2, "auto") == ("LipLT",) and engines.ways(form, 2, "verified") == ("hybrid",)
     near = lb.local(form, x, EPS, bound=bound)
     assert near.guarantee == "probabilistic" and (near.value < bound.value).all()
     assert (lb.local(form, x, EPS, bound=bound, guarantee="verified").value <= bound.value).all()
     monkeypatch.setattr(engines, "LIMIT", 100)
-    monkeypatch.setattr(engines, "WIDEST", WIDE["mlp"])
+    monkeypatch.setattr(engines, "TAIL", WIDE["mlp"])
     near = lb.local(form, x, EPS, bound=bound)
     assert any("wide front would take" in note for note in near.notes)
 
 
-@pytest.mark.parametrize(("name", "value", "norm"), [("WIDEST", 26, np.inf), ("_MOST_OUTPUTS", 5, 2)])
+@pytest.mark.parametrize(("name", "value", "norm"), [("TAIL", 26, np.inf), ("_MOST_OUTPUTS", 5, 2)])
 def test_global_radii_stand_where_no_engine_applies(name, value, norm, monkeypatch):
     form, x, y, _ = known("mlp")
     bound = lb.liplt(form, norm=norm, pairwise=True)
     monkeypatch.setattr(engines, name, value)
+    monkeypatch.setattr(engines, "_WORK", 0)
     found = lb.certified_radius(form, x, y, bound=bound, local=True)
     reference = lb.certified_radius(form, x, y, bound=bound)
     np.testing.assert_array_equal(found.radius, reference.radius)
@@ -233,6 +235,6 @@ def test_a_network_that_is_wide_by_itself(monkeypatch):
     found = lb.certified_radius(*net, local=True).radius
     for engine in ENGINES:
         with monkeypatch.context() as patch:
-            patch.setattr(engines, "ways", lambda form, norm, guarantee, engine=engine: (engine,))
+            patch.setattr(engines, "ways", lambda *_, engine=engine: (engine,))
             assert (found >= lb.certified_radius(*net, local=True).radius).all()
     assert engines.ways(form, 2, "auto") == ENGINES

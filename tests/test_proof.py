@@ -17,6 +17,7 @@ from lipbounds._lipsdp import proof, tap_proof
 from lipbounds._lipsdp.dense_form import dense_gain
 from lipbounds._lipsdp.proof import Infeasible, prove_psd
 from lipbounds._lipsdp.state_matrices import Segment, Sequence, sequence
+from lipbounds._norms import schur
 from lipbounds._norms.enclosures import Enclosure
 
 Rational = list[list[Fraction]]
@@ -171,6 +172,7 @@ def test_a_matrix_that_is_not_psd_is_never_proved_and_the_shift_is_why(
     assert not is_psd(fractions(nearly_singular(3)))
     assert false_proofs(200) == []
     monkeypatch.setattr(tap_proof, "U", 0.0)
+    monkeypatch.setattr(schur, "U", 0.0)
     wrong = false_proofs(200)
     assert wrong, "without the shift no proof was wrong: the matrices are too easy"
     assert not is_psd(fractions(nearly_singular(wrong[0])))
@@ -246,6 +248,7 @@ def test_without_margins_a_proof_is_wrong(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(tap_proof, "prove_psd", lambda m, slack=0.0: True)  # it refuses what has no margin
     assert all(covered())
     monkeypatch.setattr(tap_proof, "U", 0.0)
+    monkeypatch.setattr(schur, "U", 0.0)
     monkeypatch.setattr(tap_proof, "gamma", lambda n: 0.0)
     monkeypatch.setattr(tap_proof, "_enclosure_slack", lambda tap, s, d, a, w: (0.0, np.zeros(len(w))))
     assert not all(covered())

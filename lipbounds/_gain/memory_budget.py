@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
+from lipbounds._form.lure import LureForm, state_sequence
 from lipbounds._form.program import Op
 from lipbounds._form.walk import walk
 from lipbounds._gain.blocks import Forward, HostForm, Node, TapScaling
@@ -76,6 +77,25 @@ def check_pairs(count: int, budget: Budget | None) -> None:
             + (": " if budget is None else " (memory): ")
             + "leave pairwise=True out (sqrt2() or any_pair() of the bound holds for every pair), or keep fewer outputs"
         )
+
+
+def of_ellipsoids(view: LureForm) -> tuple[int, float]:
+    """(bytes, operations) of the ellipsoid recursion around one example, on an elementwise view; upper estimates.
+
+    At a tap with n neurons, m of them and of the state that lives on, and d entries behind it, the largest arrays are
+    Q (m, m), P Q (d, m) and two of the size of the active neurons (n, n), or two of (n, d) and one of (d, d). A factor
+    (n, n) and a solution (n, d) are kept to the end. The operations are those of the proof, without products with the
+    layers.
+    """
+    cuts = state_sequence(view.program)
+    most, kept, work = 0, 0, 0.0
+    for tap, here, behind in zip(view.taps, cuts, cuts[1:], strict=False):
+        n, d = tap.size_in, behind.width
+        m = n if here.width == n else n + d
+        kept += n * n + n * d
+        most = max(most, kept + m * m + d * m + max(n * m, 2 * n * n, n * d + d * d))
+        work += 2 * n**3 / 3 + float(n) * n * d + float(n) * d * d
+    return 8 * most, work
 
 
 @dataclass(eq=False)

@@ -26,7 +26,7 @@ from lipbounds._form.lure import LureForm
 from lipbounds._form.program import Program
 from lipbounds._lipsdp import ellipsoid, recursion_step
 from lipbounds._lipsdp.core_states import Run, Stage, ratio, stages
-from lipbounds._lipsdp.state_matrices import WIDEST, first_tap, split
+from lipbounds._lipsdp.state_matrices import TAIL, first_tap, split
 from lipbounds._triangle import core
 from lipbounds._triangle.core import Constants
 from lipbounds._triangle.output_rows import row_grams
@@ -72,7 +72,7 @@ class LipSdpCore:
         The closed form is that of the given weights; where they are not finite D = 2 ||Sy||_F.
         """
         front: Any = ()
-        place = _first_tap(form.program, WIDEST)
+        place = _first_tap(form.program, TAIL)
         if place:
             front = _FRONT.init(split(form, place)[0], key, dtype)
         k = form.num_outputs
@@ -94,7 +94,7 @@ class LipSdpCore:
         fail on finite weights begin anew, and `state.failed` says so.
         """
         dtype = state.last.value.dtype
-        place = _first_tap(form.program, WIDEST)
+        place = _first_tap(form.program, TAIL)
         sigma, exponent, runs, front, good = _prepare(form, state.front, place, dtype)
         frozen = jax.lax.stop_gradient((sigma, [run.stage for run in runs]))
         kind = "pairs" if pairwise and form.num_outputs > 1 else "value"
@@ -135,7 +135,7 @@ class LipSdpCore:
 
 @partial(jax.jit, static_argnames="dtype")
 def _relative(form: LureForm, front: Any, multipliers: Any, dtype: Any) -> tuple[Any, ...]:
-    sigma, exponent, runs, _, _ = _prepare(form, front, _first_tap(form.program, WIDEST), dtype)
+    sigma, exponent, runs, _, _ = _prepare(form, front, _first_tap(form.program, TAIL), dtype)
     return _recursion(sigma, exponent, runs, multipliers).relative
 
 

@@ -26,7 +26,7 @@ from lipbounds._lipsdp.core import relative_multipliers
 from lipbounds._lipsdp.dense_search import Dense, Solved, small_dense, threads
 from lipbounds._lipsdp.proof import repair
 from lipbounds._lipsdp.solvers import Cvxpy, Recursion
-from lipbounds._lipsdp.state_matrices import WIDEST, Segment, Sequence, first_tap, hybrid_start, sequence
+from lipbounds._lipsdp.state_matrices import TAIL, Segment, Sequence, first_tap, hybrid_start, sequence
 from lipbounds._lipsdp.task import Answer, Found, Task
 from lipbounds._text.calls import FAILURES, reason
 from lipbounds._text.progress import say
@@ -181,7 +181,7 @@ class _Ellipsoids:
 
 def _place(task: Task, how: Recursion) -> int:
     """The tap where the ellipsoid starts."""
-    return first_tap(task.form, WIDEST) if how.start_at is None else how.start_at
+    return first_tap(task.form, TAIL) if how.start_at is None else how.start_at
 
 
 # --- the engines ---------------------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ from lipbounds._norms.rounding import U, add_up, gamma, mul_up
 from lipbounds._triangle import recursion
 from lipbounds._triangle.recursion import Request
 
-#: The ellipsoid starts at the first state from which on nothing is wider than this.
-WIDEST = 1100
+#: Behind a front that LipLT bounds, ellipsoids start at the first state from which on nothing is wider than this.
+TAIL = 1100
 
 
 @dataclass(frozen=True, eq=False)

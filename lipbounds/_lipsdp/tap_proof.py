@@ -34,6 +34,7 @@ from scipy.linalg.lapack import dpotrf, dtrtrs
 from lipbounds._norms import device
 from lipbounds._norms.cholesky import TINY, nonzeros_per_row
 from lipbounds._norms.rounding import U, gamma, require_gradual_underflow
+from lipbounds._norms.schur import cholesky_shift
 
 FLOOR = 2.0**-200  # multipliers below this share of the largest state are raised by `repair`
 CEILING = 2.0**200
@@ -54,16 +55,6 @@ class Infeasible(ValueError):
 
 
 # --- positive semidefinite matrices --------------------------------------------------------------------------------
-
-
-def cholesky_shift(n: int) -> float:
-    """c such that a completed Cholesky of the n x n matrix M proves M + c diag(M) >= 0.
-
-    The factor R satisfies R'R = M + E, |E_ij| <= g sqrt(m_ii m_jj), g = gamma_{n+1} / (1 - gamma_{n+1}) (Demmel;
-    Higham, Theorem 10.3), so x'E x <= g (sum sqrt(m_ii) |x_i|)^2 <= g n sum m_ii x_i^2. The factor 2 covers the
-    rounding of the shift itself and kernels that multiply by reciprocal pivots.
-    """
-    return 2.0 * (n + 4) * U * n
 
 
 def prove_psd(m: np.ndarray, slack: Any = 0.0) -> bool:

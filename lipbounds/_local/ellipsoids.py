@@ -9,9 +9,15 @@ tap, with T = [W; H] (pre-activations y = W s, and what of the state lives on),
 
 the recursion of `ellipsoid` with c and r of this input: a neuron whose slope is known is linear and has no multiplier.
 
-Rounding is covered by adding e I, e a normwise bound: of a product T S T' 3 gamma ||T||_F^2 ||S||_F; of the inverse,
-with any Y, C' M^-1 C = C'Y + C' M^-1 (C - M Y), so ||C||_F ||C - M Y||_F / lambda covers it, M >= lambda I proved by
-Cholesky. M and C are scaled by D^-1/2 first, which makes M well conditioned.
+Rounding is covered by adding e I, e a normwise bound: of a product with a map M, gamma || |M| || ||X||_F (`maps`); of
+the inverse by `schur.schur_complement`. D - Q[A, A] and U[:, A] are scaled by D^-1/2 first, which makes the matrix
+well conditioned; it is proved to be at least 0.03 I.
+
+No matrix is formed that is larger than S, Q or D - Q[A, A], and of a sparse layer none at all: convolutions are applied
+to the columns of S. Of one tap with n neurons, a of them active, and a state of d entries behind it, the operations are
+2 a^3 / 3 (two Cholesky factorisations), a^2 d (a solution), a d^2 (F'F), and two products with the layer: 2 n d (n + d)
+for a dense one, 2 (n + d) times its nonzeros for a sparse one. For n = a = d = 4096 and a convolution that is 2.7 n^3 =
+1.8e11, about 4 seconds on one core. The first tap of a network with k < n / 2 inputs takes 2 k^3 / 3 + k^2 d + k d^2.
 """
 
 from __future__ import annotations
@@ -21,81 +27,19 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.linalg.lapack import dpotrf, dpotrs
 
 from lipbounds._activations.slopes_on_intervals import anchored_slopes, pair_slopes
 from lipbounds._form.lure import LureForm, proved_slopes
 from lipbounds._form.steps import StaticArray
 from lipbounds._gain.blocks import TapScaling
-from lipbounds._lipsdp.tap_proof import is_identity, prove_psd
-from lipbounds._norms import enclosures
-from lipbounds._norms.enclosures import Enclosure
+from lipbounds._local import multipliers
+from lipbounds._local.maps import TINY, Matrix, column_norms, frobenius, matrix, stacked, symmetrise
+from lipbounds._local.multipliers import Kept
 from lipbounds._norms.rounding import U, gamma
+from lipbounds._norms.schur import schur_complement
 from lipbounds._triangle import recursion
 
-_TINY = 2.0**-900
-# |dy| / |p| relative to the standard deviation of y: limit of the ratio, and the power that damps it
-_APART, _TRUST = 30.0, 0.4
-_LEAST, _MOST = 1e-4, 1e3  # of r in D, and of D r over the variance of y
 _DEAD = 0.1  # least slope assumed of a neuron in a' dz/dv, as a dead neuron may become active in the ball
-_FLOOR = 0.1  # floor of p^2 relative to its mean, so that a zero gradient keeps D finite
-_RAISED = 1.3  # factor on the stationary D, which is computed from guessed slopes
-_MARGIN, _ROOM = 1.5, 0.3  # otherwise factor on lambda_max; I - D^-1/2 Q D^-1/2 >= 0.3 I is proved
-
-
-@dataclass(frozen=True, eq=False)
-class Matrix:
-    """A matrix M within `error` (normwise) of the real one, with an upper bound of ||M||_F.
-
-    None is the identity, which is square, and never zero.
-    """
-
-    array: np.ndarray | None
-    error: float
-    size: float
-
-    def map(self, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(M S M', e (N,)): every M S M' of the enclosure is at most that plus e I, S (N, d, d) symmetric."""
-        if self.array is None:
-            return s, np.zeros(len(s))
-        m = self.array
-        product = np.matmul(np.matmul(m, s), m.T)
-        length = frobenius(s)
-        inner = m.shape[1] + 4
-        wrong = 4 * gamma(inner) * self.size**2 + (2 * self.size + self.error) * self.error
-        return (product + product.transpose(0, 2, 1)) / 2, wrong * length * (1 + gamma(8)) + _TINY
-
-    def behind(self, a: np.ndarray) -> np.ndarray:
-        """a M (..., n) in plain float64, for a (..., m)."""
-        return a if self.array is None else a @ self.array
-
-    def ahead(self, a: np.ndarray) -> np.ndarray:
-        """M a (..., m, k) in plain float64, for a (..., n, k)."""
-        return a if self.array is None else np.matmul(self.array, a)
-
-    def map_diagonal(self, ball: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As `map`, of one diagonal matrix (n,) >= 0 that is never written out."""
-        if self.array is None:
-            return np.diag(ball)[None], np.zeros(1)
-        product = (self.array * ball) @ self.array.T
-        inner = self.array.shape[1] + 4
-        wrong = 4 * gamma(inner) * self.size**2 + (2 * self.size + self.error) * self.error
-        e = wrong * float(ball.max(initial=0.0)) * (1 + gamma(8)) + _TINY
-        return ((product + product.T) / 2)[None], np.array([e])
-
-
-def frobenius(s: np.ndarray) -> np.ndarray:
-    """(N,) ||S||_F, rounded up; squares below the range are counted as the least number in it."""
-    flat = s.reshape(len(s), -1)
-    lost = np.sqrt(flat.shape[1]) * 2.0**-510
-    return np.sqrt(np.einsum("ni,ni->n", flat, flat)) * (1 + gamma(flat.shape[1] + 8)) + lost
-
-
-def _matrix(m: Enclosure) -> Matrix:
-    array, error = m.dense().with_error()
-    if error == 0.0 and array.shape[0] == array.shape[1] and is_identity(array):
-        return Matrix(None, 0.0, float(np.sqrt(len(array))) * (1 + U))
-    return Matrix(array, error, float(frobenius(array[None])[0]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,9 +62,9 @@ def stages(view: LureForm) -> tuple[Matrix, tuple[Stage, ...]]:
     for k, (h, g, w) in enumerate(maps):
         assert g is not None and w is not None
         lives_on = bool(h.support(axis=0).any())
-        both = enclosures.stack([w.dense(), h.dense()]) if lives_on else w
-        made.append(Stage(k, view.taps[k].size_in, _matrix(both), _matrix(g), lives_on))
-    return _matrix(start), tuple(made)
+        both = stacked([w, h]) if lives_on else matrix(w)
+        made.append(Stage(k, view.taps[k].size_in, both, matrix(g), lives_on))
+    return matrix(start), tuple(made)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,14 +74,48 @@ class Values:
     Args:
         y: (N, n) per tap; error (N,): ||y - y_exact||_2 is at most that.
         slope: (N, n) per tap of the elementwise view, approximate slopes in the ball; they do not affect soundness.
+        relative: (N, n) per tap, D_i / Q_ii of an earlier recursion, NaN where unknown; () to guess D alone.
     """
 
     y: tuple[np.ndarray, ...]
     error: tuple[np.ndarray, ...]
     slope: tuple[np.ndarray, ...] = ()
+    relative: tuple[np.ndarray, ...] = ()
 
     def rows(self, at: Any) -> Values:
-        return Values(*(tuple(a[at] for a in part) for part in (self.y, self.error, self.slope)))
+        parts = self.y, self.error, self.slope, self.relative
+        return Values(*(tuple(a[at] for a in part) for part in parts))
+
+
+@dataclass(frozen=True, eq=False)
+class Thin:
+    """The ellipsoid B B' of the first pre-activations over the unit ball, of fewer inputs than neurons: y = B x.
+
+    b (n, k): the real B is within `relerr` |b| entrywise, and `error` in the Frobenius norm beyond that.
+    """
+
+    b: np.ndarray
+    relerr: float
+    error: float
+
+    @property
+    def spread(self) -> np.ndarray:
+        """(n,) upper bounds of the norms of the rows of B."""
+        norms = column_norms(self.b.T[None])[0]
+        return (norms * (1 + 2 * self.relerr) + self.error) * (1 + 4 * U)
+
+
+class Passed(NamedTuple):
+    """One recursion: S (N, K, K), and what another one can begin with.
+
+    middles: of the slopes, (N, n) per stage. Where `Values.relative` asks for it, balance: `multipliers.balance`,
+    and score (N,): the largest a' S a / gap^2 of the directions.
+    """
+
+    s: np.ndarray
+    middles: list[np.ndarray]
+    balance: list[tuple[np.ndarray, np.ndarray]]
+    score: np.ndarray
 
 
 class Range(NamedTuple):
@@ -156,65 +134,73 @@ class Range(NamedTuple):
 def ellipsoids(
     view: LureForm,
     steps: Sequence[Stage],
-    s: np.ndarray,
+    start: np.ndarray | Thin,
     values: Values,
     eps: np.ndarray,
     *,
     anchored: bool,
     directions: np.ndarray,
+    gaps: np.ndarray | None = None,
     first: tuple[np.ndarray, np.ndarray] | None = None,
     ranges: list[Range] | None = None,
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """((N, K, K), c): dz dz' <= eps^2 times that, for all pairs of inputs in the ball, or all pairs with its centre.
-
-    c (N, n) per stage are the middles of the slopes: better than `values.slope` for another run.
+) -> Passed:
+    """dz dz' <= eps^2 S for all pairs of inputs in the ball, or all pairs with its centre; and what to begin with next.
 
     Args:
-        s: (N or 1, d, d) of the first state, for the unit ball of the input.
+        start: (N or 1, d, d) of the first state, for the unit ball of the input; or the first pre-activations, where no
+            part of the state lives on.
         eps: (N,) radii > 0.
         anchored: the centre is one of the two inputs.
         directions: (N, J, K), the outputs a' z whose constants D is chosen for; any are sound.
+        gaps: (N, J), what these constants are compared with; the largest ratio counts. None: all count the same.
         first: (N, n) twice, how far the first pre-activations can fall and rise, where better than the ellipsoid.
         ranges: a list that receives the `Range` of every stage.
     """
-    aims, middles = _adjoints(steps, values, directions), []
+    aims = _adjoints(steps, values, directions)
+    s, kept, slopes = start, list[list[Kept | None]](), list[tuple[np.ndarray, np.ndarray]]()
     for place, stage in enumerate(steps):
         n = stage.neurons
-        q, e = stage.T.map(s)
-        if len(q) < len(eps):
-            q, e = np.repeat(q, len(eps), axis=0), np.repeat(e, len(eps))
-        elif q is s:
-            q = q.copy()
-        diagonal = np.einsum("nii->ni", q)
-        diagonal += e[:, None] * (1 + 4 * U)  # a view: q + e I
-        diagonal[:] = np.maximum(diagonal, 0) * (1 + 4 * U)
-        down = np.sqrt(diagonal[:, :n]) * eps[:, None] * (1 + 8 * U)
+        if isinstance(s, Thin):
+            spread = np.broadcast_to(s.spread, (len(eps), n))
+            q = s.b[None]
+        else:
+            q = _pre_activations(stage, s, len(eps), fresh=place > 0)
+            spread = np.sqrt(np.einsum("nii->ni", q)[:, :n])
+        down = spread * eps[:, None] * (1 + 8 * U)
         down = up = np.where(np.isnan(down), np.inf, down)  # beyond the range of float64
         if place == 0 and first is not None:
             down, up = np.minimum(down, first[0]), np.minimum(up, first[1])
         c, r = centre_and_radius(view, stage.tap, values, down, up, anchored)
-        middles.append(c)
-        v, rd = _through(q, n, c, r, aims[place])
+        slopes.append((c, r))
+        known = values.relative[stage.tap] if values.relative else np.full_like(r, np.nan)
+        if isinstance(s, Thin):
+            s, own, rd = _through_thin(stage, s, c, r, aims[place], known)
+        else:
+            s, own, rd = _through(stage, q, c, r, aims[place], known)
+        kept.append(own)
         if ranges is not None:
             ranges.append(Range(down, up, c, r, rd))
-        inner = c[:, :, None] * v[:, :n, :n] * c[:, None, :]
-        wrong = 4 * U * frobenius(inner)
-        np.einsum("nii->ni", inner)[:] += rd * (1 + 4 * U)
-        wrong = wrong + 2 * U * frobenius(inner)
-        s, more = stage.G.map(inner)
-        total = more + wrong * (stage.G.size if stage.G.array is not None else 1.0) ** 2
-        if stage.lives_on:
-            cross = c[:, :, None] * v[:, :n, n:]
-            block, slip = stage.G.ahead(cross), 2 * U * frobenius(cross)
-            if stage.G.array is not None:
-                slip = (2 * gamma(n + 4) * stage.G.size + stage.G.error) * frobenius(cross)
-            s = s + (block + block.transpose(0, 2, 1)) + v[:, n:, n:]
-            total = total + 2 * slip + 4 * U * frobenius(s)
-        s = s.copy() if s is inner else s
-        np.einsum("nii->ni", s)[:] += total[:, None] * (1 + 8 * U)
-        # the sum on the diagonal is rounded once more
-        np.einsum("nii->ni", s)[:] += np.abs(np.einsum("nii->ni", s)) * 4 * U
-    return s, middles
+    assert not isinstance(s, Thin)
+    middles = [c for c, _ in slopes]
+    if not values.relative:
+        return Passed(s, middles, [], np.zeros(len(eps)))
+    squares = np.einsum("njk,njk->nj", directions @ s, directions)
+    balance = multipliers.balance(steps, kept, slopes, directions, multipliers.weights(squares, gaps))
+    compared = squares if gaps is None else squares / np.square(np.maximum(gaps, 1e-150))
+    return Passed(s, middles, balance, compared.max(axis=1, initial=0.0))
+
+
+def _pre_activations(stage: Stage, s: np.ndarray, count: int, *, fresh: bool) -> np.ndarray:
+    """Q = T S T' (N, m, m) of the pre-activations and what of the state lives on; in the place of S if `fresh`."""
+    q, e = stage.T.both(s)
+    if len(q) < count:
+        q, e = np.repeat(q, count, axis=0), np.repeat(e, count)
+    elif q is s and not fresh:
+        q = q.copy()
+    diagonal = np.einsum("nii->ni", q)
+    diagonal += e[:, None] * (1 + 4 * U)  # a view: q + e I
+    diagonal[:] = np.maximum(diagonal, 0) * (1 + 4 * U)
+    return q
 
 
 def centre_and_radius(
@@ -265,80 +251,129 @@ def _adjoints(steps: Sequence[Stage], values: Values, directions: np.ndarray) ->
     return found[::-1]
 
 
-def _through(q: np.ndarray, n: int, c: np.ndarray, r: np.ndarray, aim: Aim) -> tuple[np.ndarray, np.ndarray]:
-    """(V, r D r): V (N, m, m) >= Q + Q[:, A] (D - Q[A, A])^-1 Q[A, :], and the diagonal r_i D_i r_i (N, n)."""
-    v, rd = q.copy(), np.zeros_like(r)
-    linear = c[:, None] * aim[0]
-    if aim[1] is not None:
-        linear = np.concatenate([linear, aim[1]], axis=2)
-    for i in range(len(q)):
-        at = np.flatnonzero(r[i] > 0)
-        if not at.size:
-            continue
-        if not np.isfinite(q[i]).all():
-            v[i] = np.inf  # beyond the range of float64: no bound
-            continue
-        d = _multipliers(q[i], at, r[i, at], aim[0][i][:, at], linear[i])
-        z, extra, d = _eliminate(q[i], at, d)
-        v[i] += z
-        v[i].flat[:: len(z) + 1] += extra * (1 + 4 * U)
-        rd[i, at] = r[i, at] ** 2 * d * (1 + 4 * U)
-    return v, rd
+def _through(
+    stage: Stage, q: np.ndarray, c: np.ndarray, r: np.ndarray, aim: Aim, known: np.ndarray
+) -> tuple[np.ndarray, list[Kept | None], np.ndarray]:
+    """S+ (N, d+, d+) from Q (N, m, m), which may be overwritten.
 
-
-def _multipliers(
-    q: np.ndarray, at: np.ndarray, r: np.ndarray, p: np.ndarray, linear: np.ndarray
-) -> np.ndarray:
-    """D (m,) where a' S+ a is stationary, nearly: with u_i = (D - Q)^-1 Q (c p + u) it is |u_i| = r_i |p_i| there.
-
-    So D_i = |dy_i| / (r_i |p_i|) with dy = Q (c p + u), the increment of y that is worst for a' z, and the signs of u
-    those of dy; root mean squares over several directions a. p (J, m): a' dz/dv; linear (J, size of q): c p, and the
-    part of the state that is kept. As p is a guess, |dy_i| / |p_i| is pulled towards the standard deviation of y_i.
+    With P = [G c, I] and U = P Q, the recursion is S+ = (U c + G r D r) G' + U[:, rest] + F'F, where F'F bounds
+    C' (D - Q[A, A])^-1 C, C' = U[:, A]. The error of column j of U is at most slip_j; G_real is within G.error of G.
     """
-    fixed, block = linear @ q[:, at], q[np.ix_(at, at)]
-    dy = fixed
-    for _ in range(3):
-        dy = fixed + (np.sign(dy) * r * np.abs(p)) @ block
-    usual = np.sqrt(np.maximum(q.flat[:: len(q) + 1][at], _TINY))
-    matters = np.square(p).sum(axis=0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.sqrt(np.square(dy).sum(axis=0) / (matters + _FLOOR * matters.mean())) / usual
-    middle = float(np.median(ratio))
-    if not 0 < middle < np.inf:
-        ratio, middle = np.ones_like(usual), 1.0
-    drawn = middle * np.clip(ratio / middle, 1 / _APART, _APART) ** _TRUST
-    return np.asarray(usual * np.minimum(drawn, _MOST * usual) / np.maximum(r, _LEAST))
+    g, n = stage.G, stage.neurons
+    x = c[:, :, None] * q[:, :n]
+    slip = (g.wrong + 2 * U * g.size) * column_norms(x) + TINY
+    u = g.ahead(x)
+    del x
+    if stage.lives_on:
+        u = u + q[:, n:]
+        slip = slip + 2 * U * column_norms(u)
+    linear = c[:, None] * aim[0]
+    linear = linear if aim[1] is None else np.concatenate([linear, aim[1]], axis=2)
+    rd, found, kept = np.zeros_like(r), list[Found](), list[Kept | None]()
+    for i, (ellipsoid, own) in enumerate(zip(q, u, strict=True)):
+        at = np.flatnonzero(r[i] > 0)
+        if not at.size or not np.isfinite(ellipsoid).all():
+            found.append((None, np.inf if at.size else 0.0))
+            kept.append(None)
+            continue
+        block = ellipsoid[np.ix_(at, at)]
+        variance = block.diagonal().copy()
+
+        def made(i: int = i, at: np.ndarray = at, block: np.ndarray = block) -> np.ndarray:
+            fixed = linear[i] @ q[i][:, at]
+            return multipliers.guess(fixed, lambda a: a @ block, block.diagonal(), r[i, at], aim[0][i][:, at])
+
+        scale, m = multipliers.feasible(block, *multipliers.chosen(known[i, at], variance, made))
+        del block, made
+        columns = np.ascontiguousarray((own[:, at] * scale).T)
+        wrong = float(np.sqrt(np.square(scale * slip[i, at]).sum()) + 2 * U * frobenius(columns[None])[0])
+        found.append(_schur(m, columns, 8 * U * (at.size + 1), wrong * (1 + gamma(at.size + 8))))
+        kept.append(Kept(at, scale, m, columns, None, variance))
+        rd[i, at] = (r[i, at] / scale) ** 2 * (1 + 16 * U)
+    rest = None
+    if stage.lives_on:
+        rest = u[:, :, n:].transpose(0, 2, 1)
+    x = u[:, :, :n]
+    x *= c[:, None, :]
+    wrong_x = np.sqrt(np.square(slip[:, :n] * c).sum(axis=1)) + 2 * U * frobenius(x)
+    added = g.add_scaled(x, rd)
+    wrong_x = wrong_x + 4 * U * (added + frobenius(x)) + g.error * rd.max(axis=1, initial=0.0)
+    error = g.wrong * frobenius(x) + g.size * wrong_x
+    s = g.ahead(np.ascontiguousarray(x.transpose(0, 2, 1)))
+    if rest is not None:
+        s += rest
+        error = error + np.sqrt(np.square(slip[:, n:]).sum(axis=1)) + 4 * U * (frobenius(rest) + frobenius(s))
+    return _sum(s, found, error), kept, rd
 
 
-def _eliminate(q: np.ndarray, at: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
-    """(Z, e, D): Z + e I >= Q[:, A] (D - Q[A, A])^-1 Q[A, :], D a strictly feasible multiple of d."""
-    root = 1 / np.sqrt(np.maximum(d, _TINY))
-    block = q[np.ix_(at, at)] * root[:, None] * root
-    times = _RAISED
-    for attempt in range(40):
-        scale = root / np.sqrt(times)
-        m = -(q[np.ix_(at, at)] * scale[:, None] * scale)
-        m.flat[:: at.size + 1] += 1.0
-        shifted = m.copy()
-        shifted.flat[:: at.size + 1] -= _ROOM
-        if prove_psd(shifted, 8 * U * (at.size + 1)):
-            break
-        if attempt == 0:
-            times = max(times, _MARGIN * float(np.linalg.eigvalsh(block)[-1]))
-        else:
-            times = 2 * times + 1e-6
-    else:
-        raise ValueError("no multipliers could be proved at one of the inputs; use the global bound there")
-    columns = q[at] * scale[:, None]
-    factor, info = dpotrf(m, lower=1)
-    y = dpotrs(factor, columns, lower=1)[0] if info == 0 else np.zeros_like(columns)
-    length, found = (float(frobenius(a[None])[0]) for a in (columns, y))
-    size = float(frobenius(m[None])[0])
-    rest = float(frobenius((columns - m @ y)[None])[0])
-    rounding = gamma(at.size + 8) * (length + (size + 1) * found) * 4
-    z = columns.T @ y
-    z = (z + z.T) / 2
-    extra = length * (rest + rounding) / _ROOM + 4 * gamma(at.size + 8) * length * found
-    extra += 4 * U * float(frobenius((np.abs(q) + np.abs(z))[None])[0])
-    d = 1 / scale**2 * (1 + 8 * U)  # D is 1 / scale^2 exactly; rounded up where it is used
-    return z, extra * (1 + 1e-10), d
+def _through_thin(
+    stage: Stage, thin: Thin, c: np.ndarray, r: np.ndarray, aim: Aim, known: np.ndarray
+) -> tuple[np.ndarray, list[Kept | None], np.ndarray]:
+    """S+ (N, d+, d+) behind the first tap, whose Q = B B' is never formed.
+
+    By the matrix inversion lemma Q + Q[:, A] (D - Q[A, A])^-1 Q[A, :] = B (I - B_A' D^-1 B_A)^-1 B'; so S+ is
+    C' M^-1 C + G r D r G' with C' = G c B and M of the size of the input.
+    """
+    g, b = stage.G, thin.b
+    x = c[:, :, None] * b
+    u = g.ahead(x)
+    largest = np.abs(c).max(axis=1, initial=0.0)
+    slip = (
+        (g.wrong + (2 * thin.relerr + 2 * U) * g.size) * frobenius(x)
+        + g.size * largest * thin.error * 2
+        + TINY
+    )
+    del x
+    linear = c[:, None] * aim[0]
+    rd, found, kept = np.zeros_like(r), list[Found](), list[Kept | None]()
+    for i, own in enumerate(u):
+        at = np.flatnonzero(r[i] > 0)
+        if not np.isfinite(own).all():
+            found.append((None, np.inf))
+            kept.append(None)
+            continue
+        rows, scale, m, wrong = b[at], np.zeros(0), np.eye(b.shape[1]), 0.0
+        variance = np.square(rows).sum(axis=1)
+        if at.size:
+
+            def made(i: int = i, at: np.ndarray = at, rows: np.ndarray = rows) -> np.ndarray:
+                fixed, variance = (linear[i] @ b) @ rows.T, np.square(rows).sum(axis=1)
+                return multipliers.guess(
+                    fixed, lambda a: (a @ rows) @ rows.T, variance, r[i, at], aim[0][i][:, at]
+                )
+
+            d = multipliers.chosen(known[i, at], variance, made)
+            scale, m, wrong = multipliers.feasible_thin(rows, *d, thin.relerr, thin.error)
+            rd[i, at] = (r[i, at] / scale) ** 2 * (1 + 16 * U)
+        columns = np.ascontiguousarray(own.T)
+        found.append(_schur(m, columns, wrong, float(slip[i])))
+        kept.append(Kept(at, scale, m, columns, rows * scale[:, None], variance) if at.size else None)
+    x = np.zeros((len(c), u.shape[1], len(b)))
+    added = g.add_scaled(x, rd)
+    error = g.wrong * added + g.size * (2 * U * added + g.error * rd.max(axis=1, initial=0.0))
+    return _sum(g.ahead(np.ascontiguousarray(x.transpose(0, 2, 1))), found, error), kept, rd
+
+
+Found = tuple[np.ndarray | None, float]  # Z and e, None for zero; e is inf where there is no bound
+
+
+def _sum(s: np.ndarray, found: Sequence[Found], error: np.ndarray) -> np.ndarray:
+    """The symmetric part of S, plus Z + e I of each example, plus the error, in place; every rounding added."""
+    length = frobenius(s)
+    symmetrise(s)
+    for i, (z, e) in enumerate(found):
+        error[i] += e
+        if z is not None:
+            length[i] += 2 * frobenius(z[None])[0]
+            s[i] += z
+    diagonal = np.einsum("nii->ni", s)
+    diagonal += (error + 4 * U * length + TINY)[:, None] * (1 + 32 * U)
+    diagonal += np.abs(diagonal) * 4 * U  # the sum on the diagonal is rounded once more
+    return s
+
+
+def _schur(m: np.ndarray, columns: np.ndarray, wrong_m: float, wrong_c: float) -> Found:
+    found = schur_complement(m, columns, floor=multipliers.ROOM, wrong_m=wrong_m, wrong_c=wrong_c)
+    if found is None:
+        raise ValueError("rounding left no bound at one of the inputs; use the global bound there")
+    return found

@@ -2,18 +2,20 @@
 
 Three ways to bound a network on the balls around examples:
 
-    ellipsoids   the whole network by `ellipsoids`, verified; for networks nowhere wider than `WIDEST`
+    ellipsoids   the whole network by `ellipsoids`, verified; as wide as memory allows
     hybrid       everything up to the last wide tap as a whole, by LipLT (`hybrid_start`), and `ellipsoids` behind
     LipLT        local LipLT (`liplt`), probabilistic, of any width
 
-On wide networks neither of the last two is better on all examples, so both run, the cheaper one
-first, and every example keeps its better result (`bounded`).
+On wide networks none of them is better on all examples, so all that apply run, the cheapest one first, and every
+example keeps its better result (`bounded`).
 """
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import functools
+import math
 import os
 import weakref
 from collections.abc import Callable
@@ -28,22 +30,27 @@ from threadpoolctl import threadpool_limits
 from lipbounds._form.elementwise import elementwise_view
 from lipbounds._form.inputs import Box
 from lipbounds._form.lure import LureForm
-from lipbounds._gain.memory_budget import TooLarge
+from lipbounds._gain.memory_budget import TooLarge, of_ellipsoids, show
 from lipbounds._gain.wide_blocks import LIMIT
 from lipbounds._lipsdp import proof
-from lipbounds._lipsdp.state_matrices import WIDEST, first_tap, hybrid_start, split
+from lipbounds._lipsdp.state_matrices import TAIL, first_tap, hybrid_start, split
 from lipbounds._local import box as _localbox
-from lipbounds._local import ellipsoids, liplt
-from lipbounds._local.ellipsoids import Matrix, Stage, Values
+from lipbounds._local import ellipsoids, liplt, multipliers
+from lipbounds._local.ellipsoids import Stage, Thin, Values
 from lipbounds._local.forward import Seen, logits
-from lipbounds._norms.rounding import U, add_up, gamma, require_gradual_underflow
+from lipbounds._local.maps import Matrix
+from lipbounds._norms.rounding import U, add_up, require_gradual_underflow
 from lipbounds._text.calls import FAILURES, reason
-from lipbounds._text.progress import say
+from lipbounds._text.progress import say, stoppable
 from lipbounds._triangle.recursion import FAILURE, Request
 
 _MOST_OUTPUTS = 4096  # of a local bound, which holds K x K blocks per example
+_WORK = 6e10  # operations of ellipsoids around one example, run without being asked for
 _CHUNK = 2**23  # numbers in the ellipsoids of one chunk of examples
 _NAMES = {"ellipsoids": "ellipsoids", "hybrid": "ellipsoids behind the wide front", "LipLT": "local LipLT"}
+_PASSES = 3  # recursions on one ball for a wide network, each with better multipliers
+_NEAR = 0.4  # |log| of the ratio of two radii up to which multipliers of one ball are those to begin with in the other
+_SMALL = 1e-9  # error of a factor, relative to its shortest row
 _DIRECTIONS = 12  # that D is chosen for
 _WIDE_CHUNK, _SIDE = 2**25, 64  # entries of the rows of a chunk, and its examples, in local LipLT
 
@@ -60,7 +67,7 @@ class _Ready:
     whole: LureForm
     view: LureForm
     stages: tuple[Stage, ...]
-    start: np.ndarray
+    start: np.ndarray | Thin
     first: tuple[np.ndarray, float] | None
     guarantee: str
     failure: float
@@ -75,8 +82,11 @@ class NoEngineError(ValueError):
     """No engine can bound this network around examples; only the bound of the whole network applies."""
 
 
-def ways(form: LureForm, norm: float, guarantee: str) -> tuple[str, ...]:
+def ways(form: LureForm, norm: float, guarantee: str, memory: int | None = None) -> tuple[str, ...]:
     """The engines that apply to a form, cheapest first.
+
+    Ellipsoids of a network that is wider than `TAIL` somewhere are among them where those of one example fit the
+    memory, in bytes; without a budget, where they take at most `LIMIT` bytes and `_WORK` operations.
 
     Raises:
         ValueError: norm 1, an unknown guarantee; NoEngineError where no engine applies.
@@ -90,15 +100,37 @@ def ways(form: LureForm, norm: float, guarantee: str) -> tuple[str, ...]:
             f"local bounds are for at most {_MOST_OUTPUTS} outputs, this network has {form.num_outputs}: keep the "
             "outputs that matter, or use the bound of the whole network (lb.liplt)"
         )
-    cut = first_tap(form, WIDEST)
+    cut = first_tap(form, TAIL)
     if not cut:
         return ("ellipsoids",)
+    refused = too_large(form, memory)
+    found = () if refused else ("ellipsoids",)
     if norm != 2:
-        raise NoEngineError(f"local bounds in l-inf are for networks nowhere wider than {WIDEST}")
+        if refused:
+            raise NoEngineError(f"local bounds in l-inf are by ellipsoids alone, but {refused}")
+        return found
     if guarantee == "verified":
-        return ("hybrid",)
+        return ("hybrid", *found)
     # behind the last tap nothing is left to be bounded locally
-    return ("LipLT",) if cut == len(form.taps) else ("hybrid", "LipLT")
+    return (*(() if cut == len(form.taps) else ("hybrid",)), *found, "LipLT")
+
+
+def too_large(form: LureForm, memory: int | None) -> str:
+    """Why the ellipsoids of a wide network are left out; empty where they are not."""
+    need, work = of_ellipsoids(elementwise_view(form))
+    if need > (LIMIT if memory is None else memory):
+        limit = (
+            f"more than {show(LIMIT)}: give memory=..."
+            if memory is None
+            else f"more than memory={show(memory)}"
+        )
+        return f"ellipsoids of this network take about {show(need)} for each example, {limit}"
+    if memory is None and work > _WORK:
+        return (
+            f"ellipsoids of this network take about {work:.1g} operations for each example and ball, and are run if "
+            f"they are asked for by memory=..., at least {show(need)}"
+        )
+    return ""
 
 
 @dataclass(frozen=True)
@@ -123,16 +155,17 @@ def bounded(
     guarantee: str,
     seed: int,
     box: Box | None,
+    memory: int | None = None,
 ) -> Bounded:
     """use(around) with every engine that applies, cheapest first.
 
     `use` keeps the better result of every example and marks in `around.used` the rows that this engine gave. Results
     of one engine stay if another fails, which becomes a note. ValueError if all fail.
     """
-    names, ran, failed = ways(form, norm, guarantee), [], []
+    names, ran, failed = ways(form, norm, guarantee, memory), [], []
     for name in names:
         try:
-            around = Around(form, norm, x, guarantee=guarantee, seed=seed, box=box, way=name)
+            around = Around(form, norm, x, guarantee=guarantee, seed=seed, box=box, way=name, memory=memory)
             ran.append(around)
             use(around)
         except (*FAILURES, TooLarge) as error:
@@ -145,6 +178,8 @@ def bounded(
     if len(kept) > 1:
         better = int(kept[-1].used.sum())
         notes.append(f"every example uses the better engine: {_NAMES[kept[-1].way]} for {better} of {len(x)}")
+    if memory is not None and "ellipsoids" not in names:
+        notes.append(too_large(form, memory))
     notes += [f"without {_NAMES[name]}, which failed: {reason(error)}" for name, error in failed]
     return Bounded(
         tuple(around.guarantee for around in kept),
@@ -160,6 +195,7 @@ class Around:
         seed: of the random start vectors of probabilistic norms.
         box: (lower, upper) of the inputs that count, from `check_box`.
         way: one of `ways`, None for the first.
+        memory: bytes of the ellipsoids of all examples that are bounded at the same time, `LIMIT` if None.
 
     used (N,) marks the examples whose result this engine gave; parts share it.
     """
@@ -174,15 +210,18 @@ class Around:
         seed: int = 0,
         box: Box | None = None,
         way: str | None = None,
+        memory: int | None = None,
     ) -> None:
         require_gradual_underflow()
-        self.way = ways(form, norm, guarantee)[0] if way is None else way
+        self.way = ways(form, norm, guarantee, memory)[0] if way is None else way
+        self.memory = LIMIT if memory is None else memory
         kept = {} if form.assumed else _READY.setdefault(form, {})
         # only the bound of the front depends on more than the form
         wanted = norm, self.way, *((guarantee, seed) if self.way == "hybrid" else ())
         if wanted not in kept:
             kept[wanted] = _ready(form, norm, self.way, guarantee, seed)
-        self.ready = ready = kept[wanted]
+        self.form, self.ready = form, kept[wanted]
+        ready = self.ready
         self.guarantee, self.failure, self.notes = ready.guarantee, ready.failure, ready.notes
         self.seed = seed
         self.norm, self.x, self.box = norm, x, box
@@ -197,15 +236,23 @@ class Around:
         some.__dict__.pop("values", None)
         return some
 
+    z: np.ndarray  # (N, K) logits, approximate
+    eps: np.ndarray  # (N,) of the last balls
+    power: np.ndarray  # (N,) of the steps of the multipliers
+
     @functools.cached_property
     def values(self) -> Values:
         ready, seen = self.ready, Seen()
-        logits(ready.whole, self.x, seen)
+        self.z = logits(ready.whole, self.x, seen)[0]
         seen = seen[len(ready.whole.taps) - len(ready.view.taps) :]
         y, error = tuple(y for y, _ in seen), tuple(e for _, e in seen)
         ends = [ellipsoids.slopes_between(ready.view, s.tap, y[s.tap], y[s.tap]) for s in ready.stages]
         # derivatives at the examples, until a call replaces them by the middles of the slope intervals
-        return Values(y, error, tuple((a + b) / 2 for a, b in ends))
+        slope = tuple((a + b) / 2 for a, b in ends)
+        if self.way != "ellipsoids" or not first_tap(self.form, TAIL):
+            return Values(y, error, slope)
+        self.eps, self.power = np.full(len(self.x), np.inf), np.full(len(self.x), multipliers.STEP)
+        return Values(y, error, slope, tuple(np.full_like(a, np.nan) for a in y))
 
     def chunks(self, count: int) -> list[slice]:
         ready = self.ready
@@ -214,11 +261,19 @@ class Around:
             width = form.num_outputs * (form.in_size + sum(tap.size_out for tap in form.taps))
             size = 1 << (max(1, min(_SIDE, _WIDE_CHUNK // width)).bit_length() - 1)
         else:
+            widest = max((s.T.shape(s.neurons)[0] for s in ready.stages), default=1)
             widest = max(
-                (s.T.array.shape[0] if s.T.array is not None else s.neurons for s in ready.stages), default=1
+                widest, ready.start.b.shape[1] if isinstance(ready.start, Thin) else ready.start.shape[1]
             )
-            size = max(1, _CHUNK // max(widest, ready.start.shape[1]) ** 2)
+            size = max(1, _CHUNK // widest**2)
         return [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
+
+    def workers(self) -> int:
+        """Chunks of examples that are bounded at the same time."""
+        cores = os.cpu_count() or 1
+        if self.ready.front is not None:
+            return cores
+        return max(1, min(cores, self.memory // max(of_ellipsoids(self.ready.view)[0], 1)))
 
     def each(self, work: Callable[[Around, slice], None], what: str) -> None:
         """work(part, rows) for every chunk, in parallel on all cores, as BLAS threads do not help small matrices."""
@@ -229,10 +284,19 @@ class Around:
             with jax.default_matmul_precision("highest"):  # the setting is per thread
                 work(self.part(rows), rows)
 
-        with threadpool_limits(1, "blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
-            for part, _ in zip(parts, pool.map(one, parts), strict=True):
-                done += part.stop - part.start
-                say(f"{what}: {done} of {count} examples")
+        with threadpool_limits(1, "blas"), ThreadPoolExecutor(self.workers()) as pool, stoppable():
+            contexts = [contextvars.copy_context() for _ in parts]
+            try:
+                running = [
+                    pool.submit(here.run, one, rows) for here, rows in zip(contexts, parts, strict=True)
+                ]
+                for rows, task in zip(parts, running, strict=True):
+                    task.result()
+                    done += rows.stop - rows.start
+                    say(f"{what}: {done} of {count} examples")
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     @np.errstate(all="ignore")  # entries that are not finite give no bound
     def outputs(
@@ -251,8 +315,9 @@ class Around:
         pre-activations, from ellipsoids.
         """
         anchored = labels is not None
-        ready, values = self.ready, self.values.rows(rows)
+        ready = self.ready
         if ready.front is not None:
+            values = self.values.rows(rows)
             rng = np.random.default_rng([self.seed, call])
             share = FAILURE / ((call + 1) * (call + 2))  # the sum over all calls is FAILURE
             size = 1 << (len(eps) - 1).bit_length()  # few shapes to compile
@@ -261,21 +326,56 @@ class Around:
                 ready.front, values.rows(pad), eps[pad], anchored=anchored, failure=share, rng=rng
             )[: len(eps)]
         else:
-            one, middles = ellipsoids.ellipsoids(
-                ready.view,
-                ready.stages,
-                ready.start,
-                values,
-                eps,
-                anchored=anchored,
-                directions=self._directions(labels, len(eps)),
-                first=self._first(rows, eps),
-                ranges=ranges,
-            )
-            for known, c in zip(self.values.slope, middles, strict=True):
-                known[rows] = c
-            out = (np.repeat(one, len(eps), axis=0) if len(one) < len(eps) else one)[:, None]
+            out = self._ellipsoids(rows, eps, labels, ranges)[:, None]
         return out
+
+    def _ellipsoids(
+        self,
+        rows: Any,
+        eps: np.ndarray,
+        labels: np.ndarray | None,
+        ranges: list[ellipsoids.Range] | None,
+    ) -> np.ndarray:
+        """(N, K, K) by the recursion; of a wide network by the best of `_PASSES`, as its multipliers matter more."""
+        directions, count = self._directions(labels, len(eps)), len(eps)
+        wide = bool(self.values.relative)
+        if wide:
+            far = np.abs(np.log(eps / self.eps[rows])) > _NEAR  # multipliers of another ball
+            self.eps[rows], self.power[rows] = eps, np.where(far, multipliers.STEP, 2 * self.power[rows])
+            for known in self.values.relative:
+                known[rows] = np.where(far[:, None], np.nan, known[rows])
+        best, least, balance = np.zeros((0, 0, 0)), np.full(count, np.inf), [(np.zeros(0), np.zeros(0))]
+        for number in range(_PASSES if wide else 1):
+            passed = ellipsoids.ellipsoids(
+                self.ready.view,
+                self.ready.stages,
+                self.ready.start,
+                self.values.rows(rows),
+                eps,
+                anchored=labels is not None,
+                directions=directions,
+                gaps=None if labels is None else np.einsum("njk,nk->nj", directions, self.z[rows]),
+                first=self._first(rows, eps),
+                ranges=ranges if number == 0 else None,
+            )
+            for known, c in zip(self.values.slope, passed.middles, strict=True):
+                known[rows] = c
+            found = np.repeat(passed.s, count, axis=0) if len(passed.s) < count else passed.s
+            if number == 0:
+                best, least, balance = found, passed.score, passed.balance
+                better = np.ones(count, bool)
+            else:
+                better = passed.score < least
+                best[better], least = found[better], np.minimum(least, passed.score)
+                for kept, new in zip(balance, passed.balance, strict=True):
+                    for a, b in zip(kept, new, strict=True):
+                        a[better] = b[better]
+            if wide:
+                self.power[rows] = np.where(better, self.power[rows], self.power[rows] / 3)  # it was too far
+                for known, (relative, ratio) in zip(self.values.relative, balance, strict=True):
+                    last = number == _PASSES - 1
+                    known[rows] = relative if last else multipliers.stepped(relative, ratio, self.power[rows])
+        return best
 
     def _first(self, rows: Any, eps: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """How far the first pre-activations can fall and rise; None where the ellipsoid is as good."""
@@ -301,7 +401,7 @@ class Around:
 
 def _ready(form: LureForm, norm: float, way: str, word: str, seed: int) -> _Ready:
     if way == "LipLT":
-        note = f"wider than {WIDEST}: local LipLT, each example with probability {FAILURE:g} of a failure"
+        note = f"wider than {TAIL}: local LipLT, each example with probability {FAILURE:g} of a failure"
         front = liplt.Front(form)
         word = "assumed" if form.assumed else "probabilistic"
         return _Ready(form, form, (), np.zeros((1, 0, 0)), None, word, FAILURE, (note,), front)
@@ -310,14 +410,14 @@ def _ready(form: LureForm, norm: float, way: str, word: str, seed: int) -> _Read
     notes: tuple[str, ...] = ()
     first = None
     if way == "hybrid":
-        wide = first_tap(form, WIDEST)
+        wide = first_tap(form, TAIL)
         _fits(form, wide, word)
         _, s, scale, word, failure = hybrid_start(form, wide, Request(norm, word, seed))
         guarantee = word if guarantee == "verified" else guarantee
         # the ellipsoid is that of the tail's input, in the order in which the tail's view reads it
         view = elementwise_view(split(form, wide)[1])
         begin, stages = ellipsoids.stages(view)
-        start, e = begin.map(np.ldexp(np.array(s), scale)[None])
+        start: np.ndarray | Thin = _raised(*begin.both(np.ldexp(np.array(s), scale)[None]))
         ahead = len(whole.taps) - len(view.taps)
         if any(
             a.expr != b.expr or a.size_in != b.size_in
@@ -332,25 +432,42 @@ def _ready(form: LureForm, norm: float, way: str, word: str, seed: int) -> _Read
         first = _first_map(begin, stages[0], n) if stages else None
         if norm == np.inf:
             # Among the ellipsoids sum dx_i^2 / p_i <= 1, sum 1 / p_i <= 1 around the cube, least trace after the map.
-            a = first[0] if first is not None else np.eye(n) if begin.array is None else begin.array
-            columns = np.sqrt(np.square(a).sum(axis=0))
+            columns = np.sqrt(np.square(first[0] if first is not None else begin.dense(n)).sum(axis=0))
             columns = np.maximum(columns, 1e-3 * columns.max(initial=0.0) + 1e-300)
             ball = proof.ball(n, np.minimum(columns.sum() / columns, 2.0**60))
-        start, e = begin.map_diagonal(ball)
-    start = start + (e[0] + 4 * U * float(ellipsoids.frobenius(start)[0])) * np.eye(start.shape[1])
+        thin = _thin(begin, stages[0], ball) if stages else None
+        start = _raised(*begin.of_diagonal(ball)) if thin is None else thin
     return _Ready(whole, view, stages, start, first, guarantee, failure, notes)
+
+
+def _raised(s: np.ndarray, e: np.ndarray) -> np.ndarray:
+    """S + e I (1, d, d), the sum on the diagonal rounded up."""
+    s = np.array(s)
+    diagonal = np.einsum("nii->ni", s)
+    diagonal += (e[:, None] + 4 * U * np.abs(diagonal)) * (1 + 4 * U)
+    return s
+
+
+def _thin(begin: Matrix, stage: Stage, ball: np.ndarray) -> Thin | None:
+    """The first pre-activations as a factor, where they come from few inputs and are known well; else None."""
+    n, k = stage.neurons, ball.size
+    if stage.lives_on or 2 * k >= n or not (begin.array is None or stage.T.array is None):
+        return None
+    known = stage.T if begin.array is None else begin
+    b, error = known.dense(k) * np.sqrt(ball), known.error * math.sqrt(float(ball.max())) * (1 + 4 * U)
+    lengths = ellipsoids.column_norms(b.T[None])[0]
+    if error > _SMALL * lengths[lengths > 0].min(initial=np.inf):
+        return None
+    return Thin(b, 0.0 if (ball == 1.0).all() else 4 * U, error)
 
 
 def _first_map(begin: Matrix, stage: Stage, size: int) -> tuple[np.ndarray, float]:
     """(A, error): x -> y of the first tap is within `error` (Frobenius norm) of A; x has `size` entries."""
-    rows, n = stage.T.array, stage.neurons
-    if rows is None or begin.array is None:
-        one = begin if rows is None else stage.T
-        return (np.eye(n, size) if one.array is None else one.array[:n]), one.error
-    product = rows[:n] @ begin.array
-    wrong = 2 * gamma(len(begin.array) + 4) * stage.T.size * begin.size
-    behind, ahead = 2 * stage.T.error * (begin.size + begin.error), 2 * begin.error * stage.T.size
-    return product, add_up(wrong, behind, ahead)
+    known = begin.dense(size)
+    product = stage.T.ahead(known[None])[0][: stage.neurons]
+    return product, add_up(
+        stage.T.wrong * float(ellipsoids.frobenius(known[None])[0]), stage.T.size * begin.error
+    )
 
 
 def _fits(form: LureForm, wide: int, word: str) -> None:

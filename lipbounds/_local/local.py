@@ -20,6 +20,7 @@ import numpy as np
 
 from lipbounds._form.inputs import Box, check_box
 from lipbounds._form.lure import LureForm, fingerprint
+from lipbounds._gain.memory_budget import parse
 from lipbounds._lipsdp import proof
 from lipbounds._local import ellipsoids
 from lipbounds._local.engines import Around, bounded, ways
@@ -122,6 +123,7 @@ def local(
     seed: int = 0,
     box: Any = None,
     device: Device = "auto",
+    memory: int | str | None = None,
     progress: Progress = True,
 ) -> LocalBounds:
     """Upper bounds of the Lipschitz constants of the network on the balls B(x, eps) around the examples of X.
@@ -134,13 +136,16 @@ def local(
         pairwise: also the constants of all differences of two outputs.
         bound: a bound of the whole network, which holds in every ball too, so no value exceeds it. None is `lb.liplt`.
         guarantee: "auto" or "verified". Networks nowhere wider than 1100 get ellipsoids, every rounding covered. Wider
-            ones (norm 2) are treated as a whole up to there (LipLT) and locally behind, and also by local LipLT
-            (`liplt`), probabilistic; every example gets the smaller bound. With "verified" only the first,
-            with a verified LipLT, which can take minutes.
+            ones (norm 2) are treated as a whole up to there (LipLT) and locally behind, then by ellipsoids of the whole
+            network where these fit (see `memory`), and also by local LipLT (`liplt`), probabilistic; every example gets
+            the smallest bound. With "verified" the last is left out, and LipLT is verified, which can take minutes.
         seed: of the random start vectors of probabilistic norms.
         box: (lower, upper), numbers or arrays of the shape of an input: only points inside count, (0, 1) for pixels.
-            It narrows the first layer's ranges where X is near its faces; networks wider than 1100 ignore it.
+            It narrows the first layer's ranges where X is near its faces; only ellipsoids of the whole network use it.
         device: where large proofs are computed: "auto" (on a GPU where JAX has one by default), "cpu" or "gpu".
+        memory: None, or a budget in bytes or as "4GB" for the ellipsoids of networks wider than 1100, which are run
+            wherever they fit it: 0.7 GB for a width of 4096, where a ball takes 4 to 12 seconds of a core. None runs
+            them up to widths of about 2000.
         progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
 
     Raises:
@@ -163,7 +168,8 @@ def local(
     radii = check_eps(eps, len(x))
     p = check_norm(norm)
     inside = check_box(box, x)
-    ways(form, p, guarantee)  # raises before any work is done
+    budget = parse(memory)
+    ways(form, p, guarantee, budget)  # raises before any work is done
     whole = liplt(form, norm=p, pairwise=pairwise, guarantee=guarantee, seed=seed) if bound is None else bound
     if not isinstance(whole, UpperBound):
         raise TypeError(f"`bound` must be an UpperBound of the whole network, got {type(whole).__name__}")
@@ -199,7 +205,7 @@ def local(
     def use(around: Around) -> None:
         around.each(one_chunk, "local bounds")
 
-    found = bounded(form, p, x, use, guarantee=guarantee, seed=seed, box=inside)
+    found = bounded(form, p, x, use, guarantee=guarantee, seed=seed, box=inside, memory=budget)
     return LocalBounds(
         value,
         radii,

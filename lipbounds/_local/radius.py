@@ -18,6 +18,7 @@ import numpy as np
 
 from lipbounds._form.inputs import check_box
 from lipbounds._form.lure import LureForm, fingerprint
+from lipbounds._gain.memory_budget import parse
 from lipbounds._local.engines import NoEngineError, bounded
 from lipbounds._local.forward import DECLARED_ACCURACY, check_inputs, enclosable, logits
 from lipbounds._local.local import box_notes
@@ -119,9 +120,11 @@ class Local:
         tries: number of eps tried per example and engine. Balls that are certified as a whole do not count while
             larger ones may be.
         box: (lower, upper), as in `lb.local`: a radius is then about the inputs inside it only.
+        memory: as in `lb.local`, the budget of the ellipsoids of wide networks.
 
     Raises:
-        ValueError: tries is not a whole number >= 1. `certified_radius` checks the box against the examples.
+        ValueError: tries is not a whole number >= 1, or memory is no budget. `certified_radius` checks the box against
+            the examples.
 
     Example:
         >>> import lipbounds as lb
@@ -133,9 +136,11 @@ class Local:
 
     tries: int = 4
     box: Any = None
+    memory: int | str | None = None
 
     def __post_init__(self) -> None:
         whole("tries", self.tries)
+        parse(self.memory)
 
 
 @public
@@ -163,8 +168,8 @@ def certified_radius(
             pairs where the outputs are more than 2048.
         local: also bound the network around each example (`lb.local`, with slopes anchored at the example): every ball
             of radius eps certifies min(eps, min_i (z_y - z_i) / L_yi(eps)). The result is the maximum of these and the
-            global radius. Norms 2 and inf. If no local bound applies (more than 4096
-            outputs, or l-inf and wider than 1100) the global radii are returned, with a note. True or `lb.Local(...)`.
+            global radius. Norms 2 and inf. If no local bound applies (more than 4096 outputs, or l-inf and wider than
+            the memory allows) the global radii are returned, with a note. True or `lb.Local(...)`.
         guarantee, seed: of the bound where it is computed here, and with local as in `lb.local`.
         device: where large proofs are computed: "auto" (on a GPU where JAX has one by default), "cpu" or "gpu".
         progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
@@ -213,7 +218,14 @@ def certified_radius(
     search = Search(labels, gaps, radius, near.tries)
     try:
         found = bounded(
-            form, proof.norm, x[search.todo], search.run, guarantee=guarantee, seed=seed, box=inside
+            form,
+            proof.norm,
+            x[search.todo],
+            search.run,
+            guarantee=guarantee,
+            seed=seed,
+            box=inside,
+            memory=parse(near.memory),
         )
     except NoEngineError as error:
         return Radii(radius, *fields, proof.guarantee, proof.method, (*notes, f"global radii: {error}"))

@@ -256,9 +256,9 @@ def _network(view: LureForm, kinks: tuple[Kinks, ...]) -> search.Network:
     start, stages = ellipsoids.stages(view)
     layers = []
     for stage in stages:
-        rows, n = stage.T.array, stage.neurons
+        rows, n = stage.T.written_out, stage.neurons
         W = None if rows is None else rows[:n]
         H = rows[n:] if stage.lives_on and rows is not None else None
         k = kinks[stage.tap]
-        layers.append(search.Layer(W, H, stage.G.array, k.base, k.gain))
-    return search.Network(start.array, tuple(layers))
+        layers.append(search.Layer(W, H, stage.G.written_out, k.base, k.gain))
+    return search.Network(start.written_out, tuple(layers))

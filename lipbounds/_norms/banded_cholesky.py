@@ -67,7 +67,7 @@ def bandwidth(columns: Any, position: np.ndarray | None = None) -> int:
     return int((highest - _reduced(np.minimum, where, columns.indptr, 0)).max(initial=0))
 
 
-def _classes(pattern: Any) -> tuple[np.ndarray, np.ndarray]:
+def classes(pattern: Any) -> tuple[np.ndarray, np.ndarray]:
     """(first, which): rows with the same columns (channels of a pixel) form a class, found by hash."""
     labels = np.random.default_rng(0).integers(1, 2**63, pattern.shape[1], dtype=np.uint64)
     sums = _reduced(np.add, labels[pattern.indices], pattern.indptr, 0)
@@ -90,8 +90,8 @@ def row_order(b: Any) -> tuple[np.ndarray | None, int]:
     pattern = _pattern(b)
     columns = pattern.T.tocsr()
     best: tuple[np.ndarray | None, int] = None, bandwidth(columns)
-    first, which = _classes(pattern)
-    first_column, _ = _classes(columns)
+    first, which = classes(pattern)
+    first_column, _ = classes(columns)
     small = sp.csr_array(pattern[first][:, first_column])
     count = small.shape[0]
     middle = _reduced(np.minimum, small.indices, small.indptr, 0).astype(np.int64)

@@ -11,6 +11,7 @@ A nested call (LipLT inside `lipsdp`) reports where the outer one does.
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ _RATE = 4e10  # float64 operations per second of Cholesky and dense products on 
 Advance = Callable[[str, float], None]
 _tell: ContextVar[Tell | None] = ContextVar("tell", default=None)  # None: outside any public call
 _topic: ContextVar[str] = ContextVar("topic", default="")
+_stop: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
 
 
 def _drawn() -> bool:
@@ -95,6 +97,31 @@ def say(text: str) -> None:
     tell = _tell.get()
     if tell is not None:
         tell(_topic.get() + text)
+
+
+class Stopped(BaseException):
+    """Raised by `alive` in the workers of a call that was interrupted."""
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Let `alive` end the work that threads do in copies of this context, once the call is interrupted or fails."""
+    event = threading.Event()
+    token = _stop.set(event)
+    try:
+        yield
+    except BaseException:
+        event.set()
+        raise
+    finally:
+        _stop.reset(token)
+
+
+def alive() -> None:
+    """Raise `Stopped` in a worker of a call that has ended; long work calls this about every half second."""
+    event = _stop.get()
+    if event is not None and event.is_set():
+        raise Stopped
 
 
 def proof_seconds(rows: int, columns: int) -> float:
