@@ -50,7 +50,7 @@ def test_only_the_walker_runs_the_steps_of_a_program() -> None:
         "_form/program.py": "lifetimes of registers",
         "_form/walk.py": "the walker",
         "_empirical/survey.py": "which taps a tap reads",
-        "_gain/wide_blocks.py": "how often a register is read",
+        "_gain/step_paths.py": "how often a register is read",
         "_lipsdp/state_matrices.py": "writes the two halves of a form",
         "_triangle/output_rows.py": "which coefficients are differentiated",
     }

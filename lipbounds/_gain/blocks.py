@@ -71,6 +71,8 @@ class HostForm:
         self.consts = [np.asarray(c) for c in form.consts]
         self.built: dict[int, list[StepMatrix]] = {}
         self.proved: dict[Any, float] = {}  # norms already proved, by content
+        self.quick: dict[Any, Any] = {}  # quick proofs of wide blocks, by content
+        self.searches: dict[Any, Any] = {}  # norms of wide blocks that steps may still refine, by content
 
     def step(self, place: int) -> list[StepMatrix]:
         if place not in self.built:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import jax
@@ -21,13 +21,18 @@ from lipbounds._form import windows
 from lipbounds._form.concrete import on_host
 from lipbounds._form.program import Op
 from lipbounds._form.steps import KINDS
+from lipbounds._gain.convolution import Convolution, convolution
 from lipbounds._norms import cholesky, enclosures
 from lipbounds._norms import matrices as norms
 from lipbounds._norms.enclosures import Enclosure
 from lipbounds._norms.fourier import conv_fft_bound
-from lipbounds._norms.rounding import U, mul_up
+from lipbounds._norms.rounding import U, add_up, gamma, mul_up, sqrt_up, unscale_up
 
 _COARSE = 12  # points per axis for the quick norm of a convolution
+_APPLIED = (
+    2**18
+)  # nonzero entries above which a convolution is applied to columns and its matrix built only on demand
+_FULL = 0.15  # share of nonzero entries above which an operand of a convolution is taken as dense
 _QUICK = 2e9  # operations of a factorisation for a quick norm
 _VERIFY_STEP = 1100  # steps up to this size get a proved spectral norm, larger ones sqrt(||A||_1 ||A||_inf)
 
@@ -38,18 +43,30 @@ class StepMatrix:
 
     Args:
         register: which register.
-        matrix: csr_array or ndarray (out, in).
+        given: csr_array or ndarray (out, in), or a function that builds it; see `matrix`.
         rows: for a pure selection, the input entry each output entry copies (-1: zero).
         relerr: entrywise relative error of the entries.
         bound: a proved bound of the spectral norm that is cheaper than one from the matrix, if there is one;
             called with a number, a looser one from that many points per axis.
+        convolution: the same map applied to columns, where that is faster than the matrix.
     """
 
     register: int
-    matrix: Any
+    given: Any
     rows: np.ndarray | None = None
     relerr: float = 0.0
     bound: Callable[..., float] | None = None
+    convolution: Convolution | None = None
+
+    @cached_property
+    def matrix(self) -> Any:
+        """csr_array or ndarray (out, in)."""
+        return self.given() if callable(self.given) else self.given
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.matrix.shape if self.convolution is None else self.convolution.shape
 
     @cached_property
     def transposed(self) -> StepMatrix:
@@ -59,22 +76,34 @@ class StepMatrix:
             if np.unique(used).size == used.size:
                 rows = np.full(self.matrix.shape[1], -1, np.int64)
                 rows[used] = np.flatnonzero(self.rows >= 0)
-        return StepMatrix(self.register, cholesky.transposed(self.matrix), rows, self.relerr, self.bound)
+        turned = None if self.convolution is None else self.convolution.transposed
+        return StepMatrix(
+            self.register, lambda: cholesky.transposed(self.matrix), rows, self.relerr, self.bound, turned
+        )
 
     @cached_property
     def norm(self) -> float:
         """A proved bound of the spectral norm."""
-        small = min(self.matrix.shape) <= _VERIFY_STEP
+        if self.convolution is not None and self.bound is not None:
+            return self.quick_norm
+        small = min(self.shape) <= _VERIFY_STEP
         if small and self.rows is None:
             return norms.verified_norm(self.matrix) * (1 + 4 * self.relerr)
-        cheap = enclosures.cheap_norm(self.matrix)
+        cheap = self.factor.absolute_norm
         if self.bound is not None:
             cheap = min(cheap, self.bound())
         return cheap * (1 + 4 * self.relerr)
 
     @cached_property
+    def _moves_nothing(self) -> bool:
+        rows = self.rows
+        return rows is not None and rows.size == self.shape[1] and np.array_equal(rows, np.arange(rows.size))
+
+    @cached_property
     def terms(self) -> int:
         """The longest inner product with the matrix or its transpose."""
+        if self.convolution is not None:
+            return max(self.convolution.terms, self.convolution.transposed.terms)
         if not sp.issparse(self.matrix):
             return max(map(cholesky.nonzeros_per_row, (self.matrix, self.matrix.T)))
         columns = np.bincount(self.matrix.indices, minlength=1)
@@ -85,14 +114,31 @@ class StepMatrix:
         """A proved bound of the spectral norm that costs little: a factorisation only where it is small."""
         if self.bound is not None:
             return min(self.absolute_norm, self.bound(_COARSE) * (1 + 4 * self.relerr))
-        small, large = sorted(self.matrix.shape)
+        small, large = sorted(self.shape)
         cheap = self.rows is None and small <= _VERIFY_STEP and small * small * large <= _QUICK
         return self.norm if cheap and small > 1 else self.absolute_norm
 
     @cached_property
     def absolute_norm(self) -> float:
         """A proved bound of the spectral norm of the absolute values."""
-        return enclosures.cheap_norm(self.matrix) * (1 + 4 * self.relerr)
+        return self.factor.absolute_norm * (1 + 4 * self.relerr)
+
+    @cached_property
+    def factor(self) -> enclosures.Factor:
+        """What a rounded product with the matrix needs to know of it."""
+        if self.convolution is None:
+            return enclosures.Factor(self.matrix)
+        return _AppliedFactor(self)
+
+    def product(self, x: np.ndarray) -> np.ndarray:
+        """matrix @ x in float64, for a vector or columns x."""
+        if self.rows is not None:
+            if self._moves_nothing:
+                return x
+            if (self.rows >= 0).all():
+                return x[self.rows]
+            return np.where((self.rows >= 0).reshape(-1, *[1] * (x.ndim - 1)), x[self.rows], 0.0)
+        return self.factor.product(x)
 
     def apply(self, m: Enclosure) -> Enclosure:
         """matrix @ m, with its error."""
@@ -100,11 +146,53 @@ class StepMatrix:
             wrong = norms.frobenius_norm(self.matrix) if self.relerr else 0.0
             return Enclosure(self.matrix, mul_up(self.relerr, wrong))
         if self.rows is not None:
-            if self.rows.size == m.shape[0] and np.array_equal(self.rows, np.arange(self.rows.size)):
+            if self._moves_nothing:
                 return m
             if (self.rows >= 0).all():
                 return m.select(rows=self.rows)
-        return enclosures.multiply(self.matrix, m, self.relerr, self.norm if m.error else None)
+        return enclosures.multiply(self.factor, m, self.relerr, self.norm if m.error else None)
+
+
+class _AppliedFactor(enclosures.Factor):
+    """A convolution as a factor: dense operands never meet its matrix, which sparse ones build."""
+
+    def __init__(self, step: StepMatrix) -> None:
+        assert step.convolution is not None
+        self._step, self.convolution, self.shape = step, step.convolution, step.convolution.shape
+        self.nonzeros = self.convolution.terms
+
+    @property
+    def matrix(self) -> Any:
+        return self._step.matrix
+
+    @cached_property
+    def smallest(self) -> float:
+        sizes = self.convolution.absolute.weights
+        return float(sizes.min(where=sizes > 0, initial=np.inf))
+
+    @cached_property
+    def absolute_norm(self) -> float:
+        """min(sqrt(||A||_1 ||A||_inf), ||A||_F) from sums of the absolute weights."""
+        sizes = self.convolution.absolute
+        exponent = int(np.frexp(sizes.weights.max(initial=0.0))[1])
+        with np.errstate(under="ignore"):
+            sizes = Convolution(np.ldexp(sizes.weights, -exponent), sizes.moves, sizes.source, sizes.target)
+            squares = Convolution(np.square(sizes.weights), sizes.moves, sizes.source, sizes.target)
+        lost = 2.0**-1000 * sizes.terms
+        rows = float(sizes(np.ones(self.shape[1])).max(initial=0.0)) + lost
+        columns = float(sizes.transposed(np.ones(self.shape[0])).max(initial=0.0)) + lost
+        whole = float(squares(np.ones(self.shape[1])).sum()) + lost * self.shape[0]
+        grown = add_up(1.0, 2.0 * gamma(sum(self.shape) + sizes.terms + sizes.transposed.terms + 8))
+        least = min(sqrt_up(mul_up(rows, columns)), sqrt_up(whole))
+        return float(unscale_up(mul_up(grown, least), exponent))
+
+    def product(self, x: np.ndarray) -> np.ndarray:
+        return self.convolution(x)
+
+    def times(self, b: Any) -> Any:
+        if sp.issparse(b) and b.nnz <= _FULL * b.shape[0] * b.shape[1]:
+            return super().times(b)
+        return self.convolution(cholesky.dense_array(b))
 
 
 def _is_identity(m: Enclosure) -> bool:
@@ -173,8 +261,19 @@ def step_matrices(
             result.append(StepMatrix(register, _dot_matrix(params["dimension_numbers"], place, index, other)))
         elif op.kind == "conv" and place == 0 and params["batch_group_count"] == 1:
             kernel = consts[-1 - op.inputs[1]].astype(np.float64)
-            matrix = _conv_matrix(params, shape, kernel, out_shape)
-            result.append(StepMatrix(register, matrix, bound=_conv_bound(params, shape, kernel)))
+            applied: Convolution | None = convolution(params, shape, kernel, out_shape)
+            assert applied is not None
+            if applied.entries <= _APPLIED:
+                applied = None
+            matrix = partial(_conv_matrix, params, shape, kernel, out_shape)
+            result.append(
+                StepMatrix(
+                    register,
+                    matrix if applied else matrix(),
+                    bound=_conv_bound(params, shape, kernel),
+                    convolution=applied,
+                )
+            )
         elif op.kind == "reduce_sum":
             result.append(_table(register, windows.along(shape, params["axes"]), n))
         elif op.kind == "reduce_window_sum":

@@ -1,6 +1,7 @@
 """Norms of blocks too large for one dense proof, by the first of several methods that succeeds.
 
     a narrow cut      G = U V through few entries: a proof from the Gram matrix of the thin side, verified
+    a banded proof    of a block of few entries near a diagonal, such as one or two convolutions, verified
     Golub-Kahan       products alone, probabilistic
     a proof           of the block formed within a limit of memory, verified
     product of steps  of the norms of the linear steps on the way, verified and loose; it always exists
@@ -11,34 +12,42 @@ next one, so every block gets a bound.
 
 from __future__ import annotations
 
-import collections
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
+from threadpoolctl import threadpool_limits
 
-from lipbounds._form.lure import LureForm, propagate
-from lipbounds._form.program import Op
-from lipbounds._form.walk import Algebra, walk
+from lipbounds._form.walk import walk
 from lipbounds._gain import memory_budget
 from lipbounds._gain.blocks import Forward, HostForm, Node, TapScaling
-from lipbounds._gain.step_matrices import StepMatrix
+from lipbounds._gain.products import BlockProduct
+from lipbounds._gain.step_paths import product_of_steps, product_rounding
 from lipbounds._norms import enclosures
 from lipbounds._norms import matrices as norms
 from lipbounds._norms.enclosures import Enclosure
 from lipbounds._norms.lanczos import golub_kahan
-from lipbounds._norms.rounding import UNDERFLOW, add_up, gamma, mul_up, sqrt_up
+from lipbounds._norms.rounding import add_up, mul_up, sqrt_up
+from lipbounds._norms.starts import STARTS, Starts
 
+#: Relative distance of upper and lower bound at which Golub-Kahan ends.
+RTOL = 1e-3
 #: Bytes that the parts of a cut, and a block formed for its proof, may take where no budget is given.
 LIMIT = 2**31
 #: Entries of a cut up to which its Gram matrix is formed.
 WIDEST_CUT = 2048
 _STEPS_SHARE = 2.0**-30  # of the failure probability of a block, for the norms of the steps in its rounding
 _TINY = 1e-100  # matrix-free norms below this may have lost parts to underflow
+_FEW = 8  # columns that tell how many entries a block has
+_SPARSE = 1e7  # entries up to which a block above the size rule is formed for a banded proof
+_CHEAP = 6e10  # estimated operations of such a proof, one or two seconds
+_PER_ENTRY = 2.5e5  # and those that take as long as Golub-Kahan on a block of one input or output
+_MARGIN = 2.0  # the operations may be more than was estimated
 _TIGHT = 1.001  # a cut's proof is taken where it is within this factor of its own float estimate
 
 
@@ -52,7 +61,6 @@ class Bound(NamedTuple):
 
 
 def wide_norm(
-    form: LureForm,
     host: HostForm,
     pair: tuple[Node, Node],
     scalings: Sequence[TapScaling],
@@ -69,13 +77,95 @@ def wide_norm(
         matrix_free: Golub-Kahan before everything else.
         limit: bytes of what may be formed.
     """
-    source, target = pair
-    free = partial(_by_golub_kahan, form, host, source, target, scalings, seed, failure, max_steps)
-    cut = partial(_by_cut, host, source, target, scalings, limit)
-    ways: list[Callable[[], Bound | None]] = [free, cut] if matrix_free else [cut, free]
-    ways.append(partial(_by_proof, host, source, target, scalings, limit))
+    found = None if matrix_free else dict(quick_norms(host, [pair], scalings, limit=limit)).get(pair)
+    if found is None:
+        found = _attempt(partial(_by_search, host, pair, scalings, seed, failure, max_steps))
+    return found or other_norm(
+        host, pair, scalings, seed=seed, failure=failure, max_steps=max_steps, limit=limit
+    )
+
+
+def other_norm(
+    host: HostForm,
+    pair: tuple[Node, Node],
+    scalings: Sequence[TapScaling],
+    *,
+    seed: int,
+    failure: float,
+    max_steps: int = memory_budget.MOST_STEPS,
+    limit: int = LIMIT,
+) -> Bound:
+    """`wide_norm` where no `Search` succeeds: Golub-Kahan with all vectors kept, and what always gives a bound."""
+    ways: list[Callable[[], Bound | None]] = [
+        partial(_by_golub_kahan, host, *pair, scalings, seed, failure, max_steps),
+        partial(_by_cut, host, *pair, scalings, limit),
+        partial(_by_proof, host, *pair, scalings, limit),
+    ]
     found = next((bound for bound in map(_attempt, ways) if bound is not None), None)
-    return found or Bound(product_of_steps(host, source, target, scalings), "verified", "product of steps")
+    return found or Bound(product_of_steps(host, *pair, scalings), "verified", "product of steps")
+
+
+def quick_norms(
+    host: HostForm, pairs: Sequence[tuple[Node, Node]], scalings: Sequence[TapScaling], *, limit: int = LIMIT
+) -> Iterator[tuple[tuple[Node, Node], Bound]]:
+    """Verified bounds that cost little, of the pairs that have one: through a narrow cut, or by a banded proof.
+
+    Where some pair has none, so that the bound of the network is probabilistic anyway, a banded proof must cost less
+    than Golub-Kahan does.
+    """
+    left, costs = [], []
+    for pair in pairs:
+        cut = _remembered(
+            host, pair, scalings, ("cut", limit), partial(cut_norm, host, pair, scalings, limit=limit)
+        )
+        if cut is not None:
+            yield pair, cut
+            continue
+        left.append(pair)
+        costs.append(_band_operations(host, *pair, scalings))
+    whole = max(costs, default=0.0) <= _CHEAP
+    for pair, cost in zip(left, costs, strict=True):
+        size = host.node_size(pair[0], source=True) + host.node_size(pair[1], source=False)
+        most = _CHEAP if whole else _PER_ENTRY * size
+        way = partial(_by_proof, host, *pair, scalings, limit, _MARGIN * most)
+        band = (
+            _remembered(host, pair, scalings, ("band", limit), partial(_attempt, way))
+            if cost <= most
+            else None
+        )
+        if band is not None:
+            yield pair, band
+
+
+def _remembered(
+    host: HostForm,
+    pair: tuple[Node, Node],
+    scalings: Sequence[TapScaling],
+    how: tuple[str, int],
+    way: Callable[[], Bound | None],
+) -> Bound | None:
+    """The bound of one way, or that it has none, kept with the form."""
+    what, exponent = _content(host, *pair, scalings)
+    if (what, how) not in host.quick:
+        host.quick[what, how] = way(), exponent
+    found, before = host.quick[what, how]
+    return None if found is None else found._replace(value=math.ldexp(found.value, exponent - before))
+
+
+def _band_operations(host: HostForm, source: Node, target: Node, scalings: Sequence[TapScaling]) -> float:
+    """About what a banded proof costs, inf where the block has too many entries, from a few of its columns.
+
+    If a share f of the entries is not zero because each output reads a window of an image, the band is about as wide as
+    the share sqrt(f / 2) of the smaller side r, which makes f r^3 operations; a diagonal has none.
+    """
+    block = BlockProduct(host, source, target, scalings)
+    m, n = block.shape
+    few = np.linspace(0, n - 1, min(n, _FEW)).astype(np.int64)
+    units = np.zeros((n, few.size))
+    units[few, np.arange(few.size)] = 1.0
+    count = np.count_nonzero(block.forward(units)) * (n / few.size)
+    beside = max(count - max(m, n), 0.0)
+    return math.inf if count > _SPARSE else beside / (float(m) * n) * float(min(m, n)) ** 3
 
 
 def cut_norm(
@@ -175,43 +265,101 @@ def _root(gram: Enclosure) -> np.ndarray:
 # --- matrix-free ---------------------------------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnames=("source", "target", "transposed"))
-def _block_product(
-    form: LureForm, scalings: Any, vector: jax.Array, source: Node, target: Node, transposed: bool
-) -> jax.Array:
-    """G[target, source] u, or its transpose, in the vector's dtype."""
-    taps = form.taps
-    in_size = sum(taps[k].size_out for k in source) if source else form.in_size
+@dataclass
+class Search:
+    """Bounds of ||G[target, source]||_2 from several starts of Golub-Kahan, probabilistic, better with every step.
 
-    def forward(u: jax.Array) -> jax.Array:
-        seen: dict[int, Any] = {}
+    Blocks that differ by a power of two share their starts: `scale` takes those of `starts` to this block.
+    """
 
-        def tap(k: int, y: Any) -> Any:
-            c, q, _ = scalings[k]
-            seen[k] = y
-            v = None if y is None or c is None else c.astype(u.dtype) * y
-            if k in source:
-                start = sum(taps[j].size_out for j in source[: source.index(k)])
-                w = q.astype(u.dtype) * u[start : start + taps[k].size_out]
-                v = w if v is None else v + w
-            return v
+    starts: Starts
+    scale: float
+    cost: float  # entries of the vectors of a step
 
-        z = propagate(form, None if source else u, tap, dtype=u.dtype)
-        if not target:
-            return jnp.ravel(z)
-        ends = [jnp.zeros(taps[k].size_in, u.dtype) if seen[k] is None else seen[k] for k in target]
-        return jnp.concatenate(
-            [scalings[k][2].astype(u.dtype) * y for k, y in zip(target, ends, strict=True)]
-        )
+    @property
+    def lower(self) -> float:
+        return self.starts.lower * self.scale
 
-    if not transposed:
-        return forward(vector)
-    (out,) = jax.linear_transpose(forward, jax.ShapeDtypeStruct((in_size,), vector.dtype))(vector)
-    return out
+    @property
+    def upper(self) -> float:
+        return self.starts.upper * self.scale
+
+    @property
+    def excess(self) -> float:
+        return self.starts.excess
+
+    def advance(self, steps: int) -> None:
+        try:
+            self.starts.advance(steps)
+        except ValueError:  # products that are not finite
+            self.starts.ended, self.starts.upper = True, math.inf
+
+    def bound(self) -> Bound | None:
+        """What is known now; None where it proves nothing."""
+        if not _TINY <= self.upper < math.inf:
+            return None
+        need = memory_budget.Budget.vectors(int(self.cost), STARTS * self.starts.steps)
+        return Bound(self.upper, "probabilistic", f"Golub-Kahan, {self.starts.steps} steps", need)
+
+
+def search(
+    host: HostForm,
+    pair: tuple[Node, Node],
+    scalings: Sequence[TapScaling],
+    *,
+    seed: int,
+    failure: float,
+    max_steps: int = memory_budget.MOST_STEPS,
+) -> Search:
+    """The search of a block, kept with the form."""
+    what, exponent = _content(host, *pair, scalings)
+    key = (what, seed, failure, max_steps)
+    block = BlockProduct(host, *pair, scalings)
+    if key not in host.searches:
+        rounding = product_rounding(host, *pair, scalings, failure * _STEPS_SHARE)
+        there, back = block.forward, block.backward
+        if block.shape[0] < block.shape[1]:  # only vectors of the smaller side are kept
+            there, back = back, there
+        share = failure * (1.0 - _STEPS_SHARE)
+        options: dict[str, Any] = dict(seed=seed, failure=share, rounding=rounding, max_steps=max_steps)
+        host.searches[key] = Starts(there, back, min(block.shape), **options), exponent
+    starts, before = host.searches[key]
+    return Search(starts, math.ldexp(1.0, exponent - before), float(sum(block.shape)))
+
+
+def _content(host: HostForm, source: Node, target: Node, scalings: Sequence[TapScaling]) -> tuple[Any, int]:
+    """(key, exponent): blocks of one form with equal keys are equal up to the power of two of their exponents."""
+    alive = host.coming_from([source], scalings) & host.leading_to([target], scalings)
+    largest = max((float(np.abs(scalings[k].q).max(initial=0.0)) for k in source), default=1.0)
+    exponent = math.frexp(largest)[1]
+    digest = hashlib.sha1()
+    for k, tap in enumerate(host.program.taps):
+        c, q, e = scalings[k].c, scalings[k].q, scalings[k].e
+        passed = c is not None and alive & set(tap.inputs) and alive & set(tap.outputs)
+        for here, factors in ((k in source, np.ldexp(q, -exponent)), (k in target, e), (passed, c)):
+            if here:
+                digest.update(np.ascontiguousarray(factors).tobytes())
+    return (source, target, digest.hexdigest()), exponent
+
+
+def _by_search(
+    host: HostForm,
+    pair: tuple[Node, Node],
+    scalings: Sequence[TapScaling],
+    seed: int,
+    failure: float,
+    max_steps: int,
+) -> Bound | None:
+    # STARTS vectors are kept per step.
+    found = search(host, pair, scalings, seed=seed, failure=failure, max_steps=max(max_steps // STARTS, 8))
+    with threadpool_limits(1, "blas"):
+        while not found.starts.ended and found.excess > RTOL:
+            found.advance(8)
+    found.starts.release()
+    return found.bound()
 
 
 def _by_golub_kahan(
-    form: LureForm,
     host: HostForm,
     source: Node,
     target: Node,
@@ -221,182 +369,41 @@ def _by_golub_kahan(
     max_steps: int,
 ) -> Bound | None:
     rounding = product_rounding(host, source, target, scalings, failure * _STEPS_SHARE)
-    arrays = tuple((s.c, s.q, s.e) for s in scalings)
-    with jax.enable_x64(True):
-        product = partial(_block_product, form, arrays, source=source, target=target)
-        upper, _, steps = golub_kahan(
-            lambda u: np.asarray(product(jnp.asarray(u), transposed=False)),
-            lambda u: np.asarray(product(jnp.asarray(u), transposed=True)),
-            host.node_size(source, source=True),
-            seed=seed,
-            failure=failure * (1.0 - _STEPS_SHARE),
-            max_steps=max_steps,
-            rounding=rounding,
-        )
-    if upper < _TINY:  # the device flushes underflow to zero, so a vanishing product proves nothing
+    block = BlockProduct(host, source, target, scalings)
+    there, back = block.forward, block.backward
+    if block.shape[0] < block.shape[1]:
+        there, back = back, there
+    upper, _, steps = golub_kahan(
+        there,
+        back,
+        min(block.shape),
+        seed=seed,
+        failure=failure * (1.0 - _STEPS_SHARE),
+        max_steps=max_steps,
+        rounding=rounding,
+    )
+    if upper < _TINY:
         return None
-    size = host.node_size(source, source=True) + host.node_size(target, source=False)
-    need = memory_budget.Budget.vectors(size, steps)
+    need = memory_budget.Budget.vectors(sum(block.shape), steps)
     return Bound(upper, "probabilistic", f"Golub-Kahan, {steps} steps", need)
 
 
-def product_rounding(
-    host: HostForm, source: Node, target: Node, scalings: Sequence[TapScaling], failure: float
-) -> float:
-    """A bound of the error of a product of G[target, source], or its transpose, with a unit vector on a device.
-
-    A step M errs by at most w ||u||, w = gamma_t || |M| ||, where t counts the roundings of one entry (Higham, section
-    3.5), and passes errors on by N >= ||M||. Summed over all paths of steps, first and last the scalings of the taps,
-        sum of paths of (product of (N + w) - product of N),
-    which is the same from both ends. What underflow loses is below 2**-1022 an operation and is passed on likewise.
-
-    Args:
-        failure: of the norms N of large dense steps, which are found by Golub-Kahan.
-
-    Raises:
-        ValueError: weights that a device may flush to zero.
-    """
-    program = host.program
-    # The transposed product sums what comes back to a register from all steps that read it.
-    uses = 2 + max(collections.Counter(r for s in program.steps for r in s.reads).values(), default=1)
-    arrived: list[_Path] = []
-
-    def through(place: int, parts: list[StepMatrix], held: Mapping[int, _Path]) -> Iterator[_Path]:
-        for m in parts:
-            if _may_vanish(m.matrix):
-                raise ValueError("the network has weights that the device may flush to zero")
-            wrong = mul_up(add_up(gamma(m.terms + len(parts) + uses), 2.0 * m.relerr), m.absolute_norm)
-            lost = UNDERFLOW * 8.0 * (m.terms + 1) * sum(m.matrix.shape)
-            yield held[m.register].through(_norm_of_step(host, place, m, failure), wrong, lost)
-
-    def tap(k: int, y: _Path | None) -> _Path | None:
-        scaling = scalings[k]
-        if y is not None and k in target:
-            arrived.append(y.scaled(scaling.e, uses))
-        terms = [_Path(1.0, 0.0, 0.0).scaled(scaling.q, uses)] if k in source else []
-        if y is not None and scaling.c is not None:
-            terms.append(y.scaled(scaling.c, uses))
-        return _together(terms) if terms else None
-
-    sizes = _Sizes(host, host.leading_to([target], scalings), _together, _together, through, tap)
-    held = walk(program, sizes, {} if source else {0: _Path(1.0, 0.0, 0.0)})
-    end = _together(arrived) if target else held.get(program.output, _Path(0.0, 0.0, 0.0))
-    return add_up(end.error, end.back)
-
-
-class _Sizes(Algebra[Any]):
-    """A bound per register (the same for all outputs of a tap), from those of the steps, in the registers `alive`.
-
-    Args:
-        total: adds the parts of one step; joined: bounds registers side by side.
-        through: the parts of the step at a place, given its matrices and the registers.
-        tap: as in `Algebra`.
-    """
-
-    def __init__(
-        self, host: HostForm, alive: set[int], total: Any, joined: Any, through: Any, tap: Any
-    ) -> None:
-        self.host, self.alive, self.total, self.joined, self.through = host, alive, total, joined, through
-        self.of_tap = tap
-
-    def tap(self, k: int, value: Any) -> Any:
-        return self.of_tap(k, value)
-
-    def step(self, place: int, op: Op, held: Mapping[int, Any]) -> Any:
-        if op.output not in self.alive:
-            return None
-        parts = [m for m in self.host.step(place) if m.register in held]
-        return self.total(list(self.through(place, parts, held))) if parts else None
-
-    def join(self, registers: Sequence[int], held: Mapping[int, Any]) -> Any:
-        return self.joined([held[r] for r in registers if r in held])
-
-    def split(self, value: Any, registers: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        return ((r, value) for r in registers)
-
-
-class _Path(NamedTuple):
-    """Sums over the paths from the source: norms, rounding errors, underflow losses of a transposed product."""
-
-    size: float
-    error: float
-    back: float
-
-    def through(self, norm: float, wrong: float, lost: float) -> _Path:
-        return _Path(
-            mul_up(norm, self.size),
-            add_up(mul_up(norm, self.error), mul_up(wrong, add_up(self.size, self.error)), lost),
-            add_up(self.back, mul_up(lost, add_up(self.size, self.error))),
-        )
-
-    def scaled(self, factors: np.ndarray, uses: int) -> _Path:
-        top = float(np.abs(factors).max(initial=0.0))
-        return self.through(top, mul_up(gamma(uses + 2), top), UNDERFLOW * 8.0 * factors.size)
-
-
-def _together(paths: Sequence[_Path]) -> _Path:
-    return _Path(*(add_up(*(path[i] for path in paths)) for i in range(3)))
-
-
-def _may_vanish(matrix: Any) -> bool:
-    """Whether it has entries that are subnormal numbers in float32, the dtype of the weights."""
-    entries = np.abs(matrix.data if sp.issparse(matrix) else matrix)
-    return bool(((entries > 0.0) & (entries < 2.0**-126)).any())
-
-
-def _norm_of_step(host: HostForm, place: int, m: StepMatrix, failure: float) -> float:
-    """N >= ||M||; of a large dense step by Golub-Kahan, within a factor of two."""
-    if sp.issparse(m.matrix) or m.quick_norm < m.absolute_norm:
-        return m.quick_norm
-    share = failure / len(host.program.steps)
-    key = ("step", place, m.register, share)
-    if key not in host.proved:
-        wrong = gamma(m.terms) * m.absolute_norm
-        matrix = np.asarray(m.matrix, np.float64)
-        options: dict[str, Any] = dict(seed=place, failure=share, rtol=1.0, rounding=wrong)
-        found = golub_kahan(lambda v: matrix @ v, lambda v: matrix.T @ v, matrix.shape[1], **options)[0]
-        host.proved[key] = min(add_up(found, mul_up(m.relerr, m.absolute_norm)), m.absolute_norm)
-    return host.proved[key]
-
-
-# --- the last two methods -----------------------------------------------------------------------------------------
+# --- a proof of the block itself ------------------------------------------------------------------------------------
 
 
 def _by_proof(
-    host: HostForm, source: Node, target: Node, scalings: Sequence[TapScaling], limit: int
+    host: HostForm,
+    source: Node,
+    target: Node,
+    scalings: Sequence[TapScaling],
+    limit: int,
+    most: float = math.inf,
 ) -> Bound | None:
     block, _ = memory_budget.formed(host, source, target, scalings, limit)
     if block is None:
         return None
     plan = enclosures.enclosure_plan(block, limit)
-    if plan.memory > limit or plan.flops > memory_budget.MOST_FLOPS:
+    if plan.memory > limit or plan.flops > min(most, memory_budget.MOST_FLOPS):
         return None
     value = norms.verified_norm(*block.with_error(), plan=plan)
     return Bound(value, "verified", plan.name, plan.memory)
-
-
-def product_of_steps(host: HostForm, source: Node, target: Node, scalings: Sequence[TapScaling]) -> float:
-    """||G[target, source]|| <= the product (and sum) of the norms of the steps between, a bound per register."""
-    arrived: list[float] = []
-
-    def tap(k: int, y: float | None) -> float | None:
-        scaling = scalings[k]
-        if y is not None and k in target:
-            arrived.append(mul_up(float(scaling.e.max(initial=0.0)), y))
-        terms = [float(scaling.q.max(initial=0.0))] if k in source else []
-        if y is not None and scaling.c is not None:
-            terms.append(mul_up(float(np.abs(scaling.c).max(initial=0.0)), y))
-        return add_up(*terms) if terms else None
-
-    def through(place: int, parts: list[StepMatrix], held: Mapping[int, float]) -> list[float]:
-        return [mul_up(m.norm, held[m.register]) for m in parts]
-
-    sizes = _Sizes(
-        host, host.leading_to([target], scalings), lambda parts: add_up(*parts), _length, through, tap
-    )
-    held = walk(host.program, sizes, {} if source else {0: 1.0})
-    return _length(arrived) if target else held.get(host.program.output, 0.0)
-
-
-def _length(parts: list[float]) -> float:
-    return norms.frobenius_norm(np.array([parts]))

@@ -250,7 +250,8 @@ class BandedCholesky:
             return (rows @ b[lo:hi].T.tocsr()).toarray()
         g = np.zeros((height, width))
         step = _slice(self.width)
+        by_columns = rows.tocsc()
         for start in range(0, columns.size, step):
-            block = rows[:, columns[start : start + step]].toarray()
+            block = by_columns[:, columns[start : start + step]].toarray(order="C")
             g += block @ block[:width].T
         return g

@@ -21,6 +21,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import scipy.sparse as sp
+from scipy.linalg import eigh_tridiagonal
+from scipy.linalg.blas import dtrsm
 from scipy.linalg.lapack import dpotrf
 
 from lipbounds._norms.rounding import U
@@ -30,6 +32,7 @@ TINY = 2.0**-800
 
 BLOCK = 1024  # rows of a dense block
 _SMALL = 2**22
+_CALL = 2e10  # operations of one call to BLAS, less than a second
 DENSE_FLOPS = 4e10  # operations per second, estimated
 SPARSE_FLOPS = 1.5e8
 _EXACT_EIGENVALUES = 192
@@ -98,7 +101,7 @@ def gram(b: Any) -> np.ndarray:
     touch, by estimated cost. Beside the result it holds one dense row block (1024 x its nonempty columns).
     """
     if not sp.issparse(b):
-        return np.ascontiguousarray(b @ b.T)
+        return np.ascontiguousarray(b @ b.T) if b.shape[0] ** 2 * b.shape[1] <= _CALL else _gram_dense(b)
     r, n = b.shape
     if r * n <= _SMALL:
         dense = b.toarray()
@@ -115,6 +118,23 @@ def gram(b: Any) -> np.ndarray:
     if float(columns @ columns) / SPARSE_FLOPS < dense_cost:
         return _gram_sparse(b, starts)
     return _gram_blocks(b, starts, touched)
+
+
+def _gram_dense(b: np.ndarray) -> np.ndarray:
+    """B B' of a dense B, a few rows and columns at a time."""
+    r, n = b.shape
+    g = np.empty((r, r))
+    step = max(256, int(_CALL / (2.0 * BLOCK * BLOCK)))
+    for lo in range(0, r, BLOCK):
+        for low in range(lo, r, BLOCK):
+            left, right = b[lo : lo + BLOCK], b[low : low + BLOCK]
+            part = left[:, :step] @ right[:, :step].T
+            for start in range(step, n, step):
+                part += left[:, start : start + step] @ right[:, start : start + step].T
+            g[lo : lo + BLOCK, low : low + BLOCK] = part
+            if low != lo:
+                g[low : low + BLOCK, lo : lo + BLOCK] = part.T
+    return g
 
 
 def _gram_sparse(b: Any, starts: list[int]) -> np.ndarray:
@@ -152,6 +172,35 @@ def _mirror(g: np.ndarray) -> None:
         corner = np.tril(g[lo:hi, lo:hi], -1)
         g[lo:hi, lo:hi] = corner + corner.T
         g[lo:hi, hi:] = g[hi:, lo:hi].T
+
+
+def _factorised(m: np.ndarray) -> bool:
+    """Whether the Cholesky factorisation M = U'U runs to completion; it takes the place of the upper triangle of M.
+
+    M (C order) is given by its upper triangle, and its strict lower triangle is left as it is. Rows of U are found a
+    block at a time, so that no call to BLAS takes much more than half a second and an interruption is answered; the
+    proof does not depend on the order of the sums (`banded_cholesky`).
+    """
+    size = m.shape[0]
+    if size <= 2 * BLOCK:
+        factor, info = dpotrf(m.T, lower=1, clean=0, overwrite_a=1)
+        ends = factor.diagonal()
+        return info == 0 and bool(np.all(np.isfinite(ends)) and np.all(ends > 0.0))
+    height = int(np.clip(_CALL / (size * size), 64, BLOCK))
+    for lo in range(0, size, height):
+        hi = min(lo + height, size)
+        above = m[:lo, lo:hi]
+        corner = m[lo:hi, lo:hi] - above.T @ above
+        factor, info = dpotrf(corner, lower=0, clean=1)
+        ends = factor.diagonal()
+        if info != 0 or not (np.all(np.isfinite(ends)) and np.all(ends > 0.0)):
+            return False
+        upper = np.triu_indices(hi - lo)
+        m[lo:hi, lo:hi][upper] = factor[upper]
+        if hi < size:
+            rest = m[lo:hi, hi:] - above.T @ m[:lo, hi:]
+            m[lo:hi, hi:] = dtrsm(1.0, factor, rest.T, side=1, lower=0, overwrite_b=1).T
+    return True
 
 
 class Proof(Protocol):
@@ -199,40 +248,50 @@ class ShiftedCholesky:
             np.negative(part, out=part)
             part[:, :height] = np.triu(part[:, :height], 1) + keep
         self.g.flat[:: size + 1] = pivots
-        factor, info = dpotrf(self.g.T, lower=1, clean=0, overwrite_a=1)
-        if info != 0:
-            return False
-        ends = factor.diagonal()
-        return bool(np.all(np.isfinite(ends)) and np.all(ends > 0.0))
+        return _factorised(self.g)
 
 
-def top_eigenvalue(matvec: Any, n: int, tol: float = 1e-11, steps: int = 160) -> float:
-    """An estimate (no bound) of the top eigenvalue of a symmetric PSD map on R^n: Lanczos, seed fixed."""
-    start = np.random.default_rng(0).standard_normal(n)
-    basis = np.zeros((min(steps, n) + 1, n))
-    basis[0] = start / np.linalg.norm(start)
+def top_eigenvalue(matvec: Any, n: int, tol: float = 1e-11, steps: int = 160, rounds: int = 4) -> float:
+    """An estimate (no bound) of the top eigenvalue of a symmetric PSD map on R^n: Lanczos, seed fixed.
+
+    Where that has not converged after `steps` it starts again from the Ritz vector: a factorisation at an estimate that
+    is too low costs more.
+    """
+    v = np.random.default_rng(0).standard_normal(n)
+    for _ in range(rounds):
+        estimate, v, miss = _lanczos(matvec, v / np.linalg.norm(v), tol, min(steps, n))
+        if miss <= tol * estimate:
+            break
+    return estimate
+
+
+def _lanczos(matvec: Any, start: np.ndarray, tol: float, steps: int) -> tuple[float, np.ndarray, float]:
+    """(estimate, Ritz vector, what the Ritz value may miss) of the top eigenvalue."""
+    basis = np.zeros((steps + 1, start.size))
+    basis[0] = start
     alpha: list[float] = []
     beta: list[float] = []
-    estimate = 0.0
-    for j in range(min(steps, n)):
+    for j in range(steps):
         w = matvec(basis[j])
         alpha.append(float(basis[j] @ w))
         for _ in range(2):
             w = w - basis[: j + 1].T @ (basis[: j + 1] @ w)
         norm = float(np.linalg.norm(w))
-        last = j + 1 == min(steps, n) or norm <= 1e-14 * max(alpha)
+        last = j + 1 == steps or norm <= 1e-14 * max(alpha)
         if j % 5 == 4 or last:
-            values, vectors = np.linalg.eigh(np.diag(alpha) + np.diag(beta, 1) + np.diag(beta, -1))
+            lowest = max(j - 1, 0)
+            values, vectors = eigh_tridiagonal(alpha, beta, select="i", select_range=(lowest, j))
             top = float(values[-1])
             residual = norm * abs(float(vectors[-1, -1]))
             gap = top - float(values[-2]) if j else 0.0
             miss = residual if gap <= 0.0 else min(residual, residual * residual / gap)
-            estimate = top + miss
             if last or miss <= tol * top:
+                if norm <= 1e-14 * max(alpha):
+                    miss = 0.0
                 break
         beta.append(norm)
         basis[j + 1] = w / norm
-    return estimate
+    return top + miss, vectors[:, -1] @ basis[: len(alpha)], miss
 
 
 def estimate_gram_norm(g: np.ndarray, b: Any) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,9 +20,9 @@ from lipbounds._norms.matrices import (
     induced_norm,
     largest,
     pairwise_row_norms,
-    products_stay_normal,
     proof_plan,
     row_norms,
+    smallest,
     verified_norm,
 )
 from lipbounds._norms.rounding import (
@@ -72,6 +74,16 @@ class Enclosure:
         """How many entries of M are stored."""
         return int(entries(self._midpoint).size)
 
+    @cached_property
+    def size(self) -> float:
+        """A bound of ||M||_F."""
+        return frobenius_norm(self._midpoint)
+
+    @cached_property
+    def least(self) -> float:
+        """The smallest nonzero |entry| of M, inf if there is none."""
+        return smallest(self._midpoint)
+
     @property
     def T(self) -> Enclosure:
         return Enclosure(cholesky.transposed(self._midpoint), self.error)
@@ -117,51 +129,113 @@ def cheap_norm(a: Any) -> float:
     return min(mul_up(column, row), frobenius_norm(a))
 
 
+_PATIENCE = 0.5  # estimated seconds of one product of sparse matrices
+_SCANNED = 2**20  # entries of an inexact matrix up to which they are read to tell whether products underflow
+
+
+class Factor:
+    """A matrix A as the left factor of rounded products, with what `multiply` needs to know of it, found once.
+
+    Attributes:
+        nonzeros: at least the most nonzero products in one entry of A x.
+        smallest: the smallest nonzero |entry|.
+        absolute_norm: a bound of || |A| ||_2.
+    """
+
+    def __init__(self, matrix: Any) -> None:
+        self._matrix = as_matrix(matrix)
+        self.shape: tuple[int, int] = self._matrix.shape
+
+    @property
+    def matrix(self) -> Any:
+        """A, finite float64, dense or CSR."""
+        return self._matrix
+
+    @cached_property
+    def nonzeros(self) -> int:
+        return cholesky.nonzeros_per_row(self.matrix)
+
+    @cached_property
+    def smallest(self) -> float:
+        return smallest(self.matrix)
+
+    @cached_property
+    def absolute_norm(self) -> float:
+        return cheap_norm(self.matrix)
+
+    @cached_property
+    def _one_each(self) -> bool:
+        """Whether every row has one entry, as a product with a diagonal does."""
+        a = self.matrix
+        return bool(sp.issparse(a) and a.nnz == a.shape[0] and (np.diff(a.indptr) == 1).all())
+
+    def product(self, x: np.ndarray) -> np.ndarray:
+        """fl(A x) for a vector or the columns of a dense x."""
+        a = self.matrix
+        if not self._one_each:
+            return a @ x
+        return a.data.reshape(-1, *[1] * (x.ndim - 1)) * x[a.indices]
+
+    def times(self, b: Any) -> Any:
+        """fl(A B), dense or CSR, by the cheaper of the dense and the sparse way; dense only where below 2 GB."""
+        a = self.matrix
+        if not sp.issparse(a) and not sp.issparse(b):
+            return a @ b
+        (rows, inner), cols = a.shape, b.shape[1]
+        dense = 2.0 * rows * inner * cols / 4e10 + 4e-9 * (rows * inner + inner * cols)
+        if sp.issparse(a) and sp.issparse(b):
+            per_row = np.diff(b.indptr).astype(float)
+            sparse = float(np.bincount(a.indices, minlength=inner).astype(float) @ per_row) / 1.5e8
+        else:
+            sparse = (a.nnz * cols if sp.issparse(a) else b.nnz * rows) / 1e9
+        if dense < sparse and 8 * (rows * inner + inner * cols + rows * cols) < 2**31:
+            a, b = map(cholesky.dense_array, (a, b))
+        parts = max(1, min(int(sparse / _PATIENCE), rows))
+        if not sp.issparse(a) or not sp.issparse(b) or parts == 1:
+            return _tidy(a @ b)
+        ends = np.linspace(0, rows, parts + 1).astype(
+            np.int64
+        )  # an interruption is answered between the parts
+        products = [a[lo:hi] @ b for lo, hi in itertools.pairwise(ends)]
+        return _tidy(sp.csr_array(sp.vstack(products, format="csr")))
+
+
 def multiply(a: Any, m: Enclosure, relerr: float = 0.0, norm: float | None = None) -> Enclosure:
-    """An enclosure of A_true M_true for M_true in `m` and |A_true - A| <= relerr |A| entrywise.
+    """An enclosure of A_true M_true for M_true in `m` and |A_true - A| <= relerr |A| entrywise; A a matrix or `Factor`.
 
     With k the most nonzero terms of one inner product, e the error of `m` and N >= || |A| ||_2
-    (`cheap_norm`),
+    (`Factor.absolute_norm`),
         e' = (1 + relerr) N e + (gamma_k + relerr) N ||M||_F + k sqrt(rows cols) 2**-1022,
     since || |A| |M| ||_F <= || |A| ||_2 ||M||_F. `norm`, a proved bound of ||A_true||_2, replaces (1 +
     relerr) N in the first term: without it errors grow by N instead of ||A||_2 for each factor. The product
     is sparse while that is cheaper and its density is at most 1/4.
     """
     relerr = finite(relerr, "relerr")
-    a = as_matrix(a)
+    a = a if isinstance(a, Factor) else Factor(a)
     if a.shape[1] != m.shape[0]:
         raise ValueError(f"cannot multiply {a.shape} by {m.shape}")
     rows, cols = a.shape[0], m.shape[1]
     if 0 in (rows, cols, a.shape[1]):
         return Enclosure(np.zeros((rows, cols)))
     require_gradual_underflow()
-    k = min(map(cholesky.nonzeros_per_row, (a, cholesky.transposed(m._midpoint))))
-    cheap = cheap_norm(a)
+    k = a.nonzeros
+    scanned = m.sparse or m.stored <= _SCANNED
+    if scanned:
+        k = min(k, cholesky.nonzeros_per_row(cholesky.transposed(m._midpoint)))
     grown = add_up(1.0, relerr)
-    carried = mul_up(finite(norm, "norm") if norm is not None else mul_up(grown, cheap), m.error)
-    rounding = mul_up(add_up(gamma(k), relerr), cheap, frobenius_norm(m._midpoint))
+    carried = mul_up(finite(norm, "norm") if norm is not None else mul_up(grown, a.absolute_norm), m.error)
+    rounding = mul_up(add_up(gamma(k), relerr), a.absolute_norm, m.size)
     underflow = 0.0
-    if not products_stay_normal(a, m._midpoint):
+    if not scanned or not _stay_normal(a.smallest, m.least):
         underflow = mul_up(float(k), sqrt_up(float(rows) * float(cols)), UNDERFLOW)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        product = _product(a, m._midpoint)
+        product = a.times(m._midpoint)
     return Enclosure(product, add_up(carried, rounding, underflow))
 
 
-def _product(a: Any, b: Any) -> Any:
-    """fl(A B) by the cheaper of the dense and the sparse way; dense only where it stays below 2 GB."""
-    if not sp.issparse(a) and not sp.issparse(b):
-        return a @ b
-    (rows, inner), cols = a.shape, b.shape[1]
-    dense = 2.0 * rows * inner * cols / 4e10 + 4e-9 * (rows * inner + inner * cols)
-    if sp.issparse(a) and sp.issparse(b):
-        terms = float(np.bincount(a.indices, minlength=inner).astype(float) @ np.diff(b.indptr).astype(float))
-        sparse = terms / 1.5e8
-    else:
-        sparse = (a.nnz * cols if sp.issparse(a) else b.nnz * rows) / 1e9
-    if dense < sparse and 8 * (rows * inner + inner * cols + rows * cols) < 2**31:
-        a, b = map(cholesky.dense_array, (a, b))
-    return _tidy(a @ b)
+def _stay_normal(*smallest: float) -> bool:
+    """Whether no product of two matrices' nonzero entries is below the normal range (zeros are exact)."""
+    return math.inf in smallest or math.prod(smallest) >= 2 * UNDERFLOW
 
 
 def _tidy(a: Any) -> Any:
@@ -174,6 +248,8 @@ def add(*terms: Enclosure) -> Enclosure:
     """An enclosure of the sum; each floating-point addition errs by at most U |result| entrywise."""
     if not terms:
         raise ValueError("nothing to add")
+    if len(terms) == 1:
+        return terms[0]
     total, error = terms[0]._midpoint, terms[0].error
     for term in terms[1:]:
         if term.shape != total.shape:
@@ -197,7 +273,10 @@ def scale(m: Enclosure, rows: Any = None, cols: Any = None) -> Enclosure:
         d = as_matrix(np.atleast_2d(factors))[0]
         if d.shape != (matrix.shape[axis],):
             raise ValueError(f"{d.size} factors for a side of {matrix.shape[axis]}")
-        safe = products_stay_normal(matrix, d)
+        exact = bool(np.isin(np.abs(np.frexp(d)[0]), (0.0, 0.5)).all())
+        # What underflow loses is added without a look at the entries where that is small beside other errors.
+        scanned = exact or sp.issparse(matrix) or matrix.size <= _SCANNED
+        safe = scanned and _stay_normal(smallest(matrix), smallest(d))
         with np.errstate(over="ignore", under="ignore"):
             if sp.issparse(matrix):
                 matrix = sp.diags_array(d) @ matrix if axis == 0 else matrix @ sp.diags_array(d)
@@ -205,8 +284,7 @@ def scale(m: Enclosure, rows: Any = None, cols: Any = None) -> Enclosure:
                 matrix = matrix * (d[:, None] if axis == 0 else d)
         matrix = as_matrix(matrix)
         lost = 0.0 if safe else mul_up(sqrt_up(float(matrix.shape[0]) * float(matrix.shape[1])), UNDERFLOW)
-        exact = safe and bool(np.isin(np.abs(np.frexp(d)[0]), (0.0, 0.5)).all())
-        rounding = 0.0 if exact else mul_up(U, frobenius_norm(matrix))
+        rounding = 0.0 if exact and safe else mul_up(U, frobenius_norm(matrix))
         error = add_up(mul_up(largest(np.abs(d)), error), rounding, lost)
     return Enclosure(matrix, error)
 

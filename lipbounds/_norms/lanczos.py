@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,8 +15,12 @@ from threadpoolctl import threadpool_limits
 
 from lipbounds._norms.rounding import U, sqrt_up, up
 
-_ALLOWANCE = 1e-10
+ALLOWANCE = 1e-10
 _BLOCK = 16
+_EXACT, _ROUGH = 1e-12, 1e-5  # relative accuracy of the root of K(t), which is approached from above
+_HOPELESS = 1e-6  # what reorthogonalisation removes relative to the norm, above which one side is not enough
+_CLEAN = 1e-12  # and below which keeping the other side would change nothing
+_KEPT = 0.7  # share of a vector that one orthogonalisation must leave (Daniel et al., Math. Comp. 30, 1976)
 
 
 # -------------------------------------------------------------------------------------------- power iteration
@@ -126,7 +131,13 @@ def golub_kahan(
 
     `lower` is the largest singular value of the bidiagonal matrix (a lower bound up to the same allowance).
     Stops when upper <= (1 + rtol) lower or after min(max_steps, n) steps; a step is one product with A and
-    one with A'; `steps` is the number of the longest run. Memory: steps (n + m) doubles.
+    one with A'; `steps` is the number of the longest run.
+
+    *One side.* The inequality asks only that A v_j = alpha_j u_j + beta_{j-1} u_{j-1} and A'u_j = alpha_j v_j +
+    beta_j v_{j+1} hold, and that the v_j are orthonormal. So the left vectors are not kept at first (Simon and Zha,
+    SISC 21, 2000), and n should be the smaller side. Where some alpha_j is nearly zero (A is close to a matrix of low
+    rank) u_j is not orthogonal to the earlier ones, and reorthogonalisation removes much from A'u_j: the run is then
+    repeated with both sides kept. Memory: steps n doubles, or steps (n + m).
 
     Raises:
         ValueError: products that are not finite or of the wrong length, bad arguments, a `failure` so small that
@@ -137,11 +148,29 @@ def golub_kahan(
             "golub_kahan needs n >= 1, 0 < failure < 1, rtol > 0, max_steps >= 1 and a finite rounding >= 0"
         )
 
-    products = (matvec, rmatvec)
+    for both in (False, True):
+        start = partial(Run, matvec, rmatvec, noise=noise, most=min(max_steps, n), both=both)
+        upper, first, steps = _from_several_starts(start, n, seed, failure, rtol, rounding)
+        if upper <= (1.0 + rtol) * first.lower * first.unit or first.lost <= _CLEAN * first.size:
+            break
+    if upper == math.inf:
+        raise ValueError(
+            f"failure={failure} is too small for products accurate to "
+            f"{first.relative + first.of_products(rounding):.1e} in dimension {n}"
+        )
+    if upper == 0.0:
+        return 0.0, 0.0, steps
+    return up(up(upper * (1.0 + ALLOWANCE))), first.lower * (1.0 - ALLOWANCE) * first.unit, steps
+
+
+def _from_several_starts(
+    run: Callable[[np.ndarray], Run], n: int, seed: int, failure: float, rtol: float, rounding: float
+) -> tuple[float, Run, int]:
+    """(bound or inf, the first run, steps of the longest) of `golub_kahan`."""
     # One thread: more gain little in products with vectors, and slow down a busy machine.
     with threadpool_limits(1, "blas"):
-        first = _Run(*products, np.random.default_rng(seed).standard_normal(n), noise, min(max_steps, n))
-        upper = first.upper(_overlap(failure, n), 0.0, rtol)
+        first = run(np.random.default_rng(seed).standard_normal(n))
+        upper = first.upper(overlap(failure, n), 0.0, rtol)
         steps = len(first.alpha)
         if rounding > 0.0:
             goal = upper if math.isfinite(upper) else 0.0
@@ -150,34 +179,26 @@ def golub_kahan(
             upper = max(goal, first.upper(delta, rounding, rtol, goal, patience))
             for start in range(1, starts):
                 if upper < math.inf:
-                    v = np.random.default_rng([seed, start]).standard_normal(n)
-                    again = _Run(*products, v, noise, min(max_steps, n))
+                    again = run(np.random.default_rng([seed, start]).standard_normal(n))
                     upper = max(upper, again.upper(delta, rounding, rtol, goal, patience))
                     steps = max(steps, len(again.alpha))
-    if upper == math.inf:
-        raise ValueError(
-            f"failure={failure} is too small for products accurate to "
-            f"{first.relative + first.of_products(rounding):.1e} in dimension {n}"
-        )
-    if upper == 0.0:
-        return 0.0, 0.0, steps
-    return up(up(upper * (1.0 + _ALLOWANCE))), first.lower * (1.0 - _ALLOWANCE) * first.unit, steps
+    return upper, first, steps
 
 
 _STARTS = (1, 2, 4, 8)
 _SMALL_LOSS = 1e-3
 
 
-def _starts(first: _Run, rounding: float, failure: float, n: int) -> tuple[int, float]:
+def _starts(first: Run, rounding: float, failure: float, n: int) -> tuple[int, float]:
     """(starts, delta of each): the fewest that the rounding of the products leaves room for."""
     for starts in _STARTS:
-        delta = _overlap((failure / len(_STARTS)) ** (1.0 / starts), n)
+        delta = overlap((failure / len(_STARTS)) ** (1.0 / starts), n)
         if first.loss(delta, rounding) <= _SMALL_LOSS:
             break
     return starts, delta
 
 
-class _Run:
+class Run:
     """The recurrence from v, its vectors, its bidiagonal matrix in units of `unit`, and its loss of orthogonality."""
 
     def __init__(
@@ -187,8 +208,9 @@ class _Run:
         v: np.ndarray,
         noise: float,
         most: int,
+        both: bool,
     ) -> None:
-        self.matvec, self.rmatvec, self.noise, self.most = matvec, rmatvec, noise, most
+        self.matvec, self.rmatvec, self.noise, self.most, self.both = matvec, rmatvec, noise, most, both
         self.v = v / np.linalg.norm(v)
         self.u = v[:0]
         self.right, self.left = _Basis(), _Basis()
@@ -212,35 +234,44 @@ class _Run:
             count = len(self.alpha)
             if self.ended or (count and count % (2 if goal else 4) == 0):
                 near = not goal or count >= patience
-                found = self.bound(delta, rounding, 0.0 if near or self.ended else goal)
+                found = self.bound(delta, rounding, 0.0 if near or self.ended else goal, rtol, goal)
                 if self.ended or found <= max(goal, (1.0 + rtol) * self.lower * self.unit if near else 0.0):
                     return found
             self.step()
 
     def step(self) -> None:
-        n, step, unit = self.v.size, len(self.alpha), self.unit
-        image = _product(self.matvec, self.v, None)
-        if step == 0:
+        if self.forward(_product(self.matvec, self.v, None)):
+            self.backward(_product(self.rmatvec, self.u, self.v.size))
+
+    def forward(self, image: np.ndarray) -> bool:
+        """Take A v: the next left vector `u`. False where the run has ended, so that A'u is not needed."""
+        if not self.alpha:
             top = float(np.abs(image).max()) if image.size else 0.0
             if top == 0.0:
                 self.alpha, self.ended = [0.0], True
-                return
-            self.unit = unit = math.ldexp(1.0, max(-1000, min(1000, math.frexp(top)[1])))
-        image = image / unit
-        a, self.u, removed = self.left.orthogonalised(image - self.beta[-1] * self.u if step else image)
+                return False
+            self.unit = math.ldexp(1.0, max(-1000, min(1000, math.frexp(top)[1])))
+        image = image / self.unit
+        # Without earlier left vectors the basis is empty, and nothing is removed.
+        a, self.u, removed = self.left.orthogonalised(image - self.beta[-1] * self.u if self.beta else image)
         self.alpha.append(a)
-        self.size = max(self.size, a)
-        b, self.gone = 0.0, a <= _noise(self.noise, removed, self.size)
-        if not self.gone:
+        self.size, self.lost = max(self.size, a), max(self.lost, removed)
+        self.gone = self.ended = a <= _noise(self.noise, removed, self.size)
+        if self.gone:
+            self.beta.append(0.0)
+        elif self.both:
             self.left.append(self.u)
-            b, self.v, again = self.right.orthogonalised(
-                _product(self.rmatvec, self.u, n) / unit - a * self.v
-            )
-            removed = max(removed, again)
+        return not self.gone
+
+    def backward(self, image: np.ndarray) -> None:
+        """Take A'u: the next right vector `v`."""
+        a, step = self.alpha[-1], len(self.alpha)
+        b, self.v, removed = self.right.orthogonalised(image / self.unit - a * self.v)
         self.lost, self.size = max(self.lost, removed), max(self.size, b)
-        self.beta.append(b if step + 1 < n else 0.0)
+        self.beta.append(b if step < self.v.size else 0.0)
         small = a * b <= _noise(self.noise, self.lost, self.size) * self.size**2
-        self.ended = self.gone or small or step + 1 == self.most
+        useless = not self.both and self.lost > _HOPELESS * self.size
+        self.ended = small or useless or step == self.most
         if not self.ended:
             self.right.append(self.v)
 
@@ -261,10 +292,13 @@ class _Run:
         # a coupling that was dropped is noise too
         return (2.0 if self.gone else 1.0) * (self.relative + self.of_products(rounding)) / delta
 
-    def bound(self, delta: float, rounding: float, goal: float = 0.0) -> float:
+    def bound(
+        self, delta: float, rounding: float, goal: float = 0.0, rtol: float = 0.0, least: float = 0.0
+    ) -> float:
         """sqrt(t*) after the steps that were done; with a goal only whether it is below: goal, or inf.
 
-        inf where rounding hides a component of size delta.
+        inf where rounding hides a component of size delta, and before the end also where the bound is above `least` and
+        not within rtol.
         """
         if self.alpha == [0.0]:
             return 0.0 if rounding == 0.0 else math.inf
@@ -278,7 +312,13 @@ class _Run:
             t = (goal / self.unit) ** 2 * (1.0 - 4.0 * U)
             confirmed = t > self.lower**2 and _log_christoffel(diagonal, off, t, loss) >= limit
             return goal if confirmed else math.inf
-        return self.unit * _largest_root(diagonal, off, limit, self.lower, loss)
+        if rtol and not self.ended:
+            enough = max(((1.0 + rtol) * self.lower) ** 2, (least / self.unit) ** 2)
+            if _log_christoffel(diagonal, off, enough, loss) < limit:
+                return math.inf
+        return self.unit * _largest_root(
+            diagonal, off, limit, self.lower, loss, _EXACT if self.ended else _ROUGH
+        )
 
 
 def _noise(noise: float, lost: float, size: float) -> float:
@@ -286,7 +326,7 @@ def _noise(noise: float, lost: float, size: float) -> float:
     return max(noise, 2.0 * lost / size) if size > 0.0 else noise
 
 
-def _overlap(failure: float, n: int) -> float:
+def overlap(failure: float, n: int) -> float:
     """delta with P(|c| < delta) <= failure for one coordinate c of a uniform unit vector in R^n."""
     return failure * math.sqrt(math.pi / (2.0 * n)) if n > 1 else 1.0
 
@@ -316,20 +356,24 @@ class _Basis:
         self.size += 1
 
     def orthogonalised(self, w: np.ndarray) -> tuple[float, np.ndarray, float]:
-        """(norm, unit vector, what was removed) of w made orthogonal to the basis, twice."""
-        removed = 0.0
-        if self.blocks:
-            before = w
-            for _ in range(2):
-                for block in self.blocks:  # rows that are not filled yet are zero
-                    w = w - (block @ w) @ block
-            removed = float(np.linalg.norm(before - w))
-        norm = float(np.linalg.norm(w))
-        return norm, w / norm if norm > 0.0 else w, removed
+        """(norm, unit vector, what was removed) of w made orthogonal to the basis, again where little of it is left."""
+        before, norm = w, float(np.linalg.norm(w))
+        for _ in range(2):
+            least = norm
+            for block in self.blocks:  # rows that are not filled yet are zero
+                w = w - (block @ w) @ block
+            norm = float(np.linalg.norm(w))
+            if norm > _KEPT * least:
+                break
+        return norm, w / norm if norm > 0.0 else w, float(np.linalg.norm(before - w))
 
 
 def _largest_singular_value(alpha: list[float], beta: list[float]) -> float:
-    return float(np.linalg.norm(np.diag(alpha) + np.diag(beta, 1), 2))
+    """Of the bidiagonal matrix, from the tridiagonal [0 B; B' 0] in the order that makes it one."""
+    off = np.zeros(2 * len(alpha) - 1)
+    off[::2], off[1::2] = alpha, beta
+    top = len(off)
+    return float(eigvalsh_tridiagonal(np.zeros(top + 1), off, select="i", select_range=(top, top))[0])
 
 
 def _tridiagonal(alpha: list[float], beta: list[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -360,13 +404,15 @@ def _log_christoffel(diagonal: np.ndarray, off: np.ndarray, t: float, loss: floa
     return log_sum
 
 
-def _largest_root(diagonal: np.ndarray, off: np.ndarray, limit: float, lower: float, loss: float) -> float:
+def _largest_root(
+    diagonal: np.ndarray, off: np.ndarray, limit: float, lower: float, loss: float, rtol: float = _EXACT
+) -> float:
     """sqrt(t*) rounded up, log K(t*) >= limit: bisection on t above the largest Ritz value lower^2."""
     lo = lower * lower
     hi = max(2.0 * lo, 1e-300)
     while _log_christoffel(diagonal, off, hi, loss) < limit:
         hi *= 2.0
-    while hi - lo > 1e-12 * hi:
+    while hi - lo > rtol * hi:
         middle = 0.5 * (lo + hi)
         if _log_christoffel(diagonal, off, middle, loss) < limit:
             lo = middle
@@ -395,7 +441,7 @@ def lanczos_columns(
     max_steps. inf where rounding hides the component that `failure` allows.
     """
     count, n = start.shape
-    delta = _overlap(failure, n)
+    delta = overlap(failure, n)
     limit = -2.0 * math.log(delta)
     v = start / np.maximum(np.linalg.norm(start, axis=1), 1e-300)[:, None]
     basis = np.zeros((count, min(max_steps, n), n))
@@ -436,7 +482,7 @@ def lanczos_columns(
                 live[i] = not ended[i]
                 continue
             root = _largest_root(diagonal[i], off[i], limit, found, loss)
-            upper[i] = up(up(root * (1.0 + _ALLOWANCE)) * sqrt_up(unit[i]))
+            upper[i] = up(up(root * (1.0 + ALLOWANCE)) * sqrt_up(unit[i]))
             live[i] = not (ended[i] or root <= (1.0 + rtol) * found)
         v = rest / np.where(length > 0, length, 1.0)[:, None]
     return upper

@@ -12,6 +12,7 @@ numbers and results beyond the float64 range raise ValueError. Verified work run
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,6 @@ import scipy.sparse as sp
 
 from lipbounds._norms import banded_cholesky, cholesky, device
 from lipbounds._norms.rounding import (
-    UNDERFLOW,
     U,
     add_up,
     finite,
@@ -32,6 +32,8 @@ from lipbounds._norms.rounding import (
 )
 
 _CHUNK = 2**22  # entries of a temporary array
+_MANY_DIFFERENCES = 2.0**33  # entries of all differences of rows above which Gram matrices are used
+_MOST_CLOSE = 2**16  # pairs of close rows, of some rows with all, that get differences
 _NO_SCALING = 100  # |exponent| up to which squares of entries neither overflow nor lose digits
 
 
@@ -57,9 +59,30 @@ def as_matrix(a: Any) -> Any:
     if sp.issparse(matrix) and not matrix.has_canonical_format:
         matrix = matrix.copy()
         matrix.sum_duplicates()
-    if not np.all(np.isfinite(entries(matrix))):
+    if not _all_finite(entries(matrix)):
         raise ValueError("the matrix has NaN or infinite entries")
     return matrix
+
+
+def _all_finite(values: np.ndarray) -> bool:
+    if values.size <= _CHUNK:
+        return bool(np.isfinite(values).all())
+    with np.errstate(over="ignore", invalid="ignore"):
+        # A sum that is finite has finite terms, and needs no array of truth values.
+        return all(
+            bool(np.isfinite(part.sum())) or bool(np.isfinite(part).all())
+            for part in _parts(values, _CHUNK // 8)
+        )
+
+
+def _parts(values: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Blocks of about `size` entries of an array, flat where it lies in one piece."""
+    if values.flags.f_contiguous and not values.flags.c_contiguous:
+        values = values.T
+    if values.flags.c_contiguous:
+        values = values.reshape(-1)
+    step = max(1, size * values.shape[0] // max(values.size, 1))
+    return (values[lo : lo + step] for lo in range(0, values.shape[0], step))
 
 
 def entries(a: Any) -> np.ndarray:
@@ -83,15 +106,10 @@ def _scaled(a: Any) -> tuple[Any, int]:
         return np.ldexp(a, -exponent), exponent
 
 
-def products_stay_normal(a: Any, b: Any) -> bool:
-    """Whether no product of nonzero entries of A and B is below the normal range (zeros are exact)."""
-
-    def smallest(x: Any) -> float:
-        sizes = np.abs(entries(x))
-        return float(sizes.min(where=sizes > 0, initial=math.inf))
-
-    least = (smallest(a), smallest(b))
-    return math.inf in least or least[0] * least[1] >= 2 * UNDERFLOW
+def smallest(a: Any) -> float:
+    """The smallest nonzero |entry|, inf if there is none."""
+    sizes = np.abs(entries(a))
+    return float(sizes.min(where=sizes > 0, initial=math.inf))
 
 
 # --------------------------------------------------------------------------------------- vector norms of rows
@@ -162,6 +180,13 @@ def _close_rows(
 
 def frobenius_norm(a: Any) -> float:
     """An upper bound of the Frobenius norm of A in real arithmetic."""
+    values = entries(a)
+    if values.size > _CHUNK and values.dtype == np.float64:
+        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+            total = sum(float(np.vdot(part, part)) for part in _parts(values, _CHUNK // 8))
+        if 2.0**-800 < total < 2.0**1000:  # what underflow loses of the squares is far below one rounding
+            require_gradual_underflow()
+            return up(sqrt_up(total) * (1.0 + 2.0 * gamma(values.size + 8)))
     rows = row_norms(a, 2)
     return float(row_norms(rows[None, :], 2)[0])
 
@@ -187,14 +212,65 @@ def pairwise_row_norms(rows: Any, q: float, error: float | np.ndarray = 0.0) -> 
 
     `rows` R is (K, n); `error` bounds ||E||_F, or, as an array (K,), each ||E_i||_2. For q = 2 and inf it
     adds e_i + e_j (sqrt(2) error where it is a scalar), for q = 1 sqrt(n) times that. Differences are formed
-    entry by entry, each within one rounding, never through the Gram matrix, which cancels below the truth.
-    Beside R there is a buffer of 2 MB and the result; no (K, K, n) array exists.
+    entry by entry, each within one rounding. Beside R there is a buffer of 2 MB and the result; no (K, K, n) array
+    exists. The Gram matrix cancels below the truth: for many long rows and q = 2 it is used with its rounding added
+    (`_pairs_by_gram`), and pairs of close rows still get differences.
     """
     check_order(q, (1, 2, math.inf))
     r = cholesky.dense_array(as_matrix(rows))
     count, n = r.shape
     allowance = _pair_errors(error, count, n, q)
     scaled, exponent = _scaled(r)
+    if q == 2 and float(count) ** 2 * n > _MANY_DIFFERENCES:
+        out = _pairs_by_gram(scaled, exponent)
+    else:
+        out = _pairs_by_differences(r, scaled, exponent, q)
+    if np.any(allowance):
+        out = np.nextafter(out + allowance, np.inf)
+        if not np.all(np.isfinite(out)):
+            raise ValueError("the bound is above the range of float64; rescale the problem")
+    out = np.triu(out, 1)
+    return out + out.T
+
+
+def _pairs_by_gram(scaled: np.ndarray, exponent: int) -> np.ndarray:
+    """The upper triangle for q = 2 through Gram matrices of some rows at a time.
+
+    Computed inner products s_ij err by at most gamma_n ||r_i|| ||r_j||, so with sizes N_i >= ||r_i||
+        ||r_i - r_j||^2 <= fl(s_ii + s_jj - 2 s_ij) + (gamma_n + 6 U) (N_i + N_j)^2 + 2^-900.
+    Where the added term is more than 2e-9 of the result, the difference is formed.
+    """
+    count, n = scaled.shape
+    out = np.zeros((count, count))
+    sizes = row_norms(scaled, 2)
+    squares = np.einsum("ij,ij->i", scaled, scaled)
+    share = 2.0 * gamma(n) + 8.0 * U
+    height = max(1, min(256, int(1e10 / (2.0 * count * max(n, 1)))))
+    for lo in range(0, count, height):
+        hi = min(lo + height, count)
+        product = scaled[lo:hi] @ scaled[lo:].T
+        distance = np.maximum((squares[lo:hi, None] + squares[None, lo:]) - 2.0 * product, 0.0)
+        added = share * np.square(sizes[lo:hi, None] + sizes[None, lo:]) + 2.0**-900
+        near = np.argwhere(added > 2e-9 * distance)
+        distance += added
+        roots = np.sqrt(distance * (1.0 + 8.0 * U)) * (1.0 + 4.0 * U)
+        near = near[near[:, 1] > near[:, 0]][:_MOST_CLOSE]
+        for start in range(0, len(near), 256):
+            i, j = near[start : start + 256].T
+            roots[i, j] = np.minimum(roots[i, j], _difference_norms(scaled[lo + i], scaled[lo + j]))
+        out[lo:hi, lo:] = unscale_up(np.where(roots > 0.0, np.nextafter(roots, np.inf), 0.0), exponent)
+    return out
+
+
+def _difference_norms(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Upper bounds of the 2-norms of the rows of A - B; the difference of two floats is rounded once."""
+    found = row_norms(a - b, 2)
+    return np.asarray(np.nextafter(found * (1.0 + 4.0 * U), np.inf) * (found > 0.0))
+
+
+def _pairs_by_differences(r: np.ndarray, scaled: np.ndarray, exponent: int, q: float) -> np.ndarray:
+    """The upper triangle from all differences."""
+    count, n = r.shape
     out = np.zeros((count, count))
     width, height = min(max(n, 1), 2048), 128
     buffer = np.empty((height, width))
@@ -217,12 +293,7 @@ def pairwise_row_norms(rows: Any, q: float, error: float | np.ndarray = 0.0) -> 
                 gap = r[lo + j] - r[i]
                 values[j] = mul_up(float(row_norms(gap[None, :], q)[0]), 1.0 + 4.0 * U)
             out[i, lo:hi] = values
-    if np.any(allowance):
-        out = np.nextafter(out + allowance, np.inf)
-        if not np.all(np.isfinite(out)):
-            raise ValueError("the bound is above the range of float64; rescale the problem")
-    out = np.triu(out, 1)
-    return out + out.T
+    return out
 
 
 def _pair_errors(error: float | np.ndarray, count: int, n: int, q: float) -> np.ndarray:

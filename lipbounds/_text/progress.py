@@ -130,7 +130,8 @@ def proof_seconds(rows: int, columns: int) -> float:
     return (small**3 / 3 + small**2 * wide / 4) / _RATE
 
 
-def _text(seconds: float) -> str:
+def show_seconds(seconds: float) -> str:
+    """Seconds as "12 s", or as minutes."""
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
@@ -138,16 +139,25 @@ def _text(seconds: float) -> str:
 def meter(count: int, seconds: float) -> Iterator[Advance]:
     """Yields advance(what, seconds), to be called when a block is done.
 
-    It moves a bar if the total is estimated above 5 seconds and stderr is a terminal, else it reports lines of text.
+    It moves a bar if the total is estimated above 5 seconds and stderr is a terminal, else it reports lines of text,
+    which say how long the rest takes at the rate so far.
     """
     screen = _tell.get()
     if not isinstance(screen, _Terminal) or seconds < _QUIET:
-        yield lambda what, _: say(what)
+        done, began = 0.0, time.monotonic()
+
+        def tell(what: str, cost: float) -> None:
+            nonlocal done
+            done += cost
+            left = (time.monotonic() - began) * (seconds / done - 1.0) if done > 0.0 else 0.0
+            say(f"{what}, about {show_seconds(left)} left" if seconds >= _QUIET and left >= 1.0 else what)
+
+        yield tell
         return
     screen.clear()
     console = screen.console()
     drawn = console.is_terminal or console.is_jupyter
-    said = f"proving the norms of {count} blocks, about {_text(seconds)} on two cores"
+    said = f"proving the norms of {count} blocks, about {show_seconds(seconds)} on two cores"
     if not drawn:
         if seconds >= _ALWAYS:
             print(f"lipbounds: {said}", file=sys.stderr)

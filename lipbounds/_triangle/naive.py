@@ -119,7 +119,8 @@ def naive(
         form: from `lb.trace` or `lb.from_weights`.
         norm: 2, 1 or inf; the constant is of the map from (R^n, norm) to (R^K, norm).
         pairwise: also L_ij of z_i - z_j for all pairs, and L_i per class.
-        guarantee: "auto" (verified up to 4096, else probabilistic at 1e-9), "verified", "probabilistic", "estimate".
+        guarantee: "auto" (verified up to 4096, and above where that takes a second or two, else probabilistic at 1e-9),
+            "verified", "probabilistic", "estimate".
         seed: for the random start vectors of probabilistic norms.
         memory: None, or a budget of the proofs in bytes ("2GB", "500 MB", "1.5GiB", an int), for norm 2. With "auto" a
             block of any size is verified if its proof fits (dense or banded Cholesky, at most 5e12 operations); if not,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -34,6 +34,7 @@ from lipbounds._norms.banded_cholesky import Plan
 from lipbounds._norms.enclosures import Enclosure
 from lipbounds._norms.rounding import add_up, gamma, mul_up
 from lipbounds._text.progress import meter, proof_seconds, say
+from lipbounds._triangle.refinement import wide_norms
 from lipbounds.results import Part, weakest
 
 #: Blocks whose smaller side is at most this are verified by `guarantee="auto"`; larger ones are probabilistic.
@@ -52,9 +53,6 @@ def host_form(form: LureForm) -> HostForm:
     if host is None:
         host = _HOSTS[form] = HostForm(form)
     return host
-
-
-# --- centres, partitions, names ------------------------------------------------------------------------------------
 
 
 def loop_transform(form: LureForm, norm: float, *, centred: bool) -> tuple[TapScaling, ...]:
@@ -109,9 +107,6 @@ def _block_name(form: LureForm, pair: tuple[Node, Node]) -> str:
     return f"{node_name(form, pair[0], source=True)} to {node_name(form, pair[1], source=False)}"
 
 
-# --- norms of blocks -----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class BlockNorm:
     value: float
@@ -163,13 +158,16 @@ def block_norm(host: HostForm, block: Enclosure, norm: float, plan: Plan | None 
         return enclosures.enclosure_norm(block, norm)
     matrix, error = block.with_error()
     entries = matrix.data if sp.issparse(matrix) else matrix
-    top = float(np.abs(entries).max(initial=0.0))
+    top = norms.largest(matrix)
     if top == 0.0:
         return error
     exponent = math.frexp(top)[1]
     if abs(exponent) > 500:
         return enclosures.enclosure_norm(block, norm)
-    digest = hashlib.sha1(np.ldexp(np.ascontiguousarray(entries), -exponent).tobytes())
+    digest = hashlib.sha1()
+    step = max(1, 2**20 * entries.shape[0] // entries.size)
+    for lo in range(0, entries.shape[0], step):
+        digest.update(np.ldexp(np.ascontiguousarray(entries[lo : lo + step]), -exponent).data)
     if sp.issparse(matrix):
         digest.update(matrix.indices.tobytes())
         digest.update(matrix.indptr.tobytes())
@@ -180,9 +178,16 @@ def block_norm(host: HostForm, block: Enclosure, norm: float, plan: Plan | None 
 
 
 def block_norms(
-    form: LureForm, pairs: Sequence[tuple[Node, Node]], scalings: Sequence[TapScaling], request: Request
+    form: LureForm,
+    pairs: Sequence[tuple[Node, Node]],
+    scalings: Sequence[TapScaling],
+    request: Request,
+    ends: Mapping[Node, float] | None = None,
 ) -> dict[tuple[Node, Node], BlockNorm]:
-    """The norm of each block: proved, or probabilistic where the size rule or the budget requires it."""
+    """The norm of each block: proved, or probabilistic where the size rule or the budget requires it.
+
+    ends: norms of the blocks to the output, by source; they tell which of the probabilistic norms matter.
+    """
     host = host_form(form)
     found: dict[tuple[Node, Node], BlockNorm] = {}
     if request.norm == 2 and request.guarantee in ("auto", "verified"):
@@ -217,18 +222,13 @@ def block_norms(
             advance(f"norm of {_block_name(form, pair)}", costs[pair])
     if loose:
         _shorten(host, pairs, scalings, loose, found, request.norm)
-    for place, (source, target) in enumerate(large):
-        say(f"norm of {_block_name(form, (source, target))}")
-        bound = wide_norm(
-            form,
-            host,
-            (source, target),
-            scalings,
-            seed=request.seed + place,
-            failure=request.failure / len(large),
-            matrix_free=request.guarantee == "probabilistic",
+    if large:
+        known = {pair: one.value for pair, one in found.items()}
+        name, proofs = partial(_block_name, form), request.guarantee != "probabilistic"
+        wide = wide_norms(
+            host, large, scalings, known, ends or {}, request.seed, request.failure, proofs, name
         )
-        found[source, target] = BlockNorm(*bound[:3], _shape(host, (source, target)))
+        found |= {pair: BlockNorm(*bound[:3], _shape(host, pair)) for pair, bound in wide.items()}
     return found
 
 
@@ -274,7 +274,6 @@ def _within_budget(
             continue
         most = budget.steps(sum(size(pair)))
         one = wide_norm(
-            form,
             host,
             pair,
             scalings,
@@ -323,9 +322,6 @@ def _shorten(
             found[source, target] = BlockNorm(shorter, "verified", "shorter blocks", old.shape)
 
 
-# --- the recursion -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Triangle:
     """One run of the recursion.
@@ -365,16 +361,15 @@ def recursion(
     host = host_form(form)
     many = form.num_outputs > DENSE_LIMIT and request.norm == 2 and request.guarantee != "verified"
     many = many and not pairwise and rows is None
+    if many:
+        rows, ends = {}, _to_many_outputs(form, nodes, scalings, request)
+    else:
+        rows, ends = _to_outputs(host, nodes, scalings, request, rows)
     if found is None:
         # Probabilistic norms of blocks to the output have the other half of the failure probability.
         share = replace(request, failure=request.failure / 2) if many else request
-        found = block_norms(form, structure(host, nodes, scalings), scalings, share)
-    known: dict[Node, BlockNorm] = {}
-    if rows is None:
-        if many:
-            rows, known = {}, _to_many_outputs(form, nodes, scalings, request)
-        else:
-            rows = {source: block.T for source, block in host.backward((), [(), *nodes], scalings).items()}
+        weights = {source: end.value for source, end in ends.items()}
+        found = block_norms(form, structure(host, nodes, scalings), scalings, share, weights)
     reach: dict[Node, float] = {(): 1.0}
     parts: list[Part] = []
 
@@ -396,21 +391,13 @@ def recursion(
     classes, pairs = np.zeros(count), np.zeros((count, count))
     q = dual(request.norm)
     for source in [(), *nodes]:
-        if source in known:
-            part(source, (), known[source])
-            outputs[source] = known[source].value
-            terms.append(mul_up(known[source].value, reach[source]))
-        if source not in rows:
+        if source not in ends:
             continue
-        row = rows[source]
-        plan = enclosures.enclosure_plan(row) if request.norm == 2 else None
-        how = "exact sums" if plan is None else _rows_way(plan, request)
-        value = block_norm(host, row, request.norm, plan)
-        part(source, (), BlockNorm(value, "verified", how, row.shape))
-        outputs[source] = value
-        terms.append(mul_up(value, reach[source]))
+        part(source, (), ends[source])
+        outputs[source] = ends[source].value
+        terms.append(mul_up(ends[source].value, reach[source]))
         if pairwise:
-            row = row.dense()
+            row = rows[source].dense()
             classes += enclosures.enclosure_row_norms(row, q) * reach[source]
             pairs += enclosures.enclosure_pair_norms(row, q) * reach[source]
     grow = 1 + gamma(4 * (len(nodes) + 2))
@@ -430,6 +417,26 @@ def recursion(
     )
 
 
+def _to_outputs(
+    host: HostForm,
+    nodes: Sequence[Node],
+    scalings: Sequence[TapScaling],
+    request: Request,
+    rows: dict[Node, Enclosure] | None,
+) -> tuple[dict[Node, Enclosure], dict[Node, BlockNorm]]:
+    """(rows, norms) of the blocks to the output by source; rows are formed where they are not given."""
+    if rows is None:
+        rows = {source: block.T for source, block in host.backward((), [(), *nodes], scalings).items()}
+    found = {}
+    for source in [(), *nodes]:
+        if source in rows:
+            plan = enclosures.enclosure_plan(rows[source]) if request.norm == 2 else None
+            how = "exact sums" if plan is None else _rows_way(plan, request)
+            value = block_norm(host, rows[source], request.norm, plan)
+            found[source] = BlockNorm(value, "verified", how, rows[source].shape)
+    return rows, found
+
+
 def _to_many_outputs(
     form: LureForm, nodes: Sequence[Node], scalings: Sequence[TapScaling], request: Request
 ) -> dict[Node, BlockNorm]:
@@ -447,7 +454,6 @@ def _to_many_outputs(
             found[source] = BlockNorm(block_norm(host, block, 2, plan), "verified", how, shape)
             continue
         one = wide_norm(
-            form,
             host,
             (source, ()),
             scalings,

@@ -1,0 +1,90 @@
+"""Golub-Kahan from several random starts at once, step by step: bounds that are refined where it matters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from lipbounds._norms.lanczos import ALLOWANCE, Run, overlap
+from lipbounds._norms.rounding import up
+
+STARTS = 4
+"""Starts that share a failure probability p: each may fail with p^(1/4), so it needs less than half of the steps."""
+
+
+class Starts:
+    """Bounds of ||A||_2 from independent starts, the largest of which fails with probability at most `failure`.
+
+    The inequality, the probability and the rounding are those of `lanczos.golub_kahan`: a bound from a start whose
+    component along the top singular vector is at least delta holds after every number of steps, and all starts miss
+    delta with probability at most p^m where each does with p = failure^(1/m). `matvec` and `rmatvec` take columns, one
+    per start, so that a product with all of them costs little more than one. Only right vectors are kept, so n should
+    be the smaller side.
+    """
+
+    def __init__(
+        self,
+        matvec: Callable[[np.ndarray], np.ndarray],
+        rmatvec: Callable[[np.ndarray], np.ndarray],
+        n: int,
+        *,
+        seed: int,
+        failure: float,
+        rounding: float,
+        max_steps: int,
+        noise: float = 2.0**-50,
+    ) -> None:
+        self.matvec, self.rmatvec, self.rounding = matvec, rmatvec, rounding
+        self.delta = overlap(failure ** (1.0 / STARTS), n)
+        self.n, self.seed, self.noise, self.most = n, seed, noise, min(max_steps, n)
+        self.runs: list[Run] = []
+        self.lower, self.upper, self.steps = 0.0, math.inf, 0
+        self.ended = False
+
+    def release(self) -> None:
+        """Drop the vectors; `advance` does the same steps again."""
+        self.runs = []
+
+    def _begin(self) -> None:
+        vectors = np.random.default_rng(self.seed).standard_normal((STARTS, self.n))
+        self.runs = [Run(self.matvec, self.rmatvec, v, self.noise, self.most, False) for v in vectors]
+
+    def advance(self, steps: int) -> None:
+        """Do up to so many more steps, and renew `lower` and `upper`.
+
+        Products with few columns gain little from more threads of BLAS: searches may run side by side, one thread each.
+        """
+        if steps <= 0 or self.ended:
+            return
+        if not self.runs:
+            self._begin()
+            steps, self.steps = steps + self.steps, 0
+        for _ in range(steps):
+            going = [run for run in self.runs if not run.ended]
+            if not going:
+                break
+            self.steps += 1
+            images = _finite(self.matvec(np.stack([run.v for run in going], axis=1)))
+            going = [run for run, image in zip(going, images.T, strict=True) if run.forward(image)]
+            if going:
+                images = _finite(self.rmatvec(np.stack([run.u for run in going], axis=1)))
+                for run, image in zip(going, images.T, strict=True):
+                    run.backward(image)
+        self.ended = all(run.ended for run in self.runs)
+        found = max(run.bound(self.delta, self.rounding) for run in self.runs)
+        self.lower = max(run.lower * (1.0 - ALLOWANCE) * run.unit for run in self.runs)
+        if found < self.upper:
+            self.upper = min(self.upper, up(up(found * (1.0 + ALLOWANCE))))
+
+    @property
+    def excess(self) -> float:
+        """Upper over lower bound, minus 1."""
+        return self.upper / self.lower - 1.0 if self.lower > 0.0 else math.inf if self.upper else 0.0
+
+
+def _finite(images: np.ndarray) -> np.ndarray:
+    if not np.all(np.isfinite(images)):
+        raise ValueError("a product has NaN or infinite entries")
+    return images

@@ -1,0 +1,134 @@
+"""Where the norms of wide blocks are refined: the bound of the network decides which of them matter.
+
+Norms of blocks too large for a proof come from Golub-Kahan, whose bounds get closer with every step. To first order the
+bound L of the network exceeds its value for the exact norms by
+
+    L sum_i s_i e_i,    s_i = u_k ||G[k, j]|| m_j / L,
+
+e_i the relative excess of block i = (j, k), m the recursion from the input and u the same from the output. Steps are
+spent where they lower this sum most, until it is at most what the same excess `RTOL` in all blocks would give:
+sum s_i e_i <= RTOL sum s_i. A block that contributes a hundredth of the bound needs a tenth of the steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from threadpoolctl import threadpool_limits
+
+from lipbounds._gain.blocks import HostForm, Node, TapScaling
+from lipbounds._gain.wide_blocks import RTOL, Bound, Search, other_norm, quick_norms, search
+from lipbounds._text.progress import say, show_seconds
+
+_FIRST, _MORE = 16, 8  # steps of all blocks, and of a block that is refined
+_THREADS = 8  # searches that are advanced side by side
+Pair = tuple[Node, Node]
+
+
+def wide_norms(
+    host: HostForm,
+    pairs: Sequence[Pair],
+    scalings: Sequence[TapScaling],
+    known: Mapping[Pair, float],
+    ends: Mapping[Node, float],
+    seed: int,
+    failure: float,
+    proofs: bool,
+    name: Callable[[Pair], str],
+) -> dict[Pair, Bound]:
+    """Bounds of blocks above the size rule: quick proofs, and Golub-Kahan as far as the bound of the network needs it.
+
+    Args:
+        host: the form.
+        pairs: the blocks, (source, target).
+        scalings: of the taps.
+        known: the norms of all other blocks that do not end at the output.
+        ends: norms of the blocks to the output, by source.
+        seed: of the random starts.
+        failure: the probability with which some of the bounds may fail.
+        proofs: whether quick proofs are tried first.
+        name: of a block, for progress.
+    """
+    found: dict[Pair, Bound] = {}
+    if proofs:
+        for pair, bound in quick_norms(host, pairs, scalings):
+            say(f"norm of {name(pair)}")
+            found[pair] = bound
+    # Every block of the form has the same share of the failure and its own seed, so that both centres may use it.
+    count = len(host.program.taps) + 1
+    share = failure / (count * count)
+    searches: dict[Pair, Search] = {}
+    for pair in pairs:
+        if pair not in found:
+            place = sum(k + 1 for k in pair[0]) * count + sum(pair[1])
+            with contextlib.suppress(ValueError):
+                searches[pair] = search(host, pair, scalings, seed=seed + place, failure=share)
+    norms = {**known, **{pair: bound.value for pair, bound in found.items()}}
+    # A node begins with a tap on which none of the earlier nodes depends.
+    nodes = sorted({node for pair in [*known, *pairs] for node in pair if node})
+    refine(searches, norms, ends, nodes, name)
+    for pair in pairs:
+        if pair not in found:
+            one = searches[pair].bound() if pair in searches else None
+            found[pair] = one or other_norm(host, pair, scalings, seed=seed, failure=share)
+    for each in searches.values():
+        each.starts.release()
+    return found
+
+
+def shares(
+    norms: Mapping[Pair, float], ends: Mapping[Node, float], nodes: Sequence[Node]
+) -> dict[Pair, float]:
+    """The parts s_i of the bound, from the norms of all blocks, and of those to the output."""
+    reach: dict[Node, float] = {(): 1.0}
+    for target in nodes:
+        reach[target] = sum(norms.get((j, target), 0.0) * m for j, m in reach.items())
+    back: dict[Node, float] = {}
+    for source in [*reversed(nodes), ()]:
+        ahead = sum(norms.get((source, k), 0.0) * u for k, u in back.items())
+        back[source] = ends.get(source, 0.0) + ahead
+    whole = back[()]
+    if not 0.0 < whole < math.inf:
+        return dict.fromkeys(norms, 1.0)
+    return {(j, k): back[k] * (value / whole) * reach[j] for (j, k), value in norms.items()}
+
+
+def refine(
+    searches: Mapping[Pair, Search],
+    norms: Mapping[Pair, float],
+    ends: Mapping[Node, float],
+    nodes: Sequence[Node],
+    name: Callable[[Pair], str],
+) -> None:
+    """Advance the searches until the bound of the network is close enough (module docstring), or all have ended."""
+    began = time.monotonic()
+    workers = max(1, min(os.cpu_count() or 1, _THREADS))
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(workers) as pool:
+
+        def advance(steps: Mapping[Pair, int], told: str) -> None:
+            for pair, _ in zip(steps, pool.map(lambda p: searches[p].advance(steps[p]), steps), strict=True):
+                say(f"norm of {name(pair)}{told}")
+
+        advance({pair: max(0, _FIRST - each.starts.steps) for pair, each in searches.items()}, "")
+        while True:
+            known = {**norms, **{pair: each.lower for pair, each in searches.items()}}
+            share = shares(known, ends, nodes)
+            goal = RTOL * sum(share[pair] for pair in searches)
+            excess = sum(share[pair] * each.excess for pair, each in searches.items() if share[pair])
+            gains = {
+                pair: share[pair] * min(each.excess, 1e6) / (each.starts.steps * each.cost)
+                for pair, each in searches.items()
+                if not each.starts.ended
+            }
+            if excess <= goal or not gains:
+                return
+            # The excess falls like the square of the steps.
+            left = (time.monotonic() - began) * (math.sqrt(min(excess, 1.0) / max(goal, 1e-12)) - 1.0)
+            least = max(gains.values()) / 2
+            chosen = {pair: _MORE for pair, gain in gains.items() if gain >= least}
+            advance(chosen, f", about {show_seconds(max(left, 0.0))} left")
