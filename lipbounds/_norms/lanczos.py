@@ -19,6 +19,7 @@ ALLOWANCE = 1e-10
 _BLOCK = 16
 _EXACT, _ROUGH = 1e-12, 1e-5  # relative accuracy of the root of K(t), which is approached from above
 _HOPELESS = 1e-6  # what reorthogonalisation removes relative to the norm, above which one side is not enough
+_DROPPED = 4096.0  # a coupling of so many times the noise is dropped where left vectors are not kept
 _CLEAN = 1e-12  # and below which keeping the other side would change nothing
 _KEPT = 0.7  # share of a vector that one orthogonalisation must leave (Daniel et al., Math. Comp. 30, 1976)
 
@@ -257,6 +258,10 @@ class Run:
         self.alpha.append(a)
         self.size, self.lost = max(self.size, a), max(self.lost, removed)
         self.gone = self.ended = a <= _noise(self.noise, removed, self.size)
+        if not self.both and a <= _DROPPED * self.noise * self.size:
+            # Of the next left vector only rounding would be left, which is not orthogonal to the earlier ones.
+            self.gone = self.ended = True
+            self.lost = max(self.lost, a)
         if self.gone:
             self.beta.append(0.0)
         elif self.both:
