@@ -21,7 +21,7 @@ class Starts:
     component along the top singular vector is at least delta holds after every number of steps, and all starts miss
     delta with probability at most p^m where each does with p = failure^(1/m). `matvec` and `rmatvec` take columns, one
     per start, so that a product with all of them costs little more than one. Only right vectors are kept, so n should
-    be the smaller side.
+    be the smaller side, unless the matrix is so close to one of low rank that the left ones are needed.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Starts:
         self.n, self.seed, self.noise, self.most = n, seed, noise, min(max_steps, n)
         self.runs: list[Run] = []
         self.lower, self.upper, self.steps = 0.0, math.inf, 0
-        self.ended = False
+        self.ended = self.both = False
 
     def release(self) -> None:
         """Drop the vectors; `advance` does the same steps again."""
@@ -49,7 +49,7 @@ class Starts:
 
     def _begin(self) -> None:
         vectors = np.random.default_rng(self.seed).standard_normal((STARTS, self.n))
-        self.runs = [Run(self.matvec, self.rmatvec, v, self.noise, self.most, False) for v in vectors]
+        self.runs = [Run(self.matvec, self.rmatvec, v, self.noise, self.most, self.both) for v in vectors]
 
     def advance(self, steps: int) -> None:
         """Do up to so many more steps, and renew `lower` and `upper`.
@@ -61,6 +61,20 @@ class Starts:
         if not self.runs:
             self._begin()
             steps, self.steps = steps + self.steps, 0
+        self._step(steps)
+        if self.ended and not self.both and not self._bound() < math.inf:
+            self.both, steps, self.steps = True, self.steps, 0
+            self._begin()
+            self._step(steps)
+        found = self._bound()
+        self.lower = max(run.lower * (1.0 - ALLOWANCE) * run.unit for run in self.runs)
+        if found < self.upper:
+            self.upper = min(self.upper, up(up(found * (1.0 + ALLOWANCE))))
+
+    def _bound(self) -> float:
+        return max(run.bound(self.delta, self.rounding) for run in self.runs)
+
+    def _step(self, steps: int) -> None:
         for _ in range(steps):
             going = [run for run in self.runs if not run.ended]
             if not going:
@@ -73,10 +87,6 @@ class Starts:
                 for run, image in zip(going, images.T, strict=True):
                     run.backward(image)
         self.ended = all(run.ended for run in self.runs)
-        found = max(run.bound(self.delta, self.rounding) for run in self.runs)
-        self.lower = max(run.lower * (1.0 - ALLOWANCE) * run.unit for run in self.runs)
-        if found < self.upper:
-            self.upper = min(self.upper, up(up(found * (1.0 + ALLOWANCE))))
 
     @property
     def excess(self) -> float:
