@@ -14,9 +14,9 @@ from lipbounds._lipsdp.certificate import save_certificate, verify_certificate
 from lipbounds._lipsdp.lipsdp import lipsdp
 from lipbounds._lipsdp.solvers import Cvxpy, Recursion
 from lipbounds._local.local import LocalBounds, local
-from lipbounds._local.radius import Local, Radii, certified_radius
-from lipbounds._local.stored import load
 from lipbounds._margins.margins import Margins, margins
+from lipbounds._margins.radius import Local, Radii, certified_radius
+from lipbounds._margins.stored import load
 from lipbounds._text.version import __version__
 from lipbounds._tracing.trace import from_weights, register_activation, trace
 from lipbounds._triangle.liplt import liplt

@@ -15,8 +15,8 @@ from command import run
 
 import lipbounds as lb
 from lipbounds._cli import certify
-from lipbounds._local import blocks as module
-from lipbounds._local.blocks import Unfinished, blocks, joined, radii_of, record_of
+from lipbounds._margins import blocks as module
+from lipbounds._margins.blocks import Unfinished, blocks, joined, radii_of, record_of
 
 SETTINGS = {"seed": 0}
 
@@ -113,7 +113,7 @@ def test_two_processes_find_what_one_finds(model_file: Any, tmp_path: Path) -> N
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     script = (
-        "import sys; from lipbounds._local import blocks; blocks._MOST = 50; "
+        "import sys; from lipbounds._margins import blocks; blocks._MOST = 50; "
         "from lipbounds._cli.main import app; app(sys.argv[1:])"
     )
     arguments = ["certify", str(model_file), "--local", "--method", "naive", "--json"]

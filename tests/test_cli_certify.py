@@ -90,3 +90,25 @@ def test_certify_refuses_bad_data(model_file, tmp_path):
     (tmp_path / "text.npz").write_text("x, y")
     assert "arrays x and y" in run("certify", model_file, "--data", tmp_path / "text.npz", code=1).stderr
     assert "nowhere.npz" in run("certify", model_file, "--data", tmp_path / "nowhere.npz", code=1).stderr
+
+
+def test_at_eps_uses_every_engine(model_file, tmp_path):
+    shares = {}
+    for flags in ((), ("--at-eps",)):
+        file = tmp_path / f"{len(flags)}.json"
+        run(
+            "certify",
+            model_file,
+            "--method",
+            "naive",
+            "--no-pairwise",
+            "--local",
+            "--eps",
+            "0.3",
+            *flags,
+            "--json",
+            file,
+        )
+        shares[flags] = json.loads(file.read_text())["certified_accuracy"][0]["accuracy"]
+    assert shares["--at-eps",] >= shares[()]
+    assert "needs --local and --eps" in run("certify", model_file, "--at-eps", "--eps", "0.3", code=2).stderr

@@ -20,7 +20,7 @@ from lipbounds._comparison.bracket import Bracket
 from lipbounds._comparison.compare import Comparison
 from lipbounds._comparison.compare import Row as Compared
 from lipbounds._local.local import LocalBounds
-from lipbounds._local.radius import Radii
+from lipbounds._margins.radius import Radii
 from lipbounds._text.html import Html, element, together
 from lipbounds._text.tables import html_table, markdown_table, markdown_text, printable, text_table
 from lipbounds.analysis import (

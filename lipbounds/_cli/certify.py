@@ -33,7 +33,7 @@ from lipbounds._cli.options import (
     option,
 )
 from lipbounds._lipsdp.certificate import parameter_digest
-from lipbounds._local.blocks import Unfinished, blocks, joined, radii_of, record_of
+from lipbounds._margins.blocks import Unfinished, blocks, joined, radii_of, record_of
 from lipbounds._text.progress import about
 from lipbounds.results import Guarantee
 
@@ -65,6 +65,14 @@ def certify(
     box: Annotated[
         Any, option("With --local: restrict inputs to this range, such as 0,1.", "LOW,HIGH", parser=box_of)
     ] = None,
+    at_eps: Annotated[
+        bool,
+        option(
+            "With --local: only certify the largest --eps, by more engines, and find no radii beyond it.",
+            None,
+            "--at-eps",
+        ),
+    ] = False,
     memory: MemoryOption = None,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
@@ -90,10 +98,14 @@ def certify(
 
     - `lipbounds certify net.onnx --data mine.npz --mean 0.5,0.5,0.5 --std 0.2,0.2,0.2 --local --eps 0.3`
 
+    - `lipbounds certify net.onnx --data mine.npz --local --box 0,1 --eps 0.5 --at-eps`
+
     - `lipbounds certify net.onnx --data mine.npz --local --coordinator node0:1234 --processes 4 --process 1`
     """
     if box is not None and not local:
         raise typer.BadParameter("belongs to --local", param_hint="--box")
+    if at_eps and not (local and eps):
+        raise typer.BadParameter("needs --local and --eps", param_hint="--at-eps")
     chosen = common.choose_method(method, norm, scaling, False)
     with refusals() as stack:
         from lipbounds.training import parallel
@@ -112,6 +124,7 @@ def certify(
         bound = common.bound_of(form, chosen, scaling, {"norm": float(norm), **options})
         request: Guarantee = "verified" if guarantee == "verified" else "auto"
         settings: Json = {"guarantee": request, "seed": seed, "device": device}
+        settings["eps"] = max(eps) if at_eps and eps else None
         near = lb.Local(box=box) if local else False
         kept = _kept(form, x, y, bound, near, settings, files.json)
         radii = _all_blocks(form, x, y, bound, near, settings, kept)
@@ -160,6 +173,8 @@ def _all_blocks(
                     found = lb.certified_radius(
                         form, x[part], y[part], bound=bound, local=local, progress=tell, **settings
                     )
+                if not found.complete:
+                    raise KeyboardInterrupt
                 kept.add(block, found)
     except KeyboardInterrupt:
         some = f", median radius {np.median(joined(kept.done.values()).radius):.4g}" if kept.done else ""

@@ -21,7 +21,7 @@ from lipbounds._comparison.bracket import check_order
 from lipbounds._empirical.empirical import empirical, values64
 from lipbounds._form.elementwise import elementwise_view
 from lipbounds._lipsdp.lipsdp import lipsdp
-from lipbounds._local.radius import certified_radius
+from lipbounds._margins.radius import certified_radius
 from lipbounds._text.arguments import as_labels
 from lipbounds._text.calls import FAILURES, public, reason
 from lipbounds._text.device import Device

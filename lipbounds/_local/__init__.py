@@ -1,4 +1,4 @@
-"""Local Lipschitz constants on balls, and certified radii."""
+"""Local Lipschitz constants on balls, and the search for radii with them."""
 
 from lipbounds._local.forward import logits
 

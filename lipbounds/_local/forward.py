@@ -1,7 +1,8 @@
-"""Logits and pre-activations at given inputs, in float64 with their rounding errors enclosed."""
+"""Logits, margins and pre-activations at given inputs, in float64 with their rounding errors enclosed."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from lipbounds._form.walk import Algebra, walk
 from lipbounds._gain.blocks import HostForm
 from lipbounds._norms.cholesky import nonzeros_per_row
 from lipbounds._norms.rounding import U, gamma
+from lipbounds._text.arguments import as_labels
 from lipbounds._triangle import recursion
 from lipbounds._triangle.product_rounding import carriers
 
@@ -232,3 +234,29 @@ def _middle(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Middle and radius of intervals, the radius rounded up."""
     middle = low + (high - low) / 2
     return middle, np.nextafter(np.maximum(high - middle, middle - low), np.inf) * (high > low)
+
+
+# --- labelled examples -----------------------------------------------------------------------------------------------
+
+
+def proved_gaps(z: np.ndarray, error: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(N, K) proved margins z_y - z_i, rounded down, inf for i = y; of one output f (N, 1), f for label 1, else -f."""
+    rows = np.arange(len(labels))
+    with np.errstate(over="ignore"):
+        if z.shape[1] == 1:
+            gaps = np.where(labels == 1, z[:, 0], -z[:, 0])[:, None]
+            return gaps - (np.abs(gaps) * 4 * U + (error * (1 + 4 * U))[:, None])
+        slack = error * (math.sqrt(2) * (1 + 8 * U))
+        gaps = z[rows, labels][:, None] - z
+        gaps = gaps - (np.abs(gaps) * 4 * U + slack[:, None])
+    gaps[rows, labels] = np.inf
+    return gaps
+
+
+def check_examples(form: LureForm, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
+    x = check_inputs(form, X)
+    if form.num_outputs < 1:
+        raise ValueError(
+            "a radius needs outputs: the logits of the classes, or one output whose sign is the class"
+        )
+    return x, as_labels(y, len(x), form.num_outputs)

@@ -35,6 +35,7 @@ class Search:
         start: (N,) the global radii, where the search of every engine begins.
         tries: balls per example and engine. A ball that is certified as a whole does not count while the radius may
             still grow much.
+        goal: a radius that is enough. Only this ball is tried, twice at most, around examples below it.
 
     best (N,) are the radii so far; results of an engine stay if it fails later. An engine takes the same steps as
     it would alone, every try narrowing an interval that holds its radius, and stops before them only where all the
@@ -42,14 +43,48 @@ class Search:
     LipLT takes as many Lanczos steps as the slowest example of a call needs.)
     """
 
-    def __init__(self, labels: np.ndarray, gaps: np.ndarray, start: np.ndarray, tries: int) -> None:
-        self.labels, self.gaps, self.start, self.tries = labels, gaps, start, tries
+    def __init__(
+        self,
+        labels: np.ndarray,
+        gaps: np.ndarray,
+        start: np.ndarray,
+        tries: int,
+        goal: float | None = None,
+    ) -> None:
+        self.labels, self.gaps, self.start, self.tries, self.goal = labels, gaps, start, tries, goal
         self.best, self.todo = start.copy(), np.flatnonzero((start > 0) & np.isfinite(start))
+        self.interrupted = False
+        if goal is not None:
+            self.todo = self.open()
         self._open = np.zeros(len(start))  # largest radius still possible where the last ball was certified
+
+    def open(self) -> np.ndarray:
+        """The examples that are classified as labelled and not certified at the goal."""
+        assert self.goal is not None
+        return np.flatnonzero((self.best > 0) & (self.best < self.goal))
 
     def run(self, around: Around) -> None:
         """Raise the radii by an engine, which is around the examples `todo`."""
-        around.each(self._certify, "local radii")
+        around.each(self._certify if self.goal is None else self._reach, "local radii")
+
+    def _radii(
+        self, near: Around, at: np.ndarray, rows: np.ndarray, eps: np.ndarray, call: int
+    ) -> np.ndarray:
+        """m(eps) for some rows of a chunk with the examples `at`; 0 without a bound."""
+        labels, gaps = self.labels[at[rows]], self.gaps[at[rows]]
+        scale = row_roots(near.outputs(rows, eps, labels=labels, call=call), labels)
+        return np.where(np.isinf(scale).any(axis=1), 0.0, ratios(gaps, scale))
+
+    def _reach(self, near: Around, part: slice) -> None:
+        at, goal = self.todo[part], float(self.goal or 0.0)
+        for call in range(min(self.tries, 2)):
+            left = np.flatnonzero(self.best[at] < goal)
+            if not left.size:
+                return
+            m = self._radii(near, at, left, np.full(left.size, goal), call)
+            found = np.minimum(m, goal)
+            near.used[left] |= found > self.best[at[left]]
+            self.best[at[left]] = np.maximum(found, self.best[at[left]])
 
     def _certify(self, near: Around, part: slice) -> None:
         at = self.todo[part]
@@ -60,9 +95,7 @@ class Search:
             left = np.flatnonzero((high > 1.01 * low) & (used < self.tries) & (eps < _FARTHEST))
             if not (high > self.best[at])[left].any():
                 break
-            labels, gaps = self.labels[at[left]], self.gaps[at[left]]
-            scale = row_roots(near.outputs(left, eps[left], labels=labels, call=call), labels)
-            m = np.where(np.isinf(scale).any(axis=1), 0.0, ratios(gaps, scale))
+            m = self._radii(near, at, left, eps[left], call)
             whole[left] = m >= eps[left]
             low[left] = np.maximum(low[left], np.minimum(eps[left], m))
             high[left] = np.minimum(high[left], np.maximum(eps[left], m))

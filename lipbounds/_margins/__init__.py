@@ -1,4 +1,4 @@
-"""Margins on balls by Lagrangian duality: constraints of every neuron, with affine terms.
+"""Certified radii, and margins on balls by Lagrangian duality: constraints of every neuron, with affine terms.
 
 Around an input with pre-activations h (less the kink), every point of the ball moves the pre-activation of a relu by d
 and its value by w. With p = relu(h), q = relu(-h), v = w + p = relu(h + d) and r = w - d + q = relu(-h - d), and proved

@@ -13,8 +13,8 @@ from threadpoolctl import threadpool_limits
 
 from lipbounds._form.inputs import check_box
 from lipbounds._form.lure import LureForm
+from lipbounds._local.forward import check_examples
 from lipbounds._local.local import box_notes, check_eps
-from lipbounds._local.radius import check_examples
 from lipbounds._margins import proof, search
 from lipbounds._margins.problem import Problem
 from lipbounds._text.arguments import whole

@@ -18,8 +18,7 @@ from lipbounds._form.steps import StaticArray
 from lipbounds._local import box as localbox
 from lipbounds._local import ellipsoids
 from lipbounds._local.engines import Around, ways
-from lipbounds._local.forward import logits
-from lipbounds._local.radius import proved_gaps
+from lipbounds._local.forward import logits, proved_gaps
 from lipbounds._local.radius_search import row_roots
 from lipbounds._margins import proof, search
 from lipbounds._norms.rounding import U, gamma

@@ -10,8 +10,8 @@ from typing import Any
 
 from lipbounds._lipsdp.certificate import load_certificate
 from lipbounds._lipsdp.certificate_file import existing, is_certificate
-from lipbounds._local.blocks import radii_of
-from lipbounds._local.radius import Radii
+from lipbounds._margins.blocks import radii_of
+from lipbounds._margins.radius import Radii
 from lipbounds._text.files import read_safetensors
 
 _READ = (

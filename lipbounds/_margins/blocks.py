@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lipbounds._form.lure import LureForm
-from lipbounds._local.radius import Radii
+from lipbounds._margins.radius import Radii
 from lipbounds._text.files import write_atomically
 from lipbounds.results import check_norm, weakest
 

@@ -10,7 +10,6 @@ and subtracted, so a radius is as good as its bound.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +19,12 @@ from lipbounds._form.inputs import check_box
 from lipbounds._form.lure import LureForm, fingerprint
 from lipbounds._gain.memory_budget import parse
 from lipbounds._local.engines import NoEngineError, bounded
-from lipbounds._local.forward import DECLARED_ACCURACY, check_inputs, enclosable, logits
-from lipbounds._local.local import box_notes
+from lipbounds._local.forward import DECLARED_ACCURACY, check_examples, enclosable, logits, proved_gaps
+from lipbounds._local.local import box_notes, check_eps
 from lipbounds._local.radius_search import Search, ratios
-from lipbounds._norms.rounding import U
-from lipbounds._text.arguments import as_labels, whole
-from lipbounds._text.calls import moved, public
+from lipbounds._margins.margins import certify_at
+from lipbounds._text.arguments import whole
+from lipbounds._text.calls import FAILURES, moved, public, reason
 from lipbounds._text.device import Device
 from lipbounds._text.html import Html, element
 from lipbounds._text.progress import Progress
@@ -35,6 +34,9 @@ from lipbounds._triangle.liplt import liplt
 from lipbounds.results import NORM_NAMES, Guarantee, UpperBound, weakest
 
 _MOST_PAIRED = 2048  # outputs up to which pairs are bounded where no bound is given
+_ABOVE = (
+    2.0**-40
+)  # a radius is certified at eps if it is larger: balls are larger than eps by this share of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +51,7 @@ class Radii:
         guarantee: that of the bound ("verified", "probabilistic", "assumed").
         method: of the bound.
         notes: remarks for the reader.
+        complete: False where Ctrl-C ended the search for local radii, and larger ones might have been found.
 
     Example:
         >>> import lipbounds as lb
@@ -64,6 +67,7 @@ class Radii:
     guarantee: str
     method: str
     notes: tuple[str, ...] = field(default=())
+    complete: bool = True
 
     def __len__(self) -> int:
         return len(self.radius)
@@ -152,6 +156,7 @@ def certified_radius(
     bound: UpperBound | None = None,
     local: bool | Local = False,
     *,
+    eps: float | None = None,
     guarantee: Guarantee = "auto",
     seed: int = 0,
     device: Device = "auto",
@@ -170,13 +175,17 @@ def certified_radius(
             of radius eps certifies min(eps, min_i (z_y - z_i) / L_yi(eps)). The result is the maximum of these and the
             global radius. Norms 2 and inf. If no local bound applies (more than 4096 outputs, or l-inf and wider than
             the memory allows) the global radii are returned, with a note. True or `lb.Local(...)`.
+        eps: a radius that is enough, with local. Every engine is used that can certify it, cheapest first, and only
+            around the examples that are still open: the bound of the whole network, the local bounds, and the dual of
+            `lb.margins`. A radius is then at least eps where the example is certified at eps.
         guarantee, seed: of the bound where it is computed here, and with local as in `lb.local`.
         device: where large proofs are computed: "auto" (on a GPU where JAX has one by default), "cpu" or "gpu".
         progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
 
     Raises:
         TypeError: an Estimate or LowerBound in place of an upper bound.
-        ValueError: shapes, labels out of range, values that are not finite, a bound of another network's size.
+        ValueError: shapes, labels out of range, values that are not finite, a bound of another network's size, eps
+            without local.
 
     Source: Tsuzuku et al., Lipschitz-margin training, NeurIPS 2018, Proposition 1, with a constant per pair of classes.
 
@@ -197,6 +206,11 @@ def certified_radius(
         raise ValueError(f"local must be True, False or a lb.Local, got {local!r}")
     near = Local() if local is True else local or None
     inside = None if near is None else check_box(near.box, x)
+    if eps is not None and near is None:
+        raise ValueError(
+            "eps= is where the search for local radii may stop: pass local=True, or ask radii.accuracy(eps)"
+        )
+    goal = None if eps is None else float(check_eps(eps, 1)[0]) * (1 + _ABOVE)
     few = form.num_outputs <= _MOST_PAIRED
     proof = liplt(form, pairwise=few, guarantee=guarantee, seed=seed) if bound is None else bound
     if not isinstance(proof, UpperBound):
@@ -215,46 +229,60 @@ def certified_radius(
     fields = correct, proof.norm
     if near is None:
         return Radii(radius, *fields, proof.guarantee, proof.method, notes)
-    search = Search(labels, gaps, radius, near.tries)
+    search = Search(labels, gaps, radius, near.tries, goal)
+    said, risks = _searched(form, x, search, proof.norm, near, guarantee, seed)
+    method = f"local, {proof.method}" if len(risks) else proof.method
+    return Radii(
+        search.best,
+        *fields,
+        weakest([proof.guarantee, *risks]),
+        method,
+        (*notes, *said, *box_notes(inside)),
+        not search.interrupted,
+    )
+
+
+def _searched(
+    form: LureForm, x: np.ndarray, search: Search, norm: float, near: Local, guarantee: str, seed: int
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Raise the radii by every engine, cheapest first; (notes, guarantees of the engines that were used).
+
+    Ctrl-C ends the search, not the call: what is proved stays.
+    """
+    notes: tuple[str, ...] = ()
+    risks: tuple[str, ...] = ()
     try:
-        found = bounded(
-            form,
-            proof.norm,
-            x[search.todo],
-            search.run,
-            guarantee=guarantee,
-            seed=seed,
-            box=inside,
-            memory=parse(near.memory),
-        )
-    except NoEngineError as error:
-        return Radii(radius, *fields, proof.guarantee, proof.method, (*notes, f"global radii: {error}"))
-    notes = (*notes, *found.notes, *search.notes(), *box_notes(inside))
-    risk = weakest([proof.guarantee, *found.guarantees])
-    return Radii(search.best, *fields, risk, f"local, {proof.method}", notes)
-
-
-def proved_gaps(z: np.ndarray, error: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(N, K) proved margins z_y - z_i, rounded down, inf for i = y; of one output f (N, 1), f for label 1, else -f."""
-    rows = np.arange(len(labels))
-    with np.errstate(over="ignore"):
-        if z.shape[1] == 1:
-            gaps = np.where(labels == 1, z[:, 0], -z[:, 0])[:, None]
-            return gaps - (np.abs(gaps) * 4 * U + (error * (1 + 4 * U))[:, None])
-        slack = error * (math.sqrt(2) * (1 + 8 * U))
-        gaps = z[rows, labels][:, None] - z
-        gaps = gaps - (np.abs(gaps) * 4 * U + slack[:, None])
-    gaps[rows, labels] = np.inf
-    return gaps
-
-
-def check_examples(form: LureForm, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
-    x = check_inputs(form, X)
-    if form.num_outputs < 1:
-        raise ValueError(
-            "a radius needs outputs: the logits of the classes, or one output whose sign is the class"
-        )
-    return x, as_labels(y, len(x), form.num_outputs)
+        try:
+            found = bounded(
+                form,
+                norm,
+                x[search.todo],
+                search.run,
+                guarantee=guarantee,
+                seed=seed,
+                box=check_box(near.box, x),
+                memory=parse(near.memory),
+            )
+            notes, risks = found.notes, found.guarantees
+        except NoEngineError as error:
+            notes = (f"global radii: {error}",)
+        rows = search.open() if search.goal is not None else np.zeros(0, int)
+        if rows.size:
+            try:
+                proved = certify_at(form, x[rows], search.labels[rows], search.goal, norm=norm, box=near.box)
+            except FAILURES as error:
+                return (*notes, f"without the dual of lb.margins: {reason(error)}", *search.notes()), risks
+            search.best[rows[proved]] = search.goal
+            notes = (
+                *notes,
+                f"the dual of lb.margins certifies {int(proved.sum())} of {rows.size} examples that were open",
+            )
+            risks = (*risks, "verified")
+    except KeyboardInterrupt:
+        search.interrupted = True
+        notes = (*notes, "interrupted: radii are as far as they were proved")
+        risks = (*risks, "probabilistic" if guarantee == "auto" else guarantee)
+    return (*notes, *search.notes()), risks
 
 
 def _pair_constants(bound: UpperBound, classes: int) -> tuple[np.ndarray, tuple[str, ...]]:
