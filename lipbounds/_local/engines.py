@@ -346,6 +346,8 @@ class Around:
                 known[rows] = np.where(far[:, None], np.nan, known[rows])
         best, least, balance = np.zeros((0, 0, 0)), np.full(count, np.inf), [(np.zeros(0), np.zeros(0))]
         for number in range(_PASSES if wide else 1):
+            if wide:
+                say(f"ellipsoids: recursion {number + 1} of {_PASSES} on a ball")
             passed = ellipsoids.ellipsoids(
                 self.ready.view,
                 self.ready.stages,
