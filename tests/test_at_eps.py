@@ -20,7 +20,7 @@ EPS = 0.4
 @pytest.fixture(scope="module")
 def case() -> tuple[Any, np.ndarray, np.ndarray, lb.UpperBound]:
     form = mlp()
-    x = np.random.default_rng(5).normal(size=(24, 12))
+    x = np.random.default_rng(5).normal(size=(14, 12))
     return form, x, values(form, x).argmax(axis=1), lb.liplt(form, pairwise=True)
 
 
@@ -37,7 +37,7 @@ def test_all_engines_certify_at_least_what_each_does(case: Any) -> None:
     assert found.certified(EPS).sum() > max(alone[0].sum(), alone[1].sum())
     assert found.guarantee == "verified" and found.complete
     assert any("the dual of lb.margins certifies" in note for note in found.notes)
-    least = attained(form, x, y, EPS, 2).min(axis=1)
+    least = attained(form, x, y, EPS, 2, steps=20, count=8).min(axis=1)
     assert (least[found.certified(EPS)] > 0).all()
 
 
@@ -45,9 +45,9 @@ def test_radii_below_eps_hold_too(case: Any) -> None:
     form, x, y, bound = case
     found = lb.certified_radius(form, x, y, bound=bound, local=True, eps=2.0)
     assert ((found.radius > 0) & (found.radius < 2.0)).any()
-    for row in np.flatnonzero(found.radius > 0)[:6]:
+    for row in np.flatnonzero(found.radius > 0)[:3]:
         r = float(found.radius[row])
-        assert attained(form, x[row : row + 1], y[row : row + 1], r, 2, count=8).min() > -1e-9
+        assert attained(form, x[row : row + 1], y[row : row + 1], r, 2, steps=20, count=8).min() > -1e-9
 
 
 def test_engines_see_open_examples_only(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,8 +145,10 @@ def kink(
             return None
         slopes = [line[1] if len(line) == 2 else Fraction(0) for line in lines if line is not None]
         at = parts[0].domain.right if len(parts) == 2 else Fraction(0)
+        if at is None:
+            return None
         exact = (at, slopes[0], slopes[-1], slopes[-1] - slopes[0])
-        if at is None or any(abs(q) > 1e100 or Fraction(float(q)) != q for q in exact):
+        if any(abs(q) > 1e100 or Fraction(float(q)) != q for q in exact):
             return None
         found[:, k] = [float(q) for q in exact[:3]]
     t, a, b = (row[which].reshape(shape) for row in found)

@@ -75,7 +75,10 @@ def _prune(folder: Path, most: int) -> None:
 def kept(wanted: bool = True) -> Iterator[Path | None]:
     """Keep compiled programs inside the block; the folder, or None where none is used or it cannot be written."""
     off = not wanted or os.environ.get(VARIABLE, "").lower() in OFF
-    if off or jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+    mine, usual = (
+        getattr(jax.config, name) for name in ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
+    )
+    if off or mine is not None or not usual:
         yield None
         return
     machine = hashlib.sha256(f"{platform.machine()}\n{_processor()}".encode()).hexdigest()[:12]

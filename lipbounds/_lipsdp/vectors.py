@@ -382,7 +382,7 @@ def optimise(problem: Prepared, outputs: Sequence[np.ndarray], tolerance: float)
         point, done = _climbed(vectors, Q[open_], point, error)
         steps[open_] += done
         for place, k in enumerate(open_):
-            rows = outputs[k] @ vectors.Gz
+            rows = outputs[int(k)] @ vectors.Gz
             value = float(point.value[place] - point.T[:, place].sum() * _LEAST / vectors.N)
             T, rho = corrected(vectors, rows, point.T[:, place], value, point.V[:, place], tolerance)
             excess = max(rho / value - 1, 0.0) if value > 0 else math.inf
