@@ -176,7 +176,8 @@ def test_refined_bounds_are_as_close_as_promised(monkeypatch: pytest.MonkeyPatch
     form = form_of("cnn_batch_norm")
     truth = {verb: verb(form).value for verb in (lb.naive, lb.liplt)}
     monkeypatch.setattr(recursion, "DENSE_LIMIT", 3)
-    monkeypatch.setattr(wide_blocks, "_SPARSE", 0)
+    monkeypatch.setattr(wide_blocks, "_CHEAP", wide_blocks._Cost(0, 0))
+    monkeypatch.setattr(wide_blocks, "_CHEAPER", wide_blocks._Cost(0, 0))
     recursion._HOSTS.clear()
     for verb, exact in truth.items():
         bound = verb(form)

@@ -44,9 +44,6 @@ WIDEST_CUT = 2048
 _STEPS_SHARE = 2.0**-30  # of the failure probability of a block, for the norms of the steps in its rounding
 _TINY = 1e-100  # matrix-free norms below this may have lost parts to underflow
 _FEW = 8  # columns that tell how many entries a block has
-_SPARSE = 1e7  # entries up to which a block above the size rule is formed for a banded proof
-_CHEAP = 6e10  # estimated operations of such a proof, one or two seconds
-_PER_ENTRY = 2.5e5  # and those that take as long as Golub-Kahan on a block of one input or output
 _MARGIN = 2.0  # the operations may be more than was estimated
 _TIGHT = 1.001  # a cut's proof is taken where it is within this factor of its own float estimate
 
@@ -113,7 +110,7 @@ def quick_norms(
     Where some pair has none, so that the bound of the network is probabilistic anyway, a banded proof must cost less
     than Golub-Kahan does.
     """
-    left, costs = [], []
+    left: list[tuple[Node, Node]] = []
     for pair in pairs:
         cut = _remembered(
             host, pair, scalings, ("cut", limit), partial(cut_norm, host, pair, scalings, limit=limit)
@@ -122,19 +119,25 @@ def quick_norms(
             yield pair, cut
             continue
         left.append(pair)
-        costs.append(_band_operations(host, *pair, scalings))
-    whole = max(costs, default=0.0) <= _CHEAP
-    for pair, cost in zip(left, costs, strict=True):
-        size = host.node_size(pair[0], source=True) + host.node_size(pair[1], source=False)
-        most = _CHEAP if whole else _PER_ENTRY * size
-        way = partial(_by_proof, host, *pair, scalings, limit, _MARGIN * most)
-        band = (
-            _remembered(host, pair, scalings, ("band", limit), partial(_attempt, way))
-            if cost <= most
-            else None
-        )
+    costs = [_band_cost(host, *pair, scalings) for pair in left]
+    most = _CHEAP if all(cost <= _CHEAP for cost in costs) else _CHEAPER
+    for pair in (pair for pair, cost in zip(left, costs, strict=True) if cost <= most):
+        way = partial(_by_proof, host, *pair, scalings, limit, _MARGIN * most.operations)
+        band = _remembered(host, pair, scalings, ("band", limit), partial(_attempt, way))
         if band is not None:
             yield pair, band
+
+
+class _Cost(NamedTuple):
+    entries: float
+    operations: float
+
+    def __le__(self, most: tuple[float, ...]) -> bool:
+        return self.entries <= most[0] and self.operations <= most[1]
+
+
+# What is a second or two where it makes all of a bound verified, and what is less than Golub-Kahan takes.
+_CHEAP, _CHEAPER = _Cost(1e7, 6e10), _Cost(1e6, 5e9)
 
 
 def _remembered(
@@ -152,8 +155,8 @@ def _remembered(
     return None if found is None else found._replace(value=math.ldexp(found.value, exponent - before))
 
 
-def _band_operations(host: HostForm, source: Node, target: Node, scalings: Sequence[TapScaling]) -> float:
-    """About what a banded proof costs, inf where the block has too many entries, from a few of its columns.
+def _band_cost(host: HostForm, source: Node, target: Node, scalings: Sequence[TapScaling]) -> _Cost:
+    """About how many entries a block has and how many operations a banded proof takes, from a few of its columns.
 
     If a share f of the entries is not zero because each output reads a window of an image, the band is about as wide as
     the share sqrt(f / 2) of the smaller side r, which makes f r^3 operations; a diagonal has none.
@@ -165,7 +168,7 @@ def _band_operations(host: HostForm, source: Node, target: Node, scalings: Seque
     units[few, np.arange(few.size)] = 1.0
     count = np.count_nonzero(block.forward(units)) * (n / few.size)
     beside = max(count - max(m, n), 0.0)
-    return math.inf if count > _SPARSE else beside / (float(m) * n) * float(min(m, n)) ** 3
+    return _Cost(count, beside / (float(m) * n) * float(min(m, n)) ** 3)
 
 
 def cut_norm(
