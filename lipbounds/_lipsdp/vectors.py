@@ -19,6 +19,7 @@ then have more columns. Plain float64: whatever is found is proved elsewhere.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -27,6 +28,7 @@ import numpy as np
 import scipy.linalg as sl
 
 from lipbounds._lipsdp.matrix_inequality import Prepared, levels, live_neurons, prepare, smallest_rho
+from lipbounds._text.progress import say
 
 _RANK, _MORE = 8, 4  # columns r at first, and how many are added where they do not suffice
 _MEMORY = 10
@@ -36,6 +38,7 @@ _FLAT = 1e-8  # least curvature of a sphere that counts, relative to the largest
 _LOW = 0.05  # eigenvalues of A, its diagonal scaled to 1, that a correction holds
 _LEAST = 1e-12  # of |y_i|^2 and |U_i|^2, over N: where y_i is 0 at the optimum, T_i stays finite
 _TINY = 1e-300
+_QUIET = 2.0  # seconds without a word
 TOLERANCE = 1e-8  # of rho
 
 
@@ -175,7 +178,7 @@ class _Memory:
 def _climbed(vectors: Vectors, Q: np.ndarray, start: _Point, error: float) -> tuple[_Point, int]:
     """The batch after L-BFGS, each point until its T has about the given error."""
     point, done = start, start
-    where, memory, steps = np.arange(len(Q)), _Memory(), 0
+    where, memory, steps, began = np.arange(len(Q)), _Memory(), 0, time.monotonic()
     while True:
         open_ = (point.error > error) & (point.value > 0)
         if steps == _ITERATIONS:
@@ -192,6 +195,8 @@ def _climbed(vectors: Vectors, Q: np.ndarray, start: _Point, error: float) -> tu
         if not np.isfinite(moved.value).all():
             raise ValueError("the weights leave the range of floats")
         point, steps = moved, steps + 1
+        if steps % 50 == 0 and time.monotonic() - began > _QUIET:
+            say(f"{steps} steps, {where.size} of {len(Q)} problems to go, error {point.error.max():.1e}")
 
 
 def _put(whole: np.ndarray, at: np.ndarray, part: np.ndarray) -> np.ndarray:
