@@ -33,7 +33,7 @@ from lipbounds._text.progress import say
 _RANK, _MORE = 8, 4  # columns r at first, and how many are added where they do not suffice
 _MEMORY = 10
 _ITERATIONS = 500
-_NEAR = (1e-7, 1e-9, 1e-10, 1e-10)  # error of T at which it is worth correcting, round after round
+_NEAR = (3e-8, 1e-9, 1e-10, 1e-10)  # error of T at which it is worth correcting, round after round
 _FLAT = 1e-8  # least curvature of a sphere that counts, relative to the largest
 _LOW = 0.05  # eigenvalues of A, its diagonal scaled to 1, that a correction holds
 _LEAST = 1e-12  # of |y_i|^2 and |U_i|^2, over N: where y_i is 0 at the optimum, T_i stays finite
