@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from lipbounds._form.inputs import check_box
 from lipbounds._form.lure import LureForm
 from lipbounds._local.forward import check_examples
 from lipbounds._local.local import box_notes, check_eps
-from lipbounds._margins import proof, search
+from lipbounds._margins import branching, search
+from lipbounds._margins.found import Found
 from lipbounds._margins.problem import Problem
 from lipbounds._text.arguments import whole
 from lipbounds._text.calls import public
 from lipbounds._text.progress import Progress, say
 from lipbounds.results import NORM_NAMES, Norm, check_norm
-
-_WIDTH = 8  # margins that are searched together
-_SMALL = 64  # neurons of a layer up to which the search is in float64, else in float32
-_KEPT = 16  # images whose gain is kept
-_TOLERANCE = 1e-3  # a search ends where a round gains less, relative to the bound by ellipsoids
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,12 +146,15 @@ def certify_at(
     norm: Norm = 2,
     box: Any = None,
     iterations: int = 200,
+    seconds_per_image: float = 0.0,
     progress: Progress = True,
 ) -> np.ndarray:
     """(N,) whether the balls ||x' - x|| <= eps around labelled examples are certified: all margins are proved positive.
 
     The cheapest proof first: local ellipsoids, then the dual for the margins that are still open, the worst one of
-    every example first; an example is given up with its first margin that cannot be proved. Arguments as in `margins`.
+    every example first; an example is given up with its first margin that cannot be proved. Then, where
+    `seconds_per_image` is above 0, branching on the signs of neurons for so long per example that is still open; what
+    it certifies depends on the speed of the machine. Other arguments as in `margins`.
     """
     problem = prepare(form, X, y, eps, norm=norm, box=box)
     value = problem.balls.local.copy()
@@ -171,57 +167,13 @@ def certify_at(
     ]
     pairs = [(row, other) for _, row, other in sorted(pairs)]
     found = Found(problem, value, len(pairs))
-    found.run(pairs, goal=0.0, rounds=-(-whole("iterations", iterations) // search.ROUND))
-    return np.asarray(alive & (value > 0).all(axis=1))
-
-
-class Found:
-    """Margins of a problem, raised by proofs of what the search finds: value (N, K) is changed in place."""
-
-    def __init__(self, problem: Problem, value: np.ndarray, count: int) -> None:
-        self.problem, self.value, self.count, self.done = problem, value, count, 0
-        self.failed = np.zeros(len(value), bool)
-        self.gains: dict[int, tuple[proof.Gain, proof.Facts]] = {}
-
-    def jobs(self, pairs: list[tuple[int, int]], goal: float, rounds: int) -> Iterator[search.Job]:
-        for row, other in pairs:
-            made = self.problem.item(row, other)
-            if made is not None:
-                above = goal - float(self.problem.balls.gaps[row, other])
-                yield search.Job((row, other), *made, above, rounds)
-
-    def run(self, pairs: list[tuple[int, int]], goal: float, rounds: int) -> None:
-        """Search these margins and prove what is found."""
-        net = self.problem.net
-        small = max((k.at.size for k in self.problem.kinks), default=0) <= _SMALL
-        # BLAS threads that wait for busy cores cost more than they give: its matrices are small
-        with jax.enable_x64(small), threadpool_limits(1, "blas"):
-            search.run(
-                net,
-                self.jobs(pairs, goal, rounds),
-                self._prove,
-                width=_WIDTH,
-                tolerance=_TOLERANCE,
-                wanted=self.wanted,
-            )
-
-    def wanted(self, key: tuple[int, int]) -> bool:
-        return not self.failed[key[0]]
-
-    def _prove(self, job: search.Job, m: search.Multipliers, least: float) -> None:
-        row, other = job.key
-        self.done += 1
-        say(f"margins: {self.done} of {self.count}")
-        if job.goal < np.inf and not least > job.goal:
-            self.failed[row] = True
-            return
-        if row not in self.gains:
-            if len(self.gains) >= _KEPT:
-                self.gains.pop(next(iter(self.gains)))
-            gain = self.problem.gain(row)
-            self.gains[row] = gain, self.problem.facts(row, gain)
-        gain, facts = self.gains[row]
-        low = proof.prove(gain, facts, self.problem.aim(row, other), self.problem.weights(gain, m))
-        total = np.nextafter(self.problem.balls.gaps[row, other] + low, -np.inf)
-        self.value[row, other] = max(self.value[row, other], total)
-        self.failed[row] |= job.goal < np.inf and not total > 0
+    rounds = -(-whole("iterations", iterations) // search.ROUND)
+    found.run(pairs, goal=0.0, rounds=rounds)
+    sure = np.asarray(alive & (value > 0).all(axis=1))
+    if seconds_per_image > 0:
+        left = np.flatnonzero(alive & ~sure).tolist()
+        left.sort(key=found.best, reverse=True)
+        for place, row in enumerate(left):
+            say(f"branching: {place} of {len(left)} examples")
+            sure[row] = branching.certify(found, row, rounds, time.monotonic() + seconds_per_image)
+    return sure

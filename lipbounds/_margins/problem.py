@@ -170,7 +170,7 @@ class Problem:
 
     # -- one image, one margin ---------------------------------------------------------------------------------------
 
-    def open(self, row: int, fixed: Any = None) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def open(self, row: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Per tap: which neurons are not stable, and the slope of w for those that are (0 or 1)."""
         opened, slopes = [], []
         for k, kinks in enumerate(self.kinks):

@@ -109,7 +109,7 @@ class Facts:
 
     Args:
         p, q: relu(h), relu(-h); wrong: a bound of ||y - h||_2 over all of them.
-        top, bottom: 0 <= v <= top and 0 <= r <= bottom on the ball.
+        top, bottom: 0 <= v <= top and 0 <= r <= bottom on the ball, or on the part of it that a branch stands for.
         low, high: (d,) every input of the ball has low <= u <= high; eps: ||u||_2 <= eps, inf for no such bound.
     """
 
@@ -125,7 +125,7 @@ class Facts:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Multipliers: lambda, beta (d,), and M, tau_v, tau_r, nu (n,); all but M at least 0."""
+    """Multipliers: lambda, beta (d,), and M, tau_v, tau_r, nu (n,); all but M (and nu in a branch) at least 0."""
 
     ball: float
     box: np.ndarray
@@ -154,7 +154,8 @@ def prove(gain: Gain, facts: Facts, aim: np.ndarray, m: Weights) -> float:
     aim (K,) holds entries of -1, 0 and 1.
     """
     valid = np.isfinite(m.ball) and all(np.isfinite(a).all() for a in (m.box, m.M, m.v, m.r, m.nu))
-    signs = m.ball >= 0 and all((a >= 0).all() for a in (m.box, m.v, m.r, m.nu))
+    chord = (m.nu >= 0) | (facts.top * facts.bottom == 0)  # an equation in a branch
+    signs = m.ball >= 0 and chord.all() and all((a >= 0).all() for a in (m.box, m.v, m.r))
     if not (valid and signs):
         return -np.inf
     if not np.isfinite(facts.eps) and m.ball > 0:

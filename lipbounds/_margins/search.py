@@ -52,7 +52,7 @@ class Network(NamedTuple):
 class Neurons(NamedTuple):
     """One tap of an item, (n,) each: p, q, top, bottom of `__init__`; stable neurons are w = slope d.
 
-    scale: the unit of the multipliers.
+    scale: the unit of the multipliers. Where top or bottom is 0 (a branch) the chord is an equation, nu of any sign.
     """
 
     p: Any
@@ -97,7 +97,8 @@ def multipliers(item: Item, x: Multipliers) -> Multipliers:
     taps = []
     for n, (m, v, r, nu) in zip(item.taps, x.taps, strict=True):
         M = jnp.exp(m) + 2 * jnp.abs(v * r)
-        taps.append((n.scale * M, *(n.scale * jnp.square(t) for t in (v, r, nu))))
+        chord = jnp.where(n.top * n.bottom > 0, jnp.square(nu), nu)
+        taps.append(tuple(n.scale * t for t in (M, jnp.square(v), jnp.square(r), chord)))
     box = jnp.where(item.round > 0, jnp.square(x.box), jnp.exp(x.box))
     return Multipliers(item.ball * item.round * jnp.exp(x.ball), item.ball * item.boxed * box, tuple(taps))
 
@@ -302,10 +303,32 @@ def improve(
     return jax.vmap(one)(items, like, states, weights)
 
 
-@partial(jax.jit, static_argnames="width")
-def _unravel(items: Item, like: Multipliers, flat: Any, width: int) -> Multipliers:
-    def one(item: Item, x: Multipliers, v: Any) -> Multipliers:
-        return multipliers(item, ravel_pytree(x)[1](v))
+class Result(NamedTuple):
+    """How a job ended: the multipliers, their parameters x, the minimum in float arithmetic, and scores (n,) per tap.
+
+    A score is M |v r| at the minimiser, 0 for stable neurons: where it is large the minimiser is far from any network.
+    """
+
+    multipliers: Multipliers
+    x: Multipliers
+    scores: tuple[Any, ...]
+    least: float
+
+
+@jax.jit
+def _read(net: Network, items: Item, like: Multipliers, flat: Any) -> Result:
+    def one(item: Item, x: Multipliers, v: Any) -> Result:
+        x = ravel_pytree(x)[1](v)
+        m = multipliers(item, x)
+        least, (u, ws), _ = minimum(net, item, m)
+        s, scores = _times(net.start, u), []
+        for layer, n, own, w in zip(net.layers, item.taps, m.taps, ws, strict=True):
+            d = _times(layer.W, s)
+            w = jnp.where(n.open > 0, w, n.slope * d)
+            scores.append(n.open * own[0] * jnp.abs((w + n.p) * (w - d + n.q)))
+            ahead = _times(layer.G, layer.base * d + layer.gain * w)
+            s = ahead if layer.H is None else layer.H @ s + ahead
+        return Result(m, x, tuple(scores), least)
 
     return jax.vmap(one)(items, like, flat)
 
@@ -316,25 +339,29 @@ def _where(rows: np.ndarray, a: State, b: State) -> State:
 
 
 class Job(NamedTuple):
-    """One search: key names it; a minimum above `goal` is enough; at most `rounds` of `ROUND` evaluations."""
+    """One search: key names it; a minimum above `goal` is enough; at most `rounds` of `ROUND` evaluations.
+
+    age: rounds that x has had before, which lower the weight of the barrier.
+    """
 
     key: Any
     item: Item
     x: Multipliers
     goal: float
     rounds: int
+    age: int = 0
 
 
 def run(
     net: Network,
     jobs: Iterable[Job],
-    done: Callable[[Job, Multipliers, float], None],
+    done: Callable[[Job, Result], None],
     *,
     width: int,
     tolerance: float,
     wanted: Callable[[Any], bool] = lambda key: True,
 ) -> None:
-    """done(job, multipliers, minimum) for every job, as it ends: at its goal, out of rounds, or where it stalls.
+    """done(job, result) for every job, as it ends: at its goal, out of rounds, or where it stalls.
 
     `width` jobs are advanced together, and a new one takes the place of one that has ended. A job stalls where a round
     gains less than `tolerance` units. Jobs whose key is not `wanted` any more are dropped.
@@ -369,7 +396,8 @@ def run(
                 fill[new] = True
                 held = _where(fill, started, held)
             spent[new], last[new] = 0, np.inf
-        weights = np.maximum(_BARRIER * _FALL**spent, _LAST)
+        ages = spent + [0 if job is None else job.age for job in slots]
+        weights = np.maximum(_BARRIER * _FALL**ages, _LAST)
         held = improve(net, items, xs, held, weights.astype(held.f.dtype))
         f, finished = np.asarray(held.plain), weights <= _LAST
         ended = []
@@ -383,7 +411,7 @@ def run(
                 ended.append((i, job, value))
         last = f.copy()
         if ended:
-            found = jax.tree.map(np.asarray, _unravel(items, xs, held.x, width))
+            found = jax.tree.map(np.asarray, _read(net, items, xs, held.x))
             for i, job, value in ended:
                 slots[i] = None
-                done(job, jax.tree.map(lambda a, i=i: a[i], found), value)
+                done(job, jax.tree.map(lambda a, i=i: a[i], found)._replace(least=value))
