@@ -294,6 +294,24 @@ def test_the_proof_is_the_minimum_of_the_lagrangian(seed):
     assert float(exact_lagrangian(gain, facts, aim, m, z)) - low < 1e-9
 
 
+def test_the_proof_holds_for_any_point_in_place_of_the_minimiser(monkeypatch):
+    _, _, y, problem, gain, facts = one_problem(0)
+    other = int((y[0] + 1) % 3)
+    found, _ = searched(problem, other)
+    m, aim = problem.weights(gain, found), problem.aim(0, other)
+    best = proof.prove(gain, facts, aim, m)
+    usual, rng = proof._minimiser, np.random.default_rng(0)
+    for size in (1e-6, 1e-2):
+        monkeypatch.setattr(
+            proof, "_minimiser", lambda *a, s=size: usual(*a) + s * rng.standard_normal(gain.G.shape[1])
+        )
+        low = proof.prove(gain, facts, aim, m)
+        assert -np.inf < low < best + 1e-12
+    # an indefinite Q is refused by its own proof, whatever the point
+    monkeypatch.setattr(proof, "_minimiser", lambda *a: np.zeros(gain.G.shape[1]))
+    assert proof.prove(gain, facts, aim, replace(m, M=100 * m.M)) == -np.inf
+
+
 def test_no_multipliers_prove_more_than_is_true():
     """Random, scaled, negative and huge multipliers: -inf or a bound below every attained margin."""
     form, x, y, problem, gain, facts = one_problem(1)

@@ -159,13 +159,13 @@ def certify_at(
     problem = prepare(form, X, y, eps, norm=norm, box=box)
     value = problem.balls.local.copy()
     alive = (problem.balls.gaps > 0).all(axis=1)
-    pairs = [
-        (rank, row, other)
+    ranked = sorted(
+        (rank, row, int(other))
         for row in np.flatnonzero(alive).tolist()
         for rank, other in enumerate(np.argsort(value[row]).tolist())
         if value[row, other] <= 0
-    ]
-    pairs = [(row, other) for _, row, other in sorted(pairs)]
+    )
+    pairs = [(row, other) for _, row, other in ranked]
     found = Found(problem, value, len(pairs))
     rounds = -(-whole("iterations", iterations) // search.ROUND)
     found.run(pairs, goal=0.0, rounds=rounds)

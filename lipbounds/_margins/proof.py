@@ -280,5 +280,5 @@ def _lagrangian(
     base = pulled + row
     slopes = (np.nextafter(base - spread, -np.inf), np.nextafter(base + spread, np.inf))
     own = I.add(I.mul(two, ball), I.mul(I.point(m.box), I.sub(I.mul(two, at), I.add(low, high))))
-    more = tuple(np.concatenate([a, b]) for a, b in zip(own, dv, strict=True))
+    more = np.concatenate([own[0], dv[0]]), np.concatenate([own[1], dv[1]])
     return total, I.add(slopes, more)

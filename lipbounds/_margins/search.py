@@ -86,7 +86,7 @@ class Multipliers(NamedTuple):
 
     ball: Any
     box: Any
-    taps: tuple[tuple[Any, Any, Any, Any], ...]
+    taps: tuple[tuple[Any, ...], ...]
 
 
 def multipliers(item: Item, x: Multipliers) -> Multipliers:
@@ -112,7 +112,7 @@ class _Step(NamedTuple):
     constant: Any
 
 
-def _step(n: Neurons, m: tuple[Any, Any, Any, Any]) -> _Step:
+def _step(n: Neurons, m: tuple[Any, ...]) -> _Step:
     M, tv, tr, nu = m
     live = n.open > 0
     A, B = M + tv + tr, M / 2 + tr
