@@ -261,17 +261,17 @@ def exact_lagrangian(gain, facts, aim, m, z):
 
 
 def searched(problem, other):
-    out = []
-    made = problem.item(0, other)
-    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-        search.run(
-            problem.net,
-            [search.Job(0, *made, np.inf, 8)],
-            lambda *found: out.append(found),
-            width=1,
-            tolerance=1e-9,
-        )
+    """(multipliers, minimum) of the search for one margin."""
+    out = ended(problem, [search.Job((0, other), *problem.item(0, other), np.inf, 8)])
     return out[0][1].multipliers, out[0][1].least
+
+
+def ended(problem, jobs):
+    """[(job, result)] of the search, as a public call runs it: compiled once for all tests."""
+    out = []
+    with jax.default_matmul_precision("highest"):
+        Found(problem, problem.balls.local.copy(), 1).searched(jobs, lambda *found: out.append(found))
+    return out
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -436,10 +436,8 @@ def test_a_branch_is_below_the_margins_of_its_part_of_the_ball():
     other = int((y[0] + 1) % 3)
     found = Found(problem, problem.balls.local.copy(), 1)
     item, start = problem.item(0, other)
-    ended = []
-    run = [search.Job((0, other), item, start, np.inf, 4)]
-    found.searched(run, lambda job, result: ended.append((job, result)))
-    root = branching.Branch(item, ended[0][1].x, ended[0][1].scores)
+    ((_, first),) = ended(problem, [search.Job((0, other), item, start, np.inf, 4)])
+    root = branching.Branch(item, first.x, first.scores)
     halves = branching._halves(root)
     (on, _), (off, _) = halves
     (k,) = [
@@ -453,13 +451,10 @@ def test_a_branch_is_below_the_margins_of_its_part_of_the_ball():
     seen = []
     logits(form, points, seen)
     margin = gaps(values(form, points), np.full(len(points), y[0]))[:, other]
-    ended.clear()
-    found.searched(
-        [search.Job((0, other), *half, np.inf, 6, 4) for half in halves], lambda *a: ended.append(a)
-    )
-    whole = found.proved(0, other, ended[0][1].multipliers)
+    both = ended(problem, [search.Job((0, other), *half, np.inf, 6, 4) for half in halves])
+    whole = found.proved(0, other, both[0][1].multipliers)
     least = {}
-    for job, result in ended:
+    for job, result in both:
         part = seen[k][0][:, i] >= 0 if job.item.taps[k].bottom[i] == 0 else seen[k][0][:, i] <= 0
         low = problem.balls.gaps[0, other] + found.proved(0, other, result.multipliers, job.item)
         assert part.any() and low <= margin[part].min()
