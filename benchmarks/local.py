@@ -32,8 +32,7 @@ from rich.console import Console
 import lipbounds as lb
 from lipbounds._gain.memory_budget import parse
 from lipbounds._local.engines import Around
-from lipbounds._local.forward import logits
-from lipbounds._local.radius import proved_gaps
+from lipbounds._local.forward import logits, proved_gaps
 from lipbounds._local.radius_search import ratios, row_roots
 from lipbounds.training import Config, fit
 from lipbounds.training.data import load
