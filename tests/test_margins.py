@@ -429,6 +429,13 @@ def test_branching_certifies_more_and_never_an_attacked_ball():
     for seconds in (0.0, 2.0):
         share.append(verb.certify_at(form, x[lost], y[lost], 0.93 * radii[lost], seconds_per_image=seconds))
     assert (share[1] >= share[0]).all() and share[1].sum() > share[0].sum()
+    i = np.flatnonzero(lost)[np.flatnonzero(share[1] & ~share[0])[:1]]
+    for seconds in (0.0, 4.0):
+        near = lb.Local(seconds_per_image=seconds)
+        eps = float(0.93 * radii[i][0])
+        assert (lb.certified_radius(form, x[i], y[i], eps=eps, local=near).radius[0] >= eps) == (seconds > 0)
+    with pytest.raises(ValueError, match="seconds_per_image must be a number >= 0"):
+        lb.Local(seconds_per_image=-1.0)
 
 
 def test_a_branch_is_below_the_margins_of_its_part_of_the_ball():

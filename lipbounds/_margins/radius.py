@@ -125,10 +125,12 @@ class Local:
             larger ones may be.
         box: (lower, upper), as in `lb.local`: a radius is then about the inputs inside it only.
         memory: as in `lb.local`, the budget of the ellipsoids of wide networks.
+        seconds_per_image: with `eps=`, time for branching on the signs of neurons, per example that everything else
+            leaves open; what it certifies depends on the speed of the machine. 0 is no branching.
 
     Raises:
-        ValueError: tries is not a whole number >= 1, or memory is no budget. `certified_radius` checks the box against
-            the examples.
+        ValueError: tries is not a whole number >= 1, memory is no budget, or seconds_per_image is not a number >= 0.
+            `certified_radius` checks the box against the examples.
 
     Example:
         >>> import lipbounds as lb
@@ -141,10 +143,13 @@ class Local:
     tries: int = 4
     box: Any = None
     memory: int | str | None = None
+    seconds_per_image: float = 0.0
 
     def __post_init__(self) -> None:
         whole("tries", self.tries)
         parse(self.memory)
+        if not 0 <= float(self.seconds_per_image) < np.inf:
+            raise ValueError(f"seconds_per_image must be a number >= 0, got {self.seconds_per_image!r}")
 
 
 @public
@@ -269,7 +274,15 @@ def _searched(
         rows = search.open() if search.goal is not None else np.zeros(0, int)
         if rows.size:
             try:
-                proved = certify_at(form, x[rows], search.labels[rows], search.goal, norm=norm, box=near.box)
+                proved = certify_at(
+                    form,
+                    x[rows],
+                    search.labels[rows],
+                    search.goal,
+                    norm=norm,
+                    box=near.box,
+                    seconds_per_image=near.seconds_per_image,
+                )
             except FAILURES as error:
                 return (*notes, f"without the dual of lb.margins: {reason(error)}", *search.notes()), risks
             search.best[rows[proved]] = search.goal
