@@ -176,9 +176,9 @@ def test_without_a_cpu_device_the_words_say_what_to_set(monkeypatch: pytest.Monk
     """JAX_PLATFORMS=cuda alone leaves none."""
     form = lb.trace(lambda x: jnp.flip(jnp.asarray([[1.0, 2.0], [3.0, 4.0]], x.dtype) @ x), jnp.ones(2))
 
-    def devices(platform: str | None = None) -> Any:
-        raise RuntimeError(f"Unknown backend {platform}")
+    def devices(backend: str | None = None) -> Any:
+        raise RuntimeError(f"Unknown backend {backend}")
 
-    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setattr(jax, "local_devices", devices)
     with pytest.raises(ValueError, match="JAX_PLATFORMS=cuda,cpu"):
         lb.liplt(form)

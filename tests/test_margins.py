@@ -145,6 +145,7 @@ def test_one_relu_is_exact(norm):
         assert found <= least and least - found < 2e-3 * eps
 
 
+@pytest.mark.slow
 def test_small_balls_give_the_margin_itself_and_larger_balls_less():
     form = mlp((6, 12, 10, 3))
     x = np.random.default_rng(1).random((3, 6))
@@ -415,6 +416,7 @@ def attack_radii(form, x, y, low=0.05, high=0.6):
     return high
 
 
+@pytest.mark.slow  # its budgets are seconds
 def test_branching_certifies_more_and_never_an_attacked_ball():
     form = mlp((6, 12, 10, 3), seed=3)
     x = np.random.default_rng(2).random((6, 6))

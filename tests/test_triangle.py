@@ -421,6 +421,7 @@ def test_cores_reach_the_public_verb(name: str, verb: Any) -> None:
         assert (np.asarray(guess) <= proof * (1 + 1e-4) + 1e-4).all()
 
 
+@pytest.mark.slow
 def test_warm_starts_make_up_for_few_steps() -> None:
     form = form_of("dense_net")
     step = jax.jit(functools.partial(lb.liplt.core, steps=2))

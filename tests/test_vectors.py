@@ -85,6 +85,7 @@ def test_a_pair_that_reads_fewer_neurons_than_the_network() -> None:
         assert np.isfinite(one.T).all() and (one.T > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("cvxpy") is None, reason="CVXPY is not installed")
 def test_all_pairs_are_those_of_clarabel() -> None:
     form = relus([5, 10, 10, 3], 4)
@@ -99,7 +100,9 @@ def test_all_pairs_are_those_of_clarabel() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "scattered_extremes",  # neurons with y = 0 at the optimum: T_i is not the quotient there
+        pytest.param(
+            "scattered_extremes", marks=pytest.mark.slow
+        ),  # neurons with y = 0 at the optimum: T_i is not the quotient there
         "homemade",  # more eigenvalues near 0 than multipliers that could lift them
     ],
 )

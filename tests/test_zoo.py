@@ -38,7 +38,11 @@ def in_groups(names: list[str], quick: bool = True) -> list[Any]:
             name,
             marks=[
                 pytest.mark.xdist_group(name),
-                *([] if name in CORE or (quick and place % 6 == 0) else [pytest.mark.slow]),
+                *(
+                    []
+                    if name in (CORE if quick else CORE[::2]) or (quick and place % 14 == 0)
+                    else [pytest.mark.slow]
+                ),
             ],
         )
         for place, name in enumerate(names)
