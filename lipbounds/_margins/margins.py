@@ -103,7 +103,8 @@ def margins(
 
     Raises:
         TypeError: not a concrete form.
-        ValueError: shapes, values that are not finite, eps not > 0, norm 1, other activations, a layer wider than 1100.
+        ValueError: shapes, values that are not finite, eps not > 0, norm 1, other activations, a network too wide for
+            local ellipsoids.
 
     Source: Raghunathan, Steinhardt and Liang, Semidefinite relaxations for certifying robustness, NeurIPS 2018, in the
         dual, with products of the bounds of every neuron.
