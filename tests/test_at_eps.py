@@ -50,6 +50,7 @@ def test_radii_below_eps_hold_too(case: Any) -> None:
         assert attained(form, x[row : row + 1], y[row : row + 1], r, 2, steps=20, count=8).min() > -1e-9
 
 
+@pytest.mark.slow
 def test_engines_see_open_examples_only(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     form, x, y, bound = case
     start = lb.certified_radius(form, x, y, bound=bound).radius

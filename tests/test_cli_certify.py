@@ -92,6 +92,7 @@ def test_certify_refuses_bad_data(model_file, tmp_path):
     assert "nowhere.npz" in run("certify", model_file, "--data", tmp_path / "nowhere.npz", code=1).stderr
 
 
+@pytest.mark.slow
 def test_at_eps_uses_every_engine(model_file, tmp_path):
     shares = {}
     for flags in ((), ("--at-eps",)):

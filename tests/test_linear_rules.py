@@ -204,7 +204,7 @@ def test_linear_operation_has_its_exact_norm(name: str) -> None:
 @pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     "first",
-    [pytest.param(i, marks=[pytest.mark.slow] if i % 36 else []) for i in range(0, len(LINEAR), 6)],
+    [pytest.param(i, marks=[pytest.mark.slow] if i % 72 else []) for i in range(0, len(LINEAR), 6)],
 )
 def test_linear_operations_between_activations(first: int) -> None:
     """Inner blocks are computed in another way than rows of the output. Six operations, stacked, at a time."""

@@ -161,6 +161,7 @@ def test_small_balls_give_the_margin_itself_and_larger_balls_less():
         past = found
 
 
+@pytest.mark.slow
 def test_a_box_helps():
     form = mlp((6, 12, 10, 3))
     x = np.random.default_rng(1).random((3, 6)).round(1)
