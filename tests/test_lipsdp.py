@@ -357,7 +357,7 @@ def scaled_by(scales: tuple[float, ...], options: dict[str, Any]) -> Any:
     return lb.lipsdp(lb.from_weights(layers, activation="relu"), pairwise=True, **options)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("dead", [0, 1, 2])
 def test_a_layer_of_zeros_makes_the_constant_0(dead: int) -> None:
     layers = gauss(WIDTHS, 9)
