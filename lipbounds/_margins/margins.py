@@ -18,6 +18,7 @@ from lipbounds._margins.problem import Problem
 from lipbounds._text.arguments import whole
 from lipbounds._text.calls import public
 from lipbounds._text.progress import Progress, say
+from lipbounds._text.tables import printable
 from lipbounds.results import NORM_NAMES, Norm, check_norm
 
 
@@ -67,7 +68,7 @@ class Margins:
         head = f"Margins: {n} examples, {NORM_NAMES[self.norm]} balls, {self.guarantee}, {self.seconds:.1f} s"
         if n:
             head += f"\n  certified {self.certified.mean():.2%}"
-        return "\n".join([head, *(f"  note      {note}" for note in self.notes)])
+        return "\n".join([head, *(f"  note      {printable(note)}" for note in self.notes)])
 
 
 @public

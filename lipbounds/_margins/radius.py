@@ -215,6 +215,10 @@ def certified_radius(
         raise ValueError(
             "eps= is where the search for local radii may stop: pass local=True, or ask radii.accuracy(eps)"
         )
+    if eps is None and near is not None and near.seconds_per_image:
+        raise ValueError(
+            "seconds_per_image is the time of branching at one eps: pass eps=, too, or leave it out"
+        )
     goal = None if eps is None else float(check_eps(eps, 1)[0]) * (1 + _ABOVE)
     few = form.num_outputs <= _MOST_PAIRED
     proof = liplt(form, pairwise=few, guarantee=guarantee, seed=seed) if bound is None else bound
