@@ -44,14 +44,9 @@ def pytest_unconfigure() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest drops the slow tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """``sampled(k)``: every k-th set of parameters of a test runs by default, the others are slow tests.
-
-    Tests of one file run in one worker, as they share what is dear to make, unless they name a group of their own.
-    """
+    """``sampled(k)``: every k-th set of parameters of a test runs by default, the others are slow tests."""
     turns: dict[str, int] = {}
     for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
         for mark in item.iter_markers("sampled"):
             test = item.nodeid.partition("[")[0]
             turn = turns[test] = turns.get(test, -1) + 1

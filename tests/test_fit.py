@@ -24,7 +24,6 @@ from lipbounds.training.loop import accuracy, fit, split
 from lipbounds.training.models import build
 from lipbounds.training.step import Trainer, TrainState, pair_constants, trainer
 
-pytestmark = pytest.mark.xdist_group("fit")  # one worker: fixtures are trained once
 ONE = 128  # images of the tests that look at single steps
 HUGE = np.float32(3e38)  # finite, and no logit of it is
 

@@ -50,7 +50,7 @@ QUICK = ("squeezenet",)
 MEMBERS = [
     pytest.param(
         name,
-        marks=[pytest.mark.xdist_group(name), *([] if name in QUICK else [pytest.mark.slow])],
+        marks=[] if name in QUICK else [pytest.mark.slow],
     )
     for name in GALLERY
     if name not in REFUSED

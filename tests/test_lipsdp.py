@@ -36,7 +36,6 @@ from test_lipsdp_slow import (
 import lipbounds as lb
 from lipbounds._form.lure import LureForm
 
-pytestmark = pytest.mark.xdist_group("lipsdp")  # one worker, one compilation
 WIDTHS = [4, 8, 8, 3]
 FIRST, SECOND = np.triu_indices(3, 1)
 ROUNDING = 1e-9  # of the difference quotients of the search

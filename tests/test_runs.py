@@ -26,11 +26,8 @@ from lipbounds.training.data import digits
 from lipbounds.training.loop import Fitted, fit, resume
 from lipbounds.training.runs import RunError, open_run
 
-pytestmark = [
-    pytest.mark.xdist_group("runs"),  # one worker: the uninterrupted run is trained once
-    # A reading that fails leaves a thread of orbax behind, which calls back into its closed event loop.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+# A reading that fails leaves a thread of orbax behind, which calls back into its closed event loop.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 PLAIN = Config(
     loss="cross-entropy",

@@ -22,8 +22,6 @@ from lipbounds.training.data import digits
 from lipbounds.training.loop import fit
 from lipbounds.training.runs import open_run
 
-pytestmark = pytest.mark.xdist_group("train_cli")  # one worker: the run is trained once
-
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 TINY = ["--arch", "64-10", "--batch-size", "128", "--constants", "liplt", "--warmup", "0"]
 

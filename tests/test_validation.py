@@ -17,8 +17,6 @@ from lipbounds.training.data import digits
 from lipbounds.training.loop import fit, split
 from lipbounds.training.step import schedule
 
-pytestmark = pytest.mark.xdist_group("fit")
-
 
 # ----------------------------------------------------------------------------------------------- validation
 def test_held_out_rows_are_fixed_and_disjoint() -> None:

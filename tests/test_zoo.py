@@ -32,19 +32,10 @@ relu scan_stacked two_branches""".split()
 
 
 def in_groups(names: list[str], quick: bool = True) -> list[Any]:
-    """All tests of one net in one worker (with pytest-xdist's --dist loadgroup): they share its trace and bounds."""
+    """Some of the nets by default, the others in slow tests."""
+    core = CORE if quick else CORE[::2]
     return [
-        pytest.param(
-            name,
-            marks=[
-                pytest.mark.xdist_group(name),
-                *(
-                    []
-                    if name in (CORE if quick else CORE[::2]) or (quick and place % 14 == 0)
-                    else [pytest.mark.slow]
-                ),
-            ],
-        )
+        pytest.param(name, marks=[] if name in core or (quick and place % 14 == 0) else [pytest.mark.slow])
         for place, name in enumerate(names)
     ]
 
