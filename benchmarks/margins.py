@@ -80,14 +80,16 @@ def measure(args: argparse.Namespace) -> list[Json]:
         local = correct & (problem.balls.local > 0).all(axis=1)
     rows.append(row("local ellipsoids", local, phase, n, attacked))
     with Phase() as phase:
-        sure = engine.certify_at(form, x, y, eps, box=BOX)
+        found = engine.decide(engine.prepare(form, x, y, eps, box=BOX))
+        sure = np.isin(found, engine.PROOFS)
     rows.append(row("affine dual", sure, phase, n, attacked) | {"open": int((correct & ~local).sum())})
     seconds = args.seconds
     if seconds > 0:
         left = np.flatnonzero(correct & ~sure & ~attacked)
         with Phase() as phase:
             more = sure.copy()
-            more[left] = engine.certify_at(form, x[left], y[left], eps, box=BOX, seconds_per_image=seconds)
+            problem = engine.prepare(form, x[left], y[left], eps, box=BOX)
+            more[left] = np.isin(engine.decide(problem, seconds_per_image=seconds), engine.PROOFS)
         rows.append(row(f"branching, {seconds:g} s", more, phase, len(left), attacked) | {"open": len(left)})
     return rows
 

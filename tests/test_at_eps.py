@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 from balls import mlp, values
-from test_margins import attained
+from test_margins import attained, certified
 
 import lipbounds as lb
 from lipbounds._local import engines
 from lipbounds._margins import radius
-from lipbounds._margins.margins import certify_at
 
 EPS = 0.4
 
@@ -30,12 +29,17 @@ def test_all_engines_certify_at_least_what_each_does(case: Any) -> None:
     alone = [
         lb.certified_radius(form, x, y, bound=bound).certified(EPS),
         lb.certified_radius(form, x, y, bound=bound, local=lb.Local(tries=8)).certified(EPS),
-        certify_at(form, x, y, EPS),
+        certified(form, x, y, EPS),
     ]
-    for certified in alone:
-        assert not (certified & ~found.certified(EPS)).any()
+    for sure in alone:
+        assert not (sure & ~found.certified(EPS)).any()
     assert found.certified(EPS).sum() > max(alone[0].sum(), alone[1].sum())
     assert found.guarantee == "verified" and found.complete
+    proofs = ("global", "ellipsoids", "dual")
+    assert (np.isin(found.outcome, proofs) == found.certified(EPS)).all()
+    assert found.counts["dual"] and found.counts["counterexample"]
+    assert found.counts.get("global", 0) == alone[0].sum()
+    assert found.counts.get("global", 0) + found.counts["ellipsoids"] <= alone[1].sum()
     assert any("the dual of lb.margins certifies" in note for note in found.notes)
     least = attained(form, x, y, EPS, 2, steps=20, count=8).min(axis=1)
     assert (least[found.certified(EPS)] > 0).all()
@@ -55,7 +59,7 @@ def test_engines_see_open_examples_only(case: Any, monkeypatch: pytest.MonkeyPat
     form, x, y, bound = case
     start = lb.certified_radius(form, x, y, bound=bound).radius
     asked: list[int] = []
-    outputs, dual = engines.Around.outputs, radius.certify_at
+    outputs, dual = engines.Around.outputs, radius.prepare
 
     def counted(self: Any, rows: Any, eps: np.ndarray, **options: Any) -> Any:
         asked.append(len(eps))
@@ -67,7 +71,7 @@ def test_engines_see_open_examples_only(case: Any, monkeypatch: pytest.MonkeyPat
         return dual(form, x, y, eps, **options)
 
     monkeypatch.setattr(engines.Around, "outputs", counted)
-    monkeypatch.setattr(radius, "certify_at", open_only)
+    monkeypatch.setattr(radius, "prepare", open_only)
     lb.certified_radius(form, x, y, bound=bound, local=True, eps=EPS)
     assert asked[0] == ((start > 0) & (start <= EPS)).sum()
     assert asked == sorted(asked, reverse=True) and asked[0] > asked[-1] > 0
@@ -79,9 +83,11 @@ def test_a_failing_dual_is_a_note(case: Any, monkeypatch: pytest.MonkeyPatch) ->
     def fail(*args: Any, **options: Any) -> Any:
         raise ValueError("no")
 
-    monkeypatch.setattr(radius, "certify_at", fail)
+    monkeypatch.setattr(radius, "decide", fail)
     found = lb.certified_radius(form, x, y, bound=bound, local=True, eps=EPS)
     assert "without the dual of lb.margins: no" in found.notes and found.certified(EPS).any()
+    assert found.counts["failed"] == (~found.certified(EPS)).sum()
+    assert f"failed {found.counts['failed']}" in repr(found)
 
 
 def test_ctrl_c_keeps_what_is_proved(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +98,7 @@ def test_ctrl_c_keeps_what_is_proved(case: Any, monkeypatch: pytest.MonkeyPatch)
     def stop(*args: Any, **options: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(radius, "certify_at", stop)
+    monkeypatch.setattr(radius, "decide", stop)
     part = lb.certified_radius(form, x, y, bound=bound, local=True, eps=EPS)
     assert not part.complete and "interrupted: radii are as far as they were proved" in part.notes
     assert before.certified(EPS).sum() < part.certified(EPS).sum() < whole.certified(EPS).sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import lipbounds as lb
 from lipbounds._cli import certify
 from lipbounds._margins import blocks as module
 from lipbounds._margins.blocks import Unfinished, blocks, joined, radii_of, record_of
+from lipbounds._margins.margins import WORDS
 
 SETTINGS = {"seed": 0}
 
@@ -43,6 +45,16 @@ def test_joined_radii() -> None:
     assert whole.correct.tolist() == [True, True, False, True]
     assert whole.guarantee == "probabilistic"
     assert whole.notes == ("LipLT for 3 of 4 examples, with 4", "same", "other")
+    assert whole.outcome is None and whole.counts == {}
+    each = [
+        dataclasses.replace(part, outcome=np.array(words, WORDS))
+        for part, words in ((first, ["global", "dual", "wrong"]), (second, ["out of time"]))
+    ]
+    both = radii_of(json.loads(json.dumps(record_of(joined(each)))))
+    assert both.outcome is not None and both.outcome.tolist() == ["global", "dual", "wrong", "out of time"]
+    assert joined([first, each[1]]).outcome is None
+    with pytest.raises(ValueError, match="do not fit together"):
+        radii_of(record_of(whole) | {"outcome": ["global"]})
     again = radii_of(json.loads(json.dumps(record_of(whole))))
     assert again.radius.tolist() == whole.radius.tolist() and again.notes == whole.notes
 

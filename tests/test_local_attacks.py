@@ -28,11 +28,11 @@ GUARANTEES = {"wide": "probabilistic"}
 
 # ------------------------------------------------------------------------------------------------- networks
 class Dense(nnx.Module):
-    def __init__(self, activations: Any, width: int, rngs: nnx.Rngs) -> None:
+    def __init__(self, activations: Any, widths: int | tuple[int, ...], rngs: nnx.Rngs) -> None:
         self.activations = activations
-        sizes = [64, *[width] * len(activations)]
+        sizes = [64, *([widths] * len(activations) if isinstance(widths, int) else widths)]
         self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(sizes)])
-        self.head = nnx.Linear(width, 10, rngs=rngs)
+        self.head = nnx.Linear(sizes[-1], 10, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         h = (x.reshape(len(x), -1) - 0.3) / 0.4
@@ -56,20 +56,22 @@ class Pooled(nnx.Module):
 
 
 class Residual(nnx.Module):
-    """Strided convolution and a block with BatchNorm, average pooling."""
+    """Strided convolution and a block with BatchNorm, average pooling; `hidden` neurons behind, if any."""
 
-    def __init__(self, rngs: nnx.Rngs) -> None:
+    def __init__(self, rngs: nnx.Rngs, hidden: int = 0) -> None:
         self.stem = nnx.Conv(1, 6, (3, 3), strides=2, rngs=rngs)
         # momentum 0: the statistics are those of the last batch seen in training mode
         self.norms = nnx.List([nnx.BatchNorm(6, momentum=0.0, rngs=rngs) for _ in range(3)])
         self.convs = nnx.List([nnx.Conv(6, 6, (3, 3), use_bias=False, rngs=rngs) for _ in range(2)])
-        self.head = nnx.Linear(24, 10, rngs=rngs)
+        self.hidden = nnx.Linear(24, hidden, rngs=rngs) if hidden else None
+        self.head = nnx.Linear(hidden or 24, 10, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         h = jax.nn.relu(self.norms[0](self.stem((x - 0.3) / 0.4)))
         branch = jax.nn.relu(self.norms[1](self.convs[0](h)))
         h = jax.nn.relu(h + self.norms[2](self.convs[1](branch)))
-        return self.head(h.reshape(-1, 2, 2, 2, 2, 6).mean(axis=(2, 4)).reshape(len(x), -1))
+        h = h.reshape(-1, 2, 2, 2, 2, 6).mean(axis=(2, 4)).reshape(len(x), -1)
+        return self.head(h if self.hidden is None else jax.nn.relu(self.hidden(h)))
 
 
 def leaky(x: jax.Array) -> jax.Array:
@@ -83,6 +85,14 @@ MAKERS = {
     "residual": Residual,
     "maxmin": lambda rngs: Dense((maxmin, leaky, maxmin), 32, rngs),
     "wide": lambda rngs: Pooled(20, rngs),  # 1280 neurons: no ellipsoid, but local LipLT
+}
+#: Narrower towards the outputs, so that every engine can be forced (test_engines_attacked.py).
+TAPERED = {
+    "mlp": lambda rngs: Dense((jax.nn.relu,) * 3, (60, 40, 20), rngs),
+    "cnn": lambda rngs: Pooled(4, rngs),
+    "resnet": lambda rngs: Residual(rngs, hidden=16),
+    "gelu": lambda rngs: Dense((jax.nn.gelu, jax.nn.silu), (50, 20), rngs),
+    "groupsort": lambda rngs: Dense((maxmin, leaky, maxmin), (48, 32, 16), rngs),
 }
 
 
@@ -99,7 +109,7 @@ class Case:
 
 @functools.cache
 def trained(name: str) -> nnx.Module:
-    data, model = digits(), MAKERS[name](nnx.Rngs(0))
+    data, model = digits(), (MAKERS | TAPERED)[name](nnx.Rngs(0))
     model.train()
     model(data.train_x)  # the statistics of BatchNorm, which stay while the rest is trained
     model.eval()

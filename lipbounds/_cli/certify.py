@@ -73,6 +73,13 @@ def certify(
             "--at-eps",
         ),
     ] = False,
+    seconds_per_image: Annotated[
+        float,
+        option(
+            "With --at-eps: also branch on signs of neurons, for so long per image that is still open.",
+            min=0.0,
+        ),
+    ] = 0.0,
     memory: MemoryOption = None,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
@@ -106,6 +113,8 @@ def certify(
         raise typer.BadParameter("belongs to --local", param_hint="--box")
     if at_eps and not (local and eps):
         raise typer.BadParameter("needs --local and --eps", param_hint="--at-eps")
+    if seconds_per_image and not at_eps:
+        raise typer.BadParameter("belongs to --at-eps", param_hint="--seconds-per-image")
     chosen = common.choose_method(method, norm, scaling, False)
     with refusals() as stack:
         from lipbounds.training import parallel
@@ -125,7 +134,8 @@ def certify(
         request: Guarantee = "verified" if guarantee == "verified" else "auto"
         settings: Json = {"guarantee": request, "seed": seed, "device": device}
         settings["eps"] = max(eps) if at_eps and eps else None
-        near = lb.Local(box=box) if local else False
+        around = lb.Local(box=box, memory=memory, seconds_per_image=seconds_per_image)
+        near = around if local else False
         kept = _kept(form, x, y, bound, near, settings, files.json)
         radii = _all_blocks(form, x, y, bound, near, settings, kept)
         if jax.process_index() == 0:
@@ -199,5 +209,6 @@ def _certified(bound: lb.UpperBound, radii: lb.Radii, shares: dict[float, float]
         "bound": {"kind": "upper", **proof},
         "images": len(radii.radius),
         "certified_accuracy": [{"eps": eps, "accuracy": share} for eps, share in shares.items()],
+        "counts": radii.counts,
         **record_of(radii),
     }

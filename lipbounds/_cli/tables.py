@@ -158,11 +158,14 @@ def median_radius(record: Json, digits: int) -> str:
 
 
 def print_certified(bound: Any, radii: Any, shares: dict[float, float]) -> None:
+    from lipbounds._margins.radius import listed
     from lipbounds._text.tables import show
 
     typer.echo(f"bound:     L <= {show(bound.value, 'up')} by {bound.method}, {bound.guarantee}")
     typer.echo(f"radii:     {radii.guarantee}, {len(radii.radius)} images, units of the model's input")
     for level, share in shares.items():
         typer.echo(f"eps {level:<7g} {100 * share:5.1f} % certified")
+    if radii.counts:
+        typer.echo(f"outcome:   {listed(radii.counts)}")
     for note in radii.notes:
         typer.echo(f"note:      {note}")

@@ -138,12 +138,13 @@ class Bounded:
     """Guarantee and notes of the engines that were used.
 
     Guarantees and notes of the engines whose bounds are in the result, the probability that any of them fails, and why
-    other engines are not in it.
+    other engines are not in it. broken: the engines that ended with an error.
     """
 
     guarantees: tuple[str, ...]
     failure: float
     notes: tuple[str, ...]
+    broken: tuple[str, ...] = ()
 
 
 def bounded(
@@ -185,6 +186,7 @@ def bounded(
         tuple(around.guarantee for around in kept),
         min(sum(around.failure for around in kept), 1.0),
         tuple(notes),
+        tuple(name for name, _ in failed),
     )
 
 

@@ -37,7 +37,8 @@ class Search:
             still grow much.
         goal: a radius that is enough. Only this ball is tried, twice at most, around examples below it.
 
-    best (N,) are the radii so far; results of an engine stay if it fails later. An engine takes the same steps as
+    best (N,) are the radii so far, and by (N,) the engines that gave those above the global ones, "" elsewhere; results
+    of an engine stay if it fails later. An engine takes the same steps as
     it would alone, every try narrowing an interval that holds its radius, and stops before them only where all the
     intervals of a chunk end below the best: so no engine alone finds more. (Examples cannot leave one by one: local
     LipLT takes as many Lanczos steps as the slowest example of a call needs.)
@@ -52,6 +53,7 @@ class Search:
         goal: float | None = None,
     ) -> None:
         self.labels, self.gaps, self.start, self.tries, self.goal = labels, gaps, start, tries, goal
+        self.by = np.full(len(start), "", "<U14")
         self.best, self.todo = start.copy(), np.flatnonzero((start > 0) & np.isfinite(start))
         self.interrupted = False
         if goal is not None:
@@ -82,9 +84,14 @@ class Search:
             if not left.size:
                 return
             m = self._radii(near, at, left, np.full(left.size, goal), call)
-            found = np.minimum(m, goal)
-            near.used[left] |= found > self.best[at[left]]
-            self.best[at[left]] = np.maximum(found, self.best[at[left]])
+            self._keep(near, at, left, np.minimum(m, goal))
+
+    def _keep(self, near: Around, at: np.ndarray, rows: np.ndarray, found: np.ndarray) -> None:
+        """Radii that an engine found for some rows of a chunk with the examples `at`."""
+        better = found > self.best[at[rows]]
+        near.used[rows] |= better
+        self.by[at[rows][better]] = near.way
+        self.best[at[rows]] = np.maximum(found, self.best[at[rows]])
 
     def _certify(self, near: Around, part: slice) -> None:
         at = self.todo[part]
@@ -102,8 +109,7 @@ class Search:
             used[left] += ~(whole[left] & (high[left] > _ROOM * low[left]))
             step = _STEP if call < _PATIENCE else _STEP**4
             eps = low + 0.6 * (np.minimum(high, step * low) - low)
-            near.used |= low > self.best[at]
-            self.best[at] = np.maximum(low, self.best[at])
+            self._keep(near, at, np.arange(len(at)), low)
         self._open[at] = np.maximum(self._open[at], np.where(whole, high, 0.0))
 
     def notes(self) -> tuple[str, ...]:

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from lipbounds._form.lure import LureForm
-from lipbounds._margins.radius import Radii
+from lipbounds._margins.margins import WORDS
+from lipbounds._margins.radius import OUTCOMES, Radii
 from lipbounds._text.files import write_atomically
 from lipbounds.results import check_norm, weakest
 
@@ -41,6 +42,7 @@ def record_of(radii: Radii) -> dict[str, Any]:
         "notes": list(radii.notes),
         "radius": [float(r) if np.isfinite(r) else "inf" for r in radii.radius],
         "correct": radii.correct.tolist(),
+        "outcome": [] if radii.outcome is None else radii.outcome.tolist(),
     }
 
 
@@ -52,12 +54,15 @@ def radii_of(record: Mapping[str, Any]) -> Radii:
         guarantee, method = weakest([record["guarantee"]]), str(record["method"])
         norm = check_norm(record["norm"])
         notes = tuple(str(note) for note in record["notes"])
+        outcome = [str(word) for word in record.get("outcome", [])]  # none in older files
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"no complete radii: {error!r}") from error
     fits = correct.dtype == bool and radius.shape == correct.shape == (radius.size,)
+    fits &= len(outcome) in (0, radius.size) and set(outcome) <= set(OUTCOMES)
     if not fits or not (radius >= 0).all() or radius[~correct].any():
         raise ValueError("radii that do not fit together")
-    return Radii(radius, correct, norm, guarantee, method, notes)
+    words = np.array(outcome, WORDS) if outcome or not radius.size else None
+    return Radii(radius, correct, norm, guarantee, method, notes, outcome=words)
 
 
 def joined(parts: Iterable[Radii]) -> Radii:
@@ -73,6 +78,7 @@ def joined(parts: Iterable[Radii]) -> Radii:
         for a, b in numbers:
             note = note.replace("\0", f"{a} of {b}", 1)
         notes.append(note)
+    outcomes = [part.outcome for part in parts if part.outcome is not None]
     return Radii(
         np.concatenate([part.radius for part in parts]),
         np.concatenate([part.correct for part in parts]),
@@ -80,6 +86,7 @@ def joined(parts: Iterable[Radii]) -> Radii:
         weakest(part.guarantee for part in parts),
         parts[0].method,
         tuple(notes),
+        outcome=np.concatenate(outcomes) if len(outcomes) == len(parts) else None,
     )
 
 

@@ -31,12 +31,17 @@ class Branch(NamedTuple):
     scores: tuple[Any, ...]
 
 
-def certify(found: Found, row: int, rounds: int, deadline: float) -> bool:
-    """Whether all margins of an image are proved positive, by branching until `deadline` (`time.monotonic`)."""
+def certify(found: Found, row: int, rounds: int, deadline: float) -> str:
+    """Whether all margins of an image are proved positive, by branching until `deadline` (`time.monotonic`).
+
+    "branching" if they are, else "out of time", or "not proved" where no branch can be split further.
+    """
     found.failed[row] = False
     order = np.argsort(found.value[row]).tolist()
-    open_ = [k for k in order if found.value[row, k] <= 0]
-    return all(_margin(found, row, other, rounds, deadline) for other in open_)
+    for other in [k for k in order if found.value[row, k] <= 0]:
+        if not _margin(found, row, other, rounds, deadline):
+            return "out of time" if time.monotonic() >= deadline else "not proved"
+    return "branching"
 
 
 def _margin(found: Found, row: int, other: int, rounds: int, deadline: float) -> bool:

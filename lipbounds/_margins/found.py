@@ -13,7 +13,6 @@ from lipbounds._margins import proof, search
 from lipbounds._margins.problem import Problem
 from lipbounds._text.progress import say
 
-_WIDTH = 8  # margins that are searched together
 _SMALL = 64  # neurons of a layer up to which the search is in float64, else in float32
 _KEPT = 16  # images whose gain is kept
 _TOLERANCE = 1e-3  # a search ends where a round gains less, relative to the bound by ellipsoids
@@ -44,7 +43,8 @@ class Found:
         small = max((k.at.size for k in self.problem.kinks), default=0) <= _SMALL
         # BLAS threads that wait for busy cores cost more than they give: its matrices are small
         with jax.enable_x64(small), threadpool_limits(1, "blas"):
-            search.run(self.problem.net, jobs, done, width=_WIDTH, tolerance=_TOLERANCE, wanted=self.wanted)
+            width = self.problem.together
+            search.run(self.problem.net, jobs, done, width=width, tolerance=_TOLERANCE, wanted=self.wanted)
 
     def best(self, row: int) -> float:
         """The least margin of a row that its searches found, in float arithmetic."""
@@ -55,9 +55,12 @@ class Found:
         return not self.failed[key[0]]
 
     def _prove(self, job: search.Job, result: search.Result) -> None:
-        row, other = job.key
+        self._keep(job, result)
         self.done += 1
         say(f"margins: {self.done} of {self.count}")
+
+    def _keep(self, job: search.Job, result: search.Result) -> None:
+        row, other = job.key
         if job.goal < np.inf:
             self.kept[row, other] = job, result
         if job.goal < np.inf and not result.least > job.goal:

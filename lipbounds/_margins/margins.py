@@ -10,6 +10,7 @@ import numpy as np
 
 from lipbounds._form.inputs import check_box
 from lipbounds._form.lure import LureForm
+from lipbounds._gain.memory_budget import parse
 from lipbounds._local.forward import check_examples
 from lipbounds._local.local import box_notes, check_eps
 from lipbounds._margins import branching, search
@@ -17,6 +18,7 @@ from lipbounds._margins.found import Found
 from lipbounds._margins.problem import Problem
 from lipbounds._text.arguments import whole
 from lipbounds._text.calls import public
+from lipbounds._text.html import Html, element
 from lipbounds._text.progress import Progress, say
 from lipbounds._text.tables import printable
 from lipbounds.results import NORM_NAMES, Norm, check_norm
@@ -34,6 +36,7 @@ class Margins:
         guarantee: "verified".
         seconds: the time of all of them together.
         notes: remarks for the reader.
+        complete: False where Ctrl-C ended the search: the bounds hold, and higher ones might have been found.
 
     Example:
         >>> import lipbounds as lb
@@ -49,6 +52,7 @@ class Margins:
     guarantee: str
     seconds: float
     notes: tuple[str, ...] = field(default=())
+    complete: bool = True
 
     def __len__(self) -> int:
         return len(self.value)
@@ -70,6 +74,9 @@ class Margins:
             head += f"\n  certified {self.certified.mean():.2%}"
         return "\n".join([head, *(f"  note      {printable(note)}" for note in self.notes)])
 
+    def _repr_html_(self) -> Html:
+        return element("pre", repr(self))
+
 
 @public
 def margins(
@@ -81,6 +88,7 @@ def margins(
     norm: Norm = 2,
     box: Any = None,
     iterations: int = 200,
+    memory: int | str | None = None,
     progress: Progress = True,
 ) -> Margins:
     """Lower bounds of every margin z_y - z_i on the balls ||x' - x|| <= eps around labelled examples.
@@ -97,6 +105,8 @@ def margins(
         norm: 2 or inf, of the balls.
         box: (lower, upper), numbers or arrays of the shape of an input: only points inside count, (0, 1) for pixels.
         iterations: of the search for multipliers, at most, per margin; more tighten the bounds.
+        memory: None (2 GiB), or a budget in bytes or as "4GB" for the proofs. An example keeps the bound of the local
+            ellipsoids, with a note, where so many neurons may change their sign that its proof does not fit.
         progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
 
     Returns:
@@ -104,8 +114,10 @@ def margins(
 
     Raises:
         TypeError: not a concrete form.
-        ValueError: shapes, values that are not finite, eps not > 0, norm 1, other activations, a network too wide for
-            local ellipsoids.
+        ValueError: shapes, values that are not finite, eps not > 0, norm 1, other activations, a network wider than
+            1100 somewhere (`certified_radius(..., local=True)` has ellipsoids for these).
+
+    Ctrl-C ends the search and keeps the bounds that are proved.
 
     Source: Raghunathan, Steinhardt and Liang, Semidefinite relaxations for certifying robustness, NeurIPS 2018, in the
         dual, with products of the bounds of every neuron.
@@ -117,29 +129,23 @@ def margins(
         [[inf, 0.717]]
     """
     begin = time.perf_counter()
-    problem = prepare(form, X, y, eps, norm=norm, box=box)
+    problem = prepare(form, X, y, eps, norm=norm, box=box, memory=memory)
     rounds = -(-whole("iterations", iterations) // search.ROUND)
     value = problem.balls.local.copy()
     pairs = [(row, other) for row in range(len(value)) for other in problem.others(row)]
     found = Found(problem, value, len(pairs))
-    found.run(pairs, goal=np.inf, rounds=rounds)
-    notes = (*form.notes, *box_notes(problem.box))
-    return Margins(value, problem.eps, problem.norm, "verified", time.perf_counter() - begin, notes)
+    notes, complete = (*form.notes, *box_notes(problem.box)), True
+    try:
+        found.run(pairs, goal=np.inf, rounds=rounds)
+    except KeyboardInterrupt:
+        notes = (*notes, f"interrupted: the dual is done for {found.done} of {len(pairs)} margins")
+        complete = False
+    notes = (*notes, *problem.notes)
+    seconds = time.perf_counter() - begin
+    return Margins(value, problem.eps, problem.norm, "verified", seconds, notes, complete)
 
 
-def prepare(form: LureForm, X: Any, y: Any, eps: Any, *, norm: Norm, box: Any) -> Problem:
-    """The arguments of `margins`, checked, and the local ellipsoids around them."""
-    if not isinstance(form, LureForm):
-        raise TypeError(f"margins needs a LureForm from lb.trace, got {type(form).__name__}")
-    if form.is_traced:
-        raise TypeError("margins works on concrete weights, outside jit, grad and vmap")
-    x, labels = check_examples(form, X, y)
-    radii = check_eps(eps, len(x))
-    return Problem(form, x, labels, radii, norm=check_norm(norm), box=check_box(box, x))
-
-
-@public
-def certify_at(
+def prepare(
     form: LureForm,
     X: Any,
     y: Any,
@@ -147,35 +153,71 @@ def certify_at(
     *,
     norm: Norm = 2,
     box: Any = None,
+    memory: int | str | None = None,
+) -> Problem:
+    """The arguments of `margins`, checked, and the local ellipsoids around them."""
+    if not isinstance(form, LureForm):
+        raise TypeError(f"margins needs a LureForm from lb.trace, got {type(form).__name__}")
+    if form.is_traced:
+        raise TypeError("margins works on concrete weights, outside jit, grad and vmap")
+    x, labels = check_examples(form, X, y)
+    radii = check_eps(eps, len(x))
+    budget = parse(memory)
+    return Problem(form, x, labels, radii, norm=check_norm(norm), box=check_box(box, x), memory=budget)
+
+
+#: What `decide` finds of an example; the first three are proofs.
+PROOFS = "ellipsoids", "dual", "branching"
+OPEN = "not proved"
+WORDS = "<U14"  # NumPy's type of them
+
+
+@public
+def decide(
+    problem: Problem,
+    verdict: np.ndarray | None = None,
+    *,
     iterations: int = 200,
     seconds_per_image: float = 0.0,
-    progress: Progress = True,
 ) -> np.ndarray:
-    """(N,) whether the balls ||x' - x|| <= eps around labelled examples are certified: all margins are proved positive.
+    """(N,) for every ball of `prepare` the proof that certifies it (all margins are positive), or why there is none.
 
     The cheapest proof first: local ellipsoids, then the dual for the margins that are still open, the worst one of
-    every example first; an example is given up with its first margin that cannot be proved. Then, where
-    `seconds_per_image` is above 0, branching on the signs of neurons for so long per example that is still open; what
-    it certifies depends on the speed of the machine. Other arguments as in `margins`.
+    every example first. An example is given up where its ball holds a misclassified point ("counterexample"), or with
+    its first margin that cannot be proved. Then, where `seconds_per_image` is above 0, branching on the signs of
+    neurons, for so long per example that is still open ("out of time" where that was too short); what it certifies
+    depends on the speed of the machine. "failed": the proof does not fit the memory, `problem.notes` says so.
+
+    verdict: (N,) of `OPEN`, changed in place, so that what is found before Ctrl-C stays.
     """
-    problem = prepare(form, X, y, eps, norm=norm, box=box)
     value = problem.balls.local.copy()
+    verdict = np.full(len(value), OPEN, WORDS) if verdict is None else verdict
+    rounds = -(-whole("iterations", iterations) // search.ROUND)
     alive = (problem.balls.gaps > 0).all(axis=1)
+    verdict[~alive] = "wrong"
+    verdict[alive & (value > 0).all(axis=1)] = "ellipsoids"
+    left = np.flatnonzero(verdict == OPEN)
+    if not left.size:
+        return verdict
+    verdict[left[problem.counterexamples(left)]] = "counterexample"
+    left = np.flatnonzero(verdict == OPEN)
     ranked = sorted(
         (rank, row, int(other))
-        for row in np.flatnonzero(alive).tolist()
+        for row in left.tolist()
         for rank, other in enumerate(np.argsort(value[row]).tolist())
         if value[row, other] <= 0
     )
     pairs = [(row, other) for _, row, other in ranked]
     found = Found(problem, value, len(pairs))
-    rounds = -(-whole("iterations", iterations) // search.ROUND)
-    found.run(pairs, goal=0.0, rounds=rounds)
-    sure = np.asarray(alive & (value > 0).all(axis=1))
+    try:
+        found.run(pairs, goal=0.0, rounds=rounds)
+    finally:  # also on Ctrl-C
+        verdict[left[(value[left] > 0).all(axis=1)]] = "dual"
+    verdict[[row for row in problem.too_large if verdict[row] == OPEN]] = "failed"
     if seconds_per_image > 0:
-        left = np.flatnonzero(alive & ~sure).tolist()
-        left.sort(key=found.best, reverse=True)
-        for place, row in enumerate(left):
-            say(f"branching: {place} of {len(left)} examples")
-            sure[row] = branching.certify(found, row, rounds, time.monotonic() + seconds_per_image)
-    return sure
+        rest = np.flatnonzero(verdict == OPEN).tolist()
+        rest.sort(key=found.best, reverse=True)
+        for place, row in enumerate(rest):
+            say(f"branching: {place} of {len(rest)} examples")
+            verdict[row] = branching.certify(found, row, rounds, time.monotonic() + seconds_per_image)
+    return verdict

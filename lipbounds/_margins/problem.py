@@ -15,12 +15,16 @@ from lipbounds._activations.slopes_on_intervals import kink
 from lipbounds._form.inputs import Box
 from lipbounds._form.lure import LureForm
 from lipbounds._form.steps import StaticArray
+from lipbounds._gain.memory_budget import show
+from lipbounds._gain.wide_blocks import LIMIT
+from lipbounds._lipsdp.state_matrices import TAIL, first_tap
 from lipbounds._local import box as localbox
 from lipbounds._local import ellipsoids
-from lipbounds._local.engines import Around, ways
+from lipbounds._local.engines import Around, NoEngineError, ways
 from lipbounds._local.forward import logits, proved_gaps
 from lipbounds._local.radius_search import row_roots
 from lipbounds._margins import proof, search
+from lipbounds._margins.counterexamples import counterexamples
 from lipbounds._norms.rounding import U, gamma
 from lipbounds._text.tables import printable
 from lipbounds._triangle import recursion
@@ -29,6 +33,8 @@ _CALLS = 2  # of the local ellipsoids; the second one knows the slopes of the fi
 _SMALL = 0.03  # root of a multiplier at the start, so that its gradient is not 0
 _LEAST = 1e-3  # least start of M relative to its unit
 _TINY = 1e-30
+_TOGETHER = 8  # margins that are searched together
+_COPIES = 6  # matrices of one size that a search or a proof holds, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +60,7 @@ def kinks(view: LureForm) -> tuple[Kinks, ...]:
             continue
         found.append(Kinks(one[0], one[1], one[2] - one[1]))
     if other:
-        raise ValueError(
+        raise NoEngineError(
             "margins are for activations made of two affine pieces (relu, leaky_relu, abs, and max, min and sort, "
             f"which are rewritten by relu); this network also has {', '.join(dict.fromkeys(other))}: use "
             "lb.certified_radius(form, X, y, local=True)"
@@ -99,12 +105,16 @@ class Problem:
         *,
         norm: float,
         box: Box | None,
+        memory: int | None = None,
     ) -> None:
-        if ways(form, norm, "verified")[0] != "ellipsoids":
-            raise ValueError(
-                "this network is too wide for margins on balls: use lb.certified_radius(form, X, y, local=True)"
+        ways(form, norm, "verified")  # raises where there are no local ellipsoids
+        if first_tap(form, TAIL):
+            raise NoEngineError(
+                f"margins on balls are for networks nowhere wider than {TAIL}: use lb.certified_radius(form, X, y, "
+                "local=True), which has ellipsoids for wider ones"
             )
-        self.around = Around(form, norm, x, box=box, way="ellipsoids")
+        self.memory = LIMIT if memory is None else memory
+        self.around = Around(form, norm, x, box=box, way="ellipsoids", memory=memory)
         self.view, self.form, self.norm, self.box = self.around.ready.view, form, norm, box
         self.kinks = kinks(self.view)
         self.labels, self.eps, self.x = labels, eps, x
@@ -112,6 +122,35 @@ class Problem:
         self.low, self.high = -np.minimum(low, eps[:, None]), np.minimum(high, eps[:, None])
         self.net = _network(self.view, self.kinks)
         self.balls = self._balls()
+        self.too_large: dict[int, int] = {}  # examples whose proof does not fit, with the bytes that it takes
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if not self.too_large:
+            return ()
+        return (
+            f"without the dual for {len(self.too_large)} of {len(self.x)} examples: its proofs take up to "
+            f"{show(max(self.too_large.values()))}, more than memory={show(self.memory)}",
+        )
+
+    @property
+    def together(self) -> int:
+        """Margins that can be searched at the same time; each holds its states, and some copies of the widest."""
+        sizes = [len(k.at) for k in self.kinks]
+        need = 4 * (sum(n * n for n in sizes) + _COPIES * max(sizes, default=0) ** 2)
+        return max(1, min(_TOGETHER, self.memory // max(need, 1)))
+
+    def counterexamples(self, rows: np.ndarray) -> np.ndarray:
+        """Which balls of these rows hold a point that is classified otherwise than labelled."""
+        return counterexamples(
+            self.form,
+            self.x[rows],
+            self.labels[rows],
+            self.eps[rows],
+            self.low[rows],
+            self.high[rows],
+            self.norm,
+        )
 
     @property
     def classes(self) -> int:
@@ -182,7 +221,7 @@ class Problem:
     def item(self, row: int, other: int) -> tuple[search.Item, search.Multipliers] | None:
         """The margin as an item of the search, and parameters that prove about what the ellipsoids do.
 
-        None where the ellipsoids are not finite, or the margin does not move.
+        None where the ellipsoids are not finite, the margin does not move, or its proof does not fit the memory.
         """
         balls, eps = self.balls, float(self.eps[row])
         moved = float(balls.gaps[row, other] - balls.local[row, other])
@@ -190,6 +229,11 @@ class Problem:
             return None
         ball = moved / (2 * eps**2)
         opened, slopes = self.open(row)
+        n = sum(int(live.sum()) for live in opened)
+        need = 8 * _COPIES * (n + self.low.shape[1]) * (2 * n + self.low.shape[1])
+        if need > self.memory:
+            self.too_large[row] = need
+            return None
         taps, first = [], []
         for k, kinks in enumerate(self.kinks):
             h, lo, hi, live = balls.h[k][row], balls.lo[k][row], balls.hi[k][row], opened[k]

@@ -10,6 +10,7 @@ and subtracted, so a radius is as good as its bound.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ from lipbounds._local.engines import NoEngineError, bounded
 from lipbounds._local.forward import DECLARED_ACCURACY, check_examples, enclosable, logits, proved_gaps
 from lipbounds._local.local import box_notes, check_eps
 from lipbounds._local.radius_search import Search, ratios
-from lipbounds._margins.margins import certify_at
+from lipbounds._margins.margins import OPEN, PROOFS, WORDS, decide, prepare
 from lipbounds._text.arguments import whole
 from lipbounds._text.calls import FAILURES, moved, public, reason
 from lipbounds._text.device import Device
@@ -39,6 +40,17 @@ _ABOVE = (
 )  # a radius is certified at eps if it is larger: balls are larger than eps by this share of it
 
 
+#: Outcomes of `Radii`: proofs, cheapest first, then why there is none.
+OUTCOMES = ("global", "hybrid", "ellipsoids", "LipLT", "dual", "branching") + (
+    "wrong", "counterexample", "not proved", "out of time", "failed", "interrupted",
+)  # fmt: skip
+
+
+def listed(counts: Mapping[str, int]) -> str:
+    """Counts of outcomes as text: "global 75, dual 12"."""
+    return ", ".join(f"{word} {count}" for word, count in counts.items())
+
+
 @dataclass(frozen=True, eq=False)
 class Radii:
     """Certified radii of N examples.
@@ -52,13 +64,18 @@ class Radii:
         method: of the bound.
         notes: remarks for the reader.
         complete: False where Ctrl-C ended the search for local radii, and larger ones might have been found.
+        outcome: (N,) the proof that gives the radius: "global" (the bound of the whole network), "hybrid",
+            "ellipsoids", "LipLT" (local bounds), "dual" or "branching"; "wrong" where misclassified or tied. With eps=
+            also why an example is not certified: "counterexample" (the ball holds one), "not proved" (every engine that
+            applies has come to its end), "out of time" (of branching), "failed" (an engine ended with an error, or did
+            not fit the memory: a note has the reason) or "interrupted". None where a file does not say.
 
     Example:
         >>> import lipbounds as lb
         >>> form = lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])
         >>> radii = lb.certified_radius(form, [[1.0, 0.5], [0.0, 1.0]], [0, 0])
-        >>> radii.correct.tolist(), radii.certified(0.2).tolist()
-        ([True, False], [True, False])
+        >>> radii.correct.tolist(), radii.certified(0.2).tolist(), radii.counts
+        ([True, False], [True, False], {'global': 1, 'wrong': 1})
     """
 
     radius: np.ndarray
@@ -68,9 +85,16 @@ class Radii:
     method: str
     notes: tuple[str, ...] = field(default=())
     complete: bool = True
+    outcome: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.radius)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many examples have each outcome."""
+        seen = [] if self.outcome is None else self.outcome.tolist()
+        return {word: seen.count(word) for word in OUTCOMES if word in seen}
 
     def certified(self, eps: float) -> np.ndarray:
         """(N,) whether no perturbation of norm at most eps changes the class: r > eps."""
@@ -94,6 +118,8 @@ class Radii:
         finite = self.radius[self.correct]
         middle = f"{np.median(finite):.4g}" if finite.size else "none"
         lines = [head, f"  correct   {share:.2%}", f"  median radius of correct examples: {middle}"]
+        if not {"global", "wrong"}.issuperset(self.counts):
+            lines.append(f"  outcome   {listed(self.counts)}")
         return "\n".join([*lines, *(f"  note      {printable(note)}" for note in self.notes)])
 
     def _repr_html_(self) -> Html:
@@ -235,31 +261,45 @@ def certified_radius(
     scale = constants[labels] if form.num_outputs > 1 else np.broadcast_to(constants, gaps.shape)
     correct = np.asarray((gaps > 0).all(axis=1))
     radius = np.where(correct, ratios(gaps, scale), 0.0)
-    fields = correct, proof.norm
+    outcome = np.where(correct, np.where(radius > 0, "global", OPEN), "wrong").astype(WORDS)
     if near is None:
-        return Radii(radius, *fields, proof.guarantee, proof.method, notes)
+        return Radii(radius, correct, proof.norm, proof.guarantee, proof.method, notes, outcome=outcome)
     search = Search(labels, gaps, radius, near.tries, goal)
-    said, risks = _searched(form, x, search, proof.norm, near, guarantee, seed)
+    said, risks = _searched(form, x, search, outcome, proof.norm, near, guarantee, seed)
     method = f"local, {proof.method}" if len(risks) else proof.method
     return Radii(
         search.best,
-        *fields,
+        correct,
+        proof.norm,
         weakest([proof.guarantee, *risks]),
         method,
         (*notes, *said, *box_notes(inside)),
         not search.interrupted,
+        outcome,
     )
 
 
+Found = tuple[tuple[str, ...], tuple[str, ...]]  # notes, and guarantees of the engines that were used
+
+
 def _searched(
-    form: LureForm, x: np.ndarray, search: Search, norm: float, near: Local, guarantee: str, seed: int
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Raise the radii by every engine, cheapest first; (notes, guarantees of the engines that were used).
+    form: LureForm,
+    x: np.ndarray,
+    search: Search,
+    outcome: np.ndarray,
+    norm: float,
+    near: Local,
+    guarantee: str,
+    seed: int,
+) -> Found:
+    """Raise the radii by every engine, cheapest first, and say in `outcome` (N,) which one gave them.
 
     Ctrl-C ends the search, not the call: what is proved stays.
     """
     notes: tuple[str, ...] = ()
     risks: tuple[str, ...] = ()
+    verdict, rows = np.zeros(0, WORDS), np.zeros(0, int)
+    reason_to_be_open = "interrupted"
     try:
         try:
             found = bounded(
@@ -272,34 +312,50 @@ def _searched(
                 box=check_box(near.box, x),
                 memory=parse(near.memory),
             )
-            notes, risks = found.notes, found.guarantees
+            notes, risks, broken = found.notes, found.guarantees, bool(found.broken)
         except NoEngineError as error:
-            notes = (f"global radii: {error}",)
-        rows = search.open() if search.goal is not None else np.zeros(0, int)
-        if rows.size:
-            try:
-                proved = certify_at(
-                    form,
-                    x[rows],
-                    search.labels[rows],
-                    search.goal,
-                    norm=norm,
-                    box=near.box,
-                    seconds_per_image=near.seconds_per_image,
-                )
-            except FAILURES as error:
-                return (*notes, f"without the dual of lb.margins: {reason(error)}", *search.notes()), risks
-            search.best[rows[proved]] = search.goal
-            notes = (
-                *notes,
-                f"the dual of lb.margins certifies {int(proved.sum())} of {rows.size} examples that were open",
-            )
-            risks = (*risks, "verified")
+            notes, broken = (f"global radii: {error}",), False
+        if search.goal is not None:
+            rows = search.open()
+            verdict = np.full(rows.size, OPEN, WORDS)
+            if rows.size:
+                said = _decided(form, x[rows], search.labels[rows], search.goal, verdict, norm, near)
+                notes = (*notes, *said)
+        reason_to_be_open = "failed" if broken else OPEN
     except KeyboardInterrupt:
         search.interrupted = True
         notes = (*notes, "interrupted: radii are as far as they were proved")
         risks = (*risks, "probabilistic" if guarantee == "auto" else guarantee)
+    outcome[search.by != ""] = search.by[search.by != ""]
+    if search.goal is not None:
+        outcome[search.open()] = reason_to_be_open
+        proved = np.isin(verdict, PROOFS)
+        search.best[rows[proved]] = search.goal
+        outcome[rows[verdict != OPEN]] = verdict[verdict != OPEN]
+        risks = (*risks, "verified") if proved.any() else risks
     return (*notes, *search.notes()), risks
+
+
+def _decided(
+    form: LureForm,
+    x: np.ndarray,
+    labels: np.ndarray,
+    eps: float,
+    verdict: np.ndarray,
+    norm: float,
+    near: Local,
+) -> tuple[str, ...]:
+    """Notes; the verdicts (N,) of the dual and of branching, where they apply, are put into `verdict`."""
+    try:
+        problem = prepare(form, x, labels, eps, norm=norm, box=near.box, memory=near.memory)
+        decide(problem, verdict, seconds_per_image=near.seconds_per_image)
+    except FAILURES as error:
+        if not isinstance(error, NoEngineError):
+            verdict[verdict == OPEN] = "failed"
+        return (f"without the dual of lb.margins: {reason(error)}",)
+    proved = int(np.isin(verdict, PROOFS).sum())
+    said = f"the dual of lb.margins certifies {proved} of {len(x)} examples that were open"
+    return (said, *problem.notes)
 
 
 def _pair_constants(bound: UpperBound, classes: int) -> tuple[np.ndarray, tuple[str, ...]]:
