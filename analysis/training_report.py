@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,8 @@ from lipbounds.analysis.report import embedded, fill, write_page
 from lipbounds.training.config import Config
 from lipbounds.training.data import load
 from lipbounds.training.loop import Fitted, proved_bound
-from lipbounds.training.runs import CERTIFICATE
+from lipbounds.training.runs import BEST, CERTIFICATE
+from lipbounds.training.watch import best, troubled
 
 Json = dict[str, Any]
 PAGE = "report.html"
@@ -54,8 +55,26 @@ def final_record(
     }
 
 
-def write_training_report(folder: pathlib.Path, config: Config, log: list[Json], final: Json) -> pathlib.Path:
-    """Write `report.html` to the run's folder; return its path."""
+def remarks(fitted: Fitted) -> list[str]:
+    """Sentences about a run that lost its radius term, stopped early, or certified more before its end."""
+    log, config = fitted.log, fitted.config
+    found = [text] if (text := troubled(log)) else []
+    if log[-1]["epoch"] < config.epochs:
+        found.append(
+            f"stopped after epoch {log[-1]['epoch']} of {config.epochs}: hardly an image was certified in the last "
+            f"{config.stop_if_uncertified} epochs"
+        )
+    if fitted.folder is not None and (fitted.folder / BEST).exists():
+        epoch = best(log, config)
+        share = next(record["certified_estimate"] for record in log if record["epoch"] == epoch)
+        found.append(f"{BEST}: the weights of epoch {epoch}, {100 * share:.1f} % certified by an estimate")
+    return found
+
+
+def write_training_report(
+    folder: pathlib.Path, config: Config, log: list[Json], final: Json, lines: Sequence[str] = ()
+) -> pathlib.Path:
+    """Write `report.html` to the run's folder, with these remarks; return its path."""
     picture = png(curves(log, config))
     page = fill(
         "training.html.j2",
@@ -68,6 +87,7 @@ def write_training_report(folder: pathlib.Path, config: Config, log: list[Json],
         skipped=sum(record["skipped"] for record in log),
         failed=sum(record["failed"] for record in log),
         seconds=sum(record["seconds"] for record in log),
+        remarks=lines,
     )
     return write_page(folder / PAGE, page)
 
@@ -94,6 +114,16 @@ def curves(log: list[Json], config: Config) -> Figure:
             markersize=3,
             color=colour,
             label=f"{name}, {seen[0]['part']} images" if seen else name,
+        )
+    estimated = [record for record in log if record.get("certified_estimate") is not None]
+    if estimated:
+        right.plot(
+            [record["epoch"] for record in estimated],
+            [100 * record["certified_estimate"] for record in estimated],
+            color=RADII_LINES[2],
+            linewidth=0.8,
+            linestyle="--",
+            label=f"certified at {config.eps:.4g}, estimate, {seen[0]['part'] if seen else 'sampled'} images",
         )
     right.set_title("accuracy (%)", loc="left", fontsize=9)
     right.legend(fontsize=7, frameon=False, loc="lower right")

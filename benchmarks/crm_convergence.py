@@ -1,21 +1,24 @@
-"""Which CRM settings hold a certified radius on CIFAR-10: many candidates in one process, by successive halving.
+"""Which CRM settings hold a certified radius: many candidates in one process, against each other.
 
-    python benchmarks/crm_convergence.py --data-dir DATA --out OUT --seconds 330        6C2F, all images, on a GPU
-    python benchmarks/crm_convergence.py --data-dir DATA --out OUT --proxy --seconds 900  a small copy of it, on a CPU
+    python benchmarks/crm_convergence.py --data-dir DATA --out OUT --seconds 330        CIFAR-10 6C2F on a GPU
+    python benchmarks/crm_convergence.py --proxy digits-2C2F --out OUT                  a small network on a CPU
 
-The network, its LipLT constants, batch, augmentation, optimiser and learning rates are those of the preset
-cifar10-6C2F of `lipbounds.training`; a candidate changes the initial weights, the warm-up, or the terms of the loss.
-All settings are arrays, so that one compiled epoch serves every candidate. The candidates run in the order of `LIST`
-for `--epochs` of the first rung, the best of them (with a radius term, and without one) for the second, and so on;
-every rung trains from the start with its schedule squeezed into its epochs, the warm-up keeping its number of epochs.
-A rung takes its share of `--seconds`; what does not fit is left out and named.
+`--proxy` names a small network and a part of a data set (`PROXIES`); without it the network is 6C2F and all of CIFAR-10
+is used, with the batch, augmentation, optimiser and learning rates of the preset cifar10-6C2F-published. A candidate
+changes the initial weights, the warm-up, or the terms of the loss. All settings are arrays, so that one compiled epoch
+serves every candidate.
+
+A proxy trains every candidate for `--epochs` with every seed. Without `--proxy` the candidates run in the order of
+`FULL` for `--epochs` of the first rung, the best of them (with a radius term, and without one) for the second, and so
+on; every rung trains from the start with its schedule squeezed into its epochs, the warm-up keeping its number of
+epochs. A rung takes its share of `--seconds`; what does not fit is left out and named.
 
 OUT/log.jsonl has one line an epoch: cross-entropy (or the candidate's data term), clean accuracy, certified accuracy at
 eps, mean radius of what is right, largest constant, share of images with 0 < R < r0, norms of the gradients of the data
 term and of the radius term on one batch, skipped steps. Accuracy and radii are of test images. Constants are those of
 the loss, which nothing proves: certified accuracies are estimates. Candidates are compared on test images, so the
-winner's figures are a little optimistic. OUT/rung1.safetensors is the network of the best last epoch of the first rung,
-OUT/rung2-1.safetensors that of the first run of the second; `lb.liplt` can then prove their constants.
+winner's figures are a little optimistic. Without `--proxy`, OUT/rung1.safetensors is the network of the best last epoch
+of the first rung, OUT/rung2-1.safetensors that of the first run of the second; `lb.liplt` can prove their constants.
 """
 
 from __future__ import annotations
@@ -47,7 +50,8 @@ NEGATIVE, LOGARITHM = 0.0, 1.0  # the penalty: -R_soft, or -log((R_soft + log(K 
 # A candidate is what it changes of these. lam is the factor of the radius term. margin adds margin * L_yi to every
 # wrong class in the cross-entropy (Lipschitz-margin training). With scale > 0 the data term is scale-free: the
 # cross-entropy of scale * (z_i - z_y + margin L_yi) / L_yi. lam and margin rise from 0 over `ramp` epochs after the
-# warm-up.
+# warm-up. With bounding the warm-up adds bounding * L_yi to the wrong classes, which keeps the constants small. On a
+# proxy r0, margin and bounding are multiples of eps there, 1/t and 1/lam too.
 PUBLISHED: Mapping[str, Any] = {
     "init": "lecun",
     "warmup": 10,
@@ -58,13 +62,14 @@ PUBLISHED: Mapping[str, Any] = {
     "penalty": NEGATIVE,
     "margin": 0.0,
     "scale": 0.0,
+    "bounding": 0.0,
 }
 EPS = 36 / 255
 _NOW = {"warmup": 0}
 _WIDE = {"r0": 0.2, "lam": 15.0}
 _LOG = {"penalty": LOGARITHM, "r0": 0.2, "lam": 1.0}
 _MARGIN = {"warmup": 0, "lam": 0.0, "margin": EPS}
-LIST: Mapping[str, Mapping[str, Any]] = {
+FULL: Mapping[str, Mapping[str, Any]] = {
     "Lipschitz margin, ramp 5": {**_MARGIN, "ramp": 5},
     "no warm-up, r0 .2": {**_NOW, **_WIDE},
     "unit norm, warm-up 1, ramp 5, r0 .2": {"init": "unit", **_WIDE, "warmup": 1, "ramp": 5},
@@ -84,6 +89,80 @@ LIST: Mapping[str, Mapping[str, Any]] = {
     "scale-free 8, unit norm, ramp 5": {"init": "unit", **_MARGIN, "scale": 8.0, "ramp": 5},
     "torch, no warm-up, r0 .2": {"init": "torch", **_NOW, **_WIDE},
 }
+# For the proxies, with eps as the unit.
+_SHORT = {"warmup": 1, "ramp": 5}
+_LOGS = {"penalty": LOGARITHM, "lam": 1.0}
+PROXY_LIST: Mapping[str, Mapping[str, Any]] = {
+    f"{init}, {name}": {"init": init, **terms}
+    for init in ("lecun", "torch", "unit")
+    for name, terms in {
+        "long warm-up": {},
+        "no warm-up": _NOW,
+        "no warm-up, ramp 5": {**_NOW, "ramp": 5},
+        "warm-up 1, ramp 5": _SHORT,
+        "long warm-up, log penalty": _LOGS,
+        "warm-up 1, ramp 5, log penalty": {**_SHORT, **_LOGS},
+        "long bounding warm-up": {"bounding": 0.5},
+        "scale-free, ramp 5": {"warmup": 0, "ramp": 5, "lam": 0.0, "margin": 1.0, "scale": 4.0},
+        "Lipschitz margin, ramp 5": {"warmup": 0, "ramp": 5, "lam": 0.0, "margin": 1.0},
+        "cross-entropy": {"lam": 0.0},
+    }.items()
+}
+
+
+class Proxy(NamedTuple):
+    """A small network and a part of a data set; CRM settings in units of eps, and how long the long warm-up is."""
+
+    dataset: str
+    convolutions: Sequence[Sequence[int]]
+    dense: Sequence[int]
+    every: int  # n-th image
+    batch: int
+    epochs: int
+    warmup: int
+    eps: float
+    lam: float
+    r0: float
+    t: float
+    rate: float
+
+
+PROXIES: Mapping[str, Proxy] = {
+    "digits-2C2F": Proxy(
+        "digits", [(16, 4, 2, 1), (32, 4, 2, 1)], [100], 1, 64, 40, 15, 0.5, 2.5, 2.0, 5.0, 4e-3
+    ),
+    "mnist-2C2F": Proxy(
+        "mnist", [(16, 4, 2, 1), (32, 4, 2, 1)], [100], 10, 128, 40, 15, 1.58, 24.0, 1.4, 8.0, 2e-3
+    ),
+    "mnist-4C3F": Proxy(
+        "mnist",
+        [(8, 3, 1, 1), (8, 4, 2, 1), (16, 3, 1, 1), (16, 4, 2, 1)],
+        [128, 128],
+        20,
+        64,
+        24,
+        10,
+        1.58,
+        24.0,
+        1.4,
+        8.0,
+        2e-3,
+    ),
+    "cifar10-6C2F": Proxy(
+        "cifar10",
+        [(8, 3, 1, 1), (8, 4, 2, 1), (16, 3, 1, 1), (16, 4, 2, 1), (16, 3, 1, 1), (16, 4, 2, 1)],
+        [128],
+        20,
+        64,
+        20,
+        10,
+        EPS,
+        2.1,
+        1.42,
+        1.4,
+        1e-3,
+    ),
+}
 
 
 class Settings(NamedTuple):
@@ -97,6 +176,9 @@ class Settings(NamedTuple):
     penalty: Any
     margin: Any
     scale: Any
+    bounding: Any
+    eps: Any
+    seed: Any
     steps: Any
     decay_from: Any
     final_rate: Any
@@ -109,12 +191,15 @@ class State(NamedTuple):
     step: Any
 
 
-def settings(candidate: Mapping[str, Any], epochs: int, steps: int, config: Config, rate: float) -> Settings:
+def settings(
+    candidate: Mapping[str, Any], epochs: int, steps: int, config: Config, rate: float, seed: int = 0
+) -> Settings:
     """For a run of so many epochs of so many steps, down to the learning rate `rate`."""
     c = {**PUBLISHED, **candidate}
     decay = round(config.decay_from * epochs / config.epochs)
     numbers = [c["warmup"] * steps, c["ramp"] * steps]
-    numbers += [c[name] for name in ("lam", "r0", "t", "penalty", "margin", "scale")]
+    numbers += [c[name] for name in ("lam", "r0", "t", "penalty", "margin", "scale", "bounding")]
+    numbers += [config.eps, seed]
     numbers += [epochs * steps, decay * steps, rate]
     return Settings(*(np.float32(number) for number in numbers))
 
@@ -177,19 +262,19 @@ class Experiment:
         if not self.base.one_by_one:
             return self._scan_all(state, s, self.pixels, self.labels)
         seen = []
-        for rows, key in zip(*self._plan_all(state.step), strict=True):
+        for rows, key in zip(*self._plan_all(state.step, s.seed), strict=True):
             state, one = self._visit_one(state, s, self.pixels, self.labels, rows, key)
             seen.append(one)
         return state, self._summary(jax.tree.map(lambda *a: jnp.stack(a), *seen))
 
-    def _plan(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return self.base._plan(step)
+    def _plan(self, step: jax.Array, seed: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return self.base._plan(step + jnp.int32(seed) * 4096 * self.base.steps)
 
     def _scan(self, state: State, s: Settings, pixels: Any, labels: Any) -> tuple[State, Any]:
         def visit(state: State, item: Any) -> tuple[State, Any]:
             return self._visit(state, s, pixels, labels, *item)
 
-        state, seen = jax.lax.scan(visit, state, self._plan(state.step))
+        state, seen = jax.lax.scan(visit, state, self._plan(state.step, s.seed))
         return state, self._summary(seen)
 
     @staticmethod
@@ -205,7 +290,11 @@ class Experiment:
         logits, pull = jax.vjp(lambda weights: self.base.network(weights, x), state.weights)
         step = state.step.astype(jnp.float32)
         raised = jnp.where(s.ramp > 0, jnp.clip((step - s.warmup) / jnp.maximum(s.ramp, 1), 0, 1), 1)
-        now = s._replace(lam=s.lam * raised, margin=s.margin * raised)
+        cold = step < s.warmup  # then lam is 0, and the margin bounds the constants
+        early = s.bounding * jnp.clip(step / jnp.maximum(s.warmup / 2, 1), 0, 1)
+        now = s._replace(
+            lam=jnp.where(cold, 0, s.lam * raised), margin=jnp.where(cold, early, s.margin * raised)
+        )
 
         def plain() -> tuple[Any, ...]:
             loss, along = jax.value_and_grad(losses.cross_entropy)(logits, y)
@@ -221,7 +310,8 @@ class Experiment:
             (total, term), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(logits, pairs)
             return total, term, grads[0], back(grads[1])[0], bound
 
-        total, term, along, through, bound = jax.lax.cond(step < s.warmup, plain, bounded)
+        calm = (step < s.warmup) & (s.bounding == 0)
+        total, term, along, through, bound = jax.lax.cond(calm, plain, bounded)
         gradient = jax.tree.map(jnp.add, pull(along)[0], through)
         fine = jnp.isfinite(total) & jnp.isfinite(optax.tree.norm(gradient))
         gradient = jax.tree.map(lambda a: jnp.where(fine, a, 0), gradient)
@@ -256,8 +346,8 @@ class Experiment:
         right = radii > 0
         found = {
             "clean": jnp.mean(right),
-            "certified": jnp.mean(radii > EPS),
-            "certified_half": jnp.mean(radii > EPS / 2),
+            "certified": jnp.mean(radii > s.eps),
+            "certified_half": jnp.mean(radii > s.eps / 2),
             "mean_radius": jnp.sum(jnp.where(right, radii, 0)) / jnp.maximum(jnp.sum(right), 1),
             "largest_constant": jnp.max(pairs),
             "below_r0": jnp.mean((near > 0) & (near < s.r0)),
@@ -318,9 +408,16 @@ class Race:
     """Rungs of runs against the clock."""
 
     def __init__(
-        self, experiment: Experiment, starts: Mapping[str, Any], test: Any, out: Path, spec: ModelSpec | None
+        self,
+        experiment: Experiment,
+        candidates: Mapping[str, Mapping[str, Any]],
+        starts: Mapping[tuple[str, int], Any],
+        test: Any,
+        out: Path,
+        spec: ModelSpec | None,
     ):
-        self.experiment, self.starts, self.test, self.out, self.spec = experiment, starts, test, out, spec
+        self.experiment, self.candidates, self.starts = experiment, candidates, starts
+        self.test, self.out, self.spec = test, out, spec
         self.log = (out / "log.jsonl").open("a")
         self.slowest = 0.0  # seconds of an epoch with constants
 
@@ -355,12 +452,14 @@ class Race:
             best = max(best, record["certified"])
         return sorted(ends, key=lambda record: -record["certified"])
 
-    def run(self, number: int, name: str, epochs: int, until: float, rate: float) -> tuple[Json, Any]:
+    def run(
+        self, number: int, name: str, epochs: int, until: float, rate: float, seed: int = 0
+    ) -> tuple[Json, Any]:
         """Train one candidate; (its last record, its weights)."""
         e = self.experiment
-        candidate = {**PUBLISHED, **LIST[name]}
-        s = settings(candidate, epochs, e.base.steps, e.config, rate)
-        state = e.start(self.starts[candidate["init"]])
+        candidate = {**PUBLISHED, **self.candidates[name]}
+        s = settings(candidate, epochs, e.base.steps, e.config, rate, seed)
+        state = e.start(self.starts[candidate["init"], seed])
         record: Json = {}
         for epoch in range(epochs + 1):
             begin = time.perf_counter()
@@ -372,14 +471,22 @@ class Race:
             seconds = time.perf_counter() - begin
             if epoch > candidate["warmup"] + 1:  # the first one may compile
                 self.slowest = max(seconds, 0.9 * self.slowest)
-            record = {"rung": number, "candidate": name, "epochs": epochs, "epoch": epoch, **seen, **found}
+            record = {
+                "rung": number,
+                "candidate": name,
+                "seed": seed,
+                "epochs": epochs,
+                "epoch": epoch,
+                **seen,
+                **found,
+            }
             record |= {"seconds": round(seconds, 3), "spent": round(spent(), 1)}
             self.note(record)
             if seen["skipped"] > e.base.steps // 2 or spent() > until + 15:
                 break
         print(
-            f"rung {number}  {name:42s} {record['epoch']:4d} epochs  clean {100 * record['clean']:5.2f}  "
-            f"certified {100 * record['certified']:5.2f}  at 18/255 {100 * record['certified_half']:5.2f}  "
+            f"rung {number}  {name:42s} seed {seed} {record['epoch']:4d} epochs  clean {100 * record['clean']:5.2f}  "
+            f"certified {100 * record['certified']:5.2f}  at eps/2 {100 * record['certified_half']:5.2f}  "
             f"R {record['mean_radius']:.4f}  L {record['largest_constant']:.3g}  force radius / data "
             f"{record['force_radius']:.2g} / {record['force_data']:.2g}  {record['spent']:.0f} s",
             flush=True,
@@ -389,7 +496,7 @@ class Race:
 
 def kept(names: Sequence[str], count: int) -> list[str]:
     """The first `count` of the names, best first, but with the best of either kind: with a radius term and without."""
-    kinds = [LIST[name].get("lam", PUBLISHED["lam"]) > 0 for name in names]
+    kinds = [FULL[name].get("lam", PUBLISHED["lam"]) > 0 for name in names]
     first = [kinds.index(kind) for kind in (True, False) if kind in kinds]
     order = sorted(first) + [place for place in range(len(names)) if place not in first]
     return [names[place] for place in sorted(order[:count])]
@@ -403,17 +510,51 @@ def spent() -> float:
     return time.perf_counter() - _BEGIN
 
 
-def proxy_model(config: Config, spec: ModelSpec) -> ConvNet:
-    """6C2F with a quarter of its channels."""
-    table = [(8, 3, 1, 1), (8, 4, 2, 1), (16, 3, 1, 1), (16, 4, 2, 1), (16, 3, 1, 1), (16, 4, 2, 1)]
-    return ConvNet(
-        spec.input_shape,
-        convolutions=table,
-        dense=[128],
-        mean=config.mean,
-        std=config.std,
-        rngs=nnx.Rngs(config.seed),
+def in_pixels(candidate: Mapping[str, Any], proxy: Proxy) -> dict[str, Any]:
+    """A candidate of `PROXY_LIST` with its radii in pixel units."""
+    found = {**PUBLISHED, "warmup": proxy.warmup, "lam": proxy.lam, "r0": proxy.r0, "t": proxy.t, **candidate}
+    for name in ("r0", "margin", "bounding"):
+        found[name] *= proxy.eps
+    found["t"] /= proxy.eps
+    if found["penalty"] == NEGATIVE:
+        found["lam"] /= proxy.eps
+    return found
+
+
+def proxies(args: Any) -> None:
+    """Every candidate with every seed on a small network; a table of means at the end."""
+    proxy = PROXIES[args.proxy]
+    data = load(proxy.dataset, args.data_dir)
+    shape = data.train_pixels.shape[1:]
+    colour = {"mean": 0.5, "std": 0.5} if proxy.dataset == "cifar10" else {}
+    more: Json = {"constants": "liplt", "eps": proxy.eps, "warmup": 0, "batch_size": proxy.batch, **colour}
+    config = Config(dataset=proxy.dataset, learning_rate=proxy.rate, **more)
+    part = slice(None, None, proxy.every)
+    pixels, labels, *test = jax.device_put(
+        (data.train_pixels[part], data.train_y[part], data.test_pixels[part], data.test_y[part])
     )
+    model = ConvNet(shape, convolutions=proxy.convolutions, dense=proxy.dense, **colour, rngs=nnx.Rngs(0))
+    _, shapes, _ = nnx.split(model, nnx.Param, ...)
+    names = args.candidates or list(PROXY_LIST)
+    chosen = {name: in_pixels(PROXY_LIST[name], proxy) for name in names}
+    layers = [*model.convs, *model.dense]
+    starts = {
+        (kind, seed): initial(shapes, layers, kind, seed)
+        for kind in sorted({candidate["init"] for candidate in chosen.values()})
+        for seed in args.seeds
+    }
+    base = trainer(config, model, shape, data.levels, len(labels), parallel.devices(1))
+    experiment = Experiment(base, pixels, labels)
+    race = Race(experiment, chosen, starts, test, args.out, None)
+    experiment.compile(settings(PUBLISHED, 1, base.steps, config, 1e-5), test)
+    race.note({"environment": environment("crm_convergence.py", ("flax", "optax")), "compiled": spent()})
+    epochs = args.epochs[0] if args.epochs else proxy.epochs
+    for seed in args.seeds:
+        for name in names:
+            race.run(1, name, epochs, args.seconds, 0.01 * proxy.rate, seed)
+            if spent() > args.seconds:
+                print(f"seed {seed}: what follows {name} is left out, {spent():.0f} s spent", flush=True)
+                break
 
 
 def main() -> None:
@@ -421,7 +562,7 @@ def main() -> None:
     parser.add_argument("--data-dir", help="folder of CIFAR-10 in its official binary layout")
     parser.add_argument("--out", type=Path, required=True, help="folder of log and networks")
     parser.add_argument("--seconds", type=float, default=330.0, help="of everything, compilation included")
-    parser.add_argument("--epochs", type=int, nargs="+", default=[20, 400], help="of every rung")
+    parser.add_argument("--epochs", type=int, nargs="+", help="of every rung [20 400]; of a proxy, its own")
     parser.add_argument(
         "--keep", type=int, nargs="*", default=[2], help="candidates that enter the next rung"
     )
@@ -429,41 +570,40 @@ def main() -> None:
         "--shares", type=float, nargs="+", default=[0.55, 1.0], help="of the time: end of rungs"
     )
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 1e-5], help="last learning rates")
-    parser.add_argument("--candidates", nargs="+", default=list(LIST), choices=list(LIST), metavar="NAME")
-    parser.add_argument(
-        "--proxy", action="store_true", help="a quarter of the channels, a tenth of the images"
-    )
+    parser.add_argument("--candidates", nargs="+", metavar="NAME", help="only these")
+    parser.add_argument("--proxy", choices=list(PROXIES), help="a small network and a part of its data")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of a proxy")
     args = parser.parse_args()
+    known = PROXY_LIST if args.proxy else FULL
+    if unknown := set(args.candidates or ()) - set(known):
+        parser.error(f"unknown candidates {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.proxy:
+        proxies(args)
+        return
+    args.epochs = args.epochs or [20, 400]
     if not len(args.epochs) == len(args.shares) == len(args.rates) == len(args.keep) + 1:
         parser.error("epochs, shares and rates need one number for each rung, keep one fewer")
-    args.out.mkdir(parents=True, exist_ok=True)
-
-    changes: Json = {"data_dir": args.data_dir, "warmup": 0}
-    if args.proxy:
-        changes["batch_size"] = 128
-    config = Config.from_json(preset("cifar10-6C2F") | changes)
+    config = Config.from_json(preset("cifar10-6C2F-published") | {"data_dir": args.data_dir, "warmup": 0})
     data = load("cifar10", args.data_dir)
-    part = slice(None, None, 10 if args.proxy else 1)
-    pixels, labels, *test = jax.device_put(
-        (data.train_pixels[part], data.train_y[part], data.test_pixels[part], data.test_y[part])
-    )
+    pixels, labels, *test = jax.device_put((data.train_pixels, data.train_y, data.test_pixels, data.test_y))
     shape = (32, 32, 3)
     spec = config.spec(shape, 10)
-    abstract = nnx.eval_shape(lambda: proxy_model(config, spec) if args.proxy else build(spec, config.seed))
+    abstract = nnx.eval_shape(lambda: build(spec, config.seed))
     graph, shapes, rest = nnx.split(abstract, nnx.Param, ...)
-    kinds = sorted({{**PUBLISHED, **LIST[name]}["init"] for name in args.candidates})
+    names = args.candidates or list(FULL)
+    kinds = sorted({{**PUBLISHED, **FULL[name]}["init"] for name in names})
     layers = [*abstract.convs, *abstract.dense]
-    starts = {kind: initial(shapes, layers, kind, config.seed) for kind in kinds}
-    model = nnx.merge(graph, starts[kinds[0]], rest)
+    starts = {(kind, 0): initial(shapes, layers, kind, config.seed) for kind in kinds}
+    model = nnx.merge(graph, starts[kinds[0], 0], rest)
     base = trainer(config, model, shape, data.levels, len(labels), parallel.devices(1))
     experiment = Experiment(base, pixels, labels)
-    race = Race(experiment, starts, test, args.out, None if args.proxy else spec)
+    race = Race(experiment, FULL, starts, test, args.out, spec)
     print(f"data and initial weights: {spent():.1f} s, {jax.devices()[0].device_kind}", flush=True)
     experiment.compile(settings(PUBLISHED, 1, base.steps, config, 1e-5), test)
     print(f"compiled: {spent():.1f} s", flush=True)
     race.note({"environment": environment("crm_convergence.py", ("flax", "optax")), "compiled": spent()})
 
-    names = args.candidates
     for number, epochs in enumerate(args.epochs, 1):
         until = args.shares[number - 1] * args.seconds
         ends = race.rung(number, names, epochs, until, args.rates[number - 1], shrink=number > 1)

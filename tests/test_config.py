@@ -159,23 +159,30 @@ OURS = "mnist-784-512-512-10"
 
 
 def test_presets_are_valid_and_named_after_the_rows_of_the_paper() -> None:
-    assert set(PRESETS) == {OURS, "mnist-4C3F", "cifar10-6C2F", "tiny-imagenet-8C2F"}
+    rows = {"mnist-4C3F", "cifar10-6C2F", "tiny-imagenet-8C2F"}
+    assert set(PRESETS) == {OURS, *rows, *(f"{name}-published" for name in rows)}
     for name in PRESETS:
         config = Config.from_json(preset(name))
-        assert name == f"{config.dataset}-{config.arch}" and config.loss == "crm"
+        assert name.removesuffix("-published") == f"{config.dataset}-{config.arch}" and config.loss == "crm"
         assert (config.constants, config.epochs) == (("recursion", 160) if name == OURS else ("liplt", 400))
         *shape, classes = SHAPES[config.dataset]
         spec = config.spec(tuple(shape), classes)
         assert spec.architecture == ("mlp" if name == OURS else config.arch)
         short = Config.from_json(preset(name, 40))
         parts = {"warmup": config.warmup, "decay_from": config.decay_from}
-        assert short.epochs == 40
-        for key, value in parts.items():
-            assert getattr(short, key) == round(value * 40 / config.epochs)
+        assert short.epochs == 40 and short.ramp == config.ramp
+        assert short.decay_from == round(config.decay_from * 40 / config.epochs)
+        assert short.warmup == 1  # ten of 400, or one
         assert dataclasses.replace(short, epochs=config.epochs, **parts) == config
+        assert Config.from_json(preset(name, 1)).epochs == 1
+        if name in rows:
+            assert (config.initialisation, config.warmup, config.ramp) == ("unit", 1, 5)
+            old = Config.from_json(preset(f"{name}-published"))
+            assert (old.initialisation, old.warmup, old.ramp, old.lam) == ("published", 10, 0, 30.0)
     changed = preset("mnist-4C3F")
+    lam = changed["lam"]
     changed["lam"] = 1.0
-    assert preset("mnist-4C3F")["lam"] == 30.0
+    assert preset("mnist-4C3F")["lam"] == lam > 1
     with pytest.raises(
         ValueError, match=r"unknown preset 'mnist-4c3f' \(did you mean 'mnist-4C3F'\?\); known: "
     ):

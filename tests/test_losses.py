@@ -174,7 +174,9 @@ def test_the_penalty_is_a_sum_over_chosen_examples_over_all_of_them(rng: np.rand
     )  # between two radii, not on one that rounding moves
     chosen = (hard > 0) & (hard < r0)
     assert chosen.sum() > 3 and (hard <= 0).sum() > 3 and (hard >= r0).sum() > 3
+    above = np.where(chosen, soft + np.log(pairs.shape[0] - 1) / 5.0, r0)
     transforms = {"negative": -soft, "exponential": np.exp(-soft / r0), "hinge": np.maximum(r0 - soft, 0)}
+    transforms["logarithm"] = -np.log(above / r0)
     assert set(transforms) == set(TRANSFORMS)
     for g, values in transforms.items():
         found = jax.jit(partial(crm_penalty, t=5.0, r0=r0, g=g))(logits, labels, pairs)
@@ -186,8 +188,20 @@ def test_the_penalty_is_a_sum_over_chosen_examples_over_all_of_them(rng: np.rand
 @pytest.mark.parametrize("g", TRANSFORMS)
 def test_every_g_falls_with_the_radius(g: str) -> None:
     radii = np.linspace(-3, 2.2, 50, dtype=np.float32)
-    values = np.asarray(TRANSFORMS[g](radii, 2.2))
+    values = np.asarray(TRANSFORMS[g](radii, 2.2, 3.1))
     assert (np.diff(values) < 0).all()
+
+
+def test_the_force_of_the_logarithm_does_not_vanish_with_the_radius(rng: np.random.Generator) -> None:
+    """Constants c times as large divide -R_soft's gradient by c, and not the logarithm's."""
+    logits, labels, pairs = case(rng, 5, 40)
+
+    def force(g: str, factor: float) -> float:
+        slope = jax.grad(partial(crm_penalty, t=5.0 * factor, r0=9.0 / factor, g=g))
+        return float(np.abs(slope(logits, labels, factor * pairs)).sum())
+
+    assert force("logarithm", 1e3) == pytest.approx(force("logarithm", 1.0), rel=1e-3)
+    assert force("negative", 1e3) == pytest.approx(1e-3 * force("negative", 1.0), rel=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------- baselines

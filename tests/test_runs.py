@@ -25,6 +25,7 @@ from lipbounds.training.config import Config
 from lipbounds.training.data import digits
 from lipbounds.training.loop import Fitted, fit, resume
 from lipbounds.training.runs import RunError, open_run
+from lipbounds.training.watch import FIGURES
 
 # A reading that fails leaves a thread of orbax behind, which calls back into its closed event loop.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -112,10 +113,10 @@ def test_a_finished_run(whole: Fitted) -> None:
     assert run.log == list(whole.log) == runs.read_log(folder)
     assert [record["epoch"] for record in run.log] == [1, 2, 3, 4]
     keys = {
+        *FIGURES,
         "epoch",
         "loss",
         "accuracy",
-        "certified_estimate",
         "skipped",
         "failed",
         "learning_rate",
@@ -401,9 +402,9 @@ KILLED = textwrap.dedent("""
     import lipbounds.training.loop as loop
     import lipbounds.training.checkpoints as checkpoints
     save = checkpoints.Checkpoints.save
-    def told(self, epoch, state):
+    def told(self, epoch, state, best):
         print("saving", epoch, flush=True)
-        save(self, epoch, state)
+        save(self, epoch, state, best)
     checkpoints.Checkpoints.save = told
     resume(sys.argv[1])
     print("done", flush=True)

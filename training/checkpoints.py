@@ -37,7 +37,7 @@ class Checkpoints:
         self.folder = folder.absolute()
         own = jax.process_index()  # every process reads alone; only the first writes
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=_KEPT,
+            max_to_keep=None,  # `save` deletes
             enable_async_checkpointing=False,
             cleanup_tmp_directories=own == 0,
             multiprocessing_options=ocp.options.MultiprocessingOptions(
@@ -62,8 +62,11 @@ class Checkpoints:
         """Epochs of which there is a complete checkpoint, in order."""
         return sorted(int(step) for step in self._manager.all_steps())
 
-    def save(self, epoch: int, state: Any) -> None:
-        """Write the state after `epoch`. CheckpointError if that fails; older checkpoints are then kept."""
+    def save(self, epoch: int, state: Any, best: int | None = None) -> None:
+        """Write the state after `epoch`, then delete all but the last two and that of epoch `best`.
+
+        CheckpointError if writing fails; older checkpoints are then kept.
+        """
         named = {f"{i:05d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
         leaves = {name: leaf for name, leaf in named.items() if leaf.size}  # orbax refuses empty arrays
         leaves[_CHECKSUM] = _checksum(leaves)
@@ -79,17 +82,21 @@ class Checkpoints:
             raise CheckpointError(
                 f"the checkpoint of epoch {epoch} could not be written to {self.folder}: {_first_line(error)}; {safe}"
             ) from error
+        for old in self.epochs()[:-_KEPT]:
+            if old != best:
+                with _quiet(), contextlib.suppress(Exception):  # one too many does no harm
+                    self._manager.delete(old)
 
-    def load(self, like: Any) -> tuple[int, Any]:
+    def load(self, like: Any, only: int | None = None) -> tuple[int, Any]:
         """(epoch, state) of the newest checkpoint that can be read, in the structure, shapes and types of `like`.
 
-        CheckpointError if there is none, or if the newest one does not fit `like`.
+        With `only`, that of this epoch. CheckpointError if there is none, or if the newest one does not fit `like`.
         """
         leaves, tree = jax.tree.flatten(like)
         empty = {f"{i:05d}": np.zeros(a.shape, a.dtype) for i, a in enumerate(leaves) if not a.size}
         wanted = {f"{i:05d}": jax.ShapeDtypeStruct(a.shape, a.dtype) for i, a in enumerate(leaves) if a.size}
         trouble: list[str] = []
-        for epoch in reversed(self.epochs()):
+        for epoch in reversed(self.epochs() if only is None else [only]):
             try:
                 with _quiet():
                     args = ocp.args.Composite(**{_ITEM: ocp.args.StandardRestore()})

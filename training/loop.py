@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -16,11 +17,12 @@ import numpy as np
 from flax import nnx
 
 import lipbounds as lb
-from lipbounds.training import parallel, runs
-from lipbounds.training.checkpoints import Checkpoints
+from lipbounds.training import parallel, runs, watch
+from lipbounds.training.checkpoints import CheckpointError, Checkpoints
 from lipbounds.training.config import Config
 from lipbounds.training.data import Dataset, load
-from lipbounds.training.models import ModelSpec, build
+from lipbounds.training.initial import fresh
+from lipbounds.training.models import ModelSpec
 from lipbounds.training.parallel import Devices
 from lipbounds.training.step import TrainState, schedule, trainer
 
@@ -66,13 +68,17 @@ def fit(
         data: instead of `config.dataset`, a data set, or a pair of images (n, height, width, channels), floats in
             the model's input units, and labels (n,).
         model: a flax nnx module, batch of images -> logits, instead of `config.arch`; a copy of it is trained. It
-            cannot be rebuilt from a name, so it cannot be combined with `out`.
-        out: a new folder for the run: config.json, log.jsonl, checkpoints/ and, in the end, model.safetensors.
+            cannot be rebuilt from a name, so it cannot be combined with `out`; `config.initialisation` is not for it.
+        out: a new folder for the run: config.json, log.jsonl, checkpoints/ (the last two, and the one with the largest
+            certified_estimate) and, in the end, model.safetensors, the last weights, and best.safetensors where an
+            earlier checkpoint has a larger certified_estimate.
         devices: to spread the batches over; all by default.
-        progress: called after every epoch with its record: epoch, loss (mean), accuracy and certified_estimate (on the
-            training images as augmented, with the constants in the loss), skipped (steps with a gradient that is not
-            finite), failed (steps whose recursion was not finite), learning_rate, seconds; after validations also
-            clean, certified, guarantee, method, part ("held-out" or "training") and images.
+        progress: called after every epoch with its record: epoch, loss and accuracy (means over the training images as
+            augmented), skipped (steps with a gradient that is not finite), failed (steps whose recursion was not
+            finite), learning_rate, seconds; with a bound in the loss also the figures of `watch.FIGURES` (on at most
+            1000 images as they are, by the constants of the loss, which are not proved), and warning where the
+            radius term has lost its hold (`watch.warning`); after validations, by a proved bound, also clean,
+            certified, guarantee, method, part ("held-out" or "training") and images.
 
     Raises:
         ValueError: configuration, data and model do not fit together.
@@ -89,7 +95,7 @@ def fit(
     spec = None
     if model is None:
         spec = config.spec(images.shape, images.classes)
-        model = build(spec, config.seed)
+        model = fresh(spec, config.initialisation, config.seed)
     run = _Run(config, images, model, spec, devices or parallel.devices(), progress)
     if out is None:
         return run.go(None, None, [])
@@ -121,7 +127,8 @@ def resume(
     images = _images(load(config.dataset, config.data_dir) if data is None else data)
     runs.check_data(folder, images.record())
     spec = config.spec(images.shape, images.classes)
-    run = _Run(config, images, build(spec, config.seed), spec, devices or parallel.devices(), progress)
+    model = fresh(spec, config.initialisation, config.seed)
+    run = _Run(config, images, model, spec, devices or parallel.devices(), progress)
     with Checkpoints(folder / runs.CHECKPOINTS) as checkpoints:
         return run.go(folder, checkpoints, runs.read_log(folder))
 
@@ -183,6 +190,7 @@ class _Run:
             raise ValueError(f"{images.name} has {images.classes} classes, and the network {outputs} outputs")
         part = self.held_out if config.holdout else self.rows
         self.sample = np.sort(np.random.default_rng(1).permutation(part)[:VALIDATED])
+        self.watch = watch.Watch(self.trainer, images.pixels[self.sample], images.labels[self.sample])
         if config.validate_every:  # raises now, not after hours of training, if the network has no bound
             self.trainer.form(self.trainer.weights)
 
@@ -200,29 +208,49 @@ class _Run:
         pixels = devices.put(self.images.pixels[self.rows])
         labels = devices.put(self.images.labels[self.rows])
         for epoch in range(done + 1, config.epochs + 1):
+            if watch.stopped(log, config):
+                break
             begin = time.perf_counter()
             state, metrics = self.trainer.epoch(state, pixels, labels)
-            record = self._record(epoch, metrics, begin)
+            state, figures = self.watch(state)
+            record = self._record(epoch, metrics, figures, begin)
             if record["skipped"] > config.max_skipped or record["skipped"] == self.trainer.steps:
                 raise FloatingPointError(
                     f"{record['skipped']} of {self.trainer.steps} steps of epoch {epoch} had a loss or gradient that "
                     "is not finite and were skipped: lower learning_rate or lam, or set precision=float64"
                 )
-            if self._validates(epoch) and devices.leads:
-                record |= self.validate(state)
             log.append(record)
+            ends = epoch == config.epochs or watch.stopped(log, config)
+            every = config.validate_every
+            if every and (epoch % every == 0 or ends) and devices.leads:
+                record |= self.validate(state)
             if folder is not None and checkpoints is not None and devices.leads:
                 runs.append_log(folder, record)  # first: a resumed run drops records behind its checkpoint
-                if epoch % config.checkpoint_every == 0 or epoch == config.epochs:
-                    checkpoints.save(epoch, parallel.host(state))
+                if epoch % config.checkpoint_every == 0 or ends:
+                    checkpoints.save(epoch, parallel.host(state), watch.best(log, config))
             self.progress(record)
         ended = parallel.local(state)
         model = self.trainer.model(ended)
         if folder is not None and devices.leads and self.spec is not None:
             runs.write_model(folder, model, self.spec)
-        return Fitted(model, self.spec, config, tuple(log), ended, time.perf_counter() - self.started, folder)
+            if checkpoints is not None:
+                self._write_best(folder, checkpoints, log, ended)
+        seconds = time.perf_counter() - self.started
+        return Fitted(model, self.spec, config, tuple(log), ended, seconds, folder)
 
-    def _record(self, epoch: int, metrics: Any, begin: float) -> Record:
+    def _write_best(
+        self, folder: pathlib.Path, checkpoints: Checkpoints, log: list[Record], ended: TrainState
+    ) -> None:
+        """The weights of the checkpoint with the largest estimate, unless they are the last ones or unreadable."""
+        epoch = watch.best(log, self.config)
+        if self.spec is None or epoch not in checkpoints.epochs() or epoch == log[-1]["epoch"]:
+            return
+        with contextlib.suppress(CheckpointError):  # the last weights are safe
+            _, state = checkpoints.load(parallel.host(ended), epoch)
+            model = self.trainer.model(parallel.local(self.devices.put(state)))
+            runs.write_model(folder, model, self.spec, runs.BEST)
+
+    def _record(self, epoch: int, metrics: Any, figures: Record, begin: float) -> Record:
         """The record of an epoch; waits until the epoch is finished."""
         config = self.config
         found = parallel.host(metrics)
@@ -233,19 +261,14 @@ class _Run:
             "epoch": epoch,
             "loss": float(found.loss),
             "accuracy": float(found.accuracy),
-            "certified_estimate": None,
             "skipped": int(found.skipped),
             "failed": int(found.failed),
             "learning_rate": float(rate),
             "seconds": time.perf_counter() - begin,
+            **figures,
         }
-        if config.uses_constants and epoch > config.warmup:
-            record["certified_estimate"] = float(found.certified)
-        return record
-
-    def _validates(self, epoch: int) -> bool:
-        every = self.config.validate_every
-        return every > 0 and (epoch % every == 0 or epoch == self.config.epochs)
+        trouble = watch.warning(record, config)
+        return record if trouble is None else {**record, "warning": trouble}
 
     def validate(self, state: TrainState) -> Record:
         """Clean and certified accuracy by a proved bound, of the weights that would be saved now."""

@@ -13,6 +13,7 @@ reaches them. Radii are in the units of the model's input.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -25,11 +26,16 @@ _LEAST = (
     1e-12  # constants below are not divided by: a constant of 0 (a dead network) has no gradient to follow
 )
 
-# Decreasing g of equation 8. R is in input units; exponential and hinge take their scale from r0.
-TRANSFORMS: Mapping[str, Callable[[jax.Array, float], jax.Array]] = {
-    "negative": lambda radius, r0: -radius,
-    "exponential": lambda radius, r0: jnp.exp(-radius / r0),
-    "hinge": lambda radius, r0: jnp.maximum(r0 - radius, 0),
+_SMALLEST = 1e-6  # share of r0 below which the logarithm is constant: rounding hides smaller radii
+
+# Decreasing g of equation 8 of (R_soft, r0, log(K - 1) / t). R is in input units; exponential and hinge take their
+# scale from r0. The logarithm is of R_soft + log(K - 1) / t >= R, which is positive for correct answers: its slope
+# grows as R falls, so its force does not vanish.
+TRANSFORMS: Mapping[str, Callable[[jax.Array, float, float], jax.Array]] = {
+    "negative": lambda radius, r0, offset: -radius,
+    "exponential": lambda radius, r0, offset: jnp.exp(-radius / r0),
+    "hinge": lambda radius, r0, offset: jnp.maximum(r0 - radius, 0),
+    "logarithm": lambda radius, r0, offset: -jnp.log(jnp.maximum(radius + offset, _SMALLEST * r0) / r0),
 }
 
 
@@ -74,7 +80,8 @@ def crm_penalty(
     chosen = (hard > 0) & (hard < r0)
     # Masked before g, too: exp(-R / r0) of a wrong answer overflows, and 0 times its infinite slope is not a number.
     soft = jnp.where(chosen, soft_radius(logits, labels, pairs, t), r0)
-    return jnp.sum(jnp.where(chosen, TRANSFORMS[g](soft, r0), 0)) / len(labels)
+    value = TRANSFORMS[g](soft, r0, math.log(max(logits.shape[-1] - 1, 1)) / t)
+    return jnp.sum(jnp.where(chosen, value, 0)) / len(labels)
 
 
 def gloro(logits: jax.Array, labels: jax.Array, pairs: jax.Array, *, eps: float) -> jax.Array:

@@ -1,6 +1,7 @@
 """The folder of a run: config.json, log.jsonl (one line per epoch), checkpoints/, and finally model.safetensors.
 
-A run with the recursion in its loss also writes lipsdp.certificate, which proves the constants of that model.
+Where an earlier checkpoint certifies more, by the estimates of the log, its weights are in best.safetensors. A run with
+the recursion in its loss also writes lipsdp.certificate, which proves the constants of the last weights.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from lipbounds.training.models import ModelSpec
 from lipbounds.training.store import load_model, save_model
 
 CONFIG, LOG, CHECKPOINTS, MODEL = "config.json", "log.jsonl", "checkpoints", "model.safetensors"
+BEST = "best.safetensors"
 CERTIFICATE = "lipsdp.certificate"
 FORMAT = "lipbounds-run"
 FORMAT_VERSION = 1
@@ -159,6 +161,6 @@ def append_log(folder: pathlib.Path, record: dict[str, Any]) -> None:
         ) from error
 
 
-def write_model(folder: pathlib.Path, model: nnx.Module, spec: ModelSpec) -> None:
-    """Write the final weights of a run."""
-    save_model(folder / MODEL, model, spec)
+def write_model(folder: pathlib.Path, model: nnx.Module, spec: ModelSpec, name: str = MODEL) -> None:
+    """Write the final weights of a run, or others under another name."""
+    save_model(folder / name, model, spec)

@@ -77,14 +77,10 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Metrics of one epoch on the augmented training images: means over the steps, and two counts.
-
-    certified is an estimate: it uses the constants of the loss, which are not proved.
-    """
+    """Metrics of one epoch on the augmented training images: means over the steps, and two counts."""
 
     loss: jax.Array
     accuracy: jax.Array
-    certified: jax.Array
     skipped: jax.Array
     failed: jax.Array
 
@@ -134,17 +130,19 @@ class Trainer:
         found, bound = self.core(self.form(weights), bound, pairwise=True, **options)
         return pair_constants(found, self.config.pairs).astype(_FLOAT), jax.lax.stop_gradient(bound)
 
-    def loss(self, logits: jax.Array, labels: jax.Array, pairs: jax.Array) -> jax.Array:
-        """The loss of a batch, given the constants of all pairs of classes."""
+    def loss(
+        self, logits: jax.Array, labels: jax.Array, pairs: jax.Array, share: float | jax.Array = 1.0
+    ) -> jax.Array:
+        """The loss of a batch, given the constants of all pairs of classes and the share of lam, or eps, in force."""
         c = self.config
         if c.loss == "gloro":
-            return losses.gloro(logits, labels, pairs, eps=c.eps)
+            return losses.gloro(logits, labels, pairs, eps=c.eps * share)
         if c.loss == "lipschitz-margin":
-            return losses.lipschitz_margin(logits, labels, pairs, eps=c.eps)
+            return losses.lipschitz_margin(logits, labels, pairs, eps=c.eps * share)
         plain = losses.cross_entropy(logits, labels, c.smoothing)
         if not c.uses_constants:
             return plain
-        return plain + c.lam * losses.crm_penalty(logits, labels, pairs, t=c.t, r0=c.r0, g=c.g)
+        return plain + c.lam * share * losses.crm_penalty(logits, labels, pairs, t=c.t, r0=c.r0, g=c.g)
 
     # --- the state -------------------------------------------------------------------------------------------------
 
@@ -271,10 +269,9 @@ class Trainer:
         return self._step(state, augment(key, x), self.devices.spread(labels[rows]))
 
     def _step(self, state: TrainState, x: jax.Array, labels: jax.Array) -> tuple[TrainState, Any]:
-        c = self.config
         trained = (state.weights, state.multipliers)
         logits, pull = jax.vjp(lambda weights: self.network(weights, x), state.weights)
-        loss, along, through, multipliers, bound, held, pairs = self._loss(state, trained, logits, labels)
+        loss, along, through, multipliers, bound, held = self._loss(state, trained, logits, labels)
         (direct,) = pull(along)
         gradient = (jax.tree.map(jnp.add, direct, through[0]), through[1])
         fine = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
@@ -285,33 +282,34 @@ class Trainer:
         average = self._average(state, weights)
         new = TrainState(weights, multipliers, moments, bound, held, average, state.step)
         new = jax.tree.map(lambda a, b: jnp.where(fine, a.astype(b.dtype), b), new, state)
-        radius = losses.radius(logits, labels, pairs)
         seen = (
             loss,
             jnp.mean((jnp.argmax(logits, axis=-1) == labels).astype(_FLOAT)),
-            jnp.mean((radius > c.eps).astype(_FLOAT)),
             ~fine,
             getattr(bound, "failed", jnp.zeros((), bool)),
         )
         return new._replace(step=state.step + 1), seen
 
     def _loss(self, state: TrainState, trained: Any, logits: Any, labels: Any) -> tuple[Any, ...]:
-        """(loss, dl/dz, (dC/d trained)' dl/dC, multipliers, state of the bound, held, constants)."""
+        """(loss, dl/dz, (dC/d trained)' dl/dC, multipliers, state of the bound, held)."""
         c = self.config
         nothing = jax.tree.map(jnp.zeros_like, trained)
-        none = jnp.full((1, 1), jnp.inf, _FLOAT)
         if not c.uses_constants:
-            loss, along = jax.value_and_grad(self.loss)(logits, labels, none)
-            return loss, along, nothing, state.multipliers, state.bound, state.held, none
+            loss, along = jax.value_and_grad(losses.cross_entropy)(logits, labels, c.smoothing)
+            return loss, along, nothing, state.multipliers, state.bound, state.held
+        begin = c.warmup * self.steps
+        share: float | jax.Array = 1.0
+        if c.ramp:
+            share = jnp.clip((state.step - begin + 1).astype(_FLOAT) / (c.ramp * self.steps), 0, 1)
+        whole = partial(self.loss, share=share)
 
         def plain() -> tuple[Any, ...]:
             loss, along = jax.value_and_grad(losses.cross_entropy)(logits, labels, c.smoothing)
-            unknown = jnp.full_like(state.held.pairs, jnp.inf)
-            return loss, along, nothing, state.multipliers, _calm(state.bound), state.held, unknown
+            return loss, along, nothing, state.multipliers, _calm(state.bound), state.held
 
         def fresh() -> tuple[Any, ...]:
             pairs, back, bound = jax.vjp(lambda t: self.constants(t, state.bound), trained, has_aux=True)
-            loss, (along, toward) = jax.value_and_grad(self.loss, argnums=(0, 2))(logits, labels, pairs)
+            loss, (along, toward) = jax.value_and_grad(whole, argnums=(0, 2))(logits, labels, pairs)
             (through,) = back(toward)
             multipliers = state.multipliers
             if c.constants == "recursion":  # multipliers that fail on finite weights are reset
@@ -320,19 +318,18 @@ class Trainer:
                 )
                 bound = bound._replace(multipliers=(), moments=())
             held = Held(pairs, through, jnp.sum(toward * pairs)) if c.refresh > 1 else Held(pairs, (), ())
-            return loss, along, through, multipliers, bound, held, pairs
+            return loss, along, through, multipliers, bound, held
 
         def kept() -> tuple[Any, ...]:
             held = state.held
-            loss, (along, toward) = jax.value_and_grad(self.loss, argnums=(0, 2))(logits, labels, held.pairs)
+            loss, (along, toward) = jax.value_and_grad(whole, argnums=(0, 2))(logits, labels, held.pairs)
             # A radius does not change when logits and constants grow alike, so dl/dz and dl/dC nearly cancel along
             # that direction. They must do so for this batch, too.
             share = jnp.sum(toward * held.pairs) / jnp.where(held.pressure != 0, held.pressure, 1)
             share = jnp.clip(share, 0, _LONGEST)
             through = jax.tree.map(lambda a: a * share.astype(a.dtype), held.gradient)
-            return loss, along, through, state.multipliers, _calm(state.bound), held, held.pairs
+            return loss, along, through, state.multipliers, _calm(state.bound), held
 
-        begin = c.warmup * self.steps
         branches: list[Callable[[], tuple[Any, ...]]] = [fresh]
         choice = jnp.zeros((), jnp.int32)
         if c.refresh > 1:
@@ -375,7 +372,7 @@ def _calm(bound: Any) -> Any:
 
 def _metrics(seen: Any) -> Metrics:
     """Metrics of an epoch from the values of its steps."""
-    loss, accuracy, certified, skipped, failed = seen
+    loss, accuracy, skipped, failed = seen
     kept = jnp.maximum(jnp.sum(~skipped), 1)
 
     def mean(a: jax.Array) -> jax.Array:
@@ -384,7 +381,7 @@ def _metrics(seen: Any) -> Metrics:
     def count(a: jax.Array) -> jax.Array:
         return jnp.sum(a.astype(jnp.int32))
 
-    return Metrics(mean(loss), mean(accuracy), mean(certified), count(skipped), count(failed))
+    return Metrics(mean(loss), mean(accuracy), count(skipped), count(failed))
 
 
 def pair_constants(found: Any, pairs: str) -> jax.Array:

@@ -64,7 +64,10 @@ def working() -> Iterator[Callable[[str], None]]:
 
 @contextlib.contextmanager
 def training(epochs: int, quiet: bool = False) -> Iterator[Callable[[Json, str], None]]:
-    """Yields tell(record of an epoch, text): a bar on a terminal; elsewhere a line for every validated epoch."""
+    """Yields tell(record of an epoch, text): a bar on a terminal; elsewhere a line for every validated epoch.
+
+    On both an epoch with a warning has a line where the one before it had none.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -86,11 +89,14 @@ def training(epochs: int, quiet: bool = False) -> Iterator[Callable[[Json, str],
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading the data, compiling", total=epochs)
+        warned = False
 
         def tell(record: Json, text: str) -> None:
+            nonlocal warned
             bar.update(task, completed=record["epoch"], description=text)
-            if "clean" in record:
+            if "clean" in record or ("warning" in record and not warned):
                 say(console, f"epoch {record['epoch']}: {text}")
+            warned = "warning" in record
 
         yield tell
 

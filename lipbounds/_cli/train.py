@@ -137,7 +137,10 @@ def _check_used(given: Json, c: Any) -> None:
     recursion = c.uses_constants and c.constants == "recursion"
     used = {
         ("lam", "r0", "t", "g"): (c.loss == "crm", "the loss crm"),
-        ("constants", "pairs", "refresh", "warmup"): (c.loss != "cross-entropy", "a loss with constants"),
+        ("constants", "pairs", "refresh", "warmup", "ramp", "stop_if_uncertified"): (
+            c.loss != "cross-entropy",
+            "a loss with constants",
+        ),
         ("multiplier_rate", "precision"): (recursion or c.precision == "float64", "--constants recursion"),
         ("power_iterations",): (c.uses_constants and not recursion, "--constants naive or liplt"),
         ("final_learning_rate", "decay_from"): (c.schedule != "constant", "a schedule that decays"),
@@ -153,7 +156,7 @@ def _check_used(given: Json, c: Any) -> None:
 
 def _run(folder: Any, settings: Any, data_dir: str | None) -> None:
     """Train, or resume where settings is None, with a progress bar; certify the test images and write the report."""
-    from lipbounds.analysis.training_report import final_record, write_training_report
+    from lipbounds.analysis.training_report import final_record, remarks, write_training_report
     from lipbounds.training import loop, parallel, runs
 
     resumed = settings is None
@@ -173,11 +176,13 @@ def _run(folder: Any, settings: Any, data_dir: str | None) -> None:
         return
     with tables.working() as say:
         final = final_record(fitted, None if data_dir is None else Path(data_dir), say)
-    page = write_training_report(folder, settings, list(fitted.log), final)
+    said = remarks(fitted)
+    page = write_training_report(folder, settings, list(fitted.log), final, said)
     clean, certified = 100 * final["clean"], 100 * final["certified"]
     for line in (
         f"{final['images']} test images: {clean:.2f} % clean, {certified:.2f} % certified at eps {settings.eps:g} "
         f"({final['method']}, {final['guarantee']})",
+        *said,
         f"report: {page}",
         f"next:   lipbounds evaluate {folder}",
     ):
@@ -189,8 +194,10 @@ def _line(record: Json, settings: Any) -> str:
     text = f"loss {record['loss']:.4g}, {100 * record['accuracy']:.1f} % correct in training"
     if record["skipped"] or record["failed"]:
         text += f", {record['skipped']} steps skipped, {record['failed']} without constants"
+    if record.get("certified_estimate") is not None and "clean" not in record:
+        text += f", {100 * record['certified_estimate']:.1f} % certified (estimate)"
     if "clean" in record:
         clean, certified = 100 * record["clean"], 100 * record["certified"]
         text += f"; {clean:.1f} % clean and {certified:.1f} % certified at eps {settings.eps:g}"
         text += f" ({record['guarantee']}, {record['images']} {record['part']} images)"
-    return text
+    return f"{text}; WARNING: {record['warning']}" if "warning" in record else text
