@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import os
@@ -99,10 +100,12 @@ def cases() -> dict[str, sp.csr_array]:
 CASES = cases()
 
 
-def proof(a: Any, way: str = "banded") -> banded_cholesky.Plan:
+def proof(a: Any, way: str = "banded", keep: bool = False) -> banded_cholesky.Plan:
     """The plan of one way, whatever the rule of sizes would choose."""
-    (plan,) = (p for p in banded_cholesky.plans(norms.wide(norms.as_matrix(a))) if p.way == way)
-    return plan
+    (plan,) = (
+        p for p in banded_cholesky.plans(norms.wide(norms.as_matrix(a))) if p.way == way and not p.keep
+    )
+    return dataclasses.replace(plan, keep=keep)
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +122,8 @@ def test_banded_and_dense_proofs_agree(name: str) -> None:
     exact = float(np.linalg.norm(np.ldexp(a.toarray(), 600 if name == "scaled" else 0), 2))
     exact = math.ldexp(exact, -600 if name == "scaled" else 0)
     dense, banded = (norms.verified_norm(a, plan=proof(a, way)) for way in ("dense", "banded"))
-    for bound in (dense, banded):
+    kept = norms.verified_norm(a, plan=proof(a, keep=True))
+    for bound in (dense, banded, kept):
         assert exact * (1 - 1e-13) <= bound <= exact * (1 + 1e-9)
     assert math.isclose(banded, dense, rel_tol=1e-9)
     for start in (exact, exact * (1 - 1e-9), exact / 7):
@@ -334,3 +338,27 @@ print(a.shape[0], norms.verified_norm(a), upper, lower, fourier.conv_fft_bound(k
     n, verified, upper, lower, fourier, peak = (float(x) for x in done.stdout.split())
     assert n == 32768 and lower <= verified <= min(upper, lower * (1 + 1e-6), fourier)
     assert peak < 2e9
+
+
+def test_the_band_is_kept_where_it_is_smaller_than_the_matrix() -> None:
+    wide = norms.wide(CASES["channels last"])
+    plans = [p for p in banded_cholesky.plans(wide) if p.way == "banded"]
+    more = banded_cholesky.plans(sp.csr_array(sp.hstack([wide] * 40)))
+    kept, not_kept = (p for p in more if p.way == "banded")
+    assert [p.keep for p in plans] == [False] and kept.keep and not not_kept.keep
+    assert kept.memory - not_kept.memory == 8 * wide.shape[0] * (
+        kept.width + banded_cholesky._height(kept.width)
+    )
+    b = sp.csr_array(sp.hstack([wide] * 40))
+    assert norms.verified_norm(b, plan=kept) == pytest.approx(
+        norms.verified_norm(b, plan=not_kept), rel=1e-10
+    )
+
+
+def test_pairs_of_top_eigenvalues_are_both_found() -> None:
+    """Two eigenvalues 1e-9 apart: one start of Lanczos finds a value between them, and proofs at it fail."""
+    values = np.concatenate([[1.0, 1.0 - 1e-9], np.linspace(0.0, 0.99, 598)])
+    found = cholesky.top_eigenvalue(lambda v: values * v, values.size)
+    assert abs(found - 1.0) < 1e-11
+    one = cholesky.top_eigenvalue(lambda v: values * v, values.size, steps=160, starts=1)
+    assert one < 1.0 - 1e-10

@@ -21,7 +21,7 @@ from lipbounds._cli.main import app
 from lipbounds._form.lure import LureForm
 from lipbounds._gain import memory_budget
 from lipbounds._norms import banded_cholesky, lanczos
-from lipbounds._triangle import recursion
+from lipbounds._triangle import formed_blocks, recursion
 from lipbounds.training.models import ModelSpec, build
 from lipbounds.training.store import save_model
 
@@ -183,7 +183,7 @@ def test_blocks_formed_by_slices_are_the_blocks(net: str, deep: LureForm) -> Non
         scalings = recursion.loop_transform(form, 2, centred=centred)
         for nodes in recursion.partitions(form):
             pairs = recursion.structure(host, nodes, scalings)
-            for (source, target), known in recursion.matrices(host, pairs, scalings):
+            for (source, target), known in formed_blocks.matrices(host, pairs, scalings):
                 expected = known.dense().midpoint_for_search()
                 limit = 3 * expected.nbytes + 75_000
                 counted = []
@@ -210,7 +210,7 @@ def test_blocks_formed_by_slices_are_the_blocks(net: str, deep: LureForm) -> Non
 def test_a_block_too_large_is_left_before_it_is_whole(deep: LureForm) -> None:
     host = recursion.host_form(deep)
     scalings = recursion.loop_transform(deep, 2, centred=True)
-    stored = next(iter(recursion.matrices(host, [((0,), (2,))], scalings)))[1].midpoint_for_search()
+    stored = next(iter(formed_blocks.matrices(host, [((0,), (2,))], scalings)))[1].midpoint_for_search()
     tracemalloc.start()
     block, need = memory_budget.formed(host, (0,), (2,), scalings, 600_000)
     held = tracemalloc.get_traced_memory()[1]
@@ -324,7 +324,9 @@ def bounds_of(form: LureForm, source: Any, target: Any, *, centred: bool) -> tup
     """(the Fourier bound of a block, its norm by NumPy)."""
     host = recursion.host_form(form)
     scalings = recursion.loop_transform(form, 2, centred=centred)
-    (block,) = (b.midpoint_for_search() for _, b in recursion.matrices(host, [(source, target)], scalings))
+    (block,) = (
+        b.midpoint_for_search() for _, b in formed_blocks.matrices(host, [(source, target)], scalings)
+    )
     dense = block.toarray() if sp.issparse(block) else block
     return memory_budget.convolution(host, source, target, scalings, 10**12), float(np.linalg.norm(dense, 2))
 
@@ -412,7 +414,7 @@ def test_a_resnet_on_32_by_32_is_verified() -> None:
     assert any(min(p.shape) > 6000 and "banded" in p.how for p in bound.parts)
     scalings = recursion.loop_transform(form, 2, centred=True)
     nodes = [(k,) for k in range(len(form.taps))]
-    for pair, block in recursion.matrices(host, recursion.structure(host, nodes, scalings), scalings):
+    for pair, block in formed_blocks.matrices(host, recursion.structure(host, nodes, scalings), scalings):
         a = block.midpoint_for_search()
         lower = lanczos.golub_kahan(lambda v, a=a: a @ v, lambda v, a=a: a.T @ v, a.shape[1])[1]
         name = (

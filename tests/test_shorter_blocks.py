@@ -7,7 +7,7 @@ import pytest
 from zoo import NETS
 
 import lipbounds as lb
-from lipbounds._triangle import recursion
+from lipbounds._triangle import formed_blocks, recursion
 
 
 @pytest.mark.sampled(2)
@@ -22,13 +22,13 @@ def test_shorter_blocks_are_above_the_blocks_they_replace(name: str, monkeypatch
     nodes = recursion.partitions(form)[0]
     pairs = recursion.structure(host, nodes, scalings)
     plain = recursion.block_norms(form, pairs, scalings, recursion.Request())
-    huge = {p: recursion.BlockNorm(1e300, "verified", "Cholesky", b.shape) for p, b in plain.items()}
-    recursion._shorten(host, pairs, scalings, pairs, huge, 2)
+    huge = {p: formed_blocks.BlockNorm(1e300, "verified", "Cholesky", b.shape) for p, b in plain.items()}
+    formed_blocks.shorten(host, pairs, scalings, pairs, huge, 2)
     assert all(huge[p].value >= plain[p].value * (1 - 1e-9) for p in pairs)
     assert all(huge[p].how == "shorter blocks" for p in pairs)
     # Blocks with nothing between source and target are not made larger.
     naive = lb.naive(form).value
-    monkeypatch.setattr(recursion, "_LOOSE", -1.0)
+    monkeypatch.setattr(recursion, "LOOSE", -1.0)
     again = lb.trace(fn, x)
     assert lb.liplt(again).value == pytest.approx(lb.liplt(form).value, rel=1e-9)
     assert lb.liplt(again).value <= naive

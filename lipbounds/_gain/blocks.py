@@ -71,6 +71,7 @@ class HostForm:
         self.consts = [np.asarray(c) for c in form.consts]
         self.built: dict[int, list[StepMatrix]] = {}
         self.proved: dict[Any, float] = {}  # norms already proved, by content
+        self.formed: dict[Any, Any] = {}  # norms of blocks that were formed, by content
         self.quick: dict[Any, Any] = {}  # quick proofs of wide blocks, by content
         self.searches: dict[Any, Any] = {}  # norms of wide blocks that steps may still refine, by content
 

@@ -148,7 +148,7 @@ def _remembered(
     way: Callable[[], Bound | None],
 ) -> Bound | None:
     """The bound of one way, or that it has none, kept with the form."""
-    what, exponent = _content(host, *pair, scalings)
+    what, exponent = content(host, *pair, scalings)
     if (what, how) not in host.quick:
         host.quick[what, how] = way(), exponent
     found, before = host.quick[what, how]
@@ -315,7 +315,7 @@ def search(
     max_steps: int = memory_budget.MOST_STEPS,
 ) -> Search:
     """The search of a block, kept with the form."""
-    what, exponent = _content(host, *pair, scalings)
+    what, exponent = content(host, *pair, scalings)
     key = (what, seed, failure, max_steps)
     block = BlockProduct(host, *pair, scalings)
     if key not in host.searches:
@@ -330,7 +330,7 @@ def search(
     return Search(starts, math.ldexp(1.0, exponent - before), float(sum(block.shape)))
 
 
-def _content(host: HostForm, source: Node, target: Node, scalings: Sequence[TapScaling]) -> tuple[Any, int]:
+def content(host: HostForm, source: Node, target: Node, scalings: Sequence[TapScaling]) -> tuple[Any, int]:
     """(key, exponent): blocks of one form with equal keys are equal up to the power of two of their exponents."""
     alive = host.coming_from([source], scalings) & host.leading_to([target], scalings)
     largest = max((float(np.abs(scalings[k].q).max(initial=0.0)) for k in source), default=1.0)

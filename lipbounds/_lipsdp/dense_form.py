@@ -26,7 +26,8 @@ from lipbounds._form.lure import LureForm
 from lipbounds._lipsdp.matrix_inequality import closure
 from lipbounds._norms import matrices as norms
 from lipbounds._norms.enclosures import Enclosure
-from lipbounds._triangle.recursion import host_form, loop_transform, matrices, structure
+from lipbounds._triangle.formed_blocks import matrices
+from lipbounds._triangle.recursion import host_form, loop_transform, structure
 
 #: Entries of (Gy; Gz) above which the dense form is refused: 1 GB.
 MAX_ENTRIES = 2**27

@@ -38,6 +38,7 @@ from lipbounds._norms import enclosures
 from lipbounds._norms.lanczos import lanczos_columns
 from lipbounds._norms.rounding import U, gamma
 from lipbounds._triangle import product_rounding, recursion
+from lipbounds._triangle.formed_blocks import matrices
 from lipbounds._triangle.product_rounding import OUTPUT, Spread
 
 _ROUNDING = 1e-10  # allowance, relative, of sums of numbers >= 0
@@ -66,7 +67,7 @@ class Front:
         self.direct: list[dict[int, tuple[Any, float]]] = [{} for _ in self.taps]  # |M|, e of D[k, j] = M + E
         self.first = [np.zeros(tap.size_in) for tap in self.taps]  # ||D[k, x]_i||
         pairs, inputs = recursion.structure(host, nodes, plain), {}
-        for (source, target), block in recursion.matrices(host, pairs, plain):
+        for (source, target), block in matrices(host, pairs, plain):
             if source:
                 middle, error = block.with_error()
                 self.direct[target[0]][source[0]] = np.abs(middle), error

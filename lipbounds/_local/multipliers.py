@@ -113,7 +113,7 @@ def feasible(block: np.ndarray, d: np.ndarray, first: float) -> tuple[np.ndarray
     def top(root: np.ndarray) -> float:
         if len(root) <= _EXACT:
             return float(np.linalg.eigvalsh(block * root[:, None] * root)[-1])
-        return top_eigenvalue(lambda v: root * (block @ (root * v)), len(root), 1e-3, 40)
+        return top_eigenvalue(lambda v: root * (block @ (root * v)), len(root), 1e-3, 40, starts=1)
 
     room = _FIRST_ROOM if first > 1 else ROOM
     for scale in _raised(d, first, top):
@@ -132,7 +132,7 @@ def feasible_thin(
 
     def top(root: np.ndarray) -> float:
         scaled = rows * root[:, None]
-        return top_eigenvalue(lambda v: scaled.T @ (scaled @ v), rows.shape[1], 1e-3, 40)
+        return top_eigenvalue(lambda v: scaled.T @ (scaled @ v), rows.shape[1], 1e-3, 40, starts=1)
 
     room = _FIRST_ROOM if first > 1 else ROOM
     for scale in _raised(d, first, top):

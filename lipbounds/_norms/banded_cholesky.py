@@ -27,6 +27,7 @@ is taken to form ordinary inner products (no Strassen) and to solve triangular s
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -38,6 +39,7 @@ from scipy.linalg.lapack import dpotrf
 from scipy.sparse.csgraph import reverse_cuthill_mckee
 
 from lipbounds._norms import cholesky
+from lipbounds._text.progress import alive
 
 #: Below this smaller side the dense proof takes less time than the search for an order.
 LEAST = 1024
@@ -126,6 +128,7 @@ class Plan:
         memory: bytes of all arrays of the proof, the matrix itself included; an upper estimate.
         flops: of the factorisation and the Gram matrix, an estimate.
         order, width: of a banded proof.
+        keep: whether the band of the Gram matrix is kept, for the estimate of the norm and every factorisation.
     """
 
     way: str
@@ -133,6 +136,7 @@ class Plan:
     flops: float
     order: np.ndarray | None = None
     width: int = 0
+    keep: bool = False
 
     @property
     def name(self) -> str:
@@ -163,8 +167,11 @@ def plans(b: Any, memory: int | None = None) -> list[Plan]:
     nb = _height(w)
     window = 8 * (w + nb) * (w + 4 * nb) + 8 * (w + 2 * nb) * _slice(w)
     copy = 0 if order is None else own
-    banded = Plan("banded", work + copy + window, 2.0 * r * (w + nb) ** 2, order, w)
-    return [banded, dense] if _MARGIN * (w + nb) ** 2 < r * r else [dense, banded]
+    flops, band = 2.0 * r * (w + nb) ** 2, 8 * r * (w + nb)
+    banded = [Plan("banded", work + copy + window, flops, order, w)]
+    if band < own:  # then a product with the band costs less than two with the matrix
+        banded = [Plan("banded", work + copy + window + band, flops, order, w, True), *banded]
+    return [*banded, dense] if _MARGIN * (w + nb) ** 2 < r * r else [dense, *banded]
 
 
 def choose(b: Any, memory: int | None) -> Plan:
@@ -180,7 +187,7 @@ def choose(b: Any, memory: int | None) -> Plan:
 
 def _slice(w: int) -> int:
     """Columns of B that are made dense together for block rows of G."""
-    return max(256, w // 4)
+    return max(512, w // 4)
 
 
 class BandedCholesky:
@@ -188,7 +195,7 @@ class BandedCholesky:
 
     def __init__(self, b: Any, k: int, absolute_gram: float, plan: Plan) -> None:
         self.b = b if plan.order is None else b[plan.order]
-        self.k, self.absolute_gram, self.width = k, absolute_gram, plan.width
+        self.k, self.absolute_gram, self.width, self.keep = k, absolute_gram, plan.width, plan.keep
         squares = _reduced(np.add, self.b.data * self.b.data, self.b.indptr, 0.0)
         self.diagonal = squares  # within gamma_k of the computed g_ii, which the factor 2 of the shift covers
         self.counts = np.bincount(self.b.indices, minlength=self.b.shape[1]).astype(np.float64)
@@ -198,28 +205,47 @@ class BandedCholesky:
         return cholesky.rounding_shift(r, self.k, n, t, self.diagonal, self.absolute_gram, self.width)
 
     def restore(self) -> None:
-        """Do nothing: every proof forms the Gram matrix anew."""
+        """Do nothing: a proof leaves the Gram matrix as it is."""
 
     def estimate(self) -> float:
         """An estimate of lambda_max(B B')."""
+        if self.keep:
+            return cholesky.top_eigenvalue(self._gram_product, self.b.shape[0])
         return cholesky.top_eigenvalue(lambda v: self.b @ (self._transposed @ v), self.b.shape[0])
 
     @cached_property
     def _transposed(self) -> Any:
         return self.b.T
 
+    def _panels(self) -> Iterator[tuple[int, int, np.ndarray]]:
+        """(lo, hi, G[lo:top, lo:hi]) of all columns, top the end of the band."""
+        r, nb = self.b.shape[0], _height(self.width)
+        for lo in range(0, r, nb):
+            alive()
+            hi = min(lo + nb, r)
+            yield lo, hi, self._gram_rows(lo, hi, min(hi + self.width, r))
+
+    @cached_property
+    def _kept(self) -> list[tuple[int, int, np.ndarray]]:
+        return list(self._panels())
+
+    def _gram_product(self, v: np.ndarray) -> np.ndarray:
+        """G v."""
+        out = np.zeros(v.size)
+        for lo, hi, part in self._kept:
+            out[lo : lo + len(part)] += part @ v[lo:hi]
+            out[lo:hi] += v[hi : lo + len(part)] @ part[hi - lo :]
+        return out
+
     def proves(self, t: float) -> bool:
         """True only if ||B||_2**2 <= t (module docstring); False proves nothing."""
-        r, w = self.b.shape[0], self.width
-        nb, shift = _height(w), self.shift(t)
+        shift = self.shift(t)
         if not (t - self.diagonal - shift).min() > 0.0:
             return False
         panels: deque[tuple[int, np.ndarray]] = deque()  # (first row, its rows of the factor)
-        for lo in range(0, r, nb):
-            hi = min(lo + nb, r)
-            top = min(hi + w, r)
-            m = self._gram_rows(lo, hi, top)
-            np.negative(m, out=m)
+        for lo, hi, part in self._kept if self.keep else self._panels():
+            alive()
+            m, top = -part, lo + len(part)
             corner = m[: hi - lo]
             np.fill_diagonal(corner, (t + corner.diagonal()) - shift)
             while panels and panels[0][0] + panels[0][1].shape[0] <= lo:
@@ -241,17 +267,26 @@ class BandedCholesky:
     def _gram_rows(self, lo: int, hi: int, top: int) -> np.ndarray:
         """G[lo:top, lo:hi], each entry an inner product over the columns that both rows touch."""
         b = self.b
-        touched = b.indices[b.indptr[lo] : b.indptr[hi]]
-        columns = np.unique(touched)
+        first, middle, end = (int(b.indptr[i]) for i in (lo, hi, top))
+        seen = np.zeros(b.shape[1], bool)
+        seen[b.indices[first:middle]] = True
+        columns = np.flatnonzero(seen)
         height, width = top - lo, hi - lo
-        dense = 2.0 * height * width * columns.size / cholesky.DENSE_FLOPS + 4e-9 * height * columns.size
-        rows = b[lo:top]
-        if float(self.counts[touched].sum()) / cholesky.SPARSE_FLOPS < dense:
-            return (rows @ b[lo:hi].T.tocsr()).toarray()
+        dense = 2.0 * height * width * columns.size / cholesky.DENSE_FLOPS
+        dense += 4e-9 * height * columns.size + 2e-8 * (end - first)
+        if float(self.counts[b.indices[first:middle]].sum()) / cholesky.SPARSE_FLOPS < dense:
+            return (b[lo:top] @ b[lo:hi].T.tocsr()).toarray()
+        kept = np.flatnonzero(seen[b.indices[first:end]])
+        place = np.zeros(b.shape[1], np.int64)
+        place[columns] = np.arange(columns.size)
+        place = place[b.indices[first:end][kept]]
+        row = np.repeat(np.arange(height), np.diff(b.indptr[lo : top + 1]))[kept]
+        values = b.data[first:end][kept]
         g = np.zeros((height, width))
         step = _slice(self.width)
-        by_columns = rows.tocsc()
         for start in range(0, columns.size, step):
-            block = by_columns[:, columns[start : start + step]].toarray(order="C")
+            part = slice(None) if columns.size <= step else (place >= start) & (place < start + step)
+            block = np.zeros((height, min(step, columns.size - start)))
+            block[row[part], place[part] - start] = values[part]
             g += block @ block[:width].T
         return g

@@ -21,11 +21,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import scipy.sparse as sp
-from scipy.linalg import eigh_tridiagonal
 from scipy.linalg.blas import dtrsm
 from scipy.linalg.lapack import dpotrf
 
 from lipbounds._norms.rounding import U
+from lipbounds._text.progress import alive
 
 TINY = 2.0**-800
 """Covers every underflow in a Gram or Cholesky step of matrices with 2**-100 <= max|a| <= 2**100."""
@@ -87,11 +87,19 @@ def absolute(b: Any) -> Any:
 
 def absolute_gram_norm(b: Any) -> float:
     """max(|B| (|B|' 1)) in float64, dense in row blocks."""
+    return absolute_sums(b)[0]
+
+
+def absolute_sums(b: Any) -> tuple[float, float, float]:
+    """(max(|B| (|B|' 1)), largest column sum and largest row sum of |B|) in float64, dense in row blocks."""
     blocks = [b] if sp.issparse(b) else [b[i : i + BLOCK] for i in range(0, b.shape[0], BLOCK)]
     columns = np.zeros(b.shape[1])
+    most = 0.0
     for block in blocks:
-        columns += absolute(block).T @ np.ones(block.shape[0])
-    return max(float(np.max(absolute(block) @ columns)) for block in blocks)
+        sizes = absolute(block)
+        columns += sizes.T @ np.ones(block.shape[0])
+        most = max(most, float(np.max(sizes @ np.ones(b.shape[1]))))
+    return max(float(np.max(absolute(block) @ columns)) for block in blocks), float(columns.max()), most
 
 
 def gram(b: Any) -> np.ndarray:
@@ -127,6 +135,7 @@ def _gram_dense(b: np.ndarray) -> np.ndarray:
     step = max(256, int(_CALL / (2.0 * BLOCK * BLOCK)))
     for lo in range(0, r, BLOCK):
         for low in range(lo, r, BLOCK):
+            alive()
             left, right = b[lo : lo + BLOCK], b[low : low + BLOCK]
             part = left[:, :step] @ right[:, :step].T
             for start in range(step, n, step):
@@ -153,6 +162,7 @@ def _gram_blocks(b: Any, starts: list[int], touched: np.ndarray) -> np.ndarray:
             continue
         left = b[lo : lo + BLOCK][:, columns].toarray()
         for j in range(i, len(starts)):
+            alive()
             if not np.any(touched[j] & touched[i]):
                 continue
             low = starts[j]
@@ -188,6 +198,7 @@ def _factorised(m: np.ndarray) -> bool:
         return info == 0 and bool(np.all(np.isfinite(ends)) and np.all(ends > 0.0))
     height = int(np.clip(_CALL / (size * size), 64, BLOCK))
     for lo in range(0, size, height):
+        alive()
         hi = min(lo + height, size)
         above = m[:lo, lo:hi]
         corner = m[lo:hi, lo:hi] - above.T @ above
@@ -251,47 +262,75 @@ class ShiftedCholesky:
         return _factorised(self.g)
 
 
-def top_eigenvalue(matvec: Any, n: int, tol: float = 1e-11, steps: int = 160, rounds: int = 4) -> float:
-    """An estimate (no bound) of the top eigenvalue of a symmetric PSD map on R^n: Lanczos, seed fixed.
+def top_eigenvalue(
+    matvec: Any, n: int, tol: float = 1e-11, steps: int = 80, rounds: int = 4, starts: int = 2
+) -> float:
+    """An estimate (no bound) of the top eigenvalue of a symmetric PSD map on R^n: block Lanczos, seed fixed.
 
-    Where that has not converged after `steps` it starts again from the Ritz vector: a factorisation at an estimate that
-    is too low costs more.
+    The top eigenvalues of a real convolution come in pairs, of frequencies f and -f, which differ by little. One start
+    finds a mixture of both and nothing tells that the larger one is missed: there are two.
+    Where that has not converged after `steps` it goes on from the Ritz vectors: a factorisation at an estimate that is
+    too low costs more.
     """
-    v = np.random.default_rng(0).standard_normal(n)
+    if n <= 8 * starts:
+        return float(np.linalg.eigvalsh(np.stack([matvec(unit) for unit in np.eye(n)]))[-1])
+    v = np.random.default_rng(0).standard_normal((starts, n))
     for _ in range(rounds):
-        estimate, v, miss = _lanczos(matvec, v / np.linalg.norm(v), tol, min(steps, n))
+        estimate, v, miss = _lanczos(matvec, v, tol, min(steps, n // starts))
         if miss <= tol * estimate:
             break
     return estimate
 
 
 def _lanczos(matvec: Any, start: np.ndarray, tol: float, steps: int) -> tuple[float, np.ndarray, float]:
-    """(estimate, Ritz vector, what the Ritz value may miss) of the top eigenvalue."""
-    basis = np.zeros((steps + 1, start.size))
-    basis[0] = start
-    alpha: list[float] = []
-    beta: list[float] = []
+    """(estimate, Ritz vectors (p, n), what the Ritz value may miss) of the top eigenvalue, from `start` (p, n)."""
+    p, n = start.shape
+    basis = np.zeros((p * steps, n))
+    basis[:p] = np.linalg.qr(start.T)[0].T
+    t = np.zeros((p * steps, p * steps))
     for j in range(steps):
-        w = matvec(basis[j])
-        alpha.append(float(basis[j] @ w))
-        for _ in range(2):
-            w = w - basis[: j + 1].T @ (basis[: j + 1] @ w)
-        norm = float(np.linalg.norm(w))
-        last = j + 1 == steps or norm <= 1e-14 * max(alpha)
-        if j % 5 == 4 or last:
-            lowest = max(j - 1, 0)
-            values, vectors = eigh_tridiagonal(alpha, beta, select="i", select_range=(lowest, j))
-            top = float(values[-1])
-            residual = norm * abs(float(vectors[-1, -1]))
-            gap = top - float(values[-2]) if j else 0.0
-            miss = residual if gap <= 0.0 else min(residual, residual * residual / gap)
-            if last or miss <= tol * top:
-                if norm <= 1e-14 * max(alpha):
-                    miss = 0.0
+        alive()
+        here, end = slice(j * p, (j + 1) * p), (j + 1) * p
+        w = np.stack(
+            [matvec(v) for v in basis[here]]
+        )  # one after another: products with two columns are slower
+        t[here, here] = basis[here] @ w.T
+        w = _without(w, basis[max(j - 1, 0) * p : end])
+        w = _without(w, basis[:end])
+        ahead, r = np.linalg.qr(w.T)
+        size = float(np.abs(t[:end, :end].diagonal()).max())
+        gone = bool(np.abs(r).max() <= 1e-14 * size)
+        last = gone or j + 1 == steps
+        if j % 8 == 7 or last:
+            values, vectors = np.linalg.eigh(t[:end, :end])
+            miss = 0.0 if gone else _missed(values, r @ vectors[-p:, -p:])
+            if last or miss <= tol * values[-1]:
                 break
-        beta.append(norm)
-        basis[j + 1] = w / norm
-    return top + miss, vectors[:, -1] @ basis[: len(alpha)], miss
+        if np.abs(r.diagonal()).min() <= 1e-8 * size:  # rounding, which is not orthogonal to the basis
+            ahead = np.linalg.qr(_without(ahead.T, basis[:end]).T)[0]
+        basis[end : end + p] = ahead.T
+        t[end : end + p, here] = r
+        t[here, end : end + p] = r.T
+    return float(values[-1]) + miss, vectors[:, -p:].T @ basis[:end], miss
+
+
+def _without(rows: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    """Rows less their components along those of the basis."""
+    return np.stack([v - (basis @ v) @ basis for v in rows])
+
+
+def _missed(values: np.ndarray, residuals: np.ndarray) -> float:
+    """About how far the top Ritz value is below an eigenvalue, from the residuals (columns) of the top Ritz vectors.
+
+    It is at most the norm of its own residual, and about the square of the residuals of a cluster over the gap below.
+    """
+    p = residuals.shape[1]
+    found = float(np.linalg.norm(residuals[:, -1]))
+    for size in range(1, p + 1):
+        gap = float(values[-1] - values[-1 - size]) if len(values) > size else 0.0
+        if gap > 0.0:
+            found = min(found, float(np.linalg.norm(residuals[:, -size:])) ** 2 / gap)
+    return found
 
 
 def estimate_gram_norm(g: np.ndarray, b: Any) -> float:

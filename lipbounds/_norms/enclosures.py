@@ -264,7 +264,8 @@ def scale(m: Enclosure, rows: Any = None, cols: Any = None) -> Enclosure:
     """An enclosure of diag(rows) M_true diag(cols), the factors exact.
 
     Each side gives e' = max|d| e + U ||result||_F + sqrt(m n) 2**-1022; factors that are zero or powers of two
-    (slopes of 1/2) are not rounded, and the last two terms are left out.
+    (slopes of 1/2) are not rounded, and the second term is left out; the last one where no product can underflow.
+    Factors of one return the enclosure itself.
     """
     matrix, error = m._midpoint, m.error
     for axis, factors in enumerate((rows, cols)):
@@ -273,9 +274,11 @@ def scale(m: Enclosure, rows: Any = None, cols: Any = None) -> Enclosure:
         d = as_matrix(np.atleast_2d(factors))[0]
         if d.shape != (matrix.shape[axis],):
             raise ValueError(f"{d.size} factors for a side of {matrix.shape[axis]}")
+        if (d == 1.0).all():
+            continue
         exact = bool(np.isin(np.abs(np.frexp(d)[0]), (0.0, 0.5)).all())
-        # What underflow loses is added without a look at the entries where that is small beside other errors.
-        scanned = exact or sp.issparse(matrix) or matrix.size <= _SCANNED
+        # What underflow loses is added without a look at the entries of a large matrix.
+        scanned = sp.issparse(matrix) or matrix.size <= _SCANNED
         safe = scanned and _stay_normal(smallest(matrix), smallest(d))
         with np.errstate(over="ignore", under="ignore"):
             if sp.issparse(matrix):
@@ -284,7 +287,7 @@ def scale(m: Enclosure, rows: Any = None, cols: Any = None) -> Enclosure:
                 matrix = matrix * (d[:, None] if axis == 0 else d)
         matrix = as_matrix(matrix)
         lost = 0.0 if safe else mul_up(sqrt_up(float(matrix.shape[0]) * float(matrix.shape[1])), UNDERFLOW)
-        rounding = 0.0 if exact and safe else mul_up(U, frobenius_norm(matrix))
+        rounding = 0.0 if exact and (safe or not scanned) else mul_up(U, frobenius_norm(matrix))
         error = add_up(mul_up(largest(np.abs(d)), error), rounding, lost)
     return Enclosure(matrix, error)
 

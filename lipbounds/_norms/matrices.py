@@ -331,6 +331,16 @@ def proof_plan(a: Any, memory: int | None = None) -> banded_cholesky.Plan:
     return banded_cholesky.choose(wide(as_matrix(a)), memory)
 
 
+def _ceiling(b: Any) -> tuple[float, float]:
+    """(an upper bound of ||B||_2**2 from sums of absolute values, the float value of max(|B| (|B|' 1)))."""
+    if entries(b).size <= _CHUNK:
+        column, row, whole = induced_norm(b, 1), induced_norm(b, math.inf), frobenius_norm(b)
+        return min(mul_up(column, row), mul_up(whole, whole)), cholesky.absolute_gram_norm(b)
+    absolute_gram, column, row = cholesky.absolute_sums(b)
+    grown = 1.0 + 2.0 * gamma(sum(b.shape) + 8)
+    return min(up(up(column * grown) * up(row * grown)), mul_up(*[frobenius_norm(b)] * 2)), absolute_gram
+
+
 def verified_norm(
     a: Any, error: float = 0.0, start: float | None = None, plan: banded_cholesky.Plan | None = None
 ) -> float:
@@ -365,8 +375,7 @@ def verified_norm(
         return error
     b, exponent = _scaled(a)
     b = wide(b)
-    column, row, whole = induced_norm(b, 1), induced_norm(b, math.inf), frobenius_norm(b)
-    ceiling = min(mul_up(column, row), mul_up(whole, whole))
+    ceiling, absolute_gram = _ceiling(b)
     guess = 0.0
     if start is not None:
         with np.errstate(over="ignore", under="ignore"):
@@ -374,7 +383,7 @@ def verified_norm(
     if plan is None:
         plan = banded_cholesky.choose(b, None)
     t = device.norm_bound_of(b, plan.flops)
-    k, absolute_gram = cholesky.nonzeros_per_row(b), cholesky.absolute_gram_norm(b)
+    k = cholesky.nonzeros_per_row(b)
     if t is not None:
         t = min(t, ceiling)
     elif plan.way == "banded":

@@ -92,10 +92,10 @@ def liplt(
 
     def bound() -> Triangle:
         half = replace(request, failure=request.failure / 2)
-        return recursion.smaller(
-            recursion.triangle(form, half, pairwise=pairwise, centred=False),
-            recursion.triangle(form, half, pairwise=pairwise, centred=True),
-        )
+        centred = recursion.triangle(form, half, pairwise=pairwise, centred=True)
+        if not pairwise and recursion.surely_above(form, half, centred.value):
+            return replace(centred, failure=2 * centred.failure)
+        return recursion.smaller(recursion.triangle(form, half, pairwise=pairwise, centred=False), centred)
 
     if guarantee == "estimate":
         return estimate(form, liplt.core, p, pairwise, seed, method, started, bound)

@@ -23,6 +23,7 @@ from lipbounds._gain.blocks import HostForm, Node, TapScaling
 from lipbounds._norms import enclosures
 from lipbounds._norms.rounding import UNDERFLOW, U, gamma
 from lipbounds._triangle import recursion
+from lipbounds._triangle.formed_blocks import block_norm, matrices
 
 _CARRIED: weakref.WeakKeyDictionary[LureForm, dict[tuple[int, int], float]] = weakref.WeakKeyDictionary()
 INPUT = OUTPUT = -1  # in place of the index of a tap
@@ -47,7 +48,7 @@ def _carriers(form: LureForm, host: HostForm) -> dict[tuple[int, int], float]:
     nodes: list[Node] = [(k,) for k in range(len(form.taps))]
     pairs = [p for p in recursion.structure(host, nodes, plain) if p[0]]
     found = {}
-    for (source, target), block in recursion.matrices(host, pairs, plain):
+    for (source, target), block in matrices(host, pairs, plain):
         found[target[0], source[0]] = _proved(host, block)
     for source, block in host.backward((), nodes, plain).items():
         found[OUTPUT, source[0]] = _proved(host, block)
@@ -56,7 +57,7 @@ def _carriers(form: LureForm, host: HostForm) -> dict[tuple[int, int], float]:
 
 def _proved(host: HostForm, block: enclosures.Enclosure) -> float:
     if min(block.shape) <= recursion.DENSE_LIMIT // 4:
-        return recursion.block_norm(host, block, 2)
+        return block_norm(host, block, 2)
     return enclosures.enclosure_cheap_norm(block)
 
 

@@ -12,28 +12,27 @@ tap.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
-import scipy.sparse as sp
 
 from lipbounds._form.lure import LureForm, multiplicity, proved_slopes
 from lipbounds._form.program import Tap
-from lipbounds._gain.blocks import HostForm, Node, TapScaling, by_smaller_side
+from lipbounds._gain.blocks import HostForm, Node, TapScaling
 from lipbounds._gain.device_blocks import proved_on_device
 from lipbounds._gain.memory_budget import Budget, proofs
 from lipbounds._gain.wide_blocks import LIMIT, cut_norm, wide_norm
 from lipbounds._norms import enclosures
-from lipbounds._norms import matrices as norms
 from lipbounds._norms.banded_cholesky import Plan
 from lipbounds._norms.enclosures import Enclosure
 from lipbounds._norms.rounding import add_up, gamma, mul_up
 from lipbounds._text.progress import meter, proof_seconds, say
+from lipbounds._triangle import refinement
+from lipbounds._triangle.formed_blocks import LOOSE, BlockNorm, block_norm, block_shape, proved, shorten
 from lipbounds._triangle.refinement import wide_norms
 from lipbounds.results import Part, weakest
 
@@ -41,7 +40,7 @@ from lipbounds.results import Part, weakest
 DENSE_LIMIT = 4096
 #: Probability with which a probabilistic bound may fail, all its blocks together.
 FAILURE = 1e-9
-_LOOSE = 1e-6  # rounding error of a block, relative to its norm, above which shorter blocks are tried
+_WORTH_A_LOOK = 20.0  # estimated seconds of proofs above which rough norms tell first whether they are needed
 STORED_ENTRIES = 2**28  # a scaling keeps all blocks: 2 GB
 
 _HOSTS: weakref.WeakKeyDictionary[LureForm, HostForm] = weakref.WeakKeyDictionary()
@@ -108,14 +107,6 @@ def _block_name(form: LureForm, pair: tuple[Node, Node]) -> str:
 
 
 @dataclass(frozen=True)
-class BlockNorm:
-    value: float
-    guarantee: str
-    how: str
-    shape: tuple[int, int]
-
-
-@dataclass(frozen=True)
 class Request:
     """Options of a run of the recursion."""
 
@@ -139,44 +130,6 @@ def structure(
     return pairs
 
 
-def matrices(
-    host: HostForm, pairs: Sequence[tuple[Node, Node]], scalings: Sequence[TapScaling]
-) -> Iterator[tuple[tuple[Node, Node], Enclosure]]:
-    """The blocks of the gain one after another, or their transposes: swept from the smaller side."""
-    for node, others, reverse in by_smaller_side(host, pairs):
-        if reverse:
-            for source, block in host.backward(node, others, scalings).items():
-                yield (source, node), block.T
-        else:
-            for target, block in host.forward(node, others, scalings).items():
-                yield (node, target), block
-
-
-def block_norm(host: HostForm, block: Enclosure, norm: float, plan: Plan | None = None) -> float:
-    """A proved bound of the norm; equal matrices up to a power of two are proved once."""
-    if norm != 2:
-        return enclosures.enclosure_norm(block, norm)
-    matrix, error = block.with_error()
-    entries = matrix.data if sp.issparse(matrix) else matrix
-    top = norms.largest(matrix)
-    if top == 0.0:
-        return error
-    exponent = math.frexp(top)[1]
-    if abs(exponent) > 500:
-        return enclosures.enclosure_norm(block, norm)
-    digest = hashlib.sha1()
-    step = max(1, 2**20 * entries.shape[0] // entries.size)
-    for lo in range(0, entries.shape[0], step):
-        digest.update(np.ldexp(np.ascontiguousarray(entries[lo : lo + step]), -exponent).data)
-    if sp.issparse(matrix):
-        digest.update(matrix.indices.tobytes())
-        digest.update(matrix.indptr.tobytes())
-    key = (block.shape, digest.hexdigest())
-    if key not in host.proved:
-        host.proved[key] = math.ldexp(norms.verified_norm(matrix, plan=plan), -exponent)
-    return add_up(math.ldexp(host.proved[key], exponent), error)
-
-
 def block_norms(
     form: LureForm,
     pairs: Sequence[tuple[Node, Node]],
@@ -193,42 +146,34 @@ def block_norms(
     if request.norm == 2 and request.guarantee in ("auto", "verified"):
         limit = math.inf if request.budget is None else request.budget.limit
         for pair, value in proved_on_device(host, pairs, scalings, limit).items():
-            found[pair] = BlockNorm(value, "verified", "residual on a GPU", _shape(host, pair))
+            found[pair] = BlockNorm(value, "verified", "residual on a GPU", block_shape(host, pair))
         pairs = [pair for pair in pairs if pair not in found]
     if request.budget is not None:
         return {**found, **_within_budget(form, pairs, scalings, request, request.budget)}
     small: list[tuple[Node, Node]] = []
     large: list[tuple[Node, Node]] = []
     for pair in pairs:
-        side = min(_shape(host, pair))
+        side = min(block_shape(host, pair))
         forced = request.norm != 2 or request.guarantee == "verified"
         dense = request.guarantee == "auto" and side <= DENSE_LIMIT
         if forced and request.norm == 2 and side > DENSE_LIMIT:
             cut = cut_norm(host, pair, scalings)
             if cut is not None:
-                found[pair] = BlockNorm(*cut[:3], _shape(host, pair))
+                found[pair] = BlockNorm(*cut[:3], block_shape(host, pair))
                 continue
         (small if forced or dense else large).append(pair)
-    loose = []
-    costs = {pair: proof_seconds(*_shape(host, pair)) if request.norm == 2 else 0.0 for pair in small}
-    with meter(len(small), sum(costs.values())) as advance:
-        for pair, block in matrices(host, small, scalings):
-            plan = enclosures.enclosure_plan(block) if request.norm == 2 else None
-            value = block_norm(host, block, request.norm, plan)
-            how = "exact sums" if plan is None else plan.name
-            found[pair] = BlockNorm(value, "verified", how, block.shape)
-            if block.error > _LOOSE * value:
-                loose.append(pair)
-            advance(f"norm of {_block_name(form, pair)}", costs[pair])
+    one_by_one = proved(host, small, scalings, request.norm, partial(_block_name, form))
+    found |= {pair: bound for pair, (bound, _) in one_by_one.items()}
+    loose = [pair for pair, (bound, error) in one_by_one.items() if error > LOOSE * bound.value]
     if loose:
-        _shorten(host, pairs, scalings, loose, found, request.norm)
+        shorten(host, pairs, scalings, loose, found, request.norm)
     if large:
         known = {pair: one.value for pair, one in found.items()}
         name, proofs = partial(_block_name, form), request.guarantee != "probabilistic"
         wide = wide_norms(
             host, large, scalings, known, ends or {}, request.seed, request.failure, proofs, name
         )
-        found |= {pair: BlockNorm(*bound[:3], _shape(host, pair)) for pair, bound in wide.items()}
+        found |= {pair: BlockNorm(*bound[:3], block_shape(host, pair)) for pair, bound in wide.items()}
     return found
 
 
@@ -245,7 +190,7 @@ def _within_budget(
     verified, that is where every block without a proof has one.
     """
     host = host_form(form)
-    size = partial(_shape, host)
+    size = partial(block_shape, host)
     forced = request.guarantee == "verified"
     found: dict[tuple[Node, Node], BlockNorm] = {}
     left: dict[tuple[Node, Node], tuple[float, int] | None] = dict.fromkeys(pairs)
@@ -261,10 +206,10 @@ def _within_budget(
             )
         for pair, proof in proved.items():
             found[pair] = BlockNorm(proof.value, "verified", proof.how, proof.shape)
-        loose = [pair for pair, proof in proved.items() if proof.error > _LOOSE * proof.value]
+        loose = [pair for pair, proof in proved.items() if proof.error > LOOSE * proof.value]
         # Shorter blocks are formed all at once: only where they fit as dense arrays.
         if loose and not left and 8 * sum(math.prod(size(pair)) for pair in pairs) <= budget.limit:
-            _shorten(host, pairs, scalings, loose, found, 2)
+            shorten(host, pairs, scalings, loose, found, 2)
     whole = all(bound is not None for bound in left.values())
     for place, (pair, bound) in enumerate(left.items()):
         say(f"norm of {_block_name(form, pair)}")
@@ -285,41 +230,6 @@ def _within_budget(
         )
         found[pair] = BlockNorm(one.value, one.guarantee, f"{one.how}, {budget.spend(one.need)}", size(pair))
     return found
-
-
-def _shape(host: HostForm, pair: tuple[Node, Node]) -> tuple[int, int]:
-    return host.node_size(pair[1], source=False), host.node_size(pair[0], source=True)
-
-
-def _shorten(
-    host: HostForm,
-    pairs: Sequence[tuple[Node, Node]],
-    scalings: Sequence[TapScaling],
-    loose: Sequence[tuple[Node, Node]],
-    found: dict[tuple[Node, Node], BlockNorm],
-    norm: float,
-) -> None:
-    """Bound blocks whose rounding error is not small relative to their norm by shorter blocks.
-
-    Without rounding G[k, j] = D[k, j] q_j + sum_m D[k, m] c_m G[m, j] over the taps m between, D the direct linear
-    maps, so ||G[k, j]|| <= ||D[k, j] q_j|| + sum_m ||D[k, m] c_m|| ||G[m, j]||. The smaller bound is kept.
-    """
-    plain = [TapScaling(None, s.q, s.e) for s in scalings]
-    through = [TapScaling(None, np.zeros_like(s.q) if s.c is None else s.c, s.e) for s in scalings]
-    direct = {pair: block_norm(host, block, norm) for pair, block in matrices(host, loose, plain)}
-    targets = {target for _, target in loose}
-    between = [pair for pair in pairs if pair[0] and pair[1] in targets]
-    steps = {pair: block_norm(host, block, norm) for pair, block in matrices(host, between, through)}
-    nodes = list(dict.fromkeys(target for _, target in pairs))
-    for source, target in sorted(loose, key=lambda pair: nodes.index(pair[1])):
-        terms = [direct.get((source, target), 0.0)]
-        for (middle, end), value in steps.items():
-            if end == target and (source, middle) in found:
-                terms.append(mul_up(value, found[source, middle].value))
-        shorter = add_up(*terms)
-        old = found[source, target]
-        if shorter < old.value:
-            found[source, target] = BlockNorm(shorter, "verified", "shorter blocks", old.shape)
 
 
 @dataclass(frozen=True)
@@ -444,9 +354,9 @@ def _to_many_outputs(
     host = host_form(form)
     found: dict[Node, BlockNorm] = {}
     for place, source in enumerate([(), *nodes]):
-        if host.program.output not in host.coming_from({source}, scalings):
+        if not _reaches_output(host, source, scalings):
             continue
-        shape = _shape(host, (source, ()))
+        shape = block_shape(host, (source, ()))
         if shape[1] <= DENSE_LIMIT:
             block = host.forward(source, [()], scalings)[()]
             plan = enclosures.enclosure_plan(block)
@@ -466,6 +376,10 @@ def _to_many_outputs(
     return found
 
 
+def _reaches_output(host: HostForm, source: Node, scalings: Sequence[TapScaling]) -> bool:
+    return host.program.output in host.coming_from({source}, scalings)
+
+
 def _rows_way(plan: Plan, request: Request) -> str:
     """The name of the proof of the rows to the outputs, charged to the budget."""
     return plan.name if request.budget is None else f"{plan.name}, {request.budget.rows(plan.memory)}"
@@ -483,6 +397,21 @@ def smaller(first: Triangle, second: Triangle) -> Triangle:
     # Which of the two is smaller depends on their random starts, so both must hold.
     failure = first.failure + second.failure if both != "verified" else 0.0
     return replace(best, per_class=classes, pairwise=pairs, guarantee=both, failure=failure)
+
+
+def surely_above(form: LureForm, request: Request, value: float) -> bool:
+    """Whether it pays to find out, and every partition with centre 0 gives a bound above `value`; it proves nothing."""
+    host = host_form(form)
+    scalings = loop_transform(form, request.norm, centred=False)
+    for nodes in partitions(form):
+        pairs = structure(host, nodes, scalings)
+        pairs += [(source, ()) for source in [(), *nodes] if _reaches_output(host, source, scalings)]
+        seconds = sum(proof_seconds(*block_shape(host, pair)) for pair in pairs)
+        if request.norm != 2 or seconds < _WORTH_A_LOOK:
+            return False
+        if not refinement.surely_above(host, nodes, pairs, scalings, value):
+            return False
+    return True
 
 
 def triangle(form: LureForm, request: Request, *, pairwise: bool, centred: bool) -> Triangle:

@@ -18,13 +18,18 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from threadpoolctl import threadpool_limits
 
 from lipbounds._gain.blocks import HostForm, Node, TapScaling
+from lipbounds._gain.products import BlockProduct
+from lipbounds._gain.side_by_side import side_by_side
 from lipbounds._gain.wide_blocks import RTOL, Bound, Search, other_norm, quick_norms, search
-from lipbounds._text.progress import say, show_seconds
+from lipbounds._norms.starts import Starts
+from lipbounds._text.progress import proof_seconds, say, show_seconds
 
+_ROUGH_STEPS = 5  # that tell whether a bound is worth its proofs
 _FIRST, _MORE = 16, 8  # steps of all blocks, and of a block that is refined
 _THREADS = 8  # searches that are advanced side by side
 Pair = tuple[Node, Node]
@@ -96,6 +101,35 @@ def shares(
     if not 0.0 < whole < math.inf:
         return dict.fromkeys(norms, 1.0)
     return {(j, k): back[k] * (value / whole) * reach[j] for (j, k), value in norms.items()}
+
+
+def surely_above(
+    host: HostForm, nodes: Sequence[Node], pairs: Sequence[Pair], scalings: Sequence[TapScaling], value: float
+) -> bool:
+    """Whether the bound of the recursion over these blocks, those to the output included, would be above `value`.
+
+    From lower bounds of the norms after a few steps, and 0 where that does not tell; it proves nothing.
+    """
+
+    def lower(pair: Pair) -> float:
+        block = BlockProduct(host, *pair, scalings)
+        there, back = block.forward, block.backward
+        if block.shape[0] < block.shape[1]:
+            there, back = back, there
+        options: dict[str, Any] = dict(seed=0, failure=0.5, rounding=0.0, max_steps=_ROUGH_STEPS)
+        starts = Starts(there, back, min(block.shape), **options)
+        with contextlib.suppress(ValueError):
+            starts.advance(_ROUGH_STEPS)
+        return starts.lower if math.isfinite(starts.lower) else 0.0
+
+    seconds = sum(proof_seconds(*BlockProduct(host, *pair, scalings).shape) for pair in pairs)
+    with side_by_side(lower, pairs, seconds=seconds) as results:
+        norms = dict(results)
+    ends = {source: norm for (source, target), norm in norms.items() if not target}
+    reach: dict[Node, float] = {(): 1.0}
+    for target in nodes:
+        reach[target] = sum(norms.get((j, target), 0.0) * m for j, m in reach.items())
+    return sum(end * reach[source] for source, end in ends.items()) > value * (1.0 + 1e-9)
 
 
 def refine(

@@ -20,7 +20,8 @@ from lipbounds._gain.blocks import Node, TapScaling
 from lipbounds._norms import enclosures
 from lipbounds._norms.enclosures import Enclosure
 from lipbounds._triangle import recursion
-from lipbounds._triangle.recursion import BlockNorm, Request, Triangle
+from lipbounds._triangle.formed_blocks import BlockNorm, block_norm, matrices
+from lipbounds._triangle.recursion import Request, Triangle
 
 Blocks = dict[tuple[Node, Node], Enclosure]
 _GRAM_LIMIT = 3000  # up to this size |B'B| is formed; above it |B|'(|B| 1) stands in
@@ -40,7 +41,7 @@ def stored_blocks(form: LureForm, nodes: Sequence[Node], scalings: Sequence[TapS
             f"this network needs {8 * entries / 1e9:.1f} GB, more than {8 * recursion.STORED_ENTRIES / 1e9:.1f} GB: "
             "use scaling=None"
         )
-    blocks = dict(recursion.matrices(host, pairs, scalings))
+    blocks = dict(matrices(host, pairs, scalings))
     for source, block in host.backward((), [(), *nodes], scalings).items():
         blocks[source, ()] = block.T
     return {pair: block.dense() for pair, block in blocks.items()}
@@ -127,7 +128,7 @@ def run(
         if not target:
             rows[source] = block
         else:
-            value = recursion.block_norm(host, block, 2)
+            value = block_norm(host, block, 2)
             found[source, target] = BlockNorm(value, "verified", "Cholesky", block.shape)
     return recursion.recursion(form, nodes, scalings, request, pairwise=pairwise, found=found, rows=rows)
 

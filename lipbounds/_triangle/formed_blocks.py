@@ -1,0 +1,149 @@
+"""Norms of blocks of the gain that are formed as matrices: proved, each once, several at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import scipy.sparse as sp
+
+from lipbounds._gain.blocks import HostForm, Node, TapScaling, by_smaller_side
+from lipbounds._gain.side_by_side import side_by_side
+from lipbounds._gain.wide_blocks import content
+from lipbounds._norms import enclosures
+from lipbounds._norms import matrices as norms
+from lipbounds._norms.banded_cholesky import Plan
+from lipbounds._norms.enclosures import Enclosure
+from lipbounds._norms.rounding import add_up, mul_up
+from lipbounds._text.progress import meter, proof_seconds
+
+LOOSE = 1e-6  # rounding error of a block, relative to its norm, above which shorter blocks are tried
+_HASHED = 2**22  # entries up to which blocks are compared with those proved before
+
+
+@dataclass(frozen=True)
+class BlockNorm:
+    value: float
+    guarantee: str
+    how: str
+    shape: tuple[int, int]
+
+
+def matrices(
+    host: HostForm, pairs: Sequence[tuple[Node, Node]], scalings: Sequence[TapScaling]
+) -> Iterator[tuple[tuple[Node, Node], Enclosure]]:
+    """The blocks of the gain one after another, or their transposes: swept from the smaller side."""
+    for node, others, reverse in by_smaller_side(host, pairs):
+        if reverse:
+            for source, block in host.backward(node, others, scalings).items():
+                yield (source, node), block.T
+        else:
+            for target, block in host.forward(node, others, scalings).items():
+                yield (node, target), block
+
+
+def block_norm(host: HostForm, block: Enclosure, norm: float, plan: Plan | None = None) -> float:
+    """A proved bound of the norm; equal matrices up to a power of two are proved once."""
+    if norm != 2:
+        return enclosures.enclosure_norm(block, norm)
+    matrix, error = block.with_error()
+    entries = matrix.data if sp.issparse(matrix) else matrix
+    top = norms.largest(matrix)
+    if top == 0.0:
+        return error
+    exponent = math.frexp(top)[1]
+    if abs(exponent) > 500:
+        return enclosures.enclosure_norm(block, norm)
+    if entries.size > _HASHED:
+        return norms.verified_norm(matrix, error, plan=plan)
+    digest = hashlib.sha1()
+    step = max(1, 2**20 * entries.shape[0] // entries.size)
+    for lo in range(0, entries.shape[0], step):
+        digest.update(np.ldexp(np.ascontiguousarray(entries[lo : lo + step]), -exponent).data)
+    if sp.issparse(matrix):
+        digest.update(matrix.indices.tobytes())
+        digest.update(matrix.indptr.tobytes())
+    key = (block.shape, digest.hexdigest())
+    if key not in host.proved:
+        host.proved[key] = math.ldexp(norms.verified_norm(matrix, plan=plan), -exponent)
+    return add_up(math.ldexp(host.proved[key], exponent), error)
+
+
+def proved(
+    host: HostForm,
+    pairs: Sequence[tuple[Node, Node]],
+    scalings: Sequence[TapScaling],
+    norm: float,
+    name: Callable[[tuple[Node, Node]], str],
+) -> dict[tuple[Node, Node], tuple[BlockNorm, float]]:
+    """{pair: (its norm, the error of the block)} of blocks that are formed; what both centres share is proved once."""
+    found: dict[tuple[Node, Node], tuple[BlockNorm, float]] = {}
+    keys = {pair: content(host, *pair, scalings) for pair in pairs} if norm == 2 else {}
+    for pair, (key, exponent) in keys.items():
+        if key in host.formed:
+            (bound, error), before = host.formed[key]
+            found[pair] = (
+                replace(bound, value=math.ldexp(bound.value, exponent - before)),
+                math.ldexp(error, exponent - before),
+            )
+    left = [pair for pair in pairs if pair not in found]
+
+    def prove(item: tuple[tuple[Node, Node], Enclosure]) -> BlockNorm:
+        _, block = item
+        plan = enclosures.enclosure_plan(block) if norm == 2 else None
+        value = block_norm(host, block, norm, plan)
+        return BlockNorm(value, "verified", "exact sums" if plan is None else plan.name, block.shape)
+
+    def need(item: tuple[tuple[Node, Node], Enclosure]) -> float:
+        # A sparse block is transposed and copied, and has a Gram matrix or a banded factor.
+        _, block = item
+        return 8.0 * (6 if block.sparse else 1) * block.stored + 8.0 * min(block.shape) ** 2
+
+    costs = {pair: proof_seconds(*block_shape(host, pair)) if norm == 2 else 0.0 for pair in left}
+    total = sum(costs.values())
+    blocks = matrices(host, left, scalings)
+    with meter(len(left), total) as advance, side_by_side(prove, blocks, seconds=total, need=need) as results:
+        for (pair, block), bound in results:
+            found[pair] = bound, block.error
+            if pair in keys:
+                host.formed[keys[pair][0]] = found[pair], keys[pair][1]
+            advance(f"norm of {name(pair)}", costs[pair])
+    return found
+
+
+def block_shape(host: HostForm, pair: tuple[Node, Node]) -> tuple[int, int]:
+    return host.node_size(pair[1], source=False), host.node_size(pair[0], source=True)
+
+
+def shorten(
+    host: HostForm,
+    pairs: Sequence[tuple[Node, Node]],
+    scalings: Sequence[TapScaling],
+    loose: Sequence[tuple[Node, Node]],
+    found: dict[tuple[Node, Node], BlockNorm],
+    norm: float,
+) -> None:
+    """Bound blocks whose rounding error is not small relative to their norm by shorter blocks.
+
+    Without rounding G[k, j] = D[k, j] q_j + sum_m D[k, m] c_m G[m, j] over the taps m between, D the direct linear
+    maps, so ||G[k, j]|| <= ||D[k, j] q_j|| + sum_m ||D[k, m] c_m|| ||G[m, j]||. The smaller bound is kept.
+    """
+    plain = [TapScaling(None, s.q, s.e) for s in scalings]
+    through = [TapScaling(None, np.zeros_like(s.q) if s.c is None else s.c, s.e) for s in scalings]
+    direct = {pair: block_norm(host, block, norm) for pair, block in matrices(host, loose, plain)}
+    targets = {target for _, target in loose}
+    between = [pair for pair in pairs if pair[0] and pair[1] in targets]
+    steps = {pair: block_norm(host, block, norm) for pair, block in matrices(host, between, through)}
+    nodes = list(dict.fromkeys(target for _, target in pairs))
+    for source, target in sorted(loose, key=lambda pair: nodes.index(pair[1])):
+        terms = [direct.get((source, target), 0.0)]
+        for (middle, end), value in steps.items():
+            if end == target and (source, middle) in found:
+                terms.append(mul_up(value, found[source, middle].value))
+        shorter = add_up(*terms)
+        old = found[source, target]
+        if shorter < old.value:
+            found[source, target] = BlockNorm(shorter, "verified", "shorter blocks", old.shape)
