@@ -217,7 +217,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "decay_from": 30,
         "epochs": 160,
     },
-    "mnist-4C3F": {**_ROWS["mnist-4C3F"], **_HELD},
+    "mnist-4C3F": {**_ROWS["mnist-4C3F"], **_HELD, "warmup": 0},
     "cifar10-6C2F": {**_ROWS["cifar10-6C2F"], **_HELD, **_WIDER},
     "tiny-imagenet-8C2F": {**_ROWS["tiny-imagenet-8C2F"], **_HELD, **_WIDER},
     **{f"{name}-published": settings for name, settings in _ROWS.items()},

@@ -20,22 +20,26 @@ _GRID = 8  # frequencies per axis at which the norm of a convolution is taken
 
 
 def fresh(spec: ModelSpec, initialisation: str = "lecun", seed: int = 0) -> nnx.Module:
-    """A model with fresh weights: those of `build(spec, seed)`, whose dense layers and convolutions are drawn anew.
+    """A model with fresh weights: `build(spec, seed)`, initialised. ValueError as both raise it."""
+    return initialise(build(spec, seed), initialisation, seed)
 
-    lecun       as `build` leaves them: truncated normal, standard deviation 1/sqrt(fan_in), bias 0
+
+def initialise(model: nnx.Module, initialisation: str, seed: int = 0) -> nnx.Module:
+    """The model, whose dense layers and convolutions are drawn anew in place.
+
+    lecun       left as they are; flax draws a truncated normal, standard deviation 1/sqrt(fan_in), bias 0
     published   PyTorch's default, which the authors of arXiv 2310.00116 use: kernel and bias uniform on
                 +-1/sqrt(fan_in), so the standard deviation is 1/sqrt(3 fan_in)
     unit        kernels orthogonal as matrices, a convolution's then divided by the norm of its operator, so that every
                 layer has norm 1 to a few per cent; bias 0
 
     Only plain layers (`nnx.Linear`, two-dimensional `nnx.Conv`) are drawn anew: layers with a constant of their own
-    keep theirs. ValueError for an unknown name, or as `build` raises it.
+    keep theirs. ValueError for an unknown name.
     """
     if initialisation not in INITIALISATIONS:
         raise ValueError(
             f"initialisation must be one of {', '.join(INITIALISATIONS)}, got {initialisation!r}"
         )
-    model = build(spec, seed)
     if initialisation == "lecun":
         return model
     rng = np.random.default_rng(seed)
