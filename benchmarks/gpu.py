@@ -8,6 +8,7 @@
     python benchmarks/gpu.py steps OUT.json           a CRM step of 6C2F: LipLT, naive, no radius term
     python benchmarks/gpu.py data DIR                 files in the format of CIFAR-10 with made-up images
     python benchmarks/gpu.py speed OUT.json           seconds of lb.liplt, lb.lipsdp, lb.local
+    python benchmarks/gpu.py lipsdp OUT.json          lb.lipsdp of the whole 6C2F, all pairs, beside lb.liplt
 
 The device and the precision of products are JAX's (JAX_PLATFORMS, JAX_DEFAULT_MATMUL_PRECISION). `--small`: a trial.
 Every part writes its file after each of its rows, so that one that is stopped keeps what it has.
@@ -404,7 +405,16 @@ def proofs(out: Path, small: bool) -> None:
                     rows.add(what=what, shape=str(shape), place=place, notes="; ".join(notes), **found)
 
 
+def lipsdp(out: Path, small: bool) -> None:
+    """LipSDP of the whole 6C2F, all pairs, beside LipLT of the same form."""
+    import lipsdp_wide
+
+    rows = Rows(out)
+    lipsdp_wide.measure(rows.add, part=1, side=8 if small else 32, seconds=295.0)
+
+
 PARTS: dict[str, Callable[..., None]] = {
+    "lipsdp": lipsdp,
     "proofs": proofs,
     "bounds": bounds,
     "slopes": slopes,

@@ -4,6 +4,7 @@
 #     benchmarks/gpu.sh OUT_DIR             writes gpu.md and gpu.json, anew after every section
 #     benchmarks/gpu.sh OUT_DIR --small     a trial; with GPU=cpu in the environment on a machine without one
 #
+# SECTIONS="lipsdp": only these sections, by their names below; the output of that one is shown as it comes.
 # Nothing is installed: the package is copied to a temporary folder in its installed layout. A section that fails or
 # runs out of time is recorded and does not stop the others. PYTHON: the interpreter (python3); SECONDS_LIMIT: of all.
 set -u
@@ -27,15 +28,22 @@ FAST="env JAX_DEFAULT_MATMUL_PRECISION=BF16_BF16_F32"
 HOST="env JAX_PLATFORMS=cpu"
 : > "$WORK/sections.tsv"
 
+wanted() { case " ${SECTIONS:-$1} " in *" $1 "*) ;; *) return 1 ;; esac; }
 section() { # NAME LIMIT COMMAND...
     local name=$1 limit=$2 start code left
+    wanted "$name" || return 0
     shift 2
     start=$(date +%s)
     left=$((END - start - 5))
     [ "$limit" -gt "$left" ] && limit=$left
     if [ "$limit" -lt 5 ]; then code="not run"; else
-        timeout -k 3 "$limit" "$@" > "$WORK/$name.log" 2>&1 < /dev/null
-        code=$?
+        if [ -n "${LIVE:-}" ]; then
+            timeout -k 3 "$limit" "$@" 2>&1 < /dev/null | tee "$WORK/$name.log"
+            code=${PIPESTATUS[0]}
+        else
+            timeout -k 3 "$limit" "$@" > "$WORK/$name.log" 2>&1 < /dev/null
+            code=$?
+        fi
     fi
     printf '%s\t%s\t%s\t%s\n' "$name" "$code" $(($(date +%s) - start)) "$limit" >> "$WORK/sections.tsv"
     echo "== $name: exit code $code, $(($(date +%s) - start)) s"
@@ -53,6 +61,7 @@ nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader 2>
 side() { if [ -n "$SMALL" ]; then "$@"; else "$@" & fi; }
 checked() { # NAME PREFIX...: bounds on the device, then the check, once the CPU's are there
     local name=$1
+    wanted "bounds-$name" || return 0
     shift
     section "bounds-$name" 75 "$@" $PART bounds "$WORK/bounds-$name.json" $SMALL
     while [ -z "$SMALL" ] && [ "$(grep -c -e '^bounds-cpu' -e '^slopes' "$WORK/sections.tsv")" -lt 2 ]; do sleep 1; done
@@ -77,7 +86,8 @@ TAIL=12 side section tests 100 $PYTHON -m pytest -q -p no:benchmark --maxfail=20
 wait
 unset XLA_FLAGS
 
-# 2. Fast? One after the other on the device; the CPU's turn at the verbs is beside the training, which needs few cores.
+# 2. Fast? LipSDP of 6C2F takes most of the time that it is given, and so runs only where SECTIONS asks for it. One after the other on the device; the CPU's turn at the verbs is beside the training, which needs few cores.
+[ -n "${SECTIONS:-}" ] && LIVE=1 section lipsdp 320 $PART lipsdp "$WORK/lipsdp.json" $SMALL
 section proofs 60 $PART proofs "$WORK/proofs.json" $SMALL
 section steps 75 $PART steps "$WORK/steps.json" $SMALL
 section speed-gpu 130 $PART speed "$WORK/speed-gpu.json" $SMALL

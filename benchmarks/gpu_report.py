@@ -69,6 +69,7 @@ def report(work: Path, out: Path) -> None:
     lines += _table(
         "Traces of rounded programs", [{"part": n, **r} for n in rows if n[:6] == "traces" for r in rows[n]]
     )
+    lines += _table("LipSDP of the whole 6C2F", rows.get("lipsdp", []))
     lines += _table("Proofs of single matrices", rows.get("proofs", []))
     lines += _table("Training 6C2F in one process", _epochs(rows.get("steps", [])))
     lines += _table("`lipbounds train`, made-up images of CIFAR-10's shape", epochs)

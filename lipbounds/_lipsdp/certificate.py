@@ -33,8 +33,10 @@ from lipbounds._form.elementwise import elementwise_view
 from lipbounds._form.lure import LureForm, check_weights
 from lipbounds._lipsdp import proof as _proof
 from lipbounds._lipsdp.certificate_file import is_certificate, pack, read, take, take_float, take_sizes
+from lipbounds._lipsdp.chain import chain
 from lipbounds._lipsdp.dense_form import DenseGain, dense_gain
 from lipbounds._lipsdp.state_matrices import hybrid_start, sequence
+from lipbounds._lipsdp.wide_proof import propagate_chain
 from lipbounds._norms.rounding import add_up
 from lipbounds._text.calls import FAILURES, public, reason, usual_floats
 from lipbounds._text.files import write_atomically
@@ -47,7 +49,7 @@ from lipbounds._triangle.recursion import Request
 from lipbounds.errors import CertificateError
 from lipbounds.results import GUARANTEES, NORM_NAMES, Guarantee, UpperBound, check_norm, weakest
 
-KINDS = ("sequence", "dense")
+KINDS = ("sequence", "dense", "chain")
 RESERVE = 1e-9  # relative distance of a claim from what was proved when it was made
 
 
@@ -60,7 +62,7 @@ class Proof:
         start_at: the tap where the ellipsoid starts: 0 is the input; k > 0 a proved ellipsoid of the state there.
         weights: (n_in,) the p of an l-inf input; None for l2.
         relative: D_i of a sequence is in units of (W S W')_ii (`proof.propagate_sequence`).
-        kind: "sequence" (tap after tap) or "dense" (one matrix).
+        kind: "sequence" (tap after tap), "dense" (one matrix) or "chain" (layers wider than their neighbours first).
     """
 
     D: tuple[np.ndarray, ...]
@@ -206,30 +208,28 @@ def proved_constants(
             raise ValueError("the dense form starts at the input")
         gain = dense_gain(form) if gain is None else gain
         counts = tuple(active.size for active in gain.active)
-        _check_counts(proof.D, counts)
+        _proof.check_counts(proof.D, counts)
         ellipsoid = _proof.propagate_dense(gain, np.concatenate([np.zeros(0), *proof.D]), weights)
+    elif proof.kind == "chain":
+        if proof.start_at != 0 or norm != 2:
+            raise ValueError("the proof of a chain starts at the input, in norm 2")
+        own = chain(form)
+        _proof.check_counts(proof.D, tuple(active.size for active in own.active))
+        ellipsoid = propagate_chain(own, proof.D)
     elif proof.start_at == 0:
         seq = sequence(form)
-        _check_counts(proof.D, tuple(segment.active.size for segment in seq.segments))
+        _proof.check_counts(proof.D, tuple(segment.active.size for segment in seq.segments))
         ellipsoid = _proof.propagate_sequence(seq, proof.D, weights=weights, relative=proof.relative)
     else:
         if weights is not None:
             raise ValueError("a proof that starts behind the input has no weights")
         seq, s, scale, how, failure = hybrid_start(form, proof.start_at, Request(norm, guarantee, seed))
-        _check_counts(proof.D, tuple(segment.active.size for segment in seq.segments))
+        _proof.check_counts(proof.D, tuple(segment.active.size for segment in seq.segments))
         ellipsoid = _proof.propagate_sequence(seq, proof.D, start=(s, scale), relative=proof.relative)
     classes = _proof.class_roots(*ellipsoid)
     value = _proof.largest_root(*ellipsoid) if norm == 2 else float(classes.max(initial=0.0))
     how = weakest([how, "assumed"]) if form.assumed else how
     return Constants(value, classes, _proof.pair_roots(*ellipsoid), how, failure)
-
-
-def _check_counts(D: tuple[np.ndarray, ...], counts: tuple[int, ...]) -> None:
-    if len(D) != len(counts):
-        raise ValueError(f"it holds multipliers of {len(D)} taps, the network has {len(counts)}")
-    for k, (d, count) in enumerate(zip(D, counts, strict=True)):
-        if d.shape != (count,):
-            raise ValueError(f"tap {k} has {count} active neurons, it holds {d.shape} multipliers for them")
 
 
 # --- checking ------------------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def lipsdp(
         check_pairs(form.num_outputs, budget)
     request = "auto" if guarantee == "estimate" else guarantee
     task = Task(form, p, request, seed, multipliers == "layer")
-    method = _METHODS[multipliers]
+    method, limit = _METHODS[multipliers], None if budget is None else budget.limit
     if form.num_outputs > MOST_OUTPUTS:
         if guarantee == "estimate" or isinstance(how, Cvxpy):
             raise ValueError(
@@ -119,8 +119,7 @@ def lipsdp(
     elif guarantee == "estimate":
         return _estimate(task, how, pairwise, method, started)
     else:
-        answer = by_recursion(task, how, pairwise)
-    limit = None if budget is None else budget.limit
+        answer = by_recursion(task, how, pairwise, limit)
     other = or_naive(form, norm=p, pairwise=pairwise, guarantee=request, seed=seed, memory=limit)
     assert isinstance(other, UpperBound)
     return _finish(task, answer, other, pairwise, method if answer.found else other.method, started)

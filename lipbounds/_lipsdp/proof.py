@@ -391,6 +391,15 @@ def _raised_dense(gain: DenseGain, D: np.ndarray, unit: np.ndarray, growth: floa
     return d
 
 
+def check_counts(D: tuple[np.ndarray, ...], counts: tuple[int, ...]) -> None:
+    """ValueError unless there are as many multipliers as active neurons, tap by tap."""
+    if len(D) != len(counts):
+        raise ValueError(f"it holds multipliers of {len(D)} taps, the network has {len(counts)}")
+    for k, (d, count) in enumerate(zip(D, counts, strict=True)):
+        if d.shape != (count,):
+            raise ValueError(f"tap {k} has {count} active neurons, it holds {d.shape} multipliers for them")
+
+
 # --- constants from the last ellipsoid -----------------------------------------------------------------------------
 
 

@@ -28,6 +28,7 @@ from lipbounds._lipsdp.proof import repair
 from lipbounds._lipsdp.solvers import Cvxpy, Recursion
 from lipbounds._lipsdp.state_matrices import TAIL, Segment, Sequence, first_tap, hybrid_start, sequence
 from lipbounds._lipsdp.task import Answer, Found, Task
+from lipbounds._lipsdp.wide import by_chain
 from lipbounds._text.calls import FAILURES, reason
 from lipbounds._text.progress import say
 from lipbounds._triangle import recursion
@@ -196,6 +197,8 @@ class _Attempts:
         if task.norm == 2 and how.start_at is None and how.iterations is None:
             with self.noting("the dense form"):
                 self.dense = small_dense(task, DENSE)
+        free = how.start_at is None and how.initial is None and not task.layers
+        self.wide = bool(place and free and task.norm == 2 and self.dense is None)
         self.possible = task.norm == 2 or not place
         if not self.possible:
             self.notes.append("too wide for an ellipsoid in the l-inf norm")
@@ -285,12 +288,19 @@ class _Attempts:
         return Answer(tuple(self.found), (*self.notes, *_said(list(self.solved.values()))))
 
 
-def by_recursion(task: Task, how: Recursion, pairwise: bool) -> Answer:
+def by_recursion(task: Task, how: Recursion, pairwise: bool, limit: int | None = None) -> Answer:
     """Proofs for the whole network, and for the pairs.
 
-    On the dense form where the network is small enough, else by the recursion.
+    On the dense form where the network is small enough; as a chain where a state is too wide for the recursion (limit:
+    bytes of memory); else by the recursion.
     """
     attempts = _Attempts(task, how)
+    if attempts.wide:
+        with attempts.noting("LipSDP of the whole network as a chain"):
+            answer = by_chain(task, how, pairwise, limit)
+            if answer.found:
+                return replace(answer, notes=(*attempts.notes, *answer.notes))
+            attempts.notes += answer.notes
     with threads(attempts.dense):
         if how.initial is not None:
             attempts.given()

@@ -240,17 +240,23 @@ def _gram(a: Tiles, blocks: int, device: Any) -> dict[tuple[int, int], jax.Array
     return out
 
 
-def _factor(m: Tiles, blocks: int) -> dict[tuple[int, int], jax.Array]:
-    """R with R'R close to M, upper tiles; NaN where M is not positive definite."""
+def factor_but_last(m: Tiles, blocks: int) -> tuple[dict[tuple[int, int], jax.Array], Any]:
+    """(R, X): R with R'R close to M in its upper tiles, without the last one where there are more than `blocks`.
+
+    X is what is left of that one. NaN where M is not positive definite. Tiles that stay zero are left out.
+    """
     left, out = dict(m), {}
     for k in range(blocks):
         out[k, k] = _root(left.pop((k, k)))
-        for j in range(k + 1, blocks):
+        after = sorted(j for i, j in left if i == k)
+        for j in after:
             out[k, j] = _solved(out[k, k], left.pop((k, j)))
-        for j in range(k + 1, blocks):
-            for i in range(k + 1, j + 1):
+        for place, j in enumerate(after):
+            for i in after[: place + 1]:
+                if (i, j) not in left:
+                    left[i, j] = jnp.zeros_like(out[k, k])
                 left[i, j] = _less(left[i, j], out[k, i], out[k, j])
-    return out
+    return out, left.get((blocks, blocks))
 
 
 def _absolute(a: Tiles, n: int) -> tuple[float, float]:
@@ -275,20 +281,25 @@ def _shortfall(m: Tiles, blocks: int, device: Any) -> float:
 
     M is given by its upper tiles, those on the diagonal symmetric.
     """
+    return residual(m, factor_but_last(m, blocks)[0], blocks, device)
+
+
+def residual(m: Tiles, r: Tiles, blocks: int, device: Any) -> float:
+    """e >= 0 with M >= R'R - e I, whatever the upper tiles R are; inf where they are not finite."""
     n = blocks * TILE
-    r = _factor(m, blocks)
     total, zero = jax.device_put(np.float64(0.0), device), zero_tile(device)
-    for i, j in m:
+    for i, j in sorted(m.keys() | r.keys()):
         p = zero
         for k in range(i + 1):
-            p = plus(p, r[k, i], r[k, j])
-        total = _residual(total, m[i, j], p, np.float64(1.0 if i == j else 2.0))
-    residual = math.sqrt(max(float(total), 0.0)) if float(total) < math.inf else math.inf  # NaN: inf
+            if (k, i) in r and (k, j) in r:
+                p = plus(p, r[k, i], r[k, j])
+        total = _residual(total, m.get((i, j), zero), p, np.float64(1.0 if i == j else 2.0))
+    length = math.sqrt(max(float(total), 0.0)) if float(total) < math.inf else math.inf  # NaN: inf
     weight = min(_absolute(r, n))
-    if not math.isfinite(weight) or residual == math.inf:
+    if not math.isfinite(weight) or length == math.inf:
         return math.inf
     loose = 1.0 + 2.0 * gamma(n * n + 8)
-    return add_up(mul_up(residual + 2.0**-500 * n, loose), mul_up(gamma(n + 4), weight), n * n * TINY)
+    return add_up(mul_up(length + 2.0**-500 * n, loose), mul_up(gamma(n + 4), weight), n * n * TINY)
 
 
 def norm_bound(a: Tiles, shape: tuple[int, int], device: Any) -> float | None:

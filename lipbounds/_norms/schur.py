@@ -22,8 +22,7 @@ a second each up to a = k = 8192, so that an interruption is answered between tw
 from __future__ import annotations
 
 import numpy as np
-from scipy.linalg.blas import dtrsm
-from scipy.linalg.lapack import dpotrf
+from scipy.linalg import get_blas_funcs, get_lapack_funcs
 
 from lipbounds._norms.cholesky import TINY
 from lipbounds._norms.rounding import U, gamma
@@ -44,8 +43,11 @@ def cholesky_shift(n: int) -> float:
 
 
 def factorise(m: np.ndarray) -> bool:
-    """Overwrite the lower triangle of M (C order, it alone is read) by its Cholesky factor; False if there is none."""
-    n = len(m)
+    """Overwrite the lower triangle of M (C order, it alone is read) by its Cholesky factor; False if there is none.
+
+    float64, or float32 for a search.
+    """
+    n, potrf, trsm = len(m), get_lapack_funcs("potrf", (m,)), get_blas_funcs("trsm", (m,))
     for lo in range(0, n, _ROWS):
         alive()
         hi = min(lo + _ROWS, n)
@@ -53,13 +55,13 @@ def factorise(m: np.ndarray) -> bool:
         if lo:
             panel -= m[lo:, :lo] @ m[lo:hi, :lo].T
         # rows of C order are columns of LAPACK's: the lower triangle is the upper one of its transpose
-        factor, info = dpotrf(panel[: hi - lo].T, lower=0, clean=0)
+        factor, info = potrf(panel[: hi - lo].T, lower=0, clean=0)
         pivots = factor.diagonal()
         if info != 0 or not (np.isfinite(pivots).all() and (pivots > 0.0).all()):
             return False
         panel[: hi - lo] = factor.T
         if hi < n:
-            panel[hi - lo :] = dtrsm(1.0, factor, panel[hi - lo :].T, side=0, lower=0, trans_a=1).T
+            panel[hi - lo :] = trsm(1.0, factor, panel[hi - lo :].T, side=0, lower=0, trans_a=1).T
     return True
 
 
@@ -114,7 +116,7 @@ def schur_complement(
 
 def solve(factor: np.ndarray, c: np.ndarray) -> None:
     """Overwrite C (n, k) by L^-1 C, L the lower triangle of `factor`."""
-    n = len(c)
+    n, trsm = len(c), get_blas_funcs("trsm", (c,))
     for lo in range(0, n, _ROWS):
         alive()
         hi = min(lo + _ROWS, n)
@@ -123,7 +125,19 @@ def solve(factor: np.ndarray, c: np.ndarray) -> None:
             rows -= factor[lo:hi, :lo] @ c[:lo]
         # L X = R is X' L' = R', and L' is what LAPACK reads of a C array; the side is swapped with the order
         corner = factor[lo:hi, lo:hi]
-        c[lo:hi] = dtrsm(1.0, corner.T, rows.T, side=1, lower=0, trans_a=0).T
+        c[lo:hi] = trsm(1.0, corner.T, rows.T, side=1, lower=0, trans_a=0).T
+
+
+def solve_back(factor: np.ndarray, c: np.ndarray) -> None:
+    """Overwrite C (n, k) by L'^-1 C, L the lower triangle of `factor`."""
+    n, trsm = len(c), get_blas_funcs("trsm", (c,))
+    for lo in reversed(range(0, n, _ROWS)):
+        alive()
+        hi = min(lo + _ROWS, n)
+        rows = c[lo:hi]
+        if hi < n:
+            rows -= factor[hi:, lo:hi].T @ c[hi:]
+        c[lo:hi] = trsm(1.0, factor[lo:hi, lo:hi].T, rows.T, side=1, lower=0, trans_a=1).T
 
 
 def gram(f: np.ndarray, factor: float = 1.0) -> np.ndarray:
