@@ -1,4 +1,4 @@
-"""Random augmentation of image batches in JAX: reflections, rotations and translations.
+"""Random augmentation of image batches in JAX: reflections, rotations, translations, crops and cutouts.
 
 Every function maps a key and a batch `(n, height, width, channels)` of floats to a batch of the same shape and dtype,
 works under jit, scan and vmap, and draws its random numbers in float32 whatever `jax_enable_x64` says, so that a
@@ -59,14 +59,47 @@ def affine(x: jax.Array, angles: jax.Array, shifts: jax.Array, fill: float = 0.0
     return ((1 - down) * above + down * below).reshape(x.shape)
 
 
+def crop(key: jax.Array, x: jax.Array, pad: int, fill: float = 0.0) -> jax.Array:
+    """A part of each image's own size from the image in a rim of `pad` pixels of `fill`: a shift by whole pixels."""
+    _check_batch(x)
+    n, height, width, channels = x.shape
+    rim = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)), constant_values=fill)
+    corners = jax.random.randint(key, (n, 2), 0, 2 * pad + 1, jnp.int32)
+
+    def cut(image: jax.Array, corner: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(image, (corner[0], corner[1], jnp.int32(0)), (height, width, channels))
+
+    return jax.vmap(cut)(rim, corners)
+
+
+def cutout(key: jax.Array, x: jax.Array, size: int, fill: float = 0.0) -> jax.Array:
+    """A square of `size` pixels around a random pixel of each image becomes `fill`; it may reach over the border.
+
+    DeVries and Taylor, Improved regularization of convolutional neural networks with Cutout, 2017.
+    """
+    _check_batch(x)
+    n, height, width, _ = x.shape
+    centres = jax.random.uniform(key, (n, 2), jnp.float32) * jnp.array([height, width], jnp.float32)
+    first = jnp.floor(centres).astype(jnp.int32) - size // 2
+
+    def inside(axis: int, length: int) -> jax.Array:
+        places = jnp.arange(length, dtype=jnp.int32)[None] - first[:, axis, None]
+        return (places >= 0) & (places < size)
+
+    blank = inside(0, height)[:, :, None] & inside(1, width)[:, None, :]
+    return jnp.where(blank[..., None], jnp.asarray(fill, x.dtype), x)
+
+
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """`augmentation(key, x)`: flip, then rotation and translation in one resampling.
+    """`augmentation(key, x)`: flip, rotation and translation in one resampling, crop, cutout.
 
     flip       mirror each image left to right with probability 1/2
     degrees    largest angle of the rotation, 0..180; angles are uniform
     translate  largest shift as a share of height and width, 0..1; shifts are uniform and rounded to whole pixels,
                as torchvision's RandomAffine rounds them
+    crop       shift by up to this many whole pixels, as a crop from the image in a rim of them
+    cutout     side in pixels of a square that is blanked out
     fill       the pixel value outside the original image, in the units of the images
 
     By default a batch is returned unchanged. ValueError for arguments outside these ranges.
@@ -76,12 +109,16 @@ class Augmentation:
     degrees: float = 0.0
     translate: float = 0.0
     fill: float = 0.0
+    crop: int = 0
+    cutout: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.degrees <= 180:
             raise ValueError(f"degrees must lie in 0..180, got {self.degrees}")
         if not 0 <= self.translate <= 1:
             raise ValueError(f"translate is a share of the image and must lie in 0..1, got {self.translate}")
+        if self.crop < 0 or self.cutout < 0:
+            raise ValueError(f"crop and cutout are numbers of pixels, got {self.crop} and {self.cutout}")
         if not math.isfinite(self.fill):
             raise ValueError(f"fill must be finite, got {self.fill}")
 
@@ -96,6 +133,10 @@ class Augmentation:
             draws = jax.random.uniform(shift, (x.shape[0], 2), jnp.float32, -1.0, 1.0)
             shifts = jnp.round(self.translate * jnp.array(x.shape[1:3], jnp.float32) * draws)
             x = affine(x, angles, shifts, self.fill)
+        if self.crop:
+            x = crop(jax.random.fold_in(shift, 1), x, self.crop, self.fill)
+        if self.cutout:
+            x = cutout(jax.random.fold_in(shift, 2), x, self.cutout, self.fill)
         return x
 
 

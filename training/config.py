@@ -14,7 +14,7 @@ from typing import Any
 from lipbounds.training.data import DATASETS
 from lipbounds.training.initial import INITIALISATIONS
 from lipbounds.training.losses import TRANSFORMS
-from lipbounds.training.models import ACTIVATIONS, ARCHITECTURES, ModelSpec, spec_for
+from lipbounds.training.models import ACTIVATIONS, NAMED, SIMPLE, ModelSpec, spec_for
 
 _COUNTS = 1e9  # no setting that counts something is larger
 _POSITIVE = 1e-12
@@ -48,7 +48,7 @@ class Config:
     dataset: str = _setting("digits", "data", "Data set of images.", choices=DATASETS)
     data_dir: str | None = _setting(None, "data", "Folder of the data set's official files.")
     arch: str = _setting("64-64-64-10", "network", "Widths of an MLP such as 784-512-512-10, or an architecture: "
-                         f"{', '.join(name for name in ARCHITECTURES if name != 'mlp')}.")
+                         f"{', '.join(SIMPLE)}; with sizes {NAMED}.")
     activation: str = _setting("relu", "network", "Activation function.", choices=ACTIVATIONS)
     initialisation: str = _setting("lecun", "network", "Initial weights of plain layers: lecun, published (PyTorch's "
                                    "default) or unit (layers of norm 1).", choices=INITIALISATIONS)

@@ -90,12 +90,17 @@ def gloro(logits: jax.Array, labels: jax.Array, pairs: jax.Array, *, eps: float)
     With the predicted class j the logit of the extra class is max_{i != j} (z_i + eps L_ij): an example whose
     certified radius is below eps counts as not classified.
     """
+    extra = rival(logits, pairs, eps)
+    return cross_entropy(jnp.concatenate([logits, extra[:, None]], axis=1), labels)
+
+
+def rival(logits: jax.Array, pairs: jax.Array, eps: float | jax.Array) -> jax.Array:
+    """(n,) the largest logit z_i + eps L_ij of a class i other than the predicted class j."""
     classes = logits.shape[-1]
     top = jnp.argmax(logits, axis=1)
     others = top[:, None] != jnp.arange(classes, dtype=top.dtype)
     pairs = jnp.broadcast_to(jnp.asarray(pairs, logits.dtype), (classes, classes))
-    rival = jnp.max(jnp.where(others, logits + eps * pairs[top], -jnp.inf), axis=1)
-    return cross_entropy(jnp.concatenate([logits, rival[:, None]], axis=1), labels)
+    return jnp.max(jnp.where(others, logits + eps * pairs[top], -jnp.inf), axis=1)
 
 
 def lipschitz_margin(logits: jax.Array, labels: jax.Array, pairs: jax.Array, *, eps: float) -> jax.Array:
@@ -107,3 +112,57 @@ def lipschitz_margin(logits: jax.Array, labels: jax.Array, pairs: jax.Array, *, 
     others = labels[:, None] != jnp.arange(classes, dtype=labels.dtype)
     pairs = jnp.broadcast_to(jnp.asarray(pairs, logits.dtype), (classes, classes))
     return cross_entropy(logits + eps * jnp.where(others, pairs[labels], 0), labels)
+
+
+def emma(logits: jax.Array, labels: jax.Array, pairs: jax.Array, *, eps: float | jax.Array) -> jax.Array:
+    """The EMMA loss: every wrong class gets the radius that it just needs to overtake the label's, at most eps.
+
+    Cross-entropy of z_i + r_i L_yi for i != y with r_i = min(eps, (z_y - z_i) / L_yi), at least eps / 100 and constant
+    in the gradient, so that no wrong class is helped past a tie: all classes are pushed away at once, by as much as
+    each attack can use (Hu et al., Unlocking deterministic robustness certification on ImageNet, NeurIPS 2023, section
+    4).
+    """
+    scaled, others = scaled_margins(logits, labels, pairs)
+    classes = logits.shape[-1]
+    pairs = jnp.broadcast_to(jnp.asarray(pairs, logits.dtype), (classes, classes))
+    reach = jax.lax.stop_gradient(jnp.clip(scaled, 0.01 * eps, eps))
+    return cross_entropy(logits + jnp.where(others, reach * pairs[labels], 0), labels)
+
+
+def margin(
+    logits: jax.Array,
+    labels: jax.Array,
+    pairs: jax.Array,
+    *,
+    eps: float | jax.Array,
+    temperature: float = 0.25,
+) -> jax.Array:
+    """Cross-entropy with an offset, as 1-Lipschitz networks use it (Prach and Lampert, ECCV 2022), for any constants.
+
+    temperature * CE((z_i - z_y) / L_yi + eps, over the temperature): margins are in units of the input, whatever the
+    network's constant, every wrong class is eps ahead, and the temperature says how far below 0 a margin still counts.
+    """
+    scaled, others = scaled_margins(logits, labels, pairs)
+    return temperature * cross_entropy(jnp.where(others, eps - scaled, 0) / temperature, labels)
+
+
+def gloro_trades(
+    logits: jax.Array, labels: jax.Array, pairs: jax.Array, *, eps: float | jax.Array, weight: float
+) -> jax.Array:
+    """Cross-entropy + weight KL(s | s'), s the softmax with the extra class of `gloro` at logit -inf, s' with it.
+
+    KL is log(1 + exp(z_extra) / sum_i exp(z_i)), what the extra class takes from the others (Leino, Wang and
+    Fredrikson, ICML 2021, section 5, with the loss of Zhang et al., ICML 2019).
+    """
+    extra = rival(logits, pairs, eps)
+    total = jax.nn.logsumexp(logits, axis=1)
+    return cross_entropy(logits, labels) + weight * jnp.mean(jax.nn.softplus(extra - total))
+
+
+def certificate_penalty(
+    logits: jax.Array, labels: jax.Array, pairs: jax.Array, *, eps: float | jax.Array
+) -> jax.Array:
+    """Certificate regularisation: the mean over right answers of max(0, 1 - R / eps) (Singla et al., ICLR 2022)."""
+    hard = radius(logits, labels, pairs)
+    short = jax.nn.relu(1 - jnp.where(hard > 0, hard, eps) / eps)
+    return jnp.sum(jnp.where(hard > 0, short, 0)) / len(labels)

@@ -19,18 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
+from lipbounds.training import lipschitz_nets, liresnet
+from lipbounds.training.activations import maxmin as maxmin
+from lipbounds.training.lipschitz_nets import LipConvNet, ResidualLipschitzNet
+from lipbounds.training.liresnet import LiResNet
+
 Activation = Callable[[jax.Array], jax.Array]
-
-
-def maxmin(x: jax.Array) -> jax.Array:
-    """Sort channel k against channel k + c/2 of the last axis (c even): permutes, so it keeps every norm."""
-    if x.shape[-1] % 2:
-        raise ValueError(f"maxmin needs an even number of channels, got {x.shape[-1]}")
-    a, b = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([jnp.maximum(a, b), jnp.minimum(a, b)], axis=-1)
 
 
 ACTIVATIONS: Mapping[str, Activation] = {"relu": jax.nn.relu, "maxmin": maxmin}
@@ -206,7 +202,16 @@ ARCHITECTURES: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
     "4C3F": _convnet(_4C, [512, 512]),
     "6C2F": _convnet([*_4C, (64, 3, 1, 1), (64, 4, 2, 1)], [512]),
     "8C2F": _convnet([*_8C, (256, 3, 1, 1), (256, 4, 2, 0)], [256]),
+    "liresnet": (LiResNet, {}),
+    "lipconvnet": (LipConvNet, {}),
+    "residual_lipschitz": (ResidualLipschitzNet, {}),
 }
+
+#: Architectures that are named with their sizes, and how.
+NAMED = "liresnet-L6W64, lipconvnet-10, sll-mlp-L4W256, sll-cnn-L4W32, aol-mlp-L4W256, aol-cnn-L4W32"
+_WITH_SIZES = ("mlp", "liresnet", "lipconvnet", "residual_lipschitz")
+#: Architectures that a word alone names.
+SIMPLE = tuple(name for name in ARCHITECTURES if name not in _WITH_SIZES)
 
 
 def spec_for(
@@ -220,14 +225,21 @@ def spec_for(
 ) -> ModelSpec:
     """The spec of an architecture named as on the command line.
 
-    The name is widths such as "784-512-10", or a key of `ARCHITECTURES`. ValueError where it is unknown or does not fit
-    images of this shape or this number of classes.
+    The name is widths such as "784-512-10", one of `SIMPLE`, or one with sizes such as those in `NAMED`, for which
+    `activation` has no effect. ValueError where it is unknown or does not fit images of this shape or this number of
+    classes.
     """
     height, width, channels = (int(n) for n in input_shape)
     common = {"activation": activation, "mean": mean, "std": std}
+    found = lipschitz_nets.parse(arch)
+    if (sizes_of := liresnet.parse(arch)) is not None:
+        found = "liresnet", sizes_of
+    if found is not None:  # these have MaxMin or what their layers prescribe
+        arguments = {**found[1], "classes": classes, "mean": mean, "std": std}
+        return ModelSpec(found[0], (height, width, channels), arguments)
     if "-" not in arch:
-        if arch not in ARCHITECTURES or arch == "mlp":
-            known = ", ".join(name for name in ARCHITECTURES if name != "mlp")
+        if arch not in SIMPLE:
+            known = ", ".join((*SIMPLE, NAMED))
             raise ValueError(
                 f'unknown architecture {arch!r}: give widths such as "784-512-10", or one of {known}'
             )

@@ -17,7 +17,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from lipbounds._form.lure import LureForm, state_sequence
-from lipbounds._form.program import Op
+from lipbounds._form.program import Op, Program
 from lipbounds._form.walk import walk
 from lipbounds._gain.blocks import Forward, HostForm, Node, TapScaling
 from lipbounds._norms import banded_cholesky, enclosures
@@ -305,35 +305,76 @@ def convolution(
     The block must be e A S q with one number q at the source, one number e at the target, A the convolution and S steps
     that select or move entries, each at most once (||S|| <= 1); else None, also where the bytes exceed the limit.
     """
-    taps = host.program.taps
-    if len(target) != 1 or len(source) > 1 or len(taps[target[0]].inputs) != 1:
+    taps, program = host.program.taps, host.program
+    if len(target) != 1 or len(source) > 1:
         return None
     factors = [np.ones(1) if not source else scalings[source[0]].q, scalings[target[0]].e]
     if any(f.size == 0 or f.min() != f.max() for f in factors):
         return None
     ends = set(taps[source[0]].outputs) if source else {0}
     reached = host.coming_from({source}, scalings)
-    register = taps[target[0]].inputs[0]
+    moved = _Moved.whole(program, [i for i in taps[target[0]].inputs if i in reached])
     bound, need = None, 0
-    while register not in ends:
-        op = host.program.steps[host.program.written[register]] if register else None
+    while left := moved.registers - ends:
+        register = max(left, key=lambda i: program.written[i] if i else -1)
+        op = program.steps[program.written[register]] if register else None
         if not isinstance(op, Op):
             return None
-        place = host.program.written[register]
-        parts = [part for part in host.step(place) if part.register in reached]
-        if len(parts) != 1:
-            return None
-        (part,) = parts
-        if part.rows is None:
-            if part.bound is None or bound is not None:
+        parts = [part for part in host.step(program.written[register]) if part.register in reached]
+        if len(parts) == 1 and parts[0].bound is not None:
+            if bound is not None or moved.registers != {register} or moved.repeats:
                 return None
-            bound, need = part.bound, _transform_bytes(host, op)
-        elif np.bincount(part.rows[part.rows >= 0]).max(initial=0) > 1:
+            bound, need = parts[0].bound, _transform_bytes(host, op)
+            moved = _Moved.whole(program, [parts[0].register])
+            continue
+        before = moved.before(register, {part.register: part.rows for part in parts})
+        if before is None or len({part.register for part in parts}) < len(parts):
             return None
-        register = part.register
-    if bound is None or need > limit:
+        moved = before
+    if bound is None or need > limit or moved.repeats:
         return None
     return mul_up(*(abs(float(f[0])) for f in factors), bound()), need
+
+
+@dataclass(frozen=True, eq=False)
+class _Moved:
+    """A vector whose entries are entries of registers: `indices[i]` of register `origins[i]`."""
+
+    origins: np.ndarray
+    indices: np.ndarray
+
+    @classmethod
+    def whole(cls, program: Program, registers: Sequence[int]) -> _Moved:
+        """All entries of these registers."""
+        sizes = [program.sizes[i] for i in registers]
+        indices = [np.arange(n) for n in sizes] or [np.zeros(0, int)]
+        return cls(np.repeat(np.array(registers, int), sizes), np.concatenate(indices))
+
+    @property
+    def registers(self) -> set[int]:
+        return set(np.unique(self.origins).tolist())
+
+    @property
+    def repeats(self) -> bool:
+        """Whether an entry stands twice; if not, moving the entries has norm at most 1."""
+        return len(np.unique(np.stack([self.origins, self.indices]), axis=1).T) < self.origins.size
+
+    def before(self, register: int, parts: dict[int, np.ndarray | None]) -> _Moved | None:
+        """The same vector before a step that wrote `register` by copying rows; None for other steps, or sums."""
+        here = self.origins == register
+        kept = [(self.origins[~here], self.indices[~here])]
+        taken = np.zeros(int(here.sum()), int)
+        for origin, rows in parts.items():
+            if rows is None:
+                return None
+            read = rows[self.indices[here]]
+            taken += read >= 0
+            read = read[read >= 0]
+            kept.append((np.full(read.size, origin), read))
+        if taken.max(initial=0) > 1:
+            return None
+        origins, indices = (np.concatenate(arrays) for arrays in zip(*kept, strict=True))
+        return _Moved(origins, indices)
 
 
 def _transform_bytes(host: HostForm, op: Op) -> int:

@@ -1,0 +1,66 @@
+#!/bin/bash
+# How much can be trained in minutes? One run of at most nine minutes on a machine with one GPU:
+#
+#     DATA=DIR benchmarks/gpu_train.sh OUT_DIR              writes logs, record.json and weights to OUT_DIR
+#     DATA=DIR benchmarks/gpu_train.sh OUT_DIR --resume     a further piece of a run, from the files in OUT_DIR
+#     DATA=DIR benchmarks/gpu_train.sh OUT_DIR --small      a trial; with GPU=cpu in the environment, without a GPU
+#
+# DIR holds CIFAR-10 as the official binary files, or an archive with an unpack.py that writes them: `unpack.py OUTPUT_DIR`,
+# run with the folders of unpacked wheels DIR/wheels on its path. Nothing is installed: the package is copied to a
+# temporary folder in its installed layout. SECONDS_LIMIT: of all (530). RECORD: of the record run (400). SECTIONS: which of
+# "record crm". RECORD_OPTIONS: further options of benchmarks/record.py. PYTHON: the interpreter (python3).
+#
+# Operations and bytes of the record run (4 blocks of 96 channels at 16 x 16, 8 of 384 at 8 x 8): an image takes 1.57e9
+# operations forward and three times as many in a step, an epoch of 50 000 images 2.4e14, which is 0.6 s at 400 TFLOP/s in
+# bfloat16. Each block reads and writes 24 576 values an image, about 14 times a step: 12 * 14 * 24 576 * 2 bytes = 8.3 MB,
+# 0.41 TB an epoch, 0.17 s at 2.4 TB/s. So the products bound it; constants (one convolution and its transpose on one vector
+# a block) are below 1 % of the operations, but some 60 small kernels.
+set -u
+OUT=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
+ROOT=$(cd "$(dirname "$0")/.." && pwd)
+PYTHON=${PYTHON:-python3}
+DATA=$(cd "${DATA:?the folder of CIFAR-10}" && pwd) || exit 2
+END=$(($(date +%s) + ${SECONDS_LIMIT:-530}))
+SITE=$(mktemp -d)
+trap 'rm -rf "$SITE"' EXIT
+cp -r "$ROOT/lipbounds" "$ROOT/benchmarks" "$ROOT/pyproject.toml" "$SITE/"
+cp -r "$ROOT/training" "$ROOT/analysis" "$SITE/lipbounds/"
+cd "$SITE" || exit 2
+export PYTHONPATH=$SITE PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export XLA_PYTHON_CLIENT_MEM_FRACTION=0.8 JAX_PLATFORMS=${GPU:-cuda}
+MODE=${2:-}
+RESUME=""; [ "$MODE" = "--resume" ] && RESUME="--resume"
+SMALL=""
+[ "$MODE" = "--small" ] && SMALL="--depths 1 1 --width 8 --features 64 --dense 1 --batch 64 --images 1280 --tests 500 \
+    --every 20 --reserve 60"
+
+FILES=$DATA
+if ! find "$DATA" -name test_batch.bin | grep -q .; then
+    FILES=$SITE/data
+    mkdir -p "$FILES"
+    (PYTHONPATH=$(echo "$DATA"/wheels/* | tr ' ' ':'):${PYTHONPATH} $PYTHON "$DATA/unpack.py" "$SITE/unpacked" \
+        > "$OUT/unpack.log" 2>&1 && mv "$SITE"/unpacked/* "$FILES/") &
+fi
+
+section() { # NAME LIMIT COMMAND...
+    local name=$1 limit=$2 start code left
+    shift 2
+    case " ${SECTIONS:-record crm} " in *" $name "*) ;; *) return ;; esac
+    start=$(date +%s)
+    left=$((END - start - 3))
+    [ "$limit" -gt "$left" ] && limit=$left
+    if [ "$limit" -lt 20 ]; then echo "== $name: not run, $limit s left"; return; fi
+    LIMIT=$limit timeout -k 3 "$limit" "$@" 2>&1 < /dev/null | tee "$OUT/$name.log" | cut -c 1-600
+    code=${PIPESTATUS[0]}
+    echo "== $name: exit code $code, $(($(date +%s) - start)) s"
+}
+
+nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader 2>/dev/null
+record() { # ends by itself some seconds before its limit
+    $PYTHON benchmarks/record.py --data-dir "$FILES" --out "$OUT" --seconds $((LIMIT - 12)) $RESUME $SMALL \
+        ${RECORD_OPTIONS:-}
+}
+export -f record
+export PYTHON FILES OUT RESUME SMALL RECORD_OPTIONS
+section record "${RECORD:-400}" bash -c record
+wait
