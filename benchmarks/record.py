@@ -47,9 +47,9 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--features", type=int, default=1024)
     parser.add_argument("--dense", type=int, default=4)
     parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument(
-        "--margin", type=float, default=3.0, help="largest eps of the loss, in units of 36/255"
+        "--margin", type=float, default=2.0, help="largest eps of the loss, in units of 36/255"
     )
     parser.add_argument("--decay", type=float, default=0.995, help="of the weights' moving average, per step")
     parser.add_argument("--cutout", type=int, default=0, help="side of the square that is blanked out")

@@ -473,3 +473,26 @@ def test_slices_of_stacked_taps_are_the_block() -> None:
         block, _ = memory_budget._columns(host, source, target, scalings, chosen, 1e9)
         found = block.dense().midpoint_for_search()
         np.testing.assert_allclose(found, whole[:, chosen], rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.slow
+def test_a_convolution_between_maxmin_layers_has_its_fourier_bound() -> None:
+    """MaxMin reads and writes halves of the channels: slices before it and concatenations behind it are moves."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    kernels = [jax.random.normal(key, (3, 3, 8, 8)) for key in keys[:2]]
+    head = jax.random.normal(keys[2], (1152, 3))
+
+    def net(x: jax.Array) -> jax.Array:
+        for kernel in kernels:
+            x = jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), [(1, 1)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            a, b = jnp.split(x, 2, axis=-1)
+            x = jnp.concatenate([jnp.maximum(a, b), jnp.minimum(a, b)], axis=-1)
+        return x.reshape(x.shape[0], -1) @ head
+
+    form = lb.trace(net, jax.ShapeDtypeStruct((1, 12, 12, 8), jnp.float32), batched=True)
+    exact = lb.naive(form, progress=False)
+    found = lb.naive(form, guarantee="verified", memory="3MB", progress=False)
+    assert [part.how.startswith("Fourier") for part in found.parts] == [True, True, False]
+    assert exact.value <= found.value <= 1.1 * exact.value

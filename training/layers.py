@@ -172,11 +172,13 @@ class _Layer(nnx.Module):
 
     def iterate(self, steps: int = 1) -> None:
         """Advance the power iteration by so many steps: v to W'W v, normalised."""
-        v = self.vector.get_value()
-        for _ in range(steps):
-            image, back = jax.vjp(lambda u: self.apply(self.kernel.get_value(), u[None])[0], v)
-            v = unit(back(image)[0])
-        self.vector.set_value(v)
+        kernel = self.kernel.get_value()
+
+        def step(_: Any, v: jax.Array) -> jax.Array:
+            image, back = jax.vjp(lambda u: self.apply(kernel, u[None])[0], v)
+            return unit(back(image)[0])
+
+        self.vector.set_value(jax.lax.fori_loop(0, steps, step, self.vector.get_value()))
 
     def _normalised(self) -> jax.Array:
         """The weights over u'W v, u and v of the last iteration and constant in the gradient."""
