@@ -57,7 +57,7 @@ section() { # NAME LIMIT COMMAND...
 
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader 2>/dev/null
 record() { # ends by itself some seconds before its limit
-    $PYTHON benchmarks/record.py --data-dir "$FILES" --out "$OUT" --seconds $((LIMIT - 12)) $RESUME $SMALL \
+    $PYTHON benchmarks/record.py --data-dir "$FILES" --out "$OUT" --seconds $((LIMIT - 20)) $RESUME $SMALL \
         ${RECORD_OPTIONS:-}
 }
 export -f record

@@ -4,8 +4,9 @@
 
 Everything is ready when the time is over: the number of epochs follows from the measured time of one, learning rate and
 margin follow the share of the training time that has passed, and the end of the time is kept for the proof. `--resume`
-goes on from the files of an earlier piece in OUT. Files: record.json (anew after every test), record-*.npz (weights in
-float16, at most 15 MB each, from which the proved network is built and a later piece goes on).
+goes on from the files of an earlier piece in OUT, with fresh moments of the optimiser. Files: record.json (anew after
+every test), record-*.npz (averaged weights in float16, at most 15 MB each, from which a later piece goes on) and in the
+end proved-*.npz (the weights of the network that is proved, its means in the biases).
 
 One step: batch from the images on the device, crop, flip and cutout; forward and backward in bfloat16 with float32
 weights; constants in float32 from one warm-started power iteration per layer. Blocks are priced by their norm on the
@@ -23,9 +24,14 @@ import json
 import pathlib
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from flax import nnx
 from record_proof import EPS, accuracies, outputs, proved_pairs, restore, save
 
 START = time.monotonic()
@@ -76,8 +82,6 @@ def say(text: str) -> None:
 
 
 def network(c: argparse.Namespace) -> Any:
-    from flax import nnx
-
     from lipbounds.training.liresnet import LiResNet
 
     return LiResNet(
@@ -93,9 +97,6 @@ def network(c: argparse.Namespace) -> Any:
 
 def maps(model: Any) -> list[Any]:
     """(function, stacked weights, shape of its vectors) of every group of layers whose norms are multiplied."""
-    import jax
-    import jax.numpy as jnp
-
     from lipbounds.training.layers import downsample
 
     def torus(kernel: Any, v: Any) -> Any:  # one product per layer, with the nine shifts side by side
@@ -129,8 +130,6 @@ def maps(model: Any) -> list[Any]:
 
 
 def start_vectors(model: Any) -> list[Any]:
-    import jax
-
     groups = maps(model)
     keys = jax.random.split(jax.random.key(7), len(groups))
     counts = [len(jax.tree.leaves(weights)[0]) for _, weights, _ in groups]
@@ -142,8 +141,6 @@ def start_vectors(model: Any) -> list[Any]:
 
 def constant(model: Any, vectors: list[Any], steps: int) -> tuple[Any, list[Any]]:
     """(product of the norms of all maps but the last, next vectors), by power iteration; the gradient is exact."""
-    import jax
-    import jax.numpy as jnp
 
     def unit(v: Any) -> Any:
         axes = tuple(range(1, v.ndim))
@@ -175,8 +172,6 @@ def _few(iterate: Any, steps: int, v: Any) -> Any:
 
 def pairs_of(model: Any, total: Any) -> Any:
     """(K, K) constants: the product times the distances of the last layer's columns."""
-    import jax.numpy as jnp
-
     head = model.head.weights()
     apart = head[:, :, None] - head[:, None, :]
     return total * jnp.sqrt(jnp.maximum(jnp.sum(apart * apart, axis=0), 1e-12))
@@ -187,11 +182,6 @@ def pairs_of(model: Any, total: Any) -> Any:
 
 def trainer(c: argparse.Namespace, graph: Any) -> tuple[Any, Any]:
     """(optimiser, epoch(state, pixels, labels, key, begin, end)): begin and end are shares of the training time."""
-    import jax
-    import jax.numpy as jnp
-    import optax
-    from flax import nnx
-
     from lipbounds.training import losses
     from lipbounds.training.augment import crop, cutout, flip
 
@@ -253,30 +243,21 @@ def trainer(c: argparse.Namespace, graph: Any) -> tuple[Any, Any]:
     return optimiser, dispatched
 
 
+@partial(jax.jit, static_argnums=0)
+def _means(graph: Any, weights: Any, images: Any) -> Any:
+    return nnx.merge(graph, weights).centred(images.astype(jnp.float32) / 255)[1]
+
+
 def population_means(c: argparse.Namespace, graph: Any, weights: Any, pixels: Any) -> Any:
     """The blocks' means over some thousand training images, in float32."""
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
-
     batch = min(1000, c.images)
-
-    @jax.jit
-    def means(weights: Any, x: Any) -> Any:
-        return nnx.merge(graph, weights).centred(x.astype(jnp.float32) / 255)[1]
-
-    found = [
-        means(weights, pixels[i : i + batch]) for i in range(0, min(8 * batch, c.images - batch + 1), batch)
-    ]
+    starts = range(0, min(8 * batch, c.images - batch + 1), batch)
+    found = [_means(graph, weights, pixels[i : i + batch]) for i in starts]
     return jax.tree.map(lambda *a: jnp.mean(jnp.stack(a), axis=0), *found)
 
 
 def finished(c: argparse.Namespace, graph: Any, weights: Any, pixels: Any) -> Any:
     """The network with these weights, rounded to float16, and its means folded into the biases."""
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
-
     model = nnx.merge(graph, weights)
     if c.centre:
         model.fold(population_means(c, graph, weights, pixels))
@@ -308,10 +289,6 @@ def data(c: argparse.Namespace) -> tuple[np.ndarray, ...]:
 
 def main() -> None:
     c = options()
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
-
     c.out.mkdir(parents=True, exist_ok=True)
     device = jax.devices()[0]
     say(f"{device.device_kind}, jax {jax.__version__}")
@@ -378,12 +355,13 @@ def main() -> None:
 
 def report(c: argparse.Namespace, facts: Any, model: Any, average: Any, images: Any, labels: Any) -> None:
     """Prove the constants, evaluate in float64, print the table and write everything."""
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
-
+    with jax.default_matmul_precision("highest"):
+        near = np.asarray(outputs(model, images), np.float64)
     pairs, norms = proved_pairs(model)
     say("norms: " + ", ".join(f"{name} {value:.4f}" for name, value in norms))
+    facts["float32"] = accuracies(near, labels, pairs)
+    save(c.out, average, facts)
+    say(f"constants proved, outputs in float32: {json.dumps(facts['float32'])}")
     graph, weights = nnx.split(model)
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
         exact = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), weights)
@@ -391,6 +369,7 @@ def report(c: argparse.Namespace, facts: Any, model: Any, average: Any, images: 
     found = accuracies(np.asarray(logits, np.float64), labels, pairs, slack=1e-9)
     facts["proved"] = {**found, "largest L_ij": float(pairs.max()), "images": len(labels)}
     save(c.out, average, facts)
+    save(c.out, weights, facts, "proved")
     say(f"PROVED on {len(labels)} test images: {json.dumps(facts['proved'])}")
 
 

@@ -10,30 +10,29 @@ import os
 import pathlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 EPS = 36 / 255
 PIECE = 15_000_000  # bytes of a file of weights
 
 
+@partial(jax.jit, static_argnums=0)
+def _logits(graph: Any, weights: Any, images: Any) -> Any:
+    model, x = nnx.merge(graph, weights), images.astype(jax.tree.leaves(weights)[0].dtype) / 255
+    return (model(x) + model(x[:, :, ::-1])) / 2
+
+
 def outputs(model: Any, images: np.ndarray, batch: int = 500) -> np.ndarray:
     """(n, K) means of the logits of images (bytes) and of their mirror images, in the type of the weights."""
-    import jax
-    from flax import nnx
-
     graph, weights = nnx.split(model)
-    kind = jax.tree.leaves(weights)[0].dtype
-
-    @jax.jit
-    def logits(weights: Any, x: Any) -> Any:
-        model, x = nnx.merge(graph, weights), x.astype(kind) / 255
-        return (model(x) + model(x[:, :, ::-1])) / 2
-
-    return np.concatenate(
-        [np.asarray(logits(weights, images[i : i + batch])) for i in range(0, len(images), batch)]
-    )
+    parts = [_logits(graph, weights, images[i : i + batch]) for i in range(0, len(images), batch)]
+    return np.concatenate([np.asarray(part) for part in parts])
 
 
 def accuracies(
@@ -116,10 +115,8 @@ def neck_matrix(model: Any) -> np.ndarray:
     return np.concatenate([windows @ part for part in parts])
 
 
-def save(out: pathlib.Path, weights: Any, facts: dict[str, Any]) -> None:
-    """Weights in float16 in files of at most `PIECE` bytes, and the facts beside them."""
-    import jax
-
+def save(out: pathlib.Path, weights: Any, facts: dict[str, Any], name: str = "record") -> None:
+    """Weights in float16 in files NAME-*.npz of at most `PIECE` bytes, and the facts in record.json."""
     leaves = [np.asarray(a).astype(np.float16) for a in jax.tree.leaves(weights)]
     files: list[dict[str, np.ndarray]] = [{}]
     size = 0
@@ -133,20 +130,17 @@ def save(out: pathlib.Path, weights: Any, facts: dict[str, Any]) -> None:
             files[-1][f"{number}_{begin}"] = part
             size += part.nbytes
     for number, arrays in enumerate(files):
-        place = out / f"record-{number}.npz"
+        place = out / f"{name}-{number}.npz"
         np.savez(place.with_suffix(".tmp.npz"), **arrays)
         place.with_suffix(".tmp.npz").rename(place)
     (out / "record.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def restore(out: pathlib.Path, weights: Any) -> Any:
+def restore(out: pathlib.Path, weights: Any, name: str = "record") -> Any:
     """The weights that `save` wrote, in the structure of `weights`."""
-    import jax
-    import jax.numpy as jnp
-
     leaves, tree = jax.tree.flatten(weights)
     parts: dict[int, list[tuple[int, np.ndarray]]] = {}
-    for place in sorted(out.glob("record-*.npz")):
+    for place in sorted(out.glob(f"{name}-*.npz")):
         with np.load(place) as arrays:
             for name in arrays.files:
                 number, begin = map(int, name.split("_"))
