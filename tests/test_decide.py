@@ -1,5 +1,7 @@
 """What `decide` finds of every ball, and what stays where it is interrupted or the memory ends."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from balls import mlp, values
@@ -7,6 +9,7 @@ from test_margins import attained, certified
 
 import lipbounds as lb
 from lipbounds._margins import margins as verb
+from lipbounds._margins import search
 from lipbounds._margins.found import Found
 
 
@@ -82,3 +85,35 @@ def test_a_proof_beyond_the_memory_is_left_out():
     lost = radii.counts["counterexample"]
     assert radii.counts["failed"] == 12 - radii.certified(0.3).sum() - lost > 0
     assert any("without the dual for" in note for note in radii.notes)
+
+
+def test_a_gradient_runs_one_factorisation_at_a_time():
+    """XLA's thread pool on CPU can wait for itself where batched routines of LAPACK run beside each other."""
+    form = mlp((6, 12, 10, 3))
+    x = np.random.default_rng(1).random((1, 6))
+    problem = verb.prepare(form, x, values(form, x).argmax(axis=1), 0.3)
+    item, start = problem.item(0, int(problem.others(0)[0]))
+
+    def loss(m):
+        return search._loss(problem.net, item, m, 0.01)
+
+    text = str(jax.make_jaxpr(jax.value_and_grad(loss, has_aux=True))(start))
+    assert text.count("= cholesky") == text.count("= triangular_solve") == len(form.taps)
+
+
+@pytest.mark.slow
+def test_the_derivative_of_the_inverse():
+    a = np.random.default_rng(0).standard_normal((4, 4)) / 4
+    with jax.enable_x64():
+
+        def ours(m):
+            P, log_det = search.inverse(m @ m.T + jnp.eye(4))
+            return P[0, 1] + (P * P).sum() + log_det
+
+        def plain(m):
+            P = jnp.linalg.inv(m @ m.T + jnp.eye(4))
+            return P[0, 1] + (P * P).sum() - jnp.linalg.slogdet(P)[1]
+
+        np.testing.assert_allclose(
+            jax.grad(ours)(jnp.asarray(a)), jax.grad(plain)(jnp.asarray(a)), rtol=1e-10
+        )

@@ -23,6 +23,8 @@ from test_margins import certified
 import lipbounds as lb
 from lipbounds._lipsdp.state_matrices import first_tap
 from lipbounds._local import engines
+from lipbounds._margins.margins import decide, prepare
+from lipbounds._margins.problem import Problem
 from lipbounds.analysis.attacks import pgd
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -32,7 +34,7 @@ from gallery_nets import GALLERY, SIZES
 
 pytestmark = pytest.mark.slow
 
-MANY = 200
+MANY, SOME = 200, 60  # images; of the dual, which takes longer
 FRONT = {
     "mlp": 45,
     "cnn": 100,
@@ -121,30 +123,29 @@ def attacked(net: str, rows: Any, eps: np.ndarray, norm: float, box: Any) -> np.
 @pytest.mark.parametrize(("norm", "box"), BALLS)
 @pytest.mark.parametrize("net", PIECEWISE)
 def test_no_attack_succeeds_in_a_ball_that_the_dual_certifies(net: str, norm: float, box: Any) -> None:
-    given, near = case(net, MANY), radii(net, norm, "ellipsoids")
-    shares = []
-    for factor in (1.001, 1.3, 1.8):
-        eps = factor * near
-        sure = certified(given.form, given.x, given.y, eps, norm=norm, box=box)
-        lost = attacked(net, slice(None), eps, norm, box)
+    given, near = case(net, MANY), radii(net, norm, "ellipsoids")[:SOME]
+    x, y, shares = given.x[:SOME], given.y[:SOME], []
+    for factor in (1.2, 1.8):
+        sure = certified(given.form, x, y, factor * near, norm=norm, box=box)
+        lost = attacked(net, slice(SOME), factor * near, norm, box)
         assert not (sure & lost).any()
         shares.append((sure.mean(), lost.mean()))
-    print(net, norm, box, shares)
-    assert shares[1][0] > 0.1, "nothing was certified beyond the ellipsoids"
-    assert shares[2][1] > 0.1, "balls that hold no attack show nothing"
+    assert shares[0][0] > 0.1, "nothing was certified beyond the ellipsoids"
+    assert shares[1][1] > 0.1, "balls that hold no attack show nothing"
 
 
 @pytest.mark.parametrize("net", PIECEWISE)
 def test_no_attack_succeeds_in_a_ball_that_branching_certifies(net: str) -> None:
-    given, norm, box, count = case(net, MANY), 2, (0.0, 1.0), 40
-    eps = 1.5 * radii(net, norm, "ellipsoids")[:count]
-    x, y = given.x[:count], given.y[:count]
-    dual = certified(given.form, x, y, eps, norm=norm, box=box)
-    lost = attacked(net, slice(count), eps, norm, box)
-    some = np.flatnonzero(~dual)[:12]
-    sure = certified(given.form, x[some], y[some], eps[some], norm=norm, box=box, seconds_per_image=3.0)
-    print(net, dual.mean(), lost.mean(), sure.sum(), len(some))
-    assert not (sure & lost[some]).any()
+    """The counterexamples of `decide` would give these images up, so they are switched off."""
+    given, norm, box = case(net, MANY), 2, (0.0, 1.0)
+    eps = 1.5 * radii(net, norm, "ellipsoids")[:SOME]
+    x, y = given.x[:SOME], given.y[:SOME]
+    lost = np.flatnonzero(attacked(net, slice(SOME), eps, norm, box))[:8]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Problem, "counterexamples", lambda self, rows: np.zeros(len(rows), bool))
+        problem = prepare(given.form, x[lost], y[lost], eps[lost], norm=norm, box=box)
+        verdict = decide(problem, seconds_per_image=2.0)
+    assert len(lost) and set(verdict) <= {"not proved", "out of time"}
 
 
 # ------------------------------------------------------------------------------------------------ all together
@@ -175,4 +176,4 @@ def test_no_engine_alone_beats_all_together_in_the_gallery(name: str) -> None:
             alone[way] = lb.certified_radius(form, x, y, bound=whole, local=near)
     for way, each in alone.items():
         assert (found.radius >= each.radius).all(), way
-    print(name, front, {way: each.radius.round(4).tolist() for way, each in alone.items()})
+    assert any((each.radius > alone["global"].radius).any() for each in alone.values())
