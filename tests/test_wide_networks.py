@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from jax import lax
 import lipbounds as lb
 from lipbounds._gain import step_matrices, wide_blocks
 from lipbounds._gain.convolution import convolution
+from lipbounds._gain.side_by_side import side_by_side
 from lipbounds._norms import cholesky, enclosures, matrices
 from lipbounds._norms.starts import STARTS, Starts
-from lipbounds._text.progress import meter, reporting
+from lipbounds._text.progress import alive, meter, reporting
 from lipbounds._triangle import recursion, refinement
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "wide.py"
@@ -186,6 +188,64 @@ def test_refined_bounds_are_as_close_as_promised(monkeypatch: pytest.MonkeyPatch
             exact <= bound.value * (1 + 1e-9) <= exact * (1 + 1.1 * wide_blocks.RTOL * (len(form.taps) + 1))
         )
     recursion._HOSTS.clear()
+
+
+@pytest.mark.parametrize(("inner", "rank"), [(5, 5), (40, 3), (60, 59)])
+def test_a_product_through_few_entries_is_bounded_closely(inner: int, rank: int) -> None:
+    """Also where the thin Gram matrix has not full rank, so that its root has columns of zeros."""
+    rng = np.random.default_rng(0)
+    u = rng.standard_normal((90, inner))
+    v = rng.standard_normal((inner, rank)) @ rng.standard_normal((rank, 80))
+    exact = float(np.linalg.norm(u @ v, 2))
+    bound, guess = wide_blocks.product_norm(enclosures.Enclosure(u), enclosures.Enclosure(v))
+    assert exact * (1 - 1e-12) <= bound <= exact * (1 + 1e-9)
+    assert guess == pytest.approx(exact, rel=1e-9)
+
+
+def test_a_naive_bound_that_is_surely_larger_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    form = form_of("cnn_batch_norm")
+    both, naive = lb.liplt(form), lb.naive(form)
+    runs: list[bool] = []
+    once = recursion.triangle
+    monkeypatch.setattr(
+        recursion,
+        "triangle",
+        lambda *a, **k: runs.append(k["centred"]) or once(*a, **k),  # type: ignore[func-returns-value]
+    )
+    monkeypatch.setattr(recursion, "_WORTH_A_LOOK", 0.0)
+    assert lb.liplt(form).value == both.value < naive.value
+    assert runs == [True]
+    assert not recursion.surely_above(form, recursion.Request(), naive.value)
+    assert recursion.surely_above(form, recursion.Request(), both.value)
+    lb.liplt(form, pairwise=True)
+    assert runs == [True, True, False]
+
+
+def test_work_side_by_side_is_in_order_and_ends_when_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    drawn: list[int] = []
+
+    def items() -> Iterator[int]:
+        for i in range(20):
+            drawn.append(i)
+            yield i
+
+    with side_by_side(lambda i: -i, items(), seconds=9.0) as results:
+        assert list(results) == [(i, -i) for i in range(20)]
+    drawn.clear()
+    with side_by_side(lambda i: -i, items(), seconds=9.0, need=lambda i: 2.0**31) as results:
+        assert next(results) == (0, 0) and len(drawn) <= 3
+
+    def endless(i: int) -> None:
+        while i:
+            time.sleep(0.01)
+            alive()
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), side_by_side(endless, items(), seconds=9.0) as results:
+        next(results)
+        raise KeyboardInterrupt
+    assert time.monotonic() - began < 5.0
 
 
 # --- pairs and factorisations --------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
+from scipy.linalg.lapack import dpstrf
 from threadpoolctl import threadpool_limits
 
 from lipbounds._form.walk import walk
@@ -30,9 +31,10 @@ from lipbounds._gain.products import BlockProduct
 from lipbounds._gain.step_paths import product_of_steps, product_rounding
 from lipbounds._norms import enclosures
 from lipbounds._norms import matrices as norms
+from lipbounds._norms.cholesky import top_eigenvalue
 from lipbounds._norms.enclosures import Enclosure
 from lipbounds._norms.lanczos import golub_kahan
-from lipbounds._norms.rounding import add_up, mul_up, sqrt_up
+from lipbounds._norms.rounding import U, add_up, mul_up, sqrt_up
 from lipbounds._norms.starts import STARTS, Starts
 
 #: Relative distance of upper and lower bound at which Golub-Kahan ends.
@@ -255,14 +257,19 @@ def product_norm(u: Enclosure, v: Enclosure) -> tuple[float, float]:
     small = enclosures.multiply(np.ascontiguousarray(root.T), u.T)
     a, whole = enclosures.enclosure_norm(small), enclosures.enclosure_norm(u)
     other = _root(enclosures.multiply(u.T.dense().midpoint_for_search(), u))
-    guess = float(np.linalg.norm(other.T @ root, 2))
+    joined = other.T @ root
+    guess = math.sqrt(top_eigenvalue(lambda x: joined.T @ (joined @ x), joined.shape[1]))
     return sqrt_up(add_up(mul_up(a, a), mul_up(e, whole, whole))), guess
 
 
 def _root(gram: Enclosure) -> np.ndarray:
-    """R with R R' close to the matrix; the caller bounds the difference."""
-    values, vectors = np.linalg.eigh(gram.dense().midpoint_for_search())
-    return np.asarray(vectors * np.sqrt(np.maximum(values, 0.0)))
+    """R with R R' close to the matrix, by Cholesky with pivots; the caller bounds the difference."""
+    matrix = gram.dense().midpoint_for_search()
+    least = 4.0 * U * float(matrix.diagonal().max(initial=0.0))
+    factor, order, rank, _ = dpstrf(matrix, tol=least, lower=1)
+    root = np.zeros_like(matrix)
+    root[order - 1, :rank] = np.tril(factor)[:, :rank]
+    return root
 
 
 # --- matrix-free ---------------------------------------------------------------------------------------------------

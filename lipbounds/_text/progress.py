@@ -23,6 +23,7 @@ Progress = bool | Tell | None  # None is False
 
 _PATIENCE = 2.0  # seconds before anything is shown on a terminal
 _QUIET = 5.0  # seconds of estimated work below which no bar is shown
+_TELLING = 0.1  # share of the estimated work after which its rate is measured
 _ALWAYS = 60.0  # above this the estimate is printed (one line) even where stderr is no terminal
 _RATE = 4e10  # float64 operations per second of Cholesky and dense products on two cores
 
@@ -149,7 +150,9 @@ def meter(count: int, seconds: float) -> Iterator[Advance]:
         def tell(what: str, cost: float) -> None:
             nonlocal done
             done += cost
-            left = (time.monotonic() - began) * (seconds / done - 1.0) if done > 0.0 else 0.0
+            # What is done first may be too little to tell a rate.
+            known = done >= _TELLING * seconds
+            left = (time.monotonic() - began) * (seconds / done - 1.0) if known else seconds - done
             say(f"{what}, about {show_seconds(left)} left" if seconds >= _QUIET and left >= 1.0 else what)
 
         yield tell

@@ -165,4 +165,4 @@ def refine(
             left = (time.monotonic() - began) * (math.sqrt(min(excess, 1.0) / max(goal, 1e-12)) - 1.0)
             least = max(gains.values()) / 2
             chosen = {pair: _MORE for pair, gain in gains.items() if gain >= least}
-            advance(chosen, f", about {show_seconds(max(left, 0.0))} left")
+            advance(chosen, f", about {show_seconds(left)} left" if left >= 1.0 else "")
