@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+_FEW = 8  # columns up to which a change of their order in memory costs little
 _CHUNK = 2**23  # entries of the temporary array
 
 Slices = tuple[slice, ...]
@@ -32,6 +33,12 @@ class Layout:
     @property
     def space(self) -> tuple[int, ...]:
         return tuple(self.shape[d] for d in self.axes[2:])
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether one image lies in memory as (*space, channels)."""
+        batch, *order = self.axes
+        return self.shape[batch] == 1 and order[0] == len(self.shape) - 1 and order[1:] == sorted(order[1:])
 
     def unfold(self, x: np.ndarray) -> np.ndarray:
         """(entries, columns) to (channels, *space, batch columns)."""
@@ -94,7 +101,7 @@ class Convolution:
         return pairs * math.prod(self.weights.shape[:3]) * self.source.shape[self.source.axes[0]]
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """The product with the columns of x (entries, columns), or with one vector.
+        """The product with the columns of x (entries, columns), or with one vector; in the order of x in memory.
 
         Every output entry is a sum of at most `terms` products and of exact zeros, in some order.
         """
@@ -106,12 +113,46 @@ class Convolution:
         step = max(1, _CHUNK // max(copies * widest, 1))
         if x.shape[1] <= step:
             return self._product(x)
-        out = np.empty((self.shape[0], x.shape[1]))
+        by_columns = x.flags.f_contiguous
+        out = np.empty((self.shape[0], x.shape[1]), order="F" if by_columns else "C")
         for lo in range(0, x.shape[1], step):
-            out[:, lo : lo + step] = self._product(np.ascontiguousarray(x[:, lo : lo + step]))
+            part = x[:, lo : lo + step]
+            out[:, lo : lo + step] = self._product(part if by_columns else np.ascontiguousarray(part))
         return out
 
+    @cached_property
+    def _by_rows(self) -> np.ndarray | None:
+        """The weights as the right factor where `_rows_product` applies."""
+        groups, features, channels, count = self.weights.shape
+        if groups > 1 or not (self.source.channels_last and self.target.channels_last):
+            return None
+        if math.prod(self.target.space) <= math.prod(self.source.space):
+            order = self.weights[0].transpose(2, 1, 0).reshape(count * channels, features)
+        else:
+            order = self.weights[0].transpose(1, 2, 0).reshape(channels, count * features)
+        return np.ascontiguousarray(order)
+
+    def _rows_product(self, x: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """The products with the rows of x (images, entries), without a change of layout."""
+        _, features, channels, count = self.weights.shape
+        read, written, images = self.source.space, self.target.space, x.shape[0]
+        x = x.reshape(images, *read, channels)
+        if math.prod(written) <= math.prod(read):
+            near = np.zeros((images, *written, count, channels))
+            for a, move in enumerate(self.moves):
+                if move is not None:
+                    near[:, *move[0], a] = x[:, *move[1]]
+            return (near.reshape(-1, count * channels) @ weights).reshape(images, -1)
+        parts = (x.reshape(-1, channels) @ weights).reshape(images, *read, count, features)
+        out = np.zeros((images, *written, features))
+        for a, move in enumerate(self.moves):
+            if move is not None:
+                out[:, *move[0]] += parts[:, *move[1], a]
+        return out.reshape(images, -1)
+
     def _product(self, x: np.ndarray) -> np.ndarray:
+        if self._by_rows is not None and (x.flags.f_contiguous or x.shape[1] <= _FEW):
+            return self._rows_product(np.ascontiguousarray(x.T), self._by_rows).T
         groups, features, channels, count = self.weights.shape
         read, written = self.source.space, self.target.space
         x = self.source.unfold(x)

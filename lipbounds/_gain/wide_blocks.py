@@ -28,10 +28,10 @@ from lipbounds._form.walk import walk
 from lipbounds._gain import memory_budget
 from lipbounds._gain.blocks import Forward, HostForm, Node, TapScaling
 from lipbounds._gain.products import BlockProduct
+from lipbounds._gain.side_by_side import side_by_side
 from lipbounds._gain.step_paths import product_of_steps, product_rounding
-from lipbounds._norms import enclosures
+from lipbounds._norms import cholesky, enclosures
 from lipbounds._norms import matrices as norms
-from lipbounds._norms.cholesky import top_eigenvalue
 from lipbounds._norms.enclosures import Enclosure
 from lipbounds._norms.lanczos import golub_kahan
 from lipbounds._norms.rounding import U, add_up, mul_up, sqrt_up
@@ -123,11 +123,17 @@ def quick_norms(
         left.append(pair)
     costs = [_band_cost(host, *pair, scalings) for pair in left]
     most = _CHEAP if all(cost <= _CHEAP for cost in costs) else _CHEAPER
-    for pair in (pair for pair, cost in zip(left, costs, strict=True) if cost <= most):
+    cheap = {pair: cost for pair, cost in zip(left, costs, strict=True) if cost <= most}
+
+    def band(pair: tuple[Node, Node]) -> Bound | None:
         way = partial(_by_proof, host, *pair, scalings, limit, _MARGIN * most.operations)
-        band = _remembered(host, pair, scalings, ("band", limit), partial(_attempt, way))
-        if band is not None:
-            yield pair, band
+        return _remembered(host, pair, scalings, ("band", limit), partial(_attempt, way))
+
+    seconds = sum(2e-7 * cost.entries + cost.operations / cholesky.DENSE_FLOPS for cost in cheap.values())
+    with side_by_side(
+        band, cheap, seconds=seconds, need=lambda pair: 6.0 * 16.0 * cheap[pair].entries
+    ) as results:
+        yield from ((pair, found) for pair, found in results if found is not None)
 
 
 class _Cost(NamedTuple):
@@ -258,7 +264,7 @@ def product_norm(u: Enclosure, v: Enclosure) -> tuple[float, float]:
     a, whole = enclosures.enclosure_norm(small), enclosures.enclosure_norm(u)
     other = _root(enclosures.multiply(u.T.dense().midpoint_for_search(), u))
     joined = other.T @ root
-    guess = math.sqrt(top_eigenvalue(lambda x: joined.T @ (joined @ x), joined.shape[1]))
+    guess = math.sqrt(cholesky.top_eigenvalue(lambda x: joined.T @ (joined @ x), joined.shape[1]))
     return sqrt_up(add_up(mul_up(a, a), mul_up(e, whole, whole))), guess
 
 

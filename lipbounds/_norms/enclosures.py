@@ -169,12 +169,17 @@ class Factor:
         a = self.matrix
         return bool(sp.issparse(a) and a.nnz == a.shape[0] and (np.diff(a.indptr) == 1).all())
 
+    @cached_property
+    def _diagonal(self) -> bool:
+        a = self.matrix
+        return bool(a.shape[0] == a.shape[1] and np.array_equal(a.indices, np.arange(a.shape[0])))
+
     def product(self, x: np.ndarray) -> np.ndarray:
         """fl(A x) for a vector or the columns of a dense x."""
         a = self.matrix
         if not self._one_each:
             return a @ x
-        return a.data.reshape(-1, *[1] * (x.ndim - 1)) * x[a.indices]
+        return a.data.reshape(-1, *[1] * (x.ndim - 1)) * (x if self._diagonal else x[a.indices])
 
     def times(self, b: Any) -> Any:
         """fl(A B), dense or CSR, by the cheaper of the dense and the sparse way; dense only where below 2 GB."""

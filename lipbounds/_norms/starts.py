@@ -80,10 +80,10 @@ class Starts:
             if not going:
                 break
             self.steps += 1
-            images = _finite(self.matvec(np.stack([run.v for run in going], axis=1)))
+            images = _finite(self.matvec(np.stack([run.v for run in going]).T))
             going = [run for run, image in zip(going, images.T, strict=True) if run.forward(image)]
             if going:
-                images = _finite(self.rmatvec(np.stack([run.u for run in going], axis=1)))
+                images = _finite(self.rmatvec(np.stack([run.u for run in going]).T))
                 for run, image in zip(going, images.T, strict=True):
                     run.backward(image)
         self.ended = all(run.ended for run in self.runs)

@@ -25,6 +25,7 @@ from lipbounds._form.program import Tap
 from lipbounds._gain.blocks import HostForm, Node, TapScaling
 from lipbounds._gain.device_blocks import proved_on_device
 from lipbounds._gain.memory_budget import Budget, proofs
+from lipbounds._gain.side_by_side import side_by_side
 from lipbounds._gain.wide_blocks import LIMIT, cut_norm, wide_norm
 from lipbounds._norms import enclosures
 from lipbounds._norms.banded_cholesky import Plan
@@ -352,27 +353,32 @@ def _to_many_outputs(
 ) -> dict[Node, BlockNorm]:
     """Norms of the blocks to too many outputs for a dense proof: no array of shape (outputs, outputs) is formed."""
     host = host_form(form)
-    found: dict[Node, BlockNorm] = {}
-    for place, source in enumerate([(), *nodes]):
-        if not _reaches_output(host, source, scalings):
-            continue
+    sources = [source for source in [(), *nodes] if _reaches_output(host, source, scalings)]
+
+    def norm(source: Node) -> BlockNorm:
         shape = block_shape(host, (source, ()))
         if shape[1] <= DENSE_LIMIT:
             block = host.forward(source, [()], scalings)[()]
             plan = enclosures.enclosure_plan(block)
             how = _rows_way(plan, request)
-            found[source] = BlockNorm(block_norm(host, block, 2, plan), "verified", how, shape)
-            continue
+            return BlockNorm(block_norm(host, block, 2, plan), "verified", how, shape)
         one = wide_norm(
             host,
             (source, ()),
             scalings,
-            seed=request.seed + 2**20 + place,
+            seed=request.seed + 2**20 + [(), *nodes].index(source),
             failure=request.failure / (2 * (len(nodes) + 1)),
             matrix_free=request.guarantee == "probabilistic",
             limit=LIMIT if request.budget is None else request.budget.limit,
         )
-        found[source] = BlockNorm(*one[:3], shape)
+        return BlockNorm(*one[:3], shape)
+
+    seconds = sum(proof_seconds(*block_shape(host, (source, ()))) for source in sources)
+    found: dict[Node, BlockNorm] = {}
+    with side_by_side(norm, sources, seconds=seconds if request.budget is None else 0.0) as results:
+        for source, one in results:
+            say(f"norm of {_block_name(form, (source, ()))}")
+            found[source] = one
     return found
 
 
