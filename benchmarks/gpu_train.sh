@@ -7,8 +7,9 @@
 #
 # DIR holds CIFAR-10 as the official binary files, or an archive with an unpack.py that writes them: `unpack.py OUTPUT_DIR`,
 # run with the folders of unpacked wheels DIR/wheels on its path. Nothing is installed: the package is copied to a
-# temporary folder in its installed layout. SECONDS_LIMIT: of all (530). RECORD: of the record run (400). SECTIONS: which of
-# "record crm". RECORD_OPTIONS: further options of benchmarks/record.py. PYTHON: the interpreter (python3).
+# temporary folder in its installed layout. SECONDS_LIMIT: of all (530). RECORD: of the record run (400); CRM: of CIFAR-10
+# 6C2F with the preset of certified radius maximisation (160), CRM_EPOCHS (120). SECTIONS: which of "record crm".
+# RECORD_OPTIONS: further options of benchmarks/record.py. PYTHON: the interpreter (python3).
 #
 # Operations and bytes of the record run (4 blocks of 96 channels at 16 x 16, 8 of 384 at 8 x 8): an image takes 1.57e9
 # operations forward and three times as many in a step, an epoch of 50 000 images 2.4e14, which is 0.6 s at 400 TFLOP/s in
@@ -60,7 +61,15 @@ record() { # ends by itself some seconds before its limit
     $PYTHON benchmarks/record.py --data-dir "$FILES" --out "$OUT" --seconds $((LIMIT - 20)) $RESUME $SMALL \
         ${RECORD_OPTIONS:-}
 }
-export -f record
-export PYTHON FILES OUT RESUME SMALL RECORD_OPTIONS
+crm() { # certified radius maximisation; goes on, or only proves, where $OUT/crm has a run (gpu_crm.sh: this alone, and MNIST)
+    local batch
+    until batch=$(find "$FILES" -name test_batch.bin | grep .); do sleep 1; done
+    $PYTHON benchmarks/crm_record.py --preset cifar10-6C2F --epochs "${CRM_EPOCHS:-$([ -n "$SMALL" ] && echo 2 || echo 120)}" \
+        --data-dir "$(dirname "$batch")" --out "$OUT/crm" \
+        --settings "$([ -n "$SMALL" ] && echo '{"arch": "2C2F", "refresh": 8, "ramp": 1, "degrees": 0, "translate": 0}' || echo '{}')"
+}
+export -f record crm
+export PYTHON FILES OUT RESUME SMALL RECORD_OPTIONS CRM_EPOCHS
 section record "${RECORD:-400}" bash -c record
+section crm "${CRM:-160}" bash -c crm
 wait

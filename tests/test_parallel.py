@@ -19,7 +19,8 @@ from flax import nnx
 from lipbounds.training import parallel
 from lipbounds.training.config import Config
 from lipbounds.training.loop import Fitted, fit
-from lipbounds.training.runs import open_run
+from lipbounds.training.runs import BEST, open_run
+from lipbounds.training.watch import FIGURES
 
 FIELDS: dict[str, Any] = {
     "loss": "crm",
@@ -28,6 +29,8 @@ FIELDS: dict[str, Any] = {
     "batch_size": 128,
     "epochs": 4,
     "warmup": 1,
+    "ramp": 2,
+    "initialisation": "unit",
     "learning_rate": 5e-3,
     "validate_every": 2,
     "eps": 0.05,
@@ -75,6 +78,8 @@ def check_close(folder: pathlib.Path, alone: Fitted) -> None:
         assert set(a) == set(b) and a["epoch"] == b["epoch"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a.get("certified") == pytest.approx(b.get("certified"), abs=0.003)
+        for name in FIGURES:
+            assert a[name] == pytest.approx(b[name], rel=1e-2, abs=0.003), name
 
 
 FOUR = """
@@ -169,8 +174,14 @@ def test_two_processes_give_what_one_gives(tmp_path: pathlib.Path, alone: Fitted
     assert one == other and one.startswith("done 4 ")
     check_close(folder, alone)
     assert os.listdir(tmp_path) == ["run"]
-    assert sorted(os.listdir(folder)) == ["checkpoints", "config.json", "log.jsonl", "model.safetensors"]
-    assert sorted(os.listdir(folder / "checkpoints")) == ["3", "4"]
+    assert {*os.listdir(folder), BEST} == {
+        "checkpoints",
+        "config.json",
+        "log.jsonl",
+        "model.safetensors",
+        BEST,
+    }
+    assert {"3", "4"} <= set(os.listdir(folder / "checkpoints"))  # and the best one
 
 
 @pytest.mark.slow

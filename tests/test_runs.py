@@ -184,7 +184,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(copied: pathlib.Path, w
 
 
 RESUMED = [
-    {"constants": "liplt"},
+    {"constants": "liplt", "ramp": 2, "initialisation": "unit", "g": "logarithm"},
     *(
         pytest.param(fields, marks=pytest.mark.slow)
         for fields in (
@@ -213,7 +213,7 @@ def test_resumption_with_constants_in_the_loss(tmp_path: pathlib.Path, fields: d
         fit(config, out=tmp_path / "run", progress=until(3))
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["2"]
     check_resumed(resume(tmp_path / "run"), whole, tmp_path / "run")
-    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["4", "5"]
+    assert {"4", "5"} <= set(os.listdir(tmp_path / "run" / "checkpoints"))  # and the best one
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(copied: pathlib.Path, whole: Fitted) -> None:
@@ -436,7 +436,8 @@ def test_kill_9_while_a_checkpoint_is_written(copied: pathlib.Path, whole: Fitte
 @pytest.mark.slow
 def test_kill_9_again_and_again(tmp_path: pathlib.Path) -> None:
     config = Config.from_json(
-        {**PLAIN.to_json(), "epochs": 60, "loss": "crm", "constants": "liplt", "warmup": 2}
+        {**PLAIN.to_json(), "epochs": 60, "loss": "crm", "constants": "liplt", "warmup": 2, "ramp": 9}
+        | {"initialisation": "unit", "eps": 0.1}
     )
     whole = fit(config)
     with pytest.raises(Stop):
