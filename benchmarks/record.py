@@ -24,6 +24,7 @@ import json
 import pathlib
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -44,7 +45,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=390, help="of this process, in all")
     parser.add_argument("--epochs", type=int, default=0, help="so many, in place of the time")
     parser.add_argument(
-        "--reserve", type=float, default=60, help="seconds kept for the last test and the proof"
+        "--reserve", type=float, default=75, help="seconds kept for the last test and the proof"
     )
     parser.add_argument("--wait", type=float, default=60, help="seconds to wait for the data set's files")
     parser.add_argument("--resume", action="store_true")
@@ -355,9 +356,12 @@ def main() -> None:
 
 def report(c: argparse.Namespace, facts: Any, model: Any, average: Any, images: Any, labels: Any) -> None:
     """Prove the constants, evaluate in float64, print the table and write everything."""
-    with jax.default_matmul_precision("highest"):
-        near = np.asarray(outputs(model, images), np.float64)
-    pairs, norms = proved_pairs(model)
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        running = beside.submit(proved_pairs, model)
+        with jax.default_matmul_precision("highest"):
+            near = np.asarray(outputs(model, images), np.float64)
+        say("outputs in float32 are there")
+        pairs, norms = running.result()
     say("norms: " + ", ".join(f"{name} {value:.4f}" for name, value in norms))
     facts["float32"] = accuracies(near, labels, pairs)
     save(c.out, average, facts)

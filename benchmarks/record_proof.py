@@ -131,8 +131,9 @@ def save(out: pathlib.Path, weights: Any, facts: dict[str, Any], name: str = "re
             size += part.nbytes
     for number, arrays in enumerate(files):
         place = out / f"{name}-{number}.npz"
-        np.savez(place.with_suffix(".tmp.npz"), **arrays)
-        place.with_suffix(".tmp.npz").rename(place)
+        with place.with_suffix(".part").open("wb") as file:
+            np.savez(file, **arrays)
+        place.with_suffix(".part").rename(place)
     (out / "record.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
