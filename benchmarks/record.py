@@ -5,8 +5,8 @@
 Everything is ready when the time is over: the number of epochs follows from the measured time of one, learning rate and
 margin follow the share of the training time that has passed, and the end of the time is kept for the proof. `--resume`
 goes on from the files of an earlier piece in OUT, with fresh moments of the optimiser. Files: record.json (anew after
-every test), record-*.npz (averaged weights in float16, at most 15 MB each, from which a later piece goes on) and in the
-end proved-*.npz (the weights of the network that is proved, its means in the biases).
+every test) and record-*.npz (averaged weights in float16, at most 15 MB each: those of the network that is proved, and
+with the means in record.json those from which a later piece goes on).
 
 One step: batch from the images on the device, crop, flip and cutout; forward and backward in bfloat16 with float32
 weights; constants in float32 from one warm-started power iteration per layer. Blocks are priced by their norm on the
@@ -52,7 +52,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--features", type=int, default=1024)
-    parser.add_argument("--dense", type=int, default=4)
+    parser.add_argument("--dense", type=int, default=2)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument(
@@ -257,13 +257,15 @@ def population_means(c: argparse.Namespace, graph: Any, weights: Any, pixels: An
     return jax.tree.map(lambda *a: jnp.mean(jnp.stack(a), axis=0), *found)
 
 
-def finished(c: argparse.Namespace, graph: Any, weights: Any, pixels: Any) -> Any:
-    """The network with these weights, rounded to float16, and its means folded into the biases."""
-    model = nnx.merge(graph, weights)
+def finished(c: argparse.Namespace, graph: Any, weights: Any, pixels: Any) -> tuple[Any, Any]:
+    """(the network with these weights, rounded to float16, and its means in the biases; the means)."""
+    model, means = nnx.merge(graph, weights), []
     if c.centre:
-        model.fold(population_means(c, graph, weights, pixels))
+        means = population_means(c, graph, weights, pixels)
+        model.fold(means)
     graph, weights = nnx.split(model)
-    return nnx.merge(graph, jax.tree.map(lambda a: a.astype(jnp.float16).astype(jnp.float32), weights))
+    rounded = jax.tree.map(lambda a: a.astype(jnp.float16).astype(jnp.float32), weights)
+    return nnx.merge(graph, rounded), means
 
 
 # --- the run -------------------------------------------------------------------------------------------------------
@@ -298,6 +300,10 @@ def main() -> None:
     facts: dict[str, Any] = {"pieces": 0, "trained seconds": 0.0, "epochs": 0, "log": []}
     if c.resume and (c.out / "record.json").exists():
         weights, facts = restore(c.out, weights), json.loads((c.out / "record.json").read_text())
+        if facts["means"]:
+            model = nnx.merge(graph, weights)
+            model.fold([-jnp.asarray(mean, jnp.float32) for mean in facts["means"]])
+            weights = nnx.split(model)[1]
         say(f"going on after {facts['epochs']} epochs")
     facts |= {"device": device.device_kind, "pieces": facts["pieces"] + 1}
     facts["settings"] = {key: str(value) for key, value in vars(c).items() if key != "out"}
@@ -311,12 +317,13 @@ def main() -> None:
     pixels, labels = jnp.asarray(pixels), jnp.asarray(labels)
     tried = jax.jit(lambda weights, vectors, steps=60: constant(nnx.merge(graph, weights), vectors, steps))
 
-    def test(state: Any, last: bool) -> Any:
-        model = finished(c, graph, state[2], pixels)
+    def test(state: Any) -> Any:
+        model, means = finished(c, graph, state[2], pixels)
         total, _ = tried(nnx.split(model)[1], state[3])
         found = accuracies(outputs(model, test_pixels), test_labels, np.asarray(pairs_of(model, total)))
         facts["log"].append({"epoch": facts["epochs"], "seconds": time.monotonic() - START, **found})
-        save(c.out, state[2], facts)
+        facts["means"] = [np.asarray(mean).tolist() for mean in means]
+        save(c.out, nnx.split(model)[1], facts)
         shown = ", ".join(f"{key} {100 * value:.2f} %" for key, value in found.items())
         say(f"test (estimate, moving average): {shown}; constant {float(total):.3f}")
         return model
@@ -346,15 +353,15 @@ def main() -> None:
                 f"{100 * seen[3]:.2f} % certified, skipped {seen[4]:.3f}; {took:.3f} s"
             )
         if time.monotonic() - tested > c.every:
-            test(state, False)
+            test(state)
             tested = time.monotonic()
     facts["trained seconds"] += time.monotonic() - began
     facts["seconds per epoch"] = took
     say("trained")
-    report(c, facts, test(state, True), state[2], test_pixels, test_labels)
+    report(c, facts, test(state), test_pixels, test_labels)
 
 
-def report(c: argparse.Namespace, facts: Any, model: Any, average: Any, images: Any, labels: Any) -> None:
+def report(c: argparse.Namespace, facts: Any, model: Any, images: Any, labels: Any) -> None:
     """Prove the constants, evaluate in float64, print the table and write everything."""
     with ThreadPoolExecutor(max_workers=1) as beside:
         running = beside.submit(proved_pairs, model)
@@ -364,7 +371,7 @@ def report(c: argparse.Namespace, facts: Any, model: Any, average: Any, images: 
         pairs, norms = running.result()
     say("norms: " + ", ".join(f"{name} {value:.4f}" for name, value in norms))
     facts["float32"] = accuracies(near, labels, pairs)
-    save(c.out, average, facts)
+    (c.out / "record.json").write_text(json.dumps(facts, indent=1) + "\n")
     say(f"constants proved, outputs in float32: {json.dumps(facts['float32'])}")
     graph, weights = nnx.split(model)
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
@@ -372,8 +379,7 @@ def report(c: argparse.Namespace, facts: Any, model: Any, average: Any, images: 
         logits = outputs(nnx.merge(graph, exact), images)
     found = accuracies(np.asarray(logits, np.float64), labels, pairs, slack=1e-9)
     facts["proved"] = {**found, "largest L_ij": float(pairs.max()), "images": len(labels)}
-    save(c.out, average, facts)
-    save(c.out, weights, facts, "proved")
+    (c.out / "record.json").write_text(json.dumps(facts, indent=1) + "\n")
     say(f"PROVED on {len(labels)} test images: {json.dumps(facts['proved'])}")
 
 

@@ -115,8 +115,8 @@ def neck_matrix(model: Any) -> np.ndarray:
     return np.concatenate([windows @ part for part in parts])
 
 
-def save(out: pathlib.Path, weights: Any, facts: dict[str, Any], name: str = "record") -> None:
-    """Weights in float16 in files NAME-*.npz of at most `PIECE` bytes, and the facts in record.json."""
+def save(out: pathlib.Path, weights: Any, facts: dict[str, Any]) -> None:
+    """Weights in float16 in files record-*.npz of at most `PIECE` bytes, and the facts in record.json."""
     leaves = [np.asarray(a).astype(np.float16) for a in jax.tree.leaves(weights)]
     files: list[dict[str, np.ndarray]] = [{}]
     size = 0
@@ -130,18 +130,18 @@ def save(out: pathlib.Path, weights: Any, facts: dict[str, Any], name: str = "re
             files[-1][f"{number}_{begin}"] = part
             size += part.nbytes
     for number, arrays in enumerate(files):
-        place = out / f"{name}-{number}.npz"
+        place = out / f"record-{number}.npz"
         with place.with_suffix(".part").open("wb") as file:
             np.savez(file, **arrays)
         place.with_suffix(".part").rename(place)
     (out / "record.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def restore(out: pathlib.Path, weights: Any, name: str = "record") -> Any:
+def restore(out: pathlib.Path, weights: Any) -> Any:
     """The weights that `save` wrote, in the structure of `weights`."""
     leaves, tree = jax.tree.flatten(weights)
     parts: dict[int, list[tuple[int, np.ndarray]]] = {}
-    for place in sorted(out.glob(f"{name}-*.npz")):
+    for place in sorted(out.glob("record-*.npz")):
         with np.load(place) as arrays:
             for name in arrays.files:
                 number, begin = map(int, name.split("_"))
