@@ -24,9 +24,17 @@ class BlockProduct:
         alive = host.coming_from([source], scalings) & host.leading_to([target], scalings)
         places = [host.program.written[r] for r in alive] + [host.program.last_read.get(r, 0) for r in alive]
         self.alive = alive
+        self._ones: dict[int, bool] = {}
         self._places = range(
             max(min(places, default=0), 0), min(max(places, default=0) + 1, len(host.program.steps))
         )
+
+    def is_one(self, factors: np.ndarray) -> bool:
+        """Whether all these factors of a tap are 1, as those of targets usually are."""
+        key = id(factors)  # the scalings keep the array
+        if key not in self._ones:
+            self._ones[key] = bool((factors == 1.0).all())
+        return self._ones[key]
 
     def forward(self, u: np.ndarray) -> np.ndarray:
         walker = _Columns(self, self.source, u, out=False)
@@ -61,6 +69,8 @@ class _Columns(Algebra[np.ndarray]):
         self.found: dict[int, np.ndarray] = {}
 
     def scaled(self, factors: np.ndarray, x: np.ndarray) -> np.ndarray:
+        if self.block.is_one(factors):
+            return x
         return factors.reshape(-1, *[1] * len(self.tail)) * x
 
     def tap(self, k: int, value: np.ndarray | None) -> np.ndarray | None:

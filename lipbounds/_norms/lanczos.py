@@ -363,6 +363,8 @@ class _Basis:
     def orthogonalised(self, w: np.ndarray) -> tuple[float, np.ndarray, float]:
         """(norm, unit vector, what was removed) of w made orthogonal to the basis, again where little of it is left."""
         before, norm = w, float(np.linalg.norm(w))
+        if not self.blocks:
+            return norm, w / norm if norm > 0.0 else w, 0.0
         for _ in range(2):
             least = norm
             for block in self.blocks:  # rows that are not filled yet are zero
