@@ -84,6 +84,8 @@ def test_the_warning_speaks_of_measured_quantities() -> None:
     )  # most radii are where they should be
     few_certified = watch.warning(record(certified_estimate=0.01), one)
     assert few_certified is not None and "at most 1 % of the images are certified at eps 0.1" in few_certified
+    other = watch.warning(record(certified_estimate=0.01), dataclasses.replace(one, loss="gloro"))
+    assert few_certified.endswith("a ramp, or raise lam") and other is not None and other.endswith("a ramp")
     assert watch.warning(record(certified_estimate=0.0), dataclasses.replace(one, eps=0.0)) is None
     none = dict.fromkeys(FIGURES) | {"epoch": 9, "sample_accuracy": 0.9}
     assert watch.warning(none, one) is None and watch.warning(lost, dataclasses.replace(one, lam=0.0)) is None

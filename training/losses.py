@@ -84,7 +84,7 @@ def crm_penalty(
     return jnp.sum(jnp.where(chosen, value, 0)) / len(labels)
 
 
-def gloro(logits: jax.Array, labels: jax.Array, pairs: jax.Array, *, eps: float) -> jax.Array:
+def gloro(logits: jax.Array, labels: jax.Array, pairs: jax.Array, *, eps: float | jax.Array) -> jax.Array:
     """Cross-entropy of GloRo nets with their extra class (Leino, Wang and Fredrikson, ICML 2021, arXiv 2102.08452).
 
     With the predicted class j the logit of the extra class is max_{i != j} (z_i + eps L_ij): an example whose
@@ -103,7 +103,9 @@ def rival(logits: jax.Array, pairs: jax.Array, eps: float | jax.Array) -> jax.Ar
     return jnp.max(jnp.where(others, logits + eps * pairs[top], -jnp.inf), axis=1)
 
 
-def lipschitz_margin(logits: jax.Array, labels: jax.Array, pairs: jax.Array, *, eps: float) -> jax.Array:
+def lipschitz_margin(
+    logits: jax.Array, labels: jax.Array, pairs: jax.Array, *, eps: float | jax.Array
+) -> jax.Array:
     """Cross-entropy of logits with eps L_yi added to every wrong class (Tsuzuku, Sato and Sugiyama, NeurIPS 2018).
 
     With L_yi = sqrt(2) L for all pairs this is Lipschitz-margin training, arXiv 1802.04034, section 4.

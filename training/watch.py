@@ -21,8 +21,8 @@ from lipbounds.training.step import Trainer, TrainState
 
 Record = dict[str, Any]
 #: The figures of `Watch`, None where there is none: share of the sample that is classified correctly; share with
-#: R > eps; mean R of the correct ones; largest L_ij; share with 0 < R < r0; norms of the gradients by the weights of
-#: the data term (cross-entropy, or the whole loss where that is no sum) and of lam times the radius term.
+#: R > eps; mean R of the correct ones; largest L_ij; for CRM the share with 0 < R < r0 and, on one batch, the norms of
+#: the gradients by the weights of the cross-entropy and of lam times the radius term.
 FIGURES = (
     "sample_accuracy",
     "certified_estimate",
@@ -141,7 +141,8 @@ def warning(record: Mapping[str, Any], config: Config) -> str | None:
     """
     if not config.uses_constants or record["epoch"] <= begins(config):
         return None
-    remedy = "use initialisation=unit with a short warmup and a ramp, or raise lam"
+    remedy = "use initialisation=unit with a short warmup and a ramp"
+    remedy += ", or raise lam" if config.loss == "crm" else ""
     data, radius, below = (record.get(name) for name in ("force_data", "force_radius", "below_r0_estimate"))
     if (
         data is not None
