@@ -69,6 +69,8 @@ def by_chain(task: Task, how: Recursion, pairwise: bool, limit: int | None = Non
     if places.chosen() is None:
         _check(task.form, how, limit)
     own = chain(task.form)
+    if not min(own.widths):
+        raise ValueError("a layer has no neuron that moves and matters")
     chosen = cores(own.widths, own.outputs)
     found, notes = list[Found](), list[str]()
     if own.widened:
@@ -92,9 +94,9 @@ def by_chain(task: Task, how: Recursion, pairwise: bool, limit: int | None = Non
     for what, one in minima:
         notes.append(
             f"{what}: {one.steps} steps on {len(chosen)} of {len(own.widths)} layers, "
-            f"{math.exp(one.value):.6g} in float arithmetic"
+            f"{search.length(one.value):.6g} in float arithmetic"
         )
-        D = tuple(4.0 / np.asarray(tap.T, np.float64) for tap in one.passed.taps[1:] if tap is not None)
+        D = search.inverse_multipliers(one.passed)
         try:
             found.append(task.prove(Proof(D, kind="chain")))
         except FAILURES as error:

@@ -27,7 +27,7 @@ from lipbounds._lipsdp.tap_proof import Infeasible
 from lipbounds._lipsdp.wide_arithmetic import blocks
 from lipbounds._norms import bordered, schur
 from lipbounds._norms.cholesky import nonzeros_per_row
-from lipbounds._norms.enclosures import Enclosure, cheap_norm
+from lipbounds._norms.enclosures import Enclosure, Factor, cheap_norm
 from lipbounds._norms.rounding import U, add_up, gamma, mul_up, require_gradual_underflow
 from lipbounds._text.progress import alive, say
 
@@ -105,7 +105,7 @@ def propagate_chain(chain: Chain, D: Sequence[np.ndarray]) -> Ellipsoid:
     s = scales(chain, D)
     array, error = chain.maps[-1].with_error()
     top = float(np.abs(array).max(axis=0).max() if array.shape[1] else 0.0) if array.size else 0.0
-    if top == 0.0 and error == 0.0:
+    if (top == 0.0 and error == 0.0) or not min(chain.widths):
         return Ellipsoid(np.zeros((chain.outputs,) * 2), 0)
     exponent = math.frexp(max(top, error))[1] + math.frexp(float(s[-1].max()))[1]
     if not abs(exponent) < 900:
@@ -163,7 +163,7 @@ def _attempt(
             couplings.append(maps[j].array)
             continue
         first, second = maps[j], maps[j + 1]
-        product = second.array @ first.array
+        product = Factor(second.array).times(first.array)
         couplings.append(product * (1.0 / beta))
         wrong = mul_up(gamma(min(first.terms, chain.widths[j + 1]) + 8), first.size, second.size, inverse)
         wrong = add_up(wrong, float(sum(product.shape)) * first.terms * 2.0**-1000)

@@ -18,6 +18,7 @@ eigenvector as z, is one more column in the same pass back. Floats of any precis
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lipbounds._lipsdp.chain import Chain
+from lipbounds._norms.enclosures import Factor
 from lipbounds._text.progress import say
 
 _POWERS = 12  # steps of a power iteration from the last eigenvector; at first four times as many
@@ -63,13 +65,28 @@ class Passed(NamedTuple):
     sigma: np.ndarray
 
 
+def _scaled(maps: list[Any]) -> tuple[list[Any], list[int]]:
+    """(maps, e): W_k by powers of two, so that S_{k+1}, times 4^-e_k, is within the range of float32."""
+    out, exponents, total = [], [], 0
+    v = np.random.default_rng(0).standard_normal(maps[0].shape[1])
+    for m in maps:
+        moved = m @ v
+        gain = float(np.linalg.norm(moved) / max(np.linalg.norm(v), 1e-300))
+        exponent = math.frexp(gain)[1] if 0 < gain < math.inf else 0
+        out.append(m * 2.0**-exponent)
+        total += exponent
+        exponents.append(total)
+        v = moved * 2.0**-exponent
+    return out, exponents
+
+
 class Search:
     """A chain with its arithmetic. Parameters are one vector: q of every tap, then s of every tap."""
 
     def __init__(self, chain: Chain, cores: tuple[int, ...], arithmetic: Any) -> None:
         self.a, self.widths, self.outputs, self.cores = arithmetic, chain.widths, chain.outputs, cores
         self.count = len(self.widths)
-        maps = [m.midpoint_for_search() for m in chain.maps]
+        maps, self.exponents = _scaled([m.midpoint_for_search() for m in chain.maps])
         self.maps = [self.a.map(m) for m in maps]
         self.left, self.right, self.across = {}, {}, []
         for j in (*cores, self.count):
@@ -81,7 +98,7 @@ class Search:
             if j == i + 1:
                 self.across.append(self.a.dense(maps[i].T))
             else:
-                self.across.append(self.a.dense((maps[i + 1] @ maps[i]).T * 0.5))
+                self.across.append(self.a.dense(Factor(maps[i + 1]).times(maps[i]).T * 0.5))
         self.ends = np.cumsum(self.widths[1:])[:-1]
         self.eigenvectors: dict[int, Any] = {}
         self.evaluations = 0
@@ -95,6 +112,15 @@ class Search:
         """(q, s): q[k] of tap k + 1."""
         n = sum(self.widths[1:])
         return np.split(x[:n], self.ends), x[n:]
+
+    def length(self, value: float) -> float:
+        """L of the value of an objective."""
+        return math.ldexp(math.exp(value), self.exponents[-1])
+
+    def inverse_multipliers(self, passed: Passed) -> tuple[np.ndarray, ...]:
+        """D = 4 / T per tap, in the units of the chain."""
+        taps = zip(passed.taps[1:], self.exponents, strict=False)
+        return tuple(np.ldexp(4.0 / tap.T.astype(np.float64), 2 * e) for tap, e in taps if tap is not None)
 
     # -- forward
 
@@ -323,7 +349,7 @@ def minimise(
         if step @ change > 1e-10 * np.sqrt((step @ step) * (change @ change)):
             past = [*past[1 - _MEMORY :], (step, change, 1 / float(step @ change))]
         x, value, passed, g = tried, found, there, new
-        say(f"{what}: step {done + 1}, {np.exp(value):.6g} in float arithmetic")
+        say(f"{what}: step {done + 1}, {search.length(value):.6g} in float arithmetic")
         if before - value < 1e-6:
             done += 1
             break
