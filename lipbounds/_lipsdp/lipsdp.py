@@ -66,8 +66,8 @@ def lipsdp(
 
     Args:
         form: from `lb.trace` or `lb.from_weights`.
-        solver: "recursion", the ellipsoid recursion (networks of any depth; wide convolutional fronts are bounded by
-            LipLT up to the first state that is narrow enough); "clarabel" or "scs", the same problem through CVXPY,
+        solver: "recursion", the ellipsoid recursion (networks of any depth; wide chains of layers as a whole, see
+            docs/lipsdp.md, other wide fronts bounded by LipLT up to the first state that is narrow enough); "clarabel" or "scs", the same problem through CVXPY,
             for small networks (pip install "lipbounds[sdp]"). With options of its own: `lb.Recursion(...)`,
             `lb.Cvxpy(...)`.
         multipliers: "neuron" (LipSDP-Neuron) or "layer" (LipSDP-Layer, looser).
@@ -77,9 +77,10 @@ def lipsdp(
         guarantee: "auto", "verified", "probabilistic" or "estimate", as in `lb.liplt`; probabilistic parts can only
             come from LipLT on operators above 4096.
         seed: of probabilistic norms.
-        memory: None, or a budget of the proofs of LipLT's norms, as in `lb.liplt`; the ellipsoid's own arrays, and the
-            norms in front of one that starts behind the input, are chosen by size.
-        device: where large proofs are computed: "auto" (on a GPU where JAX has one by default), "cpu" or "gpu".
+        memory: None, or a budget of the proofs of LipLT's norms, as in `lb.liplt`, and of wide chains of layers; the
+            arrays of narrow ellipsoids, and the norms in front of one that starts behind the input, are chosen by size.
+        device: where large proofs, and the search on wide chains, are computed: "auto" (on a GPU where JAX has one by
+            default), "cpu" or "gpu".
         progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
 
     Raises:

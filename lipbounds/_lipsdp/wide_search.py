@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,7 +72,7 @@ def _scaled(maps: list[Any]) -> tuple[list[Any], list[int]]:
     v = np.random.default_rng(0).standard_normal(maps[0].shape[1])
     for m in maps:
         moved = m @ v
-        gain = float(np.linalg.norm(moved) / max(np.linalg.norm(v), 1e-300))
+        gain = float(np.linalg.norm(moved)) / max(float(np.linalg.norm(v)), 1e-300)
         exponent = math.frexp(gain)[1] if 0 < gain < math.inf else 0
         out.append(m * 2.0**-exponent)
         total += exponent
@@ -157,19 +158,14 @@ class Search:
             c, r = None, None
             if j > 0:
                 assert sigma is not None
-                taps[j] = own = self._tap(j, q[j - 1], s[j - 1], lambda v, m=sigma: a.times(m, v))
+                taps[j] = own = self._tap(j, q[j - 1], s[j - 1], partial(a.times, sigma))
                 r = own.T**0.5
                 c = a.add_scaled(None, sigma, r / 2)
             factor = before = None if c is None else a.factor(c)
             if c is not None and factor is None:
                 return None
             if j in self.right:
-                taps[j + 1] = after = self._tap(
-                    j + 1,
-                    q[j],
-                    s[j],
-                    lambda v, j=j, f=before, r=r: a.times(self.maps[j], self._inverse(j, f, r, v)),
-                )
+                taps[j + 1] = after = self._tap(j + 1, q[j], s[j], partial(self._through, j, before, r))
                 scale = 0.5 / r if r is not None else np.full(self.widths[j], 0.5, a.dtype)
                 factor = a.factor(a.add_scaled(c, self.right[j](after.T), scale))
                 if factor is None:
@@ -192,6 +188,10 @@ class Search:
             part = self.left[j](inverse)
             whole = part if whole is None else whole + part
         return whole
+
+    def _through(self, j: int, factor: Any, r: Any, v: Any) -> Any:
+        """S v of the tap behind the core j, which is not a core."""
+        return self.a.times(self.maps[j], self._inverse(j, factor, r, v))
 
     def _inverse(self, j: int, factor: Any, r: Any, v: Any) -> Any:
         """V_j W_j' v, V_j of the core j and what is in front of it alone."""
