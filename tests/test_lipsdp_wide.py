@@ -293,8 +293,8 @@ def test_a_device_proves_the_same(stand_in: None) -> None:
     values = []
     for where in ("cpu", "gpu"):
         with places.proofs_on(where):
-            found = by_chain(form, 3).found
-        assert [f.constants.guarantee for f in found] == ["verified"] * 2
+            found = by_chain(form, 1, pairwise=False).found
+        assert [f.constants.guarantee for f in found] == ["verified"]
         values.append([f.constants.value for f in found])
     np.testing.assert_allclose(*values, rtol=1e-3)  # the host searches in float32
 

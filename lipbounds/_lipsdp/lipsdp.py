@@ -66,10 +66,10 @@ def lipsdp(
 
     Args:
         form: from `lb.trace` or `lb.from_weights`.
-        solver: "recursion", the ellipsoid recursion (networks of any depth; wide chains of layers as a whole, see
-            docs/lipsdp.md, other wide fronts bounded by LipLT up to the first state that is narrow enough); "clarabel" or "scs", the same problem through CVXPY,
-            for small networks (pip install "lipbounds[sdp]"). With options of its own: `lb.Recursion(...)`,
-            `lb.Cvxpy(...)`.
+        solver: "recursion", the ellipsoid recursion (networks of any depth; wide chains of layers as a whole, other wide
+            fronts bounded by LipLT up to the first state that is narrow enough: docs/lipsdp.md); "clarabel" or "scs",
+            the same problem through CVXPY, for small networks (pip install "lipbounds[sdp]"). With options of its own:
+            `lb.Recursion(...)`, `lb.Cvxpy(...)`.
         multipliers: "neuron" (LipSDP-Neuron) or "layer" (LipSDP-Layer, looser).
         norm: 2, or inf for inputs and outputs in the l-inf norm (recursion only).
         pairwise: also L_ij for all pairs and L_i per class. "recursion" gets all pairs from two passes, one for the
