@@ -66,8 +66,8 @@ def lipsdp(
 
     Args:
         form: from `lb.trace` or `lb.from_weights`.
-        solver: "recursion", the ellipsoid recursion (networks of any depth; wide chains of layers as a whole, other wide
-            fronts bounded by LipLT up to the first state that is narrow enough: docs/lipsdp.md); "clarabel" or "scs",
+        solver: "recursion", the ellipsoid recursion (networks of any depth; wide chains of layers as a whole, other
+            wide fronts bounded by LipLT up to the first narrow state: docs/lipsdp.md); "clarabel" or "scs",
             the same problem through CVXPY, for small networks (pip install "lipbounds[sdp]"). With options of its own:
             `lb.Recursion(...)`, `lb.Cvxpy(...)`.
         multipliers: "neuron" (LipSDP-Neuron) or "layer" (LipSDP-Layer, looser).
