@@ -139,8 +139,9 @@ def measure(name: str, form: lb.LureForm, data: Dataset, options: Json) -> Json:
             "cpu": (time.process_time() - cpu) / max(len(right), 1),
         }
         Console().print(name, way, row[way])
-    row["only_ellipsoids"] = len(sets.get("ellipsoids", set()) - sets.get("hybrid", set()))
-    row["only_hybrid"] = len(sets.get("hybrid", set()) - sets.get("ellipsoids", set()))
+    if {"ellipsoids", "hybrid"} <= set(sets):
+        row["only_ellipsoids"] = len(sets["ellipsoids"] - sets["hybrid"])
+        row["only_hybrid"] = len(sets["hybrid"] - sets["ellipsoids"])
     row["gigabytes"] = peak_gigabytes()
     return row
 
@@ -170,8 +171,8 @@ def cells(row: Json) -> list[str]:
         f"{row['eps']:g}",
         f"{100 * row['clean']:.1f} %",
         *(share(way) for way in ("global", "LipLT", "hybrid", "ellipsoids")),
-        str(row["only_ellipsoids"]),
-        str(row["only_hybrid"]),
+        str(row.get("only_ellipsoids", "-")),
+        str(row.get("only_hybrid", "-")),
         figure("hybrid", "seconds"),
         figure("ellipsoids", "seconds"),
         figure("ellipsoids", "cpu"),
