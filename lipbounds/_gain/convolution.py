@@ -141,13 +141,15 @@ class Convolution:
             near = np.zeros((images, *written, count, channels))
             for a, move in enumerate(self.moves):
                 if move is not None:
-                    near[:, *move[0], a] = x[:, *move[1]]
+                    there: Any = (slice(None), *move[0], a)
+                    near[there] = x[:, *move[1]]
             return (near.reshape(-1, count * channels) @ weights).reshape(images, -1)
         parts = (x.reshape(-1, channels) @ weights).reshape(images, *read, count, features)
         out = np.zeros((images, *written, features))
         for a, move in enumerate(self.moves):
             if move is not None:
-                out[:, *move[0]] += parts[:, *move[1], a]
+                from_there: Any = (slice(None), *move[1], a)
+                out[:, *move[0]] += parts[from_there]
         return out.reshape(images, -1)
 
     def _product(self, x: np.ndarray) -> np.ndarray:
