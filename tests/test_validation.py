@@ -15,7 +15,7 @@ import lipbounds as lb
 from lipbounds.training import parallel
 from lipbounds.training.data import digits
 from lipbounds.training.loop import fit, split
-from lipbounds.training.step import schedule
+from lipbounds.training.optimisers import schedule
 
 
 # ----------------------------------------------------------------------------------------------- validation

@@ -36,6 +36,10 @@ def _setting(
     )
 
 
+#: Names of `Config.loss`; all but the second contain a bound.
+LOSSES = ("crm", "cross-entropy", "gloro", "gloro-trades", "lipschitz-margin", "emma", "margin")
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Settings of a run; with the same data and machine a run repeats bit for bit.
@@ -55,7 +59,7 @@ class Config:
     mean: float = _setting(0.0, "network", "Mean that the model subtracts from its input first.", -1e6, 1e6)
     std: float = _setting(1.0, "network", "Standard deviation by which it then divides.", _POSITIVE, 1e6)
     loss: str = _setting("crm", "loss", "Certified radius maximisation (crm), or one of its baselines.",
-                         choices=("crm", "cross-entropy", "gloro", "lipschitz-margin"))
+                         choices=LOSSES)
     constants: str = _setting("recursion", "loss", "Bound in the loss; recursion is LipSDP's ellipsoid recursion.",
                               choices=("naive", "liplt", "recursion"))
     pairs: str = _setting("pairwise", "loss", "Constant of a pair of classes in the loss: L_ij (pairwise), "
@@ -65,6 +69,10 @@ class Config:
     t: float = _setting(5.0, "loss", "Sharpness of the smooth minimum over the classes (CRM).", _POSITIVE)
     g: str = _setting("negative", "loss", "Decreasing function of the radius that is minimised (CRM).",
                       choices=TRANSFORMS)
+    temperature: float = _setting(0.25, "loss", "Radius over which a margin still counts (margin).", _POSITIVE)
+    trades: float = _setting(1.0, "loss", "Weight of the extra class's divergence (gloro-trades).", 0)
+    certificate: float = _setting(0.0, "loss", "Weight of the mean share of eps that radii of right answers lack, "
+                                  "beside any loss with constants.", 0)
     eps: float = _setting(1.58, "loss", "Radius (l2) of validation, GloRo and Lipschitz-margin training.", 0)
     warmup: int = _setting(1, "loss", "Epochs of cross-entropy alone at the start.", 0)
     ramp: int = _setting(0, "loss", "Epochs after the warm-up in which lam (for margin losses eps) rises from 0 to "
@@ -73,18 +81,25 @@ class Config:
     refresh: int = _setting(1, "loss", "Recompute the constants every N steps, and reuse them in between.", 1)
     precision: str = _setting("float32", "loss", "Precision of the constants; the network itself is float32.",
                               choices=("float32", "float64"))
+    forward: str = _setting("float32", "optimiser", "Precision of the network in training; weights, constants and "
+                            "proofs keep theirs.", choices=("float32", "bfloat16"))
+    optimiser: str = _setting("adam", "optimiser", "Optimiser of the weights.", choices=("adam", "nadam"))
+    lookahead: int = _setting(0, "optimiser", "Go half the way back every N steps (Lookahead); 0 for never.", 0)
+    clip: float = _setting(0.0, "optimiser", "Largest norm of a step's gradient; 0 for any.", 0)
     multiplier_rate: float = _setting(5e-3, "optimiser", "Learning rate of the recursion's multipliers.", 0, 1)
     epochs: int = _setting(60, "optimiser", "Passes over the training images.", 1)
     batch_size: int = _setting(512, "optimiser", "Images per step; an incomplete last batch is left out.", 1)
     learning_rate: float = _setting(1e-3, "optimiser", "Adam learning rate.", _POSITIVE)
     final_learning_rate: float = _setting(1e-5, "optimiser", "Final learning rate.", 0)
     schedule: str = _setting("exponential", "optimiser", "Decay of the learning rate.",
-                             choices=("exponential", "cosine", "constant"))
+                             choices=("exponential", "cosine", "multi-step", "cyclic", "constant"))
     decay_from: int = _setting(0, "optimiser", "Epochs before the decay begins.", 0)
     smoothing: float = _setting(0.0, "loss", "Label smoothing of the cross-entropy.", 0, 0.999)
     flip: bool = _setting(False, "data", "Mirror each training image with probability 1/2.")
     degrees: float = _setting(0.0, "data", "Rotate training images by at most this many degrees.", 0, 180)
     translate: float = _setting(0.0, "data", "Shift training images by at most this share of their size.", 0, 0.9)
+    crop: int = _setting(0, "data", "Shift training images by at most this many pixels (random crop).", 0, 1000)
+    cutout: int = _setting(0, "data", "Side of a square that is blanked out in every training image.", 0, 1000)
     average: str = _setting("none", "optimiser", "Validate and save averaged weights: a moving average (ema), or "
                             "the mean over the steps (swa).", choices=("none", "ema", "swa"))
     ema_decay: float = _setting(0.999, "optimiser", "Decay of the moving average per step.", 0, 0.9999999)
@@ -118,6 +133,8 @@ class Config:
             )
         if self.smoothing and self.loss not in ("crm", "cross-entropy"):
             raise ValueError(f"smoothing applies to cross-entropy and crm, not to {self.loss}: leave it at 0")
+        if self.certificate and (not self.uses_constants or self.eps == 0):
+            raise ValueError("certificate needs a loss with constants, and eps above 0")
         if self.warmup > self.epochs or self.decay_from > self.epochs:
             raise ValueError(
                 f"warmup ({self.warmup}) and decay_from ({self.decay_from}) must be at most epochs ({self.epochs})"

@@ -66,7 +66,9 @@ class LipConvNet(nnx.Module):
         self.head = Dense(math.prod(image) * channels, classes, kind="unit", rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits (B, K) of raw pixels (B, height, width, channels)."""
+        """Logits (..., K) of raw pixels, one image (height, width, channels) or a batch of them."""
+        if x.ndim == 3:
+            return self(x[None])[0]
         h = (x - self.mean) / self.std
         for layer in self.convolutions:
             h = maxmin(layer(h))
@@ -125,7 +127,9 @@ class ResidualLipschitzNet(nnx.Module):
         self.head = Dense(width, classes, kind="unit", rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits (B, K) of raw pixels (B, height, width, channels)."""
+        """Logits (..., K) of raw pixels, one image (height, width, channels) or a batch of them."""
+        if x.ndim == 3:
+            return self(x[None])[0]
         h = (x - self.mean) / self.std
         h = self.first(h if self.convolutional else h.reshape(h.shape[0], -1))
         for block in self.blocks:

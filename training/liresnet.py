@@ -94,7 +94,9 @@ class LiResNet(nnx.Module):
         self.head = Dense(features, classes, kind="unit", rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits (B, K) of raw pixels (B, height, width, channels)."""
+        """Logits (..., K) of raw pixels, one image (height, width, channels) or a batch of them."""
+        if x.ndim == 3:
+            return self(x[None])[0]
         return self.centred(x, centre=False)[0]
 
     def centred(self, x: jax.Array, *, centre: bool = True) -> tuple[jax.Array, list[jax.Array]]:

@@ -23,8 +23,9 @@ from lipbounds.training.config import Config
 from lipbounds.training.data import Dataset, load
 from lipbounds.training.initial import fresh
 from lipbounds.training.models import ModelSpec
+from lipbounds.training.optimisers import schedule
 from lipbounds.training.parallel import Devices
-from lipbounds.training.step import TrainState, schedule, trainer
+from lipbounds.training.step import TrainState, trainer
 
 Record = dict[str, Any]
 Progress = Callable[[Record], None]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +115,28 @@ def lipschitz_margin(
     others = labels[:, None] != jnp.arange(classes, dtype=labels.dtype)
     pairs = jnp.broadcast_to(jnp.asarray(pairs, logits.dtype), (classes, classes))
     return cross_entropy(logits + eps * jnp.where(others, pairs[labels], 0), labels)
+
+
+def by_name(
+    c: Any, logits: jax.Array, labels: jax.Array, pairs: jax.Array, share: float | jax.Array = 1.0
+) -> jax.Array:
+    """The loss that a `Config` names, with a share of lam (CRM) or of eps (the others) in force."""
+    eps = c.eps * share
+    if c.loss == "crm" or not c.uses_constants:
+        value = cross_entropy(logits, labels, c.smoothing)
+    elif c.loss == "gloro-trades":
+        value = gloro_trades(logits, labels, pairs, eps=eps, weight=c.trades)
+    elif c.loss == "margin":
+        value = margin(logits, labels, pairs, eps=eps, temperature=c.temperature)
+    else:
+        value = {"gloro": gloro, "lipschitz-margin": lipschitz_margin, "emma": emma}[c.loss](
+            logits, labels, pairs, eps=eps
+        )
+    if c.loss == "crm" and c.uses_constants:
+        value = value + c.lam * share * crm_penalty(logits, labels, pairs, t=c.t, r0=c.r0, g=c.g)
+    if c.certificate:
+        value = value + c.certificate * share * certificate_penalty(logits, labels, pairs, eps=c.eps)
+    return value
 
 
 def emma(logits: jax.Array, labels: jax.Array, pairs: jax.Array, *, eps: float | jax.Array) -> jax.Array:

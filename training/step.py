@@ -32,6 +32,7 @@ import lipbounds as lb
 from lipbounds.training import losses
 from lipbounds.training.augment import Augmentation
 from lipbounds.training.config import Config
+from lipbounds.training.optimisers import optimiser
 from lipbounds.training.parallel import Devices
 
 _FLOAT = jnp.float32
@@ -134,15 +135,7 @@ class Trainer:
         self, logits: jax.Array, labels: jax.Array, pairs: jax.Array, share: float | jax.Array = 1.0
     ) -> jax.Array:
         """The loss of a batch, given the constants of all pairs of classes and the share of lam, or eps, in force."""
-        c = self.config
-        if c.loss == "gloro":
-            return losses.gloro(logits, labels, pairs, eps=c.eps * share)
-        if c.loss == "lipschitz-margin":
-            return losses.lipschitz_margin(logits, labels, pairs, eps=c.eps * share)
-        plain = losses.cross_entropy(logits, labels, c.smoothing)
-        if not c.uses_constants:
-            return plain
-        return plain + c.lam * share * losses.crm_penalty(logits, labels, pairs, t=c.t, r0=c.r0, g=c.g)
+        return losses.by_name(self.config, logits, labels, pairs, share)
 
     # --- the state -------------------------------------------------------------------------------------------------
 
@@ -186,18 +179,8 @@ class Trainer:
 
     @cached_property
     def optimiser(self) -> Any:
-        """Adam with the schedule of the configuration, and a rate of its own for the multipliers."""
-        rate = schedule(self.config, self.steps, self.config.learning_rate, self.config.final_learning_rate)
-        ratio = self.config.multiplier_rate / self.config.learning_rate
-        quick = schedule(
-            self.config,
-            self.steps,
-            self.config.multiplier_rate,
-            max(self.config.final_learning_rate * ratio, 0.01 * self.config.multiplier_rate),
-        )
-        return optax.partition(
-            {"weights": optax.adam(rate), "multipliers": optax.adam(quick)}, ("weights", "multipliers")
-        )
+        """The optimiser of (weights, multipliers)."""
+        return optimiser(self.config, self.steps)
 
     # --- one epoch -------------------------------------------------------------------------------------------------
 
@@ -264,13 +247,14 @@ class Trainer:
 
     def _visit(self, state: TrainState, pixels: Any, labels: Any, rows: Any, key: Any) -> Any:
         c = self.config
-        augment = Augmentation(flip=c.flip, degrees=c.degrees, translate=c.translate)
+        augment = Augmentation(c.flip, c.degrees, c.translate, crop=c.crop, cutout=c.cutout)
         x = self.devices.spread(pixels[rows]).astype(_FLOAT) / np.float32(self.levels)
         return self._step(state, augment(key, x), self.devices.spread(labels[rows]))
 
     def _step(self, state: TrainState, x: jax.Array, labels: jax.Array) -> tuple[TrainState, Any]:
         trained = (state.weights, state.multipliers)
-        logits, pull = jax.vjp(lambda weights: self.network(weights, x), state.weights)
+        x = x.astype(self.config.forward)
+        logits, pull = jax.vjp(lambda weights: self.network(weights, x).astype(_FLOAT), state.weights)
         loss, along, through, multipliers, bound, held = self._loss(state, trained, logits, labels)
         (direct,) = pull(along)
         gradient = (jax.tree.map(jnp.add, direct, through[0]), through[1])
@@ -391,17 +375,6 @@ def pair_constants(found: Any, pairs: str) -> jax.Array:
     if pairs == "whole":
         return jnp.full(found.pairwise.shape, np.sqrt(2), found.value.dtype) * found.value
     return found.per_class[:, None] + found.per_class[None, :]
-
-
-def schedule(config: Config, steps: int, first: float, last: float) -> Any:
-    """Learning rate by step: `first` until epoch `decay_from`, then down to `last` at the end."""
-    begin, total = config.decay_from * steps, config.epochs * steps
-    if config.schedule == "constant" or begin >= total or first == 0:
-        return optax.constant_schedule(first)
-    if config.schedule == "cosine":
-        fall = optax.cosine_decay_schedule(first, total - begin, alpha=last / first)
-        return optax.join_schedules([optax.constant_schedule(first), fall], [begin])
-    return optax.exponential_decay(first, total - begin, max(last, 1e-12) / first, transition_begin=begin)
 
 
 def trainer(

@@ -49,6 +49,9 @@ def train(
 
     - `lipbounds train crm --preset cifar10-6C2F --data-dir data --epochs 40 --out runs/cifar`
 
+    - `lipbounds train emma --constants naive --dataset cifar10 --data-dir data --arch liresnet-L6W64 --optimiser nadam
+      --lookahead 6 --schedule cosine --crop 4 --flip --ramp 30 --warmup 0 --average ema --out runs/liresnet`
+
     - `lipbounds train --resume runs/mnist`
     """
     given = {key: value for key, value in settings.items() if value is not None}
@@ -146,6 +149,8 @@ def _check_used(given: Json, c: Any) -> None:
         ("final_learning_rate", "decay_from"): (c.schedule != "constant", "a schedule that decays"),
         ("ema_decay",): (c.average == "ema", "--average ema"),
         ("average_from",): (c.average != "none", "--average ema or swa"),
+        ("temperature",): (c.loss == "margin", "the loss margin"),
+        ("trades",): (c.loss == "gloro-trades", "the loss gloro-trades"),
         ("smoothing",): (c.loss in ("crm", "cross-entropy"), "the loss crm or cross-entropy"),
     }
     for names, (fine, what) in used.items():

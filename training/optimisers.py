@@ -1,0 +1,88 @@
+"""Optimisers and learning rates of a run: Adam or NAdam, Lookahead, schedules by name."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lipbounds.training.config import Config
+
+_SLOW = 0.5  # share of the way to the fast weights that the slow ones go (Zhang et al., NeurIPS 2019)
+_TOP = 0.4  # share of a cyclic schedule in which the rate rises
+
+
+class Lookahead(NamedTuple):
+    """State of `lookahead`: that of the inner optimiser, the slow weights, number of steps."""
+
+    inner: Any
+    slow: Any
+    count: jax.Array
+
+
+def lookahead(inner: optax.GradientTransformation, period: int) -> optax.GradientTransformation:
+    """Every `period` steps the weights return to slow ones, which have gone half the way to them.
+
+    Zhang et al., Lookahead optimizer: k steps forward, 1 step back, NeurIPS 2019. The slow weights are part of the
+    optimiser's state, so that a resumed run goes on as it was.
+    """
+
+    def init(weights: Any) -> Lookahead:
+        slow = jax.tree.map(jnp.array, weights)  # a copy: states are donated
+        return Lookahead(inner.init(weights), slow, jnp.zeros((), jnp.int32))
+
+    def update(gradient: Any, state: Lookahead, weights: Any = None) -> tuple[Any, Lookahead]:
+        updates, after = inner.update(gradient, state.inner, weights)
+        count = state.count + 1
+        meets = count % period == 0
+
+        def slower(slow: jax.Array, weight: jax.Array, change: jax.Array) -> jax.Array:
+            return jnp.where(meets, slow + _SLOW * (weight + change - slow), slow)
+
+        slow = jax.tree.map(slower, state.slow, weights, updates)
+        updates = jax.tree.map(lambda s, w, u: jnp.where(meets, s - w, u), slow, weights, updates)
+        return updates, Lookahead(after, slow, count)
+
+    return optax.GradientTransformation(init, update)
+
+
+def optimiser(config: Config, steps: int) -> optax.GradientTransformation:
+    """The optimiser of (weights, multipliers): multipliers have Adam with a rate of their own."""
+    rate = schedule(config, steps, config.learning_rate, config.final_learning_rate)
+    ratio = config.multiplier_rate / config.learning_rate
+    last = max(config.final_learning_rate * ratio, 0.01 * config.multiplier_rate)
+    quick = schedule(config, steps, config.multiplier_rate, last)
+    of_weights = optax.nadam(rate) if config.optimiser == "nadam" else optax.adam(rate)
+    if config.clip:
+        of_weights = optax.chain(optax.clip_by_global_norm(config.clip), of_weights)
+    if config.lookahead:
+        of_weights = lookahead(of_weights, config.lookahead)
+    return optax.partition(
+        {"weights": of_weights, "multipliers": optax.adam(quick)}, ("weights", "multipliers")
+    )
+
+
+def schedule(config: Config, steps: int, first: float, last: float) -> Any:
+    """Learning rate by step: `first` until epoch `decay_from`, then down to `last` at the end.
+
+    "multi-step" divides by 10 at one half and at three quarters of the decay; "cyclic" rises from `last` to `first` in
+    the first 40 % of the steps from `decay_from` on, and falls again, both linearly.
+    """
+    begin, total = config.decay_from * steps, config.epochs * steps
+    if config.schedule == "constant" or begin >= total or first == 0:
+        return optax.constant_schedule(first)
+    length = total - begin
+    if config.schedule == "cosine":
+        fall = optax.cosine_decay_schedule(first, length, alpha=last / first)
+        return optax.join_schedules([optax.constant_schedule(first), fall], [begin])
+    if config.schedule == "multi-step":
+        edges = {begin + length // 2: 0.1, begin + 3 * length // 4: 0.1}
+        return optax.piecewise_constant_schedule(first, edges)
+    if config.schedule == "cyclic":
+        top = begin + max(1, round(_TOP * length))
+        rise = optax.linear_schedule(last, first, top - begin)
+        fall = optax.linear_schedule(first, last, max(1, total - top))
+        return optax.join_schedules([optax.constant_schedule(first), rise, fall], [begin, top])
+    return optax.exponential_decay(first, length, max(last, 1e-12) / first, transition_begin=begin)
