@@ -262,7 +262,7 @@ def finished(c: argparse.Namespace, graph: Any, weights: Any, pixels: Any) -> tu
     model, means = nnx.merge(graph, weights), []
     if c.centre:
         means = population_means(c, graph, weights, pixels)
-        model.fold(means)
+        model = model.folded(means)  # a copy: merged modules share their variables
     graph, weights = nnx.split(model)
     rounded = jax.tree.map(lambda a: a.astype(jnp.float16).astype(jnp.float32), weights)
     return nnx.merge(graph, rounded), means
@@ -302,7 +302,7 @@ def main() -> None:
         weights, facts = restore(c.out, weights), json.loads((c.out / "record.json").read_text())
         if facts["means"]:
             model = nnx.merge(graph, weights)
-            model.fold([-jnp.asarray(mean, jnp.float32) for mean in facts["means"]])
+            model = model.folded([-jnp.asarray(mean, jnp.float32) for mean in facts["means"]])
             weights = nnx.split(model)[1]
         say(f"going on after {facts['epochs']} epochs")
     facts |= {"device": device.device_kind, "pieces": facts["pieces"] + 1}

@@ -114,6 +114,7 @@ class LiResNet(nnx.Module):
         for number, blocks in enumerate(self.scales):
             h = downsample(h, 2) if number else h
             for block in blocks:
+                assert block.bias is not None  # blocks are made with one
                 kernel, bias = block.weights().astype(h.dtype), block.bias.get_value().astype(h.dtype)
                 h = maxmin(centered(block.apply(kernel, h)) + bias)
         h = self.windows(downsample(h, 4))
@@ -123,11 +124,15 @@ class LiResNet(nnx.Module):
         # the last map in the precision of the weights: margins are differences of its outputs
         return self.head(h.astype(self.head.kernel.get_value().dtype)), means
 
-    def fold(self, means: Sequence[jax.Array]) -> None:
-        """Subtract means, as `centred` returned them, from the biases: the network that calls without centring."""
-        blocks = [block for scale in self.scales for block in scale]
+    def folded(self, means: Sequence[jax.Array]) -> LiResNet:
+        """A copy with means, as `centred` returned them, taken off the biases: it computes `centred` when called."""
+        model: LiResNet = nnx.clone(self)
+        blocks = [block for scale in model.scales for block in scale]
         for block, mean in zip(blocks, means, strict=True):
-            block.bias.set_value(block.bias.get_value() - mean)
+            bias = block.bias
+            assert bias is not None  # blocks are made with one
+            bias.set_value(bias.get_value() - mean)
+        return model
 
 
 def parse(name: str) -> dict[str, Any] | None:

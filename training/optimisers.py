@@ -19,7 +19,7 @@ class Lookahead(NamedTuple):
 
     inner: Any
     slow: Any
-    count: jax.Array
+    steps: jax.Array
 
 
 def lookahead(inner: optax.GradientTransformation, period: int) -> optax.GradientTransformation:
@@ -35,7 +35,7 @@ def lookahead(inner: optax.GradientTransformation, period: int) -> optax.Gradien
 
     def update(gradient: Any, state: Lookahead, weights: Any = None) -> tuple[Any, Lookahead]:
         updates, after = inner.update(gradient, state.inner, weights)
-        count = state.count + 1
+        count = state.steps + 1
         meets = count % period == 0
 
         def slower(slow: jax.Array, weight: jax.Array, change: jax.Array) -> jax.Array:
