@@ -151,7 +151,7 @@ def meter(count: int, seconds: float) -> Iterator[Advance]:
             nonlocal done
             done += cost
             # What is done first may be too little to tell a rate.
-            known = done >= _TELLING * seconds
+            known = done > 0.0 and done >= _TELLING * seconds
             left = (time.monotonic() - began) * (seconds / done - 1.0) if known else seconds - done
             say(f"{what}, about {show_seconds(left)} left" if seconds >= _QUIET and left >= 1.0 else what)
 
