@@ -129,6 +129,7 @@ def test_angles_are_uniform_in_degrees():
     assert np.abs((angles + 30) / 60 - np.linspace(0, 1, len(angles))).max() < 1.95 / np.sqrt(len(angles))
 
 
+@pytest.mark.slow
 def test_one_key_one_result(images):
     x = jnp.asarray(images)
     first, again, other = (np.asarray(EVERYTHING(jax.random.key(seed), x)) for seed in (0, 0, 1))

@@ -340,6 +340,7 @@ def test_a_bound_of_another_network_is_refused(form: Any) -> None:
         lb.certified_radius(form, np.zeros((2, 6), np.float32), np.array([0, 1]), bound=other)
 
 
+@pytest.mark.slow
 def test_only_upper_bounds_certify(form: Any) -> None:
     X, y = np.zeros((2, 6), np.float32), np.array([0, 1])
     for wrong in (lb.empirical(form), lb.liplt(form, guarantee="estimate"), 3.0, "liplt"):

@@ -19,6 +19,7 @@ SEARCHES = {
     ("search.py", "parameters_from"),  # a start of the optimiser, which finds D
     ("search.py", "_Ellipsoids.__init__"),  # the first state of the optimiser
     ("proof.py", "_raised_dense"),  # a D that propagate_dense proves
+    ("wide_search.py", "Search.__init__"),  # the maps of the search, whose multipliers are proved afterwards
     ("scaling.py", "factors"),  # factors, sound whatever they are; exactly zero ones only without an error
     ("scaling.py", "optimize"),  # factors, sound whatever they are
     ("wide_blocks.py", "_root"),  # R, of which R R' is compared with the matrix

@@ -86,6 +86,7 @@ def test_claims_with_signs_of_masking(found, model):
     assert verdicts["gradients are not masked (4.2.4)"] == wanted
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_page_a_record_and_thresholds(model_file, tmp_path):
     out = tmp_path / "out"
     words = ("forge", model_file, "--dataset", "digits", "--c-r", "0", "2^-6", "0.05", *QUICK)

@@ -95,6 +95,7 @@ def test_supported_entries_have_a_form(name: str) -> None:
         lower(_flat(program))
 
 
+@pytest.mark.slow
 def test_every_rule_is_in_the_grammar() -> None:
     found: set[str] = set()
     missing = (set(RULES) | ELEMENTWISE) - set(ELSEWHERE)

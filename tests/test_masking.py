@@ -112,6 +112,7 @@ def test_a_masked_network_fails(trained, mask):
         assert not clear.failed
 
 
+@pytest.mark.slow
 def test_a_worse_smoothed_network_fails_the_fifth_check(trained):
     fn, x, y = trained
 
