@@ -86,7 +86,8 @@ TAIL=12 side section tests 100 $PYTHON -m pytest -q -p no:benchmark --maxfail=20
 wait
 unset XLA_FLAGS
 
-# 2. Fast? LipSDP of 6C2F takes most of the time that it is given, and so runs only where SECTIONS asks for it. One after the other on the device; the CPU's turn at the verbs is beside the training, which needs few cores.
+# 2. Fast? LipSDP of 6C2F takes most of the time that it is given, and so runs only where SECTIONS asks for it. One after
+# the other on the device; the CPU's turn at the verbs is beside the training, which needs few cores.
 [ -n "${SECTIONS:-}" ] && LIVE=1 section lipsdp 320 $PART lipsdp "$WORK/lipsdp.json" $SMALL
 section proofs 60 $PART proofs "$WORK/proofs.json" $SMALL
 section steps 75 $PART steps "$WORK/steps.json" $SMALL

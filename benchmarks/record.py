@@ -350,7 +350,7 @@ def main() -> None:
         if number in (2, 3) or number % 10 == 0:
             say(
                 f"epoch {number}: loss {seen[0]:.4f}, constant {seen[1]:.2f}, training {100 * seen[2]:.2f} % right, "
-                f"{100 * seen[3]:.2f} % certified, skipped {seen[4]:.3f}; {took:.3f} s"
+                f"{100 * seen[3]:.2f} % certified (estimate), skipped {seen[4]:.3f}; {took:.3f} s"
             )
         if time.monotonic() - tested > c.every:
             test(state)

@@ -163,7 +163,10 @@ class _Layer(nnx.Module):
 
     @property
     def constant(self) -> float | None:
-        """What the construction promises to bound the layer's norm by; None for residual, unit and plain maps."""
+        """What the construction promises to bound the layer's norm by; None for residual, unit and plain maps.
+
+        A "spectral" layer keeps its promise only as far as its power iteration has converged. No bound relies on any.
+        """
         return None if self.kind in ("residual", "unit", "plain") else 1.0
 
     def apply(self, kernel: jax.Array, x: jax.Array) -> jax.Array:
@@ -186,6 +189,15 @@ class _Layer(nnx.Module):
         image = self.apply(kernel, v[None])
         sigma = jnp.sum(jax.lax.stop_gradient(unit(image)) * image)
         return kernel / jnp.maximum(sigma, _TINY)
+
+    def _plain(self) -> jax.Array | None:
+        """The weights of "spectral", "aol" and "plain"; None for other kinds."""
+        kernel = self.kernel.get_value()
+        if self.kind == "spectral":
+            return self._normalised()
+        if self.kind == "aol":
+            return kernel * rescaled(kernel)[:, None]
+        return kernel if self.kind == "plain" else None
 
     def _added(self, y: jax.Array) -> jax.Array:
         return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
@@ -218,17 +230,13 @@ class Dense(_Layer):
 
     def weights(self) -> jax.Array:
         """The matrix (n_in, n_out) of the map."""
-        kernel = self.kernel.get_value()
-        if self.kind == "spectral":
-            return self._normalised()
-        if self.kind == "aol":
-            return kernel * rescaled(kernel)[:, None]
+        kernel, plain = self.kernel.get_value(), self._plain()
+        if plain is not None:
+            return plain
         if self.kind == "unit":
             return unit(kernel, axis=0)
         if self.kind == "residual":
             return jnp.eye(self.n_in, dtype=kernel.dtype) + self.scale * kernel
-        if self.kind == "plain":
-            return kernel
         if self.kind == "exponential":
             return orthogonal.exponential(kernel, self.terms)[: self.n_in, : self.n_out]
         construct = orthogonal.cayley if self.kind == "cayley" else orthogonal.reflection
@@ -296,17 +304,13 @@ class Convolution(_Layer):
 
     def weights(self) -> jax.Array:
         """The kernel of "spectral", "aol", "residual", and the skew one of "exponential"."""
-        kernel = self.kernel.get_value()
-        if self.kind == "spectral":
-            return self._normalised()
-        if self.kind == "aol":
-            return kernel * rescaled(kernel)[:, None]
+        kernel, plain = self.kernel.get_value(), self._plain()
+        if plain is not None:
+            return plain
         if self.kind == "residual":
             middle = kernel.shape[0] // 2
             kernel = self.scale * kernel
             return kernel.at[middle, middle].add(jnp.eye(self.n_in, dtype=kernel.dtype))
-        if self.kind == "plain":
-            return kernel
         skew = kernel - transposed(kernel)
         # The norm of a convolution is at most the square root of the number of taps times that of its flat kernel.
         taps = kernel.shape[0] * kernel.shape[1]

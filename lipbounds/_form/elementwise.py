@@ -9,8 +9,11 @@ recursion works on the groups, which give an orthogonal MaxMin network the const
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +21,8 @@ from lipbounds._activations.expression import Expr, Node
 from lipbounds._form.lure import LureForm
 from lipbounds._form.program import Op, Program, Tap
 from lipbounds._form.steps import StaticArray
+
+Made = TypeVar("Made")
 
 _RELU = Expr((Node("x"), Node("const", (), (0,)), Node("max", (0, 1))))
 _ZERO = StaticArray(np.zeros((), np.float32))
@@ -214,3 +219,18 @@ def _is_prefixes(table: np.ndarray) -> bool:
     lines = table[n - 1 :: n]
     row = np.minimum(np.arange(n)[:, None], np.arange(n))
     return all(np.array_equal(table[i::n], lines[:, row[i]]) for i in range(n))
+
+
+def kept_with_form(make: Callable[[LureForm], Made]) -> Callable[[LureForm], Made]:
+    """make(elementwise view) as a function of the form, whose result is kept as long as the form lives."""
+    kept: weakref.WeakKeyDictionary[LureForm, Made] = weakref.WeakKeyDictionary()
+
+    @wraps(make)
+    def found(form: LureForm) -> Made:
+        if form.assumed:  # a declaration may be corrected while the form lives
+            return make(elementwise_view(form))
+        if form not in kept:
+            kept[form] = make(elementwise_view(form))
+        return kept[form]
+
+    return found

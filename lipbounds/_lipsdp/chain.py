@@ -18,12 +18,11 @@ with w = 2 v - y, y^2 - w^2 = 4 v (y - v); Fazlyab et al., NeurIPS 2019.)
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 
 import numpy as np
 
-from lipbounds._form.elementwise import elementwise_view
+from lipbounds._form.elementwise import kept_with_form
 from lipbounds._form.lure import LureForm, proved_slopes
 from lipbounds._gain.blocks import TapScaling
 from lipbounds._norms import enclosures
@@ -56,20 +55,9 @@ class Chain:
         return self.maps[-1].shape[0]
 
 
-_KEPT: weakref.WeakKeyDictionary[LureForm, Chain] = weakref.WeakKeyDictionary()
-
-
-def chain(form: LureForm) -> Chain:
-    """The chain of a form, kept as long as the form lives; ValueError where it is none."""
-    if form.assumed:  # a declaration may be corrected while the form lives
-        return _chain(elementwise_view(form))
-    found = _KEPT.get(form)
-    if found is None:
-        found = _KEPT[form] = _chain(elementwise_view(form))
-    return found
-
-
-def _chain(view: LureForm) -> Chain:
+@kept_with_form
+def chain(view: LureForm) -> Chain:
+    """The chain of a form; ValueError where it is none."""
     host = recursion.host_form(view)
     plain = [TapScaling(None, np.ones(tap.size_out), np.ones(tap.size_in)) for tap in view.taps]
     (left, _, _), *steps = host.state_maps(plain)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lipbounds._form.elementwise import elementwise_view
+from lipbounds._form.elementwise import elementwise_view, kept_with_form
 from lipbounds._form.lure import LureForm, state_sequence
 from lipbounds._form.program import Op, Program, Tap
 from lipbounds._form.steps import StaticArray
@@ -66,20 +66,11 @@ class Sequence:
 
 
 _HYBRID: weakref.WeakKeyDictionary[LureForm, dict[tuple[int, Request], Any]] = weakref.WeakKeyDictionary()
-_KEPT: weakref.WeakKeyDictionary[LureForm, Sequence] = weakref.WeakKeyDictionary()
 
 
-def sequence(form: LureForm) -> Sequence:
+@kept_with_form
+def sequence(view: LureForm) -> Sequence:
     """The sequence of a concrete form (of its elementwise view), kept as long as the form lives."""
-    if form.assumed:  # a declaration may be corrected while the form lives
-        return _sequence(elementwise_view(form))
-    found = _KEPT.get(form)
-    if found is None:
-        found = _KEPT[form] = _sequence(elementwise_view(form))
-    return found
-
-
-def _sequence(view: LureForm) -> Sequence:
     host = recursion.host_form(view)
     scalings = recursion.loop_transform(view, 2, centred=True)
     (start, _, _), *maps = host.state_maps(scalings)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +21,7 @@ from lipbounds._lipsdp.chain import Chain, chain, cores, operations
 from lipbounds._lipsdp.solvers import Recursion
 from lipbounds._lipsdp.task import Answer, Found, Task
 from lipbounds._lipsdp.wide_arithmetic import Accelerator, Host
-from lipbounds._lipsdp.wide_search import Minimum, Objective, Search, Stopwatch
+from lipbounds._lipsdp.wide_search import Minimum, Objective, Search
 from lipbounds._norms import device
 from lipbounds._text import device as places
 from lipbounds._text.calls import FAILURES, reason
@@ -123,7 +122,6 @@ def _check(form: LureForm, how: Recursion, limit: int | None) -> None:
 def _search(search: Search, how: Recursion, pairwise: bool, steps: int) -> list[tuple[str, Minimum]]:
     """Minima, with what they are for: the pairs, then the network from there, then the worst pairs one by one."""
     x = start(search)
-    never = time.monotonic() + 1e9
     out: list[tuple[str, Minimum]] = []
     jobs: list[tuple[str, Objective, int]] = [("network", wide_search.network, steps)]
     if pairwise:
@@ -132,7 +130,7 @@ def _search(search: Search, how: Recursion, pairwise: bool, steps: int) -> list[
             ("network", wide_search.network, steps // 3),
         ]
     for what, objective, count in jobs:
-        one = wide_search.minimise(search, x, objective, Stopwatch(count, never), what)
+        one = wide_search.minimise(search, x, objective, count, what)
         if one is not None:
             out.append((what, one))
             x = one.x
@@ -144,7 +142,7 @@ def _search(search: Search, how: Recursion, pairwise: bool, steps: int) -> list[
             weights = np.zeros((k, k))
             weights[i[place], j[place]] = weights[j[place], i[place]] = 1.0
             what, objective = f"pair {i[place]}, {j[place]}", wide_search.pairs_of(weights)
-            one = wide_search.minimise(search, out[0][1].x, objective, Stopwatch(steps // 2, never), what)
+            one = wide_search.minimise(search, out[0][1].x, objective, steps // 2, what)
             out += [] if one is None else [(what, one)]
     return out
 

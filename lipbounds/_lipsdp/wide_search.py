@@ -19,7 +19,6 @@ eigenvector as z, is one more column in the same pass back. Floats of any precis
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -298,13 +297,6 @@ def pairs_of(objective: str | np.ndarray) -> Objective:
     return pairs
 
 
-class Stopwatch(NamedTuple):
-    """When a search has to end: at most so many steps, and none begins after `deadline` (time.monotonic)."""
-
-    most: int
-    deadline: float
-
-
 class Minimum(NamedTuple):
     """Parameters, the value of the objective (log L) and S_out there, and steps done."""
 
@@ -314,10 +306,8 @@ class Minimum(NamedTuple):
     steps: int
 
 
-def minimise(
-    search: Search, x: np.ndarray, objective: Objective, stop: Stopwatch, what: str
-) -> Minimum | None:
-    """L-BFGS from x; None where there is no factorisation there."""
+def minimise(search: Search, x: np.ndarray, objective: Objective, most: int, what: str) -> Minimum | None:
+    """At most so many steps of L-BFGS from x; None where there is no factorisation there."""
 
     def at(x: np.ndarray) -> tuple[float, Passed | None]:
         passed = search.forward(x)
@@ -331,9 +321,7 @@ def minimise(
     g = search.backward(passed, objective(passed.sigma)[1])
     past: list[tuple[np.ndarray, np.ndarray, float]] = []
     done = 0
-    for done in range(stop.most):
-        if time.monotonic() > stop.deadline:
-            break
+    for done in range(most):
         direction = _direction(g, past)
         length, slope, before = 1.0, float(g @ direction), value
         while True:
@@ -342,7 +330,7 @@ def minimise(
             if there is not None and found <= value + 1e-4 * length * slope:
                 break
             length *= 0.3
-            if length < _LEAST_STEP or time.monotonic() > stop.deadline:
+            if length < _LEAST_STEP:
                 return Minimum(x, value, passed, done)
         new = search.backward(there, objective(there.sigma)[1])
         step, change = tried - x, new - g
@@ -354,7 +342,7 @@ def minimise(
             done += 1
             break
     else:
-        done = stop.most
+        done = most
     return Minimum(x, value, passed, done)
 
 
