@@ -3,8 +3,12 @@
 if not __name__.startswith("lipbounds."):
     raise ImportError("this folder is the package lipbounds.analysis: write `import lipbounds.analysis`")
 
+from lipbounds.analysis.attack_network import Oracle as Oracle
+from lipbounds.analysis.attack_search import Attack as Attack
+from lipbounds.analysis.attack_search import random_targets as random_targets
 from lipbounds.analysis.attack_settings import AttackSettings as AttackSettings
 from lipbounds.analysis.attacks import fgsm as fgsm
+from lipbounds.analysis.attacks import mi_fgsm as mi_fgsm
 from lipbounds.analysis.attacks import pgd as pgd
 from lipbounds.analysis.diagnostics import diagnose as diagnose
 from lipbounds.analysis.forge_search import search_c_r as search_c_r

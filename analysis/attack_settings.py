@@ -79,6 +79,15 @@ class AttackSettings:
             top = np.nextafter(top, np.float32(-np.inf))
         return bottom, top
 
+    def check_inside(self, points: np.ndarray) -> None:
+        """ValueError unless the points lie in the box."""
+        bottom, top = self.box
+        if points.min() < bottom or points.max() > top:
+            raise ValueError(
+                f"x must lie in the box [{bottom:g}, {top:g}], got values from {points.min():g} to {points.max():g}: "
+                "set low and high"
+            )
+
     def diameter(self, shape: tuple[int, ...]) -> float:
         """Diameter in `norm` of the box of examples of this shape; larger radii give the same ball."""
         return (self.high - self.low) * (math.sqrt(math.prod(shape)) if self.norm == 2 else 1.0)

@@ -26,8 +26,9 @@ from lipbounds._form import fingerprint
 from lipbounds._lipsdp import check_certificate, load_certificate
 from lipbounds._local import logits
 from lipbounds._text import Progress
+from lipbounds.analysis.attack_search import Attack, length
 from lipbounds.analysis.attack_settings import AttackSettings
-from lipbounds.analysis.attacks import Attack, length, pgd
+from lipbounds.analysis.attacks import pgd
 from lipbounds.analysis.experiment import Json, eps_grid, norm_key, radii_record
 from lipbounds.errors import GuaranteeError
 from lipbounds.results import Part, check_norm

@@ -41,8 +41,9 @@ from lipbounds._text import (
     text_table,
     whole,
 )
+from lipbounds.analysis.attack_search import Attack
 from lipbounds.analysis.attack_settings import LINF, AttackSettings
-from lipbounds.analysis.attacks import Attack, fgsm, pgd
+from lipbounds.analysis.attacks import fgsm, pgd
 from lipbounds.analysis.experiment import norm_key
 from lipbounds.analysis.smoothing import Smoothed, clopper_pearson_lower, smooth
 from lipbounds.analysis.square import square

@@ -29,8 +29,9 @@ import numpy as np
 from scipy import stats
 
 from lipbounds._text import Html, Progress, as_labels, element, say, whole
+from lipbounds.analysis.attack_network import Model, count_classes, split
+from lipbounds.analysis.attack_search import as_points
 from lipbounds.analysis.attack_settings import reports
-from lipbounds.analysis.attacks import Model, as_points, count_classes, split
 
 ABSTAIN = -1
 _ABOUT = "certifies the smoothed classifier (majority under noise), not the network itself"

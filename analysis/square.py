@@ -19,9 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipbounds._text import reporting, whole
-from lipbounds.analysis import attacks
+from lipbounds.analysis import attack_search
+from lipbounds.analysis.attack_network import Model, margin_of
+from lipbounds.analysis.attack_search import (
+    Attack,
+    Found,
+    Problem,
+    keep,
+    per_example,
+    project,
+    search,
+)
 from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings
-from lipbounds.analysis.attacks import Attack, Problem, keep, margin_of, per_example, project
 
 #: Queries of 10 000, after each of which the window's share of the image is halved (section 5 of the paper).
 _HALVINGS = (10, 50, 200, 1000, 2000, 4000, 6000, 8000)
@@ -37,13 +46,14 @@ def square(
     *,
     queries: int = 1000,
     p_init: float | None = None,
+    target: Any = None,
     **changes: Any,
 ) -> Attack:
     """Search every ball ||x' - x|| <= eps by random squares for an x' in the box that is not classified as labelled.
 
     Args:
-        fn, x, y, eps, settings, **changes: as those of `attacks.pgd`; what is drawn also depends on the number of the
-            query. x holds images (N, H, W, C) or (N, H, W), or vectors (N, d), which are images of one row.
+        fn, x, y, eps, settings, target, **changes: as those of `attacks.pgd`; what is drawn also depends on the number
+            of the query. x holds images (N, H, W, C) or (N, H, W), or vectors (N, d), which are images of one row.
         queries: perturbations tried per example at most; x itself and what is returned are evaluated besides.
         p_init: share of the pixels in the first windows, in (0, 1]; None is 0.05 in norm inf and 0.1 in norm 2. It is
             halved 8 times, at the paper's shares of `queries`. In norm 2 no window has a side of fewer than 3 pixels.
@@ -62,38 +72,53 @@ def square(
         raise ValueError(f"p_init must be in (0, 1], got {p_init!r}")
     key = jax.random.key(settings.seed)
 
-    def find(problem: Problem) -> jax.Array:
-        return _search(problem, queries, share, key)
-
     with reporting(settings.progress):
-        return attacks.search("Square", find, fn, x, y, eps, settings, "margin")
+        return search(
+            "Square",
+            lambda problem: _search(problem, queries, share, key),
+            fn,
+            x,
+            y,
+            eps,
+            settings,
+            "margin",
+            target=target,
+            needs="logits",
+        )
 
 
-def _search(problem: Problem, queries: int, share: float, key: jax.Array) -> jax.Array:
-    """(B, *shape): the perturbed examples after all queries, or once all of them are broken."""
-    model, weights, where, labels = problem.model, problem.weights, problem.where, problem.labels
-    x, norm = where[0], problem.norm
+def _search(problem: Problem, queries: int, share: float, key: jax.Array) -> Found:
+    """The perturbed examples after all queries, or once all of them are broken."""
+    where, x = problem.where, problem.where[0]
     height, width, _ = _image_shape(x.shape[1:])
-    sizes = _windows(height, width, queries, share, least=1 if norm == math.inf else 3)
-    clean = attacks.margins(model, weights, x, labels)
-    start = _start(jax.random.fold_in(key, 0), problem.index, where, norm)
-    margin = attacks.margins(model, weights, start, labels)
-    margin = jnp.where(jnp.isnan(margin), jnp.inf, margin)
-    wrong = clean <= 0  # nothing is left to be broken
-    best = (jnp.where(per_example(wrong, x), x, start), jnp.where(wrong, clean, margin))
-    stride = min(_AT_ONCE, attacks.stride(queries))
+    sizes = _windows(height, width, queries, share, least=1 if problem.norm == math.inf else 3)
+    start = _start(jax.random.fold_in(key, 0), problem.index, where, problem.norm)
+    margin = problem.margins(start)
+    best = (start, jnp.where(jnp.isnan(margin), jnp.inf, margin), jnp.ones(len(x), jnp.int32))
+    stride = min(_AT_ONCE, attack_search.stride(queries))
     for done in range(1, queries, stride):
         if (done - 1) % _AT_ONCE < stride and not bool((best[1] > 0).any()):
             break
         numbers = np.arange(done, min(done + stride, queries), dtype=np.int32)
-        given = (jnp.asarray(numbers), jnp.asarray(sizes[numbers]))
-        best = _ask(model, weights, where, labels, key, problem.index, best, given, norm)
-    return keep(x, clean, best)[0]
+        best = _ask(
+            problem.model,
+            problem.weights,
+            where,
+            problem.labels,
+            key,
+            problem.index,
+            best,
+            (jnp.asarray(numbers), jnp.asarray(sizes[numbers])),
+            norm=problem.norm,
+            targeted=problem.targeted,
+        )
+    clean = problem.margins(x)
+    return Found(keep(x, clean, best, best[2])[0], queries=best[2])
 
 
-@functools.partial(jax.jit, static_argnames=("model", "norm"))
+@functools.partial(jax.jit, static_argnames=("model", "norm", "targeted"))
 def _ask(
-    model: Any,
+    model: Model,
     weights: Any,
     where: Any,
     labels: jax.Array,
@@ -101,7 +126,9 @@ def _ask(
     index: jax.Array,
     best: Any,
     given: Any,
+    *,
     norm: float,
+    targeted: bool,
 ) -> Any:
     """One query of every example for every number and window size in `given`; what is broken stays as it is."""
     x, eps, _, _ = where
@@ -111,7 +138,7 @@ def _ask(
     def query(best: Any, given: Any) -> Any:
         number, size = given
         drawn = _uniform(jax.random.fold_in(key, number), index, 5 + image[3])
-        point, left = best
+        point, left, _ = best
 
         def proposal(sign: float) -> jax.Array:
             changed = functools.partial(change, size=size, sign=sign)
@@ -122,8 +149,8 @@ def _ask(
         if norm == math.inf:
             same = (moved == point).all(axis=tuple(range(1, x.ndim)))
             moved = jnp.where(per_example(same, x), proposal(-1.0), moved)
-        margin = margin_of(model(weights, moved).astype(jnp.float32), labels)
-        return keep(moved, jnp.where(left > 0, margin, jnp.inf), best), None
+        margin = margin_of(model(weights, moved).astype(jnp.float32), labels, targeted)
+        return keep(moved, jnp.where(left > 0, margin, jnp.inf), best, number + 1), None
 
     return jax.lax.scan(query, best, given)[0]
 

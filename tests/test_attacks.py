@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lipbounds.analysis import attacks
+from lipbounds.analysis import attack_search, attacks
 from lipbounds.analysis.attacks import fgsm, pgd
 
 NORMS = [2, math.inf]
@@ -85,7 +85,9 @@ def test_a_linear_classifier_is_broken_just_above_its_distance_and_never_below(
         outside.distance[won] <= outside.eps[won]
     ).all()
     assert np.isinf(outside.distance[~won]).all() and outside.accuracy == 1 - won.mean()
-    np.testing.assert_array_equal(attacks.length(outside.adversarial, x, norm)[won], outside.distance[won])
+    np.testing.assert_array_equal(
+        attack_search.length(outside.adversarial, x, norm)[won], outside.distance[won]
+    )
 
 
 def test_the_box_is_part_of_the_problem(rng):
@@ -146,7 +148,7 @@ def test_a_step_goes_along_the_box_and_ends_in_ball_and_box(rng, norm):
     x[:, :3], x[:, 3:6] = 0, 1
     where = (jnp.asarray(x), jnp.full(20, 0.3, jnp.float32), np.float32(0), np.float32(1))
     gradient = rng.normal(size=x.shape).astype(np.float32) * np.float32(1e-25)
-    direction = np.asarray(attacks._steepest(jnp.asarray(gradient), where[0], where, norm))
+    direction = np.asarray(attacks.steepest(jnp.asarray(gradient), where[0], where, norm))
     free = ((x > 0) | (gradient > 0)) & ((x < 1) | (gradient < 0))
     assert not direction[~free].any() and (np.sign(direction) == np.sign(gradient))[free].all()
     size = np.abs(direction).max(1) if norm == math.inf else np.linalg.norm(direction, axis=1)
@@ -154,11 +156,13 @@ def test_a_step_goes_along_the_box_and_ends_in_ball_and_box(rng, norm):
     moved = (
         x + rng.normal(size=x.shape).astype(np.float32) * np.logspace(-3, 1, 20, dtype=np.float32)[:, None]
     )
-    point = np.asarray(attacks.project(jnp.asarray(moved), where, norm))
+    point = np.asarray(attack_search.project(jnp.asarray(moved), where, norm))
     assert (
-        point.min() >= 0 and point.max() <= 1 and (attacks.length(point, x, norm) <= 0.3 * (1 + 1e-5)).all()
+        point.min() >= 0
+        and point.max() <= 1
+        and (attack_search.length(point, x, norm) <= 0.3 * (1 + 1e-5)).all()
     )
-    near = attacks.length(moved, x, norm) <= 0.3
+    near = attack_search.length(moved, x, norm) <= 0.3
     np.testing.assert_allclose(point[near], moved[near].clip(0, 1), atol=1e-6)
     assert near.any() and not near.all()
 
@@ -169,13 +173,13 @@ def test_points_that_rounding_left_outside_are_brought_back(rng, monkeypatch):
     eps = rng.uniform(1e-3, 0.2, 50)
     outside = (x + v / np.linalg.norm(v, axis=1)[:, None] * (eps * (1 + 1e-6))[:, None]).astype(np.float32)
     box = (np.float32(-9), np.float32(9))
-    settled = attacks._settle(x, outside, eps, 2, box)
+    settled = attack_search.settle(x, outside, eps, 2, box)
     far = np.array([math.sqrt(math.fsum(row * row)) for row in settled.astype(np.float64) - x])
     assert (far <= eps).all() and (far > 0.999 * eps).all()
     broken = np.full_like(x, np.nan)
-    np.testing.assert_array_equal(attacks._settle(x, broken, eps, 2, box), x)
-    monkeypatch.setattr(attacks, "_SHRINKS", 0)  # where no shrinking helps, x itself is the point
-    np.testing.assert_array_equal(attacks._settle(x, outside, eps, 2, box), x)
+    np.testing.assert_array_equal(attack_search.settle(x, broken, eps, 2, box), x)
+    monkeypatch.setattr(attack_search, "_SHRINKS", 0)  # where no shrinking helps, x itself is the point
+    np.testing.assert_array_equal(attack_search.settle(x, outside, eps, 2, box), x)
 
 
 def test_a_tie_is_a_success_and_no_correct_answer():
@@ -205,7 +209,7 @@ def test_restarts_help_or_equal(rng, net, norm):
 def test_a_start_is_uniform_in_the_ball(norm):
     x = jnp.zeros((4000, 2), jnp.float32)
     where = (x, jnp.full(4000, 2.0, jnp.float32), np.float32(-9), np.float32(9))
-    point = np.asarray(attacks._start(jax.random.key(1), jnp.arange(4000), where, norm), np.float64)
+    point = np.asarray(attacks.uniform_start(jax.random.key(1), jnp.arange(4000), where, norm), np.float64)
     far = np.abs(point).max(1) if norm == math.inf else np.linalg.norm(point, axis=1)
     assert far.max() <= 2.0 + 1e-6 and np.abs(point.mean(0)).max() < 0.1
     np.testing.assert_allclose(
@@ -268,7 +272,8 @@ def test_the_scan_of_accelerators_takes_the_same_steps(rng, net, monkeypatch):
 
 def test_progress_counts_examples(rng, net):
     lines = []
-    pgd(net, images(rng, 10), np.zeros(10, int), 0.1, steps=2, batch_size=4, progress=lines.append)
+    x, y = images(rng, 10, net)
+    pgd(net, x, y, 0.1, steps=2, batch_size=4, progress=lines.append)
     assert [line.split(": ")[1] for line in lines] == [f"{n} of 10 examples" for n in (4, 8, 10)]
 
 
@@ -276,11 +281,15 @@ def test_progress_counts_examples(rng, net):
 @pytest.mark.parametrize("scale", [1e-30, 1.0])
 def test_length_is_never_below_the_truth(rng, count, scale):
     a = (rng.normal(size=(count, 500)) * scale).astype(np.float32)
-    found = attacks.length(a, np.zeros_like(a), 2)
+    found = attack_search.length(a, np.zeros_like(a), 2)
     exact = [math.sqrt(math.fsum((row / scale) ** 2)) * scale for row in a.astype(np.float64)]
     np.testing.assert_allclose(found, exact, rtol=1e-12)
     assert (found >= np.float64(exact) * (1 - 1e-15)).all()
-    assert attacks.length(a, a, 2).tolist() == attacks.length(a, a, math.inf).tolist() == [0.0] * count
+    assert (
+        attack_search.length(a, a, 2).tolist()
+        == attack_search.length(a, a, math.inf).tolist()
+        == [0.0] * count
+    )
 
 
 # ------------------------------------------------------------------------------------------ one step, and the CW loss
@@ -305,7 +314,7 @@ def test_fgsm_is_one_full_step_along_the_gradient(rng, net, norm, loss):
     moved = (attack.adversarial != x).any(axis=(1, 2, 3))  # elsewhere the step made the margin larger
     assert moved.sum() > 30 and attack.success.sum() > 3
     np.testing.assert_allclose(attack.adversarial[moved], expected[moved], atol=2e-6)
-    far = attacks.length(attack.adversarial, x, norm)[moved]
+    far = attack_search.length(attack.adversarial, x, norm)[moved]
     assert (far <= eps[moved]).all() and (far > (1 - 1e-5) * eps[moved]).all()
     assert attack.loss == loss and (attack.margin <= pgd(net, x, y, 0.0, steps=0).margin).all()
 
@@ -332,13 +341,20 @@ def test_cw_is_margin_and_breaks_what_the_clamped_loss_breaks(rng, net, norm):
         left = jnp.maximum(own - others, 0.0)
         return -left.sum(), left
 
-    where = (jnp.asarray(x), jnp.full(40, eps * attacks._INSIDE, jnp.float32), np.float32(0), np.float32(1))
+    where = (
+        jnp.asarray(x),
+        jnp.full(40, eps * attack_search.INSIDE, jnp.float32),
+        np.float32(0),
+        np.float32(1),
+    )
     point, broken = where[0], np.zeros(40, bool)
     for _ in range(13):
         gradient, left = jax.grad(clamped, has_aux=True)(point)
         broken |= np.asarray(left) == 0
         step = np.float32(2.5 / 12) * where[1].reshape(-1, 1, 1, 1)
-        point = attacks.project(point + step * attacks._steepest(gradient, point, where, norm), where, norm)
+        point = attack_search.project(
+            point + step * attacks.steepest(gradient, point, where, norm), where, norm
+        )
     np.testing.assert_array_equal(broken, cw.success)
 
 

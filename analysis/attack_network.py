@@ -1,0 +1,125 @@
+"""The network under attack: what is compiled, what are its weights, and how its margins are computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen, nnx
+
+from lipbounds import LureForm
+from lipbounds._text import as_labels
+from lipbounds.interop.onnx import OnnxNetwork
+
+Needs = Literal["gradients", "logits", "labels"]
+
+_TIE = 2.0**-100  # margin of a target that ties with another class: not reached
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network without its weights; equal ones share what is compiled.
+
+    `graph` is what `kind` merges with weights: the definition of an nnx module, a linen module, the tree of a network
+    of one example, or any function, which has no weights of its own.
+    """
+
+    graph: Any
+    kind: Literal["nnx", "linen", "single", "function"] = "function"
+
+    def __call__(self, weights: Any, batch: jax.Array) -> jax.Array:
+        """Logits (B, K) of a batch."""
+        if self.kind == "nnx":
+            return nnx.merge(self.graph, weights, copy=True)(batch)
+        if self.kind == "linen":
+            return self.graph.apply(weights, batch)
+        if self.kind == "single":
+            return jax.vmap(jax.tree.unflatten(self.graph, weights))(batch)
+        return self.graph(batch)
+
+
+def split(fn: Any, needs: Needs = "gradients") -> tuple[Any, Any]:
+    """(model, its weights or None), so that weights are arguments of what is compiled.
+
+    TypeError if it is no function, ValueError for an `Oracle` where more than labels are needed.
+    """
+    if isinstance(fn, Oracle):
+        if needs != "labels":
+            raise ValueError(
+                f"this attack needs {needs}, which an Oracle does not have: use an attack that asks for labels only, "
+                "or pass the network as a JAX function"
+            )
+        return fn, None
+    if isinstance(fn, nnx.Module):
+        return (lambda graph, weights: (Model(graph, "nnx"), weights))(*nnx.split(fn))
+    if isinstance(fn, linen.Module):
+        if fn.scope is None:
+            raise ValueError("a linen module has no weights by itself: pass module.bind(variables)")
+        return (lambda module, weights: (Model(module, "linen"), weights))(*fn.unbind())
+    if isinstance(fn, LureForm | OnnxNetwork):
+        weights, tree = jax.tree.flatten(fn)
+        return Model(tree, "single"), weights
+    if not callable(fn):
+        raise TypeError(f"a network is a function from a batch to logits, got {type(fn).__name__}")
+    return Model(fn), None
+
+
+def margin_of(z: jax.Array, y: jax.Array, targeted: bool = False) -> jax.Array:
+    """(B,) z_y - max over i != y of z_i, positive as long as the label is y.
+
+    Of a target the negative, positive as long as the label is not y; 0, a tie, counts as not reached.
+    """
+    own = jnp.take_along_axis(z, y[:, None], axis=1)[:, 0]
+    others = jnp.where(jnp.arange(z.shape[1]) == y[:, None], -jnp.inf, z).max(axis=1)
+    if not targeted:
+        return own - others
+    return jnp.where(own == others, jnp.float32(_TIE), others - own)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "targeted"))
+def margins(
+    model: Model, weights: Any, points: jax.Array, labels: jax.Array, targeted: bool = False
+) -> jax.Array:
+    """Margins (B,) of a model at points, as `margin_of`."""
+    return margin_of(model(weights, points).astype(jnp.float32), labels, targeted)
+
+
+def count_classes(model: Model, weights: Any, shape: tuple[int, ...], labels: np.ndarray | None) -> int:
+    """K, if batches of this shape are mapped to logits (B, K) and the labels lie in 0..K-1; else ValueError."""
+    z = jax.eval_shape(lambda w, b: model(w, b), weights, jax.ShapeDtypeStruct(shape, jnp.float32))
+    found = getattr(z, "shape", None)
+    if found is None or len(found) != 2 or found[0] != shape[0] or found[1] < 2:
+        raise ValueError(f"fn must map {shape} to logits ({shape[0]}, K) with K >= 2, got {found}")
+    if labels is not None:
+        as_labels(labels, len(labels), found[1])
+    return int(found[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Oracle:
+    """A network of which only the answers can be asked: plain Python, never traced, compiled or differentiated.
+
+    `fn` maps an array (B, *shape) of NumPy, float32, to labels (B,) or to logits (B, K). Examples are never repeated to
+    fill a batch, so that what it counts is what was asked.
+    """
+
+    fn: Callable[[np.ndarray], Any]
+
+    def margins(self, points: np.ndarray, labels: np.ndarray, targeted: bool) -> np.ndarray:
+        """(B,) margins; of labels 1 or -1. ValueError for any other answer."""
+        said = np.asarray(self.fn(points))
+        if said.shape == (len(points),) and said.dtype.kind in "iu":
+            return np.where((said == labels) != targeted, np.float32(1), np.float32(-1))
+        if said.ndim == 2 and len(said) == len(points) and said.shape[1] > 1 and said.dtype.kind == "f":
+            own = np.take_along_axis(said, labels[:, None], axis=1)[:, 0]
+            others = np.where(np.arange(said.shape[1]) == labels[:, None], -np.inf, said).max(axis=1)
+            return ((others - own) if targeted else (own - others)).astype(np.float32)
+        raise ValueError(
+            f"an oracle must answer with {len(points)} integer labels or logits ({len(points)}, K), got an array "
+            f"{said.shape} of {said.dtype}"
+        )

@@ -1,0 +1,399 @@
+"""What all attacks share: their input, their result, and the checks of both.
+
+An attack is a function `find` from a `Problem` (a network, a batch of examples, their balls and the box) to `Found`
+points. `search` cuts the examples into batches of one shape, runs `find` on those that the network classifies as
+labelled, and checks every point that comes back on the host in float64, so an example that is reported lies within eps
+and in the box exactly. An attack with a target succeeds where the network says the target, any other where it does not
+say the label.
+
+The network is evaluated as it is given, in float32 with matrix products at the highest precision (no TF32). A success
+closer to the decision boundary than float32 resolves is thus one of the float32 program, and not necessarily of the
+network in real arithmetic, which is what a certificate covers; `evaluation` distinguishes the two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lipbounds._text import as_labels, say
+from lipbounds.analysis.attack_network import Needs, Oracle, count_classes, margins, split
+from lipbounds.analysis.attack_settings import AttackSettings
+from lipbounds.results import NORM_NAMES
+
+INSIDE = 1 - 2e-6  # of eps on the device, so that float32 rounding seldom leaves the ball
+_SHRINKS = 30
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Attack:
+    """Result of an attack on N examples.
+
+    correct      (N,) whether the example itself is classified as labelled; a tie of logits counts as wrong
+    success      (N,) correct, and `adversarial` is not; with a target: correct, and `adversarial` is classified as it
+    distance     (N,) float64, ||adversarial - x|| in `norm`, rounded up; inf where not `success`
+    adversarial  (N, *shape) float32: the best point within eps that was found, also where it is no success; x itself
+                 where the example is not correct
+    margin       (N,) z_y - max over i != y of z_i at `adversarial`; <= 0 means that it is not classified as labelled.
+                 With a target t: max over i != t of z_i - z_t, < 0 where it is classified as t. Of an `Oracle` that
+                 gives labels only: 1 or -1
+    eps          (N,) radii of the balls
+    steps        (N,) gradient steps until the first success, or all that were made; 0 where the example is not
+                 correct; None of an attack that makes none
+    queries      (N,) the same of evaluations of the network by an attack that only asks for its output, else None
+    target       (N,) the classes aimed at, or None
+    """
+
+    correct: np.ndarray
+    success: np.ndarray
+    distance: np.ndarray
+    adversarial: np.ndarray
+    margin: np.ndarray
+    eps: np.ndarray
+    norm: float
+    loss: str
+    steps: np.ndarray | None = None
+    queries: np.ndarray | None = None
+    target: np.ndarray | None = None
+    name: str = "attack"
+
+    def __len__(self) -> int:
+        return len(self.success)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the examples that are neither misclassified nor flipped: an upper bound of robust accuracy.
+
+        Of an attack with targets it is the share that was not moved to its target, which bounds nothing.
+        """
+        return float(np.mean(self.correct & ~self.success))
+
+    @property
+    def success_rate(self) -> float:
+        """Share of the correct examples on which the attack succeeded; NaN where none is correct."""
+        return float(self.success.sum() / self.correct.sum()) if self.correct.any() else math.nan
+
+    def __repr__(self) -> str:
+        counts = {"steps": self.steps, "queries": self.queries}
+        spent = "".join(
+            f", {many[self.success].mean():.1f} {what} per success"
+            for what, many in counts.items()
+            if many is not None and self.success.any()
+        )
+        return (
+            f"Attack: {len(self)} examples, {self.name} in {NORM_NAMES[self.norm]}, {self.correct.mean():.2%} correct, "
+            f"{self.accuracy:.2%} after the attack{'' if self.target is None else ' with targets'}{spent}"
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+    """Input of an attack: a network and B examples that it classifies as labelled.
+
+    where     x (B, *shape), radii (B,), finite and a little below those asked for, and low and high of the box
+    labels    (B,) the classes to leave, or with `targeted` to reach
+    index     (B,) numbers of the examples, so that what is random depends on no batch
+    """
+
+    model: Any
+    weights: Any
+    norm: float
+    where: tuple[jax.Array, jax.Array, np.float32, np.float32]
+    labels: jax.Array
+    index: jax.Array
+    targeted: bool = False
+
+    def margins(self, points: Any, asked: np.ndarray | None = None) -> Any:
+        """(B,) margins at points (B, *shape), positive as long as the attack has no success.
+
+        Of an oracle only the rows of the mask `asked` are asked for; the others are NaN.
+        """
+        if not isinstance(self.model, Oracle):
+            return margins(self.model, self.weights, points, self.labels, self.targeted)
+        found = np.full(len(points), np.nan, np.float32)
+        rows = np.flatnonzero(np.ones(len(points), bool) if asked is None else asked)
+        if len(rows):
+            found[rows] = self.model.margins(
+                np.asarray(points)[rows], np.asarray(self.labels)[rows], self.targeted
+            )
+        return found
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Found:
+    """Output of an attack: (B, *shape) points, in ball and box up to rounding, and what they took, (B,) each."""
+
+    points: Any
+    steps: Any = None
+    queries: Any = None
+
+
+def search(
+    name: str,
+    find: Callable[[Problem], Found],
+    fn: Any,
+    x: Any,
+    y: Any,
+    eps: Any,
+    settings: AttackSettings,
+    loss: str,
+    *,
+    target: Any = None,
+    needs: Needs = "gradients",
+    only: np.ndarray | None = None,
+) -> Attack:
+    """Run the attack `find` on batches of the examples and check its results; all attacks use this.
+
+    Args:
+        name: of the attack, for people.
+        find: the attack on one batch.
+        fn: batch (B, *shape) -> logits (B, K): an nnx module in evaluation mode, a bound linen module or any function;
+            or a network of one example that says so: a traced form or `interop.load_onnx`'s; or an `Oracle`.
+        x, y, eps, settings: as of `pgd`.
+        loss: what the attack minimises or maximises, for the record.
+        target: (N,) classes to reach, none of them the label; None for any other class than the label.
+        needs: of the network; an `Oracle` has no gradients and may have labels only.
+        only: (N,) the examples to attack; None for all. Those that are not classified as labelled never are.
+    """
+    model, weights = split(fn, needs)
+    points = as_points(x)
+    labels, radii = as_labels(y, len(points)), _radii(eps, len(points))
+    aims, targeted = labels if target is None else _targets(target, labels), target is not None
+    settings.check_inside(points)
+    batches = _Batches(model, weights, settings, points)
+    batches.check(labels, aims)
+    before = batches.margins(points, labels, False)
+    if not np.isfinite(before).all():
+        raise ValueError(f"the logits of example {int(np.argmin(np.isfinite(before)))} are not finite")
+    correct = before > 0
+    after = batches.margins(points, aims, True) if targeted else before.copy()
+    found, used = points.copy(), {"steps": [], "queries": []}
+    rows = np.flatnonzero(correct if only is None else correct & only)
+    done = 0
+    for part, count in batches.parts(rows):
+        with jax.default_matmul_precision("highest"):
+            made = find(batches.problem(part, radii, aims, targeted))
+        part = part[:count]
+        raw = np.asarray(made.points)[:count]
+        found[part] = settle(points[part], raw, radii[part], settings.norm, settings.box)
+        for what, parts in used.items():
+            parts.append(getattr(made, what))
+        done += count
+        say(f"{name} in {NORM_NAMES[settings.norm]}: {done} of {len(rows)} examples")
+    after[rows] = batches.margins(found, aims, targeted, rows)
+    success = np.isin(np.arange(len(points)), rows) & (after <= 0)
+    distance = np.where(success, length(found, points, settings.norm), np.inf)
+    return Attack(
+        correct=correct,
+        success=success,
+        distance=distance,
+        adversarial=found,
+        margin=after,
+        eps=radii,
+        norm=settings.norm,
+        loss=loss,
+        **{what: _scattered(parts, rows, len(points)) for what, parts in used.items()},
+        target=aims if targeted else None,
+        name=name,
+    )
+
+
+def _scattered(parts: list[Any], rows: np.ndarray, count: int) -> np.ndarray | None:
+    """(count,) the counts of the examples in `rows`, in batches of which the last may be padded, 0 elsewhere."""
+    if any(part is None for part in parts):
+        return None
+    every = np.zeros(count, np.int64)
+    if parts:
+        every[rows] = np.concatenate([np.asarray(part) for part in parts])[: len(rows)]
+    return every
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Batches:
+    """Examples (N, *shape) of one network, in batches of one size, so that each program is compiled once."""
+
+    model: Any
+    weights: Any
+    settings: AttackSettings
+    points: np.ndarray
+
+    @property
+    def size(self) -> int:
+        return min(self.settings.batch_size, len(self.points))
+
+    def check(self, labels: np.ndarray, aims: np.ndarray) -> None:
+        """ValueError unless the network has logits of the classes that the labels and targets name."""
+        if isinstance(self.model, Oracle):
+            return
+        shape = (self.size, *self.points.shape[1:])
+        classes = count_classes(self.model, self.weights, shape, labels)
+        as_labels(aims, len(aims), classes)
+
+    def parts(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+        """(numbers of examples, how many there are) of every batch; the last batch repeats its last example."""
+        for start in range(0, len(rows), self.size):
+            part = rows[start : start + self.size]
+            fill = 0 if isinstance(self.model, Oracle) else self.size - len(part)
+            yield np.concatenate([part, np.repeat(part[-1:], fill)]), len(part)
+
+    def problem(self, part: np.ndarray, radii: np.ndarray, aims: np.ndarray, targeted: bool) -> Problem:
+        settings = self.settings
+        # Beyond the box's diameter nothing changes, and float32 has no room for infinite steps.
+        reach = np.minimum(radii[part], settings.diameter(self.points[0].shape))
+        return Problem(
+            self.model,
+            self.weights,
+            settings.norm,
+            (
+                jnp.asarray(self.points[part]),
+                jnp.asarray((reach * INSIDE).astype(np.float32)),
+                *settings.box,
+            ),
+            jnp.asarray(aims[part], jnp.int32),
+            jnp.asarray(part, jnp.int32),
+            targeted,
+        )
+
+    def margins(
+        self, points: np.ndarray, labels: np.ndarray, targeted: bool, rows: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Margins at points (N, *shape), of all examples or of those in `rows`."""
+        made = [np.zeros(0, np.float32)]
+        for part, count in self.parts(np.arange(len(points)) if rows is None else rows):
+            if isinstance(self.model, Oracle):
+                made.append(self.model.margins(points[part], labels[part], targeted))
+                continue
+            with jax.default_matmul_precision("highest"):
+                aims = jnp.asarray(labels[part], jnp.int32)
+                made.append(
+                    np.asarray(margins(self.model, self.weights, points[part], aims, targeted))[:count]
+                )
+        return np.concatenate(made)
+
+
+def _targets(target: Any, labels: np.ndarray) -> np.ndarray:
+    """Targets (N,); ValueError for other shapes and where one is the label."""
+    try:
+        aims = as_labels(target, len(labels))
+    except ValueError as error:
+        raise ValueError(f"target: {str(error).removeprefix('y ')}") from None
+    same = np.flatnonzero(aims == labels)
+    if len(same):
+        raise ValueError(
+            f"the target of example {same[0]} is its own label, {labels[same[0]]}: choose another class"
+        )
+    return aims
+
+
+def random_targets(y: Any, classes: int, seed: int = 0) -> np.ndarray:
+    """(N,) targets drawn uniformly from the wrong classes 0..classes-1 of every example, by its number and the seed."""
+    labels = as_labels(y, len(np.asarray(y)), classes)
+    drawn = [np.random.default_rng([seed, i]).integers(1, classes) for i in range(len(labels))]
+    return (labels + np.asarray(drawn, np.int64)) % classes
+
+
+def length(a: np.ndarray, b: np.ndarray, norm: float) -> np.ndarray:
+    """(N,) ||a - b|| of every example in float64, rounded up, so that it is never below the true distance."""
+    difference = np.abs(a.astype(np.float64) - b.astype(np.float64)).reshape(len(a), -1)
+    if norm == math.inf:
+        return difference.max(axis=1, initial=0.0) * (1 + 2.0**-51)
+    top = np.maximum(difference.max(axis=1, initial=0.0), 1e-300)  # squares of small numbers underflow
+    size = top * np.sqrt(np.square(difference / top[:, None]).sum(axis=1))
+    return np.where(difference.any(axis=1), size * (1 + (difference.shape[1] + 16) * 2.0**-53), 0.0)
+
+
+# ------------------------------------------------------------------------------------------------ on the device
+def stride(steps: int) -> int:
+    """Steps per call: all in one scan on accelerators, one on CPUs, whose convolutions are slow inside loops.
+
+    Measured for the gradient of 4C3F on two cores: 4 (jax 0.10) and 8 times (jax 0.12) slower in a scan.
+    """
+    return 1 if jax.default_backend() == "cpu" else max(steps, 1)
+
+
+@jax.jit
+def keep(point: jax.Array, margin: jax.Array, best: Any, clock: Any) -> Any:
+    """(point, margin, count) of the smaller margin so far, example by example.
+
+    The count is the clock at the first margin <= 0, and the largest clock so far where there is none.
+    """
+    points, least, count = best
+    count = jnp.where(least <= 0, count, clock)
+    better = margin < least
+    return jnp.where(per_example(better, point), point, points), jnp.where(better, margin, least), count
+
+
+def unbroken(x: jax.Array) -> Any:
+    """What `keep` starts from: x itself, of no margin yet, after 0 steps."""
+    return x, jnp.full(len(x), jnp.inf, jnp.float32), jnp.zeros(len(x), jnp.int32)
+
+
+def project(point: jax.Array, where: Any, norm: float) -> jax.Array:
+    """Into the ball and then into the box, which keeps it in the ball: clipping moves every coordinate towards x.
+
+    In l-inf this is the nearest point of both. In l2 it may lie deeper in the ball than need be, which the next steps
+    make up for, since they no longer push against the box: the exact projection gives the same margins to three
+    digits, at several times the cost of a step.
+    """
+    x, eps, low, high = where
+    shift, radius = point - x, per_example(eps, point)
+    if norm == math.inf:
+        shift = jnp.clip(shift, -radius, radius)
+    else:
+        shift = shift * per_example(jnp.minimum(1.0, eps / jnp.maximum(l2_of(shift), 1e-37)), point)
+    return jnp.clip(x + shift, low, high)
+
+
+def l2_of(shift: jax.Array) -> jax.Array:
+    """(B,) the l2 norm of every example."""
+    return jnp.sqrt(jnp.square(shift).sum(axis=tuple(range(1, shift.ndim))))
+
+
+def per_example(values: Any, like: Any) -> Any:
+    """One value per example, in the shape that broadcasts against the examples."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+# ------------------------------------------------------------------------------------------------- on the host
+def settle(
+    x: np.ndarray, found: np.ndarray, eps: np.ndarray, norm: float, box: tuple[np.float32, np.float32]
+) -> np.ndarray:
+    """Move points towards x, where needed, until they lie in ball and box in float64."""
+    settled = np.where(np.isfinite(found), found, x).clip(*box)
+    for power in range(_SHRINKS):
+        far = length(settled, x, norm)
+        over = far > eps
+        if not over.any():
+            return settled
+        scale = per_example(eps[over] / far[over] * (1 - 2.0 ** (power - _SHRINKS)), x)
+        exact = x[over].astype(np.float64)
+        settled[over] = (exact + scale * (settled[over] - exact)).astype(np.float32)
+    return np.where(per_example(length(settled, x, norm) > eps, x), x, settled)
+
+
+def as_points(x: Any) -> np.ndarray:
+    """Examples (N, *shape) in float32; ValueError unless they are floating point, finite and at least one."""
+    points = np.asarray(x)
+    if points.dtype.kind != "f" and points.dtype.name != "bfloat16":
+        raise ValueError(f"x must be floating point in the units of the network's input, got {points.dtype}")
+    if points.ndim < 2 or not points.size:
+        raise ValueError(f"x must hold examples of shape (N, ...), at least one, got shape {points.shape}")
+    points = points.astype(np.float32)
+    if not np.isfinite(points).all():
+        raise ValueError("x holds NaN or infinite values")
+    return points
+
+
+def _radii(eps: Any, count: int) -> np.ndarray:
+    radii = np.asarray(eps, dtype=np.float64)
+    if radii.shape not in ((), (count,)):
+        raise ValueError(f"eps must be a number or hold {count} numbers, got shape {radii.shape}")
+    if not (radii >= 0).all():
+        raise ValueError("eps must be >= 0 and not NaN")
+    return np.broadcast_to(radii, count).copy()
