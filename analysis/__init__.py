@@ -14,7 +14,12 @@ from lipbounds.analysis.diagnostics import diagnose as diagnose
 from lipbounds.analysis.forge_search import search_c_r as search_c_r
 from lipbounds.analysis.forging import forge as forge
 from lipbounds.analysis.forging import load_forged as load_forged
+from lipbounds.analysis.frank_wolfe import frank_wolfe as frank_wolfe
+from lipbounds.analysis.gradient_estimates import black_frank_wolfe as black_frank_wolfe
+from lipbounds.analysis.gradient_estimates import nes_pgd as nes_pgd
 from lipbounds.analysis.masking import gradient_masking as gradient_masking
+from lipbounds.analysis.rays import adbd as adbd
+from lipbounds.analysis.rays import rays as rays
 from lipbounds.analysis.smoothing import smooth as smooth
 from lipbounds.analysis.spectra import forged_matrix as forged_matrix
 from lipbounds.analysis.spectra import gershgorin_discs as gershgorin_discs

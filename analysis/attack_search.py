@@ -109,6 +109,13 @@ class Problem:
     index: jax.Array
     targeted: bool = False
 
+    def of(self, rows: np.ndarray) -> Problem:
+        """The problem of some of the examples."""
+        x, eps, low, high = self.where
+        return dataclasses.replace(
+            self, where=(x[rows], eps[rows], low, high), labels=self.labels[rows], index=self.index[rows]
+        )
+
     def margins(self, points: Any, asked: np.ndarray | None = None) -> Any:
         """(B,) margins at points (B, *shape), positive as long as the attack has no success.
 
