@@ -3,6 +3,7 @@
 if not __name__.startswith("lipbounds."):
     raise ImportError("this folder is the package lipbounds.analysis: write `import lipbounds.analysis`")
 
+from lipbounds.analysis.apgd import apgd as apgd
 from lipbounds.analysis.attack_network import Oracle as Oracle
 from lipbounds.analysis.attack_search import Attack as Attack
 from lipbounds.analysis.attack_search import random_targets as random_targets
@@ -10,7 +11,10 @@ from lipbounds.analysis.attack_settings import AttackSettings as AttackSettings
 from lipbounds.analysis.attacks import fgsm as fgsm
 from lipbounds.analysis.attacks import mi_fgsm as mi_fgsm
 from lipbounds.analysis.attacks import pgd as pgd
+from lipbounds.analysis.autoattack import AutoAttack as AutoAttack
+from lipbounds.analysis.autoattack import autoattack as autoattack
 from lipbounds.analysis.diagnostics import diagnose as diagnose
+from lipbounds.analysis.fab import fab as fab
 from lipbounds.analysis.forge_search import search_c_r as search_c_r
 from lipbounds.analysis.forging import forge as forge
 from lipbounds.analysis.forging import load_forged as load_forged

@@ -81,6 +81,12 @@ def margin_of(z: jax.Array, y: jax.Array, targeted: bool = False) -> jax.Array:
     return jnp.where(own == others, jnp.float32(_TIE), others - own)
 
 
+@functools.partial(jax.jit, static_argnames=("model",))
+def logits_of(model: Model, weights: Any, points: jax.Array) -> jax.Array:
+    """Logits (B, K) of a model at points, in float32."""
+    return model(weights, points).astype(jnp.float32)
+
+
 @functools.partial(jax.jit, static_argnames=("model", "targeted"))
 def margins(
     model: Model, weights: Any, points: jax.Array, labels: jax.Array, targeted: bool = False

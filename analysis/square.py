@@ -23,6 +23,7 @@ from lipbounds.analysis import attack_search
 from lipbounds.analysis.attack_network import Model, margin_of
 from lipbounds.analysis.attack_search import (
     Attack,
+    Find,
     Found,
     Problem,
     keep,
@@ -70,12 +71,11 @@ def square(
     share = (0.05 if settings.norm == math.inf else 0.1) if p_init is None else p_init
     if not 0 < share <= 1:
         raise ValueError(f"p_init must be in (0, 1], got {p_init!r}")
-    key = jax.random.key(settings.seed)
-
+    find = run(settings, queries, share)
     with reporting(settings.progress):
         return search(
             "Square",
-            lambda problem: _search(problem, queries, share, key),
+            find,
             fn,
             x,
             y,
@@ -85,6 +85,12 @@ def square(
             target=target,
             needs="logits",
         )
+
+
+def run(settings: AttackSettings, queries: int, share: float) -> Find:
+    """The attack on one batch, with first windows of this share of the image."""
+    key = jax.random.key(settings.seed)
+    return lambda problem: _search(problem, queries, share, key)
 
 
 def _search(problem: Problem, queries: int, share: float, key: jax.Array) -> Found:
