@@ -17,10 +17,11 @@ import pytest
 import lipbounds as lb
 from lipbounds._form.elementwise import elementwise_view
 from lipbounds._form.lure import LureForm
-from lipbounds._lipsdp import cvxpy_solver, dense_form, matrix_inequality
+from lipbounds._lipsdp import cvxpy_solver, dense_form, matrix_inequality, vectors
 from lipbounds._lipsdp.dense_form import dense_gain, reduce_input
 from lipbounds._lipsdp.matrix_inequality import prepare, smallest_rho
-from lipbounds._lipsdp.vectors import TOLERANCE, solve_dense
+from lipbounds._lipsdp.search import pair
+from lipbounds._lipsdp.vectors import TOLERANCE, solve_all, solve_dense
 from lipbounds._triangle.recursion import loop_transform
 
 needs_cvxpy = pytest.mark.skipif(
@@ -270,6 +271,37 @@ def test_layers_out_of_order_are_refused() -> None:
     form = FORMS["chain"]()
     with pytest.raises(ValueError, match="in the order of the layers"):
         solve_dense(*problem(form), 1 - dense_gain(form).labels)
+
+
+def graded(seed: int) -> tuple[np.ndarray, np.ndarray, int, list[np.ndarray]]:
+    """24 inputs and relus of sizes from exp(-5) to 1, 6 outputs: the network and its pairs."""
+    rng = np.random.default_rng(seed)
+    layers = [rng.normal(size=(b, 24)) * np.exp(-5 * rng.random((b, 1))) for b in (24, 6)]
+    outputs = [np.eye(6), *(pair(6, a, b) for a, b in itertools.combinations(range(6), 2))]
+    return *problem(lb.from_weights(layers, activation="relu")), outputs
+
+
+def test_every_pair_is_climbed_where_neurons_hardly_matter() -> None:
+    """A vector that starts on the wrong side of its sphere must turn round; some took all 500 steps, and T < 0."""
+    Gy, Gz, n, outputs = graded(4)
+    found = solve_all(Gy, Gz, n, outputs)
+    assert max(one.gap / one.rho for one in found) <= TOLERANCE
+    assert max(one.iterations for one in found) < 150
+
+
+def test_one_pair_without_multipliers_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    Gy, Gz, n, outputs = graded(0)
+    alone = solve_all(Gy, Gz, n, outputs)
+    outputs[3] = outputs[3] * 1e160  # its square is not a float
+    with np.errstate(all="ignore"):
+        found = solve_all(Gy, Gz, n, outputs)
+    assert all(np.isfinite(one.T).all() and (one.T > 0).all() for one in found)
+    assert not found[3].gap < math.inf
+    for k in {*range(len(outputs))} - {3}:
+        assert found[k].rho == pytest.approx(alone[k].rho, rel=2 * TOLERANCE)
+    monkeypatch.setattr(vectors, "_low_eigenvectors", lambda A, Z: None)  # no correction: T moves inside
+    for one, best in zip(solve_all(Gy, Gz, n, outputs[:2]), alone, strict=False):
+        assert best.rho * (1 - TOLERANCE) <= one.rho < 1.01 * best.rho
 
 
 # --- through CVXPY -------------------------------------------------------------------------------------------------

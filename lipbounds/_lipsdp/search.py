@@ -320,8 +320,10 @@ def _said(solved: list[Solved]) -> tuple[str, ...]:
     (steps, value, gap), rest = solved[0], solved[1:]
     text = f"dense form: {steps} steps, {value:.7g} in float arithmetic, relative gap {gap:.1g}"
     if rest:
-        most, _, widest = (max(column) for column in zip(*rest, strict=True))
+        gaps = [one.gap for one in rest if one.gap < math.inf]
+        most, widest = max(one.steps for one in rest), max(gaps, default=0.0)
         text += f"; {len(rest)} pairs, at most {most} steps, gap {widest:.1g}"
+        text += f" ({len(rest) - len(gaps)} not solved)" if len(gaps) < len(rest) else ""
     return (text,)
 
 

@@ -34,7 +34,7 @@ _RANK, _MORE = 8, 4  # columns r at first, and how many are added where they do 
 _MEMORY = 10
 _ITERATIONS = 500
 _NEAR = (3e-8, 1e-9, 1e-10, 1e-10)  # error of T at which it is worth correcting, round after round
-_FLAT = 1e-8  # least curvature of a sphere that counts, relative to the largest
+_FLAT = 1e-8  # least curvature of a unit sphere that counts, relative to the largest
 _LOW = 0.05  # eigenvalues of A, its diagonal scaled to 1, that a correction holds
 _LEAST = 1e-12  # of |y_i|^2 and |U_i|^2, over N: where y_i is 0 at the optimum, T_i stays finite
 _TINY = 1e-300
@@ -53,7 +53,8 @@ class Optimum(NamedTuple):
 class _Point(NamedTuple):
     """A batch of P points: U (m, P, r) are vectors of any length, the others belong to it.
 
-    value (P,); slope (m, P, r) and curvature (m, P) of -log value; T (N, P); V (m, P, r) = (x, w).
+    value (P,); slope (m, P, r) of -log value; curvature (m, P): that of every sphere by size, never near 0;
+    T (N, P); V (m, P, r) = (x, w).
     """
 
     U: np.ndarray
@@ -70,11 +71,7 @@ class _Point(NamedTuple):
     @property
     def error(self) -> np.ndarray:
         """(P,) about the relative error of T."""
-        return np.sqrt(np.einsum("ipr,ipr,ip->p", self.slope, self.slope, 1 / _positive(self.curvature)))
-
-
-def _positive(curvature: np.ndarray) -> np.ndarray:
-    return np.maximum(curvature, _FLAT * curvature.max(axis=0) + _TINY)
+        return np.sqrt(np.einsum("ipr,ipr,ip->p", self.slope, self.slope, 1 / self.curvature))
 
 
 def _dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -129,7 +126,11 @@ class Vectors:
         back -= along[:, :, None] * unit
         share = 2 * reach / np.maximum(size * value, _TINY)
         back *= -share[:, :, None]
-        return _Point(U, value, back, np.maximum(along * share / np.maximum(size, _TINY), 0), T, V)
+        # Where u_i points away from what it should, `along` < 0 and the sphere is curved the other way. Its size still
+        # says how far to go; with 0 in its place u_i would be thrown so far that it never came back.
+        bend = np.abs(along * share) * size
+        bend = np.maximum(bend, _FLAT * bend.max(axis=0) + _TINY)
+        return _Point(U, value, back, bend / np.maximum(size, _TINY) ** 2, T, V)
 
 
 # --- the ascent ----------------------------------------------------------------------------------------------------
@@ -158,7 +159,7 @@ class _Memory:
 
     def direction(self, point: _Point) -> np.ndarray:
         """H slope, H about the inverse Hessian."""
-        found, first = point.slope.copy(), 1 / _positive(point.curvature)
+        found, first = point.slope.copy(), 1 / point.curvature
         shares = []
         for s, y, inverse in zip(
             *(reversed(a) for a in (self.moves, self.changes, self.inverse)), strict=True
@@ -180,7 +181,7 @@ def _climbed(vectors: Vectors, Q: np.ndarray, start: _Point, error: float) -> tu
     point, done = start, start
     where, memory, steps, began = np.arange(len(Q)), _Memory(), 0, time.monotonic()
     while True:
-        open_ = (point.error > error) & (point.value > 0)
+        open_ = (point.error > error) & (point.value > 0) & np.isfinite(point.value)
         if steps == _ITERATIONS:
             open_[:] = False
         if not open_.all():
@@ -192,8 +193,6 @@ def _climbed(vectors: Vectors, Q: np.ndarray, start: _Point, error: float) -> tu
                 return done, steps
         moved = _line(vectors, Q[where], point, memory.direction(point))
         memory.add(moved.U - point.U, moved.slope - point.slope)
-        if not np.isfinite(moved.value).all():
-            raise ValueError("the weights leave the range of floats")
         point, steps = moved, steps + 1
         if steps % 50 == 0 and time.monotonic() - began > _QUIET:
             say(f"{steps} steps, {where.size} of {len(Q)} problems to go, error {point.error.max():.1e}")
@@ -211,7 +210,7 @@ def _put(whole: np.ndarray, at: np.ndarray, part: np.ndarray) -> np.ndarray:
 def _line(vectors: Vectors, Q: np.ndarray, point: _Point, direction: np.ndarray) -> _Point:
     """The batch moved against `direction` by the first step that climbs enough, if any does."""
     gain = _dots(point.slope, direction)
-    plain = point.slope / _positive(point.curvature)[:, :, None]
+    plain = point.slope / point.curvature[:, :, None]
     turned = ~(gain > 0)
     direction = np.where(turned[:, None], plain, direction)
     gain = np.where(turned, _dots(point.slope, plain), gain)
@@ -237,9 +236,12 @@ def corrected(
     In units where A has diagonal 1, Z spans its eigenvectors of eigenvalues near 0, among them those of V. To first
     order Z' A Z depends linearly on the relative changes of T and rho; the smallest change that lifts eigenvalues
     below `_lift` there, and keeps the others, is taken, a few times. As X = V V' is orthogonal to dA/dT this leaves rho
-    at `value`. Where it does not do, or multipliers are few, T is moved towards the inside instead.
+    at `value`. Where it does not do, or multipliers are few, T is moved towards the inside instead. rho is inf where T
+    or `value` is not in the range of floats.
     """
     n, Gy, count = vectors.n, vectors.Gy, len(T)
+    if not (np.isfinite(T).all() and 0 < value < math.inf):
+        return np.ones(count), math.inf
     T = np.maximum(T, T.max(initial=_TINY) * 1e-15)
     raw, best, rho, Z = T, (T, math.inf), value, None
     most = int(math.sqrt(count))  # eigenvectors, with about half as many conditions as there are multipliers
@@ -252,7 +254,10 @@ def corrected(
         if Z is None:
             extra = np.random.default_rng(1).standard_normal((n + count, 6))
             Z = np.linalg.qr(np.concatenate([V * root[:, None], 1e-3 * extra], axis=1))[0]
-        low, Z = _low_eigenvectors(A, Z)
+        eigen = _low_eigenvectors(A, Z)
+        if eigen is None:
+            break
+        low, Z = eigen
         some = (low < _LOW) & (np.arange(low.size) < most)
         change = _lifting(vectors, T, rho, Z[:, some] / root[:, None], np.maximum(lift - low[some], 0))
         T = T * np.clip(1 + change[:-1], 0.5, 2.0)
@@ -277,8 +282,8 @@ def _lift(size: int) -> float:
     return max(1e-10, 1e-15 * size**2)
 
 
-def _low_eigenvectors(A: np.ndarray, Z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues near 0 and their eigenvectors: inverse iteration from the columns Z."""
+def _low_eigenvectors(A: np.ndarray, Z: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Eigenvalues near 0 and their eigenvectors: inverse iteration from the columns Z. None where A is far from >= 0."""
     shift = 1e-8
     while True:
         shifted = A.copy()
@@ -287,7 +292,7 @@ def _low_eigenvectors(A: np.ndarray, Z: np.ndarray) -> tuple[np.ndarray, np.ndar
         if not fail:
             break
         if not shift < 1e3:
-            raise ValueError("the multipliers are not finite")
+            return None
         shift *= 4
     for _ in range(3):
         Z = np.linalg.qr(sl.cho_solve((factor, True), Z, check_finite=False))[0]
@@ -348,7 +353,8 @@ def solve_all(
         tolerance: relative gap to stop at.
 
     rho is the smallest one for T; T is feasible also where the gap stays above `tolerance`. If no path leads from x
-    through a neuron to the output, T is 1.
+    through a neuron to the output, T is 1. An output of several for which no multipliers are found in float64 has T = 1
+    and rho = inf, and leaves the others as they are.
     ValueError for wrong shapes, values that are not finite, cycles.
     """
     whole = prepare(Gy, Gz, n, layers)
@@ -359,7 +365,7 @@ def solve_all(
         if np.array_equal(live_neurons(Gy, C @ Gz, n, layers), whole.live):
             together.append(k)
         else:
-            found[k] = solve_dense(Gy, C @ Gz, n, layers, tolerance=tolerance)
+            found[k] = _apart(Gy, C @ Gz, n, layers, tolerance)
     solved = [Optimum(np.ones(0), 0, 0.0)] * len(together)
     if whole.size and together:
         solved = optimise(whole, [outputs[k] for k in together], tolerance)
@@ -368,6 +374,16 @@ def solve_all(
         T, rho = replace(whole, Gz=C @ whole.Gz, whole=(Gy, C @ Gz, layers)).multipliers(one.tau)
         found[k] = DenseSolution(T, rho, one.steps, one.gap * rho)
     return [one for one in found if one is not None]
+
+
+def _apart(
+    Gy: np.ndarray, Gz: np.ndarray, n: int, layers: np.ndarray | None, tolerance: float
+) -> DenseSolution:
+    """Of one output whose idle neurons are not those of the others."""
+    try:
+        return solve_dense(Gy, Gz, n, layers, tolerance=tolerance)
+    except ValueError:  # of this output: the weights themselves have been checked
+        return DenseSolution(np.ones(len(Gy)), math.inf, 0, math.inf)
 
 
 def optimise(problem: Prepared, outputs: Sequence[np.ndarray], tolerance: float) -> list[Optimum]:
