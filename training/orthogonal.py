@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lipbounds._norms import inverse
+
 
 def adjoint(a: jax.Array) -> jax.Array:
     """The conjugate transposes of a stack of matrices."""
@@ -25,7 +27,7 @@ def adjoint(a: jax.Array) -> jax.Array:
 def cayley(a: jax.Array) -> jax.Array:
     """(I + S)^-1 (I - S) with S = A - A*: unitary (orthogonal where A is real)."""
     skew, one = a - adjoint(a), jnp.eye(a.shape[-1], dtype=a.dtype)
-    return jnp.linalg.solve(one + skew, one - skew)
+    return 2 * inverse(one + skew) - one
 
 
 def exponential(a: jax.Array, terms: int = 12) -> jax.Array:
@@ -48,7 +50,7 @@ def reflection(v: jax.Array) -> jax.Array:
     Lai et al., Enhancing certified robustness via block reflector orthogonal layers and logit annealing loss, ICML
     2025. V'V must be regular, as it is almost surely for random V with r <= n.
     """
-    half = jnp.linalg.solve(adjoint(v) @ v, adjoint(v))
+    half = inverse(adjoint(v) @ v) @ adjoint(v)
     return jnp.eye(v.shape[-2], dtype=v.dtype) - 2 * (v @ half)
 
 

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.scipy.linalg import solve_triangular
 
 from lipbounds._form.batched_steps import einsum, product
 from lipbounds._form.lure import LureForm
@@ -27,6 +26,7 @@ from lipbounds._form.program import Program
 from lipbounds._lipsdp import ellipsoid, recursion_step
 from lipbounds._lipsdp.core_states import Run, Stage, ratio, stages
 from lipbounds._lipsdp.state_matrices import TAIL, first_tap, split
+from lipbounds._norms import factorised
 from lipbounds._triangle import core
 from lipbounds._triangle.core import Constants
 from lipbounds._triangle.output_rows import row_grams
@@ -342,7 +342,7 @@ def _feasible(sy: jax.Array, q: Any, kappa: jax.Array, alone: bool) -> tuple[jax
 
 
 def _cholesky(d: jax.Array, sy: jax.Array) -> jax.Array:
-    return jnp.linalg.cholesky(jnp.diag(d) - sy, symmetrize_input=False)
+    return factorised.cholesky(jnp.diag(d) - sy)
 
 
 @jax.custom_vjp
@@ -352,13 +352,13 @@ def _schur(factor: jax.Array, d: jax.Array, sy: jax.Array, cross: jax.Array) -> 
 
 
 def _schur_forward(factor: Any, d: Any, sy: Any, cross: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    z = solve_triangular(factor, cross, lower=True)
+    z = factorised.solve_lower(factor, cross)
     return product(z.T, z), (factor, z)
 
 
 def _schur_backward(saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     factor, z = saved
-    v = solve_triangular(factor, z, lower=True, trans=1)  # (D - Sy)^-1 cross
+    v = factorised.solve_lower_transposed(factor, z)  # (D - Sy)^-1 cross
     pulled = product(v, g + g.T)
     return jnp.zeros_like(factor), -jnp.sum(pulled * v, axis=1) / 2, product(pulled, v.T) / 2, pulled
 
@@ -381,7 +381,7 @@ def _near_one(m: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _constants(passed: _Passed) -> Constants:
     sigma = passed.sigma
     scale = jnp.exp2(passed.exponent / 2)
-    vector = jnp.linalg.eigh(jax.lax.stop_gradient(sigma), symmetrize_input=False)[1][:, -1]
+    vector = factorised.eigenvectors(jax.lax.stop_gradient(sigma))[:, -1]
     value = core.root(product(vector, product(sigma, vector)))
     classes, pairs = core.root(jnp.diagonal(sigma)), core.distances(sigma)
     return Constants(scale * value, scale * classes, scale * pairs)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lipbounds._norms import factorised
+
 MARGIN = 1e-9  # relative distance of D from the edge of feasibility, float64
 LOG2 = float(np.log(2.0))
 
@@ -90,8 +92,8 @@ def schur(m: jax.Array, c: jax.Array) -> jax.Array:
 
 
 def _schur_forward(m: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array]:
-    factor = jnp.linalg.cholesky(m, symmetrize_input=False)
-    y = jax.scipy.linalg.cho_solve((factor, True), c)
+    factor = factorised.cholesky(m)
+    y = factorised.solve_lower_transposed(factor, factorised.solve_lower(factor, c))
     x = c.T @ y
     return (x + x.T) / 2, y
 

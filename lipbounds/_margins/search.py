@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jax.scipy.linalg import solve_triangular
+
+from lipbounds._norms.factorised import positive_inverse
 
 _MEMORY = 12  # pairs that L-BFGS keeps
 _SHORTER = 0.35  # factor on a step that failed
@@ -133,31 +134,6 @@ def _times(m: Any, x: Any) -> Any:
     return x if m is None else m @ x
 
 
-@jax.custom_vjp
-def inverse(F: Any) -> tuple[Any, Any]:
-    """(F^-1, log det F) of a positive definite F (n, n), by one factorisation; NaN where it is not.
-
-    The derivative consists of products alone. Those of `cholesky` and `solve_triangular` would run several batched
-    factorisations of LAPACK at the same time, and XLA's thread pool on CPU can wait for itself forever where as many of
-    them run as it has threads.
-    """
-    C = jnp.linalg.cholesky(F, symmetrize_input=False)
-    L = solve_triangular(C, jnp.eye(len(F), dtype=F.dtype), lower=True)
-    return L.T @ L, 2 * jnp.log(jnp.diagonal(C)).sum()
-
-
-def _inverse_ahead(F: Any) -> tuple[tuple[Any, Any], Any]:
-    P, log_det = inverse(F)
-    return (P, log_det), P
-
-
-def _inverse_back(P: Any, to: tuple[Any, Any]) -> tuple[Any]:
-    return (to[1] * P - P @ to[0] @ P,)
-
-
-inverse.defvjp(_inverse_ahead, _inverse_back)
-
-
 def minimum(net: Network, item: Item, m: Multipliers) -> tuple[Any, tuple[Any, tuple[Any, ...]], Any]:
     """(minimum, (u, (w per tap)), barrier) of the Lagrangian without the margin at the centre; NaN where it has none.
 
@@ -177,7 +153,7 @@ def minimum(net: Network, item: Item, m: Multipliers) -> tuple[Any, tuple[Any, t
         total = total + step.constant + step.g @ y - step.g @ (Sy @ step.g) / 4
         y, mu = y - Sy @ step.g / 2, mu - WS.T @ step.g / 2
         root = jnp.sqrt(step.N)
-        P, log_det = inverse(jnp.eye(len(root), dtype=S.dtype) - root[:, None] * Sy * root)
+        P, log_det = positive_inverse(jnp.eye(len(root), dtype=S.dtype) - root[:, None] * Sy * root)
         barrier = barrier + log_det
         X, t = root[:, None] * WS, root * y
         PX, Pt = P @ X, P @ t
