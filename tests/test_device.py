@@ -273,6 +273,18 @@ def test_lipsdp_agrees_and_its_certificate_holds_on_the_host(tmp_path: Any) -> N
         assert lb.verify_certificate(tmp_path / "net.certificate", form)
 
 
+@pytest.mark.parametrize("guarantee", ["auto", "verified"])
+def test_norms_that_are_kept_name_the_device_that_proved_them(guarantee: Any) -> None:
+    rng = np.random.default_rng(0)
+    weights = [rng.standard_normal((b, a)) for a, b in itertools.pairwise((6, 9, 8, 3))]
+    form = lb.from_weights(weights, activation="relu")
+    assert SAID in lb.liplt(form, guarantee=guarantee).notes
+    assert SAID in lb.liplt(form, guarantee=guarantee).notes
+    assert SAID in lb.liplt(form, guarantee=guarantee, device="cpu").notes  # proved before, on the device
+    other = lb.from_weights(weights, activation="relu")
+    assert SAID not in lb.liplt(other, guarantee=guarantee, device="cpu").notes
+
+
 def test_little_memory_on_the_device_means_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     form = form_of("relu")
     monkeypatch.setattr(proofs, "free_bytes", lambda device: 100)

@@ -43,7 +43,9 @@ def test_layers_whose_matrices_are_computed_side_by_side(construct) -> None:
 @pytest.mark.slow
 def test_the_core_of_lipsdp_under_vmap() -> None:
     rng = np.random.default_rng(0)
-    stacks = [jnp.asarray(rng.standard_normal((3, b, a)) / 2, jnp.float32) for a, b in ((4, 5), (5, 6), (6, 3))]
+    stacks = [
+        jnp.asarray(rng.standard_normal((3, b, a)) / 2, jnp.float32) for a, b in ((4, 5), (5, 6), (6, 3))
+    ]
 
     def form(weights):
         return lb.from_weights(weights, activation="relu")

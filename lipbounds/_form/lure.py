@@ -26,7 +26,7 @@ import numpy as np
 from lipbounds._activations import activations
 from lipbounds._form.concrete import is_concrete
 from lipbounds._form.precision import half_note
-from lipbounds._form.program import Op, Program, Tap
+from lipbounds._form.program import Op, Program, Tap, described
 from lipbounds._form.steps import KINDS, StaticArray
 from lipbounds._form.walk import Algebra, walk
 from lipbounds._text.html import Html, element, together
@@ -278,8 +278,10 @@ def check_weights(form: LureForm) -> None:
 
 
 def fingerprint(form: LureForm) -> str:
-    """Digest of a concrete form, equal for equal networks in this process; no proof depends on it."""
-    digest = hashlib.sha256(str(hash(form.program)).encode())
+    """Digest of a concrete form, equal for equal networks in every process; no proof depends on it."""
+    digest = hashlib.sha256()
+    for part in described(form.program):
+        digest.update(part)
     for leaf in form.consts:
         array = np.asarray(leaf)
         digest.update(f"{array.shape}{array.dtype}".encode())

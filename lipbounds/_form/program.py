@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
 from typing import Any
 
@@ -156,3 +156,26 @@ class Program:
 
     def __hash__(self) -> int:
         return self._hash
+
+
+def described(value: Any) -> Iterator[bytes]:
+    """A program, or a part of one, as bytes: the same for equal values, in every process.
+
+    Python's own `hash` of strings differs between processes.
+    """
+    if isinstance(value, StaticArray):
+        yield f"array{value.array.shape}{value.array.dtype.str}".encode()
+        yield value.array.tobytes()
+    elif isinstance(value, tuple):
+        yield f"({len(value)}".encode()
+        for one in value:
+            yield from described(one)
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield type(value).__name__.encode()
+        for one in fields(value):
+            if one.compare:
+                yield from described(getattr(value, one.name))
+    else:
+        named = isinstance(value, type) or callable(value)
+        text = f"{value.__module__}.{value.__qualname__}" if named else repr(value)
+        yield f"{len(text)}{text}".encode()

@@ -70,9 +70,10 @@ class HostForm:
         self.num_outputs = form.num_outputs
         self.consts = [np.asarray(c) for c in form.consts]
         self.built: dict[int, list[StepMatrix]] = {}
-        self.proved: dict[Any, float] = {}  # norms already proved, by content
-        self.formed: dict[Any, Any] = {}  # norms of blocks that were formed, by content
-        self.quick: dict[Any, Any] = {}  # quick proofs of wide blocks, by content
+        # Each with the notes about its proof (`_text.device.remembered`), by content: norms that were proved,
+        self.proved: dict[Any, tuple[Any, list[str]]] = {}
+        self.formed: dict[Any, tuple[Any, list[str]]] = {}  # those of blocks that were formed,
+        self.quick: dict[Any, tuple[Any, list[str]]] = {}  # and quick proofs of wide blocks.
         self.searches: dict[Any, Any] = {}  # norms of wide blocks that steps may still refine, by content
 
     def step(self, place: int) -> list[StepMatrix]:

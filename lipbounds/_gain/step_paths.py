@@ -19,6 +19,7 @@ from lipbounds._gain.step_matrices import StepMatrix
 from lipbounds._norms import matrices as norms
 from lipbounds._norms.lanczos import golub_kahan
 from lipbounds._norms.rounding import UNDERFLOW, add_up, gamma, mul_up
+from lipbounds._text.device import remembered
 
 
 def product_rounding(
@@ -120,14 +121,15 @@ def _norm_of_step(host: HostForm, place: int, m: StepMatrix, failure: float) -> 
     if m.convolution is not None or sp.issparse(m.matrix) or m.quick_norm < m.absolute_norm:
         return m.quick_norm
     share = failure / len(host.program.steps)
-    key = ("step", place, m.register, share)
-    if key not in host.proved:
+
+    def proof() -> float:
         wrong = gamma(m.terms) * m.absolute_norm
         matrix = np.asarray(m.matrix, np.float64)
         options: dict[str, Any] = dict(seed=place, failure=share, rtol=1.0, rounding=wrong)
         found = golub_kahan(lambda v: matrix @ v, lambda v: matrix.T @ v, matrix.shape[1], **options)[0]
-        host.proved[key] = min(add_up(found, mul_up(m.relerr, m.absolute_norm)), m.absolute_norm)
-    return host.proved[key]
+        return min(add_up(found, mul_up(m.relerr, m.absolute_norm)), m.absolute_norm)
+
+    return remembered(host.proved, ("step", place, m.register, share), proof)
 
 
 def product_of_steps(host: HostForm, source: Node, target: Node, scalings: Sequence[TapScaling]) -> float:

@@ -36,6 +36,7 @@ from lipbounds._norms.enclosures import Enclosure
 from lipbounds._norms.lanczos import golub_kahan
 from lipbounds._norms.rounding import U, add_up, mul_up, sqrt_up
 from lipbounds._norms.starts import STARTS, Starts
+from lipbounds._text.device import remembered
 
 #: Relative distance of upper and lower bound at which Golub-Kahan ends.
 RTOL = 1e-3
@@ -157,9 +158,7 @@ def _remembered(
 ) -> Bound | None:
     """The bound of one way, or that it has none, kept with the form."""
     what, exponent = content(host, *pair, scalings)
-    if (what, how) not in host.quick:
-        host.quick[what, how] = way(), exponent
-    found, before = host.quick[what, how]
+    found, before = remembered(host.quick, (what, how), lambda: (way(), exponent))
     return None if found is None else found._replace(value=math.ldexp(found.value, exponent - before))
 
 

@@ -25,6 +25,7 @@ from lipbounds._norms.cholesky import TINY, gram, nonzeros_per_row
 from lipbounds._norms.enclosures import Enclosure
 from lipbounds._norms.matrices import frobenius_norm
 from lipbounds._norms.rounding import U, add_up, gamma, mul_up
+from lipbounds._text.device import remembered
 from lipbounds._triangle import recursion
 from lipbounds._triangle.recursion import Request
 
@@ -154,9 +155,7 @@ def hybrid_start(form: LureForm, k: int, request: Request) -> tuple[Sequence, np
     a_i is in proportion to m_i ||B_i||, so lambda_max is at most LipLT's square. l2 norm only. S (d, d) times 2^scale.
     """
     kept = {} if form.assumed else _HYBRID.setdefault(form, {})
-    if (k, request) not in kept:
-        kept[k, request] = _hybrid_start(form, k, request)
-    return kept[k, request]
+    return remembered(kept, (k, request), lambda: _hybrid_start(form, k, request))
 
 
 def _hybrid_start(form: LureForm, k: int, request: Request) -> tuple[Sequence, np.ndarray, int, str, float]:

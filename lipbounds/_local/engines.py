@@ -41,6 +41,7 @@ from lipbounds._local.forward import Seen, logits
 from lipbounds._local.maps import Matrix
 from lipbounds._norms.rounding import U, add_up, require_gradual_underflow
 from lipbounds._text.calls import FAILURES, reason
+from lipbounds._text.device import remembered
 from lipbounds._text.progress import say, stoppable
 from lipbounds._triangle.recursion import FAILURE, Request
 
@@ -75,7 +76,7 @@ class _Ready:
     front: liplt.Front | None = None
 
 
-_READY: weakref.WeakKeyDictionary[LureForm, dict[Any, _Ready]] = weakref.WeakKeyDictionary()
+_READY: weakref.WeakKeyDictionary[LureForm, dict[Any, tuple[_Ready, list[str]]]] = weakref.WeakKeyDictionary()
 
 
 class NoEngineError(ValueError):
@@ -220,10 +221,8 @@ class Around:
         kept = {} if form.assumed else _READY.setdefault(form, {})
         # only the bound of the front depends on more than the form
         wanted = norm, self.way, *((guarantee, seed) if self.way == "hybrid" else ())
-        if wanted not in kept:
-            kept[wanted] = _ready(form, norm, self.way, guarantee, seed)
-        self.form, self.ready = form, kept[wanted]
-        ready = self.ready
+        ready = remembered(kept, wanted, lambda: _ready(form, norm, self.way, guarantee, seed))
+        self.form, self.ready = form, ready
         self.guarantee, self.failure, self.notes = ready.guarantee, ready.failure, ready.notes
         self.seed = seed
         self.norm, self.x, self.box = norm, x, box

@@ -9,11 +9,11 @@ A nested call (LipLT inside `lipsdp`) takes the choice of the outer one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, is_dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import jax
 
@@ -30,6 +30,8 @@ class _Call:
 
 
 _call: ContextVar[_Call | None] = ContextVar("device", default=None)
+_heard: ContextVar[list[str] | None] = ContextVar("notes", default=None)
+R = TypeVar("R")
 
 
 @contextmanager
@@ -79,9 +81,35 @@ def kept() -> dict[Any, Any]:
 
 def note(text: str) -> None:
     """Add a note, once, to the result of the public call around this."""
-    call = _call.get()
+    call, heard = _call.get(), _heard.get()
+    if heard is not None and text not in heard:
+        heard.append(text)
     if call is not None and text not in call.notes:
         call.notes.append(text)
+
+
+@contextmanager
+def hearing() -> Iterator[list[str]]:
+    """The notes that are made inside, which go to the result as well."""
+    outer, heard = _heard.get(), list[str]()
+    token = _heard.set(heard)
+    try:
+        yield heard
+    finally:
+        _heard.reset(token)
+        if outer is not None:
+            outer += [text for text in heard if text not in outer]
+
+
+def remembered(store: dict[Any, tuple[Any, list[str]]], key: Any, make: Callable[[], R]) -> R:
+    """store[key], made once. Where it serves again, in a later call, the notes about its proof are made again."""
+    if key not in store:
+        with hearing() as heard:
+            store[key] = make(), heard
+    value, heard = store[key]
+    for text in heard:
+        note(text)
+    return value  # type: ignore[no-any-return]
 
 
 def with_notes(result: Any, notes: list[str]) -> Any:

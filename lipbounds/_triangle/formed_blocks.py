@@ -18,6 +18,7 @@ from lipbounds._norms import matrices as norms
 from lipbounds._norms.banded_cholesky import Plan
 from lipbounds._norms.enclosures import Enclosure
 from lipbounds._norms.rounding import add_up, mul_up
+from lipbounds._text.device import hearing, note, remembered
 from lipbounds._text.progress import meter, proof_seconds
 
 LOOSE = 1e-6  # rounding error of a block, relative to its norm, above which shorter blocks are tried
@@ -67,9 +68,8 @@ def block_norm(host: HostForm, block: Enclosure, norm: float, plan: Plan | None 
         digest.update(matrix.indices.tobytes())
         digest.update(matrix.indptr.tobytes())
     key = (block.shape, digest.hexdigest())
-    if key not in host.proved:
-        host.proved[key] = math.ldexp(norms.verified_norm(matrix, plan=plan), -exponent)
-    return add_up(math.ldexp(host.proved[key], exponent), error)
+    unit = remembered(host.proved, key, lambda: math.ldexp(norms.verified_norm(matrix, plan=plan), -exponent))
+    return add_up(math.ldexp(unit, exponent), error)
 
 
 def proved(
@@ -84,18 +84,21 @@ def proved(
     keys = {pair: content(host, *pair, scalings) for pair in pairs} if norm == 2 else {}
     for pair, (key, exponent) in keys.items():
         if key in host.formed:
-            (bound, error), before = host.formed[key]
+            ((bound, error), before), heard = host.formed[key]
+            for text in heard:
+                note(text)
             found[pair] = (
                 replace(bound, value=math.ldexp(bound.value, exponent - before)),
                 math.ldexp(error, exponent - before),
             )
     left = [pair for pair in pairs if pair not in found]
 
-    def prove(item: tuple[tuple[Node, Node], Enclosure]) -> BlockNorm:
+    def prove(item: tuple[tuple[Node, Node], Enclosure]) -> tuple[BlockNorm, list[str]]:
         _, block = item
         plan = enclosures.enclosure_plan(block) if norm == 2 else None
-        value = block_norm(host, block, norm, plan)
-        return BlockNorm(value, "verified", "exact sums" if plan is None else plan.name, block.shape)
+        with hearing() as heard:
+            value = block_norm(host, block, norm, plan)
+        return BlockNorm(value, "verified", "exact sums" if plan is None else plan.name, block.shape), heard
 
     def need(item: tuple[tuple[Node, Node], Enclosure]) -> float:
         # A sparse block is transposed and copied, and has a Gram matrix or a banded factor.
@@ -106,10 +109,10 @@ def proved(
     total = sum(costs.values())
     blocks = matrices(host, left, scalings)
     with meter(len(left), total) as advance, side_by_side(prove, blocks, seconds=total, need=need) as results:
-        for (pair, block), bound in results:
+        for (pair, block), (bound, heard) in results:
             found[pair] = bound, block.error
             if pair in keys:
-                host.formed[keys[pair][0]] = found[pair], keys[pair][1]
+                host.formed[keys[pair][0]] = (found[pair], keys[pair][1]), heard
             advance(f"norm of {name(pair)}", costs[pair])
     return found
 
