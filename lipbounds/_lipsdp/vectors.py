@@ -283,7 +283,7 @@ def _lift(size: int) -> float:
 
 
 def _low_eigenvectors(A: np.ndarray, Z: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Eigenvalues near 0 and their eigenvectors: inverse iteration from the columns Z. None where A is far from >= 0."""
+    """Eigenvalues near 0 and their eigenvectors: inverse iteration from the columns Z. None where A is far below 0."""
     shift = 1e-8
     while True:
         shifted = A.copy()
