@@ -31,7 +31,7 @@ from lipbounds.analysis.attack_settings import AttackSettings
 from lipbounds.analysis.attacks import pgd
 from lipbounds.analysis.experiment import Json, eps_grid, norm_key, radii_record
 from lipbounds.errors import GuaranteeError
-from lipbounds.results import Part, check_norm
+from lipbounds.results import Guarantee, Part, check_norm
 
 UNIT = "pixel values in [0, 1]"
 FROM_CERTIFICATE = "from the run's certificate, proved again: its time is that of the proof"
@@ -106,6 +106,7 @@ def certify(
     y: np.ndarray,
     *,
     methods: Sequence[str | lb.UpperBound] = ("naive", "liplt", "lipsdp"),
+    guarantee: Guarantee = "auto",
     seed: int = 0,
     progress: Progress = None,
 ) -> Certified:
@@ -128,7 +129,8 @@ def certify(
         raise ValueError(f"each method may be named only once, got {', '.join(names)}")
     single = isinstance(model, nnx.Module)
     form = lb.trace(model, x[0]) if single else lb.trace(model, x[:2], batched=True)
-    rows = lb.compare(form, x, y, methods=list(methods), pairwise=True, seed=seed, progress=progress)
+    options: Json = {"pairwise": True, "guarantee": guarantee, "seed": seed, "progress": progress}
+    rows = lb.compare(form, x, y, methods=list(methods), **options)
     return Certified(
         form,
         {row.method: row.result for row in rows if row.result is not None},
@@ -191,6 +193,7 @@ def evaluate(
     pgd_norms: Sequence[Any] = (2, math.inf),
     paper_units: float | None = None,
     images: int | None = None,
+    guarantee: Guarantee = "auto",
     seed: int = 0,
     progress: Progress = None,
 ) -> Json:
@@ -205,6 +208,7 @@ def evaluate(
         pgd_steps, pgd_restarts, pgd_norms: of the attacks, one for every norm and eps. A further one in l2 searches
             inside every certified radius, where nothing can be found.
         images: so many of the images, the first ones; None for all.
+        guarantee: of the bounds that are computed here.
         seed: of everything random.
         progress: True, False or a function of one text.
 
@@ -230,7 +234,7 @@ def evaluate(
     levels = _levels(eps, 1.0 if paper_units is None else paper_units)
     attacks = {p: AttackSettings(p, seed=seed, progress=progress) for p in map(check_norm, pgd_norms)}
     clean = pgd(model, x, y, 0.0, steps=0)  # bad images are refused before the bounds take their time
-    found = certify(model, x, y, methods=methods, seed=seed, progress=progress)
+    found = certify(model, x, y, methods=methods, guarantee=guarantee, seed=seed, progress=progress)
     radius = found.radius(len(x))
     correct = clean.correct | (radius > 0)
     # rounded down, so that the l2 ball contains the l-inf ball

@@ -1,4 +1,4 @@
-"""The command line: `lipbounds demo`, `bounds`, `certify`, `verify`, `train`, `evaluate`, `forge`.
+"""The command line: `lipbounds demo`, `bounds`, `certify`, `verify`, `train`, `evaluate`, `forge`, `reproduce`.
 
 Exit codes: 0 success, 1 error (one message on stderr), 2 wrong usage. `training` and `analysis` are imported
 inside the commands.
@@ -35,6 +35,7 @@ from lipbounds._cli.options import (
     grouped,
     option,
 )
+from lipbounds._cli.reproduce import reproduce
 from lipbounds._text.version import __version__
 from lipbounds.errors import CertificateError
 from lipbounds.results import Guarantee
@@ -98,6 +99,8 @@ def root(
     - `lipbounds evaluate runs/digits` attacks and certifies it
 
     - `lipbounds forge runs/digits` zeroes small activations and measures the effect
+
+    - `lipbounds reproduce table1 --data-dir data --out runs/table1` trains the rows of a paper's table
 
     Every result states its guarantee: **verified** holds with every rounding error included,
     **probabilistic** except with a stated probability, **assumed** if the slopes that you declared are correct;
@@ -295,6 +298,7 @@ app.command(cls=Command)(certify)
 app.command("train", help=train.train.__doc__)(lambda: None)
 app.command(cls=Command)(evaluate)
 app.command(cls=Command)(forge)
+app.command()(reproduce)
 
 
 def main() -> None:

@@ -101,6 +101,59 @@ def training(epochs: int, quiet: bool = False) -> Iterator[Callable[[Json, str],
         yield tell
 
 
+class Rows:
+    """Progress over several training runs: a bar on a terminal, and a line for every row and every tenth epoch."""
+
+    def __init__(self, names: list[str], console: Any, bar: Any):
+        self.names, self.console, self.bar = names, console, bar
+        self.task = bar.add_task("starting", total=None)
+        self.told = ""
+
+    def say(self, text: str) -> None:
+        """What is being done."""
+        self.bar.update(self.task, description=text)
+        if text.startswith(("training", "bounding and")):
+            place = next((k for k, name in enumerate(self.names) if text.endswith(f" {name}")), 0)
+            say(self.console, f"row {place + 1} of {len(self.names)}: {text}")
+
+    def epoch(self, row: Any, record: Json, left: float | None) -> None:
+        """An epoch of a row, and the seconds of training ahead in all rows."""
+        text = f"{row.name}, epoch {record['epoch']}: {100 * record['accuracy']:.1f} % correct in training"
+        if record.get("certified_estimate") is not None:
+            text += f", {100 * record['certified_estimate']:.1f} % certified (estimate)"
+        text += "" if left is None else f"; about {_duration(left)} of training left"
+        self.bar.update(self.task, description=text)
+        if "warning" in record and self.told != row.name:
+            self.told = row.name
+            say(self.console, f"{row.name}, epoch {record['epoch']}: WARNING: {record['warning']}")
+        elif record["epoch"] % 10 == 0 or record["epoch"] == 1:
+            say(self.console, text)
+
+
+def _duration(seconds: float) -> str:
+    """Minutes, or hours and minutes."""
+    minutes = round(seconds / 60)
+    return (
+        f"{seconds:.0f} s"
+        if minutes < 2
+        else f"{minutes // 60} h {minutes % 60} min"
+        if minutes > 90
+        else f"{minutes} min"
+    )
+
+
+@contextlib.contextmanager
+def training_rows(names: list[str]) -> Iterator[Rows]:
+    """Yields progress over the runs of these rows, on stderr."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        yield Rows(names, console, bar)
+
+
 def proved(certificate: Any, seconds: float) -> str:
     """One line with the claim of a certificate that was just proved again."""
     from lipbounds._text.tables import seconds_text, show
