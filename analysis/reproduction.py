@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 import lipbounds as lb
@@ -51,10 +52,11 @@ class Plan:
     Args:
         data_dir: the folder of all data sets, as `training.data.load` takes it.
         epochs: instead of those of the row, with the shape of its schedule.
-        limit: use only the first so many training and test images.
+        limit: use only so many training and test images, evenly spaced, as some files are sorted by class.
         small: for trials: a small network of each kind and few constants; its figures mean nothing.
         settings: changes of every configuration.
         images: attack and certify only the first so many test images.
+        local_images: of a row with local constants in its loss so many test images are certified by local bounds, too.
         pgd_steps: steps of the l2 attack.
         guarantee: of the bounds.
         seed: of training and evaluation.
@@ -66,6 +68,7 @@ class Plan:
     small: bool = False
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     images: int | None = None
+    local_images: int = 100
     pgd_steps: int = 100
     guarantee: str = "verified"
     seed: int = 0
@@ -78,7 +81,8 @@ class Plan:
             changes["batch_size"] = max(1, min(usual, self.limit // 4))
         if self.small:
             small = _SMALL.get(row.name, _SMALL[row.group])
-            changes |= {"arch": small if "lipconvnet" not in row.name else "lipconvnet-5", "refresh": 4}
+            changes |= {"arch": small if "lipconvnet" not in row.name else "lipconvnet-5"}
+            changes["refresh"] = 1 if row.settings.get("constants") == "local" else 4
             changes |= {"degrees": 0.0, "translate": 0.0}
         return row.config(self.epochs, **changes, **self.settings)
 
@@ -87,10 +91,12 @@ class Plan:
         whole = load(dataset, self.data_dir)
         if self.limit is None:
             return whole
-        parts = {
-            name: getattr(whole, name)[: self.limit]
-            for name in ("train_pixels", "train_y", "test_pixels", "test_y")
-        }
+        parts = {}
+        for name in ("train_pixels", "train_y", "test_pixels", "test_y"):
+            part = getattr(whole, name)
+            parts[name] = part[
+                np.arange(min(self.limit, len(part))) * len(part) // min(self.limit, len(part))
+            ]
         names = whole.class_names or tuple(
             map(str, range(whole.classes))
         )  # all classes, whatever is left of them
@@ -199,7 +205,10 @@ def _check_run(place: pathlib.Path, config: Config) -> None:
 
 def _settings(config: Config, plan: Plan) -> Json:
     """What an evaluation depends on; one with other settings is made again."""
-    of_plan = {name: getattr(plan, name) for name in ("limit", "images", "pgd_steps", "guarantee", "seed")}
+    of_plan = {
+        name: getattr(plan, name)
+        for name in ("limit", "images", "local_images", "pgd_steps", "guarantee", "seed")
+    }
     return {**config.to_json(), **of_plan, "data_dir": None}
 
 
@@ -233,10 +242,14 @@ def _evaluate(row: Row, fitted: Fitted, data: Dataset, plan: Plan, say: Callable
         seed=plan.seed,
         progress=say,
     )
+    near = None
+    if config.uses_constants and config.constants == "local":
+        near = _by_local_bounds(fitted, data, plan)
     return {
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "row": row.name,
+        "local": near,
         "settings": _settings(config, plan),
         "eps_pixels": config.eps,
         "eps_paper": config.eps / factor,
@@ -247,6 +260,19 @@ def _evaluate(row: Row, fitted: Fitted, data: Dataset, plan: Plan, say: Callable
         "warnings": troubled(fitted.log),
         **found,
     }
+
+
+def _by_local_bounds(fitted: Fitted, data: Dataset, plan: Plan) -> Json:
+    """Certified accuracy of the first images at eps by global and by local bounds."""
+    form = lb.trace(fitted.model, data.test_x[0])
+    x, y = data.test_x[: plan.local_images], data.test_y[: plan.local_images]
+    eps = fitted.config.eps
+    bound = lb.liplt(form, pairwise=True, guarantee=plan.guarantee)  # type: ignore[arg-type]
+    assert isinstance(bound, lb.UpperBound)
+    radii = [lb.certified_radius(form, x, y, bound=bound)]
+    radii.append(lb.certified_radius(form, x, y, bound=bound, local=True, eps=eps))
+    shares = dict(zip(("global", "local"), (float(found.accuracy(eps)) for found in radii), strict=True))
+    return {"images": len(y), **shares, "guarantee": radii[1].guarantee}
 
 
 # --- tables --------------------------------------------------------------------------------------------------------
@@ -379,6 +405,11 @@ def page(rows: Sequence[Row], done: Mapping[str, Json], plan: Plan) -> str:
             continue
         took, proof = (seconds_text(record[f"{key}_seconds"]) for key in ("training", "evaluation"))
         lines.append(f"- {row.name}: {took} of training, {proof} of evaluation on {record['images']} images")
+        if near := record["local"]:
+            lines.append(
+                f"- {row.name}: of the first {near['images']} images {100 * near['global']:.1f} % are certified "
+                f"by LipLT, {100 * near['local']:.1f} % by local bounds ({near['guarantee']})"
+            )
         if record["warnings"]:
             lines.append(f"- {row.name}: {record['warnings']}")
         lines += [f"- {row.name}: {name} is missing: {reason}" for name, reason in record["refused"].items()]

@@ -112,6 +112,11 @@ _METHODS: Mapping[str, tuple[str, Mapping[str, Any], str | None]] = {
     "standard": ("Standard", {"loss": "cross-entropy", "stop_if_uncertified": 0}, "Standard"),
     "gloro": ("GloRo (naive)", {"loss": "gloro-trades", **_NAIVE}, "GloRo"),
     "lmt": ("Lipschitz-margin training", {"loss": "lipschitz-margin", **_NAIVE, "pairs": "whole"}, None),
+    "local-lip": (
+        "Local-Lip (GloRo loss)",
+        {"loss": "gloro", "constants": "local", "pairs": "whole", "activation": "clipped-relu"},
+        "Local-Lip",
+    ),
     "crm": ("CRM (LipLT)", {}, "CRM"),
     "crm-naive": ("CRM, naive constants", _NAIVE, None),
     "crm-recursion": ("ours: CRM, LipSDP of the dense layers", {"constants": "recursion"}, None),
@@ -136,7 +141,9 @@ _MLP = "mnist-784-512-512-10"
 
 
 def _published(group: str, method: str | None, model: str | None = None) -> Published | None:
-    found = [p for p in PUBLISHED[group] if p.method == method and model in (None, p.model)]
+    # of the two Local-Lip baselines the one with the loss of GloRo ("-G")
+    names = (method, f"{method}-G")
+    found = [p for p in PUBLISHED[group] if p.method in names and model in (None, p.model)]
     return found[0] if found else None
 
 

@@ -91,7 +91,7 @@ def fake(row: Any, certified: float) -> Any:
     radii = {"eps": [0.0, 1.0], "accuracy": [0.8, 0.0]}
     return {
         "eps_pixels": eps, "eps_paper": eps / factor, "units": "u", "epochs": 3, "training_seconds": 1.0,
-        "evaluation_seconds": 2.0, "warnings": None, "clean": 0.8, "images": 10, "refused": {},
+        "evaluation_seconds": 2.0, "warnings": None, "local": None, "clean": 0.8, "images": 10, "refused": {},
         "pgd": {"2": {str(eps): 0.7, str(eps / factor): 0.75}},
         "certified": {"naive": dict.fromkeys(shares, 0.0), "liplt": shares},
         "guarantee": {"naive": "verified", "liplt": "verified"},
@@ -150,7 +150,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def command(data: pathlib.Path, out: pathlib.Path, *more: Any, code: int = 0) -> Any:
-    options = ["--small", "--epochs", 2, "--pgd-steps", 5]
+    options = ["--small", "--epochs", 2, "--limit", 48, "--pgd-steps", 5]
     return run("reproduce", "table1", "--data-dir", data, "--out", out, *options, *more, code=code)
 
 
@@ -158,7 +158,7 @@ def command(data: pathlib.Path, out: pathlib.Path, *more: Any, code: int = 0) ->
 def test_a_miniature_of_every_row_resumes(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """The rows of MNIST and Tiny-ImageNet; a run that stopped after one epoch goes on, a finished row is left alone."""
     names = [name for name in ROWS if not name.startswith("cifar10")]
-    row, plan = ROWS["mnist/crm"], reproduction.Plan(str(data), epochs=2, small=True, pgd_steps=5)
+    row, plan = ROWS["mnist/crm"], reproduction.Plan(str(data), epochs=2, limit=48, small=True, pgd_steps=5)
     whole = fit(plan.config(row), plan.data("mnist"), out=tmp_path / "whole")
     stopped: list[int] = []
 
@@ -180,6 +180,9 @@ def test_a_miniature_of_every_row_resumes(data: pathlib.Path, tmp_path: pathlib.
     assert set(record["rows"]) == set(names) and all(record["rows"].values())
     for name, found in record["rows"].items():
         assert found["epochs"] == 2 and set(found["guarantee"].values()) == {"verified"}, name
+        assert (found["local"] is not None) == ("local" in name)
+        if found["local"]:
+            assert found["local"]["global"] <= found["local"]["local"] <= 1
         assert ("lipsdp" in found["certified"]) == ("recursion" in name or "mlp" in name)
         assert (
             found["certified"]["liplt"][str(found["eps_pixels"])]

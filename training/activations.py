@@ -1,4 +1,4 @@
-"""Activations that permute or reflect, so that they keep norms: MaxMin, GroupSort and Householder."""
+"""Activations that permute or reflect, so that they keep norms: MaxMin, GroupSort, Householder; and a clipped ReLU."""
 
 from __future__ import annotations
 
@@ -23,6 +23,22 @@ def groupsort(x: jax.Array, size: int = 4) -> jax.Array:
         raise ValueError(f"groups of {size} need a multiple of {size} channels, got {x.shape[-1]}")
     groups = x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
     return jnp.sort(groups, axis=-1).reshape(x.shape)
+
+
+class ClippedRelu(nnx.Module):
+    """min(max(y, 0), theta) with a trained theta >= 0 (clipped at 0): constant above theta, too.
+
+    Huang et al., Training certifiably robust neural networks with efficient local Lipschitz bounds, NeurIPS 2021, where
+    theta belongs to a layer. It starts at 1, which is a choice of ours.
+    """
+
+    def __init__(self, start: float = 1.0):
+        self.theta = nnx.Param(jnp.asarray(start, jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The activation of every entry of x."""
+        top = jnp.maximum(self.theta.get_value(), 0).astype(x.dtype)
+        return jnp.minimum(jnp.maximum(x, 0), top)
 
 
 class Householder(nnx.Module):

@@ -60,8 +60,9 @@ class Config:
     std: float = _setting(1.0, "network", "Standard deviation by which it then divides.", _POSITIVE, 1e6)
     loss: str = _setting("crm", "loss", "Certified radius maximisation (crm), or one of its baselines.",
                          choices=LOSSES)
-    constants: str = _setting("recursion", "loss", "Bound in the loss; recursion is LipSDP's ellipsoid recursion.",
-                              choices=("naive", "liplt", "recursion"))
+    constants: str = _setting("recursion", "loss", "Bound in the loss; recursion is LipSDP's ellipsoid recursion, "
+                              "local the naive product near every image.",
+                              choices=("naive", "liplt", "recursion", "local"))
     pairs: str = _setting("pairwise", "loss", "Constant of a pair of classes in the loss: L_ij (pairwise), "
                           "L_i + L_j (per-class) or sqrt(2) L (whole).", choices=("pairwise", "per-class", "whole"))
     lam: float = _setting(15.0, "loss", "Weight of the certified radius (CRM).", 0)
@@ -135,6 +136,10 @@ class Config:
             raise ValueError(f"smoothing applies to cross-entropy and crm, not to {self.loss}: leave it at 0")
         if self.certificate and (not self.uses_constants or self.eps == 0):
             raise ValueError("certificate needs a loss with constants, and eps above 0")
+        if self.uses_constants and self.constants == "local" and (self.eps == 0 or self.refresh > 1):
+            raise ValueError(
+                "constants=local needs eps above 0, and refresh=1: they are those of one batch's images"
+            )
         if self.warmup > self.epochs or self.decay_from > self.epochs:
             raise ValueError(
                 f"warmup ({self.warmup}) and decay_from ({self.decay_from}) must be at most epochs ({self.epochs})"

@@ -48,15 +48,26 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
     return optax.softmax_cross_entropy(logits, targets).mean()
 
 
+def of_class(pairs: jax.Array, rows: jax.Array, logits: jax.Array) -> jax.Array:
+    """(n, K) constants between the classes `rows` (n,) and all others.
+
+    pairs: (K, K) of all images, (n, K, K) of each, or a number.
+    """
+    classes = logits.shape[-1]
+    pairs = jnp.asarray(pairs, logits.dtype)
+    if pairs.ndim == 3:
+        return jnp.take_along_axis(pairs, rows[:, None, None], axis=1)[:, 0]
+    return jnp.broadcast_to(pairs, (classes, classes))[rows]
+
+
 def scaled_margins(logits: jax.Array, labels: jax.Array, pairs: jax.Array) -> tuple[jax.Array, jax.Array]:
     """((n, K) values of (z_y - z_i) / L_yi, (n, K) mask of i != y). Entries i = y are 0 and carry no gradient.
 
-    pairs: (K, K) constants L_ij; a scalar stands for the constant of every pair.
+    pairs: (K, K) constants L_ij, or (n, K, K) of every image; a scalar stands for the constant of every pair.
     """
     classes = logits.shape[-1]
     others = labels[:, None] != jnp.arange(classes, dtype=labels.dtype)
-    pairs = jnp.broadcast_to(jnp.asarray(pairs, logits.dtype), (classes, classes))
-    rows = jnp.where(others, jnp.maximum(pairs[labels], _LEAST), 1)
+    rows = jnp.where(others, jnp.maximum(of_class(pairs, labels, logits), _LEAST), 1)
     margins = jnp.take_along_axis(logits, labels[:, None], axis=1) - logits
     return jnp.where(others, margins / rows, 0), others
 
@@ -100,8 +111,8 @@ def rival(logits: jax.Array, pairs: jax.Array, eps: float | jax.Array) -> jax.Ar
     classes = logits.shape[-1]
     top = jnp.argmax(logits, axis=1)
     others = top[:, None] != jnp.arange(classes, dtype=top.dtype)
-    pairs = jnp.broadcast_to(jnp.asarray(pairs, logits.dtype), (classes, classes))
-    return jnp.max(jnp.where(others, logits + eps * pairs[top], -jnp.inf), axis=1)
+    reach = eps * of_class(pairs, top, logits)
+    return jnp.max(jnp.where(others, logits + reach, -jnp.inf), axis=1)
 
 
 def lipschitz_margin(
@@ -113,8 +124,7 @@ def lipschitz_margin(
     """
     classes = logits.shape[-1]
     others = labels[:, None] != jnp.arange(classes, dtype=labels.dtype)
-    pairs = jnp.broadcast_to(jnp.asarray(pairs, logits.dtype), (classes, classes))
-    return cross_entropy(logits + eps * jnp.where(others, pairs[labels], 0), labels)
+    return cross_entropy(logits + eps * jnp.where(others, of_class(pairs, labels, logits), 0), labels)
 
 
 def by_name(
@@ -148,10 +158,8 @@ def emma(logits: jax.Array, labels: jax.Array, pairs: jax.Array, *, eps: float |
     4).
     """
     scaled, others = scaled_margins(logits, labels, pairs)
-    classes = logits.shape[-1]
-    pairs = jnp.broadcast_to(jnp.asarray(pairs, logits.dtype), (classes, classes))
     reach = jax.lax.stop_gradient(jnp.clip(scaled, 0.01 * eps, eps))
-    return cross_entropy(logits + jnp.where(others, reach * pairs[labels], 0), labels)
+    return cross_entropy(logits + jnp.where(others, reach * of_class(pairs, labels, logits), 0), labels)
 
 
 def margin(

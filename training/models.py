@@ -22,6 +22,7 @@ import jax
 from flax import nnx
 
 from lipbounds.training import lipschitz_nets, liresnet
+from lipbounds.training.activations import ClippedRelu
 from lipbounds.training.activations import maxmin as maxmin
 from lipbounds.training.lipschitz_nets import LipConvNet, ResidualLipschitzNet
 from lipbounds.training.liresnet import LiResNet
@@ -29,7 +30,12 @@ from lipbounds.training.liresnet import LiResNet
 Activation = Callable[[jax.Array], jax.Array]
 
 
-ACTIVATIONS: Mapping[str, Activation] = {"relu": jax.nn.relu, "maxmin": maxmin}
+#: Functions, and classes of activations with parameters, of which every layer has one.
+ACTIVATIONS: Mapping[str, Activation | type[nnx.Module]] = {
+    "relu": jax.nn.relu,
+    "maxmin": maxmin,
+    "clipped-relu": ClippedRelu,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +47,13 @@ class ModelSpec:
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def _activation(name: str) -> Activation:
+def _activations(name: str, count: int) -> Any:
+    """The activations of so many layers."""
     try:
-        return ACTIVATIONS[name]
+        found = ACTIVATIONS[name]
     except KeyError:
         raise ValueError(f"unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}") from None
+    return nnx.List([found() for _ in range(count)]) if isinstance(found, type) else (found,) * count
 
 
 def _flatten_image(x: jax.Array) -> jax.Array:
@@ -77,7 +85,7 @@ class MLP(nnx.Module):
                 f"widths {widths!r} start with {sizes[0]}, but an input has {math.prod(input_shape)} pixels"
             )
         self.mean, self.std = mean, std
-        self.activation = _activation(activation)
+        self.activations = _activations(activation, len(sizes) - 2)
         self.layers = nnx.List(
             [nnx.Linear(n_in, n_out, rngs=rngs) for n_in, n_out in itertools.pairwise(sizes)]
         )
@@ -85,8 +93,8 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits (B, K) of raw pixels (B, height, width, channels)."""
         h = _flatten_image((x - self.mean) / self.std)
-        for layer in self.layers[:-1]:
-            h = self.activation(layer(h))
+        for layer, activation in zip(self.layers[:-1], self.activations, strict=True):
+            h = activation(layer(h))
         return self.layers[-1](h)
 
 
@@ -106,11 +114,12 @@ class ResidualBlock(nnx.Module):
     def __init__(self, channels: int, activation: str, *, rngs: nnx.Rngs):
         self.first = nnx.Conv(channels, channels, (3, 3), padding=1, rngs=rngs)
         self.second = nnx.Conv(channels, channels, (3, 3), padding=1, rngs=rngs)
-        self.activation = _activation(activation)
+        self.activations = _activations(activation, 2)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The block on x (B, height, width, channels): its convolutions added to x."""
-        return x + self.second(self.activation(self.first(self.activation(x))))
+        before, between = self.activations
+        return x + self.second(between(self.first(before(x))))
 
 
 class ResidualCNN(nnx.Module):
@@ -134,7 +143,7 @@ class ResidualCNN(nnx.Module):
         self.mean, self.std = mean, std
         self.stem = nnx.Conv(colours, channels, (3, 3), strides=2, padding=1, rngs=rngs)
         self.blocks = nnx.List([ResidualBlock(channels, activation, rngs=rngs) for _ in range(blocks)])
-        self.activation = _activation(activation)
+        self.activations = _activations(activation, 1)
         self.head = nnx.Linear((height // 4) * (width // 4) * channels, classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -142,7 +151,7 @@ class ResidualCNN(nnx.Module):
         h = self.stem((x - self.mean) / self.std)
         for block in self.blocks:
             h = block(h)
-        return self.head(_flatten_image(_halve(self.activation(h))))
+        return self.head(_flatten_image(_halve(self.activations[0](h))))
 
 
 class ConvNet(nnx.Module):
@@ -172,18 +181,19 @@ class ConvNet(nnx.Module):
             channels = n_out
         sizes = (height * width * channels, *dense, classes)
         self.mean, self.std = mean, std
-        self.activation = _activation(activation)
+        self.activations = _activations(activation, len(convs) + len(dense))
         self.convs = nnx.List(convs)
         self.dense = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(sizes)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits (B, K) of raw pixels (B, height, width, channels)."""
         h = (x - self.mean) / self.std
-        for conv in self.convs:
-            h = self.activation(conv(h))
+        count = len(self.convs)
+        for conv, activation in zip(self.convs, self.activations[:count], strict=True):
+            h = activation(conv(h))
         h = _flatten_image(h)
-        for layer in self.dense[:-1]:
-            h = self.activation(layer(h))
+        for layer, activation in zip(self.dense[:-1], self.activations[count:], strict=True):
+            h = activation(layer(h))
         return self.dense[-1](h)
 
 

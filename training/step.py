@@ -118,14 +118,21 @@ class Trainer:
     @property
     def core(self) -> Any:
         """The jit-able core of the bound in the loss."""
-        return {"naive": lb.naive.core, "liplt": lb.liplt.core, "recursion": lb.lipsdp.core}[
-            self.config.constants
-        ]
+        cores = {"naive": lb.naive, "liplt": lb.liplt, "recursion": lb.lipsdp, "local": lb.local}
+        return cores[self.config.constants].core
 
-    def constants(self, trained: Any, bound: Any) -> tuple[jax.Array, Any]:
-        """((K, K) constants that the loss divides by, next state of the bound); trained = (weights, multipliers)."""
+    def constants(self, trained: Any, bound: Any, x: jax.Array | None = None) -> tuple[jax.Array, Any]:
+        """((K, K) constants that the loss divides by, next state of the bound); trained = (weights, multipliers).
+
+        Local constants are those of every image of x, (B, K, K); the others do not depend on x.
+        """
         weights, multipliers = trained
         options: dict[str, Any] = {"steps": self.config.power_iterations}
+        if self.config.constants == "local":
+            found, bound = self.core(
+                self.form(weights), bound, x, eps=self.config.eps, pairwise=True, **options
+            )
+            return pair_constants(found, self.config.pairs).astype(_FLOAT), jax.lax.stop_gradient(bound)
         if self.config.constants == "recursion":
             bound, options = bound._replace(multipliers=multipliers), {"steps": 0}
         found, bound = self.core(self.form(weights), bound, pairwise=True, **options)
@@ -255,7 +262,7 @@ class Trainer:
         trained = (state.weights, state.multipliers)
         x = x.astype(self.config.forward)
         logits, pull = jax.vjp(lambda weights: self.network(weights, x).astype(_FLOAT), state.weights)
-        loss, along, through, multipliers, bound, held = self._loss(state, trained, logits, labels)
+        loss, along, through, multipliers, bound, held = self._loss(state, trained, x, logits, labels)
         (direct,) = pull(along)
         gradient = (jax.tree.map(jnp.add, direct, through[0]), through[1])
         fine = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
@@ -274,7 +281,7 @@ class Trainer:
         )
         return new._replace(step=state.step + 1), seen
 
-    def _loss(self, state: TrainState, trained: Any, logits: Any, labels: Any) -> tuple[Any, ...]:
+    def _loss(self, state: TrainState, trained: Any, x: Any, logits: Any, labels: Any) -> tuple[Any, ...]:
         """(loss, dl/dz, (dC/d trained)' dl/dC, multipliers, state of the bound, held)."""
         c = self.config
         nothing = jax.tree.map(jnp.zeros_like, trained)
@@ -292,7 +299,7 @@ class Trainer:
             return loss, along, nothing, state.multipliers, _calm(state.bound), state.held
 
         def fresh() -> tuple[Any, ...]:
-            pairs, back, bound = jax.vjp(lambda t: self.constants(t, state.bound), trained, has_aux=True)
+            pairs, back, bound = jax.vjp(lambda t: self.constants(t, state.bound, x), trained, has_aux=True)
             loss, (along, toward) = jax.value_and_grad(whole, argnums=(0, 2))(logits, labels, pairs)
             (through,) = back(toward)
             multipliers = state.multipliers
@@ -302,6 +309,7 @@ class Trainer:
                 )
                 bound = bound._replace(multipliers=(), moments=())
             held = Held(pairs, through, jnp.sum(toward * pairs)) if c.refresh > 1 else Held(pairs, (), ())
+            held = state.held if c.constants == "local" else held  # those of other images are of no use
             return loss, along, through, multipliers, bound, held
 
         def kept() -> tuple[Any, ...]:
@@ -369,12 +377,13 @@ def _metrics(seen: Any) -> Metrics:
 
 
 def pair_constants(found: Any, pairs: str) -> jax.Array:
-    """(K, K) constants that stand for L_ij: L_ij itself, L_i + L_j, or sqrt(2) L; each bounds L_ij."""
+    """(..., K, K) constants that stand for L_ij: L_ij itself, L_i + L_j, or sqrt(2) L; each bounds L_ij."""
     if pairs == "pairwise":
         return found.pairwise
     if pairs == "whole":
-        return jnp.full(found.pairwise.shape, np.sqrt(2), found.value.dtype) * found.value
-    return found.per_class[:, None] + found.per_class[None, :]
+        root = jnp.full(found.pairwise.shape, np.sqrt(2), found.value.dtype)
+        return root * found.value[..., None, None]
+    return found.per_class[..., :, None] + found.per_class[..., None, :]
 
 
 def trainer(

@@ -89,17 +89,24 @@ class Watch:
 
     def _look(self, weights: Any, multipliers: Any, bound: Any, answers: Any) -> Any:
         made, config = self.trainer, self.trainer.config
-        pairs, back, after = jax.vjp(lambda w: made.constants((w, multipliers), bound), weights, has_aux=True)
         count = len(self.labels)
+        inputs = [self._inputs(pixels) for pixels, _ in self._batches]
+        pairs, back, after = jax.vjp(
+            lambda w: made.constants((w, multipliers), bound, inputs[0]), weights, has_aux=True
+        )
+        first = pairs
+        if config.constants == "local":
+            near = [made.constants((weights, multipliers), bound, x)[0] for x in inputs[1:]]
+            pairs = jnp.concatenate([first, *near])[:count]
         logits, labels = (jnp.concatenate(parts)[:count] for parts in answers)
         radii = losses.radius(logits, labels, pairs)
         right = radii > 0
-        pixels, some = self._batches[0]
-        batch, pull = jax.vjp(lambda w: made.network(w, self._inputs(pixels)), weights)
+        some = self._batches[0][1]
+        batch, pull = jax.vjp(lambda w: made.network(w, inputs[0]), weights)
         some = made.devices.spread(some)
 
         def norm(term: Any) -> jax.Array:
-            along, toward = jax.grad(term, argnums=(0, 1))(batch, pairs)
+            along, toward = jax.grad(term, argnums=(0, 1))(batch, first)
             return optax.tree.norm(jax.tree.map(jnp.add, pull(along)[0], back(toward)[0]))
 
         found = [

@@ -229,18 +229,45 @@ def _homogeneous(expr: Expr, consts: Sequence[Any]) -> bool:
     return kinds[-1] == "h"
 
 
+def _hull(expr: Expr) -> tuple[float, float] | None:
+    """Slopes that hold whatever the constants are, as of min(max(x, 0), t): sums, maxima and minima of x and constants.
+
+    Difference quotients of max(f, g) and min(f, g) lie between the smallest and the largest of those of f and g.
+    """
+    known: list[tuple[float, float]] = []
+    for node in expr.nodes:
+        a = [known[i] for i in node.args]
+        if node.op == "x":
+            known.append((1.0, 1.0))
+        elif node.op == "const":
+            known.append((0.0, 0.0))
+        elif node.op in ("max", "min"):
+            known.append((min(a[0][0], a[1][0]), max(a[0][1], a[1][1])))
+        elif node.op == "add":
+            known.append((a[0][0] + a[1][0], a[0][1] + a[1][1]))
+        elif node.op == "sub":
+            known.append((a[0][0] - a[1][1], a[0][1] - a[1][0]))
+        elif node.op == "neg":
+            known.append((-a[0][1], -a[0][0]))
+        else:
+            return None
+    return known[-1]
+
+
 def piecewise_linear_slopes(expr: Expr, consts: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
     """Slope ranges as traceable arrays, for constants that are being trained (PReLU, leaky slopes).
 
     Accepts what is homogeneous in x by its structure alone, such as `max(x, a * x)` or `where(x > 0, x, a
     * x)`: then f is linear on each side of 0 and its slopes are f(1) and -f(-1) exactly, between which all
-    difference quotients lie. Shapes are the broadcast shape of the constants. Raises `SlopeError`
-    for anything else.
+    difference quotients lie. Shapes are the broadcast shape of the constants. So are sums, maxima and minima of x and
+    constants, such as `min(max(x, 0), t)`. Raises `SlopeError` for anything else.
     """
+    if not _homogeneous(expr, consts) and (ends := _hull(expr)) is not None:
+        return np.float64(ends[0]), np.float64(ends[1])  # type: ignore[return-value]
     if not _homogeneous(expr, consts):
         raise SlopeError(
             "constants are being traced, and the activation is not linear on both sides of 0",
-            "close over concrete constants, or use max(x, a * x) or where(x > 0, x, a * x)",
+            "close over concrete constants, or use max(x, a * x), where(x > 0, x, a * x) or min(max(x, 0), a)",
         )
     arrays = [jnp.asarray(consts[i]) for i in _used(expr)]
     shape = np.broadcast_shapes(*(a.shape for a in arrays))

@@ -27,7 +27,7 @@ def reproduce(
     show: Annotated[bool, option("Show the rows, and train nothing.", None, "--list")] = False,
     epochs: Annotated[int | None, option("Epochs of every row.", "N", min=1, show_default="by row")] = None,
     limit: Annotated[
-        int | None, option("Use the first N training and test images.", "N", min=8, show_default="all")
+        int | None, option("Use N training and test images, evenly spaced.", "N", min=8, show_default="all")
     ] = None,
     small: Annotated[
         bool, option("A trial: a small network for every row, whose figures mean nothing.", None, "--small")

@@ -23,15 +23,16 @@ from lipbounds._form.lure import LureForm, fingerprint
 from lipbounds._gain.memory_budget import parse
 from lipbounds._lipsdp import proof
 from lipbounds._local import ellipsoids
+from lipbounds._local.core import LocalCore
 from lipbounds._local.engines import Around, bounded, ways
 from lipbounds._local.forward import check_inputs
 from lipbounds._norms.rounding import add_up, gamma, sqrt_up
-from lipbounds._text.calls import public
 from lipbounds._text.device import Device
 from lipbounds._text.html import Html, element
 from lipbounds._text.progress import Progress
 from lipbounds._text.tables import printable, seconds_text, show
 from lipbounds._triangle.liplt import liplt
+from lipbounds._triangle.verb import with_core
 from lipbounds.results import NORM_NAMES, Guarantee, Norm, UpperBound, check_norm, weakest
 
 _CALLS = 2  # of `local`
@@ -110,7 +111,7 @@ class LocalBounds:
         return element("pre", repr(self))
 
 
-@public
+@with_core(LocalCore())
 def local(
     form: LureForm,
     X: Any,

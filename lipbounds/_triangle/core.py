@@ -262,15 +262,34 @@ class Core:
         return State(blocks, rows)
 
     def __call__(
-        self, form: LureForm, state: State, *, steps: int = 5, pairwise: bool = False
+        self,
+        form: LureForm,
+        state: State,
+        *,
+        steps: int = 5,
+        pairwise: bool = False,
+        scalings: Scalings | None = None,
     ) -> tuple[Constants, State]:
         """Estimated constants after `steps` power iterations per block, and the vectors for the next call.
 
-        The gradient takes the iterated vectors as constant (Danskin).
+        The gradient takes the iterated vectors as constant (Danskin). Other `scalings` than those of the form's slopes
+        are for slopes that are known to be smaller, as they are near one input.
         """
         layout = plan(form.program, self.centred)
         dtype = state.rows[0].dtype if state.rows else jnp.result_type(float)
-        scalings = loop_transform(form, self.centred, dtype)
+        if scalings is None:
+            scalings = loop_transform(form, self.centred, dtype)
+        vectors, reach = self.reach(form, scalings, state, steps)
+        value, classes, pairs, tops = self._outputs(form, layout, scalings, reach, state, steps)
+        constants = Constants(value, classes if pairwise else None, pairs if pairwise else None)
+        return constants, State(vectors, tuple(tops))
+
+    def reach(
+        self, form: LureForm, scalings: Scalings, state: State, steps: int
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """(iterated vectors, estimated constants of x -> y_k: 1 for the input, then one per tap)."""
+        layout = plan(form.program, self.centred)
+        dtype = state.rows[0].dtype if state.rows else jnp.result_type(float)
         vectors = tuple(jax.lax.stop_gradient(v) for v in state.blocks)
         frozen, frozen_scalings = jax.lax.stop_gradient((form, scalings))
         lengths: dict[int, jax.Array] = {}  # per target, the norms of its blocks by source
@@ -289,9 +308,7 @@ class Core:
             sources = np.array([1 + j for j, target in layout.pairs if target == k], int)
             total = product(lengths[k], jnp.stack(reach)[sources]) if k in lengths else jnp.zeros((), dtype)
             reach.append(total)
-        value, classes, pairs, tops = self._outputs(form, layout, scalings, jnp.stack(reach), state, steps)
-        constants = Constants(value, classes if pairwise else None, pairs if pairwise else None)
-        return constants, State(vectors, tuple(tops))
+        return vectors, jnp.stack(reach)
 
     @staticmethod
     def _outputs(
