@@ -8,7 +8,9 @@
 # DIR holds CIFAR-10 as the official binary files, or an archive with an unpack.py that writes them: `unpack.py OUTPUT_DIR`,
 # run with the folders of unpacked wheels DIR/wheels on its path. Nothing is installed: the package is copied to a
 # temporary folder in its installed layout. SECONDS_LIMIT: of all (530). RECORD: of the record run (400); CRM: of CIFAR-10
-# 6C2F with the preset of certified radius maximisation (160), CRM_EPOCHS (120). SECTIONS: which of "record crm".
+# 6C2F with the preset of certified radius maximisation (160), CRM_EPOCHS (120). With MNIST=DIR (its official files) also
+# MNIST 4C3F, MNIST_LIMIT (100), MNIST_EPOCHS (60). SECTIONS: which of "record crm mnist"; crm and mnist have folders of
+# their own in OUT_DIR, go on from their last checkpoints when started again, and are only proved once they are finished.
 # RECORD_OPTIONS: further options of benchmarks/record.py. PYTHON: the interpreter (python3).
 #
 # Operations and bytes of the record run (4 blocks of 96 channels at 16 x 16, 8 of 384 at 8 x 8): an image takes 1.57e9
@@ -16,11 +18,16 @@
 # bfloat16. Each block reads and writes 24 576 values an image, about 14 times a step: 12 * 14 * 24 576 * 2 bytes = 8.3 MB,
 # 0.41 TB an epoch, 0.17 s at 2.4 TB/s. So the products bound it; constants (one convolution and its transpose on one vector
 # a block) are below 1 % of the operations, but some 60 small kernels.
+#
+# Of 6C2F: 18e6 multiplications forward an image, three times as many in a step, two operations each: 5.4e12 an epoch, 0.1 s
+# at 50 TFLOP/s. An image's activations are 0.2 MB, moved some ten times: 0.1 TB, 0.04 s. The rest of the 0.46 s measured on
+# an H200 are hundreds of small kernels a step, of the power iteration above all.
 set -u
 OUT=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 PYTHON=${PYTHON:-python3}
 DATA=$(cd "${DATA:?the folder of CIFAR-10}" && pwd) || exit 2
+[ -z "${MNIST:-}" ] || MNIST=$(cd "$MNIST" && pwd) || exit 2
 END=$(($(date +%s) + ${SECONDS_LIMIT:-530}))
 SITE=$(mktemp -d)
 trap 'rm -rf "$SITE"' EXIT
@@ -46,7 +53,7 @@ fi
 section() { # NAME LIMIT COMMAND...
     local name=$1 limit=$2 start code left
     shift 2
-    case " ${SECTIONS:-record crm} " in *" $name "*) ;; *) return ;; esac
+    case " ${SECTIONS:-record crm mnist} " in *" $name "*) ;; *) return ;; esac
     start=$(date +%s)
     left=$((END - start - 3))
     [ "$limit" -gt "$left" ] && limit=$left
@@ -61,15 +68,21 @@ record() { # ends by itself some seconds before its limit
     $PYTHON benchmarks/record.py --data-dir "$FILES" --out "$OUT" --seconds $((LIMIT - 20)) $RESUME $SMALL \
         ${RECORD_OPTIONS:-}
 }
-crm() { # certified radius maximisation; goes on, or only proves, where $OUT/crm has a run (gpu_crm.sh: this alone, and MNIST)
+crm() { # certified radius maximisation; goes on, or only proves, where $OUT/crm has a run
     local batch
     until batch=$(find "$FILES" -name test_batch.bin | grep .); do sleep 1; done
     $PYTHON benchmarks/crm_record.py --preset cifar10-6C2F --epochs "${CRM_EPOCHS:-$([ -n "$SMALL" ] && echo 2 || echo 120)}" \
         --data-dir "$(dirname "$batch")" --out "$OUT/crm" \
         --settings "$([ -n "$SMALL" ] && echo '{"arch": "2C2F", "refresh": 8, "ramp": 1, "degrees": 0, "translate": 0}' || echo '{}')"
 }
-export -f record crm
-export PYTHON FILES OUT RESUME SMALL RECORD_OPTIONS CRM_EPOCHS
+mnist() {
+    $PYTHON benchmarks/crm_record.py --preset mnist-4C3F --epochs "${MNIST_EPOCHS:-$([ -n "$SMALL" ] && echo 1 || echo 60)}" \
+        --data-dir "$MNIST" --out "$OUT/mnist" \
+        --settings "$([ -n "$SMALL" ] && echo '{"arch": "2C2F", "refresh": 8}' || echo '{}')"
+}
+export -f record crm mnist
+export PYTHON FILES OUT RESUME SMALL RECORD_OPTIONS CRM_EPOCHS MNIST MNIST_EPOCHS
 section record "${RECORD:-400}" bash -c record
 section crm "${CRM:-160}" bash -c crm
+[ -z "${MNIST:-}" ] || section mnist "${MNIST_LIMIT:-100}" bash -c mnist
 wait

@@ -20,7 +20,9 @@ from lipbounds.training.models import ModelSpec, build
 from lipbounds.training.store import save_model
 
 
-@pytest.mark.parametrize("command", ["demo", "bounds", "certify", "verify", "train", "evaluate", "forge"])
+@pytest.mark.parametrize(
+    "command", ["demo", "bounds", "certify", "verify", "train", "evaluate", "forge", "reproduce"]
+)
 def test_help_teaches_by_examples(command):
     text = run(command, "--help").stdout
     assert "Examples:" in text and text.count(f"lipbounds {command}") >= 2
@@ -48,7 +50,9 @@ def commands():
     return {**group.commands, "train": train.command()}
 
 
-@pytest.mark.parametrize("name", ["demo", "bounds", "certify", "verify", "train", "evaluate", "forge"])
+@pytest.mark.parametrize(
+    "name", ["demo", "bounds", "certify", "verify", "train", "evaluate", "forge", "reproduce"]
+)
 def test_every_option_is_explained_in_a_sentence(name):
     parameters = [p for p in commands()[name].params if p.name != "help"]
     assert len(parameters) > 3
