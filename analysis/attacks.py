@@ -22,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -88,8 +89,8 @@ def pgd(
     """
     settings = settings.changed(changes)
     name = "FGSM" if steps == 1 and step_size is None else "PGD"
-    ascent = _Ascent("ce" if loss == "ce" else "margin", steps, restarts, step_size)
-    return _gradient_attack(name, fn, x, y, eps, settings, ascent, loss, target)
+    ascent = Ascent("ce" if loss == "ce" else "margin", steps, restarts, step_size)
+    return gradient_attack(name, fn, x, y, eps, settings, ascent, loss, target)
 
 
 def fgsm(
@@ -132,21 +133,22 @@ def mi_fgsm(
     this is `fgsm`.
     """
     settings = settings.changed(changes)
-    ascent = _Ascent("ce" if loss == "ce" else "margin", steps, 1, step_size, reach=1.0, momentum=momentum)
-    return _gradient_attack("MI-FGSM", fn, x, y, eps, settings, ascent, loss, target)
+    ascent = Ascent("ce" if loss == "ce" else "margin", steps, 1, step_size, reach=1.0, momentum=momentum)
+    return gradient_attack("MI-FGSM", fn, x, y, eps, settings, ascent, loss, target)
 
 
-def _gradient_attack(
+def gradient_attack(
     name: str,
     fn: Any,
     x: Any,
     y: Any,
     eps: Any,
     settings: AttackSettings,
-    ascent: _Ascent,
+    ascent: Ascent,
     loss: str,
     target: Any,
 ) -> Attack:
+    """The attack that `ascent` describes; arguments and errors are those of `pgd`."""
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
     whole("steps", ascent.steps, 0), whole("restarts", ascent.restarts)
@@ -171,8 +173,12 @@ def _gradient_attack(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Ascent:
-    """How a gradient attack ascends; `step_size` None is `reach` eps / steps, `momentum` None is none."""
+class Ascent:
+    """How a gradient attack ascends.
+
+    `step_size` None is `reach` eps / steps, and `momentum` None is none. `start` maps a problem and a key to the points
+    where a restart begins; None is x for the first and uniform in the ball for the others.
+    """
 
     loss: str
     steps: int
@@ -180,9 +186,10 @@ class _Ascent:
     step_size: float | None
     reach: float = 2.5
     momentum: float | None = None
+    start: Callable[[Problem, jax.Array], jax.Array] | None = None
 
 
-def _ascend(problem: Problem, how: _Ascent, key: jax.Array) -> Found:
+def _ascend(problem: Problem, how: Ascent, key: jax.Array) -> Found:
     """The points of smallest margin over all restarts."""
     x, eps, _, _ = problem.where
     size = how.step_size
@@ -190,7 +197,10 @@ def _ascend(problem: Problem, how: _Ascent, key: jax.Array) -> Found:
     best, done = unbroken(x), 0
     for restart in range(how.restarts):
         drawn = jax.random.fold_in(key, restart)
-        point = x if not restart else uniform_start(drawn, problem.index, problem.where, problem.norm)
+        if how.start is not None:
+            point = how.start(problem, drawn)
+        else:
+            point = x if not restart else uniform_start(drawn, problem.index, problem.where, problem.norm)
         state = point, jnp.zeros_like(x), best
         left = how.steps
         while left:

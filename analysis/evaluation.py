@@ -301,11 +301,7 @@ def _real(
     at = np.flatnonzero(inside)
     if not len(at):
         return attack.success, 0
-    z, error = logits(found.form, attack.adversarial[at].astype(np.float64))
-    rows = np.arange(len(at))
-    own = z[rows, y[at]]
-    z[rows, y[at]] = -np.inf
-    lost = z.max(axis=1) - own > 2 * error  # the proved error of a difference is sqrt(2) times `error`
+    lost = certainly_lost(found.form, attack.adversarial[at], y[at])
     if lost.any():
         place = int(at[np.argmax(lost)])
         methods = [name for name, radii in found.radii.items() if radii.radius[place] == radius[place]]
@@ -315,6 +311,15 @@ def _real(
             f"{distance:.6g} with radius {radius[place]:.6g} by {', '.join(methods)}: this bound is wrong"
         )
     return attack.success & ~inside, len(at)
+
+
+def certainly_lost(form: Any, points: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(N,) where another class than y has the larger logit in real arithmetic, beyond the proved error of logits."""
+    z, error = logits(form, points.astype(np.float64))
+    rows = np.arange(len(points))
+    own = z[rows, y]
+    z[rows, y] = -np.inf
+    return z.max(axis=1) - own > 2 * error  # the proved error of a difference is sqrt(2) times `error`
 
 
 def _first(x: Any, y: Any, images: int | None) -> tuple[np.ndarray, np.ndarray]:

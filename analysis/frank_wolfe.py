@@ -127,7 +127,7 @@ def first(point: jax.Array, margin: jax.Array, best: Any, clock: Any) -> Any:
     return keep(point, jnp.where(best[1] > 0, margin, jnp.inf), best, clock)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "norm", "loss", "steps", "targeted"))
+@functools.partial(jax.jit, static_argnames=("model", "norm", "loss", "steps", "targeted", "gaps"))
 def descend(
     model: Model,
     weights: Any,
@@ -141,8 +141,9 @@ def descend(
     loss: str,
     steps: int,
     targeted: bool,
+    gaps: bool = False,
 ) -> Any:
-    """`steps` steps from `state` = (point, m, best), after `done` of them; and the gaps (steps, B) on the way."""
+    """`steps` steps from `state` = (point, m, best), after `done` of them; and the gaps (steps, B) if asked for."""
     gamma, beta = how
 
     def objective(point: jax.Array) -> Any:
@@ -157,7 +158,10 @@ def descend(
         velocity = jnp.where(clock == 0, gradient, beta * velocity + (1 - beta) * gradient)
         extreme = minimiser(velocity, where, norm)
         moved = point + gamma * (extreme - point)
-        gap = (gradient * (point - minimiser(gradient, where, norm))).sum(axis=tuple(range(1, point.ndim)))
+        gap = None
+        if gaps:
+            best_by_model = minimiser(gradient, where, norm)
+            gap = (gradient * (point - best_by_model)).sum(axis=tuple(range(1, point.ndim)))
         return (jnp.clip(moved, where[2], where[3]), velocity, best), gap
 
     return jax.lax.scan(step, state, done + jnp.arange(steps, dtype=jnp.int32))

@@ -105,7 +105,7 @@ def test_the_smallest_gap_of_a_quadratic_is_below_its_bound(rng, norm, beta):
     how = np.float32(gamma), np.float32(beta)
     _, gaps = descend(
         Model(fn), None, where, labels, state, np.int32(0), how,
-        norm=norm, loss="margin", steps=steps, targeted=False,
+        norm=norm, loss="margin", steps=steps, targeted=False, gaps=True,
     )  # fmt: skip
     gaps = np.asarray(gaps)
     assert (gaps >= -1e-5).all() and (
