@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,26 @@ def test_the_error_terms_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bordered, "usual_error", lambda widths: 2.0**-60)
     broken = sum(not check(own, D) for own, D in cases(20))
     assert broken >= 3, "rounding does no harm here: the tests above show nothing"
+
+
+def test_a_second_attempt_gives_away_what_the_errors_take_and_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = dense_chain((5, 9, 4, 8, 6, 3), seed=1)
+    tried: list[tuple[float, float]] = []
+    attempt = wide_proof._attempt
+
+    def watched(*args: Any) -> Any:
+        found = attempt(*args)
+        tried.append((args[-1], math.inf if found is None else found[1]))
+        return found
+
+    monkeypatch.setattr(wide_proof, "_attempt", watched)
+    monkeypatch.setattr(bordered, "usual_error", lambda widths: 1e-15)
+    assert check(own, multipliers(own, 1))
+    (first, missed), (second, need) = tried
+    assert first < missed and need <= second <= 1.06 * missed
+    assert (1.0 - second) + second == 1.0 and Fraction(1.0 - second) == 1 - Fraction(second)
 
 
 @pytest.mark.parametrize("part", range(5))

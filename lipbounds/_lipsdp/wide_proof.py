@@ -33,7 +33,7 @@ from lipbounds._text.progress import alive, say
 
 _FARTHEST = 2.0**200  # s lies between this and its inverse
 _LOST = 2.0**-700  # what underflow may lose in one entry, products with `_FARTHEST` included
-_TRIES = 4
+_MORE = (1.05, 1.5, 3.0)  # times the errors of the attempt before: one proof costs as much as all others
 
 
 class Scaled:
@@ -113,26 +113,26 @@ def propagate_chain(chain: Chain, D: Sequence[np.ndarray]) -> Ellipsoid:
     before = [None, *s[:-1], np.ldexp(s[-1], -exponent)]
     maps = [Scaled(m, own, cols) for m, own, cols in zip(chain.maps, [*s, None], before, strict=True)]
     chosen = cores(chain.widths, chain.outputs)
-    delta = _power(bordered.usual_error([chain.widths[j] for j in chosen]))
-    for attempt in range(_TRIES):
-        say(f"proof by {len(chosen)} factorisations, attempt {attempt + 1}")
+    delta = _exact(bordered.usual_error([chain.widths[j] for j in chosen]))
+    for attempt, more in enumerate((*_MORE, math.inf), 1):
+        say(f"proof by {len(chosen)} factorisations, attempt {attempt}")
         found = _attempt(chain, maps, chosen, delta)
         if found is None:
             break
         sigma, need = found
         if need <= delta:
             return Ellipsoid(sigma, 2 * exponent)
-        delta = _power(1.5 * need)
-        if not delta < 0.1:
+        if not more * need < 0.1:
             break
+        delta = _exact(more * need)
     raise Infeasible(
         0, "the matrix of the chain is not positive definite, or too nearly singular for float64"
     )
 
 
-def _power(x: float) -> float:
-    """The least power of two that is at least x."""
-    return 2.0 ** math.ceil(math.log2(x))
+def _exact(x: float) -> float:
+    """At least x, 0 < x < 0.5, by one part in 2^52 at most, so that 1 - x is exact."""
+    return math.ldexp(math.ceil(math.ldexp(x, 52)), -52)
 
 
 def _attempt(
