@@ -35,14 +35,13 @@ from lipbounds.analysis.attack_search import (
     Find,
     Found,
     Problem,
-    in_turn,
     keep,
     l2_of,
     per_example,
     project,
-    stride,
     unbroken,
 )
+from lipbounds.analysis.attack_sequence import in_turn
 from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings
 from lipbounds.analysis.attacks import steepest
 
@@ -189,7 +188,7 @@ def climb(
     given = problem.model, problem.weights, problem.where, problem.labels, pair
     state = _begin(*given, key, problem.index, **fixed)
     lengths = checkpoints(steps)
-    now = min(stride(steps), _AT_ONCE)
+    now = min(problem.stride(steps), _AT_ONCE)
     for done in range(0, steps, now):
         if done and done % _AT_ONCE < now and not bool((state.won[1] > 0).any()):
             break

@@ -39,7 +39,8 @@ class Model:
         if self.kind == "linen":
             return self.graph.apply(weights, batch)
         if self.kind == "single":
-            return jax.vmap(jax.tree.unflatten(self.graph, weights))(batch)
+            one = jax.tree.unflatten(self.graph, weights)
+            return jax.vmap(one)(batch.astype(one.spec.dtype) if isinstance(one, OnnxNetwork) else batch)
         return self.graph(batch)
 
 
@@ -97,13 +98,22 @@ def margins(
 
 def count_classes(model: Model, weights: Any, shape: tuple[int, ...], labels: np.ndarray | None) -> int:
     """K, if batches of this shape are mapped to logits (B, K) and the labels lie in 0..K-1; else ValueError."""
-    z = jax.eval_shape(lambda w, b: model(w, b), weights, jax.ShapeDtypeStruct(shape, jnp.float32))
+    return outline(model, weights, shape, labels)[0]
+
+
+def outline(
+    model: Model, weights: Any, shape: tuple[int, ...], labels: np.ndarray | None
+) -> tuple[int, bool]:
+    """K as `count_classes` finds it, and whether the network convolves, which XLA does slowly in loops on CPUs."""
+    traced, z = jax.make_jaxpr(lambda w, b: model(w, b), return_shape=True)(
+        weights, jax.ShapeDtypeStruct(shape, jnp.float32)
+    )
     found = getattr(z, "shape", None)
     if found is None or len(found) != 2 or found[0] != shape[0] or found[1] < 2:
         raise ValueError(f"fn must map {shape} to logits ({shape[0]}, K) with K >= 2, got {found}")
     if labels is not None:
         as_labels(labels, len(labels), found[1])
-    return int(found[1])
+    return int(found[1]), "conv_general_dilated" in str(traced)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,9 @@ network in real arithmetic, which is what a certificate covers; `evaluation` dis
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipbounds._text import as_labels, say
-from lipbounds.analysis.attack_network import Needs, Oracle, count_classes, margins, split
+from lipbounds.analysis.attack_network import Needs, Oracle, margins, outline, split
 from lipbounds.analysis.attack_settings import AttackSettings
 from lipbounds.results import NORM_NAMES
 
@@ -99,6 +100,7 @@ class Problem:
     where     x (B, *shape), radii (B,), finite and a little below those asked for, and low and high of the box
     labels    (B,) the classes to leave, or with `targeted` to reach
     index     (B,) numbers of the examples, so that what is random depends on no batch
+    looped    whether loops over the network's gradients are fast on every device
     """
 
     model: Any
@@ -108,6 +110,11 @@ class Problem:
     labels: jax.Array
     index: jax.Array
     targeted: bool = False
+    looped: bool = False
+
+    def stride(self, steps: int) -> int:
+        """How many steps to take per call of a compiled program: see `stride`."""
+        return max(steps, 1) if self.looped else stride(steps)
 
     def of(self, rows: np.ndarray) -> Problem:
         """The problem of some of the examples."""
@@ -214,79 +221,6 @@ def search(
     )
 
 
-def in_turn(
-    name: str,
-    finds: Sequence[Find],
-    fn: Any,
-    x: Any,
-    y: Any,
-    eps: Any,
-    settings: AttackSettings,
-    loss: str,
-    *,
-    before: Attack | None = None,
-    **options: Any,
-) -> Attack:
-    """Run several attacks one after the other, each on what is not broken yet; see `search` for the arguments.
-
-    `before` is what an earlier attack found on the same examples: only what it left is attacked, its finds are kept.
-    """
-    for number, find in enumerate(finds, 1):
-        title = name if len(finds) == 1 else f"{name}, run {number} of {len(finds)}"
-        only = None if before is None else ~before.success
-        if before is not None and not (before.correct & only).any():
-            break
-        found = search(title, find, fn, x, y, eps, settings, loss, only=only, **options)
-        before = found if before is None else joined(before, found)
-    assert before is not None
-    return dataclasses.replace(before, name=name, loss=loss)
-
-
-def nearest(
-    name: str,
-    finds: Sequence[Find],
-    fn: Any,
-    x: Any,
-    y: Any,
-    eps: Any,
-    settings: AttackSettings,
-    loss: str,
-    **options: Any,
-) -> Attack:
-    """Run several attacks on all examples and keep the nearest success of each; see `search` for the arguments."""
-    best: Attack | None = None
-    for number, find in enumerate(finds, 1):
-        title = name if len(finds) == 1 else f"{name}, run {number} of {len(finds)}"
-        found = search(title, find, fn, x, y, eps, settings, loss, **options)
-        best = found if best is None else joined(best, found, nearer=True)
-    assert best is not None
-    return dataclasses.replace(best, name=name)
-
-
-def joined(first: Attack, second: Attack, nearer: bool = False) -> Attack:
-    """Two attacks on the same examples: of every example the point of the first success, and all counts.
-
-    With `nearer` it is the nearest success. Where there is none it is the point of the smaller margin.
-    """
-    better = ~first.success & (second.success | (second.margin < first.margin))
-    if nearer:
-        better |= second.distance < first.distance
-    shaped = per_example(better, first.adversarial)
-
-    def both(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
-        return (b if a is None else a) if a is None or b is None else a + b
-
-    return dataclasses.replace(
-        second,
-        success=first.success | second.success,
-        distance=np.where(better, second.distance, first.distance),
-        adversarial=np.where(shaped, second.adversarial, first.adversarial),
-        margin=np.where(better, second.margin, first.margin),
-        steps=both(first.steps, second.steps),
-        queries=both(first.queries, second.queries),
-    )
-
-
 def _scattered(parts: list[Any], rows: np.ndarray, count: int) -> np.ndarray | None:
     """(count,) the counts of the examples in `rows`, in batches of which the last may be padded, 0 elsewhere."""
     if any(part is None for part in parts):
@@ -314,8 +248,8 @@ class _Batches:
         """ValueError unless the network has logits of the classes that the labels and targets name."""
         if isinstance(self.model, Oracle):
             return
-        shape = (self.size, *self.points.shape[1:])
-        classes = count_classes(self.model, self.weights, shape, labels)
+        classes = self.outlined[0]
+        as_labels(labels, len(labels), classes)
         as_labels(aims, len(aims), classes)
 
     def parts(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
@@ -341,7 +275,18 @@ class _Batches:
             jnp.asarray(aims[part], jnp.int32),
             jnp.asarray(part, jnp.int32),
             targeted,
+            self.looped,
         )
+
+    @functools.cached_property
+    def looped(self) -> bool:
+        """Whether nothing convolves."""
+        return not isinstance(self.model, Oracle) and not self.outlined[1]
+
+    @functools.cached_property
+    def outlined(self) -> tuple[int, bool]:
+        """As `outline` says."""
+        return outline(self.model, self.weights, (self.size, *self.points.shape[1:]), None)
 
     def margins(
         self, points: np.ndarray, labels: np.ndarray, targeted: bool, rows: np.ndarray | None = None

@@ -39,7 +39,6 @@ from lipbounds.analysis.attack_search import (
     per_example,
     project,
     search,
-    stride,
     unbroken,
 )
 from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings
@@ -204,7 +203,7 @@ def _ascend(problem: Problem, how: Ascent, key: jax.Array) -> Found:
         state = point, jnp.zeros_like(x), best
         left = how.steps
         while left:
-            now = min(stride(how.steps), left)
+            now = min(problem.stride(how.steps), left)
             state = _advance(
                 problem.model,
                 problem.weights,

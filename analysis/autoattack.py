@@ -24,7 +24,8 @@ from lipbounds._text import reporting, show
 from lipbounds.analysis.apgd import runs as apgd_runs
 from lipbounds.analysis.apgd import slopes
 from lipbounds.analysis.attack_network import count_classes, logits_of, split
-from lipbounds.analysis.attack_search import Attack, Find, as_points, in_turn
+from lipbounds.analysis.attack_search import Attack, Find, as_points
+from lipbounds.analysis.attack_sequence import in_turn
 from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings
 from lipbounds.analysis.fab import runs as fab_runs
 from lipbounds.analysis.square import run as square_run

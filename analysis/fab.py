@@ -34,14 +34,14 @@ from lipbounds.analysis.attack_search import (
     Found,
     Problem,
     l2_of,
-    nearest,
     per_example,
-    stride,
 )
+from lipbounds.analysis.attack_sequence import nearest
 from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings
 
 _MOST_OF_ORIGINAL, _BEYOND, _BACK = 0.1, 1.05, 0.9
 _NEWTON, _HALVINGS = 40, 12
+_AT_ONCE = 25
 
 
 def fab(
@@ -101,7 +101,7 @@ def _approach(problem: Problem, rank: int, steps: int) -> Found:
     state = x, (x, jnp.full(len(x), jnp.inf, jnp.float32)), jnp.zeros(len(x), jnp.int32)
     given = problem.model, problem.weights, problem.where, problem.labels, rival
     fixed = {"norm": problem.norm, "targeted": problem.targeted}
-    now = stride(steps)
+    now = min(problem.stride(steps), _AT_ONCE)
     for done in range(0, steps, now):
         clocks = np.arange(done, min(done + now, steps), dtype=np.int32)
         state = _advance(*given, state, clocks + 1, **fixed)

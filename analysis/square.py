@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipbounds._text import reporting, whole
-from lipbounds.analysis import attack_search
 from lipbounds.analysis.attack_network import Model, margin_of
 from lipbounds.analysis.attack_search import (
     Attack,
@@ -101,7 +100,7 @@ def _search(problem: Problem, queries: int, share: float, key: jax.Array) -> Fou
     start = _start(jax.random.fold_in(key, 0), problem.index, where, problem.norm)
     margin = problem.margins(start)
     best = (start, jnp.where(jnp.isnan(margin), jnp.inf, margin), jnp.ones(len(x), jnp.int32))
-    stride = min(_AT_ONCE, attack_search.stride(queries))
+    stride = min(_AT_ONCE, problem.stride(queries))
     for done in range(1, queries, stride):
         if (done - 1) % _AT_ONCE < stride and not bool((best[1] > 0).any()):
             break

@@ -102,6 +102,8 @@ def trained(model: nnx.Module, x: np.ndarray, y: np.ndarray, epochs: int, radius
 def train(args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     for name, radius in (("digits", 0.0), ("mnist", 0.0), ("mnist-at", 0.25)):
+        if args.net not in (None, name):
+            continue
         data = digits() if name == "digits" else mnist(args.data_dir)
         x, y = (np.asarray(data.train_x, np.float32), np.asarray(data.train_y))
         model = trained(
@@ -206,7 +208,7 @@ def main() -> None:
     parser.add_argument("--net", choices=list(EPS))
     parser.add_argument("--norm", choices=["2", "inf"])
     parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--epochs", type=int, default=4, help="of adversarial training")
+    parser.add_argument("--epochs", type=int, default=2, help="of adversarial training")
     parser.add_argument("--torch", help="interpreter with torch and torchattacks")
     parser.add_argument(
         "--sides", nargs="+", default=["ours", "reference"], choices=["ours", "reference", "pgd"]

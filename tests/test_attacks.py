@@ -264,7 +264,7 @@ def test_weights_are_arguments_of_the_program(rng):
 def test_the_scan_of_accelerators_takes_the_same_steps(rng, net, monkeypatch):
     x, y = images(rng, 20, net)
     stepwise = pgd(net, x, y, 0.3, steps=12, restarts=2)
-    monkeypatch.setattr(attacks, "stride", lambda steps: 5)  # 5 + 5 + 2
+    monkeypatch.setattr(attack_search.Problem, "stride", lambda problem, steps: 5)  # 5 + 5 + 2
     scanned = pgd(net, x, y, 0.3, steps=12, restarts=2)
     np.testing.assert_allclose(scanned.margin, stepwise.margin, atol=1e-4)
     np.testing.assert_allclose(scanned.adversarial, stepwise.adversarial, atol=1e-3)

@@ -21,7 +21,7 @@ from lipbounds.training.store import save_model
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "bounds", "certify", "verify", "train", "evaluate", "forge", "reproduce"]
+    "command", ["demo", "bounds", "certify", "verify", "attack", "train", "evaluate", "forge", "reproduce"]
 )
 def test_help_teaches_by_examples(command):
     text = run(command, "--help").stdout
@@ -51,7 +51,7 @@ def commands():
 
 
 @pytest.mark.parametrize(
-    "name", ["demo", "bounds", "certify", "verify", "train", "evaluate", "forge", "reproduce"]
+    "name", ["demo", "bounds", "certify", "verify", "attack", "train", "evaluate", "forge", "reproduce"]
 )
 def test_every_option_is_explained_in_a_sentence(name):
     parameters = [p for p in commands()[name].params if p.name != "help"]

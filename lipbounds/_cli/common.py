@@ -58,13 +58,47 @@ def bound_of(form: Any, method: str, scaling: Any, options: Json) -> Any:
         return lb.lipsdp(form, **options, progress=tell)
 
 
+def load_batched(path: Path, how: Reading, stack: contextlib.ExitStack) -> tuple[Any, tuple[int, ...], int]:
+    """(network of a batch, shape of one input, number of classes) of a file, with (x - mean) / std in front."""
+    fn, shape, dtype = _load(path, how, stack)
+    if how.mean is not None or how.std is not None:
+        mean, std = _units(how, shape, dtype)
+        inner = jax.vmap(fn) if path.suffix.lower() == ".onnx" else fn
+        fn = lambda x: inner((x.astype(dtype) - mean) / std)  # noqa: E731
+        z = jax.eval_shape(fn, jax.ShapeDtypeStruct((2, *shape), dtype))
+    else:
+        z = jax.eval_shape(jax.vmap(fn), jax.ShapeDtypeStruct((2, *shape), dtype))
+    return fn, shape, z.shape[-1]
+
+
 def load_form(
     path: Path, how: Reading, stack: contextlib.ExitStack, box: tuple[float, float] | None = None
 ) -> tuple[Any, tuple[int, ...]]:
     """(form, shape of one input) of a model or ONNX file, with x -> (x - mean) / std in front.
 
-    `box` (lower, upper) of the inputs serves to check values after tracing. JAX's float64 mode is entered into
-    `stack` for a network that computes in float64.
+    `box` (lower, upper) of the inputs serves to check values after tracing.
+    """
+    fn, shape, dtype = _load(path, how, stack)
+    example = jax.ShapeDtypeStruct(shape, dtype)
+    if how.mean is None and how.std is None:
+        return lb.trace(fn, example, box=box), shape
+    mean, std = _units(how, shape, dtype)
+    return lb.trace(lambda x: fn((x - mean) / std), example, box=box), shape
+
+
+def _units(how: Reading, shape: tuple[int, ...], dtype: Any) -> tuple[Any, Any]:
+    """Mean and standard deviation, as arrays that broadcast."""
+    mean = _per_channel("0" if how.mean is None else how.mean, "mean", shape, dtype)
+    std = _per_channel("1" if how.std is None else how.std, "std", shape, dtype)
+    if not (std > 0).all():
+        raise ValueError("--std must be > 0")
+    return jnp.asarray(mean), jnp.asarray(std)
+
+
+def _load(path: Path, how: Reading, stack: contextlib.ExitStack) -> tuple[Any, tuple[int, ...], Any]:
+    """(network, shape and dtype of one input) of a model or ONNX file.
+
+    JAX's float64 mode is entered into `stack` for a network that computes in float64.
     """
     fn: Any
     if path.suffix.lower() == ".onnx":
@@ -88,14 +122,7 @@ def load_form(
                 raise ValueError(f"--{name} applies to ONNX files only")
         fn, model = load_model(path)
         shape, dtype = tuple(model.input_shape), np.dtype(np.float32)
-    example = jax.ShapeDtypeStruct(shape, dtype)
-    if how.mean is None and how.std is None:
-        return lb.trace(fn, example, box=box), shape
-    mean = _per_channel("0" if how.mean is None else how.mean, "mean", shape, dtype)
-    std = _per_channel("1" if how.std is None else how.std, "std", shape, dtype)
-    if not (std > 0).all():
-        raise ValueError("--std must be > 0")
-    return lb.trace(lambda x: fn((x - jnp.asarray(mean)) / jnp.asarray(std)), example, box=box), shape
+    return fn, shape, dtype
 
 
 def _constants(given: list[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command line: `lipbounds demo`, `bounds`, `certify`, `verify`, `train`, `evaluate`, `forge`, `reproduce`.
+"""The command line: `lipbounds demo`, `bounds`, `certify`, `verify`, `attack` and those about trained networks.
 
 Exit codes: 0 success, 1 error (one message on stderr), 2 wrong usage. `training` and `analysis` are imported
 inside the commands.
@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 import lipbounds as lb
 from lipbounds._cli import common, programs, tables, train
+from lipbounds._cli.attack import attack
 from lipbounds._cli.certify import certify
 from lipbounds._cli.common import Json, refusals
 from lipbounds._cli.evaluate import evaluate
@@ -91,6 +92,8 @@ def root(
     - `lipbounds bounds report/mlp.safetensors --pairwise` bounds their Lipschitz constants
 
     - `lipbounds certify report/mlp.safetensors --eps 0.1 0.25` certifies the test images
+
+    - `lipbounds attack report/mlp.safetensors --eps 0.25` searches for images that break it
 
     - `lipbounds verify mlp.certificate --model report/mlp.safetensors` proves a saved bound again
 
@@ -277,7 +280,11 @@ def verify(
     and compared with its claims. Exit code 0 and one line if all of them hold, otherwise 1 and the reason.
 
     Examples:
+    - `lipbounds attack report/mlp.safetensors --eps 0.25` searches for images that break it
+
     - `lipbounds verify mlp.certificate --model report/mlp.safetensors`
+
+    - `lipbounds attack report/mlp.safetensors --eps 0.25` searches for images that break it
 
     - `lipbounds verify mlp.certificate --model report/mlp.safetensors && echo proved`
     """
@@ -297,6 +304,7 @@ def verify(
 app.command(cls=Command)(certify)
 app.command("train", help=train.train.__doc__)(lambda: None)
 app.command(cls=Command)(evaluate)
+app.command(cls=Command)(attack)
 app.command(cls=Command)(forge)
 app.command()(reproduce)
 

@@ -1,0 +1,124 @@
+"""`lipbounds attack`: adversarial examples for a saved model or an ONNX file."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from lipbounds._cli import common, tables
+from lipbounds._cli.common import Json, refusals
+from lipbounds._cli.options import ModelPath, Output, Reading, SeedOption, box_of, eps_of, grouped, option
+
+#: Name on the command line -> (function of lipbounds.analysis, settings that it fixes, options that it takes).
+METHODS: Mapping[str, tuple[str, Json, tuple[str, ...]]] = {
+    "autoattack": ("autoattack", {}, ()),
+    "apgd": ("apgd", {"loss": "ce"}, ("steps", "restarts")),
+    "apgd-t": ("apgd", {"loss": "dlr-t"}, ("steps", "restarts")),
+    "fab": ("fab", {}, ("steps",)),
+    "square": ("square", {}, ("queries",)),
+    "pgd": ("pgd", {}, ("steps", "restarts")),
+    "fgsm": ("fgsm", {}, ()),
+    "mi-fgsm": ("mi_fgsm", {}, ("steps",)),
+}
+Method = Literal["autoattack", "apgd", "apgd-t", "fab", "square", "pgd", "fgsm", "mi-fgsm"]
+NO_TARGETS = ("autoattack",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Written(Output):
+    """Where the result of an attack is written."""
+
+    csv: Annotated[Path | None, option("Also write a table, a row per image.", "FILE", dir_okay=False)] = None
+    page: Annotated[
+        Path | None, option("Also write a page (HTML) with the images found.", "FILE", dir_okay=False)
+    ] = None
+
+
+@grouped
+def attack(
+    *,
+    model: ModelPath,
+    eps: Annotated[
+        float, option("Radius, in the units of the model's input, such as 8/255.", "NUMBER", parser=eps_of)
+    ],
+    method: Annotated[Method, option("Attack to run.")] = "autoattack",
+    norm: Annotated[Literal["2", "inf"], option("Norm of the change.")] = "2",
+    data: Annotated[
+        str,
+        option("`digits` (the demo's test images), or an .npz file with arrays x and y.", "DATA", "--data"),
+    ] = "digits",
+    images: Annotated[int | None, option("Use the first N images.", "N", min=1, show_default="all")] = None,
+    box: Annotated[Any, option("Range of the inputs.", "LOW,HIGH", parser=box_of, show_default="0,1")] = None,
+    targeted: Annotated[
+        bool,
+        option("Try to reach a random wrong class of every image, drawn by the seed.", None, "--targeted"),
+    ] = False,
+    steps: Annotated[
+        int | None, option("Gradient steps.", "N", min=1, show_default="as in the method's paper")
+    ] = None,
+    restarts: Annotated[int | None, option("Starts of every image.", "N", min=1, show_default="1")] = None,
+    queries: Annotated[int | None, option("Queries of every image.", "N", min=1, show_default="1000")] = None,
+    batch_size: Annotated[int, option("Images at once.", "N", min=1)] = 256,
+    seed: SeedOption = 0,
+    files: Written,
+    reading: Reading,
+) -> None:
+    """Attack a model: search within eps of every image for one that is classified differently.
+
+    Accuracy under attack is an upper bound of the robust accuracy; `lipbounds certify` proves the lower one. Every
+    example that is reported was checked to lie within eps and the box. AutoAttack runs APGD-CE, APGD-T, FAB-T and
+    Square, each on the images that the ones before it left.
+
+    Examples:
+    - `lipbounds attack report/mlp.safetensors --eps 0.3`
+
+    - `lipbounds attack net.onnx --method autoattack --eps 8/255 --norm inf --data mine.npz --page found.html`
+
+    - `lipbounds attack report/mlp.safetensors --method pgd --restarts 50 --eps 0.3 --csv pgd.csv`
+    """
+    name, fixed, takes = METHODS[method]
+    given = {
+        key: value for key, value in (("steps", steps), ("restarts", restarts), ("queries", queries)) if value
+    }
+    for key in given:
+        if key not in takes:
+            raise typer.BadParameter(f"does not belong to --method {method}", param_hint=f"--{key}")
+    if targeted and method in NO_TARGETS:
+        raise typer.BadParameter(f"{method} has no targets", param_hint="--targeted")
+    with refusals() as stack:
+        from lipbounds import analysis
+        from lipbounds.analysis import attack_report
+
+        common.check_json(files)
+        for path, what in ((files.csv, "--csv"), (files.page, "--page")):
+            common.check_free(path, files.force, lambda _: False, f"{what} would overwrite it")
+        fn, shape, classes = common.load_batched(model, reading, stack)
+        x, y = common.read_data(data, shape)
+        x, y = x[:images], y[:images]
+        low, high = (0.0, 1.0) if box is None else box
+        options: Json = {**fixed, **given, "norm": norm, "low": low, "high": high, "seed": seed}
+        if targeted:
+            options["target"] = analysis.random_targets(y, classes, seed)
+        with tables.working() as tell:
+            found = getattr(analysis, name)(fn, x, y, eps, batch_size=batch_size, progress=tell, **options)
+        record = attack_report.attack_record(found, fn, y, batch_size)
+        words = ["lipbounds", "attack", str(model), "--method", method, "--eps", f"{eps:g}", "--norm", norm]
+        words += [
+            "--data",
+            data,
+            *(word for key, value in given.items() for word in (f"--{key}", str(value))),
+        ]
+        about: Json = {"command": shlex.join(words), "model": str(model), "data": data, "method": method}
+        record = {**common.header(), **about, "seed": seed, "box": [low, high], **record}
+        typer.echo(repr(found))
+        typer.echo(attack_report.ATTAINED)
+        common.write_json(files.json, record)
+        if files.csv is not None:
+            typer.echo(f"table: {attack_report.write_attack_table(record, files.csv)}")
+        if files.page is not None:
+            typer.echo(f"page: {attack_report.write_attack_page(record, x, found, files.page)}")

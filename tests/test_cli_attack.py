@@ -1,0 +1,110 @@
+"""`lipbounds attack`: what the library finds, as text, JSON, table and page."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from command import run
+
+from lipbounds import analysis
+from lipbounds.analysis.attack_report import picture
+from lipbounds.training.data import digits
+from lipbounds.training.store import load_model
+
+
+def test_attack_writes_what_the_library_finds(model_file, tmp_path):
+    files = {name: tmp_path / f"found.{name}" for name in ("json", "csv", "page")}
+    words = [word for name, file in files.items() for word in (f"--{name}", file)]
+    given = (
+        "attack",
+        model_file,
+        "--method",
+        "pgd",
+        "--steps",
+        "5",
+        "--eps",
+        "8/64",
+        "--norm",
+        "inf",
+        "--images",
+        "30",
+    )
+    text = run(*given, *words).stdout
+    model, data = load_model(model_file)[0], digits()
+    x, y = data.test_x[:30], data.test_y[:30]
+    found = analysis.pgd(model, x, y, 0.125, norm="inf", steps=5)
+    assert repr(found) in text and "no certificate" in text and 0 < found.success.sum() < 30
+    record = json.loads(files["json"].read_text())
+    assert record["accuracy"] == found.accuracy and record["eps"] == 0.125 and record["norm"] == "inf"
+    assert record["images"] == 30 and record["guarantee"] == "attained"
+    rows = record["rows"]
+    assert [row["success"] for row in rows] == found.success.tolist()
+    said = np.asarray(model(found.adversarial)).argmax(1)
+    for i, row in enumerate(rows):
+        assert row["distance"] == (found.distance[i] if found.success[i] else None)
+        assert row["class_found"] == (said[i] if found.success[i] else None)
+        assert row["class_found"] != row["label"] and row["steps"] == found.steps[i]
+    with files["csv"].open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["success"] for row in table] == [str(row["success"]) for row in rows]
+    assert [row["distance"] for row in table] == [
+        "" if r["distance"] is None else repr(r["distance"]) for r in rows
+    ]
+    page = files["page"].read_text()
+    assert page.count("<figcaption>") == min(24, found.success.sum())
+    assert f"{100 * found.accuracy:.2f} %" in page and "attained" in page
+    assert "exists" in run(*given, "--csv", files["csv"], code=1).stderr
+    run(*given, "--csv", files["csv"], "--force")
+
+
+@pytest.mark.slow
+def test_autoattack_from_the_command_line(model_file, tmp_path):
+    given = ("attack", model_file, "--eps", "0.1", "--images", "12", "--json", tmp_path / "a.json")
+    text = run(*given, "--page", tmp_path / "a.html", "--mean", "0", "--std", "1").stdout
+    record = json.loads((tmp_path / "a.json").read_text())
+    shares = [record["clean"], *(stage["accuracy"] for stage in record["stages"])]
+    assert [s["name"] for s in record["stages"]] == ["APGD-CE", "APGD-T", "FAB-T", "Square"]
+    assert shares == sorted(shares, reverse=True) and shares[-1] == record["accuracy"]
+    assert text.startswith("AutoAttack: 12 examples in l2: clean")
+    assert "APGD-T" in (tmp_path / "a.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "fgsm", "--steps", "3"], "does not belong to --method fgsm"),
+        (["--method", "square", "--restarts", "3"], "does not belong to --method square"),
+        (["--targeted"], "autoattack has no targets"),
+        (["--method", "zoo"], "zoo"),
+        (["--box", "1"], "two numbers"),
+    ],
+)
+def test_words_that_do_not_fit_are_refused(model_file, words, message):
+    assert message in run("attack", model_file, "--eps", "0.1", *words, code=2).stderr
+
+
+def test_targets_from_the_command_line(model_file, tmp_path):
+    words = (
+        "--method",
+        "fgsm",
+        "--eps",
+        "0.2",
+        "--images",
+        "20",
+        "--targeted",
+        "--json",
+        tmp_path / "t.json",
+    )
+    assert "with targets" in run("attack", model_file, *words).stdout
+    rows = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert all(row["target"] != row["label"] for row in rows)
+    assert all(row["class_found"] == row["target"] for row in rows if row["success"])
+
+
+def test_what_is_a_picture():
+    image = np.linspace(0, 1, 48, dtype=np.float32)
+    for shape in ((6, 8), (6, 8, 1), (4, 4, 3), (3, 4, 4), (1, 6, 8)):
+        assert picture(image[: int(np.prod(shape))].reshape(shape)) is not None
+    for shape in ((48,), (4, 6, 2), (2, 2, 3, 4)):
+        assert picture(image.reshape(shape)) is None
