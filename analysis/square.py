@@ -104,7 +104,9 @@ def _search(problem: Problem, queries: int, share: float, key: jax.Array) -> Fou
     for done in range(1, queries, stride):
         if (done - 1) % _AT_ONCE < stride and not bool((best[1] > 0).any()):
             break
-        numbers = np.arange(done, min(done + stride, queries), dtype=np.int32)
+        # Of one length, so that one program serves all; those beyond the last are not asked.
+        numbers = np.arange(done, done + stride, dtype=np.int32)
+        asked, numbers = numbers < queries, numbers.clip(max=queries - 1)
         best = _ask(
             problem.model,
             problem.weights,
@@ -113,7 +115,7 @@ def _search(problem: Problem, queries: int, share: float, key: jax.Array) -> Fou
             key,
             problem.index,
             best,
-            (jnp.asarray(numbers), jnp.asarray(sizes[numbers])),
+            (jnp.asarray(numbers), jnp.asarray(sizes[numbers]), jnp.asarray(asked)),
             norm=problem.norm,
             targeted=problem.targeted,
         )
@@ -141,7 +143,7 @@ def _ask(
     change = _square if norm == math.inf else _moved_mass
 
     def query(best: Any, given: Any) -> Any:
-        number, size = given
+        number, size, asked = given
         drawn = _uniform(jax.random.fold_in(key, number), index, 5 + image[3])
         point, left, _ = best
 
@@ -155,7 +157,9 @@ def _ask(
             same = (moved == point).all(axis=tuple(range(1, x.ndim)))
             moved = jnp.where(per_example(same, x), proposal(-1.0), moved)
         margin = margin_of(model(weights, moved).astype(jnp.float32), labels, targeted)
-        return keep(moved, jnp.where(left > 0, margin, jnp.inf), best, number + 1), None
+        return keep(
+            moved, jnp.where((left > 0) & asked, margin, jnp.inf), best, number + asked.astype(jnp.int32)
+        ), None
 
     return jax.lax.scan(query, best, given)[0]
 
