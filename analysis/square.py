@@ -157,9 +157,7 @@ def _ask(
             same = (moved == point).all(axis=tuple(range(1, x.ndim)))
             moved = jnp.where(per_example(same, x), proposal(-1.0), moved)
         margin = margin_of(model(weights, moved).astype(jnp.float32), labels, targeted)
-        return keep(
-            moved, jnp.where((left > 0) & asked, margin, jnp.inf), best, number + asked.astype(jnp.int32)
-        ), None
+        return keep(moved, jnp.where((left > 0) & asked, margin, jnp.inf), best, number + 1), None
 
     return jax.lax.scan(query, best, given)[0]
 
