@@ -35,6 +35,7 @@ ATTACKS = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("attack", "options"), ATTACKS)
 def test_a_target_is_what_the_network_then_says(data, attack, options):
     x, y = data
@@ -64,6 +65,7 @@ def test_counts_end_with_the_first_success(data, attack, options):
     assert limit == 1 or (counts[found.success] < limit).any()
 
 
+@pytest.mark.slow
 def test_a_count_is_the_number_of_steps_that_suffice(data):
     x, y = data
     options = {"norm": math.inf, "step_size": 0.02}
@@ -83,6 +85,7 @@ def test_a_tie_reaches_no_target():
     assert not analysis.pgd(fn, x, y, 0.6, target=[1]).success[0]
 
 
+@pytest.mark.slow
 def test_momentum_is_the_sum_of_normalised_gradients(data):
     x, y = data
     settings = {"norm": math.inf, "low": -9.0, "high": 9.0, "steps": 4, "step_size": 0.05}

@@ -209,6 +209,7 @@ def test_columns_never_rise_and_a_seed_repeats(shortened, norm):
     assert "APGD-CE" in repr(found)
 
 
+@pytest.mark.slow
 def test_square_tells_of_masked_gradients(shortened):
     def masked(batch):  # steps: every gradient is 0
         return jnp.round(batch * 16) @ W
