@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,14 +18,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from gain import form_of
+from gain import form_of, lowered
 from jax import lax
 
 import lipbounds as lb
 from lipbounds._gain import step_matrices, wide_blocks
 from lipbounds._gain.convolution import convolution
-from lipbounds._gain.side_by_side import side_by_side
-from lipbounds._norms import cholesky, enclosures, matrices
+from lipbounds._gain.side_by_side import in_groups, side_by_side
+from lipbounds._norms import banded_cholesky, cholesky, enclosures, matrices
 from lipbounds._norms.starts import STARTS, Starts
 from lipbounds._text.progress import alive, meter, reporting
 from lipbounds._triangle import recursion, refinement
@@ -247,6 +248,68 @@ def test_work_side_by_side_is_in_order_and_ends_when_interrupted(monkeypatch: py
         next(results)
         raise KeyboardInterrupt
     assert time.monotonic() - began < 5.0
+
+
+def test_groups_are_made_and_worked_on_by_all_threads_and_end_when_interrupted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    began: list[int] = []
+
+    def make(group: int) -> list[int]:
+        began.append(group)
+        return [10 * group + i for i in range(group)]
+
+    def groups(work: Any, need: float = 0.0) -> Any:
+        return in_groups(
+            make, work, [1, 4, 0, 3], seconds=lambda g: 9.0 * g, cost=lambda i: i, need=lambda g: need
+        )
+
+    everything = {(10 * g + i, -10 * g - i) for g in (1, 3, 4) for i in range(g)}
+    meeting = threading.Barrier(2, timeout=30.0)
+    with groups(lambda i: (meeting.wait(), -i)[1] if i >= 40 else -i) as results:
+        assert sorted(results) == sorted(everything)
+    assert began[0] == 4 and sorted(began) == [0, 1, 3, 4]
+    began.clear()
+    with groups(lambda i: -i, need=2.0**31) as results:  # two groups do not fit
+        first = next(results)
+        assert first[0] in (42, 43) and began == [4]
+        assert {first, *results} == everything
+
+    def endless(i: int) -> None:
+        while i < 43:
+            time.sleep(0.01)
+            alive()
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), groups(endless) as results:
+        next(results)
+        raise KeyboardInterrupt
+    assert time.monotonic() - start < 5.0
+
+
+def test_the_norm_of_a_formed_block_is_estimated_by_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = [np.random.default_rng(0).standard_normal((3, 3, 4, 4)) / 6 for _ in range(2)]
+
+    def network(x: Any) -> Any:
+        for kernel in w:
+            x = jax.nn.relu(
+                lax.conv_general_dilated(
+                    x[None], kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+                )[0]
+            )
+        return x.sum()
+
+    form = lowered(network, (72, 4, 4))
+    plain = lb.liplt(form)
+    monkeypatch.setattr(wide_blocks, "_MANY", 0)
+    monkeypatch.setattr(
+        banded_cholesky.BandedCholesky, "estimate", lambda self: pytest.fail("estimated twice")
+    )
+    found = lb.liplt(lowered(network, (72, 4, 4)))
+    assert found.guarantee == "verified"
+    assert found.value == pytest.approx(plain.value, rel=1e-10)
+    assert "banded Cholesky" in {part.how for part in found.parts}
 
 
 # --- pairs and factorisations --------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from lipbounds._form.walk import Algebra, connected, walk
 from lipbounds._gain.step_matrices import StepMatrix, step_matrices
 from lipbounds._norms import enclosures
 from lipbounds._norms.enclosures import Enclosure
+from lipbounds._text.progress import alive
 
 #: A source or target: () is the input (as a source) or the output (as a target), otherwise indices of taps.
 Node = tuple[int, ...]
@@ -238,6 +239,7 @@ class Forward(_Sweep):
     """G from a source. `seen`: {tap: y}."""
 
     def step(self, place: int, op: Op, held: Mapping[int, Enclosure]) -> Enclosure | None:
+        alive()
         if op.output not in self.alive:
             return None
         parts = [m.apply(held[m.register]) for m in self.host.step(place) if m.register in held]
@@ -269,6 +271,7 @@ class Backward(_Sweep):
 
     def back(self, place: int, op: Op, out: Enclosure) -> Iterator[tuple[int, Enclosure]]:
         for m in self.host.step(place):
+            alive()
             if m.register in self.alive:
                 yield m.register, m.transposed.apply(out)
 

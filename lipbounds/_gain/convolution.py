@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from lipbounds._text.progress import alive
+
 _FEW = 8  # columns up to which a change of their order in memory costs little
 _CHUNK = 2**23  # entries of the temporary array
 
@@ -116,6 +118,7 @@ class Convolution:
         by_columns = x.flags.f_contiguous
         out = np.empty((self.shape[0], x.shape[1]), order="F" if by_columns else "C")
         for lo in range(0, x.shape[1], step):
+            alive()
             part = x[:, lo : lo + step]
             out[:, lo : lo + step] = self._product(part if by_columns else np.ascontiguousarray(part))
         return out

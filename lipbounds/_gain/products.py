@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import scipy.sparse as sp
 
 from lipbounds._form.program import Op
 from lipbounds._form.walk import Algebra, walk
 from lipbounds._gain.blocks import HostForm, Node, TapScaling
+from lipbounds._norms import cholesky
 
 
 class BlockProduct:
@@ -35,6 +38,28 @@ class BlockProduct:
         if key not in self._ones:
             self._ones[key] = bool((factors == 1.0).all())
         return self._ones[key]
+
+    @property
+    def entries(self) -> int:
+        """Entries of the steps, each of which a product with a vector reads once."""
+        total = 0
+        for place in self._places:
+            op = self.host.program.steps[place]
+            if isinstance(op, Op) and op.output in self.alive:
+                for m in self.host.step(place):
+                    if m.convolution is not None:
+                        total += m.convolution.entries
+                    elif m.rows is None:
+                        total += m.matrix.nnz if sp.issparse(m.matrix) else m.matrix.size
+        return total
+
+    def norm_estimate(self) -> float:
+        """An estimate of the norm, no bound."""
+        there, back = self.forward, self.backward
+        if self.shape[0] < self.shape[1]:
+            there, back = back, there
+        found = cholesky.top_eigenvalue(lambda v: back(there(v)), min(self.shape))
+        return math.sqrt(max(found, 0.0))
 
     def forward(self, u: np.ndarray) -> np.ndarray:
         walker = _Columns(self, self.source, u, out=False)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from contextvars import copy_context
 from typing import TypeVar
@@ -19,12 +19,14 @@ from threadpoolctl import threadpool_limits
 from lipbounds._text import device as places
 from lipbounds._text.progress import alive, stoppable
 
+Group = TypeVar("Group")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _THREADS = 8
 _WORTH = 1.0  # seconds of estimated work below which one block follows the other
 _LIMIT = 2**31  # bytes of the blocks that are worked on at a time, unless one alone takes more
+_MADE = 3 * 2**30  # bytes of the groups that are made at a time, unless one alone takes more
 
 
 @contextmanager
@@ -77,3 +79,97 @@ def _drawn(
             del item
         while running:
             yield first()
+
+
+@contextmanager
+def in_groups(
+    make: Callable[[Group], Iterable[Item]],
+    work: Callable[[Item], Result],
+    groups: Sequence[Group],
+    *,
+    seconds: Callable[[Group], float],
+    cost: Callable[[Item], float],
+    need: Callable[[Group], float],
+) -> Iterator[Iterator[tuple[Item, Result]]]:
+    """An iterator over (item, work(item)) for the items of all groups, which threads make as well; in no fixed order.
+
+    A thread that is free works on the dearest item that has been made, else it makes the group whose work takes
+    longest, so that what is left at the end is short.
+
+    Args:
+        make: the items of a group; it runs in a thread, like `work` (see `side_by_side`).
+        work: on one item.
+        groups: to make items of.
+        seconds: about what a group takes, its items included.
+        cost: of the work on an item, in any unit.
+        need: bytes of the items of a group.
+    """
+    count = min(os.cpu_count() or 1, _THREADS)
+    if count < 2 or sum(map(seconds, groups)) < _WORTH or places.chosen() is not None:
+        yield ((item, work(item)) for group in groups for item in make(group))
+        return
+    ordered = deque(sorted(groups, key=seconds, reverse=True))
+    with closing(_finished(make, work, ordered, count, cost, need)) as results:
+        yield results
+
+
+def _finished(
+    make: Callable[[Group], Iterable[Item]],
+    work: Callable[[Item], Result],
+    groups: deque[Group],
+    count: int,
+    cost: Callable[[Item], float],
+    need: Callable[[Group], float],
+) -> Generator[tuple[Item, Result]]:
+    made: list[tuple[float, int, Item]] = []  # (cost, index of the group, item), the dearest last
+    sizes: list[float] = []  # bytes of each group that was begun
+    left: list[int] = []  # its items that are not done
+    making: dict[Future[list[Item]], int] = {}
+    working: dict[Future[Result], tuple[int, Item]] = {}
+
+    def build(group: Group) -> list[Item]:
+        alive()
+        return list(make(group))
+
+    def run(item: Item) -> Result:
+        alive()
+        return work(item)
+
+    def submit(pool: ThreadPoolExecutor) -> bool:
+        """Give a free thread something to do; False where there is nothing, or no memory for it."""
+        if len(making) + len(working) >= count:
+            return False
+        if made:
+            _, index, item = made.pop()
+            working[pool.submit(copy_context().run, run, item)] = index, item
+            return True
+        held = sum(size for size, items in zip(sizes, left, strict=True) if items)
+        if not groups or (held and held + need(groups[0]) > _MADE):
+            return False
+        group = groups.popleft()
+        sizes.append(need(group))
+        left.append(1)  # until it is made
+        making[pool.submit(copy_context().run, build, group)] = len(sizes) - 1
+        return True
+
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(count) as pool, stoppable():
+        while submit(pool) or making or working:
+            while submit(pool):
+                pass
+            done, _ = wait([*making, *working], return_when=FIRST_COMPLETED)
+            for future in done:
+                if future in making:
+                    index = making.pop(future)
+                    items = future.result()
+                    left[index] = len(items)
+                    made.extend((cost(item), index, item) for item in items)
+                    made.sort(key=lambda entry: entry[0])
+                    del items
+                else:
+                    index, item = working.pop(future)
+                    result = future.result()
+                    left[index] -= 1
+                    while submit(pool):
+                        pass
+                    yield item, result
+                    del item, result

@@ -30,7 +30,7 @@ from lipbounds._gain.blocks import Forward, HostForm, Node, TapScaling
 from lipbounds._gain.products import BlockProduct
 from lipbounds._gain.side_by_side import side_by_side
 from lipbounds._gain.step_paths import product_of_steps, product_rounding
-from lipbounds._norms import cholesky, enclosures
+from lipbounds._norms import banded_cholesky, cholesky, enclosures
 from lipbounds._norms import matrices as norms
 from lipbounds._norms.enclosures import Enclosure
 from lipbounds._norms.lanczos import golub_kahan
@@ -47,6 +47,7 @@ WIDEST_CUT = 2048
 _STEPS_SHARE = 2.0**-30  # of the failure probability of a block, for the norms of the steps in its rounding
 _TINY = 1e-100  # matrix-free norms below this may have lost parts to underflow
 _FEW = 8  # columns that tell how many entries a block has
+_MANY = 2**19  # entries of a block above which its steps may be the cheaper way to multiply by it
 _MARGIN = 2.0  # the operations may be more than was estimated
 _TIGHT = 1.001  # a cut's proof is taken where it is within this factor of its own float estimate
 
@@ -420,5 +421,23 @@ def _by_proof(
     plan = enclosures.enclosure_plan(block, limit)
     if plan.memory > limit or plan.flops > min(most, memory_budget.MOST_FLOPS):
         return None
-    value = norms.verified_norm(*block.with_error(), plan=plan)
+    estimate = norm_estimate(host, (source, target), scalings, block, plan)
+    value = norms.verified_norm(*block.with_error(), plan=plan, estimate=estimate)
     return Bound(value, "verified", plan.name, plan.memory)
+
+
+def norm_estimate(
+    host: HostForm,
+    pair: tuple[Node, Node],
+    scalings: Sequence[TapScaling],
+    block: Enclosure,
+    plan: banded_cholesky.Plan,
+) -> Callable[[], float] | None:
+    """The estimate of a block's norm for its proof, where the steps' products cost less than those with the block.
+
+    A dense proof has its Gram matrix at hand. None leaves the estimate to the proof.
+    """
+    if plan.way == "dense" or block.stored < _MANY:
+        return None
+    product = BlockProduct(host, *pair, scalings)
+    return product.norm_estimate if product.entries <= block.stored else None

@@ -30,7 +30,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -199,6 +199,7 @@ class BandedCholesky:
         squares = _reduced(np.add, self.b.data * self.b.data, self.b.indptr, 0.0)
         self.diagonal = squares  # within gamma_k of the computed g_ii, which the factor 2 of the shift covers
         self.counts = np.bincount(self.b.indices, minlength=self.b.shape[1]).astype(np.float64)
+        self._tiles: dict[int, _Tile] = {}
 
     def shift(self, t: float) -> float:
         r, n = self.b.shape
@@ -224,6 +225,8 @@ class BandedCholesky:
             alive()
             hi = min(lo + nb, r)
             yield lo, hi, self._gram_rows(lo, hi, min(hi + self.width, r))
+            self._tiles.pop(lo, None)
+        self._tiles.clear()
 
     @cached_property
     def _kept(self) -> list[tuple[int, int, np.ndarray]]:
@@ -265,28 +268,53 @@ class BandedCholesky:
         return True
 
     def _gram_rows(self, lo: int, hi: int, top: int) -> np.ndarray:
-        """G[lo:top, lo:hi], each entry an inner product over the columns that both rows touch."""
+        """G[lo:top, lo:hi], each entry an inner product over the columns that both rows touch.
+
+        Rows are taken in tiles as high as the panels. In one or two dimensions two tiles share few of their columns
+        (the windows of two rows of an image overlap in part), and only these are multiplied.
+        """
         b = self.b
-        first, middle, end = (int(b.indptr[i]) for i in (lo, hi, top))
-        seen = np.zeros(b.shape[1], bool)
-        seen[b.indices[first:middle]] = True
-        columns = np.flatnonzero(seen)
+        first, middle = int(b.indptr[lo]), int(b.indptr[hi])
+        here = self._tile(lo)
+        others = [self._tile(start) for start in range(hi, top, hi - lo)] if top > hi else []
+        shared = [np.intersect1d(here.columns, tile.columns, True, True)[1:] for tile in others]
         height, width = top - lo, hi - lo
-        dense = 2.0 * height * width * columns.size / cholesky.DENSE_FLOPS
-        dense += 4e-9 * height * columns.size + 2e-8 * (end - first)
+        dense = 2.0 * width * width * (here.columns.size + sum(mine.size for mine, _ in shared))
+        dense = dense / cholesky.DENSE_FLOPS + 4e-9 * height * width
         if float(self.counts[b.indices[first:middle]].sum()) / cholesky.SPARSE_FLOPS < dense:
             return (b[lo:top] @ b[lo:hi].T.tocsr()).toarray()
-        kept = np.flatnonzero(seen[b.indices[first:end]])
-        place = np.zeros(b.shape[1], np.int64)
-        place[columns] = np.arange(columns.size)
-        place = place[b.indices[first:end][kept]]
-        row = np.repeat(np.arange(height), np.diff(b.indptr[lo : top + 1]))[kept]
-        values = b.data[first:end][kept]
         g = np.zeros((height, width))
-        step = _slice(self.width)
-        for start in range(0, columns.size, step):
-            part = slice(None) if columns.size <= step else (place >= start) & (place < start + step)
-            block = np.zeros((height, min(step, columns.size - start)))
-            block[row[part], place[part] - start] = values[part]
-            g += block @ block[:width].T
+        g[:width] = here.rows.T @ here.rows
+        at = width
+        for tile, (mine, its) in zip(others, shared, strict=True):
+            end = min(at + tile.rows.shape[1], height)
+            if mine.size:
+                g[at:end] = (tile.rows[its].T @ here.rows[mine])[: end - at]
+            at = end
         return g
+
+    def _tile(self, lo: int) -> _Tile:
+        """The tile of rows that begins at `lo`; those before it are no longer kept where a panel begins."""
+        if lo not in self._tiles:
+            b = self.b
+            hi = min(lo + _height(self.width), b.shape[0])
+            first, end = int(b.indptr[lo]), int(b.indptr[hi])
+            indices = b.indices[first:end]
+            seen = np.zeros(b.shape[1], bool)
+            seen[indices] = True
+            columns = np.flatnonzero(seen)
+            place = np.zeros(b.shape[1], np.int64)
+            place[columns] = np.arange(columns.size)
+            rows = np.zeros((columns.size, hi - lo))
+            rows[place[indices], np.repeat(np.arange(hi - lo), np.diff(b.indptr[lo : hi + 1]))] = b.data[
+                first:end
+            ]
+            self._tiles[lo] = _Tile(columns, rows)
+        return self._tiles[lo]
+
+
+class _Tile(NamedTuple):
+    """Some rows of B as a dense array (its columns that are not zero, rows)."""
+
+    columns: np.ndarray
+    rows: np.ndarray

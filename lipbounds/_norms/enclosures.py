@@ -20,10 +20,10 @@ from lipbounds._norms.matrices import (
     induced_norm,
     largest,
     pairwise_row_norms,
-    proof_plan,
     row_norms,
     smallest,
     verified_norm,
+    wide,
 )
 from lipbounds._norms.rounding import (
     UNDERFLOW,
@@ -35,6 +35,7 @@ from lipbounds._norms.rounding import (
     require_gradual_underflow,
     sqrt_up,
 )
+from lipbounds._text.progress import alive
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +202,10 @@ class Factor:
         ends = np.linspace(0, rows, parts + 1).astype(
             np.int64
         )  # an interruption is answered between the parts
-        products = [a[lo:hi] @ b for lo, hi in itertools.pairwise(ends)]
+        products = []
+        for lo, hi in itertools.pairwise(ends):
+            alive()
+            products.append(a[lo:hi] @ b)
         return _tidy(sp.csr_array(sp.vstack(products, format="csr")))
 
 
@@ -286,11 +290,14 @@ def scale(m: Enclosure, rows: Any = None, cols: Any = None) -> Enclosure:
         scanned = sp.issparse(matrix) or matrix.size <= _SCANNED
         safe = scanned and _stay_normal(smallest(matrix), smallest(d))
         with np.errstate(over="ignore", under="ignore"):
-            if sp.issparse(matrix):
-                matrix = sp.diags_array(d) @ matrix if axis == 0 else matrix @ sp.diags_array(d)
+            if sp.issparse(matrix) and (d == 0.0).any():  # rows or columns of zeros are not stored
+                matrix = as_matrix(sp.diags_array(d) @ matrix if axis == 0 else matrix @ sp.diags_array(d))
+            elif sp.issparse(matrix):
+                each = np.repeat(d, np.diff(matrix.indptr)) if axis == 0 else d[matrix.indices]
+                parts = matrix.data * each, matrix.indices, matrix.indptr
+                matrix = sp.csr_array(parts, shape=matrix.shape)
             else:
                 matrix = matrix * (d[:, None] if axis == 0 else d)
-        matrix = as_matrix(matrix)
         lost = 0.0 if safe else mul_up(sqrt_up(float(matrix.shape[0]) * float(matrix.shape[1])), UNDERFLOW)
         rounding = 0.0 if exact and (safe or not scanned) else mul_up(U, frobenius_norm(matrix))
         error = add_up(mul_up(largest(np.abs(d)), error), rounding, lost)
@@ -312,7 +319,7 @@ def stack(blocks: list[Enclosure], axis: int = 0) -> Enclosure:
 
 def enclosure_plan(m: Enclosure, memory: int | None = None) -> banded_cholesky.Plan:
     """`proof_plan` of the midpoint: a plan proves nothing."""
-    return proof_plan(m._midpoint, memory)
+    return banded_cholesky.choose(wide(m._midpoint), memory)
 
 
 def enclosure_norm(m: Enclosure, p: float = 2, start: float | None = None) -> float:

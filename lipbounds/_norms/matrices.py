@@ -12,7 +12,7 @@ numbers and results beyond the float64 range raise ValueError. Verified work run
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -342,7 +342,11 @@ def _ceiling(b: Any) -> tuple[float, float]:
 
 
 def verified_norm(
-    a: Any, error: float = 0.0, start: float | None = None, plan: banded_cholesky.Plan | None = None
+    a: Any,
+    error: float = 0.0,
+    start: float | None = None,
+    plan: banded_cholesky.Plan | None = None,
+    estimate: Callable[[], float] | None = None,
 ) -> float:
     """An upper bound s >= ||A + E||_2 in real arithmetic, for every E with ||E||_2 <= error.
 
@@ -362,6 +366,7 @@ def verified_norm(
             value is safe; one that is too large may make the result that large, one too small costs another
             factorisation.
         plan: from `proof_plan` for this matrix; None chooses without a limit of memory.
+        estimate: gives an estimate of ||A||_2 at a lower cost than products with A; any value is safe, as for `start`.
 
     Raises:
         ValueError: NaN, infinite, complex or non-matrix input, a bad `error` or `start`, a bound beyond
@@ -380,6 +385,11 @@ def verified_norm(
     if start is not None:
         with np.errstate(over="ignore", under="ignore"):
             guess = min(float(np.ldexp(start, -exponent)), 2.0**400) ** 2
+
+    def known() -> float:
+        assert estimate is not None
+        return min(math.ldexp(estimate(), -exponent), 2.0**400) ** 2
+
     if plan is None:
         plan = banded_cholesky.choose(b, None)
     t = device.norm_bound_of(b, plan.flops)
@@ -388,7 +398,7 @@ def verified_norm(
         t = min(t, ceiling)
     elif plan.way == "banded":
         banded = banded_cholesky.BandedCholesky(b, k, absolute_gram, plan)
-        t = cholesky.certify(banded, guess, ceiling, banded.estimate)
+        t = cholesky.certify(banded, guess, ceiling, banded.estimate if estimate is None else known)
     else:
         g = cholesky.gram(b)
         dense = cholesky.ShiftedCholesky(g, k, b.shape[1], absolute_gram)

@@ -11,18 +11,21 @@ import numpy as np
 import scipy.sparse as sp
 
 from lipbounds._gain.blocks import HostForm, Node, TapScaling, by_smaller_side
-from lipbounds._gain.side_by_side import side_by_side
-from lipbounds._gain.wide_blocks import content
+from lipbounds._gain.side_by_side import in_groups
+from lipbounds._gain.wide_blocks import content, norm_estimate
 from lipbounds._norms import enclosures
 from lipbounds._norms import matrices as norms
 from lipbounds._norms.banded_cholesky import Plan
 from lipbounds._norms.enclosures import Enclosure
 from lipbounds._norms.rounding import add_up, mul_up
 from lipbounds._text.device import hearing, note, remembered
-from lipbounds._text.progress import meter, proof_seconds
+from lipbounds._text.progress import meter, proof_seconds, say, show_seconds
 
 LOOSE = 1e-6  # rounding error of a block, relative to its norm, above which shorter blocks are tried
 _HASHED = 2**22  # entries up to which blocks are compared with those proved before
+
+
+Sweep = tuple[Node, list[Node], bool]  # as `by_smaller_side` gives it
 
 
 @dataclass(frozen=True)
@@ -37,17 +40,33 @@ def matrices(
     host: HostForm, pairs: Sequence[tuple[Node, Node]], scalings: Sequence[TapScaling]
 ) -> Iterator[tuple[tuple[Node, Node], Enclosure]]:
     """The blocks of the gain one after another, or their transposes: swept from the smaller side."""
-    for node, others, reverse in by_smaller_side(host, pairs):
-        if reverse:
-            for source, block in host.backward(node, others, scalings).items():
-                yield (source, node), block.T
-        else:
-            for target, block in host.forward(node, others, scalings).items():
-                yield (node, target), block
+    for sweep in by_smaller_side(host, pairs):
+        yield from _swept(host, sweep, scalings)
 
 
-def block_norm(host: HostForm, block: Enclosure, norm: float, plan: Plan | None = None) -> float:
-    """A proved bound of the norm; equal matrices up to a power of two are proved once."""
+def _swept(
+    host: HostForm, sweep: Sweep, scalings: Sequence[TapScaling]
+) -> Iterator[tuple[tuple[Node, Node], Enclosure]]:
+    node, others, reverse = sweep
+    if reverse:
+        for source, block in host.backward(node, others, scalings).items():
+            yield (source, node), block.T
+    else:
+        for target, block in host.forward(node, others, scalings).items():
+            yield (node, target), block
+
+
+def block_norm(
+    host: HostForm,
+    block: Enclosure,
+    norm: float,
+    plan: Plan | None = None,
+    estimate: Callable[[], float] | None = None,
+) -> float:
+    """A proved bound of the norm; equal matrices up to a power of two are proved once.
+
+    `estimate` is a cheaper one of the norm than the proof's own.
+    """
     if norm != 2:
         return enclosures.enclosure_norm(block, norm)
     matrix, error = block.with_error()
@@ -59,7 +78,7 @@ def block_norm(host: HostForm, block: Enclosure, norm: float, plan: Plan | None 
     if abs(exponent) > 500:
         return enclosures.enclosure_norm(block, norm)
     if entries.size > _HASHED:
-        return norms.verified_norm(matrix, error, plan=plan)
+        return norms.verified_norm(matrix, error, plan=plan, estimate=estimate)
     digest = hashlib.sha1()
     step = max(1, 2**20 * entries.shape[0] // entries.size)
     for lo in range(0, entries.shape[0], step):
@@ -68,8 +87,11 @@ def block_norm(host: HostForm, block: Enclosure, norm: float, plan: Plan | None 
         digest.update(matrix.indices.tobytes())
         digest.update(matrix.indptr.tobytes())
     key = (block.shape, digest.hexdigest())
-    unit = remembered(host.proved, key, lambda: math.ldexp(norms.verified_norm(matrix, plan=plan), -exponent))
-    return add_up(math.ldexp(unit, exponent), error)
+
+    def prove() -> float:
+        return math.ldexp(norms.verified_norm(matrix, plan=plan, estimate=estimate), -exponent)
+
+    return add_up(math.ldexp(remembered(host.proved, key, prove), exponent), error)
 
 
 def proved(
@@ -94,21 +116,34 @@ def proved(
     left = [pair for pair in pairs if pair not in found]
 
     def prove(item: tuple[tuple[Node, Node], Enclosure]) -> tuple[BlockNorm, list[str]]:
-        _, block = item
-        plan = enclosures.enclosure_plan(block) if norm == 2 else None
+        pair, block = item
         with hearing() as heard:
-            value = block_norm(host, block, norm, plan)
-        return BlockNorm(value, "verified", "exact sums" if plan is None else plan.name, block.shape), heard
-
-    def need(item: tuple[tuple[Node, Node], Enclosure]) -> float:
-        # A sparse block is transposed and copied, and has a Gram matrix or a banded factor.
-        _, block = item
-        return 8.0 * (6 if block.sparse else 1) * block.stored + 8.0 * min(block.shape) ** 2
+            if norm != 2:
+                return BlockNorm(block_norm(host, block, norm), "verified", "exact sums", block.shape), heard
+            plan = enclosures.enclosure_plan(block)
+            value = block_norm(host, block, 2, plan, norm_estimate(host, pair, scalings, block, plan))
+        return BlockNorm(value, "verified", plan.name, block.shape), heard
 
     costs = {pair: proof_seconds(*block_shape(host, pair)) if norm == 2 else 0.0 for pair in left}
+
+    def through(sweep: Sweep) -> list[tuple[Node, Node]]:
+        node, others, reverse = sweep
+        return [(other, node) if reverse else (node, other) for other in others]
+
     total = sum(costs.values())
-    blocks = matrices(host, left, scalings)
-    with meter(len(left), total) as advance, side_by_side(prove, blocks, seconds=total, need=need) as results:
+    if left and total >= 1.0:
+        say(f"forming {len(left)} blocks, about {show_seconds(total)} left")
+    with (
+        meter(len(left), total) as advance,
+        in_groups(
+            lambda sweep: _swept(host, sweep, scalings),
+            prove,
+            by_smaller_side(host, left),
+            seconds=lambda sweep: sum(costs[pair] for pair in through(sweep)),
+            cost=lambda item: costs[item[0]],
+            need=lambda sweep: 8.0 * sum(math.prod(block_shape(host, pair)) for pair in through(sweep)),
+        ) as results,
+    ):
         for (pair, block), (bound, heard) in results:
             found[pair] = bound, block.error
             if pair in keys:
