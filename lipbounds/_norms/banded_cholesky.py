@@ -21,7 +21,8 @@ of c are those of `cholesky`: they do not depend on how G is blocked. The order 
 is taken to form ordinary inner products (no Strassen) and to solve triangular systems by substitution.
 
 *Memory.* Block rows of G are formed when they are needed; of the factor the last w columns are kept, about w^2 to
-1.3 w^2 doubles. The work is r w^2 and about as much for G.
+1.3 w^2 doubles, and of B the rows within the band, as dense tiles of the columns that they touch. The work is r w^2 and
+about as much for G.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ def plans(b: Any, memory: int | None = None) -> list[Plan]:
         return [dense]
     order, w = row_order(b)
     nb = _height(w)
-    window = 8 * (w + nb) * (w + 4 * nb) + 8 * (w + 2 * nb) * _slice(w)
+    window = 8 * (w + nb) * (w + 4 * nb) + 8 * (w + 2 * nb) * _most_columns(b, order, nb)
     copy = 0 if order is None else own
     flops, band = 2.0 * r * (w + nb) ** 2, 8 * r * (w + nb)
     banded = [Plan("banded", work + copy + window, flops, order, w)]
@@ -185,9 +186,13 @@ def choose(b: Any, memory: int | None) -> Plan:
 # --- the proof -----------------------------------------------------------------------------------------------------
 
 
-def _slice(w: int) -> int:
-    """Columns of B that are made dense together for block rows of G."""
-    return max(512, w // 4)
+def _most_columns(b: Any, order: np.ndarray | None, height: int) -> int:
+    """The most columns that so many rows in a row touch."""
+    r = b.shape[0]
+    places = np.arange(r) if order is None else order
+    tiles = sp.csr_array((np.ones(r, bool), (np.arange(r) // height, places)), shape=(-(-r // height), r))
+    pattern = sp.csr_array((np.ones(b.nnz, bool), b.indices, b.indptr), shape=b.shape)
+    return int(np.diff((tiles @ pattern).indptr).max(initial=0))
 
 
 class BandedCholesky:
