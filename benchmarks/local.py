@@ -1,7 +1,7 @@
 """Images certified at eps around each image, by global and by local bounds, on wide networks trained here.
 
-    python benchmarks/local.py --small                      two small networks on digits, a minute
-    python benchmarks/local.py --data-dir DATA              MLP and CNNs with 1000 to 8000 neurons a layer on MNIST
+    python benchmarks/local.py --small                      three small networks on digits, a minute
+    python benchmarks/local.py --data-dir DATA              MLP, CNNs, ResNet with 1000 to 8000 neurons a layer, MNIST
     python benchmarks/local.py --data-dir DATA --dataset cifar10 --nets cnn2
 
 Networks are trained by CRM with LipLT in the loss, so their constants are small. At eps (l2, pixels in [0, 1]) an image
@@ -37,10 +37,11 @@ from lipbounds._local.radius_search import ratios, row_roots
 from lipbounds.training import Config, fit
 from lipbounds.training.data import load
 from lipbounds.training.dataset import Dataset
-from lipbounds.training.models import ConvNet
+from lipbounds.training.models import ConvNet, ResidualCNN
 
-#: Name -> (convolutions (channels, kernel, stride, padding), dense layers).
-NETS: dict[str, tuple[Sequence[Sequence[int]], Sequence[int]]] = {
+Layers = tuple[Sequence[Sequence[int]], Sequence[int]]
+#: Name -> (convolutions (channels, kernel, stride, padding), dense layers); "resnet" is one with residual blocks.
+NETS: dict[str, Layers] = {
     "mlp": ([], [1024, 1024]),
     "cnn2": ([(16, 4, 2, 3), (32, 4, 2, 1)], [256]),
     "cnn3": ([(8, 3, 1, 1), (16, 4, 2, 1), (32, 4, 2, 1)], [128]),
@@ -48,6 +49,7 @@ NETS: dict[str, tuple[Sequence[Sequence[int]], Sequence[int]]] = {
 }
 CIFAR = {"cnn2": ([(16, 4, 2, 1), (32, 4, 2, 1)], [256])}
 SMALL = {"mlp": ([], [64, 64]), "cnn2": ([(8, 3, 1, 1), (8, 4, 2, 1)], [32])}
+RESNET = {"small": {"channels": 4, "blocks": 1}, "full": {"channels": 12, "blocks": 2}}
 
 
 def widths(form: lb.LureForm) -> list[int]:
@@ -56,7 +58,13 @@ def widths(form: lb.LureForm) -> list[int]:
 
 def trained(name: str, data: Dataset, options: Json) -> lb.LureForm:
     nets = SMALL if options["small"] else CIFAR if data.name == "cifar10" else NETS
-    convolutions, dense = nets[name]
+    shape = data.train_pixels.shape[1:]
+    model: nnx.Module
+    if name == "resnet":
+        model = ResidualCNN(shape, **RESNET["small" if options["small"] else "full"], rngs=nnx.Rngs(0))
+    else:
+        convolutions, dense = nets[name]
+        model = ConvNet(shape, convolutions=convolutions, dense=dense, rngs=nnx.Rngs(0))
     config = Config.usual(
         data.name,
         loss="crm",
@@ -71,8 +79,6 @@ def trained(name: str, data: Dataset, options: Json) -> lb.LureForm:
         t=options["t"],
         validate_every=0,
     )
-    shape = data.train_pixels.shape[1:]
-    model = ConvNet(shape, convolutions=convolutions, dense=dense, rngs=nnx.Rngs(0))
     some = slice(0, options["train"])
     part = dataclasses.replace(data, train_pixels=data.train_pixels[some], train_y=data.train_y[some])
     done = fit(
@@ -185,7 +191,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="small networks on digits, for a trial")
     parser.add_argument("--dataset", default="mnist", choices=("mnist", "cifar10"))
     parser.add_argument("--data-dir", help="folder with the data set")
-    parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
+    parser.add_argument("--nets", nargs="+", default=[*NETS, "resnet"], choices=[*NETS, "resnet"])
     parser.add_argument("--images", type=int, default=50)
     parser.add_argument("--eps", type=float, default=0.8)
     parser.add_argument("--calls", type=int, default=1, help="tries on the ball of each image")
@@ -203,7 +209,7 @@ def main() -> None:
     options = vars(parser.parse_args())
     name = options["name"] or ("local-small" if options["small"] else f"local-{options['dataset']}-cpu")
     data = load("digits" if options["small"] else options["dataset"], options["data_dir"])
-    nets = [net for net in options["nets"] if not options["small"] or net in SMALL]
+    nets = [net for net in options["nets"] if not options["small"] or net in (*SMALL, "resnet")]
     rows = []
     for net in nets:
         begin = time.perf_counter()
