@@ -83,7 +83,7 @@ def test_the_words_of_the_options_are_those_of_the_library(monkeypatch):
 
 def test_options_are_called_like_their_parameters():
     """Typer 0.27 takes a metavar for the name where it is the parameter in capitals."""
-    renamed = {"json_out": "--json", "c_r": "--c-r"}
+    renamed = {"json_out": "--json", "c_r": "--c-r", "list_rows": "--list"}
     for name, command in commands().items():
         for p in command.params:
             if p.param_type_name == "option":

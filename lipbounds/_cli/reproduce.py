@@ -24,7 +24,7 @@ def reproduce(
         str | None,
         option("Rows or data sets, separated by commas; --list shows them.", "NAMES", show_default="all"),
     ] = None,
-    show: Annotated[bool, option("Show the rows, and train nothing.", None, "--list")] = False,
+    list_rows: Annotated[bool, option("Show the rows, and train nothing.", None, "--list")] = False,
     epochs: Annotated[int | None, option("Epochs of every row.", "N", min=1, show_default="by row")] = None,
     limit: Annotated[
         int | None, option("Use N training and test images, evenly spaced.", "N", min=8, show_default="all")
@@ -63,7 +63,7 @@ def reproduce(
         from lipbounds.training.config import from_text
 
         picked = chosen(rows.split(",") if rows else None)
-        if show:
+        if list_rows:
             for row in picked:
                 config = row.config(epochs)
                 typer.echo(f"{row.name:<28}{row.method:<42}{config.arch}, {config.epochs} epochs")
