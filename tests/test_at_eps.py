@@ -23,6 +23,7 @@ def case() -> tuple[Any, np.ndarray, np.ndarray, lb.UpperBound]:
     return form, x, values(form, x).argmax(axis=1), lb.liplt(form, pairwise=True)
 
 
+@pytest.mark.slow
 def test_all_engines_certify_at_least_what_each_does(case: Any) -> None:
     form, x, y, bound = case
     found = lb.certified_radius(form, x, y, bound=bound, local=True, eps=EPS)

@@ -47,6 +47,7 @@ def constants(weights: Any, tops: Any, state: Any, x: Any, eps: Any) -> Any:
 STATE = lb.local.core.init(form(W, TOPS), jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_constants_are_norms_without_the_constant_neurons() -> None:
     """By NumPy's norms, with the neurons that the core keeps; none of those it drops changes in 20 000 samples."""
     naive = lb.naive(form(W, TOPS), pairwise=True)
@@ -78,6 +79,7 @@ def test_constants_are_norms_without_the_constant_neurons() -> None:
     np.testing.assert_allclose(found.value, naive.value, rtol=1e-4)  # in a large ball nothing is constant
 
 
+@pytest.mark.slow
 def test_row_norms_are_those_of_the_maps_between_activations() -> None:
     """Exact behind a normalisation for a product and a convolution, else not too small."""
     found = _row_norms(form(W, TOPS), jnp.float32)
