@@ -34,6 +34,7 @@ from lipbounds.analysis.loss_geometry import landscape as landscape
 from lipbounds.analysis.loss_geometry import loss_increase as loss_increase
 from lipbounds.analysis.masking import gradient_masking as gradient_masking
 from lipbounds.analysis.odi import odi_pgd as odi_pgd
+from lipbounds.analysis.rays import BoundaryDistances as BoundaryDistances
 from lipbounds.analysis.rays import adbd as adbd
 from lipbounds.analysis.rays import rays as rays
 from lipbounds.analysis.smoothing import smooth as smooth

@@ -37,6 +37,10 @@ ATTAINED = (
     "Accuracy under attack is attained: the robust accuracy is at most this, and may be lower. It is no "
     "certificate."
 )
+ATTAINED_DISTANCE = (
+    "Each distance is attained: the nearest misclassified point is at most this far, and may be nearer. It is no "
+    "certificate."
+)
 
 
 def attack_record(attack: Attack, fn: Any, y: np.ndarray, batch_size: int = 256) -> Json:
@@ -70,6 +74,9 @@ def attack_record(attack: Attack, fn: Any, y: np.ndarray, batch_size: int = 256)
         "accuracy": attack.accuracy,
         "guarantee": "attained",
         "success_rate": attack.success_rate if attack.correct.any() else None,
+        "adbd": float(np.where(attack.correct, attack.distance, 0.0).mean())
+        if attack.name == "ADBD" and won[attack.correct].all()
+        else None,
         "mean_distance": float(attack.distance[won].mean()) if won.any() else None,
         "stages": [],
         "notes": [],

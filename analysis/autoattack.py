@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import logsumexp
 
 from lipbounds._text import reporting, show
 from lipbounds.analysis.apgd import runs as apgd_runs
@@ -154,9 +155,7 @@ def _checked(fn: Any, x: Any, settings: AttackSettings) -> Iterator[str]:
             "the network's outputs are probabilities, not logits, and their gradients vanish where it is sure: leave "
             "out the softmax at its end"
         )
-    with np.errstate(invalid="ignore"):
-        sums = np.log(np.exp(z.astype(np.float64)).sum(axis=1))
-    if np.abs(sums).max() < 1e-3:
+    if np.abs(logsumexp(z.astype(np.float64), axis=1)).max() < 1e-3:
         yield "the outputs are log-probabilities: logits, before log_softmax, lose fewer digits"
     steepness = np.asarray(
         slopes(model, weights, jnp.asarray(first), jnp.asarray(z.argmax(axis=1), jnp.int32))

@@ -10,6 +10,9 @@ sense of security", ICML 2018, and Carlini et al., "On evaluating adversarial ro
 4. examples made on the original network break no more images than those made on the network itself;
 5. the smoothed network is certified at no fewer images than the smoothed original (randomized smoothing).
 
+With `auto`, a sixth: AutoAttack (several losses, targets, and Square at 5000 queries) breaks no more images than PGD
+does. It fails where PGD is too weak for this network, whether or not its gradients are masked.
+
 Every comparison is of two outcomes on the same images, decided by the exact McNemar test: of the images on which they
 differ, b against the expectation and c for it, b is distributed as Binomial(b + c, 1/2) or lies below that where the
 expectation holds. A check "passes" where b <= c in every comparison, "fails" where b > c and the one-sided p-value is
@@ -45,6 +48,7 @@ from lipbounds._text import (
 from lipbounds.analysis.attack_search import Attack
 from lipbounds.analysis.attack_settings import LINF, AttackSettings
 from lipbounds.analysis.attacks import fgsm, pgd
+from lipbounds.analysis.autoattack import AutoAttack, autoattack
 from lipbounds.analysis.experiment import norm_key
 from lipbounds.analysis.rays import rays
 from lipbounds.analysis.smoothing import Smoothed, clopper_pearson_lower, smooth
@@ -77,9 +81,9 @@ class Check:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class MaskingChecks:
-    """The five checks of `gradient_masking`; iterate, index by position or by name.
+    """The checks of `gradient_masking`; iterate, index by position or by name.
 
-    settings   plain data: eps, norm, grid, steps, restarts, queries, loss, sigma, samples, alpha, level, seed
+    settings   plain data: eps, norm, grid, steps, restarts, queries, loss, sigma, samples, alpha, level, auto, seed
     """
 
     checks: tuple[Check, ...]
@@ -153,6 +157,7 @@ def gradient_masking(
     samples: int = 1000,
     alpha: float = 0.001,
     level: float = 0.05,
+    auto: bool = False,
     **changes: Any,
 ) -> MaskingChecks:
     """Run the five checks on a network, and on the one that it was made from.
@@ -171,6 +176,7 @@ def gradient_masking(
         sigma, samples, alpha: of check 5: noise, deciding samples per image (100 choose the class), and the probability
             that the certificate of one image is false.
         level: of the tests, in (0, 1): a check fails by chance with at most this probability.
+        auto: whether to run AutoAttack, too, for a sixth check: it needs 4 classes or more, and takes long.
         **changes: fields of `settings` by name.
 
     Raises:
@@ -188,6 +194,7 @@ def gradient_masking(
     ascent: dict[str, Any] = {"steps": steps, "restarts": restarts, "loss": loss}
     noise = {name: getattr(settings, name) for name in ("seed", "batch_size", "progress")}
     white = pgd(model, x, y, eps, settings, **ascent)
+    strong = [autoattack(model, x, y, eps, settings)] if auto else []
     networks = [fn for fn in (model, original) if fn is not None]
     smoothed = [smooth(fn, x, sigma, n=samples, alpha=alpha, y=y, **noise) for fn in networks]
     black = {"Square": square(model, x, y, eps, settings, queries=queries)}
@@ -202,6 +209,7 @@ def gradient_masking(
         _falls(many, radii, level),
         _transfer(model, white, transferred, y, settings, level),
         _certificates(smoothed, sigma, level),
+        *(_strength(white, attack, level) for attack in strong),
     )
     record = {
         "eps": eps,
@@ -213,6 +221,7 @@ def gradient_masking(
         "samples": samples,
         "alpha": alpha,
         "level": level,
+        "auto": auto,
         "seed": settings.seed,
     }
     return MaskingChecks(checks, record)
@@ -239,6 +248,18 @@ def _white_and_black(white: Attack, black: Mapping[str, Attack], level: float) -
     )
     text = f"accuracy under PGD {white.accuracy:.1%}; {under}"
     return Check("white-box beats black-box", verdict, reason, at, text, figures)
+
+
+def _strength(white: Attack, strong: AutoAttack, level: float) -> Check:
+    pair = differ(strong.success, white.success)
+    figures = {"pgd": white.accuracy, "autoattack": strong.columns, **_tests([pair], "autoattack", "pgd")}
+    text = (
+        f"accuracy under PGD {white.accuracy:.1%}, under AutoAttack {strong.accuracy:.1%}; "
+        f"only PGD breaks {pair[1]}, only AutoAttack {pair[0]}"
+    )
+    at, any_broken = int(white.correct.sum()), bool((white.success | strong.success).any())
+    verdict, reason = _decide([pair], at, level, "AutoAttack breaks what PGD does not", any_broken)
+    return Check("PGD as strong as AutoAttack", verdict, reason, at, text, figures)
 
 
 def _steps(many: list[Attack], single: list[Attack], radii: list[float], level: float) -> Check:

@@ -94,6 +94,23 @@ class BoundaryDistances:
         """Average decision boundary distance, misclassified images at 0: at least that of the true distances."""
         return float(self.distance.mean())
 
+    @property
+    def attack(self) -> Attack:
+        """The same as an attack on the whole box: a success is a misclassified point, at whatever distance."""
+        won = self.correct & np.isfinite(self.distance)
+        return Attack(
+            correct=self.correct,
+            success=won,
+            distance=np.where(won, self.distance, np.inf),
+            adversarial=self.adversarial,
+            margin=np.where(won | ~self.correct, -1.0, 1.0),
+            eps=np.full(len(self), np.inf),
+            norm=math.inf,
+            loss="labels",
+            queries=self.queries,
+            name="ADBD",
+        )
+
     def curve(self) -> tuple[np.ndarray, np.ndarray]:
         """(queries (M,), mean distance (M,) found by then); the mean is inf until every image has been broken."""
         return self.grid, self.history.mean(axis=0)

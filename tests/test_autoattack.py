@@ -11,7 +11,9 @@ import pytest
 from lipbounds import analysis
 from lipbounds.analysis.attack_search import Problem, length, search, unbroken
 
-apgd, fab = (importlib.import_module(f"lipbounds.analysis.{name}") for name in ("apgd", "fab"))
+apgd, fab, auto = (
+    importlib.import_module(f"lipbounds.analysis.{name}") for name in ("apgd", "fab", "autoattack")
+)
 NORMS = [2, math.inf]
 W = np.random.default_rng(1).normal(size=(12, 5)).astype(np.float32)
 FREE = {"low": -100.0, "high": 100.0}
@@ -278,3 +280,11 @@ def test_nothing_is_attacked_that_is_wrong_already():
     found = analysis.apgd(linear, x, (y + 1) % 5, 0.1, loss="dlr-t")
     assert not found.correct.any() and found.accuracy == 0 and not found.steps.any()
     assert np.isinf(unbroken(jnp.asarray(x))[1]).all()
+
+
+def test_large_logits_are_no_overflow():
+    x, _, _ = case(2, 4)
+    settings = analysis.AttackSettings(**FREE)
+    assert not [
+        note for note in auto._checked(lambda b: 100 * linear(b) + 1e4, x, settings) if "log-prob" in note
+    ]

@@ -77,11 +77,55 @@ def test_autoattack_from_the_command_line(model_file, tmp_path):
         (["--method", "square", "--restarts", "3"], "does not belong to --method square"),
         (["--targeted"], "autoattack has no targets"),
         (["--method", "zoo"], "zoo"),
+        (["--method", "rays", "--norm", "2"], "rays measures distances in l-inf"),
+        (["--method", "nes-pgd", "--steps", "3"], "does not belong to --method nes-pgd"),
+        (["--method", "adbd"], "adbd measures distances and has no radius"),
         (["--box", "1"], "two numbers"),
     ],
 )
 def test_words_that_do_not_fit_are_refused(model_file, words, message):
     assert message in run("attack", model_file, "--eps", "0.1", *words, code=2).stderr
+
+
+def test_every_other_attack_needs_a_radius(model_file):
+    assert "pgd needs a radius" in run("attack", model_file, "--method", "pgd", code=2).stderr
+
+
+@pytest.mark.slow
+def test_distances_to_the_boundary_from_the_command_line(model_file, tmp_path):
+    files = [tmp_path / "d.json", tmp_path / "d.html"]
+    words = ("--method", "adbd", "--queries", "64", "--images", "6", "--json", files[0], "--page", files[1])
+    text = run("attack", model_file, *words).stdout
+    assert text.startswith("BoundaryDistances: 6 images, l-inf, ADBD <= ") and "no certificate" in text
+    record = json.loads(files[0].read_text())
+    assert record["norm"] == "inf" and record["eps"] is None
+    model, data = load_model(model_file)[0], digits()
+    found = analysis.adbd(model, data.test_x[:6], data.test_y[:6], queries=64)
+    assert record["adbd"] == found.adbd > 0
+    for row, distance in zip(record["rows"], found.distance, strict=True):
+        assert row["distance"] == (distance if row["success"] else None)
+        assert row["class_found"] != row["label"] and row["queries"] <= 64
+    assert "the whole box" in files[1].read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "words", "norm"),
+    [
+        ("rays", ["--queries", "300"], "inf"),
+        ("frank-wolfe", ["--steps", "10"], "2"),
+        ("black-frank-wolfe", ["--queries", "510"], "2"),
+        ("nes-pgd", ["--queries", "510", "--norm", "inf"], "inf"),
+        ("odi-pgd", ["--steps", "10", "--restarts", "2"], "2"),
+    ],
+)
+def test_the_other_attacks_from_the_command_line(model_file, tmp_path, method, words, norm):
+    given = ("--method", method, "--eps", "0.5", "--images", "12", *words)
+    run("attack", model_file, *given, "--json", tmp_path / "a.json")
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["norm"] == norm and record["accuracy"] < record["clean"]
+    asked = [row["queries"] for row in record["rows"]]
+    assert all(many is None for many in asked) if method in ("frank-wolfe", "odi-pgd") else max(asked) <= 510
 
 
 def test_targets_from_the_command_line(model_file, tmp_path):

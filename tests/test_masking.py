@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lipbounds.analysis import masking
+from lipbounds.analysis.autoattack import Stage
 from lipbounds.analysis.masking import gradient_masking
 from lipbounds.training.data import digits
 
@@ -238,3 +239,39 @@ def test_labels_alone_break_what_hides_from_logits_too(trained):
     found = gradient_masking(staircase, fn, x, y, **SETTINGS | {"queries": 1000})[0]
     assert found.verdict == "fails" and found.reason.startswith("RayS breaks what PGD does not"), found
     assert found.figures["rays"] < found.figures["square"] <= found.figures["pgd"]
+
+
+@pytest.mark.parametrize(("more", "verdict"), [(0, "passes"), (12, "fails"), (3, "inconclusive")])
+def test_autoattack_beside_pgd(more, verdict):
+    """AutoAttack breaks what PGD breaks, and `more`."""
+    correct = np.arange(40) < 36
+    attacks = []
+    for broken in (10, 10 + more):
+        success = np.arange(40) < broken
+        distance = np.where(success, 0.1, np.inf)
+        fields = {
+            "adversarial": np.zeros((40, 2), np.float32),
+            "margin": np.zeros(40),
+            "eps": np.full(40, 0.1),
+        }
+        attacks.append({"correct": correct, "success": success, "distance": distance, "norm": 2.0, **fields})
+    white = masking.Attack(**attacks[0], loss="margin")
+    strong = masking.AutoAttack(
+        **attacks[1], loss="autoattack", stages=(Stage("APGD-CE", 36, 10 + more, (26 - more) / 40, 1.0),)
+    )
+    check = masking._strength(white, strong, 0.05)
+    assert check.verdict == verdict and check.images == 36
+    assert check.figures["only_autoattack"] == [more] and check.figures["only_pgd"] == [0]
+    assert check.figures["autoattack"] == {"clean": 0.9, "APGD-CE": (26 - more) / 40}
+
+
+@pytest.mark.slow
+def test_autoattack_is_the_sixth_check(trained):
+    fn, x, y = trained
+    found = gradient_masking(fn, None, x[:40], y[:40], auto=True, **SETTINGS)
+    assert [check.name for check in found] == [*NAMES, "PGD as strong as AutoAttack"]
+    assert found[5].verdict in ("passes", "inconclusive") and found.settings["auto"] is True
+    assert found[5].figures["pgd"] == found[0].figures["pgd"] >= found[5].figures["autoattack"]["Square"]
+    json.dumps(found.to_json())
+    with pytest.raises(ValueError, match="at least 4 classes"):
+        gradient_masking(lambda b: fn(b)[:, :3], None, x[:4], y[:4] % 3, auto=True, **SETTINGS)

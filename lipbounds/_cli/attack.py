@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,10 +24,33 @@ METHODS: Mapping[str, tuple[str, Json, tuple[str, ...]]] = {
     "square": ("square", {}, ("queries",)),
     "pgd": ("pgd", {}, ("steps", "restarts")),
     "fgsm": ("fgsm", {}, ()),
+    "odi-pgd": ("odi_pgd", {}, ("steps", "restarts")),
     "mi-fgsm": ("mi_fgsm", {}, ("steps",)),
+    "frank-wolfe": ("frank_wolfe", {}, ("steps",)),
+    "black-frank-wolfe": ("black_frank_wolfe", {}, ("queries",)),
+    "nes-pgd": ("nes_pgd", {}, ("queries",)),
+    "rays": ("rays", {}, ("queries",)),
+    "adbd": ("adbd", {}, ("queries",)),
 }
-Method = Literal["autoattack", "apgd", "apgd-t", "fab", "square", "pgd", "fgsm", "mi-fgsm"]
-NO_TARGETS = ("autoattack",)
+Method = Literal[
+    "autoattack",
+    "apgd",
+    "apgd-t",
+    "fab",
+    "square",
+    "pgd",
+    "fgsm",
+    "odi-pgd",
+    "mi-fgsm",
+    "frank-wolfe",
+    "black-frank-wolfe",
+    "nes-pgd",
+    "rays",
+    "adbd",
+]
+NO_TARGETS = ("autoattack", "adbd")
+NO_RADIUS = ("adbd",)
+ONLY_LINF = ("rays", "adbd")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +68,17 @@ def attack(
     *,
     model: ModelPath,
     eps: Annotated[
-        float, option("Radius, in the units of the model's input, such as 8/255.", "NUMBER", parser=eps_of)
-    ],
+        float | None,
+        option(
+            "Radius, in the units of the model's input, such as 8/255; adbd needs none.",
+            "NUMBER",
+            parser=eps_of,
+        ),
+    ] = None,
     method: Annotated[Method, option("Attack to run.")] = "autoattack",
-    norm: Annotated[Literal["2", "inf"], option("Norm of the change.")] = "2",
+    norm: Annotated[
+        Literal["2", "inf"] | None, option("Norm of the change.", show_default="2; inf for rays and adbd")
+    ] = None,
     data: Annotated[
         str,
         option("`digits` (the demo's test images), or an .npz file with arrays x and y.", "DATA", "--data"),
@@ -61,8 +92,18 @@ def attack(
     steps: Annotated[
         int | None, option("Gradient steps.", "N", min=1, show_default="as in the method's paper")
     ] = None,
-    restarts: Annotated[int | None, option("Starts of every image.", "N", min=1, show_default="1")] = None,
-    queries: Annotated[int | None, option("Queries of every image.", "N", min=1, show_default="1000")] = None,
+    restarts: Annotated[
+        int | None, option("Starts of every image.", "N", min=1, show_default="1; 10 for odi-pgd")
+    ] = None,
+    queries: Annotated[
+        int | None,
+        option(
+            "Queries of every image.",
+            "N",
+            min=1,
+            show_default="1000 for square, 10000 for rays, 40000 for adbd, 50000 else",
+        ),
+    ] = None,
     batch_size: Annotated[int, option("Images at once.", "N", min=1)] = 256,
     seed: SeedOption = 0,
     files: Written,
@@ -72,7 +113,8 @@ def attack(
 
     Accuracy under attack is an upper bound of the robust accuracy; `lipbounds certify` proves the lower one. Every
     example that is reported was checked to lie within eps and the box. AutoAttack runs APGD-CE, APGD-T, FAB-T and
-    Square, each on the images that the ones before it left.
+    Square, each on the images that the ones before it left. square, black-frank-wolfe and nes-pgd ask for logits only,
+    rays and adbd for labels only. adbd has no radius: it measures how near the nearest misclassified point is at most.
 
     Examples:
     - `lipbounds attack report/mlp.safetensors --eps 0.3`
@@ -80,16 +122,14 @@ def attack(
     - `lipbounds attack net.onnx --method autoattack --eps 8/255 --norm inf --data mine.npz --page found.html`
 
     - `lipbounds attack report/mlp.safetensors --method pgd --restarts 50 --eps 0.3 --csv pgd.csv`
+
+    - `lipbounds attack report/mlp.safetensors --method adbd --queries 2000 --csv distances.csv`
     """
-    name, fixed, takes = METHODS[method]
-    given = {
-        key: value for key, value in (("steps", steps), ("restarts", restarts), ("queries", queries)) if value
-    }
-    for key in given:
-        if key not in takes:
-            raise typer.BadParameter(f"does not belong to --method {method}", param_hint=f"--{key}")
-    if targeted and method in NO_TARGETS:
-        raise typer.BadParameter(f"{method} has no targets", param_hint="--targeted")
+    given: Json = {"steps": steps, "restarts": restarts, "queries": queries}
+    given = {key: value for key, value in given.items() if value}
+    _check(method, eps, norm, targeted, given)
+    name, fixed, _ = METHODS[method]
+    norm = norm or ("inf" if method in ONLY_LINF else "2")
     with refusals() as stack:
         from lipbounds import analysis
         from lipbounds.analysis import attack_report
@@ -105,20 +145,35 @@ def attack(
         if targeted:
             options["target"] = analysis.random_targets(y, classes, seed)
         with tables.working() as tell:
-            found = getattr(analysis, name)(fn, x, y, eps, batch_size=batch_size, progress=tell, **options)
+            attacks = functools.partial(getattr(analysis, name), fn, x, y)
+            options |= {"batch_size": batch_size, "progress": tell}
+            said = attacks(**options) if eps is None else attacks(eps, **options)
+        found = said.attack if isinstance(said, analysis.BoundaryDistances) else said
         record = attack_report.attack_record(found, fn, y, batch_size)
-        words = ["lipbounds", "attack", str(model), "--method", method, "--eps", f"{eps:g}", "--norm", norm]
-        words += [
-            "--data",
-            data,
-            *(word for key, value in given.items() for word in (f"--{key}", str(value))),
-        ]
+        words = ["lipbounds", "attack", str(model), "--method", method, "--norm", norm, "--data", data]
+        words += ["--eps", f"{eps:g}"] if eps is not None else []
+        words += [word for key, value in given.items() for word in (f"--{key}", str(value))]
         about: Json = {"command": shlex.join(words), "model": str(model), "data": data, "method": method}
         record = {**common.header(), **about, "seed": seed, "box": [low, high], **record}
-        typer.echo(repr(found))
-        typer.echo(attack_report.ATTAINED)
+        typer.echo(repr(said))
+        typer.echo(attack_report.ATTAINED if said is found else attack_report.ATTAINED_DISTANCE)
         common.write_json(files.json, record)
         if files.csv is not None:
             typer.echo(f"table: {attack_report.write_attack_table(record, files.csv)}")
         if files.page is not None:
             typer.echo(f"page: {attack_report.write_attack_page(record, x, found, files.page)}")
+
+
+def _check(method: str, eps: float | None, norm: str | None, targeted: bool, given: Json) -> None:
+    """typer.BadParameter unless the method takes these options."""
+    for key in given:
+        if key not in METHODS[method][2]:
+            raise typer.BadParameter(f"does not belong to --method {method}", param_hint=f"--{key}")
+    if targeted and method in NO_TARGETS:
+        raise typer.BadParameter(f"{method} has no targets", param_hint="--targeted")
+    if norm not in (None, "inf") and method in ONLY_LINF:
+        raise typer.BadParameter(f"{method} measures distances in l-inf: leave it out", param_hint="--norm")
+    if eps is None and method not in NO_RADIUS:
+        raise typer.BadParameter(f"{method} needs a radius", param_hint="--eps")
+    if eps is not None and method in NO_RADIUS:
+        raise typer.BadParameter(f"{method} measures distances and has no radius", param_hint="--eps")
