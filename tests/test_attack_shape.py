@@ -76,6 +76,7 @@ def test_a_count_is_the_number_of_steps_that_suffice(data):
         np.testing.assert_array_equal(fewer.success, found.success & (found.steps <= steps))
 
 
+@pytest.mark.slow
 def test_a_tie_reaches_no_target():
     def fn(x):  # two classes that are tied wherever x <= 1/2
         return jnp.concatenate([jax.nn.relu(x - np.float32(0.5)), jnp.zeros_like(x)], axis=1)

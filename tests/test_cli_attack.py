@@ -128,6 +128,7 @@ def test_the_other_attacks_from_the_command_line(model_file, tmp_path, method, w
     assert all(many is None for many in asked) if method in ("frank-wolfe", "odi-pgd") else max(asked) <= 510
 
 
+@pytest.mark.slow
 def test_targets_from_the_command_line(model_file, tmp_path):
     words = (
         "--method",

@@ -26,6 +26,7 @@ def net(rng, n=10, hidden=8, classes=3):
 
 @pytest.mark.sampled(5)
 @pytest.mark.parametrize("p", [1.5, 1, 2, 3, math.inf])
+@pytest.mark.slow
 def test_the_extreme_point_is_the_best_of_ball_and_box(rng, p):
     x = rng.random((5, 6), np.float32)
     x[0, :3] = 0, 1, 0
@@ -47,6 +48,7 @@ def test_the_extreme_point_is_the_best_of_ball_and_box(rng, p):
         assert (v - at) @ row <= best.fun + 1e-4 * max(abs(best.fun), radius)
 
 
+@pytest.mark.slow
 def test_one_full_step_is_the_fast_gradient_sign_method(rng):
     fn, x = net(rng), rng.random((30, 10), np.float32)
     y = np.asarray(fn(x)).argmax(1)
@@ -79,6 +81,7 @@ def test_a_linear_classifier_is_broken_above_its_distance_and_never_below(rng, n
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(("norm", "beta"), [(math.inf, 0.0), (2, 0.5)])
+@pytest.mark.slow
 def test_the_smallest_gap_of_a_quadratic_is_below_its_bound(rng, norm, beta):
     n, eps, steps = 8, 0.4, 50
     a = np.linspace(-2, 3, n).astype(np.float32)  # an indefinite diagonal: not convex
@@ -116,6 +119,7 @@ def test_the_smallest_gap_of_a_quadratic_is_below_its_bound(rng, norm, beta):
 
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("p", [1, 2, math.inf])
+@pytest.mark.slow
 def test_no_iterate_leaves_ball_or_box(rng, p):
     fn, x = net(rng), rng.random((12, 10), np.float32)
     x[:, :2] = 0, 1

@@ -92,6 +92,7 @@ def test_the_gap_between_training_and_test_data(linear):
     assert near.any() and "an estimate" in repr(found)
 
 
+@pytest.mark.slow
 def test_curves_and_figures(linear):
     form, fn, x, y, exact = linear
     broken = rays(fn, x, y, 1.05 * exact, queries=150)

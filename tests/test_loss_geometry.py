@@ -29,7 +29,7 @@ def cross_entropy(fn, x, y):
     return np.asarray(-jax.nn.log_softmax(fn(jnp.asarray(x)))[np.arange(len(x)), y])
 
 
-@pytest.mark.parametrize("iterations", [20, 3])
+@pytest.mark.parametrize("iterations", [pytest.param(20, marks=pytest.mark.slow), 3])
 def test_the_eigenvalue_of_a_softmax_behind_a_linear_map(rng, iterations):
     fn, w, x, y = softmax_linear(rng)
     p = probabilities(w, x)
@@ -94,6 +94,7 @@ class Deep(nnx.Module):
         return self.layers[-1](x)
 
 
+@pytest.mark.slow
 def test_logits_of_scaled_weights_grow_with_the_depth(rng):
     net = Deep(nnx.Rngs(0))
     x, y = rng.random((10, 6), np.float32), rng.integers(0, 3, 10)

@@ -129,6 +129,7 @@ def test_a_worse_smoothed_network_fails_the_fifth_check(trained):
     assert NAMES[4] in found.failed and "the smoothed original is certified" in found[4].reason
 
 
+@pytest.mark.slow
 def test_without_an_original_two_checks_say_why(trained):
     fn, x, y = trained
     found = gradient_masking(fn, None, x, y, **SETTINGS | {"queries": 20, "steps": 3})

@@ -20,6 +20,7 @@ def net(rng, n=10, hidden=8, classes=4):
     return lambda b: jnp.abs((b - np.float32(0.5)) @ w[0]) @ w[1]
 
 
+@pytest.mark.slow
 def test_starts_are_diverse_in_the_output_and_inside(rng):
     fn, x = net(rng), rng.random((1, 10), np.float32).repeat(40, axis=0)
     where = jnp.asarray(x), jnp.full(40, 0.2, jnp.float32), np.float32(0), np.float32(1)
@@ -64,6 +65,7 @@ def test_with_the_identity_as_generator_it_is_the_plain_attack(rng):
     np.testing.assert_array_equal(made.adversarial[~made.success], x[~made.success])
 
 
+@pytest.mark.slow
 def test_the_risk_among_images_of_a_generator_is_at_most_the_risk(rng):
     basis = np.linalg.qr(rng.normal(size=(12, 3)))[0].astype(np.float32)
     generator = lambda z, y: np.float32(0.5) + z @ basis.T  # noqa: E731

@@ -82,6 +82,7 @@ def test_an_oracle_of_labels_gives_the_same_and_every_query_is_counted(rng, atta
         assert one.distance[3] == 0
 
 
+@pytest.mark.slow
 def test_the_steps_are_those_of_the_algorithm(rng):
     """One image, against a plain implementation of the corrected algorithm."""
     w = rng.normal(size=(13, 6)).astype(np.float32), rng.normal(size=(6, 3)).astype(np.float32)

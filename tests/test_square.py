@@ -132,6 +132,7 @@ def test_the_scan_of_accelerators_asks_the_same(rng, net, norm, monkeypatch):
     assert 0 < scanned.success.sum() < len(x) or norm == 2
 
 
+@pytest.mark.slow
 def test_the_search_ends_with_the_first_success():
     def fn(x):  # about half of all stripes break it, and squares go on to break it by more
         total = (x - np.float32(0.5)).sum(axis=1, keepdims=True)
@@ -155,6 +156,7 @@ def _count(calls):
     return tick
 
 
+@pytest.mark.slow
 def test_a_window_that_would_not_change_gets_the_opposite_signs(monkeypatch):
     def fn(x):
         total = x.sum(axis=(1, 2))
