@@ -102,7 +102,10 @@ def test_long_proofs_get_a_bar_with_their_cost(
     assert "proving the norms of 2 blocks, about" in " ".join(capfd.readouterr().err.split())
     seen: list[str] = []
     lb.naive(fresh(), progress=seen.append)
-    assert [line.split(" ", 1)[0] for line in seen] == ["forming", "norm", "norm"] and capfd.readouterr() == ("", "")
+    assert [line.split(" ", 1)[0] for line in seen] == ["forming", "norm", "norm"] and capfd.readouterr() == (
+        "",
+        "",
+    )
 
 
 def test_a_call_inside_another_one_is_as_loud_as_that_unless_it_is_silent_itself() -> None:
