@@ -20,6 +20,7 @@ import lipbounds as lb
 from lipbounds.training import loop, losses, parallel
 from lipbounds.training.config import Config
 from lipbounds.training.data import digits
+from lipbounds.training.layers import Dense
 from lipbounds.training.loop import accuracy, fit, split
 from lipbounds.training.models import build
 from lipbounds.training.step import Trainer, TrainState, pair_constants, trainer
@@ -405,3 +406,29 @@ def test_validation_sees_images_of_all_classes_and_a_holdout_of_none_is_refused(
     assert len(run.sample) == 1000 and counts.min() > 70
     with pytest.raises(ValueError, match="holdout 0.0001 of 1437 images holds out no image"):
         split(1437, 1e-4)
+
+
+class Spectral(nnx.Module):
+    """A spectral layer between two plain ones."""
+
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.first = Dense(64, 16, kind="spectral", rngs=rngs)
+        self.last = Dense(16, 10, kind="unit", rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.last(jax.nn.relu(self.first(x.reshape(*x.shape[:-3], -1))))
+
+
+@pytest.mark.slow
+def test_vectors_of_spectral_layers_move_on_with_the_weights() -> None:
+    """With the vectors of the beginning the norm of the trained layer is above 1; `fit` returns one of norm 1."""
+    model = Spectral()
+    config = Config(loss="cross-entropy", epochs=3, batch_size=64, learning_rate=2e-2, validate_every=3)
+    fitted = fit(config, model=model)
+    trained: Any = fitted.model
+    assert np.linalg.norm(np.asarray(trained.first.weights()), 2) == pytest.approx(1, abs=1e-4)
+    trained.first.vector.set_value(model.first.vector.get_value())
+    assert np.linalg.norm(np.asarray(trained.first.weights()), 2) > 1.1
+    kept = jax.tree.leaves(fitted.state.kept)
+    assert len(kept) == 1 and kept[0].shape == (64,) and fitted.log[-1]["clean"] > 0.5

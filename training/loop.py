@@ -277,7 +277,7 @@ class _Run:
         state = parallel.local(state)
         rows = self.sample
         x = self.images.pixels[rows] / np.float32(self.images.levels)
-        form = self.trainer.form(self.trainer.final_weights(state))
+        form = self.trainer.at(state.kept).form(self.trainer.final_weights(state))
         try:
             bound = proved_bound(form, self.config, state, iterations=0)
         except ValueError:  # multipliers that prove nothing yet must not end the run

@@ -17,6 +17,7 @@ follows bit for bit on one machine.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -29,13 +30,14 @@ import optax
 from flax import nnx
 
 import lipbounds as lb
-from lipbounds.training import losses
+from lipbounds.training import layers, losses
 from lipbounds.training.augment import Augmentation
 from lipbounds.training.config import Config
 from lipbounds.training.optimisers import optimiser
 from lipbounds.training.parallel import Devices
 
 _FLOAT = jnp.float32
+_FIRST_ITERATIONS, _LAST_ITERATIONS = 10, 100  # of spectral layers, before training and behind it
 _LONGEST = (
     4.0  # largest scale of the kept gradient, as a batch with few examples below r0 is a poor reference
 )
@@ -66,6 +68,7 @@ class TrainState(NamedTuple):
         held: see `Held`.
         average: averaged weights, else ().
         step: number of finished steps, skipped ones included.
+        kept: vectors of the power iterations of spectral layers, which move on with every step.
     """
 
     weights: Any
@@ -75,6 +78,7 @@ class TrainState(NamedTuple):
     held: Any
     average: Any
     step: jax.Array
+    kept: Any = ()
 
 
 class Metrics(NamedTuple):
@@ -105,6 +109,20 @@ class Trainer:
         return self.images // self.config.batch_size
 
     # --- the network and its bound ---------------------------------------------------------------------------------
+
+    def at(self, kept: Any) -> Trainer:
+        """This trainer with the vectors that a state keeps for spectral layers."""
+        if not jax.tree.leaves(kept):
+            return self
+        return dataclasses.replace(self, rest=nnx.merge_state(self.rest, kept))
+
+    def advanced(self, weights: Any, steps: int = 1) -> Any:
+        """The vectors of spectral layers after so many steps of their power iterations."""
+        if not jax.tree.leaves(nnx.filter_state(self.rest, layers.Kept)):
+            return nnx.filter_state(self.rest, layers.Kept)
+        model = nnx.merge(self.graph, weights, self.rest, copy=True)  # inside jit only a copy may change
+        layers.iterate(model, steps)
+        return nnx.state(model, layers.Kept)
 
     def network(self, weights: Any, x: jax.Array) -> jax.Array:
         """Logits (B, K) of images x."""
@@ -176,6 +194,8 @@ class Trainer:
         state = TrainState(
             weights, multipliers, self.optimiser.init(trained), bound, held, average, jnp.zeros((), jnp.int32)
         )
+        # spectral layers start near their constant, and keep up from then on
+        state = state._replace(kept=self.advanced(weights, _FIRST_ITERATIONS))
         # strongly typed, as every later state is, so that the epoch is compiled once
         return jax.tree.map(lambda a: jnp.asarray(a, a.dtype), state)
 
@@ -259,6 +279,9 @@ class Trainer:
         return self._step(state, augment(key, x), self.devices.spread(labels[rows]))
 
     def _step(self, state: TrainState, x: jax.Array, labels: jax.Array) -> tuple[TrainState, Any]:
+        return self.at(state.kept)._stepped(state, x, labels)
+
+    def _stepped(self, state: TrainState, x: jax.Array, labels: jax.Array) -> tuple[TrainState, Any]:
         trained = (state.weights, state.multipliers)
         x = x.astype(self.config.forward)
         logits, pull = jax.vjp(lambda weights: self.network(weights, x).astype(_FLOAT), state.weights)
@@ -271,7 +294,8 @@ class Trainer:
         updates, moments = self.optimiser.update(gradient, state.moments, trained)
         weights, multipliers = optax.apply_updates(trained, updates)
         average = self._average(state, weights)
-        new = TrainState(weights, multipliers, moments, bound, held, average, state.step)
+        kept = self.advanced(weights)
+        new = TrainState(weights, multipliers, moments, bound, held, average, state.step, kept)
         new = jax.tree.map(lambda a, b: jnp.where(fine, a.astype(b.dtype), b), new, state)
         seen = (
             loss,
@@ -353,8 +377,9 @@ class Trainer:
         return state.weights if self.config.average == "none" else state.average
 
     def model(self, state: TrainState) -> nnx.Module:
-        """The network with the final weights of a state."""
-        return nnx.merge(self.graph, self.final_weights(state), self.rest)
+        """The network with the final weights of a state, and spectral layers whose iteration has converged on them."""
+        weights, made = self.final_weights(state), self.at(state.kept)
+        return nnx.merge(self.graph, weights, made.at(made.advanced(weights, _LAST_ITERATIONS)).rest)
 
 
 def _calm(bound: Any) -> Any:

@@ -52,8 +52,8 @@ class Watch:
 
     @cached_property
     def _logits(self) -> Any:
-        def logits(weights: Any, pixels: jax.Array) -> jax.Array:
-            return self.trainer.network(weights, self._inputs(pixels))
+        def logits(weights: Any, kept: Any, pixels: jax.Array) -> jax.Array:
+            return self.trainer.at(kept).network(weights, self._inputs(pixels))
 
         return jax.jit(logits, out_shardings=self.trainer.devices.replicated)
 
@@ -73,10 +73,10 @@ class Watch:
         made = self.trainer
         weights = made.final_weights(state)
         with made.precision(), jax.numpy_dtype_promotion("standard"):
-            logits = [self._logits(weights, pixels) for pixels, _ in self._batches]
+            logits = [self._logits(weights, state.kept, pixels) for pixels, _ in self._batches]
             if made.config.uses_constants:
                 answers = (logits, [labels for _, labels in self._batches])
-                found, bound = self._figures(weights, state.multipliers, state.bound, answers)
+                found, bound = self._figures(weights, state.multipliers, state.bound, state.kept, answers)
                 state = state._replace(bound=bound)
         figures: Record = dict.fromkeys(FIGURES)
         if not made.config.uses_constants:
@@ -87,8 +87,8 @@ class Watch:
         figures |= zip(FIGURES, numbers, strict=False)  # losses that are no sum have no forces
         return state, {k: v if v is None or np.isfinite(v) else None for k, v in figures.items()}
 
-    def _look(self, weights: Any, multipliers: Any, bound: Any, answers: Any) -> Any:
-        made, config = self.trainer, self.trainer.config
+    def _look(self, weights: Any, multipliers: Any, bound: Any, kept: Any, answers: Any) -> Any:
+        made, config = self.trainer.at(kept), self.trainer.config
         count = len(self.labels)
         inputs = [self._inputs(pixels) for pixels, _ in self._batches]
         pairs, back, after = jax.vjp(
