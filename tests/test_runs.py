@@ -192,6 +192,9 @@ RESUMED = [
             {"constants": "recursion", "arch": "64-8-10", "precision": "float64"},
             {"constants": "recursion"},  # a linear network: no multipliers
             {"loss": "gloro", "constants": "naive", "average": "swa", "flip": True, "degrees": 10.0},
+            {"constants": "liplt", "optimiser": "nadam", "lookahead": 3, "schedule": "multi-step"},
+            {"constants": "naive", "optimiser": "nadam", "schedule": "cyclic", "average": "ema", "crop": 1},
+            {"constants": "local", "arch": "64-8-10", "activation": "clipped-relu", "eps": 0.1, "refresh": 1},
         )
     ),
 ]
@@ -434,10 +437,19 @@ def test_kill_9_while_a_checkpoint_is_written(copied: pathlib.Path, whole: Fitte
 
 
 @pytest.mark.slow
-def test_kill_9_again_and_again(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"optimiser": "nadam", "lookahead": 6, "schedule": "multi-step"},
+        {"optimiser": "nadam", "lookahead": 6, "schedule": "cyclic", "average": "ema"},
+    ],
+    ids=lambda fields: fields.get("schedule", "adam"),
+)
+def test_kill_9_again_and_again(tmp_path: pathlib.Path, fields: dict[str, Any]) -> None:
     config = Config.from_json(
         {**PLAIN.to_json(), "epochs": 60, "loss": "crm", "constants": "liplt", "warmup": 2, "ramp": 9}
-        | {"initialisation": "unit", "eps": 0.1}
+        | {"initialisation": "unit", "eps": 0.1, **fields}
     )
     whole = fit(config)
     with pytest.raises(Stop):
