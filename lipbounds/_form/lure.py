@@ -317,8 +317,10 @@ class Cut:
     width: int
 
 
-def state_sequence(program: Program) -> tuple[Cut, ...]:
+def state_sequence(program: Program, *, late: bool = False) -> tuple[Cut, ...]:
     """The state s_k before each tap k, and after the last one: the narrowest cut between two taps.
+
+    Of equally narrow ones the first, or the last with `late`, where more of the linear map lies in front of the cut.
 
     Between cuts everything is one linear map, y_k = W_k s_k and s_{k+1} = H_k s_k + G_k v_k, so every DAG is a sequence
     of residual blocks. Cut 0 is the input or what is left of it before tap 0; the last cut is the output.
@@ -330,7 +332,8 @@ def state_sequence(program: Program) -> tuple[Cut, ...]:
 
     cuts, start = [], 0
     for place in program.tap_places:
-        cuts.append(min((at(p) for p in range(start, place + 1)), key=lambda cut: cut.width))
+        places = range(start, place + 1)
+        cuts.append(min((at(p) for p in (reversed(places) if late else places)), key=lambda cut: cut.width))
         start = place + 1
     cuts.append(at(len(program.steps)))
     return tuple(cuts)

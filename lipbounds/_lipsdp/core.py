@@ -37,6 +37,7 @@ _FURTHEST = 20.0  # |log| of a multiplier over the size of its ellipsoid
 _MARGIN = 0.1  # relative distance from the edge of feasibility that multipliers keep,
 _BESIDE = 0.25  # times this where something passes the tap
 _TIGHT = 9  # squarings of that edge
+_BLOCK = 64  # side of the blocks that LAPACK factorises
 _LEAST = 0.02  # |c| / r of the closed-form start is at least this
 
 
@@ -215,7 +216,7 @@ def _prepare(
     start, runs = stages(form, dtype)
     start, exponent = _near_one(start)
     if reach is None:
-        sigma = product(start, start.T)
+        sigma = _gram(start)
     else:
         reach, shift = recursion_step.rescale(reach)
         sigma, exponent = product(product(start, reach), start.T), exponent + shift / 2
@@ -227,9 +228,19 @@ def _prepare(
     return sigma, 2 * exponent, runs, front_state, good
 
 
+@jax.custom_vjp
+def _gram(m: jax.Array) -> jax.Array:
+    """m m', with one product for its gradient."""
+    return product(m, m.T)
+
+
+_gram.defvjp(lambda m: (_gram(m), m), lambda m, g: (product(g + g.T, m),))
+
+
 def _finite(tree: Any) -> jax.Array:
-    leaves = [jnp.isfinite(jax.lax.stop_gradient(jnp.asarray(leaf))).all() for leaf in jax.tree.leaves(tree)]
-    return jnp.stack(leaves).all() if leaves else jnp.ones((), bool)
+    # Infinity and NaN times 0 is NaN; sums of numbers are quicker on a CPU than conjunctions of booleans.
+    leaves = [jnp.sum(0 * jax.lax.stop_gradient(jnp.asarray(leaf))) for leaf in jax.tree.leaves(tree)]
+    return jnp.stack([jnp.isfinite(leaf) for leaf in leaves]).all() if leaves else jnp.ones((), bool)
 
 
 def _or_default(good: jax.Array, multipliers: Any) -> Any:
@@ -314,7 +325,7 @@ def _through(sigma: jax.Array, stage: Stage, q: Any, slopes: str) -> tuple[jax.A
 
 
 def _feasible(sy: jax.Array, q: Any, kappa: jax.Array, alone: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(D, the Cholesky factor of D - Sy, q) with D = ||Sy||_F exp(q), or its least multiple that is feasible.
+    """(D, L^-1, q) with D - Sy = L L' and D = ||Sy||_F exp(q), or its least multiple that is feasible.
 
     It stays inside the feasible set by a margin (continuous in q), as at the edge (D - Sy)^-1 and its gradient would
     ruin a training step. Without q the closed form D = lambda_max(Sy) (1 + |c| / r), the best for one neuron alone.
@@ -336,31 +347,45 @@ def _feasible(sy: jax.Array, q: Any, kappa: jax.Array, alone: bool) -> tuple[jax
         half = jax.lax.rsqrt(nearest)
         return d * recursion_step.top(half[:, None] * sy * half, _TIGHT)
 
-    safe = jnp.isfinite(_cholesky(jax.lax.stop_gradient(nearest), still)).all()
+    at_edge, _ = _inverse_factor(jnp.diag(jax.lax.stop_gradient(nearest)) - still)
+    safe = jnp.isfinite(jnp.diagonal(at_edge)).all()
     d = jax.lax.cond(safe, lambda: d, moved)
-    return d, _cholesky(jax.lax.stop_gradient(d), still), q
+    return d, _inverse_factor(jnp.diag(jax.lax.stop_gradient(d)) - still)[1], q
 
 
-def _cholesky(d: jax.Array, sy: jax.Array) -> jax.Array:
-    return factorised.cholesky(jnp.diag(d) - sy)
+def _inverse_factor(m: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(L, L^-1) with m = L L', by blocks: almost all of it is products, which are quicker than LAPACK's solves."""
+    n = m.shape[0]
+    if n <= _BLOCK:
+        factor = factorised.cholesky(m)
+        return factor, factorised.solve_lower(factor, jnp.eye(n, dtype=m.dtype))
+    half = n // 2
+    first, inverse = _inverse_factor(m[:half, :half])
+    below = product(m[half:, :half], inverse.T)
+    last, after = _inverse_factor(m[half:, half:] - product(below, below.T))
+    corner = -product(after, product(below, inverse))
+    zero = jnp.zeros((half, n - half), m.dtype)
+    return jnp.block([[first, zero], [below, last]]), jnp.block([[inverse, zero], [corner, after]])
 
 
 @jax.custom_vjp
-def _schur(factor: jax.Array, d: jax.Array, sy: jax.Array, cross: jax.Array) -> jax.Array:
-    """cross' (D - Sy)^-1 cross, given the Cholesky factor of D - Sy."""
-    return _schur_forward(factor, d, sy, cross)[0]
+def _schur(inverse: jax.Array, d: jax.Array, sy: jax.Array, cross: jax.Array) -> jax.Array:
+    """cross' (D - Sy)^-1 cross, given the inverse of the Cholesky factor of D - Sy."""
+    return _schur_forward(inverse, d, sy, cross)[0]
 
 
-def _schur_forward(factor: Any, d: Any, sy: Any, cross: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    z = factorised.solve_lower(factor, cross)
-    return product(z.T, z), (factor, z)
+def _schur_forward(
+    inverse: Any, d: Any, sy: Any, cross: Any
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    z = product(inverse, cross)
+    return product(z.T, z), (inverse, z)
 
 
 def _schur_backward(saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    factor, z = saved
-    v = factorised.solve_lower_transposed(factor, z)  # (D - Sy)^-1 cross
+    inverse, z = saved
+    v = product(inverse.T, z)  # (D - Sy)^-1 cross
     pulled = product(v, g + g.T)
-    return jnp.zeros_like(factor), -jnp.sum(pulled * v, axis=1) / 2, product(pulled, v.T) / 2, pulled
+    return jnp.zeros_like(inverse), -jnp.sum(pulled * v, axis=1) / 2, product(pulled, v.T) / 2, pulled
 
 
 _schur.defvjp(_schur_forward, _schur_backward)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -68,11 +69,15 @@ class _Identity:
         return jnp.eye(size, dtype=dtype).reshape(size, *self.shape)
 
 
+# Layers of one width: a state behind a product needs it once, one in front of it a second time, for the identity.
+_cuts = partial(state_sequence, late=True)
+
+
 def stages(form: LureForm, dtype: Any) -> tuple[jax.Array, list[Run]]:
     """(A_0, runs): s_0 = A_0 x, then all taps of the elementwise view of `form`."""
     view = elementwise_view(form)
     program = view.program
-    cuts = state_sequence(program)
+    cuts = _cuts(program)
     start = _block(view, -1, dtype)[0]
     found: list[tuple[Stage, str]] = []
     for k in range(len(program.taps)):
@@ -160,7 +165,7 @@ class _Columns(Batches):
 
 def _block(view: LureForm, k: int, dtype: Any) -> tuple[Any, Any]:
     """(H, W) of tap k with v = 0; for k = -1 (A_0, None). _Identity only as A_0, W is None for it, and H for zero."""
-    program, cuts = view.program, state_sequence(view.program)
+    program, cuts = view.program, _cuts(view.program)
     first, names = (0, (0,)) if k < 0 else (cuts[k].step, cuts[k].registers)
     blocks, inputs = [], []
     for name in names:
@@ -185,7 +190,7 @@ def _block(view: LureForm, k: int, dtype: Any) -> tuple[Any, Any]:
 
 def _from_tap(view: LureForm, k: int, dtype: Any) -> jax.Array:
     """G (d+, n) of tap k."""
-    tap, end = view.taps[k], state_sequence(view.program)[k + 1]
+    tap, end = view.taps[k], _cuts(view.program)[k + 1]
     columns = _Columns(view, tap.size_out, dtype)
     if len(tap.outputs) == 1:
         given: dict[int, Any] = {tap.outputs[0]: _Identity(tap.shapes[0])}
