@@ -90,7 +90,7 @@ def test_no_attack_succeeds_inside_a_radius_of_any_engine(net: str, norm: float,
     if way not in GLOBAL:
         # other batches round logits differently; local LipLT gains on fewer images of smooth networks
         assert (found >= (1 - 1e-13) * wide).all()
-        assert (found > 1.02 * wide).mean() > (0.1 if way == "LipLT" else 0.5), "the engine was hardly used"
+        assert (found > 1.02 * wide).mean() > (0.02 if way == "LipLT" else 0.5), "the engine was hardly used"
     for loss in ("margin", "ce"):
         assert not broken(given, NEAR * found, norm, steps=60, restarts=3, loss=loss).any()
     assert used(given, found, norm).max() <= 1 + SLACK
