@@ -100,7 +100,7 @@ def autoattack(
     stages: list[Stage] = []
     found: Attack | None = None
     with reporting(settings.progress):
-        notes = list(_checked(fn, x, settings))
+        notes = list(checked(fn, x, settings))
         for name, finds in _stages(fn, x, y, settings):
             begin = time.perf_counter()
             before = found
@@ -131,7 +131,7 @@ def _stages(fn: Any, x: Any, y: Any, settings: AttackSettings) -> Iterator[tuple
     yield from zip(STAGES, finds, strict=True)
 
 
-def _checked(fn: Any, x: Any, settings: AttackSettings) -> Iterator[str]:
+def checked(fn: Any, x: Any, settings: AttackSettings) -> Iterator[str]:
     """Remarks on the network. ValueError where AutoAttack would misjudge it."""
     model, weights = split(fn)
     points = as_points(x)

@@ -12,10 +12,11 @@ of radius eps / sqrt(n) (n pixel values), the largest that the l2 ball of radius
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,14 @@ from lipbounds._text import Progress
 from lipbounds.analysis.attack_search import Attack, length
 from lipbounds.analysis.attack_settings import AttackSettings
 from lipbounds.analysis.attacks import pgd
+from lipbounds.analysis.autoattack import autoattack, checked
 from lipbounds.analysis.experiment import Json, eps_grid, norm_key, radii_record
 from lipbounds.errors import GuaranteeError
 from lipbounds.results import Guarantee, Part, check_norm
 
 UNIT = "pixel values in [0, 1]"
 FROM_CERTIFICATE = "from the run's certificate, proved again: its time is that of the proof"
+ATTACKS = ("pgd", "autoattack")
 NOT_UPPER = ("empirical", "liplt-estimate")
 
 #: Radii at which the field reports certified accuracy, in pixel values; of the digits, our own choice.
@@ -192,6 +195,7 @@ def evaluate(
     pgd_restarts: int = 1,
     pgd_norms: Sequence[Any] = (2, math.inf),
     paper_units: float | None = None,
+    attack: str = "pgd",
     images: int | None = None,
     guarantee: Guarantee = "auto",
     seed: int = 0,
@@ -207,6 +211,7 @@ def evaluate(
         methods: the bounds, by name or as they are (see `certify`).
         pgd_steps, pgd_restarts, pgd_norms: of the attacks, one for every norm and eps. A further one in l2 searches
             inside every certified radius, where nothing can be found.
+        attack: "pgd", or "autoattack" to run AutoAttack, too, for the same norms and eps.
         images: so many of the images, the first ones; None for all.
         guarantee: of the bounds that are computed here.
         seed: of everything random.
@@ -217,6 +222,10 @@ def evaluate(
         pgd            norm "2" or "inf" -> accuracy under attack, by eps: the share that is classified correctly and
                        for which no attack found an example this close, so that it never grows with eps
         pgd_settings   steps, restarts, loss; `eps_inf`: the l-inf radius that belongs to eps, by eps
+        attacked       `by`: names of the attacks;  norm -> accuracy under all of them together, by eps: upper bounds of
+                       the robust accuracy;  `curve`: the same in l2 on a grid of eps
+        robust         by eps in l2: `certified`, the largest certified accuracy, by the method `by`, and `attacked`;
+                       the robust accuracy lies between them
         inside         how many images were attacked inside their radius, and the number broken, which is 0
         rounding       decisions of the float32 program that differ from the network in real arithmetic, which is
                        what is certified; they lie within float32 rounding of a tie and count as the latter says
@@ -233,6 +242,10 @@ def evaluate(
     x, y = _first(x, y, images)
     levels = _levels(eps, 1.0 if paper_units is None else paper_units)
     attacks = {p: AttackSettings(p, seed=seed, progress=progress) for p in map(check_norm, pgd_norms)}
+    if attack not in ATTACKS:
+        raise ValueError(f"attack must be one of {', '.join(ATTACKS)}, got {attack!r}")
+    if attack == "autoattack":
+        tuple(checked(model, x, AttackSettings()))
     clean = pgd(model, x, y, 0.0, steps=0)  # bad images are refused before the bounds take their time
     found = certify(model, x, y, methods=methods, guarantee=guarantee, seed=seed, progress=progress)
     radius = found.radius(len(x))
@@ -240,11 +253,29 @@ def evaluate(
     # rounded down, so that the l2 ball contains the l-inf ball
     shrink = {2.0: 1.0, math.inf: (1 - 2.0**-48) / math.sqrt(x[0].size)}
     inside: list[tuple[AttackSettings, Any]] = [(AttackSettings(seed=seed, progress=progress), radius)]
-    balls = inside + [(settings, e * shrink[p]) for p, settings in attacks.items() for e in levels]
+    balls = [(settings, e * shrink[p]) for p, settings in attacks.items() for e in levels]
     ascent: Json = {"steps": pgd_steps, "restarts": pgd_restarts}
-    nearest, rounded = _nearest(model, found, x, y, balls, list(attacks), ascent)
+    by_pgd = functools.partial(pgd, model, x, y, **ascent)
+    nearest, rounded = _nearest(by_pgd, found, x, y, inside + balls, list(attacks))
+    by_all, names = nearest, ["PGD"]
+    if attack == "autoattack":
+        balls = [(settings, ball) for settings, ball in balls if ball > 0]
+        also, more = _nearest(functools.partial(autoattack, model, x, y), found, x, y, balls, list(attacks))
+        by_all, rounded = {p: np.minimum(nearest[p], also[p]) for p in attacks}, rounded + more
+        names.append("AutoAttack")
     rounding = int((correct & ~clean.correct).sum()) + rounded
-    beyond = {p: {str(e): nearest[p] > e * shrink[p] for e in levels} for p in attacks}
+
+    def left(distance: np.ndarray, e: float) -> float:
+        return float(np.mean(correct & (distance > e)))
+
+    def by_eps(distances: Mapping[float, np.ndarray]) -> Json:
+        return {norm_key(p): {str(e): left(distances[p], e * shrink[p]) for e in levels} for p in attacks}
+
+    certified = found.record(levels)
+    together: Json = {"by": names, **by_eps(by_all)}
+    if 2.0 in by_all:
+        grid = sorted({*eps_grid(list(found.radii.values())), *levels})
+        together["curve"] = {"eps": grid, "accuracy": [left(by_all[2.0], e) for e in grid]}
     factor = 1.0 if paper_units is None else float(paper_units)
     given = {str(e / factor): e for e in sorted({float(e) for e in eps})}
     return {
@@ -253,35 +284,43 @@ def evaluate(
         "eps": levels,
         "unit": UNIT,
         "seed": seed,
-        "pgd": {
-            norm_key(p): {e: float(np.mean(correct & far)) for e, far in beyond[p].items()} for p in attacks
-        },
+        "pgd": by_eps(nearest),
+        "attacked": together,
+        "robust": _brackets(certified["certified"], together.get("2"), levels),
         "pgd_settings": ascent
         | {"loss": clean.loss, "eps_inf": {str(e): e * shrink[math.inf] for e in levels}},
         "inside": {"images": int((radius > 0).sum()), "broken": 0},
         "rounding": rounding,
-        **found.record(levels),
+        **certified,
         "paper_units": None if paper_units is None else {"factor": factor, "given": given},
     }
 
 
+def _brackets(certified: Json, attacked: Json | None, levels: Sequence[float]) -> Json:
+    """By eps: the largest certified accuracy, the method it is by, and the accuracy under attack."""
+    made: Json = {}
+    for e in map(str, levels) if attacked is not None else ():
+        by = max(certified, key=lambda name: certified[name][e], default=None)
+        made[e] = {"certified": 0.0 if by is None else certified[by][e], "by": by, "attacked": attacked[e]}
+    return made
+
+
 def _nearest(
-    model: Any,
+    run: Callable[..., Attack],
     found: Certified,
     x: np.ndarray,
     y: np.ndarray,
     balls: Sequence[tuple[AttackSettings, Any]],
     norms: Sequence[float],
-    ascent: Json,
 ) -> tuple[dict[float, np.ndarray], int]:
-    """{norm: (N,) distance of the nearest adversarial example that PGD found}, and how many only rounding broke.
+    """{norm: (N,) distance of the nearest adversarial example that was found}, and how many only rounding broke.
 
-    PGD runs in every ball (settings, eps); the distance is inf where it found none.
+    The attack, run(eps, settings), runs in every ball (settings, eps); the distance is inf where it found none.
     """
     radius, rounding = found.radius(len(x)), 0
     nearest = {p: np.full(len(x), np.inf) for p in norms}
     for settings, ball in balls:
-        attack = pgd(model, x, y, ball, settings, **ascent)
+        attack = run(ball, settings)
         broken, rounded = _real(found, attack, x, y, radius)
         rounding += rounded
         for p in norms:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -117,7 +118,8 @@ def radii_figure(panels: Sequence[tuple[str, Json]], marks: Sequence[float]) -> 
     """Distribution of certified radii, one panel per network (title, record of `evaluation`), one line per bound.
 
     A line is the share of the images that are classified correctly with a radius above eps (Figure 1 of arXiv
-    2310.00116); between two points of the grid the smaller share is drawn. `marks` are eps to point out.
+    2310.00116); between two points of the grid the smaller share is drawn. `marks` are eps to point out. The shaded
+    band ends at the accuracy under attack, of which the larger share is drawn between two points.
     """
     figure = new_figure(7.6, 0.8 + 3.4 * len(panels))
     axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
@@ -135,6 +137,18 @@ def radii_figure(panels: Sequence[tuple[str, Json]], marks: Sequence[float]) -> 
                 label=f"{label_text(LABELS.get(name, name), 40)} ({record['guarantee'][name]})",
                 color=RADII_LINES[names.index(name) % len(RADII_LINES)],
                 linewidth=1.9,
+            )
+        if "curve" in record.get("attacked", {}):
+            edges, lower, upper = robust_band(record, top)
+            ax.fill_between(
+                edges,
+                lower,
+                upper,
+                step="post",
+                color=MUTED,
+                alpha=0.18,
+                linewidth=0,
+                label="robust accuracy lies here",
             )
         ax.axhline(record["clean"], color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
         for mark in marks:
@@ -155,6 +169,23 @@ def radii_figure(panels: Sequence[tuple[str, Json]], marks: Sequence[float]) -> 
             )
     axes[-1].set_xlabel("ε, ℓ₂ norm, pixel values in [0, 1]", fontsize=9.5, color=INK)
     return figure
+
+
+def robust_band(record: Json, top: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(edges, lower, upper): between an edge and the next, the robust accuracy lies from `lower` to `upper`.
+
+    `lower` is the best certified accuracy at the next edge, `upper` the accuracy under attack at this one.
+    """
+    curves = [record["attacked"]["curve"], *record["radii"].values()]
+    edges = np.unique([0.0, top, *(e for curve in curves for e in curve["eps"] if e <= top)])
+    following = np.append(edges[1:], top)
+    lower = np.zeros(len(edges))
+    for curve in record["radii"].values():
+        at = np.minimum(np.searchsorted(curve["eps"], following), len(curve["eps"]) - 1)
+        lower = np.maximum(lower, np.asarray(curve["accuracy"])[at])
+    attacked = record["attacked"]["curve"]
+    at = np.maximum(np.searchsorted(attacked["eps"], edges, side="right") - 1, 0)
+    return edges, lower, np.asarray(attacked["accuracy"])[at]
 
 
 def contrast_figure(rivals: Sequence[Json]) -> Figure:

@@ -65,6 +65,7 @@ def test_fab_finds_the_distance_of_a_linear_network(norm):
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.slow
 def test_the_shift_to_a_hyperplane_in_the_box_is_the_shortest(rng, norm):
     """Against the same by sorting: breakpoints in turn until the hyperplane is reached."""
 
@@ -105,6 +106,7 @@ def test_the_shift_to_a_hyperplane_in_the_box_is_the_shortest(rng, norm):
 
 # ------------------------------------------------------------------------------------------------- losses, schedule
 @pytest.mark.parametrize("loss", ["dlr", "dlr-t"])
+@pytest.mark.slow
 def test_dlr_does_not_change_with_scale_and_shift(rng, loss):
     z = jnp.asarray(rng.normal(size=(30, 6)), jnp.float32)
     y = jnp.asarray(rng.integers(0, 6, 30), jnp.int32)
@@ -134,6 +136,7 @@ def curved(batch):
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.slow
 def test_the_best_loss_never_falls_and_the_step_is_only_ever_halved(norm, monkeypatch):
     x, _, _ = case(norm)
     y = np.asarray(curved(x)).argmax(1)
@@ -286,5 +289,5 @@ def test_large_logits_are_no_overflow():
     x, _, _ = case(2, 4)
     settings = analysis.AttackSettings(**FREE)
     assert not [
-        note for note in auto._checked(lambda b: 100 * linear(b) + 1e4, x, settings) if "log-prob" in note
+        note for note in auto.checked(lambda b: 100 * linear(b) + 1e4, x, settings) if "log-prob" in note
     ]

@@ -17,7 +17,7 @@ from lipbounds._comparison.compare import METHODS as BOUNDS
 from lipbounds.analysis.attacks import pgd
 from lipbounds.analysis.evaluation import USUAL_EPS, certificates, evaluate, paper_units
 from lipbounds.analysis.evaluation_report import write_evaluation_report
-from lipbounds.analysis.figures import radii_figure
+from lipbounds.analysis.figures import radii_figure, robust_band
 from lipbounds.errors import GuaranteeError
 from lipbounds.training import data, runs
 from lipbounds.training.config import Config
@@ -298,6 +298,54 @@ def test_the_figure_shows_the_shares_of_the_record(record):
             np.testing.assert_array_equal(shown[:-1], record["radii"][name]["accuracy"])
         marks = [line.get_xdata()[0] for line in ax.get_lines() if len(set(line.get_xdata())) == 1]
         assert marks == EPS
+
+
+def test_the_band_holds_both_sides_at_every_eps(record):
+    """`lower` <= every certified share and `upper` >= the attained one, on the whole of each interval."""
+    curve, best = record["attacked"]["curve"], record["robust"]
+    edges, lower, upper = robust_band(record, 2.0)
+    assert (lower <= upper).all() and (np.diff(upper) <= 0).all() and upper[0] <= record["clean"]
+    for eps in (0.01, *EPS, 0.77, 1.9):
+        at = np.searchsorted(edges, eps, side="right") - 1
+        for radii in record["radii"].values():
+            if eps in radii["eps"]:
+                assert lower[at] <= max(r["accuracy"][r["eps"].index(eps)] for r in record["radii"].values())
+        known = [share for e, share in zip(curve["eps"], curve["accuracy"], strict=True) if e <= eps]
+        assert upper[at] == known[-1]
+    for e in EPS:
+        row = best[str(e)]
+        assert row["certified"] == max(each[str(e)] for each in record["certified"].values())
+        assert row["certified"] == record["certified"][row["by"]][str(e)] <= row["attacked"]
+        assert row["attacked"] == record["attacked"]["2"][str(e)] == record["pgd"]["2"][str(e)]
+        at = np.searchsorted(edges, e, side="right") - 1
+        assert lower[at] <= row["certified"] and upper[at] >= row["attacked"]
+    figure = radii_figure([("mine", record)], EPS)
+    assert len(figure.axes[0].collections) == 1
+    assert (
+        not radii_figure([("old", {k: v for k, v in record.items() if k != "attacked"})], EPS)
+        .axes[0]
+        .collections
+    )
+
+
+@pytest.mark.slow
+def test_autoattack_beside_pgd(model, test_set, tmp_path):
+    options = {"eps": EPS, "methods": ("naive", "liplt"), "pgd_steps": 3, "images": 20}
+    found = evaluate(model, *test_set, attack="autoattack", **options)
+    assert found["attacked"]["by"] == ["PGD", "AutoAttack"]
+    for norm, row in found["pgd"].items():
+        for e, share in row.items():
+            assert found["attacked"][norm][e] <= share
+    for row in found["robust"].values():
+        assert row["certified"] <= row["attacked"] <= found["clean"]
+    assert "PGD and AutoAttack" in write_evaluation_report(page_record(found), tmp_path).read_text()
+
+
+def test_an_attack_that_cannot_run_is_refused_at_once(model, test_set):
+    with pytest.raises(ValueError, match="attack must be one of pgd, autoattack, got 'zoo'"):
+        evaluate(model, *test_set, eps=EPS, attack="zoo")
+    with pytest.raises(ValueError, match="at least 4 classes"):
+        evaluate(lambda b: b.reshape(len(b), -1)[:, :3], *test_set, eps=EPS, attack="autoattack")
 
 
 # ------------------------------------------------------------------------------------------------- the command
