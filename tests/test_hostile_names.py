@@ -312,6 +312,12 @@ def _evaluation():
         "pgd_settings": {"steps": 1, "restarts": 1},
         "certified": {ALL: {"0.1": 0.4}},
         "guarantee": {ALL: "verified"},
+        "attacked": {
+            "by": ["PGD", ALL],
+            "2": {"0.1": 0.5},
+            "curve": {"eps": [0.0, 0.1], "accuracy": [1.0, 0.5]},
+        },
+        "robust": {"0.1": {"certified": 0.4, "by": ALL, "attacked": 0.5}},
         "inside": {"images": 2, "broken": 0},
         "rounding": 0,
         "refused": {ALL: ALL},
