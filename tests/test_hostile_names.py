@@ -313,7 +313,7 @@ def _evaluation():
         "certified": {ALL: {"0.1": 0.4}},
         "guarantee": {ALL: "verified"},
         "attacked": {
-            "by": ["PGD", ALL],
+            "by": ["PGD", "AutoAttack"],
             "2": {"0.1": 0.5},
             "curve": {"eps": [0.0, 0.1], "accuracy": [1.0, 0.5]},
         },
