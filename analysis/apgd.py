@@ -299,7 +299,7 @@ def _advance(
         cut = (few | (~state.halved & (state.checked >= best[2]))) & (length > 0)
         checked = length > 0
         return State(
-            *_chosen(cut, best[:1], (point,)),
+            point=_chosen(cut, best[:1], (point,))[0],
             before=at,
             gradient=_chosen(cut, best[1:2], (gradient,))[0],
             loss=each,

@@ -57,14 +57,16 @@ def split(fn: Any, needs: Needs = "gradients") -> tuple[Any, Any]:
             )
         return fn, None
     if isinstance(fn, nnx.Module):
-        return (lambda graph, weights: (Model(graph, "nnx"), weights))(*nnx.split(fn))
+        graph, weights = nnx.split(fn)
+        return Model(graph, "nnx"), weights
     if isinstance(fn, linen.Module):
         if fn.scope is None:
             raise ValueError("a linen module has no weights by itself: pass module.bind(variables)")
-        return (lambda module, weights: (Model(module, "linen"), weights))(*fn.unbind())
+        module, variables = fn.unbind()
+        return Model(module, "linen"), variables
     if isinstance(fn, LureForm | OnnxNetwork):
-        weights, tree = jax.tree.flatten(fn)
-        return Model(tree, "single"), weights
+        leaves, tree = jax.tree.flatten(fn)
+        return Model(tree, "single"), leaves
     if not callable(fn):
         raise TypeError(f"a network is a function from a batch to logits, got {type(fn).__name__}")
     return Model(fn), None

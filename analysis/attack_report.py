@@ -64,7 +64,7 @@ def attack_record(attack: Attack, fn: Any, y: np.ndarray, batch_size: int = 256)
                 "queries": None if attack.queries is None else int(attack.queries[i]),
             }
         )
-    won = attack.success
+    broken = attack.success
     record: Json = {
         "attack": attack.name,
         "norm": norm_key(attack.norm),
@@ -75,9 +75,9 @@ def attack_record(attack: Attack, fn: Any, y: np.ndarray, batch_size: int = 256)
         "guarantee": "attained",
         "success_rate": attack.success_rate if attack.correct.any() else None,
         "adbd": float(np.where(attack.correct, attack.distance, 0.0).mean())
-        if attack.name == "ADBD" and won[attack.correct].all()
+        if attack.name == "ADBD" and broken[attack.correct].all()
         else None,
-        "mean_distance": float(attack.distance[won].mean()) if won.any() else None,
+        "mean_distance": float(attack.distance[broken].mean()) if broken.any() else None,
         "stages": [],
         "notes": [],
         "rows": rows,

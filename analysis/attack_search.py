@@ -190,7 +190,8 @@ def search(
         raise ValueError(f"the logits of example {int(np.argmin(np.isfinite(before)))} are not finite")
     correct = before > 0
     after = batches.margins(points, aims, True) if targeted else before.copy()
-    found, used = points.copy(), {"steps": [], "queries": []}
+    found = points.copy()
+    used: dict[str, list[Any]] = {"steps": [], "queries": []}
     rows = np.flatnonzero(correct if only is None else correct & only)
     done = 0
     for part, count in batches.parts(rows):

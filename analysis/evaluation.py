@@ -299,7 +299,9 @@ def evaluate(
 def _brackets(certified: Json, attacked: Json | None, levels: Sequence[float]) -> Json:
     """By eps: the largest certified accuracy, the method it is by, and the accuracy under attack."""
     made: Json = {}
-    for e in map(str, levels) if attacked is not None else ():
+    if attacked is None:
+        return made
+    for e in map(str, levels):
         by = max(certified, key=lambda name: certified[name][e], default=None)
         made[e] = {"certified": 0.0 if by is None else certified[by][e], "by": by, "attacked": attacked[e]}
     return made

@@ -183,7 +183,7 @@ def _search(
             point, velocity, margin = point[chosen], velocity[chosen], margin[chosen]
             open_ = open_[chosen]
         given = (problem.model, problem.weights, point, problem.labels)
-        kind = {"directions": directions, "loss": loss, "targeted": problem.targeted}
+        kind: dict[str, Any] = {"directions": directions, "loss": loss, "targeted": problem.targeted}
         q = estimate(*given, key, problem.index, np.int32(step), how[0], samples=samples, **kind)
         state = point, velocity, margin
         clock = np.int32(step)

@@ -133,12 +133,12 @@ def risk_bound(
     Raises:
         ValueError: numbers out of range, shares that do not sum to 1, or eps > radius * L.
     """
-    shares = _shares(shares, len(risks))
+    weights = _shares(shares, len(risks))
     scale = _scale(eps, constants, len(risks), delta, radius)
     alpha = np.asarray(risks, float)
     if not ((alpha >= 0) & (alpha <= 1)).all():
         raise ValueError(f"risks must lie in [0, 1], got {alpha.tolist()}")
-    return max(float((shares * _grown(alpha, scale)).sum()) - delta, 0.0)
+    return max(float((weights * _grown(alpha, scale)).sum()) - delta, 0.0)
 
 
 def intrinsic_robustness(
@@ -169,7 +169,7 @@ def intrinsic_robustness(
     if isinstance(constant, GeneratorConstant):
         if delta is not None or radius is not None:
             raise ValueError("delta and radius come with a GeneratorConstant: leave them out")
-        constant, delta, radius = constant.value, constant.delta, constant.radius
+        delta, radius, constant = constant.delta, constant.radius, constant.value
     delta, radius = delta or 0.0, math.inf if radius is None else radius
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must be in (0, 1), got {alpha!r}")

@@ -146,6 +146,7 @@ def adbd(
     does their average; a certified l-inf radius bounds it from below.
     """
     attack, told = _run("ADBD", fn, x, y, math.inf, settings.changed(changes), queries, tol, None, False)
+    assert attack.queries is not None  # RayS counts them
     distance = np.where(attack.correct, attack.distance, 0.0)
     grid = np.array(sorted(told), int)
     history = np.array([np.where(attack.correct, told[n], 0.0) for n in grid]).reshape(len(grid), -1).T

@@ -109,7 +109,9 @@ def perturbation_stability(
     names = {field.name for field in dataclasses.fields(AttackSettings)}
     settings = settings.changed({name: changes.pop(name) for name in list(changes) if name in names})
     if bound is None:
-        bound = lb.liplt(form, norm=settings.norm, pairwise=True, progress=progress)
+        proved = lb.liplt(form, norm=settings.norm, pairwise=True, progress=progress)
+        assert isinstance(proved, lb.UpperBound)  # its guarantee is not "estimate"
+        bound = proved
     radius = lb.certified_radius(form, points, predicted, bound, local, progress=progress).radius
     made = attack(form if fn is None else fn, points, predicted, eps, settings, **changes)
     other = ~made.correct & (radius <= 0)

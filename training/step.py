@@ -136,7 +136,12 @@ class Trainer:
     @property
     def core(self) -> Any:
         """The jit-able core of the bound in the loss."""
-        cores = {"naive": lb.naive, "liplt": lb.liplt, "recursion": lb.lipsdp, "local": lb.local}
+        cores: dict[str, Any] = {
+            "naive": lb.naive,
+            "liplt": lb.liplt,
+            "recursion": lb.lipsdp,
+            "local": lb.local,
+        }
         return cores[self.config.constants].core
 
     def constants(self, trained: Any, bound: Any, x: jax.Array | None = None) -> tuple[jax.Array, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from contextvars import copy_context
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from threadpoolctl import threadpool_limits
 
@@ -156,7 +156,8 @@ def _finished(
         while submit(pool) or making or working:
             while submit(pool):
                 pass
-            done, _ = wait([*making, *working], return_when=FIRST_COMPLETED)
+            running: list[Future[Any]] = [*making, *working]
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 if future in making:
                     index = making.pop(future)
