@@ -360,7 +360,8 @@ def test_lines_of_progress_say_what_is_left() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["cifar", *(pytest.param(n, marks=pytest.mark.slow) for n in ("generator", "drone", "detector"))]
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) for n in ("cifar", "generator", "drone", "detector")],
 )
 def test_small_networks_of_each_kind(name: str) -> None:
     """Above the slopes attained, LipLT below naive, and pairs of all outputs."""
