@@ -210,3 +210,8 @@ def test_what_is_wrong_is_said_before_anything_is_trained(tmp_path: pathlib.Path
         "reproduce", "table1", "--data-dir", empty, "--out", tmp_path / "b", "--rows", "mnist", code=1
     ).stderr
     assert "no files of MNIST" in said and not (tmp_path / "b").exists()
+
+
+def test_rows_are_listed_without_a_folder_and_training_asks_for_one() -> None:
+    assert "mnist/" in run("reproduce", "table1", "--list").output
+    assert "add --out DIR" in run("reproduce", "table1", code=1).output

@@ -19,7 +19,12 @@ def reproduce(
         Path | None,
         option("Folder of the data sets' files.", "DIR", file_okay=False, show_default="LIPBOUNDS_DATA"),
     ] = None,
-    out: Annotated[Path, option("Folder of the runs and tables.", "DIR", "--out", file_okay=False)],
+    out: Annotated[
+        Path | None,
+        option(
+            "Folder of the runs and tables.", "DIR", "--out", file_okay=False, show_default="needed to train"
+        ),
+    ] = None,
     rows: Annotated[
         str | None,
         option("Rows or data sets, separated by commas; --list shows them.", "NAMES", show_default="all"),
@@ -50,7 +55,7 @@ def reproduce(
     A row takes hours on a CPU, and minutes to an hour on a GPU.
 
     Examples:
-    - `lipbounds reproduce table1 --list --out runs/table1`
+    - `lipbounds reproduce table1 --list`
 
     - `lipbounds reproduce table1 --data-dir data --out runs/table1 --rows mnist/crm,cifar10`
 
@@ -68,6 +73,10 @@ def reproduce(
                 config = row.config(epochs)
                 typer.echo(f"{row.name:<28}{row.method:<42}{config.arch}, {config.epochs} epochs")
             return
+        if out is None:
+            raise ValueError(
+                "training needs a folder for runs and tables: add --out DIR, or --list to see the rows"
+            )
         if out.exists() and any(out.iterdir()) and not is_ours(out / reproduction.RECORD):
             raise ValueError(
                 f"{out} holds files that this command did not write: choose another folder with --out"
