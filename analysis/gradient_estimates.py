@@ -146,7 +146,7 @@ def _estimated(
     if directions not in DIRECTIONS:
         raise ValueError(f"directions must be one of {', '.join(DIRECTIONS)}, got {directions!r}")
     if not (math.isfinite(how[0]) and how[0] > 0):
-        raise ValueError(f"delta must be a number > 0, got {how[0]!r}")
+        raise ValueError(f"delta must be a number > 0, got {float(how[0])!r}")
     key = jax.random.key(settings.seed)
 
     def find(problem: Problem) -> Found:

@@ -103,7 +103,7 @@ def generator_constants(
     if risk >= failure_probability:
         raise ValueError(
             f"the local constants fail with probability <= {risk:g}, which is not below {failure_probability:g}: "
-            "ask for guarantee='verified' or a larger failure_probability"
+            "pass a larger failure_probability"
         )
     held = clopper_pearson_lower(np.asarray(samples - exceeded), samples, failure_probability - risk)
     return GeneratorConstant(

@@ -62,7 +62,7 @@ BASES: Mapping[str, str] = {
     "tiny-imagenet": "tiny-imagenet-8C2F",
 }
 
-_MODELS = {"mnist": "4C3F", "cifar10": "6C2F", "tiny-imagenet": "8C2F"}
+_MODELS = {group: base.rpartition("-")[2] for group, base in BASES.items()}
 
 #: Table 1. (method, model, clean, PGD, certified)
 PUBLISHED: Mapping[str, tuple[Published, ...]] = {
