@@ -394,7 +394,7 @@ def test_interval_operations_contain_exact_results(op: str) -> None:
 
 def test_evaluate_agrees_with_the_function_under_jit_vmap_and_grad() -> None:
     x = jnp.linspace(-3.0, 3.0, 31)
-    for name in ("gelu_exact", "selu", "hard_swish", "softshrink", "mish", "x_times_step"):
+    for name in ("gelu_exact", "softshrink", "x_times_step"):
         fn = ZOO[name][0]
         expr, consts = expr_of(fn)
 

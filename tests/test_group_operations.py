@@ -207,13 +207,13 @@ _W = _RNG.normal(size=(6, 6)).astype(np.float32)
 @pytest.mark.parametrize(
     "fn",
     [
+        lambda x: nn.logsumexp(x, b=7.0)[None],
         lambda x: nn.logsumexp(jnp.broadcast_to(x, (3, 6)), axis=1, b=_B),
         lambda x: nn.logsumexp(
             jnp.broadcast_to(_W @ x, (3, 6)), axis=1, b=_MASKED
         ),  # rows of different lengths
         lambda x: nn.logsumexp(jnp.broadcast_to(x, (3, 6)), axis=1, b=_MASKED, return_sign=True)[0],
         lambda x: nn.logsumexp(_W @ x, b=_B[0], keepdims=True),
-        lambda x: nn.logsumexp(x, b=7.0)[None],
         lambda x: jnp.log((_MASKED * jnp.exp(x)).sum(1)),
         lambda x: jnp.log(3 * jnp.exp(_W @ x).reshape(2, 3).sum(0)),
     ],

@@ -201,7 +201,7 @@ def test_linear_operation_has_its_exact_norm(name: str) -> None:
         assert exact * (1 - 1e-5) <= value <= exact * (1 + 1e-5), (norm, exact, value)
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize(
     "first",
     [pytest.param(i, marks=[pytest.mark.slow] if i % 72 else []) for i in range(0, len(LINEAR), 6)],

@@ -307,7 +307,7 @@ def test_no_attack_succeeds_inside_a_local_radius(name, count, norm):
     assert used(given, near, norm).max() <= 1 + SLACK
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "count", "norm"), RUNS)
 def test_no_slope_in_a_ball_exceeds_its_local_constant(name, count, norm):
     given, (_, near) = case(name, count), radii(name, count, norm)

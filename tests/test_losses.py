@@ -197,7 +197,7 @@ def test_the_force_of_the_logarithm_does_not_vanish_with_the_radius(rng: np.rand
     logits, labels, pairs = case(rng, 5, 40)
 
     def force(g: str, factor: float) -> float:
-        slope = jax.grad(partial(crm_penalty, t=5.0 * factor, r0=9.0 / factor, g=g))
+        slope = jax.jit(jax.grad(partial(crm_penalty, t=5.0 * factor, r0=9.0 / factor, g=g)))
         return float(np.abs(slope(logits, labels, factor * pairs)).sum())
 
     assert force("logarithm", 1e3) == pytest.approx(force("logarithm", 1.0), rel=1e-3)

@@ -156,6 +156,7 @@ def test_l2_and_its_grid(trained):
     assert [check.verdict for check in found][:3] == ["passes"] * 3, found
 
 
+@pytest.mark.slow
 def test_the_record(honest):
     text, page, markdown = repr(honest), honest._repr_html_(), honest._repr_markdown_()
     assert "5 pass, 0 fail, 0 inconclusive (eps 0.12 in l-inf, level 0.05)" in text

@@ -24,7 +24,7 @@ from lipbounds.interop import load_onnx  # noqa: E402
 ort.set_default_logger_severity(4)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("build", NETS, ids=lambda build: build.__name__)
 def test_network_agrees_with_onnxruntime_and_is_bounded(
     build: Callable[[], Any], tmp_path: Path, rng: np.random.Generator

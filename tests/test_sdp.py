@@ -307,7 +307,7 @@ def test_one_pair_without_multipliers_leaves_the_others_alone(monkeypatch: pytes
 # --- through CVXPY -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @needs_cvxpy
 @pytest.mark.parametrize("name", FORMS)
 def test_vectors_agree_with_clarabel(name: str) -> None:

@@ -136,6 +136,7 @@ def test_form_is_more_precise_in_float64(name: str) -> None:
 
 
 # ---------------------------------------------------------------------------------- order and truth
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", EVERY_NET_BOUNDED)
 def test_naive_liplt_optimised_attained_in_this_order(name: str) -> None:
     naive, liplt, best = naive_of(name), liplt_of(name), liplt_of(name, scaling="optimized")
@@ -306,6 +307,7 @@ def test_pairs(name: str, norm: float) -> None:
 
 # -------------------------------------------------------------------------------------- metamorphic
 @pytest.mark.sampled(2)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", EVERY_NET_BOUNDED)
 def test_twice_the_function_has_twice_the_bound(name: str) -> None:
     net, fn, x = made(name)
@@ -315,8 +317,9 @@ def test_twice_the_function_has_twice_the_bound(name: str) -> None:
     assert math.isclose(lb.liplt(form).value, 2 * liplt_of(name).value, rel_tol=1e-5)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
-    "name", ["relu", "gelu_exact", "max_pool_overlapping", "preactivation_resnet", "u_net"]
+    "name", ["relu", "preactivation_resnet", "gelu_exact", "u_net", "max_pool_overlapping"]
 )
 def test_units_are_those_of_the_input(name: str) -> None:
     """f(255 x) is 255 times as steep: normalisation inside the traced function is part of the bound."""
@@ -453,15 +456,16 @@ def test_seed_makes_results_repeatable() -> None:
         assert math.isclose(values[0], values[2], rel_tol=0.2)
 
 
-def test_lying_rules_do_not_fool_the_bound() -> None:
+@pytest.mark.parametrize("name", ["lying_custom_jvp", pytest.param("custom_vjp", marks=pytest.mark.slow)])
+def test_lying_rules_do_not_fool_the_bound(name: str) -> None:
     """Autodiff of the user's function says a thousandth of the truth; the bound is above the true slope."""
-    for name in ("lying_custom_jvp", "custom_vjp"):
-        _, fn, x = made(name)
-        claimed = np.linalg.norm(np.asarray(jax.jacrev(fn)(x)), 2)
-        assert claimed < 0.05 * attained_of(name).value, "this rule does not lie enough to test anything"
-        assert liplt_of(name, scaling="optimized").value * (1 + ROUNDING) >= attained_of(name).value
-    found = lb.empirical(form_of("lying_custom_jvp")).value
-    assert found > 0.5 * attained_of("lying_custom_jvp").value, "lb.empirical believed the rule"
+    _, fn, x = made(name)
+    claimed = np.linalg.norm(np.asarray(jax.jacrev(fn)(x)), 2)
+    assert claimed < 0.05 * attained_of(name).value, "this rule does not lie enough to test anything"
+    assert liplt_of(name, scaling="optimized").value * (1 + ROUNDING) >= attained_of(name).value
+    if name == "lying_custom_jvp":
+        found = lb.empirical(form_of(name)).value
+        assert found > 0.5 * attained_of(name).value, "lb.empirical believed the rule"
 
 
 # -------------------------------------------------------------------- the properties above can fail
