@@ -27,6 +27,9 @@ from lipbounds._text import as_labels, say
 from lipbounds.analysis.attack_network import Needs, Oracle, margins, outline, split
 from lipbounds.analysis.attack_settings import AttackSettings
 from lipbounds.results import NORM_NAMES
+from lipbounds.training.balls import l2_of as l2_of
+from lipbounds.training.balls import per_example as per_example
+from lipbounds.training.balls import project as project
 
 INSIDE = 1 - 2e-6  # of eps on the device, so that float32 rounding seldom leaves the ball
 _SHRINKS = 30
@@ -361,32 +364,6 @@ def keep(point: jax.Array, margin: jax.Array, best: Any, clock: Any) -> Any:
 def unbroken(x: jax.Array) -> Any:
     """What `keep` starts from: x itself, of no margin yet, after 0 steps."""
     return x, jnp.full(len(x), jnp.inf, jnp.float32), jnp.zeros(len(x), jnp.int32)
-
-
-def project(point: jax.Array, where: Any, norm: float) -> jax.Array:
-    """Into the ball and then into the box, which keeps it in the ball: clipping moves every coordinate towards x.
-
-    In l-inf this is the nearest point of both. In l2 it may lie deeper in the ball than need be, which the next steps
-    make up for, since they no longer push against the box: the exact projection gives the same margins to three
-    digits, at several times the cost of a step.
-    """
-    x, eps, low, high = where
-    shift, radius = point - x, per_example(eps, point)
-    if norm == math.inf:
-        shift = jnp.clip(shift, -radius, radius)
-    else:
-        shift = shift * per_example(jnp.minimum(1.0, eps / jnp.maximum(l2_of(shift), 1e-37)), point)
-    return jnp.clip(x + shift, low, high)
-
-
-def l2_of(shift: jax.Array) -> jax.Array:
-    """(B,) the l2 norm of every example."""
-    return jnp.sqrt(jnp.square(shift).sum(axis=tuple(range(1, shift.ndim))))
-
-
-def per_example(values: Any, like: Any) -> Any:
-    """One value per example, in the shape that broadcasts against the examples."""
-    return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
 # ------------------------------------------------------------------------------------------------- on the host

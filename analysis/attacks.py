@@ -42,6 +42,8 @@ from lipbounds.analysis.attack_search import (
     unbroken,
 )
 from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings
+from lipbounds.training.balls import steepest as steepest
+from lipbounds.training.balls import uniform_start as uniform_start
 
 LOSSES = ("margin", "ce", "cw")
 
@@ -264,31 +266,3 @@ def _advance(
         return (project(moved, where, norm), velocity, best), None
 
     return jax.lax.scan(step, state, done + jnp.arange(steps, dtype=jnp.int32))[0]
-
-
-def steepest(gradient: jax.Array, point: jax.Array, where: Any, norm: float) -> jax.Array:
-    """The direction of length 1 in `norm` that increases the loss most and does not leave the box at once."""
-    _, _, low, high = where
-    blocked = ((point <= low) & (gradient < 0)) | ((point >= high) & (gradient > 0))
-    g = jnp.where(blocked | ~jnp.isfinite(gradient), 0.0, gradient)
-    if norm == math.inf:
-        return jnp.sign(g)
-    axes = tuple(range(1, g.ndim))
-    g = g / jnp.maximum(jnp.abs(g).max(axis=axes, keepdims=True), 1e-37)  # squares of small numbers underflow
-    return g / jnp.maximum(jnp.sqrt(jnp.square(g).sum(axis=axes, keepdims=True)), 1e-37)
-
-
-@functools.partial(jax.jit, static_argnames=("norm",))
-def uniform_start(key: jax.Array, index: jax.Array, where: Any, norm: float) -> jax.Array:
-    """A point drawn uniformly from the ball of every example, clipped to the box."""
-    x, eps, low, high = where
-
-    def draw(number: jax.Array) -> jax.Array:
-        direction, size = jax.random.split(jax.random.fold_in(key, number))
-        if norm == math.inf:
-            return jax.random.uniform(direction, x.shape[1:], jnp.float32, -1.0, 1.0)
-        v = jax.random.normal(direction, x.shape[1:], jnp.float32)
-        share = jax.random.uniform(size, (), jnp.float32) ** (1.0 / math.prod(x.shape[1:]))
-        return v * (share / jnp.sqrt(jnp.square(v).sum()))
-
-    return jnp.clip(x + per_example(eps, x) * jax.vmap(draw)(index), low, high)
