@@ -37,6 +37,8 @@ from lipbounds.analysis.odi import odi_pgd as odi_pgd
 from lipbounds.analysis.rays import BoundaryDistances as BoundaryDistances
 from lipbounds.analysis.rays import adbd as adbd
 from lipbounds.analysis.rays import rays as rays
+from lipbounds.analysis.robust_accuracy import RobustAccuracy as RobustAccuracy
+from lipbounds.analysis.robust_accuracy import robust_accuracy as robust_accuracy
 from lipbounds.analysis.smoothing import smooth as smooth
 from lipbounds.analysis.spectra import forged_matrix as forged_matrix
 from lipbounds.analysis.spectra import gershgorin_discs as gershgorin_discs

@@ -25,8 +25,7 @@ import numpy as np
 
 from lipbounds._text import as_labels, say
 from lipbounds.analysis.attack_network import Needs, Oracle, margins, outline, split
-from lipbounds.analysis.attack_settings import AttackSettings
-from lipbounds.results import NORM_NAMES
+from lipbounds.analysis.attack_settings import AttackSettings, norm_name
 from lipbounds.training.balls import l2_of as l2_of
 from lipbounds.training.balls import per_example as per_example
 from lipbounds.training.balls import project as project
@@ -91,7 +90,7 @@ class Attack:
             if many is not None and self.success.any()
         )
         return (
-            f"Attack: {len(self)} examples, {self.name} in {NORM_NAMES[self.norm]}, {self.correct.mean():.2%} correct, "
+            f"Attack: {len(self)} examples, {self.name} in {norm_name(self.norm)}, {self.correct.mean():.2%} correct, "
             f"{self.accuracy:.2%} after the attack{'' if self.target is None else ' with targets'}{spent}"
         )
 
@@ -167,6 +166,7 @@ def search(
     target: Any = None,
     needs: Needs = "gradients",
     only: np.ndarray | None = None,
+    every_norm: bool = False,
 ) -> Attack:
     """Run the attack `find` on batches of the examples and check its results; all attacks use this.
 
@@ -179,8 +179,11 @@ def search(
         loss: what the attack minimises or maximises, for the record.
         target: (N,) classes to reach, none of them the label; None for any other class than the label.
         needs: of the network; an `Oracle` has no gradients and may have labels only.
+        every_norm: whether the attack is in any norm from 1 to inf, and not in 2 and inf alone.
         only: (N,) the examples to attack; None for all. Those that are not classified as labelled never are.
     """
+    if not every_norm:
+        settings.need_a_usual_norm(name)
     model, weights = split(fn, needs)
     points = as_points(x)
     labels, radii = as_labels(y, len(points)), _radii(eps, len(points))
@@ -206,7 +209,7 @@ def search(
         for what, parts in used.items():
             parts.append(getattr(made, what))
         done += count
-        say(f"{name} in {NORM_NAMES[settings.norm]}: {done} of {len(rows)} examples")
+        say(f"{name} in {norm_name(settings.norm)}: {done} of {len(rows)} examples")
     after[rows] = batches.margins(found, aims, targeted, rows)
     success = np.isin(np.arange(len(points)), rows) & (after <= 0)
     distance = np.where(success, length(found, points, settings.norm), np.inf)
@@ -335,9 +338,16 @@ def length(a: np.ndarray, b: np.ndarray, norm: float) -> np.ndarray:
     difference = np.abs(a.astype(np.float64) - b.astype(np.float64)).reshape(len(a), -1)
     if norm == math.inf:
         return difference.max(axis=1, initial=0.0) * (1 + 2.0**-51)
-    top = np.maximum(difference.max(axis=1, initial=0.0), 1e-300)  # squares of small numbers underflow
-    size = top * np.sqrt(np.square(difference / top[:, None]).sum(axis=1))
-    return np.where(difference.any(axis=1), size * (1 + (difference.shape[1] + 16) * 2.0**-53), 0.0)
+    count = difference.shape[1] + 16
+    if norm == 1:
+        return difference.sum(axis=1) * (1 + count * 2.0**-53)
+    top = np.maximum(difference.max(axis=1, initial=0.0), 1e-300)  # powers of small numbers underflow
+    shares = difference / top[:, None]
+    if norm == 2:
+        size = top * np.sqrt(np.square(shares).sum(axis=1)) * (1 + count * 2.0**-53)
+    else:  # a power may err by a few units in the last place
+        size = top * (shares**norm).sum(axis=1) ** (1 / norm) * (1 + (count + norm) * 2.0**-51)
+    return np.where(difference.any(axis=1), size, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------ on the device

@@ -8,10 +8,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
+import jax
 import numpy as np
 
 from lipbounds._text import Progress, reporting, whole
-from lipbounds.results import check_norm
+from lipbounds.results import NORM_NAMES, check_norm
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,19 +29,30 @@ def reports(verb: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+def precise(verb: Callable[P, R]) -> Callable[P, R]:
+    """Run the function with products of matrices at the highest precision, as attacks run: no TF32."""
+
+    @functools.wraps(verb)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with jax.default_matmul_precision("highest"):
+            return verb(*args, **kwargs)
+
+    return run
+
+
 @dataclasses.dataclass(frozen=True)
 class AttackSettings:
     """Settings that all attacks share.
 
     Args:
-        norm: of the ball, 2 or inf.
+        norm: of the ball, 2 or inf; Frank-Wolfe takes any number from 1.
         low, high: the box of the inputs, [low, high] in every coordinate.
         batch_size: examples at once; all chunks run the same compiled programs.
         seed: of all random numbers, which otherwise depend on the example's index only.
         progress: True, False or a function of one text: a line after every chunk.
 
     Raises:
-        ValueError: another norm, a box that is empty or not finite, a batch size below 1.
+        ValueError: no norm, a box that is empty or not finite, a batch size below 1.
     """
 
     norm: Any = 2
@@ -51,12 +63,18 @@ class AttackSettings:
     progress: Progress = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "norm", check_norm(self.norm))
-        if self.norm == 1:
-            raise ValueError("attacks are in norm 2 or inf, not 1")
+        object.__setattr__(self, "norm", _norm(self.norm))
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise ValueError(f"the box needs finite numbers low < high, got {self.low!r} and {self.high!r}")
         whole("batch_size", self.batch_size)
+
+    def need_a_usual_norm(self, name: str) -> None:
+        """ValueError unless the norm is 2 or inf."""
+        if self.norm not in (2, math.inf):
+            raise ValueError(
+                f"{name} is in norm 2 or inf, not {self.norm:g}; frank_wolfe and black_frank_wolfe take any norm from "
+                "1 to inf"
+            )
 
     def changed(self, changes: Mapping[str, Any]) -> AttackSettings:
         """These settings with some of them changed; TypeError with the names that exist for any other name."""
@@ -90,7 +108,25 @@ class AttackSettings:
 
     def diameter(self, shape: tuple[int, ...]) -> float:
         """Diameter in `norm` of the box of examples of this shape; larger radii give the same ball."""
-        return (self.high - self.low) * (math.sqrt(math.prod(shape)) if self.norm == 2 else 1.0)
+        return (self.high - self.low) * math.prod(shape) ** (0.0 if math.isinf(self.norm) else 1 / self.norm)
+
+
+def _norm(norm: Any) -> int | float:
+    """1, 2, inf or another number from 1."""
+    number = not isinstance(norm, bool) and isinstance(norm, int | float | np.number)
+    if number and 1 <= norm < math.inf and norm not in (1, 2):
+        return float(norm)
+    try:
+        return check_norm(norm)
+    except ValueError:
+        raise ValueError(
+            f"norm must be 2 or inf (of Frank-Wolfe attacks also another number from 1), got {norm!r}"
+        ) from None
+
+
+def norm_name(norm: float) -> str:
+    """The norm as people read it: l2, l-inf, l1.5."""
+    return NORM_NAMES.get(norm, f"l{norm:g}")
 
 
 DEFAULT, LINF = AttackSettings(), AttackSettings(norm=math.inf)

@@ -25,14 +25,13 @@ from flax import nnx
 import lipbounds as lb
 from lipbounds._form import fingerprint
 from lipbounds._lipsdp import check_certificate, load_certificate
-from lipbounds._local import logits
 from lipbounds._text import Progress
 from lipbounds.analysis.attack_search import Attack, length
 from lipbounds.analysis.attack_settings import AttackSettings
 from lipbounds.analysis.attacks import pgd
 from lipbounds.analysis.autoattack import autoattack, checked
 from lipbounds.analysis.experiment import Json, eps_grid, norm_key, radii_record
-from lipbounds.errors import GuaranteeError
+from lipbounds.analysis.robust_accuracy import really_broken
 from lipbounds.results import Guarantee, Part, check_norm
 
 UNIT = "pixel values in [0, 1]"
@@ -77,6 +76,11 @@ class Certified:
     def radius(self, count: int) -> np.ndarray:
         """(N,) the largest radius that any of the methods proves; 0 where none does."""
         return np.max([np.zeros(count), *(radii.radius for radii in self.radii.values())], axis=0)
+
+    def by(self, place: int) -> str:
+        """Names of the methods that prove the largest radius of an image."""
+        best = max(radii.radius[place] for radii in self.radii.values())
+        return ", ".join(name for name, radii in self.radii.items() if radii.radius[place] == best)
 
     def record(self, eps: Sequence[float]) -> Json:
         """As plain data; the columns of Table 2 of arXiv 2310.00116 are upper bounds with the method's guarantee."""
@@ -242,6 +246,8 @@ def evaluate(
     x, y = _first(x, y, images)
     levels = _levels(eps, 1.0 if paper_units is None else paper_units)
     attacks = {p: AttackSettings(p, seed=seed, progress=progress) for p in map(check_norm, pgd_norms)}
+    for settings in attacks.values():
+        settings.need_a_usual_norm("PGD")
     if attack not in ATTACKS:
         raise ValueError(f"attack must be one of {', '.join(ATTACKS)}, got {attack!r}")
     if attack == "autoattack":
@@ -323,44 +329,11 @@ def _nearest(
     nearest = {p: np.full(len(x), np.inf) for p in norms}
     for settings, ball in balls:
         attack = run(ball, settings)
-        broken, rounded = _real(found, attack, x, y, radius)
+        broken, rounded = really_broken(found.form, attack, x, y, radius, 2, found.by)
         rounding += rounded
         for p in norms:
             nearest[p] = np.minimum(nearest[p], np.where(broken, length(attack.adversarial, x, p), np.inf))
     return nearest, rounding
-
-
-def _real(
-    found: Certified, attack: Attack, x: np.ndarray, y: np.ndarray, radius: np.ndarray
-) -> tuple[np.ndarray, int]:
-    """(N,) which images the attack broke, and how many only float32 rounding broke.
-
-    An example closer than the certified radius contradicts the certificate, unless float32 rounding alone decided:
-    its logits in real arithmetic, known with a proved error, tell. GuaranteeError if they agree with the attack.
-    """
-    inside = attack.success & (length(attack.adversarial, x, 2) < radius)
-    at = np.flatnonzero(inside)
-    if not len(at):
-        return attack.success, 0
-    lost = certainly_lost(found.form, attack.adversarial[at], y[at])
-    if lost.any():
-        place = int(at[np.argmax(lost)])
-        methods = [name for name, radii in found.radii.items() if radii.radius[place] == radius[place]]
-        distance = float(length(attack.adversarial[place : place + 1], x[place : place + 1], 2)[0])
-        raise GuaranteeError(
-            f"{int(lost.sum())} images were broken inside their certified radius, image {place} at l2 distance "
-            f"{distance:.6g} with radius {radius[place]:.6g} by {', '.join(methods)}: this bound is wrong"
-        )
-    return attack.success & ~inside, len(at)
-
-
-def certainly_lost(form: Any, points: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """(N,) where another class than y has the larger logit in real arithmetic, beyond the proved error of logits."""
-    z, error = logits(form, points.astype(np.float64))
-    rows = np.arange(len(points))
-    own = z[rows, y]
-    z[rows, y] = -np.inf
-    return z.max(axis=1) - own > 2 * error  # the proved error of a difference is sqrt(2) times `error`
 
 
 def _first(x: Any, y: Any, images: int | None) -> tuple[np.ndarray, np.ndarray]:

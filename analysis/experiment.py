@@ -61,8 +61,8 @@ def offered(names: Sequence[str], norm: float, quick: bool = False) -> list[str]
 
 
 def norm_key(norm: float) -> str:
-    """The norm as the command line and JSON write it: "1", "2" or "inf"."""
-    return "inf" if math.isinf(norm) else str(int(norm))
+    """The norm as the command line and JSON write it: "1", "2" or "inf", or another number."""
+    return f"{norm:g}"
 
 
 def result_kind(result: Any) -> str:

@@ -58,7 +58,7 @@ def frank_wolfe(
     """Search every ball ||x' - x|| <= eps by Frank-Wolfe steps for an x' in the box that is not classified as labelled.
 
     Args:
-        fn, x, y, eps, settings, target, **changes: as those of `attacks.pgd`.
+        fn, x, y, eps, settings, target, **changes: as those of `attacks.pgd`; the norm is any from 1 to inf.
         steps: gradient steps at most; the search for an example ends with its first success.
         gamma: length of a step, in (0, 1], as a share of the way to the extreme point v.
         momentum: beta in [0, 1).
@@ -98,7 +98,7 @@ def frank_wolfe(
         return Found(best[0], steps=best[2])
 
     with reporting(settings.progress):
-        return search("Frank-Wolfe", find, fn, x, y, eps, settings, loss, target=target)
+        return search("Frank-Wolfe", find, fn, x, y, eps, settings, loss, target=target, every_norm=True)
 
 
 def check_steps(steps: int, gamma: float, momentum: float, loss: str = "margin") -> None:

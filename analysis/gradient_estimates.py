@@ -64,7 +64,7 @@ def black_frank_wolfe(
     """Search every ball ||x' - x|| <= eps by Frank-Wolfe with estimated gradients; only logits are asked for.
 
     Args:
-        fn, x, y, eps, settings, target, **changes: as those of `attacks.pgd`.
+        fn, x, y, eps, settings, target, **changes: as those of `attacks.pgd`; the norm is any from 1 to inf.
         queries: of every image at most; a step costs 2 `samples`, and one more to see whether it was a success.
         samples: b, directions of a step.
         delta: of the differences, in the units of x.
@@ -114,7 +114,8 @@ def nes_pgd(
 ) -> Attack:
     """Search every ball ||x' - x|| <= eps by steps along the sign of an estimated gradient (norm 2: along it).
 
-    `step_size`, in the units of x, is eps / 10 if None; the other arguments are those of `black_frank_wolfe`.
+    The norm is 2 or inf. `step_size`, in the units of x, is eps / 10 if None; the other arguments are those of
+    `black_frank_wolfe`.
     """
     settings = settings.changed(changes)
     check_steps(1, 1.0, momentum, loss)
@@ -153,7 +154,19 @@ def _estimated(
         return _search(problem, queries, samples, directions, loss, how, move, key)
 
     with reporting(settings.progress):
-        return search(name, find, fn, x, y, eps, settings, loss, target=target, needs="logits")
+        return search(
+            name,
+            find,
+            fn,
+            x,
+            y,
+            eps,
+            settings,
+            loss,
+            target=target,
+            needs="logits",
+            every_norm=move == "frank-wolfe",
+        )
 
 
 def _search(

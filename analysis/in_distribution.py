@@ -15,6 +15,7 @@ and what is found bounds the former from below. With G(z, y) = z it is a plain a
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,8 @@ from lipbounds.analysis.attack_search import (
     search,
     stride,
 )
-from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings
+from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings, precise
+from lipbounds.analysis.batches import padded
 
 Generator = Callable[[jax.Array, jax.Array], jax.Array]
 _AT_ONCE = 50  # Adam steps between two looks at which examples are broken
@@ -73,7 +75,8 @@ def in_distribution(
     settings = settings.changed(changes)
     if settings.norm != 2:
         raise ValueError(f"the in-distribution attack is in l2: norm must be 2, got {settings.norm!r}")
-    whole("steps", steps), whole("rounds", rounds)
+    whole("rounds", rounds)
+    _check_steps(steps, step_size)
     starts = _latents(generator, latents, x)
 
     def find(problem: Problem) -> Found:
@@ -83,6 +86,7 @@ def in_distribution(
         return search("In-distribution attack", find, fn, x, y, eps, settings, "margin")
 
 
+@precise
 def nearest_latents(
     generator: Generator,
     x: Any,
@@ -93,12 +97,19 @@ def nearest_latents(
     step_size: float = 0.01,
     batch_size: int = 256,
 ) -> np.ndarray:
-    """(N, *latent) latents that make ||G(z, y) - x||_2 small, by Adam from `latents`; no worse than those."""
+    """(N, *latent) latents that make ||G(z, y) - x||_2 small, by Adam from `latents`; no worse than those.
+
+    Arguments are those of `in_distribution`; `latents` are where the search begins.
+
+    Raises:
+        ValueError: latents or images of another number or shape, settings out of range.
+    """
+    _check_steps(steps, step_size)
     points = as_points(x)
     labels, starts = as_labels(y, len(points)), _latents(generator, latents, points)
-    found = []
-    for start in range(0, len(points), batch_size):
-        rows = slice(start, start + batch_size)
+    found, size = [], min(whole("batch_size", batch_size), len(points))
+    for start in range(0, len(points), size):
+        rows = padded(np.arange(start, min(start + size, len(points))), size)
         target = jnp.asarray(points[rows]), jnp.asarray(labels[rows], jnp.int32)
         z = jnp.asarray(starts[rows])
         state = z, jnp.zeros_like(z), jnp.zeros_like(z), (z, jnp.full(len(z), jnp.inf, jnp.float32))
@@ -106,13 +117,21 @@ def nearest_latents(
             clocks = jnp.arange(done, min(done + stride(_AT_ONCE), steps + 1), dtype=jnp.int32)
             state = _approach(generator, state, target, np.float32(step_size), clocks)
         found.append(np.asarray(state[3][0]))
-    return np.concatenate(found)
+    return np.concatenate(found)[: len(points)]
+
+
+def _check_steps(steps: int, step_size: float) -> None:
+    whole("steps", steps)
+    if not (math.isfinite(step_size) and step_size > 0):
+        raise ValueError(f"step_size must be a number > 0, got {step_size!r}")
 
 
 def _latents(generator: Generator, latents: Any, x: Any) -> np.ndarray:
     starts, shape = np.asarray(latents, np.float32), np.shape(x)
     if starts.ndim < 2 or len(starts) != shape[0]:
         raise ValueError(f"latents must hold {shape[0]} rows (N, ...), got shape {starts.shape}")
+    if not np.isfinite(starts).all():
+        raise ValueError("latents hold NaN or infinite values")
     made = jax.eval_shape(generator, jnp.asarray(starts[:1]), jnp.zeros(1, jnp.int32))
     if getattr(made, "shape", None) != (1, *shape[1:]):
         raise ValueError(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,8 +28,9 @@ from scipy import linalg
 from lipbounds._text import as_labels, show, whole
 from lipbounds.analysis.attack_network import Model, count_classes, split
 from lipbounds.analysis.attack_search import INSIDE, Problem, as_points, project
-from lipbounds.analysis.attack_settings import DEFAULT, LINF, AttackSettings
+from lipbounds.analysis.attack_settings import DEFAULT, LINF, AttackSettings, precise
 from lipbounds.analysis.attacks import steepest, uniform_start
+from lipbounds.analysis.batches import padded
 from lipbounds.analysis.odi import diverse
 
 PLACES = ("x", "noise", "output")
@@ -37,7 +38,7 @@ PLACES = ("x", "noise", "output")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Measured:
-    """(N,) numbers, one for every example, and what they are: `meaning` is "attained" or "comparison"."""
+    """(N,) numbers, one for every example: `what` they are, and what that is worth (`meaning`)."""
 
     value: np.ndarray
     what: str
@@ -60,27 +61,29 @@ def _cross_entropy(z: jax.Array, labels: jax.Array) -> jax.Array:
     return -jnp.take_along_axis(jax.nn.log_softmax(z.astype(jnp.float32)), labels[:, None], axis=1)[:, 0]
 
 
-def _problems(fn: Any, x: Any, y: Any, eps: float, settings: AttackSettings) -> list[Problem]:
-    """The examples in chunks; only the last is shorter."""
+def _problems(
+    fn: Any, x: Any, y: Any, eps: float, settings: AttackSettings
+) -> Iterator[tuple[Problem, slice]]:
+    """The examples in chunks of one size, and the rows that count: the last chunk repeats its last example."""
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps must be a number >= 0, got {eps!r}")
+    settings.need_a_usual_norm("the ball")
     model, weights = split(fn)
     points = as_points(x)
     labels = as_labels(y, len(points))
     settings.check_inside(points)
     size = min(settings.batch_size, len(points))
     count_classes(model, weights, (size, *points.shape[1:]), labels)
-    made = []
     for start in range(0, len(points), size):
-        rows = np.arange(start, min(start + size, len(points)))
-        radii = jnp.full(len(rows), eps * INSIDE, jnp.float32)
+        rows = padded(np.arange(start, min(start + size, len(points))), size)
+        radii = jnp.full(size, eps * INSIDE, jnp.float32)
         where = jnp.asarray(points[rows]), radii, *settings.box
         index, own = jnp.asarray(rows, jnp.int32), jnp.asarray(labels[rows], jnp.int32)
-        made.append(Problem(model, weights, settings.norm, where, own, index))
-    return made
+        yield Problem(model, weights, settings.norm, where, own, index), slice(len(points) - start)
 
 
 # --------------------------------------------------------------------------------------------- slopes in the input
+@precise
 def gradient_lipschitz(
     fn: Any, x: Any, y: Any, eps: float, settings: AttackSettings = LINF, *, steps: int = 10, **changes: Any
 ) -> Measured:
@@ -92,13 +95,17 @@ def gradient_lipschitz(
     """
     settings = settings.changed(changes)
     whole("steps", steps)
-    walked = [_walk(p, np.float32(eps / 4), steps)[0] for p in _problems(fn, x, y, eps, settings)]
-    value = np.concatenate([np.asarray(slopes).max(axis=0) for slopes in walked])
+    found = []
+    for problem, rows in _problems(fn, x, y, eps, settings):
+        slopes, _ = _walk(problem, np.float32(eps / 4), steps)
+        found.append(np.asarray(slopes).max(axis=0)[rows])
+    value = np.concatenate(found)
     return Measured(
         value.astype(np.float64), "Local Lipschitz constant of the loss", "attained: a lower bound"
     )
 
 
+@precise
 def loss_increase(
     fn: Any,
     x: Any,
@@ -118,14 +125,22 @@ def loss_increase(
     """
     settings = settings.changed(changes)
     size = 2.5 * eps / whole("steps", steps) if step_size is None else step_size
+    if step_size is not None and not (math.isfinite(step_size) and step_size > 0):
+        raise ValueError(f"step_size must be a number > 0, got {step_size!r}")
     key = jax.random.key(settings.seed)
     made = []
-    for problem in _problems(fn, x, y, eps, settings):
+    for problem, rows in _problems(fn, x, y, eps, settings):
         start = uniform_start(key, problem.index, problem.where, problem.norm)
         losses = np.asarray(_walk(problem, np.float32(size), steps, start)[1])
-        clean = np.asarray(_walk(problem, np.float32(0), 0)[1])
-        made.append(losses[1:] - clean)
+        clean = np.asarray(_losses(problem.model, problem.weights, problem.where[0], problem.labels))
+        made.append((losses[1:] - clean)[:, rows])
     return np.concatenate(made, axis=1).astype(np.float64)
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def _losses(model: Model, weights: Any, x: jax.Array, labels: jax.Array) -> jax.Array:
+    """(B,) losses at x."""
+    return _cross_entropy(model(weights, x), labels)
 
 
 def _walk(problem: Problem, size: Any, steps: int, start: Any = None) -> tuple[jax.Array, jax.Array]:
@@ -163,6 +178,7 @@ def _ascent(
 
 
 # ------------------------------------------------------------------------------------------- curvature in the input
+@precise
 def hessian_eigenvalue(
     fn: Any,
     x: Any,
@@ -191,7 +207,7 @@ def hessian_eigenvalue(
     if at not in PLACES:
         raise ValueError(f"at must be one of {', '.join(PLACES)}, got {at!r}")
     key, found = jax.random.key(settings.seed), []
-    for problem in _problems(fn, x, y, eps, settings):
+    for problem, rows in _problems(fn, x, y, eps, settings):
         point = problem.where[0]
         if at == "noise":
             point = uniform_start(key, problem.index, problem.where, problem.norm)
@@ -203,10 +219,15 @@ def hessian_eigenvalue(
         )(problem.index)
         given = problem.model, problem.weights, point, problem.labels
         diagonal, beside, basis = map(np.asarray, _lanczos(*given, v, count=min(iterations, size)))
-        best = [_top(*rows) for rows in zip(diagonal, beside, basis, strict=True)]
+        broken = ~np.isfinite(diagonal + beside).all(axis=1)
+        if broken.any():
+            number = int(problem.index[np.argmax(broken)])
+            raise ValueError(f"the Hessian of the loss is not finite at example {number} (place {at})")
+        best = [_top(*each) for each in zip(diagonal, beside, basis, strict=True)]
         u = np.stack(best).astype(np.float32)
         image = np.asarray(_curved(*given, jnp.asarray(u)), np.float64)
-        found.append((u * image).sum(axis=1) / np.square(u.astype(np.float64)).sum(axis=1))
+        quotient = (u * image).sum(axis=1) / np.square(u.astype(np.float64)).sum(axis=1)
+        found.append(quotient[rows])
     what = (
         "Largest eigenvalue of the Hessian of the loss"
         + {"x": "", "noise": ", noise", "output": ", output"}[at]
@@ -280,6 +301,7 @@ class Landscape:
         )
 
 
+@precise
 def landscape(
     fn: Any,
     x: Any,
@@ -319,7 +341,8 @@ def landscape(
         raise ValueError("a landscape needs a network with weights of its own, such as an nnx module")
     points = as_points(x)
     labels = as_labels(y, len(points))
-    count_classes(model, weights, (min(batch_size, len(points)), *points.shape[1:]), labels)
+    size = min(whole("batch_size", batch_size), len(points))
+    count_classes(model, weights, (size, *points.shape[1:]), labels)
     rng = np.random.default_rng(seed)
     ways = [
         _direction(weights, None if directions == "weights" else rng)
@@ -327,12 +350,13 @@ def landscape(
     ]
     places = [(a,) for a in grid] if len(ways) == 1 else [(a, b) for a in grid for b in grid]
     sums = np.zeros((len(places), 2))
-    for start in range(0, len(points), batch_size):
-        rows = slice(start, start + batch_size)
+    for start in range(0, len(points), size):
+        rows = padded(np.arange(start, min(start + size, len(points))), size)
         batch = jnp.asarray(points[rows]), jnp.asarray(labels[rows], jnp.int32)
         for k, place in enumerate(places):
             at = tuple(np.float32(a) for a in place)
-            sums[k] += np.asarray(_at(model, weights, tuple(ways), at, *batch), np.float64)
+            made = _at(model, weights, tuple(ways), at, *batch)
+            sums[k] += np.asarray(made, np.float64)[:, : len(points) - start].sum(axis=1)
     means = (sums / len(points)).reshape((*(len(grid),) * len(ways), 2))
     return Landscape(grid, means[..., 0], means[..., 1], directions)
 
@@ -364,7 +388,7 @@ def _direction(weights: Any, rng: np.random.Generator | None) -> Any:
 def _at(
     model: Model, weights: Any, ways: tuple[Any, ...], place: tuple[Any, ...], x: jax.Array, y: jax.Array
 ) -> jax.Array:
-    """(2,) sums of losses and of correct answers at the weights moved."""
+    """(2, B) losses and whether the answers are correct at the weights moved."""
     for way, step in zip(ways, place, strict=True):
         weights = jax.tree.map(
             lambda w, d, step=step: (
@@ -374,4 +398,4 @@ def _at(
             way,
         )
     z = model(weights, x)
-    return jnp.stack([_cross_entropy(z, y).sum(), (z.argmax(axis=1) == y).sum().astype(jnp.float32)])
+    return jnp.stack([_cross_entropy(z, y), (z.argmax(axis=1) == y).astype(jnp.float32)])

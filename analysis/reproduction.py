@@ -294,14 +294,17 @@ COLUMNS = (
 )
 
 
-def best_method(record: Json) -> str:
-    """The bound that certifies most of a row's images at its eps; of equals the one with the smaller constants."""
+def best_method(record: Json) -> str | None:
+    """The bound that certifies most of a row's images at its eps; of equals the one with the smaller constants.
+
+    None where no bound has radii, as each may be refused.
+    """
     eps = str(record["eps_pixels"])
     key = {
         name: (row[eps], -record["constants"][name]["average_pair"])
         for name, row in record["certified"].items()
     }
-    return max(key, key=lambda name: key[name])
+    return max(key, key=lambda name: key[name], default=None)
 
 
 def accuracy_rows(rows: Sequence[Row], done: Mapping[str, Json]) -> list[list[str]]:
@@ -322,7 +325,10 @@ def _ours(record: Json | None) -> list[str]:
     if record is None:
         return ["not run", *[""] * 6]
     name, near, paper = best_method(record), str(record["eps_pixels"]), str(record["eps_paper"])
-    shares = (record["clean"], record["pgd"]["2"][near], record["certified"][name][near])
+    shares = [record["clean"], record["pgd"]["2"][near]]
+    if name is None:
+        return [str(record["epochs"]), *(f"{100 * share:.2f}" for share in shares), "", "", "none", ""]
+    shares.append(record["certified"][name][near])
     return [
         str(record["epochs"]),
         *(f"{100 * share:.2f}" for share in (*shares, record["certified"][name][paper])),
@@ -423,7 +429,10 @@ def radii_of_rows(group: str, records: Mapping[str, Json]) -> Figure:
     figure = new_figure(7.6, 4.4)
     ax = figure.subplots()
     for place, (method, record) in enumerate(records.items()):
-        radii = record["radii"][best_method(record)]
+        name = best_method(record)
+        if name is None:
+            continue
+        radii = record["radii"][name]
         colour, dashes = (
             RADII_LINES[place % len(RADII_LINES)],
             ("-", "--", ":")[place // len(RADII_LINES) % 3],
@@ -443,6 +452,7 @@ def radii_of_rows(group: str, records: Mapping[str, Json]) -> Figure:
     ax.set_ylim(0, 1.02)
     ax.set_title(f"{group}: certified accuracy", loc="left", fontsize=9)
     ax.set_xlabel("ε, ℓ₂ norm, pixel values in [0, 1]", fontsize=9)
-    ax.legend(fontsize=7, frameon=False)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=7, frameon=False)
     dress(ax, "both")
     return figure

@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
 from flax import nnx
@@ -292,6 +293,20 @@ def test_length_is_never_below_the_truth(rng, count, scale):
     )
 
 
+@pytest.mark.parametrize("norm", [1, 1.5, 3, 40.5])
+@pytest.mark.parametrize("scale", [1e-30, 1.0])
+def test_length_is_never_below_the_truth_in_any_norm(rng, norm, scale):
+    a = (rng.normal(size=(6, 50)) * scale).astype(np.float32)
+    with mpmath.workdps(40):
+        exact = [
+            mpmath.fsum(mpmath.mpf(abs(float(v))) ** norm for v in row) ** (1 / mpmath.mpf(norm)) for row in a
+        ]
+        found = attack_search.length(a, np.zeros_like(a), norm)
+        for length, truth in zip(found.tolist(), exact, strict=True):
+            assert truth <= length <= truth * (1 + mpmath.mpf("1e-12"))
+    assert attack_search.length(a, a, norm).tolist() == [0.0] * 6
+
+
 # ------------------------------------------------------------------------------------------ one step, and the CW loss
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("loss", ["margin", "ce"])
@@ -388,7 +403,7 @@ X, Y = np.full((4, 2, 6, 1), 0.5, np.float32), np.zeros(4, int)
         ({"low": 1.0}, "low < high"),
         ({"high": np.inf}, "finite numbers low < high"),
         ({"norm": 1}, "norm 2 or inf, not 1"),
-        ({"norm": 3}, "norm must be"),
+        ({"norm": 3}, "norm 2 or inf, not 3; frank_wolfe"),
         ({"loss": "hinge"}, "margin, ce, cw, got 'hinge'"),
         ({"steps": -1}, "steps must be a whole number >= 0"),
         ({"steps": 1.5}, "steps must be a whole number"),
@@ -415,8 +430,10 @@ def test_the_settings_of_an_attack_are_checked_once_and_can_be_shared(rng, net):
     settings = attacks.AttackSettings(norm="inf", high=2.0, batch_size=3, seed=5)
     assert settings.norm == math.inf and settings.diameter((2, 3)) == 2.0
     assert settings.changed({"norm": 2, "low": 1.0}).diameter((2, 2)) == 2.0
+    assert settings.changed({"norm": 1}).diameter((2, 3)) == 12.0
     for change, message in (
-        ({"norm": 1}, "norm 2 or inf, not 1"),
+        ({"norm": 0.5}, "norm must be 2 or inf .*, got 0.5"),
+        ({"norm": "l2"}, "norm must be 2 or inf .*, got 'l2'"),
         ({"low": 2.0}, "low < high, got 2.0 and 2.0"),
         ({"batch_size": True}, "batch_size must be a whole number"),
     ):

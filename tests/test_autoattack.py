@@ -164,6 +164,60 @@ def test_the_best_loss_never_falls_and_the_step_is_only_ever_halved(norm, monkey
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_steps_are_those_of_the_algorithm(norm, monkeypatch):
+    """Every iterate, against a plain loop over the examples that is written from the paper."""
+    monkeypatch.setattr(Problem, "stride", lambda problem, steps: 1)
+    x, _, _ = case(norm, 5)
+    y, steps = np.asarray(curved(x)).argmax(1), 40
+    eps = 0.02 if norm == math.inf else 0.06
+    states = []
+
+    def find(problem):
+        return apgd.climb(problem, "ce", None, steps, jax.random.key(0), states)
+
+    search("APGD", find, curved, x, y, eps, analysis.AttackSettings(norm=norm), "ce")
+    lengths, unequal = apgd.checkpoints(steps), 0
+    rate = jax.jit(jax.value_and_grad(lambda p, own: -jax.nn.log_softmax(curved(p[None]))[0, own]))
+    for i in range(len(x)):
+
+        def inside(point, at=x[i]):
+            shift = np.clip(point - at, -eps, eps)
+            if norm == 2:
+                shift = (point - at) * min(1.0, eps / max(np.linalg.norm(point - at), 1e-30))
+            return np.clip(at + shift, 0, 1)
+
+        def uphill(gradient, point):
+            free = np.where(((point <= 0) & (gradient < 0)) | ((point >= 1) & (gradient > 0)), 0, gradient)
+            return np.sign(free) if norm == math.inf else free / np.linalg.norm(free)
+
+        def rated(point, own=y[i]):
+            loss, gradient = rate(jnp.asarray(point, jnp.float32), own)
+            return float(loss), np.asarray(gradient, float)
+
+        before = point = np.asarray(states[0].before[i], float)
+        size, checked, rises, halved = 2 * eps, rated(point)[0], 0, True
+        loss, gradient = rated(point)
+        best = point, gradient, loss
+        for k in range(1, steps + 1):
+            z, a = inside(point + size * uphill(gradient, point)), 1.0 if k == 1 else 0.75
+            new = inside(point + a * (z - point) + (1 - a) * (point - before))
+            before, point, old = point, new, loss
+            loss, gradient = rated(point)
+            best = (point, gradient, loss) if loss > best[2] else best
+            rises += loss > old
+            if lengths[k - 1]:
+                cut = rises <= 0.75 * lengths[k - 1] or (not halved and checked >= best[2])
+                if cut:
+                    size, point, gradient = size / 2, *best[:2]
+                checked, rises, halved = best[2], 0, cut
+            unequal += not np.allclose(states[k - 1].point[i], point, atol=2e-4)
+            unequal += not np.isclose(states[k - 1].size[i], size, rtol=1e-3)
+    # a rise within float32 rounding may count differently, and all that follows with it
+    assert unequal <= 0.1 * steps * len(x), unequal
+
+
+@pytest.mark.slow
 def test_apgd_takes_the_same_steps_in_a_scan(monkeypatch):
     x, _, _ = case(2)
     y = np.asarray(curved(x)).argmax(1)

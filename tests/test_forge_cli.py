@@ -1,5 +1,6 @@
 """`lipbounds forge` and what stands behind it: the study, the paper's claims, the page."""
 
+import importlib
 import json
 import math
 
@@ -66,11 +67,33 @@ def test_claims_follow_from_the_figures(found):
     points = [100 * (row.clean - found.rows[0].clean) for row in found.rows[1:]]
     assert all(f"{p:+.2f}" in standard.figures for p in points)
     assert standard.verdict == DOES_NOT or max(points) > 0
-    assert next(c for name, c in said.items() if "AutoAttack" in name).verdict == OPEN
+    armed = next(c for name, c in said.items() if "AutoAttack" in name)
+    assert armed.verdict == OPEN and armed.figures.startswith("AutoAttack was not run")
     assert next(c for name, c in said.items() if "fifth" in name).verdict == HOLDS  # 0.9 zeroes nearly all
     assert "radii of all discs" in claims_table(tuple(said.values()))
     with pytest.raises(ValueError, match="nothing to compare"):
         claims(type(found)(found.rows[:1], found.forged, found.settings))
+
+
+@pytest.mark.slow
+def test_autoattack_closes_the_claim_about_the_tables(model, monkeypatch):
+    module = importlib.import_module("lipbounds.analysis.autoattack")
+    monkeypatch.setattr(module, "STEPS", 10)
+    monkeypatch.setattr(module, "QUERIES", 30)
+    data = digits()
+    x, y = data.test_x[:40], data.test_y[:40]
+    options = {"eps": 0.08, "steps": 2, "queries": 5, "examples": 4, "candidates": (0.9,)}
+    made = study(model, x, y, data=data.train_x[:200], auto=True, **options)
+    plain, gone = made.rows
+    assert gone.clean < 0.5 < plain.clean
+    for row in made.rows:
+        found = module.autoattack(made.forged.with_c_r(row.c_r), x, y, 0.08, norm=math.inf)
+        np.testing.assert_array_equal(row.withstood_all, row.withstood & ~found.success)
+    assert plain.autoattack < plain.pgd  # it breaks more than 2 steps of PGD
+    claim = next(c for c in claims(made) if "AutoAttack" in c.claim)
+    missed = f"PGD less AutoAttack 0: {100 * (plain.pgd - plain.autoattack):.2f}, 0.9: "
+    assert claim.verdict != HOLDS and missed in claim.figures and "points" in claim.figures
+    assert "AutoAttack" in repr(made) and made.to_json()["rows"][0]["autoattack"] == plain.autoattack
 
 
 @pytest.mark.slow

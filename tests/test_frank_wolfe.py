@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from lipbounds.analysis import fgsm, frank_wolfe
+from lipbounds.analysis import fgsm, frank_wolfe, pgd
 from lipbounds.analysis.attack_network import Model
 from lipbounds.analysis.attack_search import unbroken
 from lipbounds.analysis.frank_wolfe import descend, minimiser
-
-NORMS = [2, math.inf]
 
 
 def where_of(x, eps, low=0.0, high=1.0):
@@ -61,22 +59,37 @@ def test_one_full_step_is_the_fast_gradient_sign_method(rng):
         assert 3 < won.sum()
 
 
-@pytest.mark.sampled(2)
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.sampled(4)
+@pytest.mark.parametrize("norm", [1, 2, 3, math.inf])
 def test_a_linear_classifier_is_broken_above_its_distance_and_never_below(rng, norm):
     w = rng.normal(size=(12, 2)).astype(np.float32)
     x = rng.random((20, 12), np.float32)
     row = (w[:, 0] - w[:, 1]).astype(np.float64)
-    size = np.abs(row).sum() if norm == math.inf else np.linalg.norm(row)
+    dual = {1: math.inf, 2: 2, 3: 1.5, math.inf: 1}[norm]
+    size = np.linalg.norm(row, dual)
     exact, y = np.abs(x.astype(np.float64) @ row) / size, (x @ w).argmax(1)
     options = {"norm": norm, "low": -50.0, "high": 50.0}
     inside = frank_wolfe(lambda b: b @ w, x, y, 0.999 * exact, steps=3, gamma=1.0, **options)
     assert not inside.success.any() and (inside.steps == 3).all()
     outside = frank_wolfe(lambda b: b @ w, x, y, 1.001 * exact, steps=3, gamma=1.0, **options)
     assert outside.success.all() and (outside.steps == 1).all() and (outside.distance <= outside.eps).all()
+    shift = (outside.adversarial - x).astype(np.float64)
+    np.testing.assert_allclose(np.linalg.norm(shift, norm, axis=1), outside.distance, rtol=1e-9)
+    if norm == 1:
+        assert ((shift != 0).sum(axis=1) == 1).all()  # one entry moves
     slow = frank_wolfe(lambda b: b @ w, x, y, 1.2 * exact, steps=20, gamma=0.5, momentum=0.9, **options)
     assert slow.success.all() and (slow.steps == 3).all()  # 1 - 0.5^3 = 0.875 of 1.2
     np.testing.assert_allclose(slow.distance, 0.875 * 1.2 * exact, rtol=1e-4)
+
+
+def test_every_norm_is_told_by_its_name(rng):
+    fn, x = net(rng), rng.random((2, 10), np.float32)
+    y = np.asarray(fn(x)).argmax(1)
+    assert "in l1.5, " in repr(frank_wolfe(fn, x, y, 0.1, norm=1.5, steps=1))
+    with pytest.raises(
+        ValueError, match="PGD is in norm 2 or inf, not 1.5; frank_wolfe and black_frank_wolfe"
+    ):
+        pgd(fn, x, y, 0.1, norm=1.5)
 
 
 @pytest.mark.sampled(2)

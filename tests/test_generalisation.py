@@ -76,7 +76,7 @@ def test_a_wrong_radius_is_found_out(linear):
     wrong = lb.UpperBound(
         true.value / 2, math.inf, "assumed", "wrong", 0.0, pairwise=true.pairwise / 2, network=true.network
     )
-    with pytest.raises(lb.errors.GuaranteeError, match="below its certified radius"):
+    with pytest.raises(lb.errors.GuaranteeError, match="inside their certified radius"):
         perturbation_stability(form, x, float(exact.max()), norm=math.inf, fn=fn, bound=wrong, steps=20)
 
 

@@ -125,12 +125,29 @@ def test_random_directions_have_filters_of_the_networks_own_length(rng):
     assert not np.allclose(w, d)
 
 
+@pytest.mark.parametrize("batch_size", [2, 5])
+def test_chunks_are_of_one_size_and_change_nothing(rng, batch_size):
+    fn, _, x, y = softmax_linear(rng)
+    shapes = []
+
+    def seen(b):
+        shapes.append(b.shape)
+        return fn(b)
+
+    found = gradient_lipschitz(seen, x, y, 0.1, batch_size=batch_size)
+    assert {shape[0] for shape in shapes} == {batch_size} and len(found.value) == 5
+    np.testing.assert_allclose(found.value, gradient_lipschitz(fn, x, y, 0.1).value, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_a_plane_holds_its_lines(rng):
     net = Deep(nnx.Rngs(0))
     x, y = rng.random((10, 6), np.float32), rng.integers(0, 3, 10)
     steps = [-0.3, 0.0, 0.4]
-    line, plane = (landscape(net, x, y, steps, directions=kind) for kind in ("random", "plane"))
+    line, plane = (
+        landscape(net, x, y, steps, directions=kind, batch_size=size)
+        for kind, size in (("random", 4), ("plane", 10))
+    )
     np.testing.assert_allclose(plane.loss[:, 1], line.loss, rtol=1e-5)
     assert plane.loss.shape == (3, 3) and plane.loss[1, 1] == pytest.approx(
         cross_entropy(net, x, y).mean(), rel=1e-5
@@ -144,6 +161,17 @@ def test_a_plane_holds_its_lines(rng):
         (lambda fn, x, y: gradient_lipschitz(fn, x, y, -1.0), "eps must be a number >= 0"),
         (lambda fn, x, y: landscape(fn, x, y, [0.0]), "a network with weights of its own"),
         (lambda fn, x, y: landscape(Deep(nnx.Rngs(0)), x, y, []), "steps must hold finite numbers"),
+        (
+            lambda fn, x, y: landscape(Deep(nnx.Rngs(0)), x[:, :6], y % 3, [0.0], batch_size=0),
+            "batch_size must be",
+        ),
+        (lambda fn, x, y: loss_increase(fn, x, y, 0.1, step_size=-0.1), "step_size must be a number > 0"),
+        (
+            lambda fn, x, y: hessian_eigenvalue(
+                lambda b: fn(jnp.sqrt(b)), x * (np.arange(5) != 3)[:, None], y, iterations=2
+            ),
+            "the Hessian of the loss is not finite at example 3",
+        ),
     ],
 )
 def test_bad_input_is_refused(rng, call, message):

@@ -78,7 +78,7 @@ def test_the_risk_among_images_of_a_generator_is_at_most_the_risk(rng):
     assert 0 < made.success.sum() <= plain.success.sum() and plain.accuracy <= made.accuracy
     shift = (made.adversarial[made.success] - 0.5).astype(np.float64)
     np.testing.assert_allclose(shift @ basis @ basis.T, shift, atol=1e-5)  # in the generator's range
-    back = nearest_latents(generator, x, y, np.zeros_like(z), steps=300)
+    back = nearest_latents(generator, x, y, np.zeros_like(z), steps=300, batch_size=7)
     np.testing.assert_allclose(back, z, atol=0.02)
 
 
@@ -88,6 +88,8 @@ def test_the_risk_among_images_of_a_generator_is_at_most_the_risk(rng):
         ({"norm": math.inf}, "norm must be 2"),
         ({"latents": np.zeros((3, 6), np.float32)}, "latents must hold 4 rows"),
         ({"generator": lambda z, y: z[:, :2]}, "the generator must make images"),
+        ({"step_size": 0.0}, "step_size must be a number > 0"),
+        ({"latents": np.full((4, 6), np.nan, np.float32)}, "latents hold NaN"),
     ],
 )
 def test_bad_input_is_refused(rng, change, message):

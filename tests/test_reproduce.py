@@ -71,6 +71,16 @@ def test_rows_are_chosen_by_name_or_by_data_set() -> None:
     assert [published.method for published in left] == ["Standard", "GloRo", "Local-Lip"]
 
 
+def test_a_row_whose_bounds_are_all_refused_keeps_its_other_figures() -> None:
+    at = {"eps_pixels": 1.58, "eps_paper": 1.58, "clean": 0.9, "pgd": {"2": {"1.58": 0.5}}, "epochs": 2}
+    record: dict[str, Any] = at | {"certified": {}, "constants": {}, "guarantee": {}, "radii": {}}
+    assert reproduction.best_method(record) is None
+    (line, *_) = reproduction.accuracy_rows(chosen(["mnist/crm"]), {"mnist/crm": record})
+    assert line[3:10] == ["2", "90.00", "50.00", "", "", "none", ""]
+    assert len(line) == len(reproduction.COLUMNS)
+    reproduction.radii_of_rows("mnist", {"CRM": record})  # no curve, no legend
+
+
 def test_what_is_left_is_estimated_from_rows_on_the_same_images() -> None:
     rows = chosen(["mnist/crm", "mnist/gloro", "cifar10/crm"])
     clock = reproduction.Clock({row.name: row.config(10) for row in rows})

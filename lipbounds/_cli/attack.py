@@ -13,7 +13,17 @@ import typer
 
 from lipbounds._cli import common, tables
 from lipbounds._cli.common import Json, refusals
-from lipbounds._cli.options import ModelPath, Output, Reading, SeedOption, box_of, eps_of, grouped, option
+from lipbounds._cli.options import (
+    ModelPath,
+    Norm,
+    Reading,
+    SeedOption,
+    Tables,
+    box_of,
+    eps_of,
+    grouped,
+    option,
+)
 
 #: Name on the command line -> (function of lipbounds.analysis, settings that it fixes, options that it takes).
 METHODS: Mapping[str, tuple[str, Json, tuple[str, ...]]] = {
@@ -32,7 +42,8 @@ METHODS: Mapping[str, tuple[str, Json, tuple[str, ...]]] = {
     "rays": ("rays", {}, ("queries",)),
     "adbd": ("adbd", {}, ("queries",)),
 }
-Method = Literal[
+#: Attacks at a radius: what they leave bounds the robust accuracy from above.
+AtRadius = Literal[
     "autoattack",
     "apgd",
     "apgd-t",
@@ -46,18 +57,18 @@ Method = Literal[
     "black-frank-wolfe",
     "nes-pgd",
     "rays",
-    "adbd",
 ]
+Method = Literal[AtRadius, "adbd"]
 NO_TARGETS = ("autoattack", "adbd")
 NO_RADIUS = ("adbd",)
 ONLY_LINF = ("rays", "adbd")
+ANY_NORM = ("frank-wolfe", "black-frank-wolfe")
 
 
 @dataclasses.dataclass(frozen=True)
-class Written(Output):
+class Written(Tables):
     """Where the result of an attack is written."""
 
-    csv: Annotated[Path | None, option("Also write a table, a row per image.", "FILE", dir_okay=False)] = None
     page: Annotated[
         Path | None, option("Also write a page (HTML) with the images found.", "FILE", dir_okay=False)
     ] = None
@@ -77,7 +88,10 @@ def attack(
     ] = None,
     method: Annotated[Method, option("Attack to run.")] = "autoattack",
     norm: Annotated[
-        Literal["2", "inf"] | None, option("Norm of the change.", show_default="2; inf for rays and adbd")
+        Norm | None,
+        option(
+            "Norm of the change; 1 is for the Frank-Wolfe attacks.", show_default="2; inf for rays and adbd"
+        ),
     ] = None,
     data: Annotated[
         str,
@@ -173,6 +187,8 @@ def _check(method: str, eps: float | None, norm: str | None, targeted: bool, giv
         raise typer.BadParameter(f"{method} has no targets", param_hint="--targeted")
     if norm not in (None, "inf") and method in ONLY_LINF:
         raise typer.BadParameter(f"{method} measures distances in l-inf: leave it out", param_hint="--norm")
+    if norm == "1" and method not in ANY_NORM:
+        raise typer.BadParameter(f"{method} is in norm 2 or inf, not 1", param_hint="--norm")
     if eps is None and method not in NO_RADIUS:
         raise typer.BadParameter(f"{method} needs a radius", param_hint="--eps")
     if eps is not None and method in NO_RADIUS:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import functools
 import hashlib
+import io
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +15,7 @@ import typer
 
 import lipbounds as lb
 from lipbounds._cli import common, tables
+from lipbounds._cli.attack import ANY_NORM, METHODS, ONLY_LINF, AtRadius
 from lipbounds._cli.common import Json, refusals
 from lipbounds._cli.options import (
     DEFAULT_METHOD,
@@ -20,12 +24,12 @@ from lipbounds._cli.options import (
     MemoryOption,
     ModelPath,
     NormOption,
-    Output,
     ProcessesOption,
     ProcessOption,
     Reading,
     ScalingOption,
     SeedOption,
+    Tables,
     Verb,
     box_of,
     eps_of,
@@ -34,6 +38,7 @@ from lipbounds._cli.options import (
 )
 from lipbounds._lipsdp.certificate import parameter_digest
 from lipbounds._margins.blocks import Unfinished, blocks, joined, radii_of, record_of
+from lipbounds._text.files import write_atomically
 from lipbounds._text.progress import about
 from lipbounds.results import Guarantee
 
@@ -63,7 +68,13 @@ def certify(
         bool, option("Also bound the network locally around each image, for larger radii.", None, "--local")
     ] = False,
     box: Annotated[
-        Any, option("With --local: restrict inputs to this range, such as 0,1.", "LOW,HIGH", parser=box_of)
+        Any,
+        option(
+            "With --local: restrict inputs to this range, such as 0,1. With --attack: range of the inputs, 0,1 if not "
+            "given.",
+            "LOW,HIGH",
+            parser=box_of,
+        ),
     ] = None,
     at_eps: Annotated[
         bool,
@@ -83,10 +94,19 @@ def certify(
     memory: MemoryOption = None,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
+    attack: Annotated[
+        AtRadius | None,
+        option(
+            "Also attack the images that are not certified, by autoattack if no METHOD follows: the robust accuracy "
+            "lies between the two.",
+            "[METHOD]",
+            "--attack",
+        ),
+    ] = None,
     coordinator: CoordinatorOption = None,
     processes: ProcessesOption = None,
     process: ProcessOption = None,
-    files: Output,
+    files: Tables,
     reading: Reading,
 ) -> None:
     """Certify images: no input within eps changes the predicted class.
@@ -94,6 +114,9 @@ def certify(
     An image counts if it is classified correctly and its certified radius exceeds eps. Radii are in the
     units of the model's own input: for the demo's models pixel values in [0, 1]. The normalisation by --mean and
     --std is part of the network, so radii are those of the raw input.
+
+    With --attack the robust accuracy is bounded from both sides: certified <= robust <= under attack, at every eps.
+    The attack runs with its own settings in the norm of the radii; `lipbounds attack` has options for them.
 
     With --json an interrupted certification goes on from the images that it has when the same command is given again.
     Several processes share the images and find the same radii as one; process 0 prints and writes them all.
@@ -107,14 +130,11 @@ def certify(
 
     - `lipbounds certify net.onnx --data mine.npz --local --box 0,1 --eps 0.5 --at-eps`
 
+    - `lipbounds certify report/mlp.safetensors --eps 0.1 0.25 --attack --json both.json --csv both.csv`
+
     - `lipbounds certify net.onnx --data mine.npz --local --coordinator node0:1234 --processes 4 --process 1`
     """
-    if box is not None and not local:
-        raise typer.BadParameter("belongs to --local", param_hint="--box")
-    if at_eps and not (local and eps):
-        raise typer.BadParameter("needs --local and --eps", param_hint="--at-eps")
-    if seconds_per_image and not at_eps:
-        raise typer.BadParameter("belongs to --at-eps", param_hint="--seconds-per-image")
+    _check(norm, local, box, at_eps, bool(eps), seconds_per_image, attack, coordinator)
     chosen = common.choose_method(method, norm, scaling, False)
     with refusals() as stack:
         from lipbounds.training import parallel
@@ -122,10 +142,13 @@ def certify(
         parallel.join(coordinator, processes, process)
         stack.callback(parallel.leave)
         common.check_json(files)
-        form, shape = common.load_form(model, reading, stack, box)
+        common.check_free(files.csv, files.force, lambda _: False, "--csv would overwrite it")
+        form, shape, fn = common.load_both(model, reading, stack, box if local else None)
         x, y = common.read_data(data, shape)
         if not len(x):
             raise ValueError(f"{data} holds no images")
+        low, high = (0.0, 1.0) if box is None else box
+        _check_attack(attack, form, x, low, high)
         if jax.dtypes.canonicalize_dtype(np.float64) == np.float64:
             x = x.astype(np.float64)
         options: Json = {"pairwise": pairwise, "guarantee": guarantee, "seed": seed, "memory": memory}
@@ -143,7 +166,121 @@ def certify(
             tables.print_certified(bound, radii, shares)
             record = {"model": str(model), "data": data, **_certified(bound, radii, shares), "norm": norm}
             common.write_json(files.json, {**common.header(), **record})
+            both = None
+            if attack is not None:
+                both = _attacked(attack, form, fn, radii, x, y, list(shares), low=low, high=high, seed=seed)
+                tables.print_bracket(both)
+                record |= _bracket(attack, both, low, high, seed)
+                common.write_json(files.json, {**common.header(), **record})
+            if files.csv is not None:
+                write_atomically(files.csv, _table(radii, both, y).encode())
         kept.remove()
+
+
+def _check(
+    norm: str,
+    local: bool,
+    box: Any,
+    at_eps: bool,
+    eps: bool,
+    seconds: float,
+    attack: str | None,
+    coordinator: str | None,
+) -> None:
+    """typer.BadParameter unless the options fit together."""
+    if box is not None and not (local or attack):
+        raise typer.BadParameter("belongs to --local and --attack", param_hint="--box")
+    if at_eps and not (local and eps):
+        raise typer.BadParameter("needs --local and --eps", param_hint="--at-eps")
+    if seconds and not at_eps:
+        raise typer.BadParameter("belongs to --at-eps", param_hint="--seconds-per-image")
+    if attack is None:
+        return
+    if norm == "1" and attack not in ANY_NORM:
+        raise typer.BadParameter(
+            f"{attack} is in norm 2 or inf, not 1: take {' or '.join(ANY_NORM)}", param_hint="--attack"
+        )
+    if attack in ONLY_LINF and norm != "inf":
+        raise typer.BadParameter(
+            f"{attack} measures distances in l-inf: add --norm inf", param_hint="--attack"
+        )
+    if coordinator is not None:
+        raise typer.BadParameter(
+            "runs in one process: leave it out here, and run `lipbounds attack` with the same --eps",
+            param_hint="--attack",
+        )
+
+
+def _check_attack(attack: str | None, form: Any, x: Any, low: float, high: float) -> None:
+    """ValueError, before any work is done, where the attack could not run."""
+    if attack is None:
+        return
+    if attack in ("autoattack", "apgd-t") and form.num_outputs < 4:
+        raise ValueError(
+            f"--attack {attack} needs at least 4 classes, and the network has {form.num_outputs}: take apgd, fab, "
+            "square or pgd"
+        )
+    if not (low <= x.min() and x.max() <= high):
+        raise ValueError(
+            f"attacks stay in the box [{low:g}, {high:g}], and the images hold values from {x.min():g} to "
+            f"{x.max():g}: give the range of the inputs, --box LOW,HIGH"
+        )
+
+
+def _attacked(
+    attack: str, form: Any, fn: Any, radii: lb.Radii, x: Any, y: Any, eps: list[float], **settings: Any
+) -> Any:
+    """The robust accuracy from both sides. typer.Exit with code 130 where Ctrl-C ends the attack."""
+    from lipbounds import analysis
+
+    name, fixed, _ = METHODS[attack]
+    run = functools.partial(getattr(analysis, name), **fixed)
+    try:
+        with tables.working() as tell:
+            return analysis.robust_accuracy(
+                form, radii, x, y, eps, attack=run, fn=fn, progress=tell, **settings
+            )
+    except KeyboardInterrupt:
+        typer.echo("interrupted: the images are certified as above, and the attack is not finished", err=True)
+        raise typer.Exit(130) from None
+
+
+def _bracket(attack: str, both: Any, low: float, high: float, seed: int) -> Json:
+    """Both sides of the robust accuracy as plain data; `attacked_distance` is None where nothing was found."""
+    return {
+        "clean": both.clean,
+        "robust": both.rows(),
+        "attack": {
+            "method": attack,
+            "name": both.attack,
+            "guarantee": "attained",
+            "box": [low, high],
+            "seed": seed,
+            "attacked": list(both.attacked),
+            "rounding": both.rounding,
+            "notes": list(both.notes),
+        },
+        "attacked_distance": [float(d) if np.isfinite(d) else None for d in both.distance],
+    }
+
+
+COLUMNS = ("image", "label", "correct", "outcome", "certified_radius", "attacked_distance")
+
+
+def _table(radii: lb.Radii, both: Any, y: Any) -> str:
+    """A row per image as CSV: nothing misclassified lies nearer than certified_radius, something at attacked_distance.
+
+    The last is empty where nothing was found.
+    """
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(COLUMNS)
+    correct = radii.correct if both is None else both.correct
+    for i in range(len(radii)):
+        word = "" if radii.outcome is None else str(radii.outcome[i])
+        found = "" if both is None or not np.isfinite(both.distance[i]) else repr(float(both.distance[i]))
+        rows.writerow([i, int(y[i]), bool(correct[i]), word, repr(float(radii.radius[i])), found])
+    return text.getvalue()
 
 
 def _kept(

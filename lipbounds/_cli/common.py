@@ -60,7 +60,12 @@ def bound_of(form: Any, method: str, scaling: Any, options: Json) -> Any:
 
 def load_batched(path: Path, how: Reading, stack: contextlib.ExitStack) -> tuple[Any, tuple[int, ...], int]:
     """(network of a batch, shape of one input, number of classes) of a file, with (x - mean) / std in front."""
-    fn, shape, dtype = _load(path, how, stack)
+    return _batched(path, how, *_load(path, how, stack))
+
+
+def _batched(
+    path: Path, how: Reading, fn: Any, shape: tuple[int, ...], dtype: Any
+) -> tuple[Any, tuple[int, ...], int]:
     if how.mean is not None or how.std is not None:
         mean, std = _units(how, shape, dtype)
         inner = jax.vmap(fn) if path.suffix.lower() == ".onnx" else fn
@@ -78,7 +83,20 @@ def load_form(
 
     `box` (lower, upper) of the inputs serves to check values after tracing.
     """
-    fn, shape, dtype = _load(path, how, stack)
+    return _form(how, box, *_load(path, how, stack))
+
+
+def load_both(
+    path: Path, how: Reading, stack: contextlib.ExitStack, box: tuple[float, float] | None = None
+) -> tuple[Any, tuple[int, ...], Any]:
+    """(form, shape of one input, network of a batch): `load_form` and `load_batched`, reading the file once."""
+    read = _load(path, how, stack)
+    return *_form(how, box, *read), _batched(path, how, *read)[0]
+
+
+def _form(
+    how: Reading, box: tuple[float, float] | None, fn: Any, shape: tuple[int, ...], dtype: Any
+) -> tuple[Any, tuple[int, ...]]:
     example = jax.ShapeDtypeStruct(shape, dtype)
     if how.mean is None and how.std is None:
         return lb.trace(fn, example, box=box), shape

@@ -65,6 +65,12 @@ def forge(
     images: Annotated[int, option("Use the first N test images.", "N", min=1)] = 500,
     pgd_steps: Annotated[int, option("Gradient steps of an attack.", "N", min=1)] = 20,
     queries: Annotated[int, option("Queries of the Square attack.", "N", min=1)] = 300,
+    attack: Annotated[
+        Literal["pgd", "autoattack"],
+        option(
+            "Attack to run; `autoattack` runs beside PGD and Square, takes far longer, and needs 4 classes."
+        ),
+    ] = "pgd",
     checks: Annotated[bool, option("Look for signs of gradient masking.")] = True,
     seed: SeedOption = 0,
     files: Pages,
@@ -98,6 +104,7 @@ def forge(
             "images": images,
             "pgd_steps": pgd_steps,
             "queries": queries,
+            "attack": attack,
             "seed": seed,
             "kind": kind,
         }
@@ -123,6 +130,7 @@ def _measure(
     images: int,
     pgd_steps: int,
     queries: int,
+    attack: str,
     eps: float,
     seed: int,
     **gates: Any,
@@ -135,18 +143,18 @@ def _measure(
     with tables.working() as tell:
         test = subject.data(source.data_dir, tell)
         x, y = test.test_x[:images], test.test_y[:images]
-        attack: Json = {"eps": eps, "seed": seed, "progress": tell, "steps": pgd_steps}
+        given: Json = {"eps": eps, "seed": seed, "progress": tell, "steps": pgd_steps}
         chosen, on = max(c_r), "the one asked for"
         if len({*c_r} - {0.0}) > 1:
             few, labels = test.train_x[:SEARCHED], test.train_y[:SEARCHED]
             ratios = sorted({*c_r})
-            picked = search_c_r(subject.model, few, labels, ratios, data=test.train_x, **attack, **gates)
+            picked = search_c_r(subject.model, few, labels, ratios, data=test.train_x, **given, **gates)
             chosen, on = picked.best.c_r, f"the best under PGD on {len(labels)} training images"
-        attack["queries"] = queries
-        found = study(subject.model, x, y, data=test.train_x, candidates=c_r, **attack, **gates)
+        given["queries"], auto = queries, attack == "autoattack"
+        found = study(subject.model, x, y, data=test.train_x, candidates=c_r, auto=auto, **given, **gates)
         signs = None
         if checks and chosen > 0:
-            signs = gradient_masking(found.forged.with_c_r(chosen), subject.model, x, y, **attack)
+            signs = gradient_masking(found.forged.with_c_r(chosen), subject.model, x, y, **given)
         return found, chosen, on, signs, claims(found, signs)
 
 

@@ -67,6 +67,11 @@ def _is_number(text: str) -> bool:
     return True
 
 
+def _is_word(following: list[str]) -> bool:
+    """Whether a value follows an option, right or wrong, and not another option, a file or nothing."""
+    return bool(following) and not following[0].startswith("-") and not Path(following[0]).exists()
+
+
 def eps_of(text: str) -> float:
     """Parse a radius."""
     value = number(text) if _is_number(text) else math.nan
@@ -107,11 +112,19 @@ def shape_of(text: str) -> tuple[int, ...]:
 
 # ------------------------------------------------------------------------------------------- how commands parse
 class Command(TyperCommand):
-    """Lets several values follow an option that may be repeated: `--eps 0.1 0.25` is `--eps 0.1 --eps 0.25`."""
+    """Lets several values follow an option that may be repeated: `--eps 0.1 0.25` is `--eps 0.1 --eps 0.25`.
+
+    `--attack` without a value is `--attack autoattack`.
+    """
 
     values: typing.ClassVar = {"--eps": _is_number, "--c-r": _is_number, "--methods": VERBS.__contains__}
+    bare: typing.ClassVar = {"--attack": "autoattack"}
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for name in self.bare.keys() & {name for p in self.params for name in p.opts}:
+            for at in reversed([at for at, arg in enumerate(args) if arg == name]):
+                if not _is_word(args[at + 1 : at + 2]):
+                    args = [*args[: at + 1], self.bare[name], *args[at + 1 :]]
         several = {name for p in self.params if getattr(p, "multiple", False) for name in p.opts}
         spread: list[str] = []
         option = ""
@@ -253,6 +266,13 @@ class Output:
 
     json: Annotated[Path | None, option("Also write the result as JSON.", "FILE", dir_okay=False)] = None
     force: ForceOption = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables(Output):
+    """Where a result is written, as a table, too."""
+
+    csv: Annotated[Path | None, option("Also write a table, a row per image.", "FILE", dir_okay=False)] = None
 
 
 @dataclasses.dataclass(frozen=True)

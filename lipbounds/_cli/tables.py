@@ -228,3 +228,20 @@ def print_certified(bound: Any, radii: Any, shares: dict[float, float]) -> None:
         typer.echo(f"outcome:   {listed(radii.counts)}")
     for note in radii.notes:
         typer.echo(f"note:      {note}")
+
+
+def print_bracket(both: Any) -> None:
+    """Certified accuracy and accuracy under attack at every eps: the robust accuracy lies between them."""
+    from lipbounds._text.tables import show
+    from lipbounds.results import NORM_NAMES
+
+    norm = NORM_NAMES[both.norm]
+    typer.echo(
+        f"attack:    {both.attack} in {norm}, on the images that are not certified; attained, no certificate"
+    )
+    typer.echo(f"clean:     {100 * both.clean:.1f} % correct")
+    for row in both.rows():
+        ends = show(100 * row["certified"], "down", 4), show(100 * row["attacked"], "up", 4)
+        typer.echo(f"eps {row['eps']:<7g} {ends[0]} % certified <= robust <= {ends[1]} % under attack")
+    for note in both.notes:
+        typer.echo(f"note:      {note}")
