@@ -73,7 +73,7 @@ def test_a_linear_classifier_is_broken_above_its_distance_and_never_below(rng, n
     assert not inside.success.any() and (inside.steps == 3).all()
     outside = frank_wolfe(lambda b: b @ w, x, y, 1.001 * exact, steps=3, gamma=1.0, **options)
     assert outside.success.all() and (outside.steps == 1).all() and (outside.distance <= outside.eps).all()
-    shift = (outside.adversarial - x).astype(np.float64)
+    shift = outside.adversarial.astype(np.float64) - x
     np.testing.assert_allclose(np.linalg.norm(shift, norm, axis=1), outside.distance, rtol=1e-9)
     if norm == 1:
         assert ((shift != 0).sum(axis=1) == 1).all()  # one entry moves
