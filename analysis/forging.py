@@ -300,10 +300,12 @@ def forge(
         where: which of the convolutional and linear layers, a callable (path, layer) -> bool, or glob patterns of paths
             such as "blocks.*.conv1". None chooses, out of the layers that are called and do not read the network's
             input (the first one called, and others called on the very same array):
+
             1. every one in modules below the root that hold a BatchNorm (the paper's residual blocks), else
             2. where there is attention or LayerNorm: the linear layers of modules below the root that hold two or more
                of them and no attention, or hold them beside attention (the paper's MLP blocks), else
             3. all of them.
+
             What wraps the whole network counts as the root.
         quantile: the peak is the quantile of the examples' maxima: 1 the maximum, as in the paper, less is robust
             against outliers.

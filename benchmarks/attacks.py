@@ -54,9 +54,9 @@ class MLP(nnx.Module):
 class CNN(nnx.Module):
     def __init__(self, rngs: nnx.Rngs) -> None:
         pad = ((1, 1), (1, 1))
-        self.first = nnx.Conv(1, 16, (4, 4), strides=2, padding=pad, rngs=rngs)
-        self.second = nnx.Conv(16, 32, (4, 4), strides=2, padding=pad, rngs=rngs)
-        self.dense, self.last = nnx.Linear(1568, 100, rngs=rngs), nnx.Linear(100, 10, rngs=rngs)
+        self.first = nnx.Conv(1, 8, (4, 4), strides=2, padding=pad, rngs=rngs)
+        self.second = nnx.Conv(8, 16, (4, 4), strides=2, padding=pad, rngs=rngs)
+        self.dense, self.last = nnx.Linear(784, 50, rngs=rngs), nnx.Linear(50, 10, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         h = nnx.relu(self.second(nnx.relu(self.first(x))))

@@ -39,7 +39,7 @@ def network(arrays, name):
         layers = [nn.Flatten(), dense("first"), nn.ReLU(), dense("second"), nn.ReLU(), dense("last")]
     else:
         body = [convolution("first"), nn.ReLU(), convolution("second"), nn.ReLU(), nn.Flatten()]
-        layers = [*body, dense("dense", (7, 7, 32)), nn.ReLU(), dense("last")]
+        layers = [*body, dense("dense", (7, 7, 16)), nn.ReLU(), dense("last")]
     return nn.Sequential(*layers).eval()
 
 

@@ -1,0 +1,84 @@
+"""The documentation site: links that lead somewhere, theorem pages that name code and tests that exist."""
+
+import pathlib
+import re
+import sys
+
+import pytest
+
+import lipbounds as lb
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+THEOREMS = sorted(set((DOCS / "theory").glob("*.md")) - {DOCS / "theory" / "index.md"})
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def test_there_are_pages() -> None:
+    assert {"index.md", "guarantees.md", "local.md", "lipsdp.md"} <= {p.name for p in PAGES}
+    assert len(THEOREMS) >= 8
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda p: p.name)
+def test_links_lead_to_files(page: pathlib.Path) -> None:
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        path = target.split("#")[0]
+        if path and not path.startswith(("http://", "https://", "mailto:")) and "generated/" not in path:
+            assert (page.parent / path).exists(), f"{page.name} links to {target}, which does not exist"
+
+
+@pytest.mark.parametrize("page", THEOREMS, ids=lambda p: p.stem)
+def test_a_theorem_names_its_code_and_the_tests_that_guard_it(page: pathlib.Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    code = re.search(r"^- Code: (.*?)(?=^- |\Z)", text, re.M | re.S)
+    guard = re.search(r"^- Guarded by (.*?)(?=^- |\Z)", text, re.M | re.S)
+    assert code is not None and guard is not None, "a page needs the lines '- Code:' and '- Guarded by'"
+    room = ROOT
+    for name in re.findall(r"`([\w/.]+\.py)`", code[1]):
+        path = ROOT / name if "/" in name else room / name
+        assert path.exists(), f"{path} does not exist"
+        room = path.parent
+    sources = "".join(
+        (ROOT / name).read_text(encoding="utf-8") for name in re.findall(r"`(tests/\w+\.py)`", guard[1])
+    )
+    tests = re.findall(r"`(test_\w+)`", guard[1])
+    assert sources and tests
+    for test in tests:
+        assert f"def {test}(" in sources, f"{test} is in none of the files that the page names"
+
+
+def test_every_public_name_has_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(DOCS))
+    import generate
+
+    text = generate.public_names()
+    missing = [n for n in lb.__all__ if not re.search(rf"lipbounds\.{n}$", text, re.M)]
+    assert missing == ["__version__"]
+    assert not re.search(r"^\.\. \S+ lipbounds\.(\w+)$(?=[\s\S]*^\.\. \S+ lipbounds\.\1$)", text, re.M), (
+        "twice"
+    )
+    assert ".. autofunction:: lipbounds.analysis.autoattack" in text
+    assert ".. autofunction:: lipbounds.training.fit" in text
+    sys.modules.pop("generate")
+
+
+def test_docstrings_become_text_and_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(DOCS))
+    import generate
+
+    lines = [
+        "The *bound* `x` of y_ and |z|.",
+        "",
+        "    a * b <= c_",
+        "",
+        "Then more.",
+        "",
+        "Args:",
+        "    x: a `y`.",
+    ]
+    found = generate.restructured(lines)
+    assert found[0] == r"The \*bound\* ``x`` of y\_ and \|z\|."
+    assert found[found.index("::") + 2] == "    a * b <= c_"
+    assert "Args:" in found and found[-2] == "    x: a ``y``."
+    sys.modules.pop("generate")
