@@ -149,7 +149,7 @@ def test_the_options_are_the_settings() -> None:
         option = options[field.name]
         assert option.help.startswith(field.metadata["help"]) and option.default is None
         assert option.param_type_name == ("argument" if field.name == "loss" else "option")
-        flags = {"flip": ["--flip", "--no-flip"], "loss": ["loss"]}
+        flags = {name: [f"--{name}", f"--no-{name}"] for name in ("flip", "nesterov")} | {"loss": ["loss"]}
         dashed = [f"--{field.name.replace('_', '-')}"]
         assert [*option.opts, *option.secondary_opts] == flags.get(field.name, dashed)
 

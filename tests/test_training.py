@@ -96,7 +96,8 @@ def test_impossible_models_are_refused(spec, message):
 
 
 def test_every_architecture_is_documented_by_a_spec():
-    elsewhere = {"liresnet", "lipconvnet", "residual_lipschitz"}  # tests/test_layers.py
+    # tests/test_layers.py and tests/test_batch_norm.py
+    elsewhere = {"liresnet", "lipconvnet", "residual_lipschitz", "batch_norm"}
     assert set(SMALL) | {"4C3F", "6C2F", "8C2F"} | elsewhere == set(ARCHITECTURES)
 
 

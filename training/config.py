@@ -84,16 +84,20 @@ class Config:
                               choices=("float32", "float64"))
     forward: str = _setting("float32", "optimiser", "Precision of the network in training; weights, constants and "
                             "proofs keep theirs.", choices=("float32", "bfloat16"))
-    optimiser: str = _setting("adam", "optimiser", "Optimiser of the weights.", choices=("adam", "nadam"))
+    optimiser: str = _setting("adam", "optimiser", "Optimiser of the weights.", choices=("adam", "nadam", "sgd"))
+    momentum: float = _setting(0.9, "optimiser", "Momentum (sgd).", 0, 0.9999)
+    nesterov: bool = _setting(True, "optimiser", "Whether the momentum is Nesterov's (sgd).")
+    weight_decay: float = _setting(0.0, "optimiser", "Decay of kernels, in the gradient of sgd, beside the step of the "
+                                   "others (AdamW); biases and BatchNorm have none.", 0)
     lookahead: int = _setting(0, "optimiser", "Go half the way back every N steps (Lookahead); 0 for never.", 0)
     clip: float = _setting(0.0, "optimiser", "Largest norm of a step's gradient; 0 for any.", 0)
     multiplier_rate: float = _setting(5e-3, "optimiser", "Learning rate of the recursion's multipliers.", 0, 1)
     epochs: int = _setting(60, "optimiser", "Passes over the training images.", 1)
     batch_size: int = _setting(512, "optimiser", "Images per step; an incomplete last batch is left out.", 1)
-    learning_rate: float = _setting(1e-3, "optimiser", "Adam learning rate.", _POSITIVE)
+    learning_rate: float = _setting(1e-3, "optimiser", "Learning rate.", _POSITIVE)
     final_learning_rate: float = _setting(1e-5, "optimiser", "Final learning rate.", 0)
     schedule: str = _setting("exponential", "optimiser", "Decay of the learning rate.",
-                             choices=("exponential", "cosine", "multi-step", "cyclic", "constant"))
+                             choices=("exponential", "cosine", "multi-step", "halving", "cyclic", "constant"))
     decay_from: int = _setting(0, "optimiser", "Epochs before the decay begins.", 0)
     smoothing: float = _setting(0.0, "loss", "Label smoothing of the cross-entropy.", 0, 0.999)
     flip: bool = _setting(False, "data", "Mirror each training image with probability 1/2.")

@@ -25,6 +25,7 @@ from lipbounds.training.initial import fresh
 from lipbounds.training.models import ModelSpec
 from lipbounds.training.optimisers import schedule
 from lipbounds.training.parallel import Devices
+from lipbounds.training.statistics import refreshed
 from lipbounds.training.step import TrainState, trainer
 
 Record = dict[str, Any]
@@ -213,6 +214,7 @@ class _Run:
                 break
             begin = time.perf_counter()
             state, metrics = self.trainer.epoch(state, pixels, labels)
+            state = refreshed(self.trainer, state, pixels, epoch)
             state, figures = self.watch(state)
             record = self._record(epoch, metrics, figures, begin)
             if record["skipped"] > config.max_skipped or record["skipped"] == self.trainer.steps:
@@ -277,7 +279,7 @@ class _Run:
         state = parallel.local(state)
         rows = self.sample
         x = self.images.pixels[rows] / np.float32(self.images.levels)
-        form = self.trainer.at(state.kept).form(self.trainer.final_weights(state))
+        form = self.trainer.at(self.trainer.final_kept(state)).form(self.trainer.final_weights(state))
         try:
             bound = proved_bound(form, self.config, state, iterations=0)
         except ValueError:  # multipliers that prove nothing yet must not end the run

@@ -21,9 +21,10 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lipbounds.training import lipschitz_nets, liresnet
+from lipbounds.training import batch_norm_nets, lipschitz_nets, liresnet
 from lipbounds.training.activations import ClippedRelu
 from lipbounds.training.activations import maxmin as maxmin
+from lipbounds.training.batch_norm_nets import BatchNormNet
 from lipbounds.training.lipschitz_nets import LipConvNet, ResidualLipschitzNet
 from lipbounds.training.liresnet import LiResNet
 
@@ -215,11 +216,15 @@ ARCHITECTURES: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
     "liresnet": (LiResNet, {}),
     "lipconvnet": (LipConvNet, {}),
     "residual_lipschitz": (ResidualLipschitzNet, {}),
+    "batch_norm": (BatchNormNet, {}),
 }
 
 #: Architectures that are named with their sizes, and how.
-NAMED = "liresnet-L6W64, lipconvnet-10, sll-mlp-L4W256, sll-cnn-L4W32, aol-mlp-L4W256, aol-cnn-L4W32"
-_WITH_SIZES = ("mlp", "liresnet", "lipconvnet", "residual_lipschitz")
+NAMED = (
+    "liresnet-L6W64, lipconvnet-10, sll-mlp-L4W256, sll-cnn-L4W32, aol-mlp-L4W256, aol-cnn-L4W32, resnet18, "
+    "resnet50-w0.5, wrn-28-4, densenet-bc-40-12"
+)
+_WITH_SIZES = ("mlp", "liresnet", "lipconvnet", "residual_lipschitz", "batch_norm")
 #: Architectures that a word alone names.
 SIMPLE = tuple(name for name in ARCHITECTURES if name not in _WITH_SIZES)
 
@@ -244,7 +249,9 @@ def spec_for(
     found = lipschitz_nets.parse(arch)
     if (sizes_of := liresnet.parse(arch)) is not None:
         found = "liresnet", sizes_of
-    if found is not None:  # these have MaxMin or what their layers prescribe
+    if (sizes_of := batch_norm_nets.parse(arch)) is not None:
+        found = "batch_norm", sizes_of
+    if found is not None:  # these have MaxMin, ReLU or what their layers prescribe
         arguments = {**found[1], "classes": classes, "mean": mean, "std": std}
         return ModelSpec(found[0], (height, width, channels), arguments)
     if "-" not in arch:

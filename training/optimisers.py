@@ -1,4 +1,4 @@
-"""Optimisers and learning rates of a run: Adam or NAdam, Lookahead, schedules by name."""
+"""Optimisers and learning rates of a run: Adam, NAdam or SGD, weight decay, Lookahead, schedules by name."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def optimiser(config: Config, steps: int) -> optax.GradientTransformation:
     ratio = config.multiplier_rate / config.learning_rate
     last = max(config.final_learning_rate * ratio, 0.01 * config.multiplier_rate)
     quick = schedule(config, steps, config.multiplier_rate, last)
-    of_weights = optax.nadam(rate) if config.optimiser == "nadam" else optax.adam(rate)
+    of_weights = _of_weights(config, rate)
     if config.clip:
         of_weights = optax.chain(optax.clip_by_global_norm(config.clip), of_weights)
     if config.lookahead:
@@ -64,11 +64,32 @@ def optimiser(config: Config, steps: int) -> optax.GradientTransformation:
     )
 
 
+def _of_weights(config: Config, rate: Any) -> optax.GradientTransformation:
+    """SGD takes the gradient of weight_decay / 2 times the squared kernels with that of the loss, before its momentum.
+
+    Adam and NAdam shrink kernels by the learning rate times weight_decay, apart from their steps (Loshchilov and
+    Hutter, ICLR 2019). Vectors have no decay: biases, scales and shifts of BatchNorm, parameters of activations.
+    """
+    decay = config.weight_decay
+    if config.optimiser == "sgd":
+        steps = optax.sgd(rate, momentum=config.momentum or None, nesterov=config.nesterov)
+        return optax.chain(optax.add_decayed_weights(decay, _kernels), steps) if decay else steps
+    nesterov = config.optimiser == "nadam"
+    if decay:
+        return optax.adamw(rate, weight_decay=decay, mask=_kernels, nesterov=nesterov)
+    return optax.nadam(rate) if nesterov else optax.adam(rate)
+
+
+def _kernels(weights: Any) -> Any:
+    return jax.tree.map(lambda a: a.ndim > 1, weights)
+
+
 def schedule(config: Config, steps: int, first: float, last: float) -> Any:
     """Learning rate by step: `first` until epoch `decay_from`, then down to `last` at the end.
 
     "multi-step" divides by 10 at one half and at three quarters of the decay; "cyclic" rises from `last` to `first` in
-    the first 40 % of the steps from `decay_from` on, and falls again, both linearly.
+    the first 40 % of the steps from `decay_from` on, and falls again, both linearly. "halving" halves the rate at
+    `decay_from` and after every further epoch, and does not stop at `last`.
     """
     begin, total = config.decay_from * steps, config.epochs * steps
     if config.schedule == "constant" or begin >= total or first == 0:
@@ -80,6 +101,8 @@ def schedule(config: Config, steps: int, first: float, last: float) -> Any:
     if config.schedule == "multi-step":
         edges = {begin + length // 2: 0.1, begin + 3 * length // 4: 0.1}
         return optax.piecewise_constant_schedule(first, edges)
+    if config.schedule == "halving":
+        return lambda step: first * jnp.float32(0.5) ** jnp.maximum((step - begin) // steps + 1, 0)
     if config.schedule == "cyclic":
         top = begin + max(1, round(_TOP * length))
         rise = optax.linear_schedule(last, first, top - begin)

@@ -17,7 +17,6 @@ follows bit for bit on one machine.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -30,9 +29,10 @@ import optax
 from flax import nnx
 
 import lipbounds as lb
-from lipbounds.training import layers, losses
+from lipbounds.training import losses, network, statistics
 from lipbounds.training.augment import Augmentation
 from lipbounds.training.config import Config
+from lipbounds.training.network import Network
 from lipbounds.training.optimisers import optimiser
 from lipbounds.training.parallel import Devices
 
@@ -68,7 +68,9 @@ class TrainState(NamedTuple):
         held: see `Held`.
         average: averaged weights, else ().
         step: number of finished steps, skipped ones included.
-        kept: vectors of the power iterations of spectral layers, which move on with every step.
+        kept: what moves on with every step without a gradient: vectors of the power iterations of spectral layers,
+            running statistics of BatchNorm.
+        settled: statistics of BatchNorm for the averaged weights, gathered after every epoch; () where there are none.
     """
 
     weights: Any
@@ -79,6 +81,7 @@ class TrainState(NamedTuple):
     average: Any
     step: jax.Array
     kept: Any = ()
+    settled: Any = ()
 
 
 class Metrics(NamedTuple):
@@ -91,47 +94,22 @@ class Metrics(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Trainer:
+class Trainer(Network):
     """The compiled parts of one run. `init()` gives the first state, `epoch(state, pixels, labels)` the next one."""
 
     config: Config
-    graph: Any
-    rest: Any
     weights: Any
-    input_shape: tuple[int, ...]
     levels: int
     images: int
     devices: Devices
+    norms: frozenset[tuple[Any, ...]] = frozenset()  # places of BatchNorm layers
 
     @property
     def steps(self) -> int:
         """Steps of one epoch."""
         return self.images // self.config.batch_size
 
-    # --- the network and its bound ---------------------------------------------------------------------------------
-
-    def at(self, kept: Any) -> Trainer:
-        """This trainer with the vectors that a state keeps for spectral layers."""
-        if not jax.tree.leaves(kept):
-            return self
-        return dataclasses.replace(self, rest=nnx.merge_state(self.rest, kept))
-
-    def advanced(self, weights: Any, steps: int = 1) -> Any:
-        """The vectors of spectral layers after so many steps of their power iterations."""
-        if not jax.tree.leaves(nnx.filter_state(self.rest, layers.Kept)):
-            return nnx.filter_state(self.rest, layers.Kept)
-        model = nnx.merge(self.graph, weights, self.rest, copy=True)  # inside jit only a copy may change
-        layers.iterate(model, steps)
-        return nnx.state(model, layers.Kept)
-
-    def network(self, weights: Any, x: jax.Array) -> jax.Array:
-        """Logits (B, K) of images x."""
-        return nnx.merge(self.graph, weights, self.rest)(x)
-
-    def form(self, weights: Any) -> Any:
-        """The Lur'e form; weights may be tracers."""
-        batch = jax.ShapeDtypeStruct((1, *self.input_shape), _FLOAT)
-        return lb.trace(partial(self.network, weights), batch, batched=True)
+    # --- the bound -------------------------------------------------------------------------------------------------
 
     @property
     def core(self) -> Any:
@@ -200,14 +178,10 @@ class Trainer:
             weights, multipliers, self.optimiser.init(trained), bound, held, average, jnp.zeros((), jnp.int32)
         )
         # spectral layers start near their constant, and keep up from then on
-        state = state._replace(kept=self.advanced(weights, _FIRST_ITERATIONS))
+        settled = self.statistics if c.average != "none" and jax.tree.leaves(self.statistics) else ()
+        state = state._replace(kept=self.advanced(weights, _FIRST_ITERATIONS), settled=settled)
         # strongly typed, as every later state is, so that the epoch is compiled once
         return jax.tree.map(lambda a: jnp.asarray(a, a.dtype), state)
-
-    def classes(self, weights: Any) -> int:
-        """Number of outputs of the network."""
-        x = jax.ShapeDtypeStruct((1, *self.input_shape), _FLOAT)
-        return int(jax.eval_shape(self.network, weights, x).shape[-1])
 
     @cached_property
     def optimiser(self) -> Any:
@@ -225,7 +199,7 @@ class Trainer:
         with self.precision(), jax.numpy_dtype_promotion("standard"):
             if not self.one_by_one:
                 return self._scanned(state, pixels, labels)
-            batches, keys = self._planned(state.step)
+            batches, keys = self.planned(state.step)
             seen = []
             for rows, key in zip(batches, keys, strict=True):
                 state, one = self._single(state, pixels, labels, rows, key)
@@ -248,7 +222,9 @@ class Trainer:
         return jax.jit(self._visit, donate_argnums=0, out_shardings=(self.devices.replicated,) * 2)
 
     @cached_property
-    def _planned(self) -> Any:
+    def planned(self) -> Any:
+        """The compiled rows of every batch, and keys of its augmentation, of the epoch that a step lies in."""
+
         def plan(step: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
             batches, keys = self._plan(step)
             return list(batches), list(keys)
@@ -277,11 +253,24 @@ class Trainer:
         state, seen = jax.lax.scan(visit, state, self._plan(state.step))
         return state, _metrics(seen)
 
-    def _visit(self, state: TrainState, pixels: Any, labels: Any, rows: Any, key: Any) -> Any:
+    def batch(self, pixels: Any, rows: Any, key: Any) -> jax.Array:
+        """The augmented images of these rows."""
         c = self.config
         augment = Augmentation(c.flip, c.degrees, c.translate, crop=c.crop, cutout=c.cutout)
-        x = self.devices.spread(pixels[rows]).astype(_FLOAT) / np.float32(self.levels)
-        return self._step(state, augment(key, x), self.devices.spread(labels[rows]))
+        return augment(key, self.devices.spread(pixels[rows]).astype(_FLOAT) / np.float32(self.levels))
+
+    def _visit(self, state: TrainState, pixels: Any, labels: Any, rows: Any, key: Any) -> Any:
+        return self._step(state, self.batch(pixels, rows, key), self.devices.spread(labels[rows]))
+
+    @cached_property
+    def gathered(self) -> Any:
+        """The compiled sum of statistics.pooled: (statistics so far, of so many batches, weights, kept, ...)."""
+
+        def gather(total: Any, count: Any, weights: Any, kept: Any, pixels: Any, rows: Any, key: Any) -> Any:
+            new = self.at(kept).moments(weights, self.batch(pixels, rows, key))
+            return statistics.pooled(self.norms, total, new, count)
+
+        return jax.jit(gather, out_shardings=self.devices.replicated)
 
     def _step(self, state: TrainState, x: jax.Array, labels: jax.Array) -> tuple[TrainState, Any]:
         return self.at(state.kept)._stepped(state, x, labels)
@@ -289,7 +278,12 @@ class Trainer:
     def _stepped(self, state: TrainState, x: jax.Array, labels: jax.Array) -> tuple[TrainState, Any]:
         trained = (state.weights, state.multipliers)
         x = x.astype(self.config.forward)
-        logits, pull = jax.vjp(lambda weights: self.network(weights, x).astype(_FLOAT), state.weights)
+
+        def passed(weights: Any) -> tuple[jax.Array, Any]:
+            logits, after = self.trained(weights, self.statistics, x)
+            return logits.astype(_FLOAT), after
+
+        logits, pull, after = jax.vjp(passed, state.weights, has_aux=True)
         loss, along, through, multipliers, bound, held = self._loss(state, trained, x, logits, labels)
         (direct,) = pull(along)
         gradient = (jax.tree.map(jnp.add, direct, through[0]), through[1])
@@ -299,8 +293,8 @@ class Trainer:
         updates, moments = self.optimiser.update(gradient, state.moments, trained)
         weights, multipliers = optax.apply_updates(trained, updates)
         average = self._average(state, weights)
-        kept = self.advanced(weights)
-        new = TrainState(weights, multipliers, moments, bound, held, average, state.step, kept)
+        kept = self.at(after).advanced(weights)
+        new = TrainState(weights, multipliers, moments, bound, held, average, state.step, kept, state.settled)
         new = jax.tree.map(lambda a, b: jnp.where(fine, a.astype(b.dtype), b), new, state)
         seen = (
             loss,
@@ -381,9 +375,13 @@ class Trainer:
         """The weights to validate and save."""
         return state.weights if self.config.average == "none" else state.average
 
+    def final_kept(self, state: TrainState) -> Any:
+        """What belongs to `final_weights`: statistics of BatchNorm are those of the averaged weights, if there are."""
+        return nnx.merge_state(state.kept, state.settled) if jax.tree.leaves(state.settled) else state.kept
+
     def model(self, state: TrainState) -> nnx.Module:
-        """The network with the final weights of a state, and spectral layers whose iteration has converged on them."""
-        weights, made = self.final_weights(state), self.at(state.kept)
+        """The network with the final weights of a state, in evaluation mode; spectral layers have converged on them."""
+        weights, made = self.final_weights(state), self.at(self.final_kept(state))
         return nnx.merge(self.graph, weights, made.at(made.advanced(weights, _LAST_ITERATIONS)).rest)
 
 
@@ -430,6 +428,14 @@ def trainer(
             f"batch_size {config.batch_size} is more than the {images} images to train on: choose a smaller one"
         )
     devices.check_batch(config.batch_size)
-    parts: Any = nnx.split(model, nnx.Param, ...)
-    graph, weights, rest = parts
-    return Trainer(config, graph, rest, weights, input_shape, levels, images, devices)
+    parts, weights = network.split(model, input_shape)
+    norms = frozenset(place for place, part in nnx.iter_modules(model) if isinstance(part, nnx.BatchNorm))
+    return Trainer(
+        **parts,
+        config=config,
+        weights=weights,
+        levels=levels,
+        images=images,
+        devices=devices,
+        norms=norms,
+    )

@@ -71,12 +71,12 @@ class Watch:
         the accuracy.
         """
         made = self.trainer
-        weights = made.final_weights(state)
+        weights, kept = made.final_weights(state), made.final_kept(state)
         with made.precision(), jax.numpy_dtype_promotion("standard"):
-            logits = [self._logits(weights, state.kept, pixels) for pixels, _ in self._batches]
+            logits = [self._logits(weights, kept, pixels) for pixels, _ in self._batches]
             if made.config.uses_constants:
                 answers = (logits, [labels for _, labels in self._batches])
-                found, bound = self._figures(weights, state.multipliers, state.bound, state.kept, answers)
+                found, bound = self._figures(weights, state.multipliers, state.bound, kept, answers)
                 state = state._replace(bound=bound)
         figures: Record = dict.fromkeys(FIGURES)
         if not made.config.uses_constants:

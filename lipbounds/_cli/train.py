@@ -106,7 +106,9 @@ def _annotation(field: dataclasses.Field[Any], hint: Any) -> Any:
     if any(field.name in defaults(dataset) for dataset in DATASETS) and field.name != "dataset":
         default = "by data set"
     else:
-        default = {"data_dir": "LIPBOUNDS_DATA", "flip": "no"}.get(field.name, str(field.default))
+        default = {"data_dir": "LIPBOUNDS_DATA", True: "yes", False: "no"}.get(
+            field.default if hint is bool else field.name, str(field.default)
+        )
     more: Json = {"rich_help_panel": panel, "show_default": default, "help": help}
     if field.name == "dataset":  # Config suggests a near name
         more |= {"metavar": "NAME", "help": described(field)}
@@ -146,7 +148,12 @@ def _check_used(given: Json, c: Any) -> None:
         ),
         ("multiplier_rate", "precision"): (recursion or c.precision == "float64", "--constants recursion"),
         ("power_iterations",): (c.uses_constants and not recursion, "--constants naive or liplt"),
-        ("final_learning_rate", "decay_from"): (c.schedule != "constant", "a schedule that decays"),
+        ("decay_from",): (c.schedule != "constant", "a schedule that decays"),
+        ("final_learning_rate",): (
+            c.schedule in ("exponential", "cosine", "cyclic"),
+            "a schedule that ends at a given rate (exponential, cosine or cyclic)",
+        ),
+        ("momentum", "nesterov"): (c.optimiser == "sgd", "--optimiser sgd"),
         ("ema_decay",): (c.average == "ema", "--average ema"),
         ("average_from",): (c.average != "none", "--average ema or swa"),
         ("temperature",): (c.loss == "margin", "the loss margin"),

@@ -1,0 +1,113 @@
+"""The network of a run: its weights apart, what it keeps beside them, evaluation and training mode, its form."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import lipbounds as lb
+from lipbounds.training import layers
+
+_FLOAT = jnp.float32
+#: What changes in training without a gradient: vectors of spectral layers, statistics of BatchNorm.
+_KEPT = (layers.Kept, nnx.BatchStat)
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A network without its weights.
+
+    Args:
+        graph: in evaluation mode: BatchNorm uses its running statistics.
+        moving: in training mode: BatchNorm uses the moments of the batch.
+        gathering: the same, with the moments of the last batch as statistics.
+        rest: all state but the weights.
+        input_shape: of one image.
+    """
+
+    graph: Any
+    moving: Any
+    gathering: Any
+    rest: Any
+    input_shape: tuple[int, ...]
+
+    def at(self, kept: Any) -> Self:
+        """This network with what a state keeps for it: see `TrainState.kept`."""
+        if not jax.tree.leaves(kept):
+            return self
+        return dataclasses.replace(self, rest=nnx.merge_state(self.rest, kept))
+
+    @property
+    def kept(self) -> Any:
+        """The part of `rest` that moves in training."""
+        return nnx.filter_state(self.rest, _KEPT)
+
+    @property
+    def statistics(self) -> Any:
+        """The statistics of BatchNorm, a tree without leaves where there are none."""
+        return nnx.filter_state(self.rest, nnx.BatchStat)
+
+    def advanced(self, weights: Any, steps: int = 1) -> Any:
+        """What is kept after so many steps of the power iterations of spectral layers."""
+        if not jax.tree.leaves(nnx.filter_state(self.rest, layers.Kept)):
+            return self.kept
+        model = nnx.merge(self.graph, weights, self.rest, copy=True)  # inside jit only a copy may change
+        layers.iterate(model, steps)
+        return nnx.state(model, _KEPT)
+
+    def network(self, weights: Any, x: jax.Array) -> jax.Array:
+        """Logits (B, K) of images x in evaluation mode."""
+        return nnx.merge(self.graph, weights, self.rest)(x)
+
+    def trained(self, weights: Any, statistics: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+        """(logits (B, K) in training mode, the statistics of BatchNorm afterwards).
+
+        Moments are those of the whole batch, on however many devices its rows lie. Without BatchNorm this is `network`.
+        """
+        return self._moved(self.moving, weights, statistics, x)
+
+    def moments(self, weights: Any, x: jax.Array) -> Any:
+        """The moments of a batch, as statistics of BatchNorm."""
+        return self._moved(self.gathering, weights, self.statistics, x)[1]
+
+    def _moved(self, graph: Any, weights: Any, statistics: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+        if not jax.tree.leaves(statistics):
+            return self.network(weights, x), statistics
+        model = nnx.merge(graph, weights, nnx.merge_state(self.rest, statistics), copy=True)
+        logits = model(x)
+        return logits, nnx.state(model, nnx.BatchStat)
+
+    def form(self, weights: Any) -> Any:
+        """The Lur'e form in evaluation mode; weights may be tracers."""
+        batch = jax.ShapeDtypeStruct((1, *self.input_shape), _FLOAT)
+        return lb.trace(partial(self.network, weights), batch, batched=True)
+
+    def classes(self, weights: Any) -> int:
+        """Number of outputs of the network."""
+        x = jax.ShapeDtypeStruct((1, *self.input_shape), _FLOAT)
+        return int(jax.eval_shape(self.network, weights, x).shape[-1])
+
+
+def split(model: nnx.Module, input_shape: tuple[int, ...]) -> tuple[dict[str, Any], Any]:
+    """(the arguments of `Network`, the weights) of a model, which is not changed."""
+    graph, weights, rest = _parts(model, use_running_average=True)
+    moving = _parts(model, use_running_average=False)[0]
+    gathering = _parts(model, use_running_average=False, momentum=0.0)[0]
+    parts = {"graph": graph, "moving": moving, "gathering": gathering, "rest": rest}
+    return {**parts, "input_shape": input_shape}, weights
+
+
+def _parts(model: nnx.Module, **options: Any) -> Any:
+    """Graph, weights and rest of a copy whose BatchNorm layers have these options."""
+    copy = nnx.clone(model)
+    for _, part in nnx.iter_modules(copy):
+        if isinstance(part, nnx.BatchNorm):
+            for name, value in options.items():
+                setattr(part, name, value)
+    return nnx.split(copy, nnx.Param, ...)
