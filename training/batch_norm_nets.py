@@ -12,8 +12,9 @@ The stem is a convolution with window 3 and stride 1, as is usual for images of 
 pixels stands before the last layer. A suffix such as "-w0.25" scales the channels of a ResNet; the last number of a
 Wide ResNet need not be whole.
 
-A network is built in evaluation mode, in which BatchNorm is an affine map that every bound reads; `fit` trains it by
-the moments of the batches. Weights are cast to the type of the images, and moments are taken in float32.
+A network is built in evaluation mode, in which BatchNorm is an affine map that every bound reads; `fit` trains one by
+name in training mode, by the moments of the batches. Weights are cast to the type of the images, and moments are taken
+in float32.
 """
 
 from __future__ import annotations

@@ -69,8 +69,9 @@ def fit(
     Args:
         data: instead of `config.dataset`, a data set, or a pair of images (n, height, width, channels), floats in
             the model's input units, and labels (n,).
-        model: a flax nnx module, batch of images -> logits, instead of `config.arch`; a copy of it is trained. It
-            cannot be rebuilt from a name, so it cannot be combined with `out`; `config.initialisation` is not for it.
+        model: a flax nnx module, batch of images -> logits, instead of `config.arch`; a copy of it is trained, and
+            returned in evaluation mode. BatchNorm layers in evaluation mode keep their statistics. It cannot be rebuilt
+            from a name, so it cannot be combined with `out`; `config.initialisation` is not for it.
         out: a new folder for the run: config.json, log.jsonl, checkpoints/ (the last two, and the one with the largest
             certified_estimate) and, in the end, model.safetensors, the last weights, and best.safetensors where an
             earlier checkpoint has a larger certified_estimate.
@@ -96,8 +97,7 @@ def fit(
     images = _images(load(config.dataset, config.data_dir) if data is None else data)
     spec = None
     if model is None:
-        spec = config.spec(images.shape, images.classes)
-        model = fresh(spec, config.initialisation, config.seed)
+        spec, model = _built(config, images)
     run = _Run(config, images, model, spec, devices or parallel.devices(), progress)
     if out is None:
         return run.go(None, None, [])
@@ -128,8 +128,7 @@ def resume(
         config = dataclasses.replace(config, data_dir=os.fspath(data_dir))
     images = _images(load(config.dataset, config.data_dir) if data is None else data)
     runs.check_data(folder, images.record())
-    spec = config.spec(images.shape, images.classes)
-    model = fresh(spec, config.initialisation, config.seed)
+    spec, model = _built(config, images)
     run = _Run(config, images, model, spec, devices or parallel.devices(), progress)
     with Checkpoints(folder / runs.CHECKPOINTS) as checkpoints:
         return run.go(folder, checkpoints, runs.read_log(folder))
@@ -155,6 +154,14 @@ class _Images:
     def shape(self) -> tuple[int, int, int]:
         height, width, channels = self.pixels.shape[1:]
         return int(height), int(width), int(channels)
+
+
+def _built(config: Config, images: _Images) -> tuple[ModelSpec, nnx.Module]:
+    """The network that a configuration names, with fresh weights, in training mode."""
+    spec = config.spec(images.shape, images.classes)
+    model = fresh(spec, config.initialisation, config.seed)
+    model.train()
+    return spec, model
 
 
 def _images(data: Dataset | tuple[np.ndarray, np.ndarray]) -> _Images:

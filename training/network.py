@@ -29,6 +29,7 @@ class Network:
         gathering: the same, with the moments of the last batch as statistics.
         rest: all state but the weights.
         input_shape: of one image.
+        norms: places of the BatchNorm layers that are trained.
     """
 
     graph: Any
@@ -36,6 +37,7 @@ class Network:
     gathering: Any
     rest: Any
     input_shape: tuple[int, ...]
+    norms: frozenset[tuple[Any, ...]]
 
     def at(self, kept: Any) -> Self:
         """This network with what a state keeps for it: see `TrainState.kept`."""
@@ -95,19 +97,29 @@ class Network:
 
 
 def split(model: nnx.Module, input_shape: tuple[int, ...]) -> tuple[dict[str, Any], Any]:
-    """(the arguments of `Network`, the weights) of a model, which is not changed."""
-    graph, weights, rest = _parts(model, use_running_average=True)
-    moving = _parts(model, use_running_average=False)[0]
-    gathering = _parts(model, use_running_average=False, momentum=0.0)[0]
+    """(the arguments of `Network`, the weights) of a model, which is not changed.
+
+    BatchNorm layers in training mode are trained; those in evaluation mode keep their statistics.
+    """
+    moving, weights, rest = _parts(model)
+    gathering = _parts(model, momentum=0.0)[0]
+    graph = _parts(model, use_running_average=True)[0]
     parts = {"graph": graph, "moving": moving, "gathering": gathering, "rest": rest}
-    return {**parts, "input_shape": input_shape}, weights
+    return {**parts, "input_shape": input_shape, "norms": frozenset(_trained(model))}, weights
+
+
+def _trained(model: nnx.Module) -> dict[Any, nnx.BatchNorm]:
+    """The BatchNorm layers in training mode, by their places."""
+    parts = nnx.iter_modules(model)
+    return {
+        at: part for at, part in parts if isinstance(part, nnx.BatchNorm) and not part.use_running_average
+    }
 
 
 def _parts(model: nnx.Module, **options: Any) -> Any:
-    """Graph, weights and rest of a copy whose BatchNorm layers have these options."""
+    """Graph, weights and rest of a copy whose BatchNorm layers in training mode have these options."""
     copy = nnx.clone(model)
-    for _, part in nnx.iter_modules(copy):
-        if isinstance(part, nnx.BatchNorm):
-            for name, value in options.items():
-                setattr(part, name, value)
+    for part in _trained(copy).values():
+        for name, value in options.items():
+            setattr(part, name, value)
     return nnx.split(copy, nnx.Param, ...)

@@ -102,7 +102,6 @@ class Trainer(Network):
     levels: int
     images: int
     devices: Devices
-    norms: frozenset[tuple[Any, ...]] = frozenset()  # places of BatchNorm layers
 
     @property
     def steps(self) -> int:
@@ -178,7 +177,7 @@ class Trainer(Network):
             weights, multipliers, self.optimiser.init(trained), bound, held, average, jnp.zeros((), jnp.int32)
         )
         # spectral layers start near their constant, and keep up from then on
-        settled = self.statistics if c.average != "none" and jax.tree.leaves(self.statistics) else ()
+        settled = self.statistics if c.average != "none" and self.norms else ()
         state = state._replace(kept=self.advanced(weights, _FIRST_ITERATIONS), settled=settled)
         # strongly typed, as every later state is, so that the epoch is compiled once
         return jax.tree.map(lambda a: jnp.asarray(a, a.dtype), state)
@@ -429,13 +428,5 @@ def trainer(
         )
     devices.check_batch(config.batch_size)
     parts, weights = network.split(model, input_shape)
-    norms = frozenset(place for place, part in nnx.iter_modules(model) if isinstance(part, nnx.BatchNorm))
-    return Trainer(
-        **parts,
-        config=config,
-        weights=weights,
-        levels=levels,
-        images=images,
-        devices=devices,
-        norms=norms,
-    )
+    rest = {"weights": weights, "levels": levels, "images": images, "devices": devices}
+    return Trainer(**parts, **rest, config=config)
