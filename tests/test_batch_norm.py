@@ -205,7 +205,8 @@ def test_only_kernels_decay(name: str) -> None:
     rule = optimiser(config, 1)
     weights = ({"kernel": jnp.full((2, 2), 3.0), "scale": jnp.full(2, 3.0)}, ())
     nothing = jax.tree.map(jnp.zeros_like, weights)
-    updates, _ = rule.update(nothing, rule.init(weights), weights)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = rule.update(nothing, rule.init(weights), weights)
     np.testing.assert_allclose(updates[0]["kernel"], -0.1 * 0.5 * 3.0, rtol=1e-6)
     np.testing.assert_array_equal(updates[0]["scale"], 0.0)
 
