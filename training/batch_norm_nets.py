@@ -41,7 +41,7 @@ _BOTTLENECKS = (50, 101)
 _WIDER = 4  # channels out of a bottleneck of a ResNet, and between the two maps of a DenseNet's, over its own
 
 
-def _as_input(values: Any, *, dtype: Any = None) -> Any:
+def _as_input(values: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
     """Input and weights in the type of the input, for layers of flax."""
     return tuple(None if v is None else jnp.asarray(v, values[0].dtype) for v in values)
 
