@@ -278,7 +278,9 @@ def ended(problem, jobs):
     """[(job, result)] of the search, as a public call runs it: compiled once for all tests."""
     out = []
     with jax.default_matmul_precision("highest"):
-        Found(problem, problem.balls.local.copy(), 1).searched(jobs, lambda *found: out.append(found))
+        Found(problem, problem.balls.local.copy(), 1).searched(
+            jobs, lambda *found: out.append(found), len(jobs)
+        )
     return out
 
 
@@ -288,7 +290,7 @@ def test_the_proof_is_the_minimum_of_the_lagrangian(seed):
     _, _, y, problem, gain, facts = one_problem(seed)
     other = int((y[0] + 1) % 3)
     found, least = searched(problem, other)
-    m = problem.weights(gain, found)
+    m = problem.weights(0, gain, found)
     aim = problem.aim(0, other)
     low = proof.prove(gain, facts, aim, m)
     assert abs(low - least) < 1e-6 * (1 + abs(least))
@@ -306,7 +308,7 @@ def test_the_proof_holds_for_any_point_in_place_of_the_minimiser(monkeypatch):
     _, _, y, problem, gain, facts = one_problem(0)
     other = int((y[0] + 1) % 3)
     found, _ = searched(problem, other)
-    m, aim = problem.weights(gain, found), problem.aim(0, other)
+    m, aim = problem.weights(0, gain, found), problem.aim(0, other)
     best = proof.prove(gain, facts, aim, m)
     usual, rng = proof._minimiser, np.random.default_rng(0)
     for size in (1e-6, 1e-2):
@@ -325,7 +327,7 @@ def test_no_multipliers_prove_more_than_is_true():
     form, x, y, problem, gain, facts = one_problem(1)
     other = int((y[0] + 1) % 3)
     found, _ = searched(problem, other)
-    good, aim = problem.weights(gain, found), problem.aim(0, other)
+    good, aim = problem.weights(0, gain, found), problem.aim(0, other)
     worst = attained(form, x, y, 0.3, 2, (0.0, 1.0))[0, other] - problem.balls.gaps[0, other]
     rng, proved = np.random.default_rng(0), 0
     for trial in range(60):
@@ -354,7 +356,7 @@ def test_errors_of_the_gain_and_the_centre_lower_the_bound():
     _, _, y, problem, gain, facts = one_problem(2)
     other = int((y[0] + 1) % 3)
     found, _ = searched(problem, other)
-    m, aim = problem.weights(gain, found), problem.aim(0, other)
+    m, aim = problem.weights(0, gain, found), problem.aim(0, other)
     best = proof.prove(gain, facts, aim, m)
     for change in ({"error": 1e-8}, {"error_out": 1e-6}):
         assert proof.prove(replace(gain, **change), facts, aim, m) < best
@@ -378,10 +380,9 @@ def test_refusals():
         lb.margins(form, x, y, 0.1, box=(0.6, 1.0))
     with pytest.raises(TypeError, match="needs a LureForm"):
         lb.margins(lambda t: t, x, y, 0.1)
-    with pytest.raises(ValueError, match="nowhere wider than 1100.*which has ellipsoids"):
-        lb.margins(
-            lb.from_weights([np.ones((1200, 2)), np.ones((1200, 1200)), np.ones((2, 1200))]), x[:, :2], y, 0.1
-        )
+    wide = lb.from_weights([np.ones((1200, 2)), np.ones((1200, 1200)), np.ones((2, 1200))])
+    with pytest.raises(ValueError, match="begin with local ellipsoids, but .* more than memory=1.0 MB"):
+        lb.margins(wide, x[:, :2], y, 0.1, memory="1MB")
     assert len(lb.margins(form, np.zeros((0, 6)), np.zeros(0, int), 0.1)) == 0
 
 

@@ -130,7 +130,7 @@ def test_the_proof_is_just_below_the_exact_dual(seed, norm, box):
     gain = problem.gain(0)
     facts, aim = problem.facts(0, gain), problem.aim(0, other)
     ((_, found),) = ended(problem, [search.Job((0, other), *problem.item(0, other), np.inf, 8)])
-    good, rng = problem.weights(gain, found.multipliers), np.random.default_rng(seed)
+    good, rng = problem.weights(0, gain, found.multipliers), np.random.default_rng(seed)
     assert len(good.M) >= 5
     for size in (0.0, 1e-3, 0.3):
         noisy = {

@@ -41,7 +41,7 @@ from lipbounds._local.forward import Seen, logits
 from lipbounds._local.maps import Matrix
 from lipbounds._norms.rounding import U, add_up, require_gradual_underflow
 from lipbounds._text.calls import FAILURES, reason
-from lipbounds._text.device import remembered
+from lipbounds._text.device import placed, remembered, sharing
 from lipbounds._text.progress import say, stoppable
 from lipbounds._triangle.recursion import FAILURE, Request
 
@@ -277,19 +277,23 @@ class Around:
         return max(1, min(cores, self.memory // max(of_ellipsoids(self.ready.view)[0], 1)))
 
     def each(self, work: Callable[[Around, slice], None], what: str) -> None:
-        """work(part, rows) for every chunk, in parallel on all cores, as BLAS threads do not help small matrices."""
-        count, done = len(self.x), 0
-        parts = self.chunks(count)
+        """work(part, rows) for every chunk, in parallel on all cores, as BLAS threads do not help small matrices.
 
-        def one(rows: slice) -> None:
-            with jax.default_matmul_precision("highest"):  # the setting is per thread
+        The devices of this process take chunks in turn. Neither their number nor their order changes a chunk.
+        """
+        count, done = len(self.x), 0
+        parts, devices = self.chunks(count), sharing()
+
+        def one(rows: slice, device: Any) -> None:
+            with jax.default_matmul_precision("highest"), placed(device):  # settings are per thread
                 work(self.part(rows), rows)
 
         with threadpool_limits(1, "blas"), ThreadPoolExecutor(self.workers()) as pool, stoppable():
             contexts = [contextvars.copy_context() for _ in parts]
             try:
                 running = [
-                    pool.submit(here.run, one, rows) for here, rows in zip(contexts, parts, strict=True)
+                    pool.submit(here.run, one, rows, devices[i % len(devices)])
+                    for i, (here, rows) in enumerate(zip(contexts, parts, strict=True))
                 ]
                 for rows, task in zip(parts, running, strict=True):
                     task.result()

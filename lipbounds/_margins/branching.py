@@ -10,12 +10,15 @@ from __future__ import annotations
 import heapq
 import itertools
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lipbounds._margins import search
 from lipbounds._margins.found import Found
+from lipbounds._text.device import Shared, on_each
+from lipbounds._text.progress import alive, say
 
 _AT_ONCE = 4  # branches that are split together
 _ROUNDS = 4  # of the search for a branch
@@ -29,6 +32,20 @@ class Branch(NamedTuple):
     item: search.Item
     x: search.Multipliers
     scores: tuple[Any, ...]
+
+
+def certify_each(found: Found, rows: Sequence[int], rounds: int, seconds: float, verdict: np.ndarray) -> None:
+    """`certify` of these rows into `verdict` (N,), for so many seconds each; every device takes one after the other."""
+    waiting = Shared(enumerate(rows))
+
+    def work() -> None:
+        for place, row in waiting:
+            alive()
+            say(f"branching: {place} of {len(rows)} examples")
+            verdict[row] = certify(found, row, rounds, time.monotonic() + seconds)
+
+    with found.threads():
+        on_each(work)
 
 
 def certify(found: Found, row: int, rounds: int, deadline: float) -> str:
@@ -47,6 +64,7 @@ def certify(found: Found, row: int, rounds: int, deadline: float) -> str:
 def _margin(found: Found, row: int, other: int, rounds: int, deadline: float) -> bool:
     """Whether the margin of one class is proved positive on the whole ball."""
     gap = float(found.problem.balls.gaps[row, other])
+    alone = row if found.problem.apart(row) else None
     heap: list[tuple[float, int, Branch]] = []
     number, closed = itertools.count(), True
 
@@ -67,7 +85,7 @@ def _margin(found: Found, row: int, other: int, rounds: int, deadline: float) ->
         made = found.problem.item(row, other)
         if made is None:
             return False
-        found.searched([search.Job((row, other), *made, -gap, rounds)], done)
+        found.searched([search.Job((row, other), *made, -gap, rounds)], done, 1, alone)
     while heap and time.monotonic() < deadline:
         jobs = []
         for _ in range(min(_AT_ONCE, len(heap))):
@@ -76,7 +94,7 @@ def _margin(found: Found, row: int, other: int, rounds: int, deadline: float) ->
             if not halves:
                 return False  # no neuron is left, or the search has failed
             jobs += [search.Job((row, other), item, x, -gap, _ROUNDS, _AGE) for item, x in halves]
-        found.searched(jobs, done)
+        found.searched(jobs, done, len(jobs), alone)
     return not heap
 
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from lipbounds._margins import proof, search
+from lipbounds._margins import merged, proof, search
 from lipbounds._margins.problem import Problem
-from lipbounds._text.progress import say
+from lipbounds._text.device import Shared, on_each, sharing
+from lipbounds._text.progress import say, show_seconds
 
+_LARGE = 1e10  # operations of an evaluation above which proofs take all BLAS threads
+_CALL = 2e10  # operations of one call on a device, which cannot be interrupted
+_PATIENCE = 5.0  # seconds before the time left is estimated
 _SMALL = 64  # neurons of a layer up to which the search is in float64, else in float32
+_AGAIN, _AGED = 4, 8  # rounds in float64 of a search whose proof has failed, and the age of its barrier
 _KEPT = 16  # images whose gain is kept
 _TOLERANCE = 1e-3  # a search ends where a round gains less, relative to the bound by ellipsoids
 
@@ -26,6 +35,9 @@ class Found:
         self.failed = np.zeros(len(value), bool)
         self.gains: dict[int, tuple[proof.Gain, proof.Facts]] = {}
         self.kept: dict[tuple[int, int], tuple[search.Job, search.Result]] = {}
+        self.again: list[search.Job] = []  # to be searched in float64, as the proof has failed
+        self.lock = threading.Lock()  # of the gains
+        self.began, self.evaluated, self.left = time.monotonic(), 0, 0
 
     def jobs(self, pairs: list[tuple[int, int]], goal: float, rounds: int) -> Iterator[search.Job]:
         for row, other in pairs:
@@ -35,16 +47,88 @@ class Found:
                 yield search.Job((row, other), *made, above, rounds)
 
     def run(self, pairs: list[tuple[int, int]], goal: float, rounds: int) -> None:
-        """Search these margins and prove what is found."""
-        self.searched(self.jobs(pairs, goal, rounds), self._prove)
+        """Search these margins and prove what is found; examples whose open neurons are searched alone come last."""
+        self.began, self.evaluated = time.monotonic(), 0
+        self.left = len(pairs) * rounds * search.ROUND  # evaluations at most
+        alone = {row for row in dict.fromkeys(row for row, _ in pairs) if self.problem.apart(row)}
+        common = [pair for pair in pairs if pair[0] not in alone]
+        with self.threads():
+            self.searched(self.jobs(common, goal, rounds), self._prove, len(common))
+            rows = Shared(alone)
 
-    def searched(self, jobs: Iterable[search.Job], done: Callable[[search.Job, search.Result], None]) -> None:
-        """`search.run` in the precision and with the threads that suit the network."""
-        small = max((k.at.size for k in self.problem.kinks), default=0) <= _SMALL
-        # BLAS threads that wait for busy cores cost more than they give: its matrices are small
-        with jax.enable_x64(small), threadpool_limits(1, "blas"):
-            width = self.problem.together
-            search.run(self.problem.net, jobs, done, width=width, tolerance=_TOLERANCE, wanted=self.wanted)
+            def work() -> None:
+                for row in rows:
+                    own = [pair for pair in pairs if pair[0] == row]
+                    self.searched(self.jobs(own, goal, rounds), self._prove, len(own), row)
+
+            if alone:
+                on_each(work)
+            again, self.again = self.again, []
+            for job in again:  # few
+                row = job.key[0] if job.key[0] in alone else None
+                self.searched([job], self._prove, 1, row, double=True)
+
+    @contextmanager
+    def threads(self) -> Iterator[None]:
+        """One BLAS thread for small networks: those that wait for busy cores cost more than they give."""
+        with threadpool_limits(None if self.problem.layered[1] > _LARGE else 1, "blas"):
+            yield
+
+    def searched(
+        self,
+        jobs: Iterable[search.Job],
+        done: Callable[[search.Job, search.Result], None],
+        count: int,
+        row: int | None = None,
+        *,
+        double: bool = False,
+    ) -> None:
+        """`search.run`, in float32 where that is faster; all devices take from the `count` jobs.
+
+        row: of the example that all jobs are of, where its open neurons are searched alone. double: in float64.
+        """
+        if not count:
+            return
+        waiting, ending, devices = Shared(jobs), threading.Lock(), len(sharing())
+        problem, each = self.problem, self.problem.work(row) * self.problem.together(row)
+
+        def ended(job: search.Job, result: search.Result) -> None:
+            with ending:
+                done(job, result)
+
+        def work() -> None:
+            net = problem.net if row is None else merged.network(self.gain(row)[0], dtype)
+            net = jax.tree.map(jnp.asarray, net)  # once, not for every call
+            search.run(
+                net,
+                waiting,
+                ended,
+                width=problem.together(row),
+                filled=-(-count // devices),
+                stride=next((n for n in (search.ROUND, 5) if n * each < _CALL), 1),
+                tolerance=_TOLERANCE,
+                wanted=self.wanted,
+                after=self._after,
+            )
+
+        double = double or (row is None and self.in_double)
+        dtype = np.float64 if double else np.float32
+        with jax.enable_x64(double):
+            on_each(work)
+
+    @property
+    def in_double(self) -> bool:
+        """Whether the first search is in float64: of small networks on a CPU, which is no slower there."""
+        widest = max((k.at.size for k in self.problem.kinks), default=0)
+        return widest <= _SMALL and sharing()[0].platform == "cpu"
+
+    def _after(self, evaluations: int) -> None:
+        """Say how long the rest takes at most, at the rate so far."""
+        self.evaluated += evaluations
+        spent = time.monotonic() - self.began
+        left = spent * (self.left / max(self.evaluated, 1) - 1.0)
+        if spent > _PATIENCE and left > _PATIENCE:
+            say(f"margins: {self.done} of {self.count}, at most about {show_seconds(left)} left")
 
     def best(self, row: int) -> float:
         """The least margin of a row that its searches found, in float arithmetic."""
@@ -55,43 +139,50 @@ class Found:
         return not self.failed[key[0]]
 
     def _prove(self, job: search.Job, result: search.Result) -> None:
-        self._keep(job, result)
+        """Keep what is proved; a float32 search whose multipliers prove less than it found goes on in float64."""
+        row, other = job.key
+        certifies = job.goal < np.inf
+        if certifies:
+            self.kept[row, other] = job, result
+        if certifies and not result.least > job.goal:
+            self.failed[row] = True
+        else:
+            low = self.proved(row, other, result.multipliers)
+            total = np.nextafter(self.problem.balls.gaps[row, other] + low, -np.inf)
+            self.value[row, other] = max(self.value[row, other], total)
+            if not (total > 0 if certifies else low > -np.inf):
+                single = np.asarray(result.x.ball).dtype == np.float32
+                if single and np.isfinite(result.least):
+                    x = jax.tree.map(lambda a: np.asarray(a, np.float64), result.x)
+                    self.again.append(job._replace(x=x, rounds=_AGAIN, age=_AGED))
+                    return
+                self.failed[row] |= certifies
         self.done += 1
         say(f"margins: {self.done} of {self.count}")
 
-    def _keep(self, job: search.Job, result: search.Result) -> None:
-        row, other = job.key
-        if job.goal < np.inf:
-            self.kept[row, other] = job, result
-        if job.goal < np.inf and not result.least > job.goal:
-            self.failed[row] = True
-            return
-        low = self.proved(row, other, result.multipliers)
-        total = np.nextafter(self.problem.balls.gaps[row, other] + low, -np.inf)
-        self.value[row, other] = max(self.value[row, other], total)
-        self.failed[row] |= job.goal < np.inf and not total > 0
-
     def proved(self, row: int, other: int, m: search.Multipliers, item: search.Item | None = None) -> float:
         """A lower bound of the change of a margin on the ball, or on the branch of it that `item` stands for."""
-        if row not in self.gains:
-            if len(self.gains) >= _KEPT:
-                self.gains.pop(next(iter(self.gains)))
-            gain = self.problem.gain(row)
-            self.gains[row] = gain, self.problem.facts(row, gain)
-        gain, facts = self.gains[row]
+        gain, facts = self.gain(row)
         if item is not None:
-            facts = branch_facts(gain, facts, item)
-        return proof.prove(gain, facts, self.problem.aim(row, other), self.problem.weights(gain, m))
+            facts = self.branch_facts(row, gain, facts, item)
+        return proof.prove(gain, facts, self.problem.aim(row, other), self.problem.weights(row, gain, m))
 
+    def gain(self, row: int) -> tuple[proof.Gain, proof.Facts]:
+        """The linear map of a row and what is proved of it, kept for the next of its margins."""
+        with self.lock:
+            if row not in self.gains:
+                if len(self.gains) >= _KEPT:
+                    self.gains.pop(next(iter(self.gains)))
+                gain = self.problem.gain(row)
+                self.gains[row] = gain, self.problem.facts(row, gain)
+            return self.gains[row]
 
-def branch_facts(gain: proof.Gain, facts: proof.Facts, item: search.Item) -> proof.Facts:
-    """The facts with top or bottom 0 where they are in the item: there w or r is 0."""
-    top, bottom = (
-        np.concatenate(
-            [getattr(n, name)[at] for n, at in zip(item.taps, gain.at, strict=True)] or [np.zeros(0)]
+    def branch_facts(self, row: int, gain: proof.Gain, facts: proof.Facts, item: search.Item) -> proof.Facts:
+        """The facts with top or bottom 0 where they are in the item: there w or r is 0."""
+        top, bottom = (
+            self.problem.chosen(row, gain, [getattr(n, name) for n in item.taps])
+            for name in ("top", "bottom")
         )
-        for name in ("top", "bottom")
-    )
-    return replace(
-        facts, top=np.where(top > 0, facts.top, 0.0), bottom=np.where(bottom > 0, facts.bottom, 0.0)
-    )
+        return replace(
+            facts, top=np.where(top > 0, facts.top, 0.0), bottom=np.where(bottom > 0, facts.bottom, 0.0)
+        )

@@ -6,6 +6,8 @@ up to a constant, and only the relu is nonlinear. Ranges of pre-activations are 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +19,12 @@ from lipbounds._form.lure import LureForm
 from lipbounds._form.steps import StaticArray
 from lipbounds._gain.memory_budget import show
 from lipbounds._gain.wide_blocks import LIMIT
-from lipbounds._lipsdp.state_matrices import TAIL, first_tap
 from lipbounds._local import box as localbox
 from lipbounds._local import ellipsoids
-from lipbounds._local.engines import Around, NoEngineError, ways
+from lipbounds._local.engines import Around, NoEngineError, too_large, ways
 from lipbounds._local.forward import logits, proved_gaps
 from lipbounds._local.radius_search import row_roots
-from lipbounds._margins import proof, search
+from lipbounds._margins import merged, proof, search
 from lipbounds._margins.counterexamples import counterexamples
 from lipbounds._norms.rounding import U, gamma
 from lipbounds._text.tables import printable
@@ -31,9 +32,12 @@ from lipbounds._triangle import recursion
 
 _CALLS = 2  # of the local ellipsoids; the second one knows the slopes of the first
 _SMALL = 0.03  # root of a multiplier at the start, so that its gradient is not 0
+_USUAL = 100  # open neurons above which it is smaller: each takes from the bound
 _LEAST = 1e-3  # least start of M relative to its unit
 _TINY = 1e-30
 _TOGETHER = 8  # margins that are searched together
+_MANY = 2e10  # operations of an evaluation above which open neurons may be searched alone
+_FILLING = 2**20  # entries of the matrices that are searched together there
 _COPIES = 6  # matrices of one size that a search or a proof holds, at most
 
 
@@ -107,12 +111,8 @@ class Problem:
         box: Box | None,
         memory: int | None = None,
     ) -> None:
-        ways(form, norm, "verified")  # raises where there are no local ellipsoids
-        if first_tap(form, TAIL):
-            raise NoEngineError(
-                f"margins on balls are for networks nowhere wider than {TAIL}: use lb.certified_radius(form, X, y, "
-                "local=True), which has ellipsoids for wider ones"
-            )
+        if "ellipsoids" not in ways(form, norm, "verified", memory):  # it raises where there are none at all
+            raise NoEngineError(f"margins begin with local ellipsoids, but {too_large(form, memory)}")
         self.memory = LIMIT if memory is None else memory
         self.around = Around(form, norm, x, box=box, way="ellipsoids", memory=memory)
         self.view, self.form, self.norm, self.box = self.around.ready.view, form, norm, box
@@ -120,7 +120,6 @@ class Problem:
         self.labels, self.eps, self.x = labels, eps, x
         low, high = localbox.rooms(x, box)
         self.low, self.high = -np.minimum(low, eps[:, None]), np.minimum(high, eps[:, None])
-        self.net = _network(self.view, self.kinks)
         self.balls = self._balls()
         self.too_large: dict[int, int] = {}  # examples whose proof does not fit, with the bytes that it takes
 
@@ -133,12 +132,46 @@ class Problem:
             f"{show(max(self.too_large.values()))}, more than memory={show(self.memory)}",
         )
 
-    @property
-    def together(self) -> int:
-        """Margins that can be searched at the same time; each holds its states, and some copies of the widest."""
+    @functools.cached_property
+    def net(self) -> search.Network:
+        """The network with its layers as dense matrices."""
+        return _network(self.view, self.kinks)
+
+    @functools.cached_property
+    def layered(self) -> tuple[int, float]:
+        """(bytes, operations) of an evaluation for one margin by `search.Network`, with its layers."""
         sizes = [len(k.at) for k in self.kinks]
         need = 4 * (sum(n * n for n in sizes) + _COPIES * max(sizes, default=0) ** 2)
-        return max(1, min(_TOGETHER, self.memory // max(need, 1)))
+        work = 0.0
+        for stage in self.around.ready.stages:
+            n, d, after = stage.neurons, stage.T.shape(stage.neurons)[1], stage.G.shape(stage.neurons)[0]
+            own = 6.0 * n**3 + 2.0 * after * after * n
+            if stage.T.array is not None:
+                own += 8.0 * n * d * max(n, d) + 2.0 * after * d * (n + after + d)
+            work += 3 * own  # with the gradient
+            need += 12 * n * (d * (stage.T.array is not None) + after * (stage.G.array is not None))
+        return need, work
+
+    def live(self, row: int) -> int:
+        """The neurons of an example that are not stable."""
+        return sum(int(part.sum()) for part in self.open(row)[0])
+
+    def apart(self, row: int) -> bool:
+        """Whether the open neurons of an example are searched alone: where the network is wide and that is faster."""
+        need, all_layers = self.layered
+        return all_layers > _MANY and (2 * self.work(row) < all_layers or need > self.memory)
+
+    def work(self, row: int | None) -> float:
+        """Operations of an evaluation for one margin; of one example whose open neurons are searched alone."""
+        return self.layered[1] if row is None else merged.operations(self.live(row), self.low.shape[1])
+
+    def together(self, row: int | None) -> int:
+        """Margins that can be searched at the same time; of one example where its open neurons are searched alone."""
+        if row is None:
+            return max(1, min(_TOGETHER, self.memory // max(self.layered[0], 1)))
+        n, d = self.live(row), self.low.shape[1]
+        few = _FILLING // merged.padded(n) ** 2  # larger ones fill a machine alone, and often one is enough
+        return max(1, min(_TOGETHER, few, self.memory // merged.footprint(n, d)))
 
     def counterexamples(self, rows: np.ndarray) -> np.ndarray:
         """Which balls of these rows hold a point that is classified otherwise than labelled."""
@@ -229,12 +262,13 @@ class Problem:
             return None
         ball = moved / (2 * eps**2)
         opened, slopes = self.open(row)
-        n = sum(int(live.sum()) for live in opened)
-        need = 8 * _COPIES * (n + self.low.shape[1]) * (2 * n + self.low.shape[1])
+        n, d = self.live(row), self.low.shape[1]
+        need = 8 * _COPIES * (n + d) * (2 * n + d)
+        need = max(need, merged.footprint(n, d) if self.apart(row) else self.layered[0])
         if need > self.memory:
             self.too_large[row] = need
             return None
-        taps, first = [], []
+        taps, first, small = [], [], _SMALL * min(1.0, (_USUAL / max(n, 1)) ** 0.5)
         for k, kinks in enumerate(self.kinks):
             h, lo, hi, live = balls.h[k][row], balls.lo[k][row], balls.hi[k][row], opened[k]
             top, bottom = np.where(live, hi, 1.0), np.where(live, -lo, 1.0)
@@ -245,7 +279,7 @@ class Problem:
             # the chord slopes from h are [a, 1] for h > 0 and [0, b] for h <= 0: tau_r = a, tau_v = 1 - b
             a, b = p / (p + bottom), 1 - q / (q + top)
             tr, tv = np.where(h > 0, a, 0.0), np.where(h > 0, 0.0, 1 - b)
-            roots = [np.sqrt(np.maximum(t, _SMALL**2)) for t in (tv, tr, np.zeros_like(tv))]
+            roots = [np.sqrt(np.maximum(t, small**2)) for t in (tv, tr, np.zeros_like(tv))]
             M = np.maximum(1 - tr - tv - 2 * roots[0] * roots[1], _LEAST)
             first.append(tuple(np.where(live, t, 0.0) for t in (np.log(M), *roots)))
         boxed = np.full(self.low.shape[1], float(self.norm != 2 or self.box is not None))
@@ -255,7 +289,10 @@ class Problem:
             self.aim(row, other), eps, round_, self.low[row], self.high[row], boxed, ball, unit, tuple(taps)
         )
         start = np.full(boxed.shape, _SMALL if round_ else 0.0)
-        return _floats(item), _floats(search.Multipliers(np.zeros(()), start, tuple(first)))
+        x = search.Multipliers(np.zeros(()), start, tuple(first))
+        if self.apart(row):
+            item, x = merged.merge(item, x)
+        return _floats(item), _floats(x)
 
     def gain(self, row: int) -> proof.Gain:
         opened, slopes = self.open(row)
@@ -277,16 +314,16 @@ class Problem:
         p, q = np.maximum(h, 0.0), np.maximum(-h, 0.0)
         return proof.Facts(p, q, wrong, hi, -lo, self.low[row], self.high[row], eps)
 
-    @staticmethod
-    def weights(gain: proof.Gain, found: search.Multipliers) -> proof.Weights:
-        rows = [
-            np.concatenate(
-                [np.asarray(tap[i], np.float64)[at] for tap, at in zip(found.taps, gain.at, strict=True)]
-                or [[]]
-            )
-            for i in range(4)
-        ]
+    def weights(self, row: int, gain: proof.Gain, found: search.Multipliers) -> proof.Weights:
+        rows = [self.chosen(row, gain, [tap[i] for tap in found.taps]) for i in range(4)]
         return proof.Weights(float(found.ball), np.asarray(found.box, np.float64), *rows)
+
+    def chosen(self, row: int, gain: proof.Gain, parts: Sequence[Any]) -> np.ndarray:
+        """(n,) what an item, or its multipliers, has for the open neurons, from one array per tap of the search."""
+        if self.apart(row):
+            return np.asarray(parts[0], np.float64)[: len(gain.tap)]
+        rows = [np.asarray(part, np.float64)[at] for part, at in zip(parts, gain.at, strict=True)]
+        return np.concatenate(rows or [np.zeros(0)])
 
 
 def _floats(tree: Any) -> Any:

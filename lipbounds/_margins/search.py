@@ -25,6 +25,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from lipbounds._norms.factorised import positive_inverse
+from lipbounds._text.progress import alive
 
 _MEMORY = 12  # pairs that L-BFGS keeps
 _SHORTER = 0.35  # factor on a step that failed
@@ -41,13 +42,6 @@ class Layer(NamedTuple):
     G: Any
     base: Any
     gain: Any
-
-
-class Network(NamedTuple):
-    """s_0 = start x (None is the identity), then the layers; the last state is the output."""
-
-    start: Any
-    layers: tuple[Layer, ...]
 
 
 class Neurons(NamedTuple):
@@ -104,7 +98,9 @@ def multipliers(item: Item, x: Multipliers) -> Multipliers:
     return Multipliers(item.ball * item.round * jnp.exp(x.ball), item.ball * item.boxed * box, tuple(taps))
 
 
-class _Step(NamedTuple):
+class Steps(NamedTuple):
+    """A w^2 - 2 B w d + tau_r d^2 + a w + b d of every neuron, with w = c d + e as in the docstring above."""
+
     over: Any  # 1 / A
     a: Any
     g: Any
@@ -113,7 +109,7 @@ class _Step(NamedTuple):
     constant: Any
 
 
-def _step(n: Neurons, m: tuple[Any, ...]) -> _Step:
+def steps_of(n: Neurons, m: tuple[Any, ...]) -> Steps:
     M, tv, tr, nu = m
     live = n.open > 0
     A, B = M + tv + tr, M / 2 + tr
@@ -127,84 +123,98 @@ def _step(n: Neurons, m: tuple[Any, ...]) -> _Step:
 
     c = B / A
     N = jnp.maximum(B * c - tr, 0)
-    return _Step(kept(1 / A), kept(a), kept(b + a * c), kept(c, n.slope), kept(N), n.open @ constant)
+    return Steps(kept(1 / A), kept(a), kept(b + a * c), kept(c, n.slope), kept(N), n.open @ constant)
 
 
 def _times(m: Any, x: Any) -> Any:
     return x if m is None else m @ x
 
 
-def minimum(net: Network, item: Item, m: Multipliers) -> tuple[Any, tuple[Any, tuple[Any, ...]], Any]:
-    """(minimum, (u, (w per tap)), barrier) of the Lagrangian without the margin at the centre; NaN where it has none.
+class Network(NamedTuple):
+    """s_0 = start x (None is the identity), then the layers; the last state is the output."""
 
-    The barrier, the sum of log det (I - N^1/2 W Sigma W' N^1/2), goes to -inf where the minimum ceases to exist.
-    """
-    weight = m.ball + m.box
-    centre = m.box * (item.low + item.high) / (2 * weight)
-    start = jnp.eye(len(centre), dtype=centre.dtype) if net.start is None else net.start
-    S, mu = (start / weight) @ start.T, start @ centre
-    total = -m.ball * item.eps**2 + m.box @ (item.low * item.high) - weight @ jnp.square(centre)
-    kept, barrier = [], jnp.zeros((), total.dtype)
-    for layer, n, own in zip(net.layers, item.taps, m.taps, strict=True):
-        step = _step(n, own)
-        WS = _times(layer.W, S)
-        Sy = WS if layer.W is None else WS @ layer.W.T
-        y = _times(layer.W, mu)
-        total = total + step.constant + step.g @ y - step.g @ (Sy @ step.g) / 4
-        y, mu = y - Sy @ step.g / 2, mu - WS.T @ step.g / 2
-        root = jnp.sqrt(step.N)
-        P, log_det = positive_inverse(jnp.eye(len(root), dtype=S.dtype) - root[:, None] * Sy * root)
-        barrier = barrier + log_det
-        X, t = root[:, None] * WS, root * y
-        PX, Pt = P @ X, P @ t
-        S, mu = S + X.T @ PX, mu + X.T @ Pt
-        total = total - t @ Pt - step.over @ jnp.square(step.a) / 4
-        slopes = layer.base + layer.gain * step.c
-        kept.append((S, mu, step, slopes))
-        G = jnp.diag(layer.gain) if layer.G is None else layer.G * layer.gain
-        T = jnp.diag(slopes) if layer.W is None else slopes[:, None] * layer.W
-        T = _times(layer.G, T)
-        T = T if layer.H is None else T + layer.H
-        S, mu = T @ S @ T.T + (G * step.over) @ G.T, T @ mu - G @ (step.over * step.a) / 2
-    total = total + item.aim @ mu - item.aim @ S @ item.aim / 4
-    aim, ws = item.aim, []
-    for layer, (S, mu, step, slopes) in zip(reversed(net.layers), reversed(kept), strict=True):
-        back = _times(None if layer.G is None else layer.G.T, aim)
-        behind = slopes * back
-        behind = behind if layer.W is None else layer.W.T @ behind
-        behind = behind if layer.H is None else behind + layer.H.T @ aim
-        d = _times(layer.W, mu - S @ behind / 2)
-        ws.append(step.c * d - step.over * (step.a + layer.gain * back) / 2)
-        bent = step.g - 2 * step.N * d
-        aim = behind + (bent if layer.W is None else layer.W.T @ bent)
-    u = centre - start.T @ aim / (2 * weight)
-    return total, (u, tuple(ws[::-1])), barrier
+    start: Any
+    layers: tuple[Layer, ...]
+
+    def minimum(self, item: Item, m: Multipliers) -> tuple[Any, tuple[Any, tuple[Any, ...]], Any]:
+        """(minimum, (u, (w per tap)), barrier) of the Lagrangian without the margin at the centre; NaN without one.
+
+        The barrier, the sum of log det (I - N^1/2 W Sigma W' N^1/2), goes to -inf where the minimum ceases to exist.
+        """
+        weight = m.ball + m.box
+        centre = m.box * (item.low + item.high) / (2 * weight)
+        start = jnp.eye(len(centre), dtype=centre.dtype) if self.start is None else self.start
+        S, mu = (start / weight) @ start.T, start @ centre
+        total = -m.ball * item.eps**2 + m.box @ (item.low * item.high) - weight @ jnp.square(centre)
+        kept, barrier = [], jnp.zeros((), total.dtype)
+        for layer, n, own in zip(self.layers, item.taps, m.taps, strict=True):
+            step = steps_of(n, own)
+            WS = _times(layer.W, S)
+            Sy = WS if layer.W is None else WS @ layer.W.T
+            y = _times(layer.W, mu)
+            total = total + step.constant + step.g @ y - step.g @ (Sy @ step.g) / 4
+            y, mu = y - Sy @ step.g / 2, mu - WS.T @ step.g / 2
+            root = jnp.sqrt(step.N)
+            P, log_det = positive_inverse(jnp.eye(len(root), dtype=S.dtype) - root[:, None] * Sy * root)
+            barrier = barrier + log_det
+            X, t = root[:, None] * WS, root * y
+            PX, Pt = P @ X, P @ t
+            S, mu = S + X.T @ PX, mu + X.T @ Pt
+            total = total - t @ Pt - step.over @ jnp.square(step.a) / 4
+            slopes = layer.base + layer.gain * step.c
+            kept.append((S, mu, step, slopes))
+            G = jnp.diag(layer.gain) if layer.G is None else layer.G * layer.gain
+            T = jnp.diag(slopes) if layer.W is None else slopes[:, None] * layer.W
+            T = _times(layer.G, T)
+            T = T if layer.H is None else T + layer.H
+            S, mu = T @ S @ T.T + (G * step.over) @ G.T, T @ mu - G @ (step.over * step.a) / 2
+        total = total + item.aim @ mu - item.aim @ S @ item.aim / 4
+        aim, ws = item.aim, []
+        for layer, (S, mu, step, slopes) in zip(reversed(self.layers), reversed(kept), strict=True):
+            back = _times(None if layer.G is None else layer.G.T, aim)
+            behind = slopes * back
+            behind = behind if layer.W is None else layer.W.T @ behind
+            behind = behind if layer.H is None else behind + layer.H.T @ aim
+            d = _times(layer.W, mu - S @ behind / 2)
+            ws.append(step.c * d - step.over * (step.a + layer.gain * back) / 2)
+            bent = step.g - 2 * step.N * d
+            aim = behind + (bent if layer.W is None else layer.W.T @ bent)
+        u = centre - start.T @ aim / (2 * weight)
+        return total, (u, tuple(ws[::-1])), barrier
+
+    def moves(self, item: Item, u: Any, ws: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...], Any]:
+        """(w per tap, that of stable neurons replaced by their own; d per tap; the change of the margin)."""
+        s, found, ds = _times(self.start, u), [], []
+        for layer, n, w in zip(self.layers, item.taps, ws, strict=True):
+            d = _times(layer.W, s)
+            w = jnp.where(n.open > 0, w, n.slope * d)
+            ahead = _times(layer.G, layer.base * d + layer.gain * w)
+            s = ahead if layer.H is None else layer.H @ s + ahead
+            found.append(w)
+            ds.append(d)
+        return tuple(found), tuple(ds), item.aim @ s
 
 
-def lagrangian(net: Network, item: Item, m: Multipliers, z: tuple[Any, tuple[Any, ...]]) -> Any:
+def lagrangian(net: Any, item: Item, m: Multipliers, z: tuple[Any, tuple[Any, ...]]) -> Any:
     """The Lagrangian at z, without the margin at the centre."""
     u, ws = z
     total = m.ball * (u @ u - item.eps**2) + m.box @ ((u - item.low) * (u - item.high))
-    s = _times(net.start, u)
-    for layer, n, (M, tv, tr, nu), w in zip(net.layers, item.taps, m.taps, ws, strict=True):
-        d = _times(layer.W, s)
-        w = jnp.where(n.open > 0, w, n.slope * d)
+    ws, ds, moved = net.moves(item, u, ws)
+    for n, (M, tv, tr, nu), w, d in zip(item.taps, m.taps, ws, ds, strict=True):
         v, r = w + n.p, w - d + n.q
         each = M * v * r + tv * (v - n.top) * v + tr * (r - n.bottom) * r
         total = total + n.open @ (each + nu * (n.top * r + n.bottom * v - n.top * n.bottom))
-        ahead = _times(layer.G, layer.base * d + layer.gain * w)
-        s = ahead if layer.H is None else layer.H @ s + ahead
-    return total + item.aim @ s
+    return total + moved
 
 
-def _loss(net: Network, item: Item, x: Multipliers, weight: Any) -> tuple[Any, Any]:
+def _loss(net: Any, item: Item, x: Multipliers, weight: Any) -> tuple[Any, Any]:
     """(loss, the part without the barrier): minus the minimum in units of the margin; differentiable.
 
     The barrier makes it smooth: the best multipliers are usually at the edge of those that have a minimum, where the
     minimum alone has a ridge. NaN where it is not to be trusted.
     """
     m = multipliers(item, x)
-    least, z, barrier = minimum(net, item, m)
+    least, z, barrier = net.minimum(item, m)
     least, z = jax.lax.stop_gradient((least, z))
     value = lagrangian(net, item, m, z)
     apart = jnp.abs(jax.lax.stop_gradient(value) - least) > _TRUSTED * item.unit
@@ -257,13 +267,20 @@ def begin(xs: Multipliers) -> State:
     return jax.vmap(one)(xs)
 
 
-@partial(jax.jit, static_argnames="count")
+@partial(jax.jit, static_argnames=("count", "anew"))
 def improve(
-    net: Network, items: Item, like: Multipliers, states: State, weights: Any, count: int = ROUND
+    net: Any,
+    items: Item,
+    like: Multipliers,
+    states: State,
+    weights: Any,
+    count: int = ROUND,
+    anew: bool = True,
 ) -> State:
     """The states after `count` evaluations each; `like` are parameters of the items, for their structure.
 
-    weights (N,) of the barrier. The first evaluation is at the current parameters, as the weight may have changed.
+    net: `Network` or `Merged`. weights (N,) of the barrier. With `anew` the first evaluation is at the current
+    parameters, as the weight may have changed.
     """
 
     def one(item: Item, x: Multipliers, state: State, weight: Any) -> State:
@@ -296,7 +313,9 @@ def improve(
             step = jnp.where(good, jnp.minimum(first, 1), s.step * _SHORTER)
             return State(x, f, plain, g, *pairs, direction, direction @ g, step), None
 
-        here = state._replace(f=jnp.full_like(state.f, jnp.inf), step=jnp.zeros_like(state.step))
+        here = state
+        if anew:
+            here = state._replace(f=jnp.full_like(state.f, jnp.inf), step=jnp.zeros_like(state.step))
         return jax.lax.scan(advance, here, None, length=count)[0]
 
     return jax.vmap(one)(items, like, states, weights)
@@ -315,18 +334,16 @@ class Result(NamedTuple):
 
 
 @jax.jit
-def _read(net: Network, items: Item, like: Multipliers, flat: Any) -> Result:
+def _read(net: Any, items: Item, like: Multipliers, flat: Any) -> Result:
     def one(item: Item, x: Multipliers, v: Any) -> Result:
         x = ravel_pytree(x)[1](v)
         m = multipliers(item, x)
-        least, (u, ws), _ = minimum(net, item, m)
-        s, scores = _times(net.start, u), []
-        for layer, n, own, w in zip(net.layers, item.taps, m.taps, ws, strict=True):
-            d = _times(layer.W, s)
-            w = jnp.where(n.open > 0, w, n.slope * d)
-            scores.append(n.open * own[0] * jnp.abs((w + n.p) * (w - d + n.q)))
-            ahead = _times(layer.G, layer.base * d + layer.gain * w)
-            s = ahead if layer.H is None else layer.H @ s + ahead
+        least, (u, ws), _ = net.minimum(item, m)
+        ws, ds, _ = net.moves(item, u, ws)
+        scores = [
+            n.open * own[0] * jnp.abs((w + n.p) * (w - d + n.q))
+            for n, own, w, d in zip(item.taps, m.taps, ws, ds, strict=True)
+        ]
         return Result(m, x, tuple(scores), least)
 
     return jax.vmap(one)(items, like, flat)
@@ -352,20 +369,27 @@ class Job(NamedTuple):
 
 
 def run(
-    net: Network,
+    net: Any,
     jobs: Iterable[Job],
     done: Callable[[Job, Result], None],
     *,
     width: int,
     tolerance: float,
+    filled: int,
+    stride: int = ROUND,
     wanted: Callable[[Any], bool] = lambda key: True,
+    after: Callable[[int], None] = lambda count: None,
 ) -> None:
     """done(job, result) for every job, as it ends: at its goal, out of rounds, or where it stalls.
 
     `width` jobs are advanced together, and a new one takes the place of one that has ended. A job stalls where a round
-    gains less than `tolerance` units. Jobs whose key is not `wanted` any more are dropped.
+    gains less than `tolerance` units. Jobs whose key is not `wanted` any more are dropped. Where others take from the
+    same jobs, at most `filled` places are used: the program, and so what is found, stays that of `width`. A round is
+    cut into calls of `stride` evaluations, a divisor of `ROUND`, so that it can be interrupted; after(count) tells of
+    the evaluations of each call, of all jobs together.
     """
     waiting = iter(jobs)
+    places = range(min(filled, width))
     slots: list[Job | None] = [None] * width
     spent, last = np.zeros(width, int), np.zeros(width)
     held: Any = None
@@ -374,7 +398,8 @@ def run(
         return next((job for job in waiting if wanted(job.key)), None)
 
     while True:
-        new = [i for i, job in enumerate(slots) if job is None or not wanted(job.key)]
+        alive()
+        new = [i for i in places if (job := slots[i]) is None or not wanted(job.key)]
         for i in new:
             slots[i] = fresh()
         live = [i for i, job in enumerate(slots) if job is not None]
@@ -397,7 +422,12 @@ def run(
             spent[new], last[new] = 0, np.inf
         ages = spent + [0 if job is None else job.age for job in slots]
         weights = np.maximum(_BARRIER * _FALL**ages, _LAST)
-        held = improve(net, items, xs, held, weights.astype(held.f.dtype))
+        for begun in range(0, ROUND, stride):
+            alive()
+            held = improve(net, items, xs, held, weights.astype(held.f.dtype), count=stride, anew=begun == 0)
+            if stride < ROUND:
+                held.f.block_until_ready()
+            after(stride * len(live))
         f, finished = np.asarray(held.plain), weights <= _LAST
         ended = []
         for i in live:

@@ -5,17 +5,23 @@
     device="gpu"     as "auto"; ValueError where JAX has no GPU
 
 A nested call (LipLT inside `lipsdp`) takes the choice of the outer one.
+
+Searches, of which nothing needs a proof, are shared by all devices of the process (`on_each`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any, Literal, TypeVar, get_args
 
 import jax
+
+from lipbounds._text.progress import stoppable
 
 Device = Literal["auto", "cpu", "gpu"]
 
@@ -71,6 +77,68 @@ def chosen() -> Any:
     """The accelerator of the public call around this, or None for the host."""
     call = _call.get()
     return None if call is None else accelerator(call.choice)
+
+
+def _setting(name: str) -> Any:
+    """A setting of JAX as it is in this thread."""
+    return getattr(jax.config, name)
+
+
+def sharing() -> tuple[Any, ...]:
+    """The devices (`jax.Device`) that share the searches of the public call around this.
+
+    All of this process that JAX uses by default, and with device="cpu" its CPUs; one alone where `jax.default_device`
+    names it.
+    """
+    call = _call.get()
+    given = _setting("jax_default_device")
+    if given is not None and not isinstance(given, str):
+        return (given,)
+    backend = "cpu" if call is not None and call.choice == "cpu" else given
+    return tuple(jax.local_devices(backend=backend))
+
+
+@contextmanager
+def placed(device: Any) -> Iterator[None]:
+    """Compute on this device what is inside."""
+    if device is _setting("jax_default_device") or device is jax.local_devices()[0]:
+        yield  # where it is in any case: nothing is compiled again
+        return
+    with jax.default_device(device):
+        yield
+
+
+def on_each(work: Callable[[], None]) -> None:
+    """work() side by side on every device of `sharing`, each in a thread of its own; on one device in this thread.
+
+    The first error ends the others at their next `alive`.
+    """
+    devices = sharing()
+    if len(devices) == 1:
+        with placed(devices[0]):
+            work()
+        return
+    # these settings are per thread
+    wide, precision = bool(_setting("jax_enable_x64")), _setting("jax_default_matmul_precision")
+
+    def one(device: Any) -> None:
+        with jax.enable_x64(wide), jax.default_matmul_precision(precision), jax.default_device(device):
+            work()
+
+    with ThreadPoolExecutor(len(devices)) as pool, stoppable():
+        for task in as_completed([pool.submit(copy_context().run, one, device) for device in devices]):
+            task.result()
+
+
+class Shared(Iterator[R]):
+    """The items of an iterable for several threads: each is given to one of them."""
+
+    def __init__(self, items: Iterable[R]) -> None:
+        self._waiting, self._lock = iter(items), threading.Lock()
+
+    def __next__(self) -> R:
+        with self._lock:
+            return next(self._waiting)
 
 
 def kept() -> dict[Any, Any]:
