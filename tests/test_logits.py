@@ -20,6 +20,8 @@ from balls import chain
 from gain import form_of
 
 import lipbounds as lb
+from lipbounds._gain import step_matrices
+from lipbounds._gain.convolution import Convolution
 from lipbounds._local import forward
 from lipbounds._triangle import product_rounding, recursion
 
@@ -196,3 +198,21 @@ def test_large_blocks_are_carried_by_a_cheaper_norm(monkeypatch: pytest.MonkeyPa
     z, error = forward.logits(form, x)
     assert (error >= tight).all() and (error > tight).any()
     assert all(within(z[k], error[k], rational_relu(weights, biases, x[k])) for k in range(5))
+
+
+@pytest.mark.parametrize("name", ["grouped_convolution", "transposed_convolution", "u_net"])
+def test_convolutions_without_their_matrix(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with it, with the same bound of the error; chunks side by side."""
+    form = form_of(name)
+    x = np.random.default_rng(0).normal(size=(9, *form.in_shape))
+    z, error = forward.logits(form, x)
+    used = []
+    once = Convolution.__call__
+    monkeypatch.setattr(Convolution, "__call__", lambda self, x: used.append(x.shape) or once(self, x))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(step_matrices, "_APPLIED", 0)
+    monkeypatch.setattr(forward, "_CHUNK", 4 * max(form.program.sizes))
+    again = jax.tree.map(lambda a: a, form)  # without the steps that the form keeps
+    other, errors = forward.logits(again, x)
+    assert {shape[-1] for shape in used if len(shape) > 1} >= {4, 1}
+    assert (np.linalg.norm(z - other, axis=1) <= error + errors).all()
+    assert errors == pytest.approx(error, rel=1e-6)

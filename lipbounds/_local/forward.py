@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from lipbounds._activations import activations
 from lipbounds._activations import intervals as I
@@ -21,11 +25,12 @@ from lipbounds._gain.blocks import HostForm
 from lipbounds._norms.cholesky import nonzeros_per_row
 from lipbounds._norms.rounding import U, gamma
 from lipbounds._text.arguments import as_labels
+from lipbounds._text.progress import alive, stoppable
 from lipbounds._triangle import recursion
 from lipbounds._triangle.product_rounding import carriers
 
 DECLARED_ACCURACY = 1e-9  # of float64 values of a declared activation that interval arithmetic does not know
-_CHUNK = 2**24  # entries of the widest tensor of one chunk of examples
+_CHUNK = 2**21  # entries of the widest tensor of one chunk of examples
 
 
 def check_inputs(form: LureForm, X: Any) -> np.ndarray:
@@ -57,22 +62,36 @@ def logits(form: LureForm, x: np.ndarray, seen: Seen | None = None) -> tuple[np.
         t_k = ||delta_k|| + sum_j ||D[k, j]|| (max|slope_j| t_j + ||eta_j||),
     with delta_k the error made since the last taps and eta_j that of evaluating tap j.
     """
-    host = recursion.host_form(form)
-    step = max(1, _CHUNK // max(1, *form.program.sizes))
-    carried = carriers(form)
-    z = np.zeros((len(x), form.num_outputs))
-    error = np.zeros(len(x))
+    host, carried = recursion.host_form(form), carriers(form)
+    z, error = np.zeros((len(x), form.num_outputs)), np.zeros(len(x))
     if seen is not None:
         seen += [(np.zeros((len(x), tap.size_in)), np.zeros(len(x))) for tap in form.taps]
-    for start in range(0, len(x), step):
-        part = slice(start, start + step)
+    size = max(1, _CHUNK // max(1, *form.program.sizes))
+    chunks = [slice(begin, begin + size) for begin in range(0, len(x), size)]
+
+    def one(part: slice) -> None:
+        alive()
         taps: Seen = []
         z[part], error[part] = _run(form, host, carried, x[part].reshape(len(x[part]), -1), taps)
         for here, (y, wrong) in zip(seen or [], taps, strict=False):
             here[0][part], here[1][part] = y, wrong
+
+    _each(one, chunks)
     if not np.isfinite(z).all() or not np.isfinite(error).all():
         raise ValueError("the network is not finite at some of these examples")
     return z, error
+
+
+def _each(work: Callable[[slice], None], chunks: Sequence[slice]) -> None:
+    """work(chunk) for all, side by side on the cores: most of it are sums that use one."""
+    workers = min(os.cpu_count() or 1, len(chunks))
+    if workers <= 1:
+        for chunk in chunks:
+            work(chunk)
+        return
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(workers) as pool, stoppable():
+        for task in [pool.submit(copy_context().run, work, chunk) for chunk in chunks]:
+            task.result()
 
 
 def _run(
@@ -113,23 +132,26 @@ class _Rounded(Algebra[tuple[np.ndarray, np.ndarray]]):
         return t * (1 + gamma(4 * len(self.form.taps) + 8))
 
     def step(self, place: int, op: Op, held: Mapping[int, Any]) -> tuple[np.ndarray, np.ndarray]:
-        out, error = (np.zeros((self.program.sizes[op.output], self.count)) for _ in range(2))
         offset = _offset(self.host, op, self.program.shapes)
-        if offset is not None:
-            out, error = out + offset[0][:, None], error + offset[1][:, None]
+        size = self.program.sizes[op.output]
+        # columns to begin with: sums have the order in memory of what is added
+        out, error = np.zeros((2, size, 1)) if offset is None else (part[:, None] for part in offset)
         for m in self.host.step(place):
             value, wrong = held[m.register]
             if m.rows is not None and (m.rows >= 0).all():
                 product, spread = value[m.rows], wrong[m.rows]
             else:
-                terms = nonzeros_per_row(m.matrix)
-                product = m.matrix @ value
-                spread = abs(m.matrix) @ (
-                    wrong * (1 + 2 * m.relerr) + np.abs(value) * (gamma(terms + 1) + m.relerr)
-                )
+                # a convolution without its matrix, or the matrix; sums of the same terms, in some order
+                times: Any = m.convolution or m.matrix.__matmul__
+                absolute: Any = m.convolution.absolute if m.convolution else abs(m.matrix).__matmul__
+                terms = m.convolution.terms if m.convolution else nonzeros_per_row(m.matrix)
+                product = times(value)
+                spread = absolute(wrong * (1 + 2 * m.relerr) + np.abs(value) * (gamma(terms + 1) + m.relerr))
                 spread = spread * (1 + gamma(terms + 4)) + terms * 2.0**-1022
             out = out + product
             error = (error + spread + np.abs(out) * U) * (1 + 4 * U)
+        if out.shape[1] < self.count:  # a constant
+            out, error = (np.broadcast_to(part, (size, self.count)) for part in (out, error))
         return out, error
 
     def tap(self, k: int, value: Any) -> tuple[np.ndarray, np.ndarray]:
