@@ -36,8 +36,11 @@ def final_record(
     tell("bounding the network")
     begin = time.perf_counter()
     data = load(config.dataset, config.data_dir if data_dir is None else data_dir)
-    form = lb.trace(fitted.model, jax.ShapeDtypeStruct(data.input_shape, jnp.float32))
-    bound = proved_bound(form, config, fitted.state)
+    if fitted.proved is None:
+        form = lb.trace(fitted.model, jax.ShapeDtypeStruct(data.input_shape, jnp.float32))
+        bound = proved_bound(form, config, fitted.state)
+    else:
+        form, bound = fitted.proved
     if bound.certificate is not None and fitted.folder is not None:
         lb.save_certificate(bound, fitted.folder / CERTIFICATE)
     tell("certifying the test images")

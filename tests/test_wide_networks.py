@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -217,10 +218,17 @@ def test_a_naive_bound_that_is_surely_larger_is_left_out(monkeypatch: pytest.Mon
     monkeypatch.setattr(recursion, "_WORTH_A_LOOK", 0.0)
     assert lb.liplt(form).value == both.value < naive.value
     assert runs == [True]
-    assert not recursion.surely_above(form, recursion.Request(), naive.value)
-    assert recursion.surely_above(form, recursion.Request(), both.value)
-    lb.liplt(form, pairwise=True)
-    assert runs == [True, True, False]
+    pairs = lb.liplt(form, pairwise=True).pairwise
+    assert runs == [True, True]
+    best = once(form, recursion.Request(), pairwise=True, centred=True)
+    with_naive = np.minimum(best.pairwise, lb.naive(form, pairwise=True).pairwise)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(pairs, with_naive)
+    request = recursion.Request()
+    assert recursion.surely_above(form, request, best)
+    assert not recursion.surely_above(form, request, replace(best, value=naive.value, pairwise=None))
+    one = best.pairwise.copy()  # type: ignore[union-attr]
+    one[1, 0] *= 1e3
+    assert not recursion.surely_above(form, request, replace(best, pairwise=one))
 
 
 def test_work_side_by_side_is_in_order_and_ends_when_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,8 @@ class Fitted:
         state: the final training state.
         seconds: of this call, compilation included.
         folder: the run folder, if there is one.
+        proved: the form of the final weights and its bound, where the last validation proved the one that the final
+            figures use (`proved_bound`).
     """
 
     model: nnx.Module
@@ -53,6 +55,7 @@ class Fitted:
     state: TrainState = dataclasses.field(repr=False)
     seconds: float
     folder: pathlib.Path | None = None
+    proved: tuple[Any, lb.UpperBound] | None = dataclasses.field(default=None, repr=False)
 
 
 def fit(
@@ -212,6 +215,7 @@ class _Run:
         parallel.agree(done, "the epoch to resume from")
         state = devices.put(state)
         log = [record for record in log if record["epoch"] <= done]
+        proved = None
         if folder is not None and devices.leads:
             runs.write_log(folder, log)
         pixels = devices.put(self.images.pixels[self.rows])
@@ -219,7 +223,7 @@ class _Run:
         for epoch in range(done + 1, config.epochs + 1):
             if watch.stopped(log, config):
                 break
-            begin = time.perf_counter()
+            begin, proved = time.perf_counter(), None
             state, metrics = self.trainer.epoch(state, pixels, labels)
             state = refreshed(self.trainer, state, pixels, epoch)
             state, figures = self.watch(state)
@@ -233,7 +237,8 @@ class _Run:
             ends = epoch == config.epochs or watch.stopped(log, config)
             every = config.validate_every
             if every and (epoch % every == 0 or ends) and devices.leads:
-                record |= self.validate(state)
+                validated, proved = self.validate(state)
+                record |= validated
             if folder is not None and checkpoints is not None and devices.leads:
                 runs.append_log(folder, record)  # first: a resumed run drops records behind its checkpoint
                 if epoch % config.checkpoint_every == 0 or ends:
@@ -246,7 +251,7 @@ class _Run:
             if checkpoints is not None:
                 self._write_best(folder, checkpoints, log, ended)
         seconds = time.perf_counter() - self.started
-        return Fitted(model, self.spec, config, tuple(log), ended, seconds, folder)
+        return Fitted(model, self.spec, config, tuple(log), ended, seconds, folder, proved)
 
     def _write_best(
         self, folder: pathlib.Path, checkpoints: Checkpoints, log: list[Record], ended: TrainState
@@ -280,8 +285,11 @@ class _Run:
         trouble = watch.warning(record, config)
         return record if trouble is None else {**record, "warning": trouble}
 
-    def validate(self, state: TrainState) -> Record:
-        """Clean and certified accuracy by a proved bound, of the weights that would be saved now."""
+    def validate(self, state: TrainState) -> tuple[Record, tuple[Any, lb.UpperBound] | None]:
+        """Clean and certified accuracy by a proved bound, of the weights that would be saved now.
+
+        And the form with its bound, unless that of the final figures would be searched for longer (`proved_bound`).
+        """
         begin = time.perf_counter()
         state = parallel.local(state)
         rows = self.sample
@@ -292,7 +300,7 @@ class _Run:
         except ValueError:  # multipliers that prove nothing yet must not end the run
             bound = proved_bound(form, dataclasses.replace(self.config, constants="liplt"), state)
         radii = lb.certified_radius(form, x, self.images.labels[rows], bound=bound)
-        return {
+        record = {
             "clean": float(np.mean(radii.correct)),
             "certified": float(radii.accuracy(self.config.eps)),
             "guarantee": radii.guarantee,
@@ -301,6 +309,8 @@ class _Run:
             "images": len(rows),
             "validation_seconds": time.perf_counter() - begin,
         }
+        searched = self.config.uses_constants and self.config.constants == "recursion"
+        return record, None if searched else (form, bound)
 
 
 def proved_bound(

@@ -93,7 +93,7 @@ def liplt(
     def bound() -> Triangle:
         half = replace(request, failure=request.failure / 2)
         centred = recursion.triangle(form, half, pairwise=pairwise, centred=True)
-        if not pairwise and recursion.surely_above(form, half, centred.value):
+        if recursion.surely_above(form, half, centred):
             return replace(centred, failure=2 * centred.failure)
         return recursion.smaller(recursion.triangle(form, half, pairwise=pairwise, centred=False), centred)
 

@@ -42,6 +42,7 @@ DENSE_LIMIT = 4096
 #: Probability with which a probabilistic bound may fail, all its blocks together.
 FAILURE = 1e-9
 _WORTH_A_LOOK = 20.0  # estimated seconds of proofs above which rough norms tell first whether they are needed
+_ABOVE = 1.0 + 1e-9  # a bound with centre 0 that is larger by this factor is left out
 STORED_ENTRIES = 2**28  # a scaling keeps all blocks: 2 GB
 
 _HOSTS: weakref.WeakKeyDictionary[LureForm, HostForm] = weakref.WeakKeyDictionary()
@@ -405,8 +406,11 @@ def smaller(first: Triangle, second: Triangle) -> Triangle:
     return replace(best, per_class=classes, pairwise=pairs, guarantee=both, failure=failure)
 
 
-def surely_above(form: LureForm, request: Request, value: float) -> bool:
-    """Whether it pays to find out, and every partition with centre 0 gives a bound above `value`; it proves nothing."""
+def surely_above(form: LureForm, request: Request, best: Triangle) -> bool:
+    """Whether it pays to find out, and every partition with centre 0 gives a bound above `best`; it proves nothing.
+
+    With pairs in `best`, all constants of classes and pairs must be above, too.
+    """
     host = host_form(form)
     scalings = loop_transform(form, request.norm, centred=False)
     for nodes in partitions(form):
@@ -415,7 +419,18 @@ def surely_above(form: LureForm, request: Request, value: float) -> bool:
         seconds = sum(proof_seconds(*block_shape(host, pair)) for pair in pairs)
         if request.norm != 2 or seconds < _WORTH_A_LOOK:
             return False
-        if not refinement.surely_above(host, nodes, pairs, scalings, value):
+        value, reach = refinement.lower_estimate(host, nodes, pairs, scalings)
+        if not value > best.value * _ABOVE:
+            return False
+        if best.pairwise is None or best.per_class is None:
+            continue
+        classes, apart = np.zeros_like(best.per_class), np.zeros_like(best.pairwise)
+        for source, block in host.backward((), [(), *nodes], scalings).items():
+            row = block.T.dense()
+            classes += enclosures.enclosure_row_norms(row, 2) * reach.get(source, 0.0)
+            apart += enclosures.enclosure_pair_norms(row, 2) * reach.get(source, 0.0)
+        others = ~np.eye(len(apart), dtype=bool)
+        if not ((classes > best.per_class * _ABOVE).all() and (apart > best.pairwise * _ABOVE)[others].all()):
             return False
     return True
 

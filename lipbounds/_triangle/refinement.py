@@ -103,10 +103,10 @@ def shares(
     return {(j, k): back[k] * (value / whole) * reach[j] for (j, k), value in norms.items()}
 
 
-def surely_above(
-    host: HostForm, nodes: Sequence[Node], pairs: Sequence[Pair], scalings: Sequence[TapScaling], value: float
-) -> bool:
-    """Whether the bound of the recursion over these blocks, those to the output included, would be above `value`.
+def lower_estimate(
+    host: HostForm, nodes: Sequence[Node], pairs: Sequence[Pair], scalings: Sequence[TapScaling]
+) -> tuple[float, dict[Node, float]]:
+    """What the recursion over these blocks, those to the output included, gives at least: its bound, and per node.
 
     From lower bounds of the norms after a few steps, and 0 where that does not tell; it proves nothing.
     """
@@ -129,7 +129,7 @@ def surely_above(
     reach: dict[Node, float] = {(): 1.0}
     for target in nodes:
         reach[target] = sum(norms.get((j, target), 0.0) * m for j, m in reach.items())
-    return sum(end * reach[source] for source, end in ends.items()) > value * (1.0 + 1e-9)
+    return sum(end * reach[source] for source, end in ends.items()), reach
 
 
 def refine(
