@@ -37,6 +37,7 @@ from lipbounds._local.radius_search import ratios, row_roots
 from lipbounds.training import Config, fit
 from lipbounds.training.data import load
 from lipbounds.training.dataset import Dataset
+from lipbounds.training.initial import initialise
 from lipbounds.training.models import ConvNet, ResidualCNN
 
 Layers = tuple[Sequence[Sequence[int]], Sequence[int]]
@@ -49,6 +50,7 @@ NETS: dict[str, Layers] = {
 }
 CIFAR = {"cnn2": ([(16, 4, 2, 1), (32, 4, 2, 1)], [256])}
 SMALL = {"mlp": ([], [64, 64]), "cnn2": ([(8, 3, 1, 1), (8, 4, 2, 1)], [32])}
+_BRANCH = 0.1  # norm of a residual branch's second layer at the start of the training
 RESNET = {"small": {"channels": 4, "blocks": 1}, "full": {"channels": 12, "blocks": 2}}
 
 
@@ -56,12 +58,25 @@ def widths(form: lb.LureForm) -> list[int]:
     return [tap.size_in for tap in form.taps]
 
 
+def residual(shape: Sequence[int], options: Json) -> nnx.Module:
+    """A ResNet without normalisation that begins near a linear network of norm 1.
+
+    Layers have norm 1 to a few per cent, and the branches begin at a tenth of that: with the usual weights the
+    constants of two blocks are so large that the radius term holds the network at constant outputs.
+    """
+    model = ResidualCNN(shape, **RESNET["small" if options["small"] else "full"], rngs=nnx.Rngs(0))
+    initialise(model, "unit")
+    for block in model.blocks:
+        block.second.kernel[...] = _BRANCH * block.second.kernel[...]
+    return model
+
+
 def trained(name: str, data: Dataset, options: Json) -> lb.LureForm:
     nets = SMALL if options["small"] else CIFAR if data.name == "cifar10" else NETS
     shape = data.train_pixels.shape[1:]
     model: nnx.Module
     if name == "resnet":
-        model = ResidualCNN(shape, **RESNET["small" if options["small"] else "full"], rngs=nnx.Rngs(0))
+        model = residual(shape, options)
     else:
         convolutions, dense = nets[name]
         model = ConvNet(shape, convolutions=convolutions, dense=dense, rngs=nnx.Rngs(0))
@@ -70,6 +85,7 @@ def trained(name: str, data: Dataset, options: Json) -> lb.LureForm:
         loss="crm",
         constants="liplt",
         warmup=0,
+        ramp=options["epochs"] // 4 if name == "resnet" else 0,
         epochs=options["epochs"],
         batch_size=options["batch"],
         learning_rate=options["rate"],
