@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import lipbounds as lb
 from lipbounds.training import robust_losses
 from lipbounds.training.ensembles import Ensemble
 from lipbounds.training.inner_attacks import RobustSettings, ascend, attacked, begin
@@ -71,7 +70,9 @@ def test_with_eps_0_every_attack_is_plain_training(rng: np.random.Generator) -> 
         wanted = jax.value_and_grad(lambda w: cross_entropy(perceptron(w, x), y))(w)
         found = {
             name: jax.value_and_grad(
-                lambda w, name=name: value(name, perceptron, w, x, y, usual(name, 0.0, steps=2, **BOX))[0]
+                lambda w, name=name: value(
+                    name, perceptron, w, x, y, usual(name, 0.0, step=0.3, steps=1, measured=False, **BOX)
+                )[0]
             )(w)
             for name in PLAIN
         }
@@ -99,9 +100,11 @@ def test_views_that_agree_cost_nothing_and_neither_do_parallel_gradients(rng: np
     @jax.jit
     def run(w: Any) -> Any:
         two = jnp.stack([x, x])
-        same = value("consistency", linear, w, two, y, usual("consistency", 0.0, **BOX))
-        straight = value("gradalign", linear, w, x, y, usual("gradalign", 0.3, **BOX))
-        plain = value("at", linear, w, x, y, usual("gradalign", 0.3, **BOX))
+        same = value(
+            "consistency", linear, w, two, y, usual("consistency", 0.0, steps=0, measured=False, **BOX)
+        )
+        straight = value("gradalign", linear, w, x, y, usual("gradalign", 0.3, measured=False, **BOX))
+        plain = value("at", linear, w, x, y, usual("gradalign", 0.3, measured=False, **BOX))
         return cross_entropy(linear(w, x), y), same, straight, plain
 
     clean, same, straight, plain = run(w)
@@ -113,7 +116,8 @@ def test_views_that_agree_cost_nothing_and_neither_do_parallel_gradients(rng: np
 
 
 # ------------------------------------------------------------------------------------------ linear, two classes
-@pytest.mark.parametrize("norm", [2, math.inf])
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("norm", [math.inf, 2])
 def test_the_inner_maximum_of_a_linear_network_is_attained(rng: np.random.Generator, norm: float) -> None:
     """CE(m - eps ||w||_*), m the margin, w the difference of the columns, and its dual norm."""
     x, y = batch(rng, 2)
@@ -122,9 +126,8 @@ def test_the_inner_maximum_of_a_linear_network_is_attained(rng: np.random.Genera
     settings["fast-at"] = dataclasses.replace(settings["fast-at"], step=2 * eps)
     settings["generalised-at"] = dataclasses.replace(settings["generalised-at"], lam=1.0)
     settings["at"] = dataclasses.replace(settings["at"], steps=10 if norm == math.inf else 40)
-    settings["generalised-at"] = dataclasses.replace(settings["generalised-at"], steps=settings["at"].steps)
     if norm == 2:  # one step from a random point ends on the sphere, but not at its end
-        del settings["fast-at"]
+        del settings["fast-at"], settings["generalised-at"]
     found = jax.jit(lambda w: {name: value(name, linear, w, x, y, each) for name, each in settings.items()})(
         w
     )
@@ -183,7 +186,8 @@ def test_the_steps_of_backward_smoothing(rng: np.random.Generator, gamma: float)
 
 
 # ---------------------------------------------------------------------------------------------------- the attacks
-@pytest.mark.parametrize("norm", [2, math.inf])
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("norm", [math.inf, 2])
 def test_points_stay_in_ball_and_box(rng: np.random.Generator, norm: float) -> None:
     x = rng.random((6, 3, 3, 1)).astype(np.float32)
     y, w = rng.integers(0, 3, 6), [weights(rng, 9, 5), weights(rng, 5, 3)]
@@ -210,16 +214,18 @@ def test_loops_unroll(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(looped(x), unrolled(x), rtol=1e-6)
 
 
-def test_starts(rng: np.random.Generator) -> None:
-    x = jnp.full((500, 6), 0.5)
-    settings = usual("at", 0.2)
-    drawn = np.asarray(begin(KEY, settings.ball(x), settings)) - 0.5
-    assert np.abs(drawn).max() <= 0.2 and abs(drawn.std() - 0.2 / math.sqrt(3)) < 0.01
-    near = np.asarray(begin(KEY, settings.ball(x), dataclasses.replace(settings, start="near"))) - 0.5
+def test_starts() -> None:
+    x, settings = jnp.full((500, 6), 0.5), usual("at", 0.2)
+
+    @jax.jit
+    def drawn() -> Any:
+        each = [dataclasses.replace(settings, start=start) for start in ("uniform", "near", "clean")]
+        return [begin(KEY, settings.ball(x), one) - 0.5 for one in each]
+
+    uniform, near, clean = (np.asarray(part) for part in drawn())
+    assert np.abs(uniform).max() <= 0.2 and abs(uniform.std() - 0.2 / math.sqrt(3)) < 0.01
     assert 0 < np.abs(near).max() < 0.01
-    np.testing.assert_array_equal(
-        begin(KEY, settings.ball(x), dataclasses.replace(settings, start="clean")), x
-    )
+    np.testing.assert_array_equal(clean, 0)
 
 
 def test_no_gradient_goes_through_an_attack(rng: np.random.Generator) -> None:
@@ -238,24 +244,22 @@ def test_no_gradient_goes_through_an_attack(rng: np.random.Generator) -> None:
         np.testing.assert_array_equal(leaf, 0)
 
 
-def test_gradients_are_finite_where_logits_are_far_apart(rng: np.random.Generator) -> None:
-    x, y = batch(rng, 3)
-    w = [100 * weights(rng, 4, 5), 100 * weights(rng, 5, 3)]
+def test_gradients_are_finite_where_logits_are_far_apart() -> None:
+    far = 1e4 * np.eye(4, dtype=np.float32)
+    other = np.roll(far, 1, axis=0)
 
-    def one(name: str, w: Any) -> Any:
-        images = jnp.stack([x, -x]) if name == "consistency" else jnp.asarray(x)
-        return value(name, perceptron, w, images, y, usual(name, 0.3, steps=1, **BOX))[0]
+    def total(z: Any) -> Any:
+        return (kl(z, other) + kl(other, z) + h_divergence(z, other) + h_divergence(z, other, "min")).sum()
 
-    names = ("trades", "backward-smoothing", "gradalign", "consistency")
-    found = jax.jit(lambda w: [jax.value_and_grad(lambda w, n=n: one(n, w))(w) for n in names])(w)
-    for leaf in jax.tree.leaves(found):
+    for leaf in jax.jit(jax.value_and_grad(total))(far):
         assert np.isfinite(np.asarray(leaf)).all()
 
 
 # ---------------------------------------------------------------------------------------------------- divergences
 def test_ranges_of_the_divergences(rng: np.random.Generator) -> None:
     a, b = 3 * weights(rng, 40, 5), 3 * weights(rng, 40, 5)
-    js, least = (np.asarray(h_divergence(a, b, kind)) for kind in ("js", "min"))
+    both = jax.jit(lambda a, b: [h_divergence(a, b, kind) for kind in ("js", "min")])
+    js, least = (np.asarray(d) for d in both(a, b))
     p, q = (np.exp(z) / np.exp(z).sum(axis=1, keepdims=True) for z in (a.astype(np.float64), b))
 
     def h(p: Array) -> Array:
@@ -266,39 +270,42 @@ def test_ranges_of_the_divergences(rng: np.random.Generator) -> None:
     slack = 1e-6
     assert (js >= -slack).all() and (js <= least + slack).all() and (js <= math.log(2)).all()
     assert (least <= math.log(2) + np.abs(h(p) - h(q)) / 2 + slack).all() and (js < 0.9 * least).any()
-    hot = 300 * np.eye(5, dtype=np.float32)
-    for kind in ("js", "min"):
-        np.testing.assert_allclose(h_divergence(a, a, kind), 0, atol=2e-6)
-        np.testing.assert_allclose(h_divergence(hot, hot[[1, 2, 3, 4, 0]], kind), math.log(2), rtol=1e-6)
+    hot = 300 * np.eye(5, dtype=np.float32).repeat(8, 0)
+    np.testing.assert_allclose([*both(hot, hot), *both(a, a)], 0, atol=2e-6)
+    np.testing.assert_allclose(both(hot, np.roll(hot, 8, 0)), math.log(2), rtol=1e-6)
 
 
 def test_kl_and_its_gradient(rng: np.random.Generator) -> None:
     a, b = weights(rng, 7, 4), weights(rng, 7, 4)
     p, q = (np.asarray(jax.nn.softmax(z)) for z in (a, b))
-    np.testing.assert_allclose(kl(a, b), (p * np.log(p / q)).sum(axis=1), rtol=1e-4)
-    np.testing.assert_allclose(jax.grad(lambda b: kl(a, b).sum())(b), q - p, atol=1e-6)
-    np.testing.assert_allclose(kl(a, a), 0, atol=1e-7)
+    both = jax.jit(lambda b: (kl(a, b), jax.grad(lambda b: kl(a, b).sum())(b)))
+    found, slope = both(b)
+    np.testing.assert_allclose(found, (p * np.log(p / q)).sum(axis=1), rtol=1e-4)
+    np.testing.assert_allclose(slope, q - p, atol=1e-6)
+    np.testing.assert_allclose(both(a)[0], 0, atol=1e-7)
 
 
 def test_the_cosine_of_gradients_that_vanish(rng: np.random.Generator) -> None:
     a = weights(rng, 3, 6)
     scaled = np.stack([a[0] * 1e-28, np.zeros(6, np.float32), -a[2]])
-    np.testing.assert_allclose(cosine(a, scaled), [1, 0, -1], atol=1e-6)
-    assert np.isfinite(np.asarray(jax.grad(lambda b: cosine(a, b).sum())(scaled))).all()
+    found, slope = jax.jit(lambda b: (cosine(a, b), jax.grad(lambda b: cosine(a, b).sum())(b)))(scaled)
+    np.testing.assert_allclose(found, [1, 0, -1], atol=1e-6)
+    assert np.isfinite(np.asarray(slope)).all()
 
 
 # ------------------------------------------------------------------------------------------- multiplier and weights
 def test_the_adjusted_weight_is_stationary_at_its_ratio_alone() -> None:
-    assert adjusted(4.0, 3.0, 0.1) == 4.0
+    next_of = jax.jit(adjusted)
+    assert next_of(4.0, 3.0, 0.1) == 4.0
     np.testing.assert_allclose(
-        adjusted(4.0, 2.0, 0.1), 5.0, rtol=1e-6
+        next_of(4.0, 2.0, 0.1), 5.0, rtol=1e-6
     )  # the robust term is too large: weigh it more
-    np.testing.assert_allclose(adjusted(4.0, 4.0, 0.1), 3.0, rtol=1e-6)
-    assert adjusted(0.5, 4.0, 0.1) == 0.0
+    np.testing.assert_allclose(next_of(4.0, 4.0, 0.1), 3.0, rtol=1e-6)
+    assert next_of(0.5, 4.0, 0.1) == 0.0
     for robust in (0.0, 1e-38, -1.0):
-        np.testing.assert_allclose(adjusted(10.0, 1.0, robust), 7.0, rtol=1e-6)
+        np.testing.assert_allclose(next_of(10.0, 1.0, robust), 7.0, rtol=1e-6)
     for bad in (math.nan, math.inf):
-        assert adjusted(4.0, bad, 0.1) == adjusted(4.0, 1.0, bad) == 4.0
+        assert next_of(4.0, bad, 0.1) == next_of(4.0, 1.0, bad) == 4.0
 
 
 def test_adversarial_weights(rng: np.random.Generator) -> None:
@@ -310,7 +317,8 @@ def test_adversarial_weights(rng: np.random.Generator) -> None:
         "dead": np.zeros((2, 2), np.float32),
     }
     assert adversarial_weights(lambda w: slope, w, 0.0) is w
-    moved = adversarial_weights(lambda w: slope, w, 0.01)
+    perturb = jax.jit(lambda w, slope: adversarial_weights(lambda w: slope, w, 0.01))
+    moved = perturb(w, slope)
     change = np.asarray(moved["kernel"]) - w["kernel"]
     np.testing.assert_allclose(np.linalg.norm(change), 0.01 * np.linalg.norm(w["kernel"]), rtol=1e-4)
     wanted = slope["kernel"].astype(np.float64)
@@ -320,7 +328,7 @@ def test_adversarial_weights(rng: np.random.Generator) -> None:
         if name != "kernel":
             np.testing.assert_array_equal(moved[name], value)
     broken = {**slope, "kernel": np.full((3, 4), np.nan, np.float32)}
-    np.testing.assert_array_equal(adversarial_weights(lambda w: broken, w, 0.01)["kernel"], w["kernel"])
+    np.testing.assert_array_equal(perturb(w, broken)["kernel"], w["kernel"])
     with pytest.raises(ValueError, match="gamma must be a number >= 0"):
         adversarial_weights(lambda w: slope, w, -0.1)
 
@@ -330,10 +338,6 @@ def test_identical_members_change_nothing_and_others_are_averaged(rng: np.random
     x = weights(rng, 5, 4)
     np.testing.assert_array_equal(Ensemble([one, one])(x), one(x))
     np.testing.assert_allclose(Ensemble([one, other])(x), (one(x) + other(x)) / 2, rtol=1e-6)
-    bounds = [
-        float(lb.naive(lb.trace(net, x[:1], batched=True))) for net in (one, other, Ensemble([one, other]))
-    ]
-    assert bounds[2] <= (bounds[0] + bounds[1]) / 2 * (1 + 1e-6)
     with pytest.raises(ValueError, match="at least one network"):
         Ensemble([])
 
