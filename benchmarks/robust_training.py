@@ -5,8 +5,8 @@
     python benchmarks/robust_training.py report --work DIR                   tables and figures to benchmarks/results/
 
 `ratios` trains all losses for a few steps on images of the shape of CIFAR-10 (with --data-dir on CIFAR-10 itself, else
-on random ones, which cost the same), an epoch of one loss after an epoch of the other, round by round, so that a busy
-machine slows all of them alike. It reports the median over the rounds of the time relative to plain training in the
+on random ones, which cost the same), one loss after the other, round by round, so that a busy machine slows all of them
+alike. It reports the median over the rounds of the time relative to plain training in the
 same round. The papers' minutes are in the last column: they are of whole runs on another machine, so that only their
 ratios can be compared. `train` leaves out what DIR holds already, so it can be interrupted.
 """
@@ -18,23 +18,27 @@ import contextlib
 import json
 import math
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 from common import Json, command_line, environment, keep, peak_gigabytes, table
+from flax import nnx
 from rich.console import Console
 
+from lipbounds.analysis.attacks import pgd
 from lipbounds.analysis.figures import png
 from lipbounds.analysis.robust_table import robust_figure, robust_record
-from lipbounds.training import Config, fit
+from lipbounds.training.augment import Augmentation
 from lipbounds.training.data import load
+from lipbounds.training.inner_attacks import RobustSettings
+from lipbounds.training.losses import cross_entropy
 from lipbounds.training.models import build, spec_for
-from lipbounds.training.parallel import Devices
-from lipbounds.training.step import trainer
+from lipbounds.training.network import Network, split
+from lipbounds.training.robust_losses import ROBUST, usual
 
 # Minutes of ResNet-18 on CIFAR-10, Tables 6.2 and 6.11 of the thesis of J. Chen (UCLA, 2022)
 PUBLISHED = {
@@ -48,64 +52,114 @@ PUBLISHED = {
     "backward-smoothing": 164,
 }
 RATIOS = ("cross-entropy", "fast-at", "fast-trades", "backward-smoothing", "at", "trades")
-LOSSES = ("cross-entropy", "at", "trades", "backward-smoothing", "fast-at", "fast-at-clean", "consistency")
+LOSSES = (
+    "cross-entropy",
+    "at",
+    "trades",
+    "backward-smoothing",
+    "fast-at",
+    "fast-at-clean",
+    "consistency",
+    "consistency-0",
+)
 # Settings of the small runs, the same for every loss: a network, its eps in l-inf, epochs and training images.
 SMALL: dict[str, Json] = {
-    "digits": {"arch": "64-128-64-10", "eps": 0.1, "epochs": 60, "batch_size": 64, "images": None},
-    "mnist": {"arch": "2C2F", "eps": 0.2, "epochs": 12, "batch_size": 128, "images": 10_000},
+    "digits": {"arch": "64-128-64-10", "eps": 0.1, "epochs": 60, "batch": 64, "images": 1437, "rate": 2e-3},
+    "mnist": {"arch": "2C2F", "eps": 0.2, "epochs": 8, "batch": 128, "images": 10_000, "rate": 2e-3},
 }
 TESTED = {"digits": 360, "mnist": 500}
+WATCHED = 200  # test images on which a short PGD follows the training
 
 
-def changes_of(name: str, eps: float) -> Json:
-    """The settings of a loss by its name here: "fast-at-clean" is "fast-at" without its random start."""
+def settings_of(name: str, eps: float, unrolled: bool) -> tuple[str, RobustSettings]:
+    """(loss, settings) by the name here: "fast-at-clean" starts at the image, "consistency-0" has weight 0."""
     if name == "fast-at-clean":
-        return {"loss": "fast-at", "attack_start": "clean", "attack_step": eps}
-    return {"loss": name}
+        return "fast-at", usual("fast-at", eps, start="clean", unrolled=unrolled)
+    if name == "consistency-0":
+        return "consistency", usual("consistency", eps, lam=0.0, unrolled=unrolled)
+    return name, usual(name, eps, unrolled=unrolled)
+
+
+def step_of(network: Network, rule: Any, name: str, eps: float, unrolled: bool) -> Any:
+    """step(state, x, y, key) -> (state, report), not compiled; state = (weights, moments, statistics of BatchNorm)."""
+    loss, settings = (name, None) if name == "cross-entropy" else settings_of(name, eps, unrolled)
+
+    def step(state: Any, x: jax.Array, y: jax.Array, key: jax.Array) -> Any:
+        weights, moments, statistics = state
+        fixed, frozen = jax.lax.stop_gradient(weights), network.at(statistics)
+
+        def value(weights: Any) -> Any:
+            if settings is None:
+                logits, after = network.trained(weights, statistics, x)
+                return cross_entropy(logits, y), (after, {})
+            views = (
+                jax.numpy.stack([x, shifted(jax.random.fold_in(key, 1), x)]) if loss == "consistency" else x
+            )
+            found, (after, _, report) = ROBUST[loss](
+                lambda p, s: network.trained(weights, s, p),
+                lambda p: frozen.network(fixed, p),
+                statistics,
+                views,
+                y,
+                key,
+                settings,
+            )
+            return found, (after, report)
+
+        gradient, (after, report) = jax.grad(value, has_aux=True)(weights)
+        updates, moments = rule.update(gradient, moments, weights)
+        return (optax.apply_updates(weights, updates), moments, after), report
+
+    return step
+
+
+shifted = Augmentation(crop=1)  # the second view of "consistency": a shift by at most one pixel
+
+
+def start(network: Network, weights: Any, rule: Any) -> Any:
+    """The first state: copies, since steps are donated theirs."""
+    weights, statistics = jax.tree.map(jax.numpy.array, (weights, network.statistics))
+    return weights, rule.init(weights), statistics
 
 
 # ------------------------------------------------------------------------------------------------------------ ratios
 def ratios(args: argparse.Namespace) -> None:
     rng = np.random.default_rng(0)
-    count = args.batch * args.steps
     if args.data_dir is None:
-        pixels = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-        labels = rng.integers(0, 10, count).astype(np.int32)
+        pixels = rng.integers(0, 256, (args.batch, 32, 32, 3), dtype=np.uint8)
+        labels = rng.integers(0, 10, args.batch)
     else:
         data = load("cifar10", args.data_dir)
-        pixels, labels = data.train_x[:count], data.train_y[:count]
-    spec = spec_for(args.arch, (32, 32, 3), 10)
-    devices = Devices.of(1) if hasattr(Devices, "of") else Devices()
+        pixels, labels = data.train_x[: args.batch], data.train_y[: args.batch]
+    x, y, key = jax.numpy.asarray(pixels / np.float32(255)), jax.numpy.asarray(labels), jax.random.key(0)
+    model = build(spec_for(args.arch, (32, 32, 3), 10), 0)
+    model.train()
+    parts, weights = split(model, (32, 32, 3))
+    network, rule = Network(**parts), optax.sgd(0.1, momentum=0.9)
     made: dict[str, Any] = {}
-    compiled: dict[str, float] = {}
     for name in args.losses:
-        config = Config(
-            dataset="cifar10",
-            arch=args.arch,
-            batch_size=args.batch,
-            epochs=args.rounds + 2,
-            eps=8 / 255,
-            warmup=0,
-            validate_every=0,
-            **changes_of(name, 8 / 255),
-        )
-        run = trainer(config, build(spec, 0), (32, 32, 3), 255, count, devices)
-        begin = time.perf_counter()
-        state, _ = jax.block_until_ready(run.epoch(run.init(), pixels, labels))
-        compiled[name] = time.perf_counter() - begin
-        made[name] = run, state
-        print(f"{name}: compiled and first epoch in {compiled[name]:.0f} s", flush=True)
+        step = step_of(network, rule, name, 8 / 255, not args.loops)
+        made[name] = jax.jit(step, donate_argnums=0), start(network, weights, rule)
     wall: dict[str, list[float]] = {name: [] for name in made}
     cpu: dict[str, list[float]] = {name: [] for name in made}
+    compiled: dict[str, float] = {}
+    for name, (run, state) in made.items():
+        begin = time.perf_counter()
+        made[name] = run, jax.block_until_ready(run(state, x, y, key))[0]
+        compiled[name] = time.perf_counter() - begin
+        print(f"{name}: compiled and first step in {compiled[name]:.0f} s", flush=True)
     for number in range(args.rounds):
         for name, (run, state) in made.items():
             begin, used = time.perf_counter(), time.process_time()
-            state, _ = jax.block_until_ready(run.epoch(state, pixels, labels))
+            for _ in range(args.steps):
+                state, _ = run(state, x, y, key)
+            jax.block_until_ready(state)
             wall[name].append((time.perf_counter() - begin) / args.steps)
             cpu[name].append((time.process_time() - used) / args.steps)
             made[name] = run, state
         print(f"round {number + 1} of {args.rounds}", flush=True)
-    show_ratios(args, wall, cpu, compiled)
+    if args.rounds:
+        show_ratios(args, wall, cpu, compiled)
 
 
 def show_ratios(args: argparse.Namespace, wall: Json, cpu: Json, compiled: Json) -> None:
@@ -150,50 +204,81 @@ def runs(args: argparse.Namespace) -> Iterator[tuple[str, int, Path]]:
             yield name, seed, args.work / f"{args.dataset}-{name}-{seed}.json"
 
 
+def trained(
+    dataset: str, name: str, seed: int, epochs: int, x: Any, y: Any, test: Any
+) -> tuple[nnx.Module, Json]:
+    """(the network in evaluation mode, its log): Adam with a cosine, the same batches for every loss."""
+    small = SMALL[dataset]
+    model = build(spec_for(small["arch"], x.shape[1:], 10), seed)
+    model.train()
+    parts, weights = split(model, x.shape[1:])
+    network, steps = Network(**parts), len(x) // small["batch"]
+    rule = optax.adam(optax.cosine_decay_schedule(small["rate"], epochs * steps))
+    convolves = dataset != "digits"
+    step = step_of(network, rule, name, small["eps"], convolves)
+    single = jax.jit(lambda state, rows, key: step(state, x[rows], y[rows], key), donate_argnums=0)
+    scanned = jax.jit(
+        lambda state, plan: jax.lax.scan(lambda s, i: step(s, x[i[0]], y[i[0]], i[1]), state, plan)
+    )
+    state, log, rng = start(network, weights, rule), [], np.random.default_rng(seed)
+    for epoch in range(epochs):
+        rows = rng.permutation(len(x))[: steps * small["batch"]].reshape(steps, -1)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), epoch), steps)
+        seen: Any = []
+        if convolves:  # XLA runs convolutions in loops slowly on CPUs
+            for some, key in zip(rows, keys, strict=True):
+                state, report = single(state, some, key)
+                seen.append(report)
+            seen = jax.tree.map(lambda *a: jax.numpy.stack(a), *seen)
+        else:
+            state, seen = scanned(state, (rows, keys))
+        line = {"epoch": epoch + 1, **jax.tree.map(lambda a: float(a.mean()), seen)}
+        if (epoch + 1) % max(1, epochs // 10) == 0:
+            net = nnx.merge(network.graph, state[0], network.at(state[2]).rest)
+            found = pgd(net, *test, small["eps"], norm=math.inf, steps=10, progress=False)
+            line["pgd"] = found.accuracy
+        log.append(line)
+    return nnx.merge(network.graph, state[0], network.at(state[2]).rest), log
+
+
+def overfitted(log: list[Json]) -> bool:
+    """Catastrophic overfitting: PGD's accuracy ends below half its best, while the training attack's ends higher."""
+    known = [line for line in log if "pgd" in line and "attack_accuracy" in line]
+    if not known:
+        return False
+    best = max(known, key=lambda line: line["pgd"])
+    last = known[-1]
+    return last["pgd"] < 0.5 * best["pgd"] and last["attack_accuracy"] > best["attack_accuracy"]
+
+
 def train(args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
-    small = dict(SMALL[args.dataset])
-    images = small.pop("images")
-    small |= {} if args.epochs is None else {"epochs": args.epochs}
+    small, tested = SMALL[args.dataset], TESTED[args.dataset]
     data = load(args.dataset, args.data_dir)
-    x = data.test_x[: TESTED[args.dataset]].astype(np.float32) / np.float32(data.levels)
-    y = data.test_y[: TESTED[args.dataset]]
-    pair = None if images is None else (data.train_x[:images], data.train_y[:images])
+    test = data.test_x[:tested].astype(np.float32) / np.float32(data.levels), data.test_y[:tested]
+    x = jax.numpy.asarray(data.train_x[: small["images"]].astype(np.float32) / np.float32(data.levels))
+    y = jax.numpy.asarray(data.train_y[: small["images"]])
+    e = str(small["eps"])
     for name, seed, path in runs(args):
         if path.exists():
             continue
-        config = Config(
-            dataset=args.dataset,
-            seed=seed,
-            warmup=0,
-            validate_every=0,
-            learning_rate=2e-3,
-            robust_every=5,
-            **small,
-            **changes_of(name, small["eps"]),
-        )
         begin, used = time.perf_counter(), time.process_time()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            fitted = fit(config) if pair is None else fit(config, pair)
+        watched = test[0][:WATCHED], test[1][:WATCHED]
+        model, log = trained(args.dataset, name, seed, args.epochs or small["epochs"], x, y, watched)
         spent = {"wall": time.perf_counter() - begin, "cpu": time.process_time() - used}
-        record = robust_record(fitted.model, x, y, eps=[small["eps"]], steps=20, local=args.local)
-        said = [str(w.message) for w in caught] + [
-            str(line["warning"]) for line in fitted.log if "warning" in line
-        ]
+        record = robust_record(model, *test, eps=[small["eps"]], local=args.local)
         shown = {
             "loss": name,
             "seed": seed,
             "spent": spent,
-            "warnings": said,
-            "log": list(fitted.log),
+            "overfitted": overfitted(log),
+            "log": log,
             **record,
         }
-        path.write_text(json.dumps(shown, default=float) + "\n")
-        e = str(small["eps"])
+        path.write_text(json.dumps(shown) + "\n")
         print(
             f"{name}, seed {seed}: natural {record['natural']:.1%}, PGD {record['PGD'][e]:.1%}, AutoAttack "
-            f"{record['AutoAttack'][e]:.1%}, {spent['cpu']:.0f} CPU s",
+            f"{record['AutoAttack'][e]:.1%}, certified {record['certified'][e]:.1%}, {spent['cpu']:.0f} CPU s",
             flush=True,
         )
 
@@ -215,8 +300,8 @@ def report(args: argparse.Namespace) -> None:
             cells = [spread([r["natural"] for r in records])]
             cells += [spread([r[c][str(eps)] for r in records]) for c in ("PGD", "AutoAttack", "certified")]
             seconds = f"{np.median([r['spent']['cpu'] for r in records]):.0f}"
-            alarms = sum(any("overfit" in w for w in r["warnings"]) for r in records)
-            rows.append([name, str(len(records)), *cells, seconds, f"{alarms} of {len(records)}"])
+            lost = sum(r["overfitted"] for r in records)
+            rows.append([name, str(len(records)), *cells, seconds, f"{lost} of {len(records)}"])
             drawn[f"{dataset}: {name}"] = records[0]
         small = SMALL[dataset]
         title = f"{dataset}, {small['arch']}, l-inf {eps}, {TESTED[dataset]} test images; mean ± standard deviation, %"
@@ -256,6 +341,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=2, help="steps of a round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--loops", action="store_true", help="attacks as loops, not written out step by step")
     parser.add_argument("--losses", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--dataset", choices=tuple(SMALL), default="digits")
