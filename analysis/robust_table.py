@@ -135,14 +135,14 @@ def _nearest(
     """
     network, weights = split(model)
     classes = count_classes(network, weights, x[:1].shape, y)
-    rounding = 0
+    rounding, method = 0, "" if radii is None else radii.method
     for e in (e for e in levels if e > 0):
         # Another label takes an example out, and the batches and random numbers of the others stay as they are.
         made = run(model, x, np.where(distance > e, y, (y + 1) % classes), e, settings)
         broken = made.success & (distance > e)
         if radii is not None:
-            made, method = dataclasses.replace(made, success=broken), radii.method
-            broken, more = really_broken(form, made, x, y, radii.radius, radii.norm, lambda _, by=method: by)
+            made = dataclasses.replace(made, success=broken)
+            broken, more = really_broken(form, made, x, y, radii.radius, radii.norm, lambda _: method)
             rounding += more
         distance = np.minimum(distance, np.where(broken, made.distance, np.inf))
     return distance, rounding
