@@ -24,7 +24,7 @@ from flax import nnx
 
 import lipbounds as lb
 from lipbounds._form import fingerprint
-from lipbounds._lipsdp import check_certificate, load_certificate
+from lipbounds._lipsdp import check_certificate, read_certificate
 from lipbounds._text import Progress
 from lipbounds.analysis.attack_search import Attack, length
 from lipbounds.analysis.attack_settings import AttackSettings
@@ -150,7 +150,7 @@ def certified_bound(path: os.PathLike[str], model: Any, x: np.ndarray) -> lb.Upp
     """The bound in a certificate, proved again for this network; CertificateError with the reason where it is not."""
     begin = time.perf_counter()
     form = lb.trace(model, x[0])
-    claims = load_certificate(path)
+    claims = read_certificate(path)
     check_certificate(claims, form)
     shape = (form.num_outputs, form.in_size)
     return lb.UpperBound(

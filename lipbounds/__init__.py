@@ -1,6 +1,7 @@
 """Certified robustness and Lipschitz bounds for any network written in JAX.
 
-`lipbounds.training`, `lipbounds.analysis` and `lipbounds.interop` are imported where they are first used.
+`lipbounds.examples`, `lipbounds.training`, `lipbounds.analysis` and `lipbounds.interop` are imported where they are
+first used.
 """
 
 import importlib as _importlib
@@ -12,20 +13,21 @@ from lipbounds._empirical.empirical import empirical
 from lipbounds._form.lure import LureForm
 from lipbounds._lipsdp.certificate import save_certificate, verify_certificate
 from lipbounds._lipsdp.lipsdp import lipsdp
+from lipbounds._lipsdp.reload import load_certificate
 from lipbounds._lipsdp.solvers import Cvxpy, Recursion
 from lipbounds._local.local import LocalBounds, local
 from lipbounds._margins.margins import Margins, margins
 from lipbounds._margins.radius import Local, Radii, certified_radius
-from lipbounds._margins.stored import load
+from lipbounds._margins.stored import load, save_radii
 from lipbounds._text.version import __version__
 from lipbounds._tracing.trace import from_weights, register_activation, trace
 from lipbounds._triangle.liplt import liplt
 from lipbounds._triangle.naive import naive
-from lipbounds.errors import CertificateError, UnsupportedError
+from lipbounds.errors import CertificateError, UnitsWarning, UnsupportedError
 from lipbounds.results import Estimate, LowerBound, UpperBound
 
 if _typing.TYPE_CHECKING:
-    from lipbounds import analysis, interop, training
+    from lipbounds import analysis, examples, interop, training
 
 __all__ = [
     "METHODS",
@@ -39,6 +41,7 @@ __all__ = [
     "Margins",
     "Radii",
     "Recursion",
+    "UnitsWarning",
     "UnsupportedError",
     "UpperBound",
     "__version__",
@@ -47,22 +50,25 @@ __all__ = [
     "certified_radius",
     "compare",
     "empirical",
+    "examples",
     "from_weights",
     "interop",
     "liplt",
     "lipsdp",
     "load",
+    "load_certificate",
     "local",
     "margins",
     "naive",
     "register_activation",
     "save_certificate",
+    "save_radii",
     "trace",
     "training",
     "verify_certificate",
 ]
 
-_LATER = ("analysis", "interop", "training")
+_LATER = ("analysis", "examples", "interop", "training")
 
 
 def __getattr__(name: str) -> _typing.Any:

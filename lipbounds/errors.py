@@ -76,6 +76,26 @@ class UnsupportedError(ValueError):
         return "\n".join(lines)
 
 
+class UnitsWarning(UserWarning):
+    """The values of images suggest other units than those that an eps in pixels is meant for.
+
+    `input_range=(low, high)` of the call that warns says which units are meant.
+
+    Example:
+        >>> import warnings
+        >>> import numpy as np
+        >>> import lipbounds as lb
+        >>> form = lb.from_weights([np.ones((2, 64), np.float32)])
+        >>> pixels = np.full((1, 64), 200.0)
+        >>> with warnings.catch_warnings(record=True) as seen:
+        ...     warnings.simplefilter("always")
+        ...     radii = lb.certified_radius(form, pixels, [0])
+        >>> [w.category.__name__ for w in seen]
+        ['UnitsWarning']
+        >>> radii = lb.certified_radius(form, pixels, [0], input_range=(0, 255))
+    """
+
+
 class CertificateError(ValueError):
     """A stored certificate does not prove what it claims for this form; the message says why.
 

@@ -59,7 +59,7 @@ def test_every_kind_of_proof_is_saved_and_proved_again(
     made = bound_of(form, multipliers(form, norm, start_at, kind), norm)
     path = tmp_path / "c"
     certificate.save_certificate(made, path)
-    read = certificate.load_certificate(path)
+    read = certificate.read_certificate(path)
     mine = made.certificate
     assert (read.value, read.norm, read.guarantee, read.sizes) == (mine.value, norm, "verified", (8, 7))
     assert np.array_equal(read.pairwise, mine.pairwise) and np.array_equal(read.per_class, mine.per_class)

@@ -250,10 +250,10 @@ def test_a_saved_certificate_is_proved_again(model_file, form, certificate):
 
 def test_the_line_of_a_certificate_without_pairs_that_may_fail(certificate):
     from lipbounds._cli.tables import proved
-    from lipbounds._lipsdp.certificate import load_certificate
+    from lipbounds._lipsdp.certificate import read_certificate
 
     claims = dataclasses.replace(
-        load_certificate(certificate),
+        read_certificate(certificate),
         value=1.0000004,
         norm=np.inf,
         guarantee="probabilistic",

@@ -77,7 +77,7 @@ def test_certify_refuses_bad_data(model_file, tmp_path):
     cases = {
         "shape": (dict(x=x[:, :7], y=y), "images of shape"),
         "dtype": (dict(x=(16 * x).astype(np.uint8), y=y), "must hold floats"),
-        "keys": (dict(images=x, y=y), "arrays x and y"),
+        "keys": (dict(a=x, b=x, c=y), "arrays x and y, or two arrays of other names: it holds a, b, c"),
         "objects": (dict(x=np.array([object()]), y=y), "arrays x and y"),
         "labels": (dict(x=x, y=y + 10), "label"),
         "lengths": (dict(x=x, y=y[:3]), "4"),

@@ -13,7 +13,7 @@ from zoo import NETS
 
 import lipbounds as lb
 from lipbounds._form.elementwise import elementwise_view
-from lipbounds._lipsdp.certificate import load_certificate
+from lipbounds._lipsdp.certificate import read_certificate
 from lipbounds._lipsdp.dense_form import dense_gain
 
 #: gather_scatter and custom_vjp have classes whose constant is LipLT's.
@@ -30,7 +30,7 @@ def _form(name: str) -> Any:
 def _stored(bound: lb.UpperBound, folder: Any) -> Any:
     """The certificate as its file holds it."""
     lb.save_certificate(bound, folder / "certificate")
-    return load_certificate(folder / "certificate")
+    return read_certificate(folder / "certificate")
 
 
 @pytest.mark.parametrize("name", EVERY)

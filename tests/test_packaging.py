@@ -43,7 +43,7 @@ def test_package_data_is_listed():
         path.relative_to(ROOT)
         for name, patterns in SETUPTOOLS["package-data"].items()
         for pattern in patterns
-        for path in (ROOT / SETUPTOOLS["package-dir"].get(name, name)).glob(pattern)
+        for path in (ROOT / SETUPTOOLS["package-dir"].get(name, name.replace(".", "/"))).glob(pattern)
     }
     data = {
         path.relative_to(ROOT)

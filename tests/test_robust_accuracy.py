@@ -119,7 +119,10 @@ def test_certify_with_an_attack(model_file, tmp_path):
     assert found == record["attacked_distance"] and None in found
     near = [(r, d) for r, d in zip(record["radius"], found, strict=True) if d is not None]
     assert len(near) > 50 and all(r <= d for r, d in near)
-    assert "exists" in run("certify", model_file, "--csv", files["csv"], code=1).stderr
+    assert lb.load(files["csv"]).radius.tolist() == record["radius"]
+    thesis = tmp_path / "thesis.csv"
+    thesis.write_text("chapter,1")
+    assert "exists" in run("certify", model_file, "--csv", thesis, code=1).stderr
 
 
 @pytest.mark.slow

@@ -15,9 +15,11 @@ from lipbounds.training.data import DATASETS
 from lipbounds.training.initial import INITIALISATIONS
 from lipbounds.training.losses import TRANSFORMS
 from lipbounds.training.models import ACTIVATIONS, NAMED, SIMPLE, ModelSpec, spec_for
+from lipbounds.training.own_data import is_own
 
 _COUNTS = 1e9  # no setting that counts something is larger
 _POSITIVE = 1e-12
+_PATH = " (or a path: an .npz file, or a folder such as ./images)"
 
 
 def _setting(
@@ -49,7 +51,8 @@ class Config:
     """
 
     # fmt: off
-    dataset: str = _setting("digits", "data", "Data set of images.", choices=DATASETS)
+    dataset: str = _setting("digits", "data", "Data set of images, or a path: an .npz file, or a folder with one "
+                          "folder of images per class (./folder).", choices=DATASETS)
     data_dir: str | None = _setting(None, "data", "Folder of the data set's official files.")
     arch: str = _setting("64-64-64-10", "network", "Widths of an MLP such as 784-512-512-10, or an architecture: "
                          f"{', '.join(SIMPLE)}; with sizes {NAMED}.")
@@ -124,9 +127,10 @@ class Config:
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
             known, limits = field.metadata["choices"], field.metadata["limits"]
-            if known and value not in known:
+            if known and value not in known and not (name == "dataset" and is_own(value)):
                 raise ValueError(
-                    f"{name} must be one of {', '.join(known)}, got {value!r}{_near(value, known)}"
+                    f"{name} must be one of {', '.join(known)}{_PATH if name == 'dataset' else ''}, got {value!r}"
+                    f"{_near(value, known)}"
                 )
             low, high = limits or (-math.inf, math.inf)
             if limits and not (low <= value <= high and value < math.inf):

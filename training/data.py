@@ -20,8 +20,9 @@ from lipbounds._text import DEFLATE
 from lipbounds.training.cifar import cifar10, cifar100
 from lipbounds.training.dataset import Dataset, Progress, Source, check_count, refuse_copies
 from lipbounds.training.image_folders import tiny_imagenet
+from lipbounds.training.own_data import is_own, own
 
-__all__ = ["DATASETS", "Dataset", "cifar10", "cifar100", "digits", "load", "mnist", "tiny_imagenet"]
+__all__ = ["DATASETS", "Dataset", "cifar10", "cifar100", "digits", "load", "mnist", "own", "tiny_imagenet"]
 
 _NUMERALS = tuple("0123456789")
 
@@ -161,11 +162,16 @@ DATASETS: dict[str, Reader] = {
 def load(
     name: str, data_dir: str | os.PathLike[str] | None = None, *, progress: Progress | None = None
 ) -> Dataset:
-    """The data set of that name, one of `DATASETS`; ValueError for any other.
+    """The data set of that name, one of `DATASETS`, or a path to images of one's own (`own`); ValueError for any other.
 
     data_dir   the folder with its files; None: the environment's LIPBOUNDS_DATA. digits need none.
     progress   called with what is being read and the share that is done, by readers that take long
     """
     if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
+        if is_own(name):
+            return own(name)
+        raise ValueError(
+            f"unknown data set {name!r}; known: {', '.join(DATASETS)}, or a path: an .npz file, or a folder of images "
+            "with a slash in its path"
+        )
     return DATASETS[name](data_dir, progress)

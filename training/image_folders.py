@@ -58,6 +58,34 @@ def tiny_imagenet(
     return Dataset("tiny-imagenet", pixels[0], _labels(train), pixels[1], _labels(test), class_names=names)
 
 
+#: Endings of images that `class_folders` reads.
+ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".ppm")
+
+
+def class_folders(folder: pathlib.Path, channels: int) -> tuple[ByteArray, IntArray, tuple[str, ...]]:
+    """(images (n, height, width, channels), labels, class names) of a folder with one folder of images per class.
+
+    The classes are the names of the folders in sorted order, numbers in the order of their size. Images become grey or
+    RGB, as `channels` (1 or 3) says; all of them must have one size.
+    FileNotFoundError where there are no folders or no images in one; ValueError for an image that cannot be decoded.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"{folder}: images have 1 or 3 channels, the network takes {channels}")
+    names = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    names.sort(key=lambda name: (int(name) if name.isdecimal() else -1, name))
+    if not names:
+        raise FileNotFoundError(f"{folder} must hold one folder of images per class, named like the class")
+    files: list[tuple[pathlib.Path, int]] = []
+    for number, name in enumerate(names):
+        found = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in ENDINGS)
+        if not found:
+            raise FileNotFoundError(f"{folder / name} holds no images ({', '.join(ENDINGS)})")
+        files += [(path, number) for path in found]
+    mode, kinds = "L" if channels == 1 else "RGB", ("PNG", "JPEG", "BMP", "PPM")
+    images = _decode([path for path, _ in files], "the", lambda what, share: None, 0, len(files), mode, kinds)
+    return images.reshape(*images.shape[:3], channels), _labels(files), tuple(names)
+
+
 def _labels(files: Sequence[tuple[pathlib.Path, int]]) -> IntArray:
     return np.array([label for _, label in files], np.int32)
 
@@ -111,25 +139,35 @@ def _validation_files(folder: pathlib.Path, numbers: dict[str, int]) -> list[tup
     return list(files.items())
 
 
-def _decode(paths: Sequence[pathlib.Path], part: str, report: Progress, done: int, total: int) -> ByteArray:
-    """The images as (n, height, width, 3); every one must be as large as the first."""
+def _decode(
+    paths: Sequence[pathlib.Path],
+    part: str,
+    report: Progress,
+    done: int,
+    total: int,
+    mode: str = "RGB",
+    kinds: tuple[str, ...] = ("JPEG",),
+) -> ByteArray:
+    """The images as (n, height, width, 3), in the mode "L" (n, height, width); each must be as large as the first."""
     from PIL import Image
 
-    images = np.empty((0, 0, 0, 3), np.uint8)
+    colours = (3,) if mode == "RGB" else ()
+    images = np.empty((0, 0, 0, *colours), np.uint8)
     for row, path in enumerate(paths):
         if row % 500 == 0:
             report(f"reading {part} images", (done + row) / total)
         try:
-            with Image.open(path, formats=("JPEG",)) as image:
+            with Image.open(path, formats=kinds) as image:
                 width, height = image.size
                 if row == 0:
                     if max(width, height) > _WIDEST:
                         raise ValueError(f"{height} x {width} pixels, more than {_WIDEST} a side")
-                    images = np.empty((len(paths), height, width, 3), np.uint8)
+                    images = np.empty((len(paths), height, width, *colours), np.uint8)
                 if (height, width) == images.shape[1:3]:
-                    images[row] = np.asarray(image.convert("RGB"))
+                    images[row] = np.asarray(image.convert(mode))
         except Exception as error:  # Pillow raises many kinds for a damaged file
-            raise ValueError(f"{path} is not a JPEG that can be decoded: {error}") from error
+            what = "a JPEG" if kinds == ("JPEG",) else "an image"
+            raise ValueError(f"{path} is not {what} that can be decoded: {error}") from error
         if (height, width) != images.shape[1:3]:
             raise ValueError(
                 f"{path} has {height} x {width} pixels, {paths[0]} has {images.shape[1]} x {images.shape[2]}: "

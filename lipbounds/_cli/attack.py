@@ -13,6 +13,7 @@ import typer
 
 from lipbounds._cli import common, tables
 from lipbounds._cli.common import Json, refusals
+from lipbounds._cli.data import Examples
 from lipbounds._cli.options import (
     ModelPath,
     Norm,
@@ -93,10 +94,6 @@ def attack(
             "Norm of the change; 1 is for the Frank-Wolfe attacks.", show_default="2; inf for rays and adbd"
         ),
     ] = None,
-    data: Annotated[
-        str,
-        option("`digits` (the demo's test images), or an .npz file with arrays x and y.", "DATA", "--data"),
-    ] = "digits",
     images: Annotated[int | None, option("Use the first N images.", "N", min=1, show_default="all")] = None,
     box: Annotated[Any, option("Range of the inputs.", "LOW,HIGH", parser=box_of, show_default="0,1")] = None,
     targeted: Annotated[
@@ -120,6 +117,7 @@ def attack(
     ] = None,
     batch_size: Annotated[int, option("Images at once.", "N", min=1)] = 256,
     seed: SeedOption = 0,
+    examples: Examples,
     files: Written,
     reading: Reading,
 ) -> None:
@@ -141,6 +139,7 @@ def attack(
     """
     given: Json = {"steps": steps, "restarts": restarts, "queries": queries}
     given = {key: value for key, value in given.items() if value}
+    examples.check()
     _check(method, eps, norm, targeted, given)
     name, fixed, _ = METHODS[method]
     norm = norm or ("inf" if method in ONLY_LINF else "2")
@@ -152,7 +151,7 @@ def attack(
         for path, what in ((files.csv, "--csv"), (files.page, "--page")):
             common.check_free(path, files.force, lambda _: False, f"{what} would overwrite it")
         fn, shape, classes = common.load_batched(model, reading, stack)
-        x, y = common.read_data(data, shape)
+        x, y = examples.read(shape)
         x, y = x[:images], y[:images]
         low, high = (0.0, 1.0) if box is None else box
         options: Json = {**fixed, **given, "norm": norm, "low": low, "high": high, "seed": seed}
@@ -164,10 +163,15 @@ def attack(
             said = attacks(**options) if eps is None else attacks(eps, **options)
         found = said.attack if isinstance(said, analysis.BoundaryDistances) else said
         record = attack_report.attack_record(found, fn, y, batch_size)
-        words = ["lipbounds", "attack", str(model), "--method", method, "--norm", norm, "--data", data]
+        words = ["lipbounds", "attack", str(model), "--method", method, "--norm", norm, *examples.words()]
         words += ["--eps", f"{eps:g}"] if eps is not None else []
         words += [word for key, value in given.items() for word in (f"--{key}", str(value))]
-        about: Json = {"command": shlex.join(words), "model": str(model), "data": data, "method": method}
+        about: Json = {
+            "command": shlex.join(words),
+            "model": str(model),
+            "data": examples.name,
+            "method": method,
+        }
         record = {**common.header(), **about, "seed": seed, "box": [low, high], **record}
         typer.echo(repr(said))
         typer.echo(attack_report.ATTAINED if said is found else attack_report.ATTAINED_DISTANCE)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
+import dataclasses
 import functools
 import hashlib
-import io
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,13 +16,14 @@ import lipbounds as lb
 from lipbounds._cli import common, tables
 from lipbounds._cli.attack import ANY_NORM, METHODS, ONLY_LINF, AtRadius
 from lipbounds._cli.common import Json, refusals
+from lipbounds._cli.data import ExampleFiles
 from lipbounds._cli.options import (
     DEFAULT_METHOD,
     CoordinatorOption,
     DeviceOption,
     MemoryOption,
     ModelPath,
-    NormOption,
+    Norm,
     ProcessesOption,
     ProcessOption,
     Reading,
@@ -38,9 +38,28 @@ from lipbounds._cli.options import (
 )
 from lipbounds._lipsdp.certificate import parameter_digest
 from lipbounds._margins.blocks import Unfinished, blocks, joined, radii_of, record_of
+from lipbounds._margins.table import COLUMNS as RADII
+from lipbounds._margins.table import table_of
 from lipbounds._text.files import write_atomically
 from lipbounds._text.progress import about
 from lipbounds.results import Guarantee
+
+ANY = (-np.inf, np.inf)  # the range of examples whose units were checked when they were read
+
+
+@dataclasses.dataclass(frozen=True)
+class Certified(Tables):
+    """What is kept of a certification, and the certificate that it begins with."""
+
+    certificate: Annotated[
+        Path | None,
+        option(
+            "Take the bound of this certificate, which is proved again, instead of computing one.",
+            "FILE",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None
 
 
 @grouped
@@ -51,11 +70,7 @@ def certify(
         list[float] | None,
         option("Radii to certify, in input units.", "NUMBER...", parser=eps_of, show_default="0.05 0.1 0.25"),
     ] = None,
-    data: Annotated[
-        str,
-        option("`digits` (the demo's test images), or an .npz file with arrays x and y.", "DATA", "--data"),
-    ] = "digits",
-    norm: NormOption = "2",
+    norm: Annotated[Norm | None, option("Norm of inputs and outputs.", show_default="2")] = None,
     method: Annotated[
         Verb | None, option("Bound that proves the radii.", show_default=DEFAULT_METHOD)
     ] = None,
@@ -106,14 +121,16 @@ def certify(
     coordinator: CoordinatorOption = None,
     processes: ProcessesOption = None,
     process: ProcessOption = None,
-    files: Tables,
+    examples: ExampleFiles,
+    files: Certified,
     reading: Reading,
 ) -> None:
     """Certify images: no input within eps changes the predicted class.
 
     An image counts if it is classified correctly and its certified radius exceeds eps. Radii are in the
     units of the model's own input: for the demo's models pixel values in [0, 1]. The normalisation by --mean and
-    --std is part of the network, so radii are those of the raw input.
+    --std is part of the network, so radii are those of the raw input. Values that look like other units than these
+    are a warning; --input-range says what the network takes.
 
     With --attack the robust accuracy is bounded from both sides: certified <= robust <= under attack, at every eps.
     The attack runs with its own settings in the norm of the radii; `lipbounds attack` has options for them.
@@ -126,7 +143,11 @@ def certify(
 
     - `lipbounds certify report/mlp.safetensors --data mine.npz --method liplt --json radii.json`
 
+    - `lipbounds certify report/mlp.safetensors --certificate mlp.certificate --csv radii.csv`
+
     - `lipbounds certify net.onnx --data mine.npz --mean 0.5,0.5,0.5 --std 0.2,0.2,0.2 --local --eps 0.3`
+
+    - `lipbounds certify net.onnx --images x.npy --labels y.npy --input-range 0 1 --norm inf --eps 8/255`
 
     - `lipbounds certify net.onnx --data mine.npz --local --box 0,1 --eps 0.5 --at-eps`
 
@@ -134,26 +155,33 @@ def certify(
 
     - `lipbounds certify net.onnx --data mine.npz --local --coordinator node0:1234 --processes 4 --process 1`
     """
+    examples.check()
+    asked, norm = norm, norm or "2"
     _check(norm, local, box, at_eps, bool(eps), seconds_per_image, attack, coordinator)
     chosen = common.choose_method(method, norm, scaling, False)
+    if files.certificate is not None:
+        _check_none({"--method": method, "--scaling": scaling != "none", "--no-pairwise": not pairwise})
     with refusals() as stack:
         from lipbounds.training import parallel
 
         parallel.join(coordinator, processes, process)
         stack.callback(parallel.leave)
         common.check_json(files)
-        common.check_free(files.csv, files.force, lambda _: False, "--csv would overwrite it")
+        common.check_free(files.csv, files.force, holds_radii, "holds no radii, and --csv would overwrite it")
         form, shape, fn = common.load_both(model, reading, stack, box if local else None)
-        x, y = common.read_data(data, shape)
+        x, y = examples.read(shape)
         if not len(x):
-            raise ValueError(f"{data} holds no images")
+            raise ValueError(f"{examples.name} holds no images")
         low, high = (0.0, 1.0) if box is None else box
         _check_attack(attack, form, x, low, high)
         if jax.dtypes.canonicalize_dtype(np.float64) == np.float64:
             x = x.astype(np.float64)
         options: Json = {"pairwise": pairwise, "guarantee": guarantee, "seed": seed, "memory": memory}
         options["device"] = device
-        bound = common.bound_of(form, chosen, scaling, {"norm": float(norm), **options})
+        if files.certificate is None:
+            bound = common.bound_of(form, chosen, scaling, {"norm": float(norm), **options})
+        else:
+            bound, norm = bound_in(files.certificate, form, asked)
         request: Guarantee = "verified" if guarantee == "verified" else "auto"
         settings: Json = {"guarantee": request, "seed": seed, "device": device}
         settings["eps"] = max(eps) if at_eps and eps else None
@@ -163,8 +191,10 @@ def certify(
         radii = _all_blocks(form, x, y, bound, near, settings, kept)
         if jax.process_index() == 0:
             shares = {level: float(radii.accuracy(level)) for level in sorted({*(eps or (0.05, 0.1, 0.25))})}
-            tables.print_certified(bound, radii, shares)
-            record = {"model": str(model), "data": data, **_certified(bound, radii, shares), "norm": norm}
+            tables.print_certified(bound, radii, shares, assumed=asked is None and bool(eps))
+            _wonder(radii, form.num_outputs, reading)
+            about = {"model": str(model), "data": examples.name, "norm": norm}
+            record = {**_certified(bound, radii, shares), **about}
             common.write_json(files.json, {**common.header(), **record})
             both = None
             if attack is not None:
@@ -173,7 +203,7 @@ def certify(
                 record |= _bracket(attack, both, low, high, seed)
                 common.write_json(files.json, {**common.header(), **record})
             if files.csv is not None:
-                write_atomically(files.csv, _table(radii, both, y).encode())
+                write_atomically(files.csv, _table(radii, both).encode())
         kept.remove()
 
 
@@ -209,6 +239,52 @@ def _check(
             "runs in one process: leave it out here, and run `lipbounds attack` with the same --eps",
             param_hint="--attack",
         )
+
+
+def _check_none(given: Json) -> None:
+    """BadParameter for options of a bound that is not computed."""
+    for name, value in given.items():
+        if value:
+            raise typer.BadParameter("the bound is that of --certificate: leave it out", param_hint=name)
+
+
+def holds_radii(path: Path) -> bool:
+    """Whether a file is radii that lipbounds wrote."""
+    try:
+        return isinstance(lb.load(path), lb.Radii)
+    except (ValueError, OSError):
+        return False
+
+
+def bound_in(path: Path, form: Any, norm: Norm | None) -> tuple[lb.UpperBound, Norm]:
+    """The bound of a certificate, proved again, and its norm; ValueError where it is not the one that was asked for."""
+    with tables.working() as tell:
+        try:
+            bound = lb.load_certificate(path, form, progress=tell)
+        except lb.CertificateError as error:
+            raise ValueError(f"{path} is rejected: {error}") from error
+    found: Norm = "inf" if bound.norm == np.inf else "2"
+    if norm not in (None, found):
+        raise ValueError(f"{path} bounds the network in norm {found}: leave out --norm {norm}")
+    return bound, found
+
+
+def _wonder(radii: lb.Radii, outputs: int, reading: Reading) -> None:
+    """Say on stderr what may be wrong where no more images are classified as labelled than by guessing."""
+    count, classes = len(radii), max(outputs, 2)
+    share, chance = float(radii.correct.mean()), 1 / classes
+    if count < 10 or share > chance + 2 * (chance * (1 - chance) / count) ** 0.5:
+        return
+    mend = (
+        "is the normalisation missing (--mean, --std), or are"
+        if reading.mean is None and reading.std is None
+        else "are --mean and --std right, and are"
+    )
+    typer.echo(
+        f"warning: only {100 * share:.1f} % of the images are classified as labelled, no more than by guessing among "
+        f"{classes} classes: {mend} the labels in another order than the outputs?",
+        err=True,
+    )
 
 
 def _check_attack(attack: str | None, form: Any, x: Any, low: float, high: float) -> None:
@@ -264,23 +340,16 @@ def _bracket(attack: str, both: Any, low: float, high: float, seed: int) -> Json
     }
 
 
-COLUMNS = ("image", "label", "correct", "outcome", "certified_radius", "attacked_distance")
+COLUMNS = (*RADII, "attacked_distance")
 
 
-def _table(radii: lb.Radii, both: Any, y: Any) -> str:
+def _table(radii: lb.Radii, both: Any) -> str:
     """A row per image as CSV: nothing misclassified lies nearer than certified_radius, something at attacked_distance.
 
     The last is empty where nothing was found.
     """
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(COLUMNS)
-    correct = radii.correct if both is None else both.correct
-    for i in range(len(radii)):
-        word = "" if radii.outcome is None else str(radii.outcome[i])
-        found = "" if both is None or not np.isfinite(both.distance[i]) else repr(float(both.distance[i]))
-        rows.writerow([i, int(y[i]), bool(correct[i]), word, repr(float(radii.radius[i])), found])
-    return text.getvalue()
+    distances = [np.inf] * len(radii) if both is None else both.distance
+    return table_of(radii, attacked_distance=[repr(float(d)) if np.isfinite(d) else "" for d in distances])
 
 
 def _kept(
@@ -318,7 +387,14 @@ def _all_blocks(
                 part = parts[block]
                 with about(f"images {part.start + 1} to {part.stop} of {len(x)}"):
                     found = lb.certified_radius(
-                        form, x[part], y[part], bound=bound, local=local, progress=tell, **settings
+                        form,
+                        x[part],
+                        y[part],
+                        bound=bound,
+                        local=local,
+                        progress=tell,
+                        input_range=ANY,
+                        **settings,
                     )
                 if not found.complete:
                     raise KeyboardInterrupt
@@ -345,6 +421,8 @@ def _certified(bound: lb.UpperBound, radii: lb.Radii, shares: dict[float, float]
     return {
         "bound": {"kind": "upper", **proof},
         "images": len(radii.radius),
+        "clean_accuracy": float(radii.correct.mean()),
+        "quartiles": [q if np.isfinite(q) else None for q in tables.quartiles(radii)],
         "certified_accuracy": [{"eps": eps, "accuracy": share} for eps, share in shares.items()],
         "counts": radii.counts,
         **record_of(radii),

@@ -15,6 +15,7 @@ import typer
 import lipbounds as lb
 from lipbounds._cli import tables
 from lipbounds._cli.options import Norm, Output, Reading, number
+from lipbounds._text.files import how_to_export
 from lipbounds._text.version import __version__
 from lipbounds.errors import GuaranteeError
 
@@ -119,6 +120,8 @@ def _load(path: Path, how: Reading, stack: contextlib.ExitStack) -> tuple[Any, t
     JAX's float64 mode is entered into `stack` for a network that computes in float64.
     """
     fn: Any
+    if (export := how_to_export(path)) is not None:
+        raise ValueError(f"{path} {export}")
     if path.suffix.lower() == ".onnx":
         from lipbounds.interop import load_onnx
 
@@ -174,31 +177,6 @@ def _per_channel(text: str, name: str, shape: tuple[int, ...], dtype: Any) -> An
     if shape and shape[-1] == len(values):
         return values
     raise ValueError(f"--{name} has {len(values)} numbers, but no channel axis of {shape} has that many")
-
-
-def read_data(data: str, shape: tuple[int, ...]) -> tuple[Any, Any]:
-    """Images (n, *shape) and labels (n,) of `digits` or an .npz file; ValueError for anything else."""
-    if data == "digits":
-        from lipbounds.training.data import digits
-
-        test = digits()
-        x, y = test.test_x, test.test_y
-    else:
-        from lipbounds._text.files import read_npz
-
-        wanted = "is not an .npz file with arrays x and y"
-        try:
-            arrays = read_npz(Path(data))
-        except ValueError as error:
-            raise ValueError(f"{data} {wanted}: {error}") from error
-        if not {"x", "y"} <= arrays.keys():
-            raise ValueError(f"{data} {wanted}: it holds {', '.join(arrays) or 'none'}")
-        x, y = arrays["x"], arrays["y"]
-    if x.shape[1:] != tuple(shape):
-        raise ValueError(f"{data} holds images of shape {x.shape[1:]}, the model takes {tuple(shape)}")
-    if x.dtype.kind != "f":
-        raise ValueError(f"{data}: x must hold floats in the model's input units, got {x.dtype}")
-    return x, y
 
 
 def check_free(path: Path | None, force: bool, ours: Callable[[Path], bool], what: str) -> None:

@@ -87,7 +87,7 @@ def forge(
 
     - `lipbounds forge runs/mnist --data-dir data --c-r 0 2^-7 2^-5 --eps 0.1`
 
-    - `lipbounds forge report/residual_cnn.safetensors --dataset digits --c-r 2^-6 --out forged`
+    - `lipbounds forge report/cnn_crm.safetensors --dataset digits --c-r 2^-6 --out forged`
     """
     check_source(source)
     with refusals():

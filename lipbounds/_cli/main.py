@@ -85,7 +85,7 @@ def root(
 ) -> None:
     """Prove how far an input must move before the predicted class of a neural network can change.
 
-    Start with the demo, which trains small networks on real digits and saves them for the other commands:
+    Start with the demo, which bounds small networks of real digits and saves them for the other commands:
 
     - `lipbounds demo` writes `report/report.html`
 
@@ -121,10 +121,11 @@ def demo(
     epochs: Annotated[int, option("Passes over the training images.", "N", min=1)] = 40,
     force: ForceOption = False,
 ) -> None:
-    """Train small networks on digits, bound and certify them by every method, and write a report.
+    """Bound and certify small networks of real digits by every method, and write a report.
 
-    Takes a few minutes at most and downloads nothing. Writes to the folder: `report.html` (one page with
-    everything in it), the figures as PNG, `results.json`, and the models as `.safetensors`.
+    Trains one network and compares it with two that are installed. Takes about a minute and downloads nothing.
+    Writes to the folder: `report.html` (one page with everything in it), the figures as PNG, `results.json`, and
+    the models as `.safetensors`.
 
     Examples:
     - `lipbounds demo`
@@ -191,7 +192,7 @@ def bounds(
 
     - `lipbounds bounds report/mlp.safetensors --method liplt --scaling optimized`
 
-    - `lipbounds bounds report/residual_cnn.safetensors --norm inf --method all --json bounds.json`
+    - `lipbounds bounds report/cnn_crm.safetensors --norm inf --method all --json bounds.json`
 
     - `lipbounds bounds net.onnx --method liplt`
 
@@ -289,12 +290,12 @@ def verify(
     - `lipbounds verify mlp.certificate --model report/mlp.safetensors && echo proved`
     """
     with refusals() as stack:
-        from lipbounds._lipsdp.certificate import check, load_certificate
+        from lipbounds._lipsdp.certificate import check, read_certificate
 
         form, _ = common.load_form(model, reading, stack)
         begin = time.perf_counter()
         try:
-            claims = load_certificate(certificate)
+            claims = read_certificate(certificate)
             check(claims, form)
         except CertificateError as error:
             raise CertificateError(f"{certificate} is rejected: {error}") from error

@@ -216,14 +216,31 @@ def median_radius(record: Json, digits: int) -> str:
     return "inf" if quartiles[1] is None else show(quartiles[1], "down", digits)
 
 
-def print_certified(bound: Any, radii: Any, shares: dict[float, float]) -> None:
+def quartiles(radii: Any) -> list[float]:
+    """The quartiles of the certified radii, 0 where misclassified, each one of the radii."""
+    import numpy as np
+
+    return [float(q) for q in np.quantile(radii.radius, (0.25, 0.5, 0.75), method="lower")]
+
+
+def print_certified(bound: Any, radii: Any, shares: dict[float, float], assumed: bool = False) -> None:
+    """Print what is certified; `assumed` where eps was given without its norm."""
     from lipbounds._margins.radius import listed
     from lipbounds._text.tables import show
+    from lipbounds.results import NORM_NAMES
 
+    norm = NORM_NAMES[radii.norm]
     typer.echo(f"bound:     L <= {show(bound.value, 'up')} by {bound.method}, {bound.guarantee}")
-    typer.echo(f"radii:     {radii.guarantee}, {len(radii.radius)} images, units of the model's input")
+    typer.echo(
+        f"radii:     {radii.guarantee}, {len(radii.radius)} images, {norm}, units of the model's input"
+    )
+    typer.echo(f"clean:     {100 * radii.correct.mean():.1f} % classified as labelled")
+    low, middle, high = (show(q, "down", 4) for q in quartiles(radii))
+    typer.echo(f"radius:    median {middle}, quartiles {low} and {high} (0 where misclassified)")
     for level, share in shares.items():
-        typer.echo(f"eps {level:<7g} {100 * share:5.1f} % certified")
+        typer.echo(f"eps {level:<7g} ({norm}) {100 * share:5.1f} % certified")
+    if assumed:
+        typer.echo(f"norm:      {norm}, as --norm was not given (choose 2, inf or 1)")
     if radii.counts:
         typer.echo(f"outcome:   {listed(radii.counts)}")
     for note in radii.notes:

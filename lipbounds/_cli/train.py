@@ -47,6 +47,8 @@ def train(
 
     - `lipbounds train crm --dataset mnist --data-dir data --arch 784-512-512-10 --epochs 60 --out runs/mnist`
 
+    - `lipbounds train crm --dataset mine.npz --arch 784-256-10 --out runs/mine`
+
     - `lipbounds train crm --preset cifar10-6C2F --data-dir data --epochs 40 --out runs/cifar`
 
     - `lipbounds train emma --constants naive --dataset cifar10 --data-dir data --arch liresnet-L6W64 --optimiser nadam

@@ -65,6 +65,7 @@ def check_source(source: Source) -> None:
 def open_subject(path: Path, dataset: str | None) -> Subject:
     """A run, or a model file of that data set."""
     from lipbounds.training.data import DATASETS
+    from lipbounds.training.own_data import is_own
     from lipbounds.training.runs import open_run
     from lipbounds.training.store import load_model
 
@@ -78,7 +79,7 @@ def open_subject(path: Path, dataset: str | None) -> Subject:
             )
         how = f"CRM with {config.constants}" if config.loss == "crm" else config.loss
         return Subject(path, f"{config.arch}, {how}", config.dataset, config.data_dir, run.model, run.spec)
-    if dataset is None or dataset not in DATASETS:
+    if dataset is None or not (dataset in DATASETS or is_own(dataset)):
         raise ValueError(f"unknown data set {dataset!r}; known: {', '.join(DATASETS)}")
     model, spec = load_model(path)
     return Subject(path, path.stem, dataset, None, model, spec)

@@ -20,6 +20,7 @@ import numpy as np
 from lipbounds._comparison.bracket import check_order
 from lipbounds._empirical.empirical import empirical, values64
 from lipbounds._form.elementwise import elementwise_view
+from lipbounds._form.units import Units, check_units, shape_error
 from lipbounds._lipsdp.lipsdp import lipsdp
 from lipbounds._margins.radius import certified_radius
 from lipbounds._text.arguments import as_labels
@@ -51,6 +52,7 @@ _COLOURS = {"verified": "#228833", "probabilistic": "#4477aa", "assumed": "#ccbb
 #: CVXPY solves larger problems (in neurons, or in pairs of classes) only if it is requested by name.
 CVXPY_NEURONS = 60
 CVXPY_PAIRS = 3
+_CHECKED = (-math.inf, math.inf)  # the range of points whose units were checked before
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Question:
     guarantee: str
     seed: int
     named: bool = True
+    input_range: tuple[float, float] | None = None
 
     def options(self, **more: Any) -> dict[str, Any]:
         options = {name: getattr(self, name) for name in ("norm", "pairwise", "guarantee", "seed")}
@@ -100,7 +103,9 @@ def _keep_small(q: Question, name: str) -> None:
 
 
 METHODS: dict[str, Callable[[Question], Any]] = {
-    "empirical": lambda q: empirical(q.form, q.X, norm=q.norm, pairwise=q.pairwise, seed=q.seed),
+    "empirical": lambda q: empirical(
+        q.form, q.X, norm=q.norm, pairwise=q.pairwise, seed=q.seed, input_range=q.input_range
+    ),
     "lipsdp": _lipsdp("lipsdp"),
     "lipsdp-clarabel": _lipsdp("lipsdp-clarabel", solver="clarabel"),
     "lipsdp-scs": _lipsdp("lipsdp-scs", solver="scs"),
@@ -288,7 +293,7 @@ def _row(name: str, result: Any) -> Row:
 def _certify(form: Any, row: Row, X: Any, y: Any) -> Row:
     """The row with the radii that its upper bound proves."""
     try:
-        radii = certified_radius(form, X, y, bound=row.result)
+        radii = certified_radius(form, X, y, bound=row.result, input_range=_CHECKED)
     except FAILURES as failure:
         return replace(row, reason=f"no radii: {_words(failure)}")
     radius = np.asarray(radii.radius, dtype=np.float64)
@@ -318,6 +323,7 @@ def compare(
     guarantee: Guarantee = "auto",
     seed: int = 0,
     eps: float | Iterable[float] | None = None,
+    input_range: tuple[float, float] | None = None,
     device: Device = "auto",
     progress: Progress = True,
 ) -> Comparison:
@@ -334,6 +340,8 @@ def compare(
         norm, pairwise, guarantee, seed: as in `lb.liplt` (guarantee: "auto", "verified", "probabilistic", "estimate").
         eps: radii to certify at, in units of the traced function's input; None: the median of the positive radii that
             the best bound proves, in two digits, so that it certifies about half of the points.
+        input_range: (low, high), the range of the entries of X, which are held to it then; None warns
+            (`lb.UnitsWarning`) where X looks like images in other units than [0, 1].
         device: where large proofs are computed: "auto" (on a GPU where JAX has one by default), "cpu" or "gpu".
         progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
 
@@ -362,8 +370,10 @@ def compare(
         raise ValueError(f"these results are in another norm than {NORM_NAMES[p]}: {', '.join(alien)}")
     levels = _eps(eps)
     points, labels = (None, None) if y is None else _labels(form, X, y)
-
-    question = Question(form, X, p, bool(pairwise), guarantee, seed, methods is not None)
+    if points is not None:
+        check_units(points, points.shape[1:], Units(input_range))
+        input_range = _CHECKED
+    question = Question(form, X, p, bool(pairwise), guarantee, seed, methods is not None, input_range)
     rows = [_run(m, question) if isinstance(m, str) else _row(m.method, m) for m in wanted]
     for low in rows:
         for high in rows:
@@ -395,7 +405,7 @@ def _labels(form: Any, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
     """Points and labels of fitting shapes; ValueError otherwise."""
     points, shape = np.asarray(X), tuple(form.in_shape)
     if points.ndim != len(shape) + 1 or points.shape[1:] != shape:
-        raise ValueError(f"X must have shape (N, {', '.join(map(str, shape))}), got {points.shape}")
+        raise ValueError(shape_error("X", points.shape, shape))
     return points, as_labels(y, len(points), int(form.num_outputs))
 
 

@@ -35,6 +35,7 @@ import numpy as np
 from lipbounds._empirical import ascent
 from lipbounds._empirical.survey import BATCH, Survey, direct_sources, layer_ratios64, survey
 from lipbounds._form.concrete import is_concrete
+from lipbounds._form.units import Units
 from lipbounds._text.calls import public
 from lipbounds._text.progress import Progress, say
 from lipbounds.results import NORM_NAMES, LayerBound, LowerBound, Norm, check_norm
@@ -174,6 +175,7 @@ def empirical(
     seed: int = 0,
     within: float | Literal["range"] | None = None,
     layers: bool = False,
+    input_range: tuple[float, float] | None = None,
     progress: Progress = True,
 ) -> LowerBound:
     """Find a lower bound of L: the largest slope found, with the two points that attain it.
@@ -194,6 +196,8 @@ def empirical(
         within: where the slope is attained: None for anywhere, "range" for between the least and the largest value of
             every input entry over the data, a number r for within distance r (in `norm`) of a data point.
         layers: also return `.layers`: max ||W u|| / ||u|| <= ||W|| over the data, for every linear map W between taps.
+        input_range: (low, high), the range of the entries of X, which are held to it then; None warns
+            (`lb.UnitsWarning`) where X looks like images in other units than [0, 1].
         progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
 
     Raises:
@@ -222,7 +226,8 @@ def empirical(
         raise ValueError("a function without inputs or without outputs has no slope")
     rng = np.random.default_rng(seed)
     points = _random(BATCH, shape, 1.0, rng) if X is None else X
-    data = survey(form, points, p, _STARTS, _FINALISTS, layers, rng)
+    units = None if X is None else Units(input_range, in_units=isinstance(within, float | int))
+    data = survey(form, points, p, _STARTS, _FINALISTS, layers, rng, units)
     xs, vs = data.starts, data.directions
     if X is not None and steps > 0 and within is None:  # add a few random starts
         other = survey(

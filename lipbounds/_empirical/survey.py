@@ -18,6 +18,7 @@ import numpy as np
 from lipbounds._empirical import ascent
 from lipbounds._form.lure import LureForm, apply_tap, propagate
 from lipbounds._form.program import Program
+from lipbounds._form.units import Units, check_units, shape_error
 from lipbounds._text.progress import say
 
 BATCH = 256  # points at once
@@ -46,31 +47,42 @@ class Survey:
     high: np.ndarray
 
 
-def batches(X: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """X, an array (N, *shape) or an iterable of batches (n, *shape) or of pairs (x, y), in float32, checked."""
+def batches(X: Any, shape: tuple[int, ...], units: Units | None = None) -> Iterator[np.ndarray]:
+    """X, an array (N, *shape) or an iterable of batches (n, *shape) or of pairs (x, y), in float32, checked.
+
+    With `units` the range is checked, too: where none is declared, that of the first batch.
+    """
     whole = isinstance(X, (list, tuple, np.ndarray)) or hasattr(X, "__array__") or not isinstance(X, Iterable)
-    for item in (X,) if whole else X:
+    for number, item in enumerate((X,) if whole else X):
         points = np.asarray(item[0] if isinstance(item, (tuple, list)) and not whole else item)
         if points.dtype.kind not in "fiu" and str(points.dtype) != "bfloat16":
             raise ValueError(f"X must hold real numbers, got dtype {points.dtype}")
         if points.ndim != len(shape) + 1 or points.shape[1:] != shape:
-            what = "X must have shape" if whole else "every batch of X must have shape"
-            raise ValueError(f"{what} (N, {', '.join(map(str, shape))}), got {points.shape}")
+            raise ValueError(shape_error("X" if whole else "every batch of X", points.shape, shape))
         with np.errstate(over="ignore"):
             points = points.astype(np.float32)
         if not np.isfinite(points).all():
             raise ValueError("X holds values that are not finite in float32")
+        if units is not None and (number == 0 or units.input_range is not None):
+            check_units(points, shape, units)
         if len(points):
             yield points
 
 
 def survey(
-    form: Any, X: Any, p: float, starts: int, pairs: int, layers: bool, rng: np.random.Generator
+    form: Any,
+    X: Any,
+    p: float,
+    starts: int,
+    pairs: int,
+    layers: bool,
+    rng: np.random.Generator,
+    units: Units | None = None,
 ) -> Survey:
-    """One pass over X; ValueError if it holds no points."""
+    """One pass over X, whose range is checked with `units`; ValueError if it holds no points."""
     shape = tuple(form.in_shape)
     found = _Pool(shape, starts, pairs, len(form.taps) + 1 if layers else 0, rng)
-    for block in _blocks(batches(X, shape)):
+    for block in _blocks(batches(X, shape, units)):
         size = BATCH if len(block) == BATCH or found.count else 1 << (len(block) - 1).bit_length()
         padded = np.concatenate([block, np.repeat(block[:1], size - len(block), 0)])
         v = rng.standard_normal(padded.shape).astype(np.float32)

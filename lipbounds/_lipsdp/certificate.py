@@ -387,7 +387,7 @@ def save_certificate(bound: UpperBound, path: str | os.PathLike[str], *, overwri
     write_atomically(target, pack(_header(certificate), _tensors(certificate)))
 
 
-def load_certificate(path: str | os.PathLike[str]) -> Certificate:
+def read_certificate(path: str | os.PathLike[str]) -> Certificate:
     """The certificate in a file, its form checked but nothing proved; CertificateError with the reason, OSError."""
     return _certificate(*read(path))
 
@@ -415,7 +415,7 @@ def verify_certificate(path: str | os.PathLike[str], form: LureForm, *, progress
         Traceback (most recent call last):
         lipbounds.errors.CertificateError: the certificate was made for other weights: their digests differ
     """
-    check(load_certificate(path), form)
+    check(read_certificate(path), form)
     return True
 
 

@@ -20,6 +20,7 @@ from lipbounds._form.concrete import on_host
 from lipbounds._form.lure import LureForm, multiplicity, proved_slopes
 from lipbounds._form.program import Op, Tap
 from lipbounds._form.steps import KINDS, StaticArray
+from lipbounds._form.units import Units, check_units, dtype_error, shape_error
 from lipbounds._form.walk import Algebra, walk
 from lipbounds._gain.blocks import HostForm
 from lipbounds._norms.cholesky import nonzeros_per_row
@@ -33,20 +34,20 @@ DECLARED_ACCURACY = 1e-9  # of float64 values of a declared activation that inte
 _CHUNK = 2**21  # entries of the widest tensor of one chunk of examples
 
 
-def check_inputs(form: LureForm, X: Any) -> np.ndarray:
-    """The examples (N, *in_shape) in float64, checked."""
+def check_inputs(form: LureForm, X: Any, units: Units | None = None) -> np.ndarray:
+    """The examples (N, *in_shape) in float64, checked; with `units` also their range."""
     x = np.asarray(X)
     if x.dtype.kind not in "f" and x.dtype.name not in ("bfloat16", "float16"):
-        raise ValueError(
-            f"X must be floating point in the units of the traced function, got {x.dtype}: cast it first"
-        )
+        raise ValueError(dtype_error("X", x.dtype, form.in_shape))
     if x.ndim != len(form.in_shape) + 1 or x.shape[1:] != form.in_shape:
-        raise ValueError(f"X must have shape (N, {', '.join(map(str, form.in_shape))}), got {x.shape}")
+        raise ValueError(shape_error("X", x.shape, form.in_shape))
     if form.is_traced:
         raise TypeError("concrete weights are needed, outside jit, grad and vmap")
     x = x.astype(np.float64)
     if not np.isfinite(x).all():
         raise ValueError("X holds NaN or infinite values")
+    if units is not None:
+        check_units(x, form.in_shape, units)
     return x
 
 
@@ -275,8 +276,10 @@ def proved_gaps(z: np.ndarray, error: np.ndarray, labels: np.ndarray) -> np.ndar
     return gaps
 
 
-def check_examples(form: LureForm, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
-    x = check_inputs(form, X)
+def check_examples(
+    form: LureForm, X: Any, y: Any, units: Units | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    x = check_inputs(form, X, units)
     if form.num_outputs < 1:
         raise ValueError(
             "a radius needs outputs: the logits of the classes, or one output whose sign is the class"

@@ -20,6 +20,7 @@ import numpy as np
 
 from lipbounds._form.inputs import Box, check_box
 from lipbounds._form.lure import LureForm, fingerprint
+from lipbounds._form.units import Units
 from lipbounds._gain.memory_budget import parse
 from lipbounds._lipsdp import proof
 from lipbounds._local import ellipsoids
@@ -123,6 +124,7 @@ def local(
     guarantee: Guarantee = "auto",
     seed: int = 0,
     box: Any = None,
+    input_range: tuple[float, float] | None = None,
     device: Device = "auto",
     memory: int | str | None = None,
     progress: Progress = True,
@@ -143,6 +145,8 @@ def local(
         seed: of the random start vectors of probabilistic norms.
         box: (lower, upper), numbers or arrays of the shape of an input: only points inside count, (0, 1) for pixels.
             It narrows the first layer's ranges where X is near its faces; only ellipsoids of the whole network use it.
+        input_range: (low, high), the range of the entries of X, which are held to it then; None warns
+            (`lb.UnitsWarning`) where X looks like images in other units than [0, 1].
         device: where large proofs are computed: "auto" (on a GPU where JAX has one by default), "cpu" or "gpu".
         memory: None, or a budget in bytes or as "4GB" for the ellipsoids of networks wider than 1100, which are run
             wherever they fit it: 0.7 GB for a width of 4096, where a ball takes 4 to 12 seconds of a core. None runs
@@ -165,7 +169,7 @@ def local(
     begin = time.perf_counter()
     if not isinstance(form, LureForm):
         raise TypeError(f"local needs a LureForm from lb.trace, got {type(form).__name__}")
-    x = check_inputs(form, X)
+    x = check_inputs(form, X, Units(input_range))
     radii = check_eps(eps, len(x))
     p = check_norm(norm)
     inside = check_box(box, x)

@@ -43,6 +43,8 @@ def record_of(radii: Radii) -> dict[str, Any]:
         "radius": [float(r) if np.isfinite(r) else "inf" for r in radii.radius],
         "correct": radii.correct.tolist(),
         "outcome": [] if radii.outcome is None else radii.outcome.tolist(),
+        "label": [] if radii.label is None else np.asarray(radii.label).tolist(),
+        "prediction": [] if radii.prediction is None else np.asarray(radii.prediction).tolist(),
     }
 
 
@@ -54,15 +56,20 @@ def radii_of(record: Mapping[str, Any]) -> Radii:
         guarantee, method = weakest([record["guarantee"]]), str(record["method"])
         norm = check_norm(record["norm"])
         notes = tuple(str(note) for note in record["notes"])
-        outcome = [str(word) for word in record.get("outcome", [])]  # none in older files
+        outcome = [str(word) for word in record.get("outcome", [])]  # none in older files, as of the next two
+        classes = [
+            np.array([int(k) for k in record.get(name, [])], np.int64) for name in ("label", "prediction")
+        ]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"no complete radii: {error!r}") from error
     fits = correct.dtype == bool and radius.shape == correct.shape == (radius.size,)
     fits &= len(outcome) in (0, radius.size) and set(outcome) <= set(OUTCOMES)
+    fits &= all(column.size in (0, radius.size) for column in classes)
     if not fits or not (radius >= 0).all() or radius[~correct].any():
         raise ValueError("radii that do not fit together")
     words = np.array(outcome, WORDS) if outcome or not radius.size else None
-    return Radii(radius, correct, norm, guarantee, method, notes, outcome=words)
+    label, prediction = (column if column.size or not radius.size else None for column in classes)
+    return Radii(radius, correct, norm, guarantee, method, notes, True, words, label, prediction)
 
 
 def joined(parts: Iterable[Radii]) -> Radii:
@@ -78,7 +85,11 @@ def joined(parts: Iterable[Radii]) -> Radii:
         for a, b in numbers:
             note = note.replace("\0", f"{a} of {b}", 1)
         notes.append(note)
-    outcomes = [part.outcome for part in parts if part.outcome is not None]
+
+    def column(name: str) -> np.ndarray | None:
+        given = [getattr(part, name) for part in parts]
+        return None if any(values is None for values in given) else np.concatenate(given)
+
     return Radii(
         np.concatenate([part.radius for part in parts]),
         np.concatenate([part.correct for part in parts]),
@@ -86,7 +97,9 @@ def joined(parts: Iterable[Radii]) -> Radii:
         weakest(part.guarantee for part in parts),
         parts[0].method,
         tuple(notes),
-        outcome=np.concatenate(outcomes) if len(outcomes) == len(parts) else None,
+        outcome=column("outcome"),
+        label=column("label"),
+        prediction=column("prediction"),
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from lipbounds._form.inputs import check_box
 from lipbounds._form.lure import LureForm
+from lipbounds._form.units import Units
 from lipbounds._gain.memory_budget import parse
 from lipbounds._local.forward import check_examples
 from lipbounds._local.local import box_notes, check_eps
@@ -89,6 +90,7 @@ def margins(
     box: Any = None,
     iterations: int = 200,
     memory: int | str | None = None,
+    input_range: tuple[float, float] | None = None,
     progress: Progress = True,
 ) -> Margins:
     """Lower bounds of every margin z_y - z_i on the balls ||x' - x|| <= eps around labelled examples.
@@ -108,6 +110,8 @@ def margins(
         memory: None (2 GiB), or a budget in bytes or as "4GB". As in `lb.local` it says how wide a network may be. An
             example keeps the bound of the local ellipsoids, with a note, where so many neurons may change their sign
             that its proof does not fit.
+        input_range: (low, high), the range of the entries of X, which are held to it then; None warns
+            (`lb.UnitsWarning`) where X looks like images in other units than [0, 1].
         progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
 
     Returns:
@@ -134,7 +138,7 @@ def margins(
         [[inf, 0.717]]
     """
     begin = time.perf_counter()
-    problem = prepare(form, X, y, eps, norm=norm, box=box, memory=memory)
+    problem = prepare(form, X, y, eps, norm=norm, box=box, memory=memory, units=Units(input_range))
     rounds = -(-whole("iterations", iterations) // search.ROUND)
     value = problem.balls.local.copy()
     pairs = [(row, other) for row in range(len(value)) for other in problem.others(row)]
@@ -159,13 +163,14 @@ def prepare(
     norm: Norm = 2,
     box: Any = None,
     memory: int | str | None = None,
+    units: Units | None = None,
 ) -> Problem:
     """The arguments of `margins`, checked, and the local ellipsoids around them."""
     if not isinstance(form, LureForm):
         raise TypeError(f"margins needs a LureForm from lb.trace, got {type(form).__name__}")
     if form.is_traced:
         raise TypeError("margins works on concrete weights, outside jit, grad and vmap")
-    x, labels = check_examples(form, X, y)
+    x, labels = check_examples(form, X, y, units)
     radii = check_eps(eps, len(x))
     budget = parse(memory)
     return Problem(form, x, labels, radii, norm=check_norm(norm), box=check_box(box, x), memory=budget)

@@ -18,6 +18,7 @@ import numpy as np
 
 from lipbounds._form.inputs import check_box
 from lipbounds._form.lure import LureForm, fingerprint
+from lipbounds._form.units import Units
 from lipbounds._gain.memory_budget import parse
 from lipbounds._local.engines import NoEngineError, bounded
 from lipbounds._local.forward import DECLARED_ACCURACY, check_examples, enclosable, logits, proved_gaps
@@ -69,6 +70,10 @@ class Radii:
             also why an example is not certified: "counterexample" (the ball holds one), "not proved" (every engine that
             applies has come to its end), "out of time" (of branching), "failed" (an engine ended with an error, or did
             not fit the memory: a note has the reason) or "interrupted". None where a file does not say.
+        label: (N,) the labels that were given, and
+        prediction: (N,) the class of the largest logit in float64 (of one output, 1 where it is positive). An example
+            whose prediction is its label is not `correct` where rounding might turn the two largest logits around. None
+            where a file does not say.
 
     Example:
         >>> import lipbounds as lb
@@ -86,6 +91,8 @@ class Radii:
     notes: tuple[str, ...] = field(default=())
     complete: bool = True
     outcome: np.ndarray | None = None
+    label: np.ndarray | None = None
+    prediction: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.radius)
@@ -190,6 +197,7 @@ def certified_radius(
     eps: float | None = None,
     guarantee: Guarantee = "auto",
     seed: int = 0,
+    input_range: tuple[float, float] | None = None,
     device: Device = "auto",
     progress: Progress = True,
 ) -> Radii:
@@ -210,6 +218,8 @@ def certified_radius(
             around the examples that are still open: the bound of the whole network, the local bounds, and the dual of
             `lb.margins`. A radius is then at least eps where the example is certified at eps.
         guarantee, seed: of the bound where it is computed here, and with local as in `lb.local`.
+        input_range: (low, high), the range of the entries of X, which are held to it then; None warns
+            (`lb.UnitsWarning`) where X looks like images in other units than [0, 1].
         device: where large proofs are computed: "auto" (on a GPU where JAX has one by default), "cpu" or "gpu".
         progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
 
@@ -232,7 +242,7 @@ def certified_radius(
         raise TypeError(f"certified_radius needs a LureForm from lb.trace, got {type(form).__name__}")
     if form.is_traced:
         raise TypeError("certified_radius works on concrete weights, outside jit, grad and vmap")
-    x, labels = check_examples(form, X, y)
+    x, labels = check_examples(form, X, y, Units(input_range))
     if not isinstance(local, bool | Local):
         raise ValueError(f"local must be True, False or a lb.Local, got {local!r}")
     near = Local() if local is True else local or None
@@ -257,13 +267,16 @@ def certified_radius(
     if not all(enclosable(recursion.host_form(form), tap) for tap in form.taps):
         exact = f"{DECLARED_ACCURACY:g}"
         notes = (*notes, f"a declared activation is evaluated in float64, assumed accurate to {exact}")
-    gaps = proved_gaps(*logits(form, x), labels)
+    z, error = logits(form, x)
+    gaps = proved_gaps(z, error, labels)
+    predicted = z.argmax(axis=1) if form.num_outputs > 1 else (z[:, 0] > 0).astype(np.int64)
     scale = constants[labels] if form.num_outputs > 1 else np.broadcast_to(constants, gaps.shape)
     correct = np.asarray((gaps > 0).all(axis=1))
     radius = np.where(correct, ratios(gaps, scale), 0.0)
     outcome = np.where(correct, np.where(radius > 0, "global", OPEN), "wrong").astype(WORDS)
     if near is None:
-        return Radii(radius, correct, proof.norm, proof.guarantee, proof.method, notes, outcome=outcome)
+        same = proof.norm, proof.guarantee, proof.method
+        return Radii(radius, correct, *same, notes, True, outcome, labels, predicted)
     search = Search(labels, gaps, radius, near.tries, goal)
     said, risks = _searched(form, x, search, outcome, proof.norm, near, guarantee, seed)
     method = f"local, {proof.method}" if len(risks) else proof.method
@@ -276,6 +289,8 @@ def certified_radius(
         (*notes, *said, *box_notes(inside)),
         not search.interrupted,
         outcome,
+        labels,
+        predicted,
     )
 
 

@@ -1,22 +1,26 @@
-"""`lb.load`: read models, certificates, radii and run folders back."""
+"""`lb.load` reads models, certificates, radii and run folders back; `lb.save_radii` writes radii."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lipbounds._lipsdp.certificate import load_certificate
+from lipbounds._lipsdp.certificate import read_certificate
 from lipbounds._lipsdp.certificate_file import existing, is_certificate
-from lipbounds._margins.blocks import radii_of
+from lipbounds._margins.blocks import radii_of, record_of
 from lipbounds._margins.radius import Radii
-from lipbounds._text.files import read_safetensors
+from lipbounds._margins.table import is_table, radii_of_table, table_of
+from lipbounds._text.calls import usual_floats
+from lipbounds._text.files import how_to_export, read_safetensors, write_atomically
+from lipbounds._text.version import __version__
 
 _READ = (
-    "a model (.safetensors, `lipbounds train` and `demo`), a certificate (`lb.save_certificate`), radii (`lipbounds "
-    "certify --json`) or the folder of a run (`lipbounds train`)"
+    "a model (.safetensors, `lipbounds train` and `demo`), a certificate (`lb.save_certificate`), radii "
+    "(`lb.save_radii`, `lipbounds certify --json` or `--csv`) or the folder of a run (`lipbounds train`)"
 )
 
 
@@ -24,7 +28,8 @@ def load(path: str | os.PathLike[str]) -> Any:
     """Load a file or run folder that lipbounds wrote. Loading never runs code from a file.
 
     Args:
-        path: a model (.safetensors), a certificate, the JSON file of `lipbounds certify --json`, or a run folder.
+        path: a model (.safetensors), a certificate, radii (the JSON or CSV file of `lb.save_radii` or `lipbounds
+            certify`), or a run folder.
 
     Returns:
         A flax nnx module for `lb.trace`, a `Certificate` (nothing of it proved yet: `lb.verify_certificate` does that),
@@ -47,10 +52,12 @@ def load(path: str | os.PathLike[str]) -> Any:
     if path.is_dir():
         return importlib.import_module("lipbounds.training").open_run(path)
     if is_certificate(existing(path)):
-        return load_certificate(path)
+        return read_certificate(path)
     with path.open("rb") as file:
-        begin = file.read(9)
-    if begin[8:] == b"{":
+        begin = file.read(80)
+    if is_table(begin.decode("utf-8", "replace")):
+        return _from(path, radii_of_table, path.read_text(encoding="utf-8"))
+    if begin[8:9] == b"{":
         _, metadata = read_safetensors(path)
         if any(key.startswith("lipbounds-") for key in metadata):
             return importlib.import_module("lipbounds.training.store").load_model(path)[0]
@@ -58,7 +65,62 @@ def load(path: str | os.PathLike[str]) -> Any:
         found = _radii(path)
         if found is not None:
             return found
-    raise ValueError(f"{path} is not a file that lb.load reads: {_READ}")
+    other = how_to_export(path)
+    raise ValueError(f"{path} {other}" if other else f"{path} is not a file that lb.load reads: {_READ}")
+
+
+@usual_floats
+def save_radii(radii: Radii, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Write radii to a file that `lb.load` reads back, atomically.
+
+    Args:
+        radii: from `lb.certified_radius`.
+        path: ending in .csv (a line per example: label, prediction, outcome, certified radius, norm, guarantee, method)
+            or in .json (the same by columns, and the notes); docs/files.md describes both. Older radii are replaced.
+        overwrite: replace any other file, too.
+
+    Raises:
+        TypeError: `radii` are not Radii.
+        ValueError: another ending, or there is another file at `path`.
+
+    Example:
+        >>> import tempfile, lipbounds as lb
+        >>> form = lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])
+        >>> radii = lb.certified_radius(form, [[1.0, 0.5], [0.0, 1.0]], [0, 0])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     lb.save_radii(radii, f"{folder}/radii.csv")
+        ...     again = lb.load(f"{folder}/radii.csv")
+        >>> bool((again.radius == radii.radius).all()), again.label.tolist(), again.prediction.tolist()
+        (True, [0, 0], [0, 1])
+    """
+    if not isinstance(radii, Radii):
+        raise TypeError(f"save_radii needs Radii from lb.certified_radius, got {type(radii).__name__}")
+    target = Path(path)
+    kind = target.suffix.lower()
+    if kind not in (".csv", ".json"):
+        raise ValueError(f"radii are written to .csv or .json files, not to {target.name!r}")
+    if target.exists() and not overwrite and not _holds_radii(target):
+        raise ValueError(f"{target} exists and holds no radii; overwrite=True replaces it")
+    if kind == ".csv":
+        text = table_of(radii)
+    else:
+        record = {"format": "lipbounds-results", "version": 1, "lipbounds": __version__, **record_of(radii)}
+        text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    write_atomically(target, text.encode())
+
+
+def _holds_radii(path: Path) -> bool:
+    try:
+        return isinstance(load(path), Radii)
+    except (ValueError, OSError):
+        return False
+
+
+def _from(path: Path, read: Callable[[Any], Radii], content: Any) -> Radii:
+    try:
+        return read(content)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path} holds {error}") from error
 
 
 def _radii(path: Path) -> Radii | None:
@@ -69,7 +131,4 @@ def _radii(path: Path) -> Radii | None:
         raise ValueError(f"{path} is cut off, or is not JSON: {error}") from error
     if record.get("format") != "lipbounds-results" or "radius" not in record:
         return None
-    try:
-        return radii_of(record)
-    except ValueError as error:
-        raise ValueError(f"{path} holds {error}") from error
+    return _from(path, radii_of, record)

@@ -1,7 +1,7 @@
 """Shared by all rooms: tables, HTML, progress, files, the wrapper of public calls, the version."""
 
 from lipbounds._text.arguments import as_labels, whole
-from lipbounds._text.files import DEFLATE, read_safetensors, write_atomically
+from lipbounds._text.files import DEFLATE, read_npz, read_safetensors, write_atomically
 from lipbounds._text.html import Html, element, together
 from lipbounds._text.progress import Progress, reporting, say
 from lipbounds._text.tables import (
@@ -19,6 +19,6 @@ from lipbounds._text.tables import (
 
 __all__ = [
     "DEFLATE", "Direction", "Html", "Progress", "as_labels", "element", "html_table", "label_text", "markdown_table",
-    "markdown_text", "new_axes", "printable", "read_safetensors", "reporting", "say", "seconds_text", "show",
-    "text_table", "together", "whole", "write_atomically",
+    "markdown_text", "new_axes", "printable", "read_npz", "read_safetensors", "reporting", "say", "seconds_text",
+    "show", "text_table", "together", "whole", "write_atomically",
 ]  # fmt: skip

@@ -28,6 +28,32 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+_TORCH = (
+    "is a PyTorch file, which only PyTorch reads: export the model in Python, torch.onnx.export(model.eval(), "
+    '(torch.zeros(1, 3, 32, 32),), "net.onnx", dynamo=True) with the shape of one input, and give net.onnx'
+)
+_KERAS = (
+    'is a Keras file, which only Keras reads: export the model in Python, model.export("net.onnx", format="onnx"), '
+    "and give net.onnx"
+)
+_PICKLE = (
+    "is a pickle, and loading it would run code: take the weights into an .npz file for lb.interop.load_weights, or "
+    "export the model to ONNX"
+)
+_ORBAX = "is a checkpoint of weights without a network: restore it in Python and trace the model, lb.trace(model, x[0])"
+_FOREIGN = {
+    **dict.fromkeys((".pt", ".pth", ".ckpt", ".pt2", ".torchscript"), _TORCH),
+    **dict.fromkeys((".h5", ".hdf5", ".keras", ".pb", ".tflite"), _KERAS),
+    **dict.fromkeys((".pkl", ".pickle", ".joblib"), _PICKLE),
+    **dict.fromkeys((".msgpack", ".orbax"), _ORBAX),
+}
+
+
+def how_to_export(path: Path) -> str | None:
+    """What a model file of another library is, and how it is brought here; None for other files."""
+    return _FOREIGN.get(path.suffix.lower())
+
+
 # --- untrusted files: reading gives arrays or a ValueError ---------------------------------------------------------
 
 DEFLATE = 1032  # deflate expands one byte to at most this many

@@ -21,6 +21,7 @@ from lipbounds._form.program import Op
 from lipbounds._form.steps import KINDS
 from lipbounds._form.walk import walk
 from lipbounds._text.calls import usual_floats
+from lipbounds._tracing.doors import check_example, check_function, explained
 from lipbounds._tracing.flat import Flat
 from lipbounds._tracing.jaxpr import flatten
 from lipbounds._tracing.lowering import Lowering, lower
@@ -60,12 +61,12 @@ def trace(
         >>> lb.trace(lambda x: W @ jax.nn.relu(W @ x), jnp.zeros(2))
         LureForm((2,) -> (2,), 1 tap: relu[2], 2 neurons)
     """
-    if not callable(fn):
-        raise TypeError(f"trace needs a function of one example, got {type(fn).__name__}")
+    check_function(fn)
     spec = _spec(x)
     call, params = _split(fn)
     if not batched:
-        form, traced = _form(call, params, spec)
+        with explained(fn, spec):
+            form, traced = _form(call, params, spec)
         check_values(form, traced, lambda v: call(params, v), spec, _corners(box, spec))
         return form
     if not spec.shape:
@@ -261,8 +262,7 @@ def _refusal(primitive: str, shape: Sequence[int], reason: str, remedy: str) -> 
 
 
 def _spec(x: Any) -> jax.ShapeDtypeStruct:
-    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
-        raise TypeError(f"x must be an array or a jax.ShapeDtypeStruct, got {type(x).__name__}")
+    check_example(x)
     dtype = jax.dtypes.canonicalize_dtype(x.dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         kind = "complex" if jnp.issubdtype(dtype, jnp.complexfloating) else "integer or boolean"

@@ -1,0 +1,218 @@
+"""Examples of the commands: images and labels of files of many kinds, in the units of the network's input."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from lipbounds._cli.options import option
+from lipbounds._form.units import check_range, doubts, shape_mend
+from lipbounds._text.files import read_npy, read_npz
+
+LABELS = ("label", "labels", "class", "target", "y")  # names of the column of a CSV file
+_KINDS = (
+    "`digits`, an .npz file of images and labels, a .csv file with a column `label`, or a folder with one folder of "
+    "images per class"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Where the examples come from, and the range of their values."""
+
+    data: Annotated[str | None, option(f"Examples: {_KINDS}.", "DATA", "--data", show_default="digits")] = (
+        None
+    )
+    input_range: Annotated[
+        tuple[float, float] | None,
+        option(
+            "Range of the values that the network takes: bytes are scaled to it, other values are held to it.",
+            "LOW HIGH",
+            "--input-range",
+            show_default="0 1 for folders of images, else not checked",
+        ),
+    ] = None
+
+    @property
+    def name(self) -> str:
+        """What records call these examples."""
+        return self.data or "digits"
+
+    def words(self) -> list[str]:
+        """The options that give these examples again."""
+        span = (
+            [] if self.input_range is None else ["--input-range", *(f"{end:g}" for end in self.input_range)]
+        )
+        return ["--data", self.name, *span]
+
+    def check(self) -> None:
+        """BadParameter for options that exclude each other."""
+        if self.input_range is not None and not self.input_range[0] < self.input_range[1]:
+            raise typer.BadParameter("needs LOW < HIGH, such as 0 1", param_hint="--input-range")
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Images and labels that were given as two files."""
+        return None
+
+    def read(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Images (n, *shape) in the units of the network, and labels (n,); ValueError for anything else.
+
+        Values in units that look wrong are a warning on stderr.
+        """
+        name, given = self.name, self.input_range
+        if (arrays := self.arrays()) is not None:
+            x, y = arrays
+        elif name == "digits":
+            from lipbounds.training.data import digits
+
+            test = digits()
+            x, y = test.test_x, test.test_y
+        elif Path(name).is_dir():
+            x, y = _from_folder(Path(name), shape)
+            given = given or (0.0, 1.0)
+        elif Path(name).suffix.lower() == ".csv":
+            x, y = _from_csv(Path(name), shape)
+        else:
+            x, y = _from_npz(Path(name))
+        if x.shape[1:] != tuple(shape):
+            mend = shape_mend("x", x.shape, shape)
+            raise ValueError(
+                f"{name} holds images of shape {x.shape[1:]}, the model takes {tuple(shape)}{mend}"
+            )
+        return _in_units(name, x, shape, given), y
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleFiles(Examples):
+    """Examples that may also be given as two files."""
+
+    images: Annotated[
+        Path | None, option("Images as an .npy file, with --labels.", "FILE", exists=True, dir_okay=False)
+    ] = None
+    labels: Annotated[
+        Path | None, option("Labels of --images as an .npy file.", "FILE", exists=True, dir_okay=False)
+    ] = None
+
+    @property
+    def name(self) -> str:
+        return super().name if self.images is None else str(self.images)
+
+    def words(self) -> list[str]:
+        if self.images is None:
+            return super().words()
+        return ["--images", str(self.images), "--labels", str(self.labels), *super().words()[2:]]
+
+    def check(self) -> None:
+        super().check()
+        if (self.images is None) != (self.labels is None):
+            missing = "--labels" if self.labels is None else "--images"
+            raise typer.BadParameter("images and labels belong together", param_hint=missing)
+        if self.images is not None and self.data is not None:
+            raise typer.BadParameter("give --data, or --images and --labels", param_hint="--data")
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray] | None:
+        if self.images is None or self.labels is None:
+            return None
+        return read_npy(self.images), read_npy(self.labels)
+
+
+def _in_units(
+    name: str, x: np.ndarray, shape: tuple[int, ...], given: tuple[float, float] | None
+) -> np.ndarray:
+    """The images as floats: bytes scaled to the range, floats held to it."""
+    if x.dtype == np.uint8:
+        if given is None:
+            raise ValueError(
+                f"{name}: x must hold floats in the model's input units, got uint8: pass --input-range 0 1 to divide "
+                "the bytes by 255, or --input-range 0 255 if the network takes them as they are"
+            )
+        low, high = map(np.float32, given)
+        return np.asarray(low + x / np.float32(255) * (high - low), np.float32)
+    if x.dtype.kind != "f":
+        raise ValueError(f"{name}: x must hold floats in the model's input units, got {x.dtype}")
+    if given is not None:
+        try:
+            check_range(x, given, "x")
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}".replace("input_range=", "--input-range ")) from None
+    elif (said := doubts(x, shape, mend="x / 255")) is not None:
+        typer.echo(f"warning: {name}: {_on_the_command_line(said)}", err=True)
+    return x
+
+
+def _on_the_command_line(said: str) -> str:
+    """What `doubts` says, with the options in place of the Python that mends it."""
+    place = said.find(" Put the normalisation into the function")
+    if place >= 0:
+        return (
+            f"{said[:place]} Give pixels in [0, 1] and the normalisation by --mean and --std, or --input-range LOW "
+            "HIGH if these units are meant"
+        )
+    return f"{said}, or give --input-range LOW HIGH if these units are meant"
+
+
+def _from_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The images and labels of an .npz file: x and y, the test part of a split, or its only two arrays."""
+    try:
+        arrays = read_npz(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is not an .npz file with arrays x and y: {error}") from error
+    for pair in (("x", "y"), ("x_test", "y_test"), ("test_x", "test_y"), ("test_images", "test_labels")):
+        if set(pair) <= arrays.keys():
+            return arrays[pair[0]], arrays[pair[1]]
+    if len(arrays) == 2:
+        y, x = sorted(arrays.values(), key=lambda a: (a.ndim, a.dtype.kind == "f"))
+        if y.ndim in (1, 2) and x.ndim > 1:
+            return x, y.reshape(-1) if y.shape == (len(x), 1) else y
+    raise ValueError(
+        f"{path} is not an .npz file with arrays x and y, or two arrays of other names: it holds "
+        f"{', '.join(sorted(arrays)) or 'none'}; keep the images and the labels, np.savez(file, x=..., y=...)"
+    )
+
+
+def _from_csv(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The examples of a CSV file, one a line, in C order, with a header that names the column of the labels."""
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    header = [word.strip().strip('"').lower() for word in (lines[0] if lines else "").split(",")]
+    column = next((header.index(name) for name in LABELS if name in header), None)
+    if column is None:
+        raise ValueError(
+            f"{path}: its first line must name the columns, that of the labels `label`, such as "
+            f"label,pixel0,pixel1; it is {lines[0][:60] if lines else ''!r}"
+        )
+    try:
+        table = np.array([line.split(",") for line in lines[1:] if line.strip()], np.float64)
+    except ValueError as error:
+        raise ValueError(f"{path} must hold numbers, as many in every line: {error}") from None
+    if table.ndim != 2 or table.shape[1] != math.prod(shape) + 1:
+        raise ValueError(
+            f"{path} must have {math.prod(shape)} columns of an example of shape {tuple(shape)} and one of labels, "
+            f"not {len(header)}"
+        )
+    labels, values = table[:, column], np.delete(table, column, axis=1)
+    if (labels != np.round(labels)).any():
+        raise ValueError(f"{path}: the column {header[column]!r} must hold whole numbers")
+    whole = "." not in "".join(lines[1:]) and values.size and values.min() >= 0 and 1 < values.max() <= 255
+    x = values.astype(np.uint8 if whole else np.float32)
+    return x.reshape(-1, *shape), labels.astype(np.int64)
+
+
+def _from_folder(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The images of a folder with one folder per class, in the layout of the network."""
+    from lipbounds.training.image_folders import class_folders
+
+    if len(shape) not in (2, 3):
+        raise ValueError(
+            f"{path} holds images, the model takes inputs of shape {tuple(shape)}: give an .npz file"
+        )
+    first = len(shape) == 3 and shape[0] in (1, 3) and shape[2] not in (1, 3)  # (C, H, W)
+    channels = 1 if len(shape) == 2 else shape[0] if first else shape[2]
+    pixels, labels, _ = class_folders(path, channels)
+    if len(shape) == 2:
+        return pixels[..., 0], labels
+    return pixels.transpose(0, 3, 1, 2) if first else pixels, labels

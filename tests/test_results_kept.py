@@ -1,0 +1,170 @@
+"""Radii in files of their own, and bounds from certificates: read back as they were, and nothing is paid twice."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from command import run
+
+import lipbounds as lb
+from lipbounds._margins.blocks import joined
+from lipbounds._margins.table import COLUMNS
+
+ROOT = pathlib.Path(__file__).parent.parent
+FORM = lb.from_weights([[[1.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [0.0, 1.0]]])
+X, Y = np.array([[1.0, 0.5], [0.0, 1.0], [3.0, 0.0]]), np.array([0, 0, 0])
+RADII = lb.certified_radius(FORM, X, Y)
+
+
+def same(a: lb.Radii, b: lb.Radii) -> None:
+    for field in dataclasses.fields(a):
+        np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name), err_msg=field.name)
+
+
+def test_radii_hold_labels_and_predictions() -> None:
+    assert RADII.label is not None and RADII.prediction is not None
+    assert RADII.label.tolist() == [0, 0, 0] and RADII.prediction.tolist() == [0, 1, 0]
+    one = lb.certified_radius(lb.from_weights([[[1.0]]]), [[2.0], [-2.0]], [1, 1])
+    assert (
+        one.prediction is not None
+        and one.prediction.tolist() == [1, 0]
+        and one.correct.tolist() == [True, False]
+    )
+    assert joined([RADII, RADII]).prediction.tolist() == [0, 1, 0, 0, 1, 0]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("end", ["csv", "json"])
+def test_radii_are_read_back(end: str, tmp_path: pathlib.Path) -> None:
+    endless = dataclasses.replace(RADII, radius=np.array([np.inf, 0.0, 1 / 3]), norm=np.inf)
+    older = dataclasses.replace(RADII, label=None, prediction=None, outcome=None)
+    for radii in (RADII, endless, older):
+        path = tmp_path / f"radii.{end}"
+        lb.save_radii(radii, path)
+        notes = radii.notes if end == "json" else ()
+        same(lb.load(path), dataclasses.replace(radii, notes=notes))
+
+
+def test_radii_overwrite_only_radii(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "radii.csv"
+    path.write_text("my thesis")
+    with pytest.raises(ValueError, match="exists and holds no radii; overwrite=True replaces it"):
+        lb.save_radii(RADII, path)
+    lb.save_radii(RADII, path, overwrite=True)
+    lb.save_radii(RADII, path)
+    with pytest.raises(ValueError, match=r"\.csv or \.json files, not to 'radii\.txt'"):
+        lb.save_radii(RADII, tmp_path / "radii.txt")
+    with pytest.raises(TypeError, match="needs Radii"):
+        lb.save_radii(RADII.radius, path)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("0,0,0,True,", "0,0,0,2,", "column correct holds other than True and False"),
+        ("\n1,", "\n7,", "not numbered from 0 on"),
+        (",l2", ",l2", ""),
+        ("verified", "certain", "no complete radii"),
+        (",2,verified", ",2,assumed", "of several networks"),
+        ("global", "nothing", "do not fit together"),
+    ],
+)
+def test_damaged_tables_are_refused(old: str, new: str, words: str, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "radii.csv"
+    lb.save_radii(RADII, path)
+    text = path.read_text()
+    if not words:
+        path.write_text(text[: text.index("\n") + 1])
+        words = "a table without a line"
+    else:
+        assert old in text
+        path.write_text(text.replace(old, new, text.count(old) if new == "certain" else 1))
+    with pytest.raises(ValueError, match=words):
+        lb.load(path)
+
+
+# ------------------------------------------------------------------------------------------ certificates
+def test_a_certificate_is_a_bound_again(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bound = lb.lipsdp(FORM, pairwise=True)
+    lb.save_certificate(bound, tmp_path / "c")
+    monkeypatch.setattr("lipbounds._lipsdp.lipsdp.search", None, raising=False)
+    again = lb.load_certificate(tmp_path / "c", FORM)
+    assert isinstance(again, lb.UpperBound) and again.guarantee == bound.guarantee == "verified"
+    assert bound.value <= again.value <= bound.value * (1 + 2e-9)
+    assert (again.pairwise >= bound.pairwise).all() and again.network == bound.network
+    radii = lb.certified_radius(FORM, X, Y, bound=again)
+    np.testing.assert_allclose(radii.radius, lb.certified_radius(FORM, X, Y, bound=bound).radius, rtol=4e-9)
+    lb.save_certificate(again, tmp_path / "d")
+    assert lb.verify_certificate(tmp_path / "d", FORM)
+
+
+def test_a_certificate_that_proves_nothing_is_no_bound(tmp_path: pathlib.Path) -> None:
+    bound = lb.lipsdp(FORM)
+    smaller = dataclasses.replace(
+        bound,
+        value=bound.value / 2,
+        certificate=dataclasses.replace(bound.certificate, value=bound.certificate.value / 2),
+    )
+    lb.save_certificate(smaller, tmp_path / "c")
+    with pytest.raises(lb.CertificateError, match="is claimed, but its multipliers prove only"):
+        lb.load_certificate(tmp_path / "c", FORM)
+    with pytest.raises(TypeError, match=r"needs a LureForm"):
+        lb.load_certificate(tmp_path / "c", lambda x: x)  # type: ignore[arg-type]
+
+
+def test_certify_with_a_certificate_and_a_table(model_file: Any, form: Any, tmp_path: pathlib.Path) -> None:
+    bound = lb.lipsdp(form, pairwise=True)
+    lb.save_certificate(bound, tmp_path / "c")
+    words = ("certify", model_file, "--certificate", tmp_path / "c", "--eps", "0.1")
+    said = run(*words, "--csv", tmp_path / "r.csv", "--json", tmp_path / "r.json").stdout
+    assert "norm:      l2, as --norm was not given" in said
+    table, record = lb.load(tmp_path / "r.csv"), lb.load(tmp_path / "r.json")
+    np.testing.assert_array_equal(table.radius, record.radius)
+    direct = lb.certified_radius(form, lb.examples.digits().x, lb.examples.digits().y, bound=bound)
+    np.testing.assert_allclose(table.radius, direct.radius, rtol=4e-9)
+    np.testing.assert_array_equal(table.prediction, direct.prediction)
+    for more, code, message in (
+        (("--norm", "inf"), 1, "bounds the network in norm 2: leave out --norm inf"),
+        (("--method", "liplt"), 2, "the bound is that of --certificate"),
+        (("--no-pairwise",), 2, "the bound is that of --certificate"),
+        (("--csv", tmp_path / "c"), 1, "holds no radii, and --csv would"),
+    ):
+        assert message in run(*words, *more, code=code).stderr
+
+
+# ------------------------------------------------------------------------------------------ docs/files.md
+def documented(heading: str) -> set[str]:
+    """The names in the first column of the table below a heading of docs/files.md."""
+    page = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
+    part = page[page.index(f"\n## {heading}\n") + 1 :].partition("\n## ")[0]
+    return {
+        name
+        for line in re.findall(r"^\| (`[^|]*) \|", part, re.MULTILINE)
+        for name in re.findall(r"`([^`]+)`", line)
+    }
+
+
+def test_files_are_documented(model_file: Any, tmp_path: pathlib.Path) -> None:
+    run(
+        "certify",
+        model_file,
+        "--method",
+        "naive",
+        "--no-pairwise",
+        "--json",
+        tmp_path / "r.json",
+        "--csv",
+        tmp_path / "r.csv",
+    )
+    assert documented("Radii as JSON") == set(json.loads((tmp_path / "r.json").read_text()))
+    with (tmp_path / "r.csv").open() as file:
+        assert documented("Radii as CSV") == set(next(csv.reader(file))) == {*COLUMNS, "attacked_distance"}
+    run("bounds", model_file, "--method", "liplt", "--pairwise", "--json", tmp_path / "b.json")
+    record = json.loads((tmp_path / "b.json").read_text())
+    assert documented("Bounds as JSON") == {*record, *record["upper"][0], *record["upper"][0]["pairs"]}
