@@ -78,6 +78,7 @@ def _row(parameter: Any, context: Any) -> tuple[str, str] | None:
 _ROOMS = {
     "lipbounds": "What most people need: tracing, bounds, radii, certificates.",
     "lipbounds.errors": "The errors that a caller may catch.",
+    "lipbounds.examples": "Trained networks that are installed, with test images and certificates.",
     "lipbounds.interop": "Networks from other programs.",
     "lipbounds.training": "Training for the radius; see also [training](../training.md).",
     "lipbounds.analysis": "Attacks, evaluation, diagnostics.",
