@@ -120,11 +120,13 @@ def test_demo_from_end_to_end(tmp_path):
     for model in results["models"]:
         assert (out / model["file"]).exists() and model["training"]["test_accuracy"] > 0.6
         assert {row["norm"] for row in model["upper"]} == {"1", "2", "inf"}
-        assert {row["norm"] for row in model["lower"]} == {row["norm"] for row in model["estimate"]} == {"2"}
+        assert {row["norm"] for row in model["lower"]} == {"2"}
         assert {row["guarantee"] for row in model["upper"]} == {"verified"}
         (best,) = (row for row in model["upper"] if row["label"] == "LipSDP")
         assert best["value"] == min(row["value"] for row in model["upper"] if row["norm"] == "2")
-        assert len(model["upper"]) == 10 and len(model["estimate"]) == 1 and not model["refused"]
+        small = model["name"] != "cnn_crm"
+        assert len(model["upper"]) == (10 if small else 7) and len(model["estimate"]) == small
+        assert not model["refused"]
     run("certify", out / "mlp.safetensors", "--eps", "0.1")
     run_demo(out, epochs=1, methods=("naive", "empirical"))  # our own folder is refreshed
     assert json.loads((out / "results.json").read_text())["models"][0]["training"]["epochs"] == 1
