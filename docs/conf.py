@@ -17,7 +17,7 @@ import generate  # noqa: E402
 import lipbounds  # noqa: E402
 
 project = "lipbounds"
-author = "the lipbounds authors"
+author = copyright = "the lipbounds authors"
 release = version = lipbounds.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["generated/notebooks.cache"]

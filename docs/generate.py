@@ -118,15 +118,15 @@ def _entry(room: str, name: str, value: object) -> list[str]:
 def restructured(lines: Sequence[str]) -> list[str]:
     """A docstring as reStructuredText: indented formulas are literal blocks, and no character is markup by accident."""
     out: list[str] = []
-    literal = section = False
+    literal, section = False, ""
     for number, line in enumerate(lines):
         bare, indent = line.strip(), len(line) - len(line.lstrip())
         if bare.rstrip(":") in _SECTIONS and bare.endswith(":") and indent == 0:
-            section, literal = True, False
+            section, literal = bare.rstrip(":"), False
             out.append(line)
             continue
         if section:
-            out.append(_escaped(line))
+            out.append(line if section.startswith("Example") else _escaped(line))
             continue
         if not bare:
             out.append("")
