@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import importlib.resources
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jinja2
+from matplotlib.figure import Figure
 
 from lipbounds._text import seconds_text, show, write_atomically
 from lipbounds.analysis.figures import (
@@ -18,6 +20,12 @@ from lipbounds.analysis.figures import (
     certified_figure,
     contrast_figure,
     png,
+)
+from lipbounds.analysis.image_figures import (
+    both_sides_figure,
+    examples_figure,
+    pairs_figure,
+    radius_histogram,
 )
 
 Json = dict[str, Any]
@@ -45,6 +53,7 @@ def write_report(results: Json, folder: pathlib.Path) -> pathlib.Path:
         others = [norm for norm in ("inf", "1") if certified_curves(model, norm)]
         if others:
             drawn["certified-others"] = certified_figure(model, others)
+        drawn |= _of_single_images(model)
         figures[model["name"]] = {}
         for what, figure in drawn.items():
             data = png(figure)
@@ -56,6 +65,29 @@ def write_report(results: Json, folder: pathlib.Path) -> pathlib.Path:
         (folder / "training-compared.png").write_bytes(data)
         figures["training-compared"] = {"l2": embedded(data)}
     return write_page(folder / "report.html", render(results, figures))
+
+
+def _of_single_images(model: Json) -> dict[str, Figure]:
+    """The figures of `single_images`, with the certified accuracy and the pairs of the best l2 bound."""
+    if "images" not in model:
+        return {}
+    images, best = model["images"], best_certified(model)
+    drawn = {
+        "both-sides": both_sides_figure(best["certified"], images, best["label"]),
+        "radii": radius_histogram(images),
+    }
+    if len(best.get("pairs", {}).get("values", ())) > 1:
+        drawn["pairs"] = pairs_figure(best["pairs"]["values"])
+    if images["shown"]:
+        drawn["examples"] = examples_figure(images["shown"])
+    return drawn
+
+
+def best_certified(model: Json) -> Json:
+    """The row of the l2 bound with the largest median radius, infinity being None."""
+    rows = [row for row in model["upper"] if row["norm"] == "2" and "certified" in row]
+    medians = [row["certified"]["quartiles"][1] for row in rows]
+    return max(zip(rows, medians, strict=True), key=lambda each: math.inf if each[1] is None else each[1])[0]
 
 
 def render(results: Json, figures: dict[str, dict[str, str]]) -> str:

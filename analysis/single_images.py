@@ -1,0 +1,95 @@
+"""What a report shows of single images: their certified radii, the nearest adversarial examples found, both by class.
+
+The robust accuracy at eps lies between the share of the images whose certified radius is above eps, and the share for which
+no adversarial example within eps was found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lipbounds.analysis.attack_network import logits_of, split
+from lipbounds.analysis.attack_search import Attack
+from lipbounds.analysis.experiment import Json
+from lipbounds.analysis.fab import fab
+
+STEPS, TARGETS = 40, 3  # of FAB, for one image
+_SHOWN = 8
+
+
+def single_images(
+    model: Any,
+    x: np.ndarray,
+    y: np.ndarray,
+    radii: np.ndarray,
+    grid: Sequence[float],
+    *,
+    shown: int = _SHOWN,
+    norm: float = 2,
+) -> Json:
+    """Both sides of every image, as plain data; infinity is None.
+
+    Args:
+        model: a function of a batch (N, ...) of pixels in [0, 1] to logits (N, K).
+        x, y: images and labels.
+        radii: (N,) certified radii, 0 where an image is not classified as labelled.
+        grid: eps of the curve of the accuracy under attack.
+        shown: so many images are kept with their pixels, from the least to the largest radius.
+        norm: that of the radii, 2 or inf.
+
+    Returns:
+        A record with "attack" (how examples were sought), "radius" and "distance" (one number per image), "attacked"
+        (accuracy at every eps of the grid, an upper bound of the robust accuracy), "classes" (a row per class), "shown".
+    """
+    found = fab(model, x, y, norm=norm, steps=STEPS, targets=TARGETS, progress=False)
+    accuracy = [float((found.correct & (found.distance > eps)).mean()) for eps in grid]
+    return {
+        "attack": f"FAB, {TARGETS} targets of {STEPS} steps",
+        "radius": [_finite(r) for r in radii],
+        "distance": [_finite(d) for d in found.distance],
+        "correct": found.correct.tolist(),
+        "attacked": {"eps": [float(eps) for eps in grid], "accuracy": accuracy},
+        "classes": [_class_row(int(label), y, radii, found) for label in np.unique(y)],
+        "shown": _shown(model, x, y, radii, found, shown),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _class_row(label: int, y: np.ndarray, radii: np.ndarray, found: Attack) -> Json:
+    """Images, how many are classified correctly, and medians over these."""
+    right = (y == label) & found.correct
+    row: Json = {"label": label, "images": int((y == label).sum()), "correct": int(right.sum())}
+    for name, values in (("radius", radii), ("distance", found.distance)):
+        row[name] = _finite(np.quantile(values[right], 0.5, method="lower")) if right.any() else None
+    return row
+
+
+def _shown(
+    model: Any, x: np.ndarray, y: np.ndarray, radii: np.ndarray, found: Attack, count: int
+) -> list[Json]:
+    """Images for which an example was found, spread evenly over the ranks of their radii."""
+    candidates = np.flatnonzero(found.success)
+    candidates = candidates[np.argsort(radii[candidates], kind="stable")]
+    if not len(candidates):
+        return []
+    chosen = candidates[np.unique(np.linspace(0, len(candidates) - 1, count).round().astype(int))]
+    classes = np.asarray(logits_of(*split(model), found.adversarial[chosen])).argmax(axis=1)
+    return [
+        {
+            "index": int(i),
+            "label": int(y[i]),
+            "radius": _finite(radii[i]),
+            "distance": _finite(found.distance[i]),
+            "becomes": int(new),
+            "pixels": np.asarray(x[i], np.float64).round(4).tolist(),
+            "adversarial": np.asarray(found.adversarial[i], np.float64).round(4).tolist(),
+        }
+        for i, new in zip(chosen, classes, strict=True)
+    ]
