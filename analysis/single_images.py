@@ -1,7 +1,7 @@
 """What a report shows of single images: their certified radii, the nearest adversarial examples found, both by class.
 
-The robust accuracy at eps lies between the share of the images whose certified radius is above eps, and the share for which
-no adversarial example within eps was found.
+The robust accuracy at eps lies between the share of the images whose certified radius is above eps, and the share for
+which no adversarial example within eps was found.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def single_images(
         norm: that of the radii, 2 or inf.
 
     Returns:
-        A record with "attack" (how examples were sought), "radius" and "distance" (one number per image), "attacked"
-        (accuracy at every eps of the grid, an upper bound of the robust accuracy), "classes" (a row per class), "shown".
+        A record: "attack" (how examples were sought), "radius" and "distance" (one number per image), "attacked" (the
+        accuracy at every eps of the grid, an upper bound of the robust accuracy), "classes" (a row per class), "shown".
     """
     found = fab(model, x, y, norm=norm, steps=STEPS, targets=TARGETS, progress=False)
     accuracy = [float((found.correct & (found.distance > eps)).mean()) for eps in grid]
