@@ -58,7 +58,7 @@ def test_html_is_written_in_one_place():
 
 def test_nothing_is_marked_safe_and_attributes_are_quoted():
     pages = list((ROOT / "analysis/templates").glob("*.html.j2"))
-    assert len(pages) == 5 and report.environment().autoescape is True
+    assert len(pages) == 6 and report.environment().autoescape is True
     for path in pages:
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"\|\s*(safe|tojson)\b|autoescape", text), path
