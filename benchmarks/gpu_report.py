@@ -73,6 +73,7 @@ def report(work: Path, out: Path) -> None:
     lines += _table("Proofs of single matrices", rows.get("proofs", []))
     lines += _table("Training 6C2F in one process", _epochs(rows.get("steps", [])))
     lines += _table("`lipbounds train`, made-up images of CIFAR-10's shape", epochs)
+    lines += _table("After the last epoch of that run", rows.get("final", []))
     lines += _table("Verbs", _ratios(rows))
     for path in sorted(work.glob("*.log")):
         end = path.read_text(errors="replace").splitlines()[-60:]

@@ -363,6 +363,20 @@ def test_errors_of_the_gain_and_the_centre_lower_the_bound():
     assert proof.prove(gain, replace(facts, wrong=1e-6), aim, m) < best - 1e-8
 
 
+def test_what_an_error_leaves_of_the_gradient_costs_little(monkeypatch):
+    """Pre-activations known to 1e-5 only: the largest alpha that is proved makes its part of the bound small."""
+    _, _, y, problem, gain, facts = one_problem(2)
+    other = int((y[0] + 1) % 3)
+    found, _ = searched(problem, other)
+    m, aim = problem.weights(0, gain, found), problem.aim(0, other)
+    best, rough = proof.prove(gain, facts, aim, m), replace(facts, wrong=1e-5)
+    lost = best - proof.prove(gain, rough, aim, m)
+    monkeypatch.setattr(proof, "_ALPHAS", proof._ALPHAS[:1])
+    assert 0 < 5 * lost < best - proof.prove(gain, rough, aim, m)
+    monkeypatch.setattr(proof, "_ALPHAS", (proof._ALPHAS[0], 0.9))  # not proved: the first one stands
+    assert proof.prove(gain, rough, aim, m) > -np.inf
+
+
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 

@@ -88,3 +88,20 @@ def test_a_float32_search_goes_on_in_float64_where_its_proof_fails(monkeypatch):
     assert precisions == 4 * [np.float32] + 4 * [np.float64]
     rest = np.isfinite(local)
     assert (margins.value[rest] > local[rest]).all()
+
+
+def test_a_search_that_begins_without_a_minimum(monkeypatch):
+    """Multipliers of the input a third of what they must be: they are raised until the quadratic has a minimum."""
+    form, x = mlp((6, 12, 10, 3)), np.random.default_rng(0).uniform(size=(1, 6))
+    y = np.asarray(values(form, x)).argmax(axis=1)
+    one = prepare(form, x, y, 0.2)
+    item, start = one.item(0, int((y[0] + 1) % 3))
+    low = search.Job((0, 0), item, start._replace(ball=np.float64(np.log(1 / 3))), np.inf, 2)
+    out = []
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        options = {"width": 8, "filled": 1, "tolerance": 1e-3}
+        search.run(one.net, [low], lambda job, result: out.append((job, result)), **options)
+        monkeypatch.setattr(search, "_RAISES", 0)
+        search.run(one.net, [low], lambda job, result: out.append((job, result)), **options)
+    (job, found), (_, lost) = out
+    assert job.raised >= 1 and np.isfinite(found.least) and np.isnan(lost.least)

@@ -27,6 +27,7 @@ from lipbounds._local.radius_search import row_roots
 from lipbounds._margins import merged, proof, search
 from lipbounds._margins.counterexamples import counterexamples
 from lipbounds._norms.rounding import U, gamma
+from lipbounds._text.device import sharing
 from lipbounds._text.tables import printable
 from lipbounds._triangle import recursion
 
@@ -37,7 +38,8 @@ _LEAST = 1e-3  # least start of M relative to its unit
 _TINY = 1e-30
 _TOGETHER = 8  # margins that are searched together
 _MANY = 2e10  # operations of an evaluation above which open neurons may be searched alone
-_FILLING = 2**20  # entries of the matrices that are searched together there
+_FILLING = {"cpu": 2**18}  # entries of the matrices that are searched together there; elsewhere `_MORE`
+_MORE = 2**22
 _COPIES = 6  # matrices of one size that a search or a proof holds, at most
 
 
@@ -170,7 +172,8 @@ class Problem:
         if row is None:
             return max(1, min(_TOGETHER, self.memory // max(self.layered[0], 1)))
         n, d = self.live(row), self.low.shape[1]
-        few = _FILLING // merged.padded(n) ** 2  # larger ones fill a machine alone, and often one is enough
+        # larger ones fill a machine alone, and often one is enough
+        few = _FILLING.get(sharing()[0].platform, _MORE) // merged.padded(n) ** 2
         return max(1, min(_TOGETHER, few, self.memory // merged.footprint(n, d)))
 
     def counterexamples(self, rows: np.ndarray) -> np.ndarray:

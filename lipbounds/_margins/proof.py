@@ -12,7 +12,8 @@ with the Hessian 2 Q. If Q - diag(alpha) >= 0 is proved, alpha > 0, then for any
 
     min L >= L(z) - sum_i (dL/dz_i)^2 / (4 alpha_i).
 
-z is a float solution of Q z = -g / 2, so the last term is of the size of squared roundings.
+z is a float solution of Q z = -g / 2, so the last term is of the size of squared roundings. In wide networks these are
+large enough to matter: a larger alpha makes it smaller.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from lipbounds._lipsdp.tap_proof import prove_psd
 from lipbounds._norms.rounding import U, gamma
 from lipbounds._triangle import recursion
 
-_ALPHA = 2.0**-24  # alpha relative to the diagonal of Q
+#: alpha relative to the diagonal of Q: the least, and larger ones where it leaves too much of the gradient.
+_ALPHAS = (2.0**-24, 2.0**-8, 2.0**-11, 2.0**-14, 2.0**-18)
+_NEGLIGIBLE = 1e-6  # of the Lagrangian
 _LEAST = 2.0**-900
 _UP = 1 + 2.0**-20  # covers the rounding of computed error bounds
 #: By how much multipliers are weakened (`Weights.weakened`) where they are not feasible as they are.
@@ -174,18 +177,26 @@ def _attempt(gain: Gain, facts: Facts, aim: np.ndarray, m: Weights) -> float:
     R[np.arange(n), d + np.arange(n)] += 1.0
     Q = _hessian(R, m, d)
     slack = _hessian_slack(R, gain.error, m, d, Q.diagonal())
-    alpha = np.maximum(Q.diagonal() * _ALPHA, _LEAST)
-    if not prove_psd(Q, (slack + alpha) * _UP):
-        return -np.inf
-    row = aim @ gain.O
-    z = _minimiser(R, Q, row, facts, m, d)
-    if z is None:
-        return -np.inf
-    low, slopes = _lagrangian(gain, R, facts, row, aim, m, z)
-    worst = np.maximum(np.abs(slopes[0]), np.abs(slopes[1]))
-    lost = float((np.square(worst) / alpha).sum() / 4 * _UP) + 2.0**-500
-    found = np.nextafter(low - lost, -np.inf)
-    return float(found) if np.isfinite(found) else -np.inf
+    found, z = -np.inf, None
+    for share in _ALPHAS:
+        alpha = np.maximum(Q.diagonal() * share, _LEAST)
+        if not prove_psd(Q, (slack + alpha) * _UP):
+            if share == _ALPHAS[0]:
+                return -np.inf
+            continue
+        if z is None:
+            row = aim @ gain.O
+            z = _minimiser(R, Q, row, facts, m, d)
+            if z is None:
+                return -np.inf
+            low, slopes = _lagrangian(gain, R, facts, row, aim, m, z)
+            worst = np.maximum(np.abs(slopes[0]), np.abs(slopes[1]))
+        lost = float((np.square(worst) / alpha).sum() / 4 * _UP) + 2.0**-500
+        total = np.nextafter(low - lost, -np.inf)
+        found = max(found, float(total) if np.isfinite(total) else -np.inf)
+        if share != _ALPHAS[0] or not lost > _NEGLIGIBLE * abs(low):
+            break
+    return found
 
 
 def _hessian(R: np.ndarray, m: Weights, d: int) -> np.ndarray:

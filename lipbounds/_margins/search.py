@@ -31,6 +31,7 @@ _MEMORY = 12  # pairs that L-BFGS keeps
 _SHORTER = 0.35  # factor on a step that failed
 _TRUSTED = 1e-3  # largest difference, relative to `Item.unit`, of two ways to compute the minimum
 _BARRIER, _FALL, _LAST = 1e-2, 0.65, 3e-4  # weight of the barrier: first, factor per round, least
+_RAISE, _RAISES = 0.25, 6  # what is added to the logarithms of multipliers without a minimum, and how often
 ROUND = 25  # evaluations between two looks
 
 
@@ -357,7 +358,8 @@ def _where(rows: np.ndarray, a: State, b: State) -> State:
 class Job(NamedTuple):
     """One search: key names it; a minimum above `goal` is enough; at most `rounds` of `ROUND` evaluations.
 
-    age: rounds that x has had before, which lower the weight of the barrier.
+    age: rounds that x has had before, which lower the weight of the barrier. raised: how often its input multipliers
+    were raised, as it had no minimum.
     """
 
     key: Any
@@ -366,6 +368,25 @@ class Job(NamedTuple):
     goal: float
     rounds: int
     age: int = 0
+    raised: int = 0
+
+    def higher(self) -> Job:
+        """The same with larger multipliers of the input, with which the quadratic is more likely to have a minimum."""
+        x = self.x._replace(ball=self.x.ball + _RAISE, box=self.x.box + _RAISE * (self.item.round == 0))
+        return self._replace(x=x, raised=self.raised + 1)
+
+
+def _round(
+    net: Any, items: Item, xs: Multipliers, held: State, weights: Any, stride: int, after: Callable[[], None]
+) -> State:
+    """`ROUND` evaluations, `stride` in a call, and after() it; fewer where no job has a minimum."""
+    for begun in range(0, ROUND, stride):
+        alive()
+        held = improve(net, items, xs, held, weights.astype(held.f.dtype), count=stride, anew=begun == 0)
+        after()
+        if stride < ROUND and not np.isfinite(held.f).any():
+            break
+    return held
 
 
 def run(
@@ -392,7 +413,7 @@ def run(
     places = range(min(filled, width))
     slots: list[Job | None] = [None] * width
     spent, last = np.zeros(width, int), np.zeros(width)
-    held: Any = None
+    held, again = None, list[int]()
 
     def fresh() -> Job | None:
         return next((job for job in waiting if wanted(job.key)), None)
@@ -402,6 +423,7 @@ def run(
         new = [i for i in places if (job := slots[i]) is None or not wanted(job.key)]
         for i in new:
             slots[i] = fresh()
+        new += [i for i in again if i not in new]
         live = [i for i, job in enumerate(slots) if job is not None]
         if not live:
             return
@@ -422,17 +444,16 @@ def run(
             spent[new], last[new] = 0, np.inf
         ages = spent + [0 if job is None else job.age for job in slots]
         weights = np.maximum(_BARRIER * _FALL**ages, _LAST)
-        for begun in range(0, ROUND, stride):
-            alive()
-            held = improve(net, items, xs, held, weights.astype(held.f.dtype), count=stride, anew=begun == 0)
-            if stride < ROUND:
-                held.f.block_until_ready()
-            after(stride * len(live))
-        f, finished = np.asarray(held.plain), weights <= _LAST
-        ended = []
+        held = _round(net, items, xs, held, weights, stride, partial(after, stride * len(live)))
+        f, finished = np.where(np.isfinite(held.f), held.plain, np.nan), weights <= _LAST
+        ended, again = [], []
         for i in live:
             job = slots[i]
             assert job is not None
+            if np.isnan(f[i]) and spent[i] == 0 and job.raised < _RAISES:
+                slots[i] = job.higher()
+                again.append(i)
+                continue
             spent[i] += 1
             value = -float(f[i]) * float(job.item.unit)
             stalled = finished[i] and last[i] - f[i] < tolerance
