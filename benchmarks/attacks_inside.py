@@ -30,6 +30,7 @@ from rich.console import Console
 import lipbounds as lb
 from lipbounds import analysis
 from lipbounds._local import logits
+from lipbounds.analysis.autoattack import Stage
 from lipbounds.training import Config, fit
 from lipbounds.training.data import digits
 from lipbounds.training.models import ModelSpec, build
@@ -112,17 +113,13 @@ def inside(name: str, norm: float, images: int, quick: bool = False) -> Json:
     for title, attack in attacks(norm, x, quick):
         started = time.process_time()
         found = attack(model, x, y, eps)
-        stages = [stage.name for stage in getattr(found, "stages", ())]
-        for stage in stages or [title]:
-            rows.append(
-                {
-                    "attack": stage,
-                    "images": int(found.correct.sum()),
-                    "successes": int(found.success.sum()),
-                    **_in_real_arithmetic(form, found.adversarial, y),
-                    "seconds": (time.process_time() - started) / max(len(stages), 1),
-                }
-            )
+        seconds = time.process_time() - started
+        exact = _in_real_arithmetic(form, found.adversarial, y)
+        # the stages of AutoAttack share the point of the smallest margin
+        stages = getattr(found, "stages", ()) or (Stage(title, *_counts(found), found.accuracy, seconds),)
+        for stage in stages:
+            counts = {"images": stage.attacked, "successes": stage.broken}
+            rows.append({"attack": stage.name, **counts, **exact, "seconds": seconds / len(stages)})
     free = [("FAB-T", analysis.fab(model, x, y, norm=norm, steps=5 if quick else 30, targets=2))]
     if norm == math.inf:
         free.append(("ADBD", analysis.adbd(model, x, y, queries=102 if quick else 1000).attack))
@@ -153,6 +150,11 @@ def inside(name: str, norm: float, images: int, quick: bool = False) -> Json:
         ],
         "cpu_seconds": time.process_time() - begin,
     }
+
+
+def _counts(found: analysis.Attack) -> tuple[int, int]:
+    """How many images were attacked and broken."""
+    return int(found.correct.sum()), int(found.success.sum())
 
 
 def _in_real_arithmetic(form: Any, points: np.ndarray, y: np.ndarray) -> Json:

@@ -177,6 +177,8 @@ def test_points_that_rounding_left_outside_are_brought_back(rng, monkeypatch):
     settled = attack_search.settle(x, outside, eps, 2, box)
     far = np.array([math.sqrt(math.fsum(row * row)) for row in settled.astype(np.float64) - x])
     assert (far <= eps).all() and (far > 0.999 * eps).all()
+    unit, far = (np.float32(0), np.float32(1)), np.full(50, 9999.0)
+    np.testing.assert_array_equal(attack_search.settle(x, x + np.sign(v) * 2, far, 2, unit), v > 0)
     broken = np.full_like(x, np.nan)
     np.testing.assert_array_equal(attack_search.settle(x, broken, eps, 2, box), x)
     monkeypatch.setattr(attack_search, "_SHRINKS", 0)  # where no shrinking helps, x itself is the point

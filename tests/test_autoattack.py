@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -263,7 +264,10 @@ def test_columns_never_rise_and_a_seed_repeats(shortened, norm):
     assert left[0] == 23 and left[1:] == [a - s.broken for a, s in zip(left, found.stages, strict=True)][:-1]
     assert found.notes == () and (found.steps[found.correct & ~found.success] == 180).all()
     assert (found.queries[found.correct & ~found.success] == 60).all()
-    again = analysis.autoattack(linear, x, y, eps, norm=norm, **FREE)
+    lines = []
+    again = analysis.autoattack(linear, x, y, eps, norm=norm, progress=lines.append, **FREE)
+    asked = {re.split(r", run| in ", line)[0]: int(line.split(" of ")[-1].split()[0]) for line in lines[::-1]}
+    assert [asked[stage.name] for stage in found.stages] == left  # each stage is given what is left, no more
     np.testing.assert_array_equal(again.adversarial, found.adversarial)
     assert "APGD-CE" in repr(found)
 

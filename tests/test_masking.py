@@ -243,6 +243,25 @@ def test_labels_alone_break_what_hides_from_logits_too(trained):
     assert found.figures["rays"] < found.figures["square"] <= found.figures["pgd"]
 
 
+def test_the_level_is_split_over_the_comparisons():
+    """One radius of three, where FGSM breaks 5 images that PGD does not: p = 1/32 is below 0.05, not below 0.05/3."""
+
+    def attack(broken):
+        success, zeros = np.arange(40) < broken, np.zeros(40)
+        distance = np.where(success, 0.1, np.inf)
+        return masking.Attack(
+            np.ones(40, bool), success, distance, zeros[:, None], zeros, zeros, 2.0, "margin"
+        )
+
+    many, single = [attack(10) for _ in range(3)], [attack(10), attack(15), attack(10)]
+    check = masking._steps(many, single, [0.1, 0.2, 0.4], 0.05)
+    assert check.verdict == "inconclusive" and "5 images, the reverse 0, p = 0.031" in check.reason
+    assert masking._steps(many[:1], single[1:2], [0.1], 0.05).verdict == "fails"
+    black = {"Square": attack(10), "RayS": attack(15)}
+    assert masking._white_and_black(attack(10), black, 0.05).verdict == "inconclusive"
+    assert masking._white_and_black(attack(10), black, 0.07).verdict == "fails"
+
+
 @pytest.mark.parametrize(("more", "verdict"), [(0, "passes"), (12, "fails"), (3, "inconclusive")])
 def test_autoattack_beside_pgd(more, verdict):
     """AutoAttack breaks what PGD breaks, and `more`."""
