@@ -170,7 +170,7 @@ def test_the_steps_are_those_of_the_algorithm(norm, monkeypatch):
     """Every iterate, against a plain loop over the examples that is written from the paper."""
     monkeypatch.setattr(Problem, "stride", lambda problem, steps: 1)
     x, _, _ = case(norm, 5)
-    y, steps = np.asarray(curved(x)).argmax(1), 40
+    y, steps = np.asarray(curved(x)).argmax(1), 25  # no look at whether all are broken before
     eps = 0.02 if norm == math.inf else 0.06
     states = []
 
@@ -178,7 +178,8 @@ def test_the_steps_are_those_of_the_algorithm(norm, monkeypatch):
         return apgd.climb(problem, "ce", None, steps, jax.random.key(0), states)
 
     search("APGD", find, curved, x, y, eps, analysis.AttackSettings(norm=norm), "ce")
-    lengths, unequal = apgd.checkpoints(steps), 0
+    assert len(states) == steps
+    lengths, compared = apgd.checkpoints(steps), 0
     rate = jax.jit(jax.value_and_grad(lambda p, own: -jax.nn.log_softmax(curved(p[None]))[0, own]))
     for i in range(len(x)):
 
@@ -212,10 +213,12 @@ def test_the_steps_are_those_of_the_algorithm(norm, monkeypatch):
                 if cut:
                     size, point, gradient = size / 2, *best[:2]
                 checked, rises, halved = best[2], 0, cut
-            unequal += not np.allclose(states[k - 1].point[i], point, atol=2e-4)
-            unequal += not np.isclose(states[k - 1].size[i], size, rtol=1e-3)
-    # a rise within float32 rounding may count differently, and all that follows with it
-    assert unequal <= 0.1 * steps * len(x), unequal
+            if abs(loss - old) < 1e-5:
+                break  # at the top, where rounding decides what counts as a rise
+            np.testing.assert_allclose(states[k - 1].point[i], point, atol=1e-5)
+            assert states[k - 1].size[i] == pytest.approx(size, rel=1e-4)
+            compared += 1
+    assert compared > 2 * steps
 
 
 @pytest.mark.slow
