@@ -268,14 +268,14 @@ def test_training_takes_own_images(tmp_path: pathlib.Path) -> None:
     from lipbounds.training.data import load
 
     rng = np.random.default_rng(0)
-    pixels, y = rng.integers(0, 256, (20, 8, 8, 1)).astype(np.uint8), np.arange(20) % 2
+    pixels, y = rng.integers(0, 256, (24, 8, 8, 1)).astype(np.uint8), np.arange(24) % 2
     np.savez(tmp_path / "a.npz", x=pixels, y=y)
     np.savez(tmp_path / "b.npz", photos=(pixels / np.float32(255))[..., 0], kinds=y)
     np.savez(tmp_path / "c.npz", x_train=pixels[:12], y_train=y[:12], x_test=pixels[12:], y_test=y[12:])
     folder = _images(tmp_path / "classes", pixels, y)
-    for name, tests in (("a.npz", 4), ("b.npz", 4), ("c.npz", 8), ("classes", 4)):
+    for name, tests in (("a.npz", 4), ("b.npz", 4), ("c.npz", 12), ("classes", 4)):
         data = load(str(tmp_path / name))
-        assert len(data.test_y) == tests and len(data.train_y) == 20 - tests and data.input_shape == (8, 8, 1)
+        assert len(data.test_y) == tests and len(data.train_y) == 24 - tests and data.input_shape == (8, 8, 1)
         assert sorted(np.concatenate([data.train_y, data.test_y])) == sorted(y)
         images = np.concatenate([data.train_pixels, data.test_pixels])
         assert {i.tobytes() for i in images} == {p.tobytes() for p in pixels}, name
