@@ -22,6 +22,7 @@ import lipbounds as lb
 from lipbounds import __version__
 from lipbounds._text import write_atomically
 from lipbounds.analysis.experiment import NORMS, Json, measure, method_names, offered
+from lipbounds.analysis.single_images import best_certified, single_images
 from lipbounds.examples import Example
 from lipbounds.examples import digits as example
 from lipbounds.training.config import Config
@@ -177,6 +178,10 @@ def _measured(
     rows = measure(
         form, data.test_x, data.test_y, methods=methods, seed=seed, quick=True, known=known, progress=measured
     )
+    stage("adversarial examples of the test images", 1.0)
+    best = best_certified(rows)["certified"]
+    radii = np.array([math.inf if r is None else r for r in best["radius"]])
+    images = single_images(model, data.test_x, data.test_y, radii)
     found = {
         "train_accuracy": accuracy(model, data.train_x, data.train_y),
         "test_accuracy": accuracy(model, data.test_x, data.test_y),
@@ -191,6 +196,7 @@ def _measured(
         "parameters": sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))),
         "taps": len(form.taps),
         "training": {**training, **found},
+        "images": images,
         **rows,
     }
 

@@ -104,6 +104,11 @@ def result_record(label: str, result: Any) -> Json:
     return record
 
 
+def finite(value: float) -> float | None:
+    """A number for JSON, which has no infinity: None."""
+    return float(value) if math.isfinite(value) else None
+
+
 def radii_record(radii: Any, grid: Sequence[float]) -> Json:
     """Certified accuracy on a grid of eps, and the quartiles of the radii (None stands for infinity)."""
     radius = np.asarray(radii.radius, dtype=np.float64)
@@ -112,7 +117,7 @@ def radii_record(radii: Any, grid: Sequence[float]) -> Json:
         "guarantee": radii.guarantee,
         "notes": list(radii.notes),
         "images": int(radius.size),
-        "quartiles": [float(q) if math.isfinite(q) else None for q in quartiles],
+        "quartiles": [finite(q) for q in quartiles],
         "eps": [float(eps) for eps in grid],
         "accuracy": [float(radii.accuracy(float(eps))) for eps in grid],
     }
@@ -194,4 +199,6 @@ def measure(
         grid = eps_grid([radii for _, radii in certified])
         for record, radii in certified:
             record["certified"] = radii_record(radii, grid)
+            if norm == 2:
+                record["certified"]["radius"] = [finite(r) for r in radii.radius]
     return rows

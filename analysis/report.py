@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import importlib.resources
-import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +26,7 @@ from lipbounds.analysis.image_figures import (
     pairs_figure,
     radius_histogram,
 )
+from lipbounds.analysis.single_images import best_certified
 
 Json = dict[str, Any]
 
@@ -81,13 +81,6 @@ def _of_single_images(model: Json) -> dict[str, Figure]:
     if images["shown"]:
         drawn["examples"] = examples_figure(images["shown"])
     return drawn
-
-
-def best_certified(model: Json) -> Json:
-    """The row of the l2 bound with the largest median radius, infinity being None."""
-    rows = [row for row in model["upper"] if row["norm"] == "2" and "certified" in row]
-    medians = [row["certified"]["quartiles"][1] for row in rows]
-    return max(zip(rows, medians, strict=True), key=lambda each: math.inf if each[1] is None else each[1])[0]
 
 
 def render(results: Json, figures: dict[str, dict[str, str]]) -> str:

@@ -14,10 +14,10 @@ import numpy as np
 
 from lipbounds.analysis.attack_network import logits_of, split
 from lipbounds.analysis.attack_search import Attack
-from lipbounds.analysis.experiment import Json
+from lipbounds.analysis.experiment import GRID, Json, finite
 from lipbounds.analysis.fab import fab
 
-STEPS, TARGETS = 40, 3  # of FAB, for one image
+STEPS, TARGETS = 30, 3  # of FAB, for one image
 _SHOWN = 8
 
 
@@ -26,7 +26,7 @@ def single_images(
     x: np.ndarray,
     y: np.ndarray,
     radii: np.ndarray,
-    grid: Sequence[float],
+    grid: Sequence[float] | None = None,
     *,
     shown: int = _SHOWN,
     norm: float = 2,
@@ -37,7 +37,7 @@ def single_images(
         model: a function of a batch (N, ...) of pixels in [0, 1] to logits (N, K).
         x, y: images and labels.
         radii: (N,) certified radii, 0 where an image is not classified as labelled.
-        grid: eps of the curve of the accuracy under attack.
+        grid: eps of the curve of the accuracy under attack; None goes to the largest distance found.
         shown: so many images are kept with their pixels, from the least to the largest radius.
         norm: that of the radii, 2 or inf.
 
@@ -46,11 +46,14 @@ def single_images(
         accuracy at every eps of the grid, an upper bound of the robust accuracy), "classes" (a row per class), "shown".
     """
     found = fab(model, x, y, norm=norm, steps=STEPS, targets=TARGETS, progress=False)
+    if grid is None:
+        near = found.distance[np.isfinite(found.distance)]
+        grid = np.linspace(0.0, 1.02 * float(near.max()) if near.size else 1.0, GRID).tolist()
     accuracy = [float((found.correct & (found.distance > eps)).mean()) for eps in grid]
     return {
         "attack": f"FAB, {TARGETS} targets of {STEPS} steps",
-        "radius": [_finite(r) for r in radii],
-        "distance": [_finite(d) for d in found.distance],
+        "radius": [finite(r) for r in radii],
+        "distance": [finite(d) for d in found.distance],
         "correct": found.correct.tolist(),
         "attacked": {"eps": [float(eps) for eps in grid], "accuracy": accuracy},
         "classes": [_class_row(int(label), y, radii, found) for label in np.unique(y)],
@@ -58,8 +61,11 @@ def single_images(
     }
 
 
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+def best_certified(model: Json) -> Json:
+    """The row of the l2 bound with the largest median radius, infinity being None."""
+    rows = [row for row in model["upper"] if row["norm"] == "2" and "certified" in row]
+    medians = [row["certified"]["quartiles"][1] for row in rows]
+    return max(zip(rows, medians, strict=True), key=lambda each: math.inf if each[1] is None else each[1])[0]
 
 
 def _class_row(label: int, y: np.ndarray, radii: np.ndarray, found: Attack) -> Json:
@@ -67,7 +73,7 @@ def _class_row(label: int, y: np.ndarray, radii: np.ndarray, found: Attack) -> J
     right = (y == label) & found.correct
     row: Json = {"label": label, "images": int((y == label).sum()), "correct": int(right.sum())}
     for name, values in (("radius", radii), ("distance", found.distance)):
-        row[name] = _finite(np.quantile(values[right], 0.5, method="lower")) if right.any() else None
+        row[name] = finite(np.quantile(values[right], 0.5, method="lower")) if right.any() else None
     return row
 
 
@@ -85,8 +91,8 @@ def _shown(
         {
             "index": int(i),
             "label": int(y[i]),
-            "radius": _finite(radii[i]),
-            "distance": _finite(found.distance[i]),
+            "radius": finite(radii[i]),
+            "distance": finite(found.distance[i]),
             "becomes": int(new),
             "pixels": np.asarray(x[i], np.float64).round(4).tolist(),
             "adversarial": np.asarray(found.adversarial[i], np.float64).round(4).tolist(),

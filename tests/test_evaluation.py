@@ -43,7 +43,7 @@ CONFIG = Config(
 )
 SPEC = CONFIG.spec((8, 8, 1), 10)
 EPS = [0.1, 0.3]
-COUNT = 60
+COUNT = 100
 METHODS = ("naive", "liplt", "lipsdp")
 
 
@@ -60,7 +60,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def record(model, test_set):
-    return evaluate(model, *test_set, eps=EPS[::-1], pgd_steps=15)
+    return evaluate(model, *test_set, eps=EPS[::-1], pgd_steps=30)
 
 
 # ---------------------------------------------------------------------------------------------------- the figures

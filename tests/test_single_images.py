@@ -13,8 +13,8 @@ from lipbounds.analysis.image_figures import (
     pairs_figure,
     radius_histogram,
 )
-from lipbounds.analysis.report import best_certified, fill
-from lipbounds.analysis.single_images import single_images
+from lipbounds.analysis.report import fill
+from lipbounds.analysis.single_images import best_certified, single_images
 
 RNG = np.random.default_rng(0)
 W = RNG.normal(size=(3, 9)).astype(np.float32)
