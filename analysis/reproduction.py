@@ -35,11 +35,15 @@ from lipbounds.training.watch import troubled
 
 RECORD = "table1.json"
 EVALUATION = "evaluation.json"
+_SIDE = 16  # pixels at most in small
 _SMALL: Json = {
     "mnist": "2C2F",
     "cifar10": "2C2F",
     "tiny-imagenet": "2C2F",
-    "mnist/crm-mlp": "784-16-10",
+    "mnist/crm-mlp": "196-16-10",
+    "cifar10/lipconvnet-5": "lipconvnet-4",
+    "cifar10/lipconvnet-10": "lipconvnet-4",
+    "cifar10/lipconvnet-15": "lipconvnet-4",
     "cifar10/liresnet": "liresnet-L1W4",
     "tiny-imagenet/liresnet": "liresnet-L1W4",
 }
@@ -53,7 +57,8 @@ class Plan:
         data_dir: the folder of all data sets, as `training.data.load` takes it.
         epochs: instead of those of the row, with the shape of its schedule.
         limit: use only so many training and test images, evenly spaced, as some files are sorted by class.
-        small: for trials: a small network of each kind and few constants; its figures mean nothing.
+        small: for trials: a small network of each kind, few constants, and images of at most 16 x 16 pixels, which are
+            every second or fourth one of the data set's; its figures mean nothing.
         settings: changes of every configuration.
         images: attack and certify only the first so many test images.
         local_images: of a row with local constants in its loss so many test images are certified by local bounds, too.
@@ -80,15 +85,20 @@ class Plan:
             usual = row.config(self.epochs).batch_size
             changes["batch_size"] = max(1, min(usual, self.limit // 4))
         if self.small:
-            small = _SMALL.get(row.name, _SMALL[row.group])
-            changes |= {"arch": small if "lipconvnet" not in row.name else "lipconvnet-5"}
+            changes["arch"] = _SMALL.get(row.name, _SMALL[row.group])
             changes["refresh"] = 1 if row.settings.get("constants") == "local" else 4
             changes |= {"degrees": 0.0, "translate": 0.0}
         return row.config(self.epochs, **changes, **self.settings)
 
     def data(self, dataset: str) -> Dataset:
-        """The data set, cut to the limit."""
+        """The data set, cut to the limit, and in small its images with fewer pixels."""
         whole = load(dataset, self.data_dir)
+        if self.small:
+            apart = -(-max(whole.train_pixels.shape[1:3]) // _SIDE)
+            fewer = {
+                name: getattr(whole, name)[:, ::apart, ::apart] for name in ("train_pixels", "test_pixels")
+            }
+            whole = dataclasses.replace(whole, **fewer)
         if self.limit is None:
             return whole
         parts = {}

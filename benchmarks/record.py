@@ -55,9 +55,12 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dense", type=int, default=2)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--rise", type=float, default=500, help="steps in which the rate rises")
+    parser.add_argument("--fall", choices=("linear", "cosine"), default="linear", help="of the rate")
     parser.add_argument(
         "--margin", type=float, default=2.0, help="largest eps of the loss, in units of 36/255"
     )
+    parser.add_argument("--ramp", type=float, default=0.5, help="share of the time in which eps rises")
     parser.add_argument("--decay", type=float, default=0.995, help="of the weights' moving average, per step")
     parser.add_argument("--cutout", type=int, default=0, help="side of the square that is blanked out")
     parser.add_argument("--images", type=int, default=50_000, help="train on fewer")
@@ -198,7 +201,7 @@ def trainer(c: argparse.Namespace, graph: Any) -> tuple[Any, Any]:
         x = crop(keys[0], flip(keys[1], x), 4)
         x = cutout(keys[2], x, c.cutout, fill=0.5) if c.cutout else x
         y = labels[rows]
-        eps = EPS * (0.1 + (c.margin - 0.1) * jnp.minimum(2 * share, 1))
+        eps = EPS * (0.1 + (c.margin - 0.1) * jnp.minimum(share / c.ramp, 1))
 
         def loss(weights: Any) -> Any:
             model = nnx.merge(graph, weights)
@@ -213,7 +216,10 @@ def trainer(c: argparse.Namespace, graph: Any) -> tuple[Any, Any]:
         fine = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(gradient))
         gradient = jax.tree.map(lambda g: jnp.where(fine, g, 0), gradient)
         updates, moments = optimiser.update(gradient, moments, weights)
-        rate = c.rate * jnp.minimum(1, (count + 1) / 500) * jnp.minimum(1, 1.25 * (1 - share) + 1e-3)
+        falling = jnp.minimum(1, 1.25 * (1 - share) + 1e-3)
+        if c.fall == "cosine":
+            falling = 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(share, 1))) + 1e-3
+        rate = c.rate * jnp.minimum(1, (count + 1) / c.rise) * falling
         weights = jax.tree.map(lambda w, u: w - rate * u, weights, updates)
         keep = jnp.minimum(c.decay, (count + 1) / (count + 10))
         average = jax.tree.map(lambda m, w: m + (1 - keep) * (w - m), average, weights)
