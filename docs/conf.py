@@ -33,7 +33,7 @@ nb_execution_raise_on_error = True
 nb_execution_cache_path = str(HERE / "generated" / "notebooks.cache")
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", ".*")]  # annotations name types of other libraries
-suppress_warnings = ["mystnb.unknown_mime_type", "toc.empty_glob"]
+suppress_warnings = ["mystnb.unknown_mime_type"]
 
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
