@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -13,13 +14,15 @@ from matplotlib.figure import Figure
 
 import lipbounds as lb
 from lipbounds import __version__
+from lipbounds.analysis.attacks import pgd
 from lipbounds.analysis.figures import INK, RADII_LINES, dress, new_figure, png
 from lipbounds.analysis.report import embedded, fill, write_page
 from lipbounds.training.config import Config
 from lipbounds.training.data import load
-from lipbounds.training.loop import Fitted, proved_bound
+from lipbounds.training.loop import Fitted, accuracy, proved_bound
+from lipbounds.training.robust_watch import overfitting
 from lipbounds.training.runs import BEST, CERTIFICATE
-from lipbounds.training.watch import best, troubled
+from lipbounds.training.watch import best, judged, troubled
 
 Json = dict[str, Any]
 PAGE = "report.html"
@@ -30,12 +33,21 @@ def final_record(
 ) -> Json:
     """Clean and certified accuracy on all test images, by the bound that stood in the loss (else by LipLT).
 
-    Radii are in pixel units, l2. A LipSDP bound leaves its certificate in the run's folder.
+    Radii are in pixel units, l2. A LipSDP bound leaves its certificate in the run's folder. A run with a robust loss
+    has its accuracy under ten steps of PGD, and nothing certified where it had neither constants in its loss nor
+    validations.
     """
     config = fitted.config
-    tell("bounding the network")
     begin = time.perf_counter()
     data = load(config.dataset, config.data_dir if data_dir is None else data_dir)
+    record: Json = {"images": len(data.test_y), "eps": config.eps}
+    if config.robust:
+        tell("attacking the test images")
+        record["pgd_accuracy"] = _attacked(fitted, data)
+        if not config.uses_constants and not config.validate_every:
+            clean = accuracy(fitted.model, data.test_x, data.test_y)
+            return {**record, "clean": clean, "seconds": time.perf_counter() - begin}
+    tell("bounding the network")
     if fitted.proved is None:
         form = lb.trace(fitted.model, jax.ShapeDtypeStruct(data.input_shape, jnp.float32))
         bound = proved_bound(form, config, fitted.state)
@@ -46,10 +58,9 @@ def final_record(
     tell("certifying the test images")
     radii = lb.certified_radius(form, data.test_x, data.test_y, bound=bound)
     return {
-        "images": len(data.test_y),
+        **record,
         "clean": float(radii.correct.mean()),
         "certified": float(radii.accuracy(config.eps)),
-        "eps": config.eps,
         "method": bound.method,
         "guarantee": radii.guarantee,
         "constant": bound.value,
@@ -58,19 +69,30 @@ def final_record(
     }
 
 
+def _attacked(fitted: Fitted, data: Any) -> float:
+    """Accuracy on the test images under ten steps of PGD, an upper estimate of the robust accuracy."""
+    config, eps = fitted.config, fitted.config.attack_eps
+    norm = math.inf if config.attack_norm == "linf" else 2.0
+    options: Json = {"norm": norm, "batch_size": config.batch_size, "step_size": eps / 4 or None}
+    return pgd(fitted.model, data.test_x, data.test_y, eps, steps=10, loss="ce", **options).accuracy
+
+
 def remarks(fitted: Fitted) -> list[str]:
     """Sentences about a run that lost its radius term, stopped early, or certified more before its end."""
     log, config = fitted.log, fitted.config
     found = [text] if (text := troubled(log)) else []
     if log[-1]["epoch"] < config.epochs:
-        found.append(
-            f"stopped after epoch {log[-1]['epoch']} of {config.epochs}: hardly an image was certified in the last "
-            f"{config.stop_if_uncertified} epochs"
+        why = (
+            "PGD accuracy had collapsed"
+            if config.stop_if_overfitted and overfitting(log) is not None
+            else f"hardly an image was certified in the last {config.stop_if_uncertified} epochs"
         )
+        found.append(f"stopped after epoch {log[-1]['epoch']} of {config.epochs}: {why}")
     if fitted.folder is not None and (fitted.folder / BEST).exists():
         epoch = best(log, config)
-        share = next(record["certified_estimate"] for record in log if record["epoch"] == epoch)
-        found.append(f"{BEST}: the weights of epoch {epoch}, {100 * share:.1f} % certified by an estimate")
+        share = 100 * next(record[judged(config)] for record in log if record["epoch"] == epoch)
+        what = "correct under PGD" if config.robust else "certified by an estimate"
+        found.append(f"{BEST}: the weights of epoch {epoch}, {share:.1f} % {what}")
     return found
 
 
@@ -110,6 +132,8 @@ def curves(log: list[Json], config: Config) -> Figure:
         ("clean", RADII_LINES[0], "clean"),
         ("certified", RADII_LINES[2], f"certified at {config.eps:.4g}"),
     ):
+        if not seen and config.robust:
+            continue
         right.plot(
             [record["epoch"] for record in seen],
             [100 * record[key] for record in seen],
@@ -127,6 +151,15 @@ def curves(log: list[Json], config: Config) -> Figure:
             linewidth=0.8,
             linestyle="--",
             label=f"certified at {config.eps:.4g}, estimate, {seen[0]['part'] if seen else 'sampled'} images",
+        )
+    attacked = [record for record in log if record.get("pgd_accuracy") is not None]
+    if attacked:
+        right.plot(
+            [record["epoch"] for record in attacked],
+            [100 * record["pgd_accuracy"] for record in attacked],
+            color=RADII_LINES[1],
+            linewidth=1.2,
+            label=f"under PGD at {config.attack_norm} {config.attack_eps:.4g}",
         )
     right.set_title("accuracy (%)", loc="left", fontsize=9)
     right.legend(fontsize=7, frameon=False, loc="lower right")

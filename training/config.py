@@ -16,6 +16,7 @@ from lipbounds.training.initial import INITIALISATIONS
 from lipbounds.training.losses import TRANSFORMS
 from lipbounds.training.models import ACTIVATIONS, NAMED, SIMPLE, ModelSpec, spec_for
 from lipbounds.training.own_data import is_own
+from lipbounds.training.robust_losses import ROBUST
 
 _COUNTS = 1e9  # no setting that counts something is larger
 _POSITIVE = 1e-12
@@ -38,8 +39,11 @@ def _setting(
     )
 
 
-#: Names of `Config.loss`; all but the second contain a bound.
-LOSSES = ("crm", "cross-entropy", "gloro", "gloro-trades", "lipschitz-margin", "emma", "margin")
+#: Names of `Config.loss`; of the first line all but the second contain a bound, those of the second attack the images.
+LOSSES = ("crm", "cross-entropy", "gloro", "gloro-trades", "lipschitz-margin", "emma", "margin", *ROBUST)
+# Robust losses with the divergence of TRADES, and those whose weight width-adjusted regularisation may move.
+_REGULARISED = ("trades", "fast-trades", "fast-trades-2", "backward-smoothing")
+_ADJUSTED = (*_REGULARISED, "generalised-at")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +65,8 @@ class Config:
                                    "default) or unit (layers of norm 1).", choices=INITIALISATIONS)
     mean: float = _setting(0.0, "network", "Mean that the model subtracts from its input first.", -1e6, 1e6)
     std: float = _setting(1.0, "network", "Standard deviation by which it then divides.", _POSITIVE, 1e6)
-    loss: str = _setting("crm", "loss", "Certified radius maximisation (crm), or one of its baselines.",
+    loss: str = _setting("crm", "loss", "Certified radius maximisation (crm), one of its baselines, or a robust "
+                         "loss, which attacks the images of every step (at, trades, ...).",
                          choices=LOSSES)
     constants: str = _setting("recursion", "loss", "Bound in the loss; recursion is LipSDP's ellipsoid recursion, "
                               "local the naive product near every image.",
@@ -78,6 +83,21 @@ class Config:
     certificate: float = _setting(0.0, "loss", "Weight of the mean share of eps that radii of right answers lack, "
                                   "beside any loss with constants.", 0)
     eps: float = _setting(1.58, "loss", "Radius (l2) of validation, GloRo and Lipschitz-margin training.", 0)
+    attack_eps: float = _setting(8 / 255, "loss", "Radius of the attack in a robust loss and of PGD accuracies.", 0)
+    attack_norm: str = _setting("linf", "loss", "Norm of that radius.", choices=("linf", "l2"))
+    attack_steps: int = _setting(0, "loss", "Steps of the attack in a robust loss; 0 for the usual number.", 0, 10000)
+    attack_step: float = _setting(0.0, "loss", "Length of its steps; 0 for the usual share of attack_eps.", 0)
+    attack_start: str = _setting("usual", "loss", "Where the attack begins: in the ball (uniform), near the image, or "
+                                 "at it (clean).", choices=("usual", "uniform", "near", "clean"))
+    robust_weight: float = _setting(0.0, "loss", "Weight of the second term of a robust loss (beta of TRADES); 0 for "
+                                    "the usual one.", 0)
+    gamma: float = _setting(1.0, "loss", "Noise on the logits (backward-smoothing).", 0)
+    tau: float = _setting(0.5, "loss", "Temperature (consistency).", _POSITIVE)
+    divergence: str = _setting("js", "loss", "Divergence of the two views (consistency).", choices=("js", "min"))
+    awp: float = _setting(0.0, "loss", "Adversarial weight perturbation in a robust loss, a share of the weights.", 0)
+    war: float = _setting(0.0, "loss", "Ratio of the two terms of a robust loss that its weight follows "
+                          "(width-adjusted regularisation); 0 for a fixed weight.", 0)
+    radius_weight: float = _setting(0.0, "loss", "Weight of CRM's radius term beside a robust loss.", 0)
     warmup: int = _setting(1, "loss", "Epochs of cross-entropy alone at the start.", 0)
     ramp: int = _setting(0, "loss", "Epochs after the warm-up in which lam (for margin losses eps) rises from 0 to "
                          "its value.", 0)
@@ -118,6 +138,10 @@ class Config:
     checkpoint_every: int = _setting(1, "run", "Epochs between checkpoints; the last epoch is always saved.", 1)
     stop_if_uncertified: int = _setting(0, "run", "Stop after N epochs in a row, behind warm-up and ramp, in which at "
                                         "most 1 % are certified at eps by the constants of the loss; 0 for never.", 0)
+    robust_every: int = _setting(1, "run", "Epochs between accuracies under a short PGD in runs with a robust loss; 0 "
+                                 "for none.", 0)
+    stop_if_overfitted: bool = _setting(False, "run", "Stop once PGD accuracy collapses under a robust loss "
+                                        "(catastrophic overfitting).")
     max_skipped: int = _setting(100, "run", "Steps per epoch that may be skipped for a gradient that is not finite.", 0)
     seed: int = _setting(0, "run", "Random seed of weights, order, augmentation and power iteration.", 0, 2**32 - 1)
     # fmt: on
@@ -156,8 +180,29 @@ class Config:
             raise ValueError(
                 f"warmup ({self.warmup}) and ramp ({self.ramp}) together must be at most epochs ({self.epochs})"
             )
+        self._check_robust()
         if self.average != "none" and self.average_from >= self.epochs:
             raise ValueError(f"average_from ({self.average_from}) must be below epochs ({self.epochs})")
+
+    def _check_robust(self) -> None:
+        if not self.robust:
+            given = [name for name in ("awp", "war", "radius_weight") if getattr(self, name)]
+            if given:
+                other = "; crm has lam in the place of radius_weight" if "radius_weight" in given else ""
+                raise ValueError(
+                    f"{', '.join(given)} stands beside a robust loss, and {self.loss} is none{other}"
+                )
+            return
+        if self.regularises and self.attack_start == "clean":
+            raise ValueError(
+                f"attack_start=clean does not go with {self.loss}: its divergence has no gradient at the image"
+            )
+        if self.war and self.loss not in _ADJUSTED:
+            raise ValueError(
+                f"war moves the weight of {', '.join(_ADJUSTED)}, and {self.loss} is none of them"
+            )
+        if self.war and self.robust_weight:
+            raise ValueError("war moves the weight of the second term from 0 on: leave robust_weight at 0")
 
     @classmethod
     def usual(cls, dataset: str, **changes: Any) -> Config:
@@ -167,7 +212,24 @@ class Config:
     @property
     def uses_constants(self) -> bool:
         """Whether the loss contains a bound."""
+        if self.robust:
+            return self.radius_weight > 0 or self.certificate > 0
         return self.loss != "cross-entropy" and not (self.loss == "crm" and self.lam == 0)
+
+    @property
+    def robust(self) -> bool:
+        """Whether the loss attacks the images of every step."""
+        return self.loss in ROBUST
+
+    @property
+    def regularises(self) -> bool:
+        """Whether the loss has the divergence of TRADES between clean and attacked answers."""
+        return self.loss in _REGULARISED
+
+    @property
+    def views(self) -> int:
+        """Augmented views of every image that a step takes."""
+        return 2 if self.loss == "consistency" else 1
 
     def spec(self, input_shape: tuple[int, int, int], classes: int) -> ModelSpec:
         """The model for images of this shape. ValueError where architecture and data do not fit."""
@@ -305,10 +367,24 @@ def defaults(dataset: str) -> dict[str, Any]:
     return {"dataset": dataset, **(_DEFAULTS.get(dataset, {}) if isinstance(dataset, str) else {})}
 
 
-_DIGITS = {"batch_size": 64, "learning_rate": 4e-3, "r0": 1.0, "t": 10.0, "lam": 5.0, "eps": 0.5}
+_DIGITS = {
+    "batch_size": 64,
+    "learning_rate": 4e-3,
+    "r0": 1.0,
+    "t": 10.0,
+    "lam": 5.0,
+    "eps": 0.5,
+    "attack_eps": 0.1,
+}
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "digits": {"arch": "64-64-64-10", **_DIGITS},
-    "mnist": {"arch": "784-512-512-10", "t": 10.0, "learning_rate": 3e-3, "multiplier_rate": 1e-2},
+    "mnist": {
+        "arch": "784-512-512-10",
+        "t": 10.0,
+        "learning_rate": 3e-3,
+        "multiplier_rate": 1e-2,
+        "attack_eps": 0.1,
+    },
     "cifar10": {"arch": "6C2F", "eps": 36 / 255, "r0": 0.2, "t": 10.0, "mean": 0.5, "std": 0.5},
     "cifar100": {"arch": "6C2F", "eps": 36 / 255, "r0": 0.2, "t": 10.0, "mean": 0.5, "std": 0.5},
     "tiny-imagenet": {"arch": "8C2F", "eps": 36 / 255, "r0": 0.2, "t": 10.0},

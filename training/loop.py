@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 import lipbounds as lb
-from lipbounds.training import parallel, runs, watch
+from lipbounds.training import parallel, robust_watch, runs, watch
 from lipbounds.training.checkpoints import CheckpointError, Checkpoints
 from lipbounds.training.config import Config
 from lipbounds.training.data import Dataset, load
@@ -202,7 +202,19 @@ class _Run:
             raise ValueError(f"{images.name} has {images.classes} classes, and the network {outputs} outputs")
         part = self.held_out if config.holdout else self.rows
         self.sample = np.sort(np.random.default_rng(1).permutation(part)[:VALIDATED])
-        self.watch = watch.Watch(self.trainer, images.pixels[self.sample], images.labels[self.sample])
+        chosen = (images.pixels[self.sample], images.labels[self.sample])
+        self.watch = watch.Watch(self.trainer, *chosen)
+        samples = {"sample": chosen}
+        if config.holdout:
+            rows = np.sort(np.random.default_rng(2).permutation(self.rows)[: len(self.sample)])
+            samples["training"] = (images.pixels[rows], images.labels[rows])
+        self.attacks = robust_watch.RobustWatch(self.trainer, samples)
+        low, high = (float(f(images.pixels)) / images.levels for f in (np.min, np.max))
+        if config.robust and (low < 0 or high > 1):
+            raise ValueError(
+                f"{config.loss} attacks images in the box [0, 1], and these reach from {low:g} to {high:g}: "
+                "rescale them, and put the normalisation into the model"
+            )
         if config.validate_every:  # raises now, not after hours of training, if the network has no bound
             self.trainer.form(self.trainer.weights)
 
@@ -221,20 +233,23 @@ class _Run:
         pixels = devices.put(self.images.pixels[self.rows])
         labels = devices.put(self.images.labels[self.rows])
         for epoch in range(done + 1, config.epochs + 1):
-            if watch.stopped(log, config):
+            if self._stopped(log):
                 break
             begin, proved = time.perf_counter(), None
             state, metrics = self.trainer.epoch(state, pixels, labels)
             state = refreshed(self.trainer, state, pixels, epoch)
             state, figures = self.watch(state)
+            figures |= self.attacks(state, epoch)
             record = self._record(epoch, metrics, figures, begin)
+            if overfitted := robust_watch.overfitting([*log, record]):
+                record["warning"] = overfitted
             if record["skipped"] > config.max_skipped or record["skipped"] == self.trainer.steps:
                 raise FloatingPointError(
                     f"{record['skipped']} of {self.trainer.steps} steps of epoch {epoch} had a loss or gradient that "
                     "is not finite and were skipped: lower learning_rate or lam, or set precision=float64"
                 )
             log.append(record)
-            ends = epoch == config.epochs or watch.stopped(log, config)
+            ends = epoch == config.epochs or self._stopped(log)
             every = config.validate_every
             if every and (epoch % every == 0 or ends) and devices.leads:
                 validated, proved = self.validate(state)
@@ -253,10 +268,14 @@ class _Run:
         seconds = time.perf_counter() - self.started
         return Fitted(model, self.spec, config, tuple(log), ended, seconds, folder, proved)
 
+    def _stopped(self, log: list[Record]) -> bool:
+        """Whether the run ends here, before its last epoch."""
+        return watch.stopped(log, self.config) or robust_watch.stopped(log, self.config)
+
     def _write_best(
         self, folder: pathlib.Path, checkpoints: Checkpoints, log: list[Record], ended: TrainState
     ) -> None:
-        """The weights of the checkpoint with the largest estimate, unless they are the last ones or unreadable."""
+        """The weights of the best checkpoint (`watch.judged`), unless they are the last ones or unreadable."""
         epoch = watch.best(log, self.config)
         if self.spec is None or epoch not in checkpoints.epochs() or epoch == log[-1]["epoch"]:
             return
@@ -280,6 +299,7 @@ class _Run:
             "failed": int(found.failed),
             "learning_rate": float(rate),
             "seconds": time.perf_counter() - begin,
+            **{name: float(value) if np.isfinite(value) else None for name, value in found.report.items()},
             **figures,
         }
         trouble = watch.warning(record, config)

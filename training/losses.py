@@ -48,6 +48,11 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
     return optax.softmax_cross_entropy(logits, targets).mean()
 
 
+def nothing(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+    """0 for all logits, where a robust loss stands in the place of the cross-entropy."""
+    return jnp.zeros((), logits.dtype)
+
+
 def of_class(pairs: jax.Array, rows: jax.Array, logits: jax.Array) -> jax.Array:
     """(n, K) constants between the classes `rows` (n,) and all others.
 
@@ -132,7 +137,10 @@ def by_name(
 ) -> jax.Array:
     """The loss that a `Config` names, with a share of lam (CRM) or of eps (the others) in force."""
     eps = c.eps * share
-    if c.loss == "crm" or not c.uses_constants:
+    weight = c.radius_weight if c.robust else c.lam
+    if c.robust:  # its own value is not a function of these logits
+        value = jnp.zeros((), logits.dtype)
+    elif c.loss == "crm" or not c.uses_constants:
         value = cross_entropy(logits, labels, c.smoothing)
     elif c.loss == "gloro-trades":
         value = gloro_trades(logits, labels, pairs, eps=eps, weight=c.trades)
@@ -142,8 +150,8 @@ def by_name(
         value = {"gloro": gloro, "lipschitz-margin": lipschitz_margin, "emma": emma}[c.loss](
             logits, labels, pairs, eps=eps
         )
-    if c.loss == "crm" and c.uses_constants:
-        value = value + c.lam * share * crm_penalty(logits, labels, pairs, t=c.t, r0=c.r0, g=c.g)
+    if (c.loss == "crm" or c.robust) and c.uses_constants and weight:
+        value = value + weight * share * crm_penalty(logits, labels, pairs, t=c.t, r0=c.r0, g=c.g)
     if c.certificate:
         value = value + c.certificate * share * certificate_penalty(logits, labels, pairs, eps=c.eps)
     return value

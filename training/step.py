@@ -29,12 +29,13 @@ import optax
 from flax import nnx
 
 import lipbounds as lb
-from lipbounds.training import losses, network, statistics
+from lipbounds.training import losses, network, robust_step, statistics
 from lipbounds.training.augment import Augmentation
 from lipbounds.training.config import Config
 from lipbounds.training.network import Network
 from lipbounds.training.optimisers import optimiser
 from lipbounds.training.parallel import Devices
+from lipbounds.training.robust_step import Passed
 
 _FLOAT = jnp.float32
 _FIRST_ITERATIONS, _LAST_ITERATIONS = 10, 100  # of spectral layers, before training and behind it
@@ -71,6 +72,7 @@ class TrainState(NamedTuple):
         kept: what moves on with every step without a gradient: vectors of the power iterations of spectral layers,
             running statistics of BatchNorm.
         settled: statistics of BatchNorm for the averaged weights, gathered after every epoch; () where there are none.
+        factor: weight of the second term of a robust loss where it moves (`Config.war`), else ().
     """
 
     weights: Any
@@ -82,15 +84,20 @@ class TrainState(NamedTuple):
     step: jax.Array
     kept: Any = ()
     settled: Any = ()
+    factor: Any = ()
 
 
 class Metrics(NamedTuple):
-    """Metrics of one epoch on the augmented training images: means over the steps, and two counts."""
+    """Metrics of one epoch on the augmented training images: means over the steps, and two counts.
+
+    `report` holds means of what a robust loss says beside, by the names of the log.
+    """
 
     loss: jax.Array
     accuracy: jax.Array
     skipped: jax.Array
     failed: jax.Array
+    report: dict[str, jax.Array]
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +185,9 @@ class Trainer(Network):
         )
         # spectral layers start near their constant, and keep up from then on
         settled = self.statistics if c.average != "none" and self.norms else ()
-        state = state._replace(kept=self.advanced(weights, _FIRST_ITERATIONS), settled=settled)
+        factor = jnp.zeros((), _FLOAT) if c.war else ()
+        kept = self.advanced(weights, _FIRST_ITERATIONS)
+        state = state._replace(kept=kept, settled=settled, factor=factor)
         # strongly typed, as every later state is, so that the epoch is compiled once
         return jax.tree.map(lambda a: jnp.asarray(a, a.dtype), state)
 
@@ -259,7 +268,13 @@ class Trainer(Network):
         return augment(key, self.devices.spread(pixels[rows]).astype(_FLOAT) / np.float32(self.levels))
 
     def _visit(self, state: TrainState, pixels: Any, labels: Any, rows: Any, key: Any) -> Any:
-        return self._step(state, self.batch(pixels, rows, key), self.devices.spread(labels[rows]))
+        labels = self.devices.spread(labels[rows])
+        if not self.config.robust:
+            return self._step(state, self.batch(pixels, rows, key), labels)
+        x, attack = self.batch(pixels, rows, key), jax.random.fold_in(key, 1)
+        if self.config.views == 2:
+            x = jnp.stack([x, self.batch(pixels, rows, jax.random.fold_in(key, 2))])
+        return self._step(state, x, labels, attack)
 
     @cached_property
     def gathered(self) -> Any:
@@ -271,20 +286,29 @@ class Trainer(Network):
 
         return jax.jit(gather, out_shardings=self.devices.replicated)
 
-    def _step(self, state: TrainState, x: jax.Array, labels: jax.Array) -> tuple[TrainState, Any]:
-        return self.at(state.kept)._stepped(state, x, labels)
+    def _step(self, state: TrainState, x: Any, labels: Any, key: Any = None) -> tuple[TrainState, Any]:
+        return self.at(state.kept)._stepped(state, x, labels, key)
 
-    def _stepped(self, state: TrainState, x: jax.Array, labels: jax.Array) -> tuple[TrainState, Any]:
-        trained = (state.weights, state.multipliers)
-        x = x.astype(self.config.forward)
-
-        def passed(weights: Any) -> tuple[jax.Array, Any]:
+    def _passed(self, state: TrainState, x: jax.Array) -> Passed:
+        def forward(weights: Any) -> tuple[jax.Array, Any]:
             logits, after = self.trained(weights, self.statistics, x)
             return logits.astype(_FLOAT), after
 
-        logits, pull, after = jax.vjp(passed, state.weights, has_aux=True)
+        logits, pull, after = jax.vjp(forward, state.weights, has_aux=True)
+        return Passed(None, logits, pull, after, {}, state.factor)
+
+    def _stepped(self, state: TrainState, x: Any, labels: Any, key: Any) -> tuple[TrainState, Any]:
+        trained = (state.weights, state.multipliers)
+        if self.config.robust:
+            passed = robust_step.passed(self, state, x, labels, key)
+            x = x[0] if self.config.views == 2 else x
+        else:
+            x = x.astype(self.config.forward)
+            passed = self._passed(state, x)
+        logits = passed.logits
         loss, along, through, multipliers, bound, held = self._loss(state, trained, x, logits, labels)
-        (direct,) = pull(along)
+        loss = loss if passed.value is None else loss + passed.value
+        (direct,) = passed.pull(along)
         gradient = (jax.tree.map(jnp.add, direct, through[0]), through[1])
         fine = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
         gradient = jax.tree.map(lambda a: jnp.where(fine, a, 0), gradient)
@@ -292,14 +316,16 @@ class Trainer(Network):
         updates, moments = self.optimiser.update(gradient, state.moments, trained)
         weights, multipliers = optax.apply_updates(trained, updates)
         average = self._average(state, weights)
-        kept = self.at(after).advanced(weights)
-        new = TrainState(weights, multipliers, moments, bound, held, average, state.step, kept, state.settled)
+        kept = self.at(passed.statistics).advanced(weights)
+        beside = (state.step, kept, state.settled, passed.factor)
+        new = TrainState(weights, multipliers, moments, bound, held, average, *beside)
         new = jax.tree.map(lambda a, b: jnp.where(fine, a.astype(b.dtype), b), new, state)
         seen = (
             loss,
             jnp.mean((jnp.argmax(logits, axis=-1) == labels).astype(_FLOAT)),
             ~fine,
             getattr(bound, "failed", jnp.zeros((), bool)),
+            passed.report,
         )
         return new._replace(step=state.step + 1), seen
 
@@ -307,8 +333,9 @@ class Trainer(Network):
         """(loss, dl/dz, (dC/d trained)' dl/dC, multipliers, state of the bound, held)."""
         c = self.config
         nothing = jax.tree.map(jnp.zeros_like, trained)
+        alone = losses.nothing if c.robust else losses.cross_entropy
         if not c.uses_constants:
-            loss, along = jax.value_and_grad(losses.cross_entropy)(logits, labels, c.smoothing)
+            loss, along = jax.value_and_grad(alone)(logits, labels, c.smoothing)
             return loss, along, nothing, state.multipliers, state.bound, state.held
         begin = c.warmup * self.steps
         share: float | jax.Array = 1.0
@@ -317,7 +344,7 @@ class Trainer(Network):
         whole = partial(self.loss, share=share)
 
         def plain() -> tuple[Any, ...]:
-            loss, along = jax.value_and_grad(losses.cross_entropy)(logits, labels, c.smoothing)
+            loss, along = jax.value_and_grad(alone)(logits, labels, c.smoothing)
             return loss, along, nothing, state.multipliers, _calm(state.bound), state.held
 
         def fresh() -> tuple[Any, ...]:
@@ -391,7 +418,7 @@ def _calm(bound: Any) -> Any:
 
 def _metrics(seen: Any) -> Metrics:
     """Metrics of an epoch from the values of its steps."""
-    loss, accuracy, skipped, failed = seen
+    loss, accuracy, skipped, failed, report = seen
     kept = jnp.maximum(jnp.sum(~skipped), 1)
 
     def mean(a: jax.Array) -> jax.Array:
@@ -400,7 +427,9 @@ def _metrics(seen: Any) -> Metrics:
     def count(a: jax.Array) -> jax.Array:
         return jnp.sum(a.astype(jnp.int32))
 
-    return Metrics(mean(loss), mean(accuracy), count(skipped), count(failed))
+    return Metrics(
+        mean(loss), mean(accuracy), count(skipped), count(failed), {k: mean(a) for k, a in report.items()}
+    )
 
 
 def pair_constants(found: Any, pairs: str) -> jax.Array:

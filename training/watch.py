@@ -184,13 +184,19 @@ def stopped(log: Sequence[Mapping[str, Any]], config: Config) -> bool:
 
 
 def best(log: Sequence[Mapping[str, Any]], config: Config) -> int | None:
-    """The epoch with the largest estimated certified accuracy among those with a checkpoint; the last of equals."""
+    """The epoch with the largest estimate of `judged` among those with a checkpoint; the last of equals."""
+    figure = judged(config)
     kept = [
-        (record["certified_estimate"], record["epoch"])
+        (record[figure], record["epoch"])
         for record in log
-        if record.get("certified_estimate") is not None and record["epoch"] % config.checkpoint_every == 0
+        if record.get(figure) is not None and record["epoch"] % config.checkpoint_every == 0
     ]
     return max(kept)[1] if kept else None
+
+
+def judged(config: Config) -> str:
+    """The figure of the log by which the best checkpoint is chosen."""
+    return "pgd_accuracy" if config.robust else "certified_estimate"
 
 
 def troubled(log: Sequence[Mapping[str, Any]]) -> str | None:

@@ -36,11 +36,12 @@ def train(
     process: ProcessOption = None,
     **settings: Any,
 ) -> None:
-    """Train a network, by certified radius maximisation (crm) or one of its baselines.
+    """Train a network, by certified radius maximisation (crm), one of its baselines, or against attacks (at, trades).
 
     Writes config.json, log.jsonl (one line per epoch), checkpoints, model.safetensors and report.html to the
     folder of the run. Resume an interrupted run with --resume; it ends with the same weights bit for bit.
-    Validation is certified by a proved bound, on training images unless --holdout keeps some out.
+    Validation is certified by a proved bound, on training images unless --holdout keeps some out. Runs with a robust
+    loss (at, trades and so on) tell their accuracy under a short attack instead, an upper estimate.
 
     Examples:
     - `lipbounds train crm --out runs/digits`
@@ -53,6 +54,9 @@ def train(
 
     - `lipbounds train emma --constants naive --dataset cifar10 --data-dir data --arch liresnet-L6W64 --optimiser nadam
       --lookahead 6 --schedule cosine --crop 4 --flip --ramp 30 --warmup 0 --average ema --out runs/liresnet`
+
+    - `lipbounds train trades --dataset cifar10 --data-dir data --arch resnet18 --optimiser sgd --learning-rate 0.1
+      --weight-decay 5e-4 --schedule multi-step --epochs 100 --batch-size 128 --crop 4 --flip --out runs/trades`
 
     - `lipbounds train --resume runs/mnist`
     """
@@ -135,6 +139,8 @@ def _settings(given: Json, preset: str | None, file: Path | None) -> Any:
         epochs = chosen.get("epochs")
         begin = settings_of(preset, epochs if isinstance(epochs, int) else None)
     settings = Config.from_json(begin | chosen, "the command")
+    if settings.robust and not settings.uses_constants and "validate_every" not in chosen:
+        settings = dataclasses.replace(settings, validate_every=0)  # nothing here aims at a certificate
     _check_used(given, settings)
     return settings
 
@@ -143,11 +149,24 @@ def _check_used(given: Json, c: Any) -> None:
     """ValueError for options that have no effect with these settings."""
     recursion = c.uses_constants and c.constants == "recursion"
     used = {
-        ("lam", "r0", "t", "g"): (c.loss == "crm", "the loss crm"),
+        ("lam",): (c.loss == "crm", "the loss crm"),
+        ("r0", "t", "g"): (c.loss == "crm" or c.radius_weight > 0, "the loss crm, or --radius-weight"),
         ("constants", "pairs", "refresh", "warmup", "ramp", "stop_if_uncertified"): (
-            c.loss != "cross-entropy",
+            c.loss != "cross-entropy" and (c.uses_constants or not c.robust),
             "a loss with constants",
         ),
+        ("attack_eps", "attack_norm", "robust_every", "stop_if_overfitted"): (c.robust, "a robust loss"),
+        ("attack_steps", "attack_start"): (
+            c.robust and c.loss != "backward-smoothing",
+            "a robust loss other than backward-smoothing",
+        ),
+        ("attack_step",): (c.robust, "a robust loss"),
+        ("robust_weight",): (
+            c.regularises or c.loss in ("generalised-at", "gradalign", "consistency"),
+            "a robust loss of two terms",
+        ),
+        ("gamma",): (c.loss == "backward-smoothing", "the loss backward-smoothing"),
+        ("tau", "divergence"): (c.loss == "consistency", "the loss consistency"),
         ("multiplier_rate", "precision"): (recursion or c.precision == "float64", "--constants recursion"),
         ("power_iterations",): (c.uses_constants and not recursion, "--constants naive or liplt"),
         ("decay_from",): (c.schedule != "constant", "a schedule that decays"),
@@ -192,15 +211,27 @@ def _run(folder: Any, settings: Any, data_dir: str | None) -> None:
         final = final_record(fitted, None if data_dir is None else Path(data_dir), say)
     said = remarks(fitted)
     page = write_training_report(folder, settings, list(fitted.log), final, said)
-    clean, certified = 100 * final["clean"], 100 * final["certified"]
     for line in (
-        f"{final['images']} test images: {clean:.2f} % clean, {certified:.2f} % certified at eps {settings.eps:g} "
-        f"({final['method']}, {final['guarantee']})",
+        f"{final['images']} test images: {', '.join(_shares(final, settings))}",
         *said,
         f"report: {page}",
         f"next:   lipbounds evaluate {folder}",
     ):
         tables.say(tables.console(), line)
+
+
+def _shares(final: Json, settings: Any) -> list[str]:
+    """What is known about the test images."""
+    found = [f"{100 * final['clean']:.2f} % clean"]
+    if "pgd_accuracy" in final:
+        found.append(
+            f"{100 * final['pgd_accuracy']:.2f} % under PGD at {settings.attack_norm} {settings.attack_eps:.4g} "
+            "(an upper estimate of the robust accuracy)"
+        )
+    if "certified" in final:
+        proof = f"({final['method']}, {final['guarantee']})"
+        found.append(f"{100 * final['certified']:.2f} % certified at eps {settings.eps:g} {proof}")
+    return found
 
 
 def _line(record: Json, settings: Any) -> str:
@@ -210,6 +241,8 @@ def _line(record: Json, settings: Any) -> str:
         text += f", {record['skipped']} steps skipped, {record['failed']} without constants"
     if record.get("certified_estimate") is not None and "clean" not in record:
         text += f", {100 * record['certified_estimate']:.1f} % certified (estimate)"
+    if record.get("pgd_accuracy") is not None:
+        text += f", {100 * record['pgd_accuracy']:.1f} % under PGD"
     if "clean" in record:
         clean, certified = 100 * record["clean"], 100 * record["certified"]
         text += f"; {clean:.1f} % clean and {certified:.1f} % certified at eps {settings.eps:g}"
