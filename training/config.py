@@ -206,8 +206,8 @@ class Config:
 
     @classmethod
     def usual(cls, dataset: str, **changes: Any) -> Config:
-        """The usual settings of a data set, with changes."""
-        return cls.from_json(defaults(dataset) | changes)
+        """The usual settings of a data set, with changes; see also `unproved`."""
+        return unproved(cls.from_json(defaults(dataset) | changes), changes)
 
     @property
     def uses_constants(self) -> bool:
@@ -314,6 +314,13 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "tiny-imagenet-8C2F": {**_ROWS["tiny-imagenet-8C2F"], **_HELD, **_WIDER},
     **{f"{name}-published": settings for name, settings in _ROWS.items()},
 }
+
+
+def unproved(config: Config, given: Iterable[str]) -> Config:
+    """Without validations, unless they are given, where a robust loss stands alone: nothing aims at a certificate."""
+    if not config.robust or config.uses_constants or "validate_every" in given:
+        return config
+    return dataclasses.replace(config, validate_every=0)
 
 
 def preset(name: str, epochs: int | None = None) -> dict[str, Any]:

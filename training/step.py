@@ -268,13 +268,11 @@ class Trainer(Network):
         return augment(key, self.devices.spread(pixels[rows]).astype(_FLOAT) / np.float32(self.levels))
 
     def _visit(self, state: TrainState, pixels: Any, labels: Any, rows: Any, key: Any) -> Any:
-        labels = self.devices.spread(labels[rows])
-        if not self.config.robust:
-            return self._step(state, self.batch(pixels, rows, key), labels)
-        x, attack = self.batch(pixels, rows, key), jax.random.fold_in(key, 1)
+        x = self.batch(pixels, rows, key)
+        attack = jax.random.fold_in(key, 1) if self.config.robust else None
         if self.config.views == 2:
             x = jnp.stack([x, self.batch(pixels, rows, jax.random.fold_in(key, 2))])
-        return self._step(state, x, labels, attack)
+        return self._step(state, x, self.devices.spread(labels[rows]), attack)
 
     @cached_property
     def gathered(self) -> Any:

@@ -129,7 +129,7 @@ def _annotation(field: dataclasses.Field[Any], hint: Any) -> Any:
 
 def _settings(given: Json, preset: str | None, file: Path | None) -> Any:
     """The configuration: defaults of the data set, overridden by preset, file and options, in this order."""
-    from lipbounds.training.config import Config, defaults, from_text
+    from lipbounds.training.config import Config, defaults, from_text, unproved
     from lipbounds.training.config import preset as settings_of
 
     chosen = from_text(file.read_text(encoding="utf-8"), str(file)) if file is not None else {}
@@ -138,9 +138,7 @@ def _settings(given: Json, preset: str | None, file: Path | None) -> Any:
     if preset is not None:
         epochs = chosen.get("epochs")
         begin = settings_of(preset, epochs if isinstance(epochs, int) else None)
-    settings = Config.from_json(begin | chosen, "the command")
-    if settings.robust and not settings.uses_constants and "validate_every" not in chosen:
-        settings = dataclasses.replace(settings, validate_every=0)  # nothing here aims at a certificate
+    settings = unproved(Config.from_json(begin | chosen, "the command"), chosen)
     _check_used(given, settings)
     return settings
 
