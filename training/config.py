@@ -66,7 +66,7 @@ class Config:
     mean: float = _setting(0.0, "network", "Mean that the model subtracts from its input first.", -1e6, 1e6)
     std: float = _setting(1.0, "network", "Standard deviation by which it then divides.", _POSITIVE, 1e6)
     loss: str = _setting("crm", "loss", "Certified radius maximisation (crm), one of its baselines, or a robust "
-                         "loss, which attacks the images of every step (at, trades, ...).",
+                         "loss (at, trades, ...).",
                          choices=LOSSES)
     constants: str = _setting("recursion", "loss", "Bound in the loss; recursion is LipSDP's ellipsoid recursion, "
                               "local the naive product near every image.",
