@@ -108,8 +108,7 @@ def _annotation(field: dataclasses.Field[Any], hint: Any) -> Any:
     words, limits, help = field.metadata["choices"], field.metadata["limits"], field.metadata["help"]
     panel = field.metadata["group"].capitalize()
     if field.name == "loss":
-        argument = typer.Argument(help=described(field), metavar="LOSS", show_default=False)
-        return Annotated[Literal[words] | None, argument]
+        return Annotated[Literal[words] | None, typer.Argument(help=help, show_default=False)]
     if any(field.name in defaults(dataset) for dataset in DATASETS) and field.name != "dataset":
         default = "by data set"
     else:
