@@ -17,6 +17,7 @@ from flax import nnx
 from test_cache import compilations
 
 import lipbounds as lb
+from lipbounds.analysis import training_report
 from lipbounds.training import loop, losses, parallel
 from lipbounds.training.config import Config
 from lipbounds.training.data import digits
@@ -103,7 +104,7 @@ class Flat(nnx.Module):
 
 
 @pytest.mark.slow
-def test_a_model_of_ones_own_is_copied_trained_and_validated() -> None:
+def test_a_model_of_ones_own_is_copied_trained_and_validated(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Flat()
     before = weights_of(model)
     with compilations() as names:
@@ -126,6 +127,12 @@ def test_a_model_of_ones_own_is_copied_trained_and_validated() -> None:
     radii = lb.certified_radius(form, x, y, bound=lb.liplt(form, pairwise=True))
     assert last["certified"] == pytest.approx(float(radii.accuracy(0.05)))
     assert 0 < last["certified"] <= last["clean"] and 0 < found.log[-1]["certified_estimate"] < 1
+    # the final figures are by the bound that the last validation has proved
+    monkeypatch.setattr(training_report, "proved_bound", lambda *_: pytest.fail("proved again"))
+    final = training_report.final_record(found)
+    radii = lb.certified_radius(form, data.test_x, data.test_y, bound=lb.liplt(form, pairwise=True))
+    assert final["certified"] == pytest.approx(radii.accuracy(0.05))
+    assert (final["method"], final["guarantee"], final["images"]) == ("liplt", "verified", len(data.test_y))
 
 
 # ------------------------------------------------------------------------------------------------- one step

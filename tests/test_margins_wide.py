@@ -66,6 +66,7 @@ def test_margins_by_open_neurons_alone(monkeypatch):
         assert (alone.value[rest] <= gaps(values(form, x), y)[rest]).all()
 
 
+@pytest.mark.slow
 def test_a_float32_search_goes_on_in_float64_where_its_proof_fails(monkeypatch):
     form, x = mlp((6, 12, 10, 3)), np.random.default_rng(0).uniform(size=(2, 6))
     y = np.asarray(values(form, x)).argmax(axis=1)

@@ -81,6 +81,24 @@ print("same", many[0].certified.tolist(), many[1].counts, many[2].counts)
 """
 
 
+def test_work_on_each_device_has_the_settings_of_its_caller(monkeypatch):
+    assert device.sharing() == tuple(jax.local_devices())
+    with jax.default_device(jax.local_devices()[0]):
+        assert device.sharing() == (jax.local_devices()[0],)
+    monkeypatch.setattr(device, "sharing", lambda: tuple(2 * jax.local_devices()))
+    waiting, seen = device.Shared(range(20)), []
+
+    def work():
+        for item in waiting:
+            alone = jax.config.jax_default_device is jax.local_devices()[0]
+            seen.append((item, alone, jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision))
+
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        device.on_each(work)
+    assert sorted(seen) == [(item, True, True, "highest") for item in range(20)]
+
+
+@pytest.mark.slow
 def test_jobs_are_shared_by_threads(monkeypatch):
     """One device in place of two: two threads take the margins, and find what one finds."""
     form, x = mlp((6, 12, 10, 3)), np.random.default_rng(0).normal(size=(3, 6))
