@@ -77,7 +77,6 @@ def _row(parameter: Any, context: Any) -> tuple[str, str] | None:
 # --- the public names ----------------------------------------------------------------------------------------------
 _ROOMS = {
     "lipbounds": "What most people need: tracing, bounds, radii, certificates.",
-    "lipbounds.examples": "Networks that are installed with the library.",
     "lipbounds.errors": "The errors that a caller may catch.",
     "lipbounds.examples": "Trained networks that are installed, with test images and certificates.",
     "lipbounds.interop": "Networks from other programs.",
