@@ -39,6 +39,7 @@ def test_without_a_radius_adversarial_training_is_plain_training() -> None:
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_step_follows_the_loss_its_multiplier_and_the_radius_term() -> None:
     """TRADES with a weight that moves and CRM's term: one step, against the pure functions."""
     fields: dict[str, Any] = {"constants": "naive", "r0": 5.0, "power_iterations": 50}
