@@ -68,6 +68,7 @@ SMALL: dict[str, Json] = {
     "mnist": {"arch": "2C2F", "eps": 0.2, "epochs": 8, "batch": 128, "images": 10_000, "rate": 2e-3},
 }
 TESTED = {"digits": 360, "mnist": 500}
+WARMUP = 6  # one in so many epochs, the first ones, is plain
 WATCHED = 200  # test images on which a short PGD follows the training
 
 
@@ -130,7 +131,7 @@ def ratios(args: argparse.Namespace) -> None:
         labels = rng.integers(0, 10, args.batch)
     else:
         data = load("cifar10", args.data_dir)
-        pixels, labels = data.train_x[: args.batch], data.train_y[: args.batch]
+        pixels, labels = data.train_pixels[: args.batch], data.train_y[: args.batch]
     x, y, key = jax.numpy.asarray(pixels / np.float32(255)), jax.numpy.asarray(labels), jax.random.key(0)
     model = build(spec_for(args.arch, (32, 32, 3), 10), 0)
     model.train()
@@ -204,10 +205,31 @@ def runs(args: argparse.Namespace) -> Iterator[tuple[str, int, Path]]:
             yield name, seed, args.work / f"{args.dataset}-{name}-{seed}.json"
 
 
+def epoch_of(network: Network, rule: Any, name: str, eps: float, x: Any, y: Any, convolves: bool) -> Any:
+    """run(state, rows (steps, batch), keys) -> (state, reports of the steps)."""
+    step = step_of(network, rule, name, eps, convolves)
+    if not convolves:
+        body = lambda s, i: step(s, x[i[0]], y[i[0]], i[1])  # noqa: E731
+        return jax.jit(lambda state, rows, keys: jax.lax.scan(body, state, (rows, keys)))
+    single = jax.jit(lambda state, rows, key: step(state, x[rows], y[rows], key), donate_argnums=0)
+
+    def steps(state: Any, rows: Any, keys: Any) -> Any:  # XLA runs convolutions in loops slowly on CPUs
+        seen = []
+        for some, key in zip(rows, keys, strict=True):
+            state, report = single(state, some, key)
+            seen.append(report)
+        return state, jax.tree.map(lambda *a: jax.numpy.stack(a), *seen)
+
+    return steps
+
+
 def trained(
     dataset: str, name: str, seed: int, epochs: int, x: Any, y: Any, test: Any
 ) -> tuple[nnx.Module, Json]:
-    """(the network in evaluation mode, its log): Adam with a cosine, the same batches for every loss."""
+    """(the network in evaluation mode, its log): Adam with a cosine, the same batches for every loss.
+
+    The first epochs are plain for every loss: attacks on fresh weights leave some networks constant.
+    """
     small = SMALL[dataset]
     model = build(spec_for(small["arch"], x.shape[1:], 10), seed)
     model.train()
@@ -215,23 +237,14 @@ def trained(
     network, steps = Network(**parts), len(x) // small["batch"]
     rule = optax.adam(optax.cosine_decay_schedule(small["rate"], epochs * steps))
     convolves = dataset != "digits"
-    step = step_of(network, rule, name, small["eps"], convolves)
-    single = jax.jit(lambda state, rows, key: step(state, x[rows], y[rows], key), donate_argnums=0)
-    scanned = jax.jit(
-        lambda state, plan: jax.lax.scan(lambda s, i: step(s, x[i[0]], y[i[0]], i[1]), state, plan)
+    first, later = (
+        epoch_of(network, rule, each, small["eps"], x, y, convolves) for each in ("cross-entropy", name)
     )
     state, log, rng = start(network, weights, rule), [], np.random.default_rng(seed)
     for epoch in range(epochs):
         rows = rng.permutation(len(x))[: steps * small["batch"]].reshape(steps, -1)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), epoch), steps)
-        seen: Any = []
-        if convolves:  # XLA runs convolutions in loops slowly on CPUs
-            for some, key in zip(rows, keys, strict=True):
-                state, report = single(state, some, key)
-                seen.append(report)
-            seen = jax.tree.map(lambda *a: jax.numpy.stack(a), *seen)
-        else:
-            state, seen = scanned(state, (rows, keys))
+        state, seen = (first if epoch < epochs // WARMUP else later)(state, rows, keys)
         line = {"epoch": epoch + 1, **jax.tree.map(lambda a: float(a.mean()), seen)}
         if (epoch + 1) % max(1, epochs // 10) == 0:
             net = nnx.merge(network.graph, state[0], network.at(state[2]).rest)
@@ -255,8 +268,8 @@ def train(args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     small, tested = SMALL[args.dataset], TESTED[args.dataset]
     data = load(args.dataset, args.data_dir)
-    test = data.test_x[:tested].astype(np.float32) / np.float32(data.levels), data.test_y[:tested]
-    x = jax.numpy.asarray(data.train_x[: small["images"]].astype(np.float32) / np.float32(data.levels))
+    test = np.asarray(data.test_x[:tested], np.float32), data.test_y[:tested]
+    x = jax.numpy.asarray(data.train_x[: small["images"]], jax.numpy.float32)
     y = jax.numpy.asarray(data.train_y[: small["images"]])
     e = str(small["eps"])
     for name, seed, path in runs(args):
