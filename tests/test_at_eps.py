@@ -91,6 +91,7 @@ def test_a_failing_dual_is_a_note(case: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert f"failed {found.counts['failed']}" in repr(found)
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_proved(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     form, x, y, bound = case
     whole = lb.certified_radius(form, x, y, bound=bound, local=True, eps=EPS)

@@ -184,6 +184,7 @@ def test_scan_compiles_once_and_equals_single_calls(images):
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_float64_mode_changes_nothing(images):
     x, key = jnp.asarray(images), jax.random.key(0)
     outside = EVERYTHING(key, x)

@@ -290,6 +290,7 @@ def peak_of(call: Any) -> int:
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("first", [False, True])
 def test_the_stated_memory_covers_what_is_held(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,7 @@ def test_a_state_with_statistics_is_restored_bit_for_bit(tmp_path: pathlib.Path)
     assert any(np.any(np.asarray(a) != b) for a, b in zip(jax.tree.leaves(whole.kept), still, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [ONE, ONE // 4])
 def test_averaged_weights_get_statistics_of_their_own(batch: int) -> None:
     """Those of the training images, of one batch or of four; the bound is of the network with them."""

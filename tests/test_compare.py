@@ -63,6 +63,7 @@ def numpy_chain(form, x):
 
 
 # ---------------------------------------------------------------------------------------------- empirical
+@pytest.mark.slow
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("norm", NORMS)
 def test_linear_maps_are_found_exactly(norm):
@@ -89,6 +90,7 @@ def test_the_witness_shows_the_value(norm, kind):
     assert found.value <= slope <= found.value * (1 + 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_climb_finds_more_than_its_starts_and_reaches_a_known_optimum(norm):
@@ -262,6 +264,7 @@ def real(seed=0, dtype=np.float32):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("norm", NORMS)
 def test_bracket_of_a_traced_network(norm):

@@ -29,6 +29,7 @@ def values64(form: Any, points: np.ndarray) -> np.ndarray:
         return np.asarray(jax.vmap(lambda p: form.evaluate(p, jnp.float64))(jnp.asarray(points)))
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "fn",
@@ -79,6 +80,7 @@ SHIFTED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(10)
 @pytest.mark.parametrize("fn", SHIFTED)
 @pytest.mark.parametrize("norm", [1, 2, math.inf])
@@ -91,6 +93,7 @@ def test_logsumexp_has_constant_one_in_every_norm(fn: Fn, norm: float) -> None:
     assert np.allclose(values64(form, point)[:, 0], np.logaddexp.reduce(point, axis=1), rtol=1e-14)
 
 
+@pytest.mark.slow
 def test_a_shift_that_does_not_cancel_stays() -> None:
     """log(sum(exp(x - c))) + d is not logsumexp(x) where d is another function of x."""
     x = jnp.asarray([0.3, -0.2, 0.9, 0.1]).reshape(2, 2)
@@ -203,6 +206,7 @@ _MASKED = np.where(_RNG.uniform(size=_B.shape) < 0.5, np.float32(0), _B) + np.ey
 _W = _RNG.normal(size=(6, 6)).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(9)
 @pytest.mark.parametrize(
     "fn",
@@ -354,6 +358,7 @@ def beside_nothing(x: jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.ones((2, 0)) @ h, nn.relu(2 * x[:1])])
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("fn, truth, label", [(through_nothing, 0.0, 2), (beside_nothing, 2.0, 2)])
 def test_layers_of_no_neurons(fn: Fn, truth: float, label: int) -> None:

@@ -375,7 +375,9 @@ def test_the_page_of_a_training_run(tmp_path):
     config = dataclasses.replace(Config(dataset="digits", arch="64-8-10"))
     hostile = {"dataset": ALL, "arch": ALL, "seed": 0, "data_dir": None, ALL: ALL, "eps": 0.1}
     shown = type(
-        "Shown", (), {"to_json": lambda self: hostile, "arch": ALL, "dataset": ALL, "eps": config.eps}
+        "Shown",
+        (),
+        {"to_json": lambda self: hostile, "arch": ALL, "dataset": ALL, "eps": config.eps, "robust": False},
     )()
     log = [{"epoch": 1, "loss": 1.0, "accuracy": 0.5, "skipped": 0, "failed": 0, "seconds": 1.0}]
     final = {

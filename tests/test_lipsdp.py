@@ -375,6 +375,7 @@ def test_a_single_output_has_no_pairs() -> None:
 
 
 # ------------------------------------------------------------------------------------ guarantees
+@pytest.mark.slow
 def test_guarantee_words() -> None:
     form = plain()
     best = lb.lipsdp(form, pairwise=True)

@@ -356,6 +356,7 @@ def test_multipliers_that_are_not_feasible_are_repaired(shift: float, rng: np.ra
 
 
 # ------------------------------------------------------------------------------------ compilation
+@pytest.mark.slow
 def test_new_weights_compile_nothing(rng: np.random.Generator) -> None:
     forms = [traced(mlp(rng, 5, 8, 8, 3)) for _ in range(3)]
     state = begin(forms[0])

@@ -98,6 +98,7 @@ def test_row_norms_are_those_of_the_maps_between_activations() -> None:
     assert (_row_norms(mixed, jnp.float32)[-1, 0] >= rows * (1 - 1e-6)).all()
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_and_those_of_the_norms() -> None:
     def total(weights: Any) -> jax.Array:
         return constants(weights, TOPS, STATE, X, 0.1)[0].value.sum()

@@ -90,6 +90,7 @@ def test_interp_of_interp_under_vmap_and_jit() -> None:
     assert low - 1e-6 <= quotient.min() <= low + 1e-3 and high - 1e-3 <= quotient.max() <= high + 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_knots_wider_than_x(dtype: Any) -> None:
     """jax goes on in the dtype of the knots."""

@@ -69,6 +69,7 @@ def test_a_narrow_input_is_refused_and_narrow_weights_are_not() -> None:
     assert form.notes == () and lb.liplt(form).notes == ()
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("fn", "dtype", "name"),

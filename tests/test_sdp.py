@@ -212,6 +212,7 @@ def test_positive_weights_give_the_norm_of_the_product() -> None:
     assert math.sqrt(solve_dense(Gy, Gz, n).rho) == pytest.approx(exact, rel=1e-8)
 
 
+@pytest.mark.slow
 def test_an_orthogonal_maxmin_chain_has_constant_one() -> None:
     rng = np.random.default_rng(2)
     turns = [jnp.asarray(np.linalg.qr(rng.normal(size=(8, 8)))[0], jnp.float32) for _ in range(4)]
@@ -307,6 +308,7 @@ def test_one_pair_without_multipliers_leaves_the_others_alone(monkeypatch: pytes
 # --- through CVXPY -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(8)
 @needs_cvxpy
 @pytest.mark.parametrize("name", FORMS)
@@ -321,6 +323,7 @@ def test_vectors_agree_with_clarabel(name: str) -> None:
     assert 0 < reference.solver_seconds < reference.total_seconds
 
 
+@pytest.mark.slow
 @needs_cvxpy
 def test_pairs_and_scales_through_scs() -> None:
     layers = [1e5 * w for w in weights([6, 8, 3])]

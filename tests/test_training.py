@@ -26,6 +26,7 @@ def weights_of(model):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model))]
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_one_image_and_a_batch_agree(name):

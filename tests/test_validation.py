@@ -95,6 +95,7 @@ def test_the_bound_of_a_validation_is_that_of_the_loss(fields: dict[str, Any], m
 
 
 # ------------------------------------------------------------------------------------------------- precision
+@pytest.mark.slow
 @pytest.mark.parametrize("constants", ["naive", pytest.param("recursion", marks=pytest.mark.slow)])
 def test_double_precision_is_for_the_constants_only(constants: str) -> None:
     slow: dict[str, Any] = {"arch": "64-8-10", "validate_every": 2} if constants == "recursion" else {}

@@ -35,6 +35,7 @@ def test_the_rewritten_network_is_the_same_function(name: str) -> None:
             np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [n if n == "maxmin_mlp" else pytest.param(n, marks=pytest.mark.slow) for n in GROUPED],

@@ -296,6 +296,7 @@ def test_groups_are_made_and_worked_on_by_all_threads_and_end_when_interrupted(
     assert time.monotonic() - start < 5.0
 
 
+@pytest.mark.slow
 def test_the_norm_of_a_formed_block_is_estimated_by_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     w = [np.random.default_rng(0).standard_normal((3, 3, 4, 4)) / 6 for _ in range(2)]
 

@@ -110,6 +110,7 @@ def test_nets_are_functions_of_the_seed(name: str) -> None:
 
 
 # ----------------------------------------------------------------------------------- the Lur'e form
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", EVERY_NET)
 def test_form_evaluates_like_the_function(name: str) -> None:
     net, fn, x = made(name)
