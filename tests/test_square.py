@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import itertools
 import math
 
 import jax
@@ -247,6 +248,10 @@ def test_windows_shrink_at_the_shares_of_the_paper():
     exact = [math.sqrt(0.05 * 784 / 2**k) for k in (0, 0, 1, 2, 3, 4, 5, 6, 7, 8)]
     np.testing.assert_array_equal(sizes[at, 0], [max(round(s), 1) for s in exact])
     assert (sizes[:, 0] == sizes[:, 1]).all()
+    large = module._windows(280, 280, 10_000, 0.05, 1)[:, 0]  # where no two sides round to the same
+    ends = [0, 10, 50, 200, 1000, 2000, 4000, 6000, 8000, 10_000]
+    for k, (begin, end) in enumerate(itertools.pairwise(ends)):
+        assert set(large[begin:end]) == {round(math.sqrt(0.05 * 280**2 / 2**k))}
     np.testing.assert_array_equal(
         module._windows(28, 28, 1000, 0.05, 1)[[0, 1, 5, 20]], sizes[[0, 10, 50, 200]]
     )
