@@ -348,8 +348,7 @@ def test_symmetrise_in_tiles(monkeypatch):
 # --- whole networks ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("norm", [2, np.inf])
+@pytest.mark.parametrize("norm", [2, pytest.param(np.inf, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("skip", [False, True])
 def test_columns_and_dense_matrices_give_the_same(norm, skip, fresh, monkeypatch):
     form = conv_net(skip)
