@@ -31,6 +31,7 @@ def settings(**changes: Any) -> Config:
     return Config(**{**SMALL, **changes})
 
 
+@pytest.mark.slow
 def test_without_a_radius_adversarial_training_is_plain_training() -> None:
     """To rounding, in weights and statistics, though every step makes an attack."""
     plain, robust = (made(settings(loss=loss, attack_eps=0.0)) for loss in ("cross-entropy", "fast-at"))

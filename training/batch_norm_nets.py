@@ -80,7 +80,8 @@ class Norm(nnx.BatchNorm):
 
     def __call__(self, x: jax.Array, *args: Any, **options: Any) -> jax.Array:
         """x (..., channels), normalised."""
-        return super().__call__(x, *args, **options).astype(x.dtype)
+        # in float32 by an explicit cast, as types are not mixed where JAX is set to strict promotion
+        return super().__call__(x.astype(jnp.float32), *args, **options).astype(x.dtype)
 
 
 class Block(nnx.Module):
