@@ -14,6 +14,7 @@ from flax import linen, nnx
 
 from lipbounds import LureForm
 from lipbounds._text import as_labels
+from lipbounds.analysis.batches import padded
 from lipbounds.interop.onnx import OnnxNetwork
 
 Needs = Literal["gradients", "logits", "labels"]
@@ -88,6 +89,17 @@ def margin_of(z: jax.Array, y: jax.Array, targeted: bool = False) -> jax.Array:
 def logits_of(model: Model, weights: Any, points: jax.Array) -> jax.Array:
     """Logits (B, K) of a model at points, in float32."""
     return model(weights, points).astype(jnp.float32)
+
+
+def answers(fn: Any, points: np.ndarray, batch_size: int = 256) -> np.ndarray:
+    """(N,) the classes that a network gives to points (N, *shape)."""
+    model, weights = split(fn)
+    size, made = min(batch_size, len(points)), []
+    for start in range(0, len(points), size):
+        rows = padded(points[start : start + size], size)
+        with jax.default_matmul_precision("highest"):
+            made.append(np.asarray(logits_of(model, weights, rows)).argmax(axis=1))
+    return np.concatenate(made)[: len(points)]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "targeted"))

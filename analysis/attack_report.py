@@ -8,15 +8,13 @@ import math
 import pathlib
 from typing import Any
 
-import jax
 import numpy as np
 from PIL import Image
 
 from lipbounds._text import write_atomically
-from lipbounds.analysis.attack_network import logits_of, split
+from lipbounds.analysis.attack_network import answers
 from lipbounds.analysis.attack_search import Attack
 from lipbounds.analysis.autoattack import AutoAttack
-from lipbounds.analysis.batches import padded
 from lipbounds.analysis.experiment import Json, norm_key
 from lipbounds.analysis.report import embedded, fill, write_page
 
@@ -95,17 +93,6 @@ def attack_record(attack: Attack, fn: Any, y: np.ndarray, batch_size: int = 256)
         ]
         record["notes"] = list(attack.notes)
     return record
-
-
-def answers(fn: Any, points: np.ndarray, batch_size: int = 256) -> np.ndarray:
-    """(N,) the classes that a network gives to points (N, *shape)."""
-    model, weights = split(fn)
-    size, made = min(batch_size, len(points)), []
-    for start in range(0, len(points), size):
-        rows = padded(points[start : start + size], size)
-        with jax.default_matmul_precision("highest"):
-            made.append(np.asarray(logits_of(model, weights, rows)).argmax(axis=1))
-    return np.concatenate(made)[: len(points)]
 
 
 def write_attack_table(record: Json, file: pathlib.Path) -> pathlib.Path:

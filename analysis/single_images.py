@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lipbounds.analysis.attack_network import logits_of, split
+from lipbounds.analysis.attack_network import answers
 from lipbounds.analysis.attack_search import Attack
 from lipbounds.analysis.experiment import GRID, Json, finite
 from lipbounds.analysis.fab import fab
@@ -86,7 +86,7 @@ def _shown(
     if not len(candidates):
         return []
     chosen = candidates[np.unique(np.linspace(0, len(candidates) - 1, count).round().astype(int))]
-    classes = np.asarray(logits_of(*split(model), found.adversarial[chosen])).argmax(axis=1)
+    classes = answers(model, found.adversarial[chosen])
     return [
         {
             "index": int(i),

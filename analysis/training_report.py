@@ -125,42 +125,31 @@ def curves(log: list[Json], config: Config) -> Figure:
     left.plot(epochs, [record["loss"] for record in log], color=INK, linewidth=1.4)
     left.set_title("loss", loc="left", fontsize=9)
     seen = [record for record in log if "clean" in record]
-    right.plot(
-        epochs, [100 * record["accuracy"] for record in log], color="#bbbbbb", label="training, as augmented"
-    )
-    for key, colour, name in (
-        ("clean", RADII_LINES[0], "clean"),
-        ("certified", RADII_LINES[2], f"certified at {config.eps:.4g}"),
-    ):
-        if not seen and config.robust:
-            continue
-        right.plot(
-            [record["epoch"] for record in seen],
-            [100 * record[key] for record in seen],
-            marker="o",
-            markersize=3,
-            color=colour,
-            label=f"{name}, {seen[0]['part']} images" if seen else name,
-        )
-    estimated = [record for record in log if record.get("certified_estimate") is not None]
-    if estimated:
-        right.plot(
-            [record["epoch"] for record in estimated],
-            [100 * record["certified_estimate"] for record in estimated],
-            color=RADII_LINES[2],
-            linewidth=0.8,
-            linestyle="--",
-            label=f"certified at {config.eps:.4g}, estimate, {seen[0]['part'] if seen else 'sampled'} images",
-        )
-    attacked = [record for record in log if record.get("pgd_accuracy") is not None]
-    if attacked:
-        right.plot(
-            [record["epoch"] for record in attacked],
-            [100 * record["pgd_accuracy"] for record in attacked],
-            color=RADII_LINES[1],
-            linewidth=1.2,
-            label=f"under PGD at {config.attack_norm} {config.attack_eps:.4g}",
-        )
+    part = seen[0]["part"] if seen else "sampled"
+    at = f"certified at {config.eps:.4g}"
+    measured: Json = {"marker": "o", "markersize": 3}
+    lines: list[tuple[str, str, str, Json]] = [
+        ("accuracy", "training, as augmented", "#bbbbbb", {}),
+        ("clean", f"clean, {part} images", RADII_LINES[0], measured),
+        ("certified", f"{at}, {part} images", RADII_LINES[2], measured),
+        (
+            "certified_estimate",
+            f"{at}, estimate, {part} images",
+            RADII_LINES[2],
+            {"linewidth": 0.8, "linestyle": "--"},
+        ),
+        (
+            "pgd_accuracy",
+            f"under PGD at {config.attack_norm} {config.attack_eps:.4g}",
+            RADII_LINES[1],
+            {"linewidth": 1.2},
+        ),
+    ]
+    for key, label, colour, style in lines:
+        known = [record for record in log if record.get(key) is not None]
+        if known:
+            shares = [100 * record[key] for record in known]
+            right.plot([record["epoch"] for record in known], shares, color=colour, label=label, **style)
     right.set_title("accuracy (%)", loc="left", fontsize=9)
     right.legend(fontsize=7, frameon=False, loc="lower right")
     for ax in (left, right):

@@ -80,7 +80,7 @@ _ROOMS = {
     "lipbounds.errors": "The errors that a caller may catch.",
     "lipbounds.examples": "Trained networks that are installed, with test images and certificates.",
     "lipbounds.interop": "Networks from other programs.",
-    "lipbounds.training": "Training for the radius; see also [training](../training.md).",
+    "lipbounds.training": "Training for the radius; the page Training explains the settings.",
     "lipbounds.analysis": "Attacks, evaluation, diagnostics.",
     "lipbounds.norms": "Proved norms of matrices and of maps.",
     "lipbounds.activations": "Proved slopes of elementwise functions.",
@@ -94,8 +94,7 @@ def public_names() -> str:
     for room, text in _ROOMS.items():
         module = importlib.import_module(room)
         names = [n for n in sorted(getattr(module, "__all__", vars(module))) if not n.startswith("_")]
-        plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)
-        parts += [room, "-" * len(room), "", plain, ""]
+        parts += [room, "-" * len(room), "", text, ""]
         for name in names:
             value = getattr(module, name)
             if isinstance(value, types.ModuleType) or any(value is each for each in seen):
@@ -154,10 +153,6 @@ def _escaped(line: str) -> str:
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------
-def _sorted_by_value(x: jax.Array) -> jax.Array:
-    return x[jnp.argmax(x)][None]
-
-
 _REFUSED: dict[str, tuple[str, Callable[[], object]]] = {
     "A product of two things that depend on x": (
         "lb.trace(lambda x: x * jnp.tanh(x[::-1]), jnp.ones(4))",
@@ -181,7 +176,7 @@ _REFUSED: dict[str, tuple[str, Callable[[], object]]] = {
     ),
     "An entry chosen by the input": (
         "lb.trace(lambda x: x[jnp.argmax(x)][None], jnp.arange(4.0))",
-        lambda: lb.trace(_sorted_by_value, jnp.arange(4.0)),
+        lambda: lb.trace(lambda x: x[jnp.argmax(x)][None], jnp.arange(4.0)),
     ),
     "Dropout that is still on": (
         "lb.trace(lambda x: x * jax.random.bernoulli(jax.random.key(0), 0.5, x.shape), jnp.ones(4))",

@@ -280,11 +280,7 @@ def verify(
     and compared with its claims. Exit code 0 and one line if all of them hold, otherwise 1 and the reason.
 
     Examples:
-    - `lipbounds attack report/mlp.safetensors --eps 0.25` searches for images that break it
-
     - `lipbounds verify mlp.certificate --model report/mlp.safetensors`
-
-    - `lipbounds attack report/mlp.safetensors --eps 0.25` searches for images that break it
 
     - `lipbounds verify mlp.certificate --model report/mlp.safetensors && echo proved`
     """
