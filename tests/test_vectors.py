@@ -18,7 +18,7 @@ from lipbounds._lipsdp.dense_search import Dense
 from lipbounds._lipsdp.matrix_inequality import prepare
 from lipbounds._lipsdp.search import pair
 from lipbounds._lipsdp.task import Task
-from lipbounds._lipsdp.vectors import TOLERANCE, Vectors, solve_all, solve_dense
+from lipbounds._lipsdp.vectors import TOLERANCE, Vectors, corrected, solve_all, solve_dense
 
 
 def relus(widths: list[int], seed: int = 0) -> lb.LureForm:
@@ -111,6 +111,16 @@ def test_degenerate_optima(name: str) -> None:
     k = len(Gz)
     for one in solve_all(Gy, Gz, n, outputs(k)):
         assert one.gap <= 1e-6 * one.rho and one.iterations <= 1500
+
+
+@pytest.mark.parametrize("k", range(7))
+def test_multipliers_far_outside_are_corrected_for_a_pair_too(k: int) -> None:
+    Gy, Gz, n = problem(zoo("homemade"))
+    C = outputs(len(Gz))[k]
+    found = Vectors(prepare(Gy, Gz, n))
+    T, value = np.full(len(Gy), 1e-3), 1.0
+    V = np.random.default_rng(0).standard_normal((n + len(Gy), 8))
+    assert corrected(found, C, T, value, V, TOLERANCE)[1] < np.inf
 
 
 def test_a_proof_does_not_lose_what_the_search_found() -> None:

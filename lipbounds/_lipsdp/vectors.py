@@ -229,9 +229,9 @@ def _line(vectors: Vectors, Q: np.ndarray, point: _Point, direction: np.ndarray)
 
 
 def corrected(
-    vectors: Vectors, rows: np.ndarray, T: np.ndarray, value: float, V: np.ndarray, tolerance: float
+    vectors: Vectors, C: np.ndarray, T: np.ndarray, value: float, V: np.ndarray, tolerance: float
 ) -> tuple[np.ndarray, float]:
-    """(T, rho): T changed by as little as makes A(T, rho) >= 0, for the outputs `rows` (k, m) (x, w).
+    """(T, rho): T changed by as little as makes A(T, rho) >= 0, for the outputs C z.
 
     In units where A has diagonal 1, Z spans its eigenvectors of eigenvalues near 0, among them those of V. To first
     order Z' A Z depends linearly on the relative changes of T and rho; the smallest change that lifts eigenvalues
@@ -239,7 +239,7 @@ def corrected(
     at `value`. Where it does not do, or multipliers are few, T is moved towards the inside instead. rho is inf where T
     or `value` is not in the range of floats.
     """
-    n, Gy, count = vectors.n, vectors.Gy, len(T)
+    n, Gy, rows, count = vectors.n, vectors.Gy, C @ vectors.Gz, len(T)
     if not (np.isfinite(T).all() and 0 < value < math.inf):
         return np.ones(count), math.inf
     T = np.maximum(T, T.max(initial=_TINY) * 1e-15)
@@ -267,11 +267,14 @@ def corrected(
         if found <= value * (1 + tolerance):
             break
         rho = min(max(rho * (1 + change[-1]), value), found)
-    if best[1] > value * (1 + tolerance):  # the start of the prepared problem, T = 1, lies inside
+    if best[1] > value * (1 + tolerance):
+        # The start of the prepared problem, T = 1, lies inside for all outputs z, so |C|^2 does for C z.
+        inside = float(np.linalg.norm(C, 2)) ** 2
         for share in np.logspace(-10, 0, 21):
-            found = smallest_rho(Gy, rows, n, (1 - share) * raw + share)
+            mixed = (1 - share) * raw + share * inside
+            found = smallest_rho(Gy, rows, n, mixed)
             if found < best[1]:
-                best = ((1 - share) * raw + share, found)
+                best = (mixed, found)
             elif best[1] < math.inf:
                 break
     return best
@@ -403,9 +406,10 @@ def optimise(problem: Prepared, outputs: Sequence[np.ndarray], tolerance: float)
         point, done = _climbed(vectors, Q[open_], point, error)
         steps[open_] += done
         for place, k in enumerate(open_):
-            rows = outputs[int(k)] @ vectors.Gz
             value = float(point.value[place] - point.T[:, place].sum() * _LEAST / vectors.N)
-            T, rho = corrected(vectors, rows, point.T[:, place], value, point.V[:, place], tolerance)
+            T, rho = corrected(
+                vectors, outputs[int(k)], point.T[:, place], value, point.V[:, place], tolerance
+            )
             excess = max(rho / value - 1, 0.0) if value > 0 else math.inf
             if excess < gap[k]:
                 gap[k], tau[vectors.order, k] = excess, T
