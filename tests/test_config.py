@@ -61,7 +61,7 @@ def test_every_number_and_every_word_is_checked() -> None:
     numbers = {name for name, hint in HINTS.items() if hint in (int, float)}
     assert numbers == set(LIMITS)
     words = {name for name, hint in HINTS.items() if hint is str}
-    assert words == {*CHOICES, "arch"}  # arch is checked against the data
+    assert words == {*CHOICES, "arch", "milestones"}  # arch is checked against the data
 
 
 def test_every_setting_says_what_it_is_in_one_place() -> None:
@@ -105,6 +105,14 @@ def test_a_number_beyond_floats_is_refused(name: str) -> None:
         ({"learning_rate": 1e-6}, "final_learning_rate 1e-05 is above learning_rate 1e-06"),
         ({"epochs": 5, "warmup": 6}, r"warmup \(6\) and decay_from \(0\) must be at most epochs \(5\)"),
         ({"epochs": 5, "decay_from": 6}, r"warmup \(1\) and decay_from \(6\) must be at most epochs \(5\)"),
+        ({"milestones": "3,x"}, "milestones must be whole numbers with commas, such as 50,75, got '3,x'"),
+        *(
+            (
+                {"milestones": text, "epochs": 5},
+                rf"rise, from at least 1 to less than epochs \(5\), got '{text}'",
+            )
+            for text in ("2,5", "3,2", "0,2", "2,2")
+        ),
         (
             {"epochs": 5, "average": "swa", "average_from": 5},
             r"average_from \(5\) must be below epochs \(5\)",
@@ -156,12 +164,26 @@ SHAPES = {
 
 
 OURS = "mnist-784-512-512-10"
+ATTACKED = ("cifar10-resnet18", "cifar10-wrn-34-10", "cifar100-resnet18", "tiny-imagenet-resnet50")
+
+
+@pytest.mark.parametrize("name", ATTACKED)
+def test_presets_of_robust_losses_keep_the_shape_of_their_schedule(name: str) -> None:
+    config = Config.from_json(preset(name))
+    assert name == f"{config.dataset}-{config.arch}" and config.robust and config.attack_eps == 8 / 255
+    *shape, classes = SHAPES[config.dataset]
+    assert config.spec(tuple(shape), classes).architecture == "batch_norm"
+    assert (config.epochs, config.edges) == (100, (50, 75))
+    assert Config.from_json(preset(name, 40)).edges == (20, 30)
+    assert Config.from_json(preset(name, 2)).edges == (1,)  # 1 and 1.5, which rounds to the end
+    assert Config.from_json(preset(name, 1)).edges == ()
 
 
 def test_presets_are_valid_and_named_after_the_rows_of_the_paper() -> None:
     rows = {"mnist-4C3F", "cifar10-6C2F", "tiny-imagenet-8C2F"}
-    assert set(PRESETS) == {OURS, *rows, *(f"{name}-published" for name in rows)}
-    for name in PRESETS:
+    crm = {OURS, *rows, *(f"{name}-published" for name in rows)}
+    assert crm == {name for name in PRESETS if name not in ATTACKED}
+    for name in crm:
         config = Config.from_json(preset(name))
         assert name.removesuffix("-published") == f"{config.dataset}-{config.arch}" and config.loss == "crm"
         assert (config.constants, config.epochs) == (("recursion", 160) if name == OURS else ("liplt", 400))

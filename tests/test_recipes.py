@@ -104,6 +104,9 @@ def test_schedules_have_their_edges() -> None:
     steps = dataclasses.replace(config, schedule="multi-step")
     rates = [float(schedule(steps, 10, 1e-2, 1e-4)(t)) for t in (0, 119, 121, 159, 161)]
     np.testing.assert_allclose(rates, [1e-2, 1e-2, 1e-3, 1e-3, 1e-4], rtol=1e-5)
+    named = dataclasses.replace(steps, milestones="5,6,18")
+    rates = [float(schedule(named, 10, 1e-2, 1e-4)(t)) for t in (0, 49, 51, 59, 61, 179, 181)]
+    np.testing.assert_allclose(rates, [1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5], rtol=1e-5)
     cyclic = dataclasses.replace(config, schedule="cyclic")
     rates = [float(schedule(cyclic, 10, 1e-2, 1e-4)(t)) for t in (0, 40, 104, 200)]
     np.testing.assert_allclose(rates, [1e-2, 1e-4, 1e-2, 1e-4], rtol=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import itertools
 import json
 import math
 import typing
@@ -122,6 +123,8 @@ class Config:
     schedule: str = _setting("exponential", "optimiser", "Decay of the learning rate.",
                              choices=("exponential", "cosine", "multi-step", "halving", "cyclic", "constant"))
     decay_from: int = _setting(0, "optimiser", "Epochs before the decay begins.", 0)
+    milestones: str = _setting("", "optimiser", "Epochs after which a multi-step rate falls to a tenth, such as 50,75; "
+                               "without them one half and three quarters of the decay.")
     smoothing: float = _setting(0.0, "loss", "Label smoothing of the cross-entropy.", 0, 0.999)
     flip: bool = _setting(False, "data", "Mirror each training image with probability 1/2.")
     degrees: float = _setting(0.0, "data", "Rotate training images by at most this many degrees.", 0, 180)
@@ -180,6 +183,10 @@ class Config:
             raise ValueError(
                 f"warmup ({self.warmup}) and ramp ({self.ramp}) together must be at most epochs ({self.epochs})"
             )
+        if not all(a < b for a, b in itertools.pairwise((0, *self.edges, self.epochs))):
+            raise ValueError(
+                f"milestones must rise, from at least 1 to less than epochs ({self.epochs}), got {self.milestones!r}"
+            )
         self._check_robust()
         if self.average != "none" and self.average_from >= self.epochs:
             raise ValueError(f"average_from ({self.average_from}) must be below epochs ({self.epochs})")
@@ -215,6 +222,16 @@ class Config:
         if self.robust:
             return self.radius_weight > 0 or self.certificate > 0
         return self.loss != "cross-entropy" and not (self.loss == "crm" and self.lam == 0)
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """The epochs of `milestones`."""
+        try:
+            return tuple(int(part) for part in self.milestones.split(",") if self.milestones)
+        except ValueError:
+            raise ValueError(
+                f"milestones must be whole numbers with commas, such as 50,75, got {self.milestones!r}"
+            ) from None
 
     @property
     def robust(self) -> bool:
@@ -293,6 +310,32 @@ _ROWS: Mapping[str, Mapping[str, Any]] = {
     "tiny-imagenet-8C2F": {**_COLOUR, "dataset": "tiny-imagenet", "arch": "8C2F"},
 }
 _WIDER = {"r0": 0.2, "lam": 15.0, "final_learning_rate": 1e-5}
+# The networks of Tables 6.2 to 6.11 and 5.1 of J. Chen's thesis (UCLA, 2022), with the loss as the first word of the
+# command. The papers do not print the epochs, the weight decay and the momentum: these are those of the code of TRADES.
+# Consistency, Table 1 of Tack et al., has batches of 512 and rows of its own in `analysis.robust_rows`.
+_ROBUST = {
+    "loss": "at",
+    "attack_eps": 8 / 255,
+    "optimiser": "sgd",
+    "nesterov": False,
+    "learning_rate": 0.1,
+    "weight_decay": 2e-4,
+    "schedule": "multi-step",
+    "milestones": "50,75",
+    "epochs": 100,
+    "batch_size": 128,
+    "crop": 4,
+    "flip": True,
+    "warmup": 0,
+    "validate_every": 0,
+    "robust_every": 5,
+}
+_ATTACKED = {
+    "cifar10-resnet18": {"dataset": "cifar10", "arch": "resnet18"},
+    "cifar10-wrn-34-10": {"dataset": "cifar10", "arch": "wrn-34-10"},
+    "cifar100-resnet18": {"dataset": "cifar100", "arch": "resnet18"},
+    "tiny-imagenet-resnet50": {"dataset": "tiny-imagenet", "arch": "resnet50"},
+}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "mnist-784-512-512-10": {
         "dataset": "mnist",
@@ -313,6 +356,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "cifar10-6C2F": {**_ROWS["cifar10-6C2F"], **_HELD, **_WIDER},
     "tiny-imagenet-8C2F": {**_ROWS["tiny-imagenet-8C2F"], **_HELD, **_WIDER},
     **{f"{name}-published": settings for name, settings in _ROWS.items()},
+    **{name: {**_ROBUST, **network} for name, network in _ATTACKED.items()},
 }
 
 
@@ -326,19 +370,28 @@ def unproved(config: Config, given: Iterable[str]) -> Config:
 def preset(name: str, epochs: int | None = None) -> dict[str, Any]:
     """The settings of a preset, to be changed and passed to `Config`. ValueError for an unknown name.
 
-    With another number of epochs the start of the decay keeps its share of them. So does a warm-up of several epochs;
-    one of a single epoch and the ramp stay as they are, if there are so many epochs.
+    With another number of epochs the start of the decay and the milestones keep their shares of them. So does a warm-up
+    of several epochs; one of a single epoch and the ramp stay as they are, if there are so many epochs.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}{_near(name, PRESETS)}; known: {', '.join(PRESETS)}")
     settings = dict(PRESETS[name])
     if epochs is not None:
-        shrunk = {key: round(settings[key] * epochs / settings["epochs"]) for key in ("warmup", "decay_from")}
+        share = epochs / settings["epochs"]
+        shrunk = {key: round(settings[key] * share) for key in ("warmup", "decay_from") if key in settings}
         if settings["warmup"] <= 1:
             shrunk["warmup"] = settings["warmup"]
         ramp = min(settings.get("ramp", 0), epochs - shrunk["warmup"])
         settings |= {"epochs": epochs, **shrunk, **({"ramp": ramp} if "ramp" in settings else {})}
+        if "milestones" in settings:
+            settings["milestones"] = _scaled(settings["milestones"], share, epochs)
     return settings
+
+
+def _scaled(milestones: str, share: float, epochs: int) -> str:
+    """The milestones at the same share of the epochs; those that fall on one another or on an end are left out."""
+    edges = {round(int(part) * share) for part in milestones.split(",")}
+    return ",".join(str(edge) for edge in sorted(edges) if 0 < edge < epochs)
 
 
 def _near(word: Any, known: Any) -> str:

@@ -55,8 +55,7 @@ def train(
     - `lipbounds train emma --constants naive --dataset cifar10 --data-dir data --arch liresnet-L6W64 --optimiser nadam
       --lookahead 6 --schedule cosine --crop 4 --flip --ramp 30 --warmup 0 --average ema --out runs/liresnet`
 
-    - `lipbounds train trades --dataset cifar10 --data-dir data --arch resnet18 --optimiser sgd --learning-rate 0.1
-      --weight-decay 5e-4 --schedule multi-step --epochs 100 --batch-size 128 --crop 4 --flip --out runs/trades`
+    - `lipbounds train trades --preset cifar10-resnet18 --data-dir data --out runs/trades`
 
     - `lipbounds train --resume runs/mnist`
     """
@@ -167,7 +166,11 @@ def _check_used(given: Json, c: Any) -> None:
         ("tau", "divergence"): (c.loss == "consistency", "the loss consistency"),
         ("multiplier_rate", "precision"): (recursion or c.precision == "float64", "--constants recursion"),
         ("power_iterations",): (c.uses_constants and not recursion, "--constants naive or liplt"),
-        ("decay_from",): (c.schedule != "constant", "a schedule that decays"),
+        ("decay_from",): (
+            c.schedule != "constant" and not c.milestones,
+            "a schedule that decays, and no milestones",
+        ),
+        ("milestones",): (c.schedule == "multi-step", "--schedule multi-step"),
         ("final_learning_rate",): (
             c.schedule in ("exponential", "cosine", "cyclic"),
             "a schedule that ends at a given rate (exponential, cosine or cyclic)",
