@@ -35,6 +35,7 @@ from gallery_nets import GALLERY, SIZES
 pytestmark = pytest.mark.slow
 
 MANY, SOME = 200, 60  # images; of local LipLT and of the dual, which take longer
+FEW = 20  # of the dual in l-inf on the CNN: 30 CPU seconds an image
 FRONT = {
     "mlp": 45,
     "cnn": 100,
@@ -136,11 +137,12 @@ def without_counterexamples(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("norm", "box"), BALLS)
 @pytest.mark.parametrize("net", PIECEWISE)
 def test_no_attack_succeeds_in_a_ball_that_the_dual_certifies(net: str, norm: float, box: Any) -> None:
-    given, near = case(net, MANY), radii(net, norm, "ellipsoids")[:SOME]
-    x, y, shares = given.x[:SOME], given.y[:SOME], []
+    some = FEW if (net, norm) == ("cnn", math.inf) else SOME
+    given, near = case(net, MANY), radii(net, norm, "ellipsoids")[:some]
+    x, y, shares = given.x[:some], given.y[:some], []
     for factor in (1.2, 1.8 if norm == 2 else 3.0):
         sure = certified(given.form, x, y, factor * near, norm=norm, box=box)
-        lost = attacked(net, slice(SOME), factor * near, norm, box)
+        lost = attacked(net, slice(some), factor * near, norm, box)
         assert not (sure & lost).any()
         shares.append((sure.mean(), lost.mean()))
     assert shares[0][0] > 0.1, "nothing was certified beyond the ellipsoids"
