@@ -143,7 +143,7 @@ def test_options_stand_above_the_file_above_the_preset(tmp_path: pathlib.Path, m
 
 def test_the_options_are_the_settings() -> None:
     options = {parameter.name: parameter for parameter in cli.command().params}
-    rest = {"resume", "out", "preset", "config", "coordinator", "processes", "process"}
+    rest = {"resume", "out", "preset", "config", "log", "coordinator", "processes", "process"}
     assert options.keys() - rest == FIELDS.keys()
     for field in FIELDS.values():
         option = options[field.name]

@@ -10,6 +10,9 @@ Nothing in `lipbounds` needs this package: bounds are computed for any JAX funct
 if not __name__.startswith("lipbounds."):
     raise ImportError("this folder is the package lipbounds.training: write `import lipbounds.training`")
 
+from lipbounds.training.callbacks import Callback as Callback
+from lipbounds.training.callbacks import TensorBoard as TensorBoard
+from lipbounds.training.callbacks import Trackio as Trackio
 from lipbounds.training.config import PRESETS as PRESETS
 from lipbounds.training.config import Config as Config
 from lipbounds.training.config import preset as preset

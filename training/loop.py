@@ -8,7 +8,7 @@ import hashlib
 import os
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from flax import nnx
 
 import lipbounds as lb
 from lipbounds.training import parallel, robust_watch, runs, watch
+from lipbounds.training.callbacks import Callback
 from lipbounds.training.checkpoints import CheckpointError, Checkpoints
 from lipbounds.training.config import Config
 from lipbounds.training.data import Dataset, load
@@ -66,6 +67,7 @@ def fit(
     out: str | os.PathLike[str] | None = None,
     devices: Devices | None = None,
     progress: Progress | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Fitted:
     """Train a network as `config` says.
 
@@ -85,6 +87,8 @@ def fit(
             1000 images as they are, by the constants of the loss, which are not proved), and warning where the
             radius term has lost its hold (`watch.warning`); after validations, by a proved bound, also clean,
             certified, guarantee, method, part ("held-out" or "training") and images.
+        callbacks: objects that are told about the run, such as `TensorBoard` and `Trackio` (`Callback`). Where one of
+            them, or `progress`, raises an exception, the run ends with it, behind a checkpoint of that epoch.
 
     Raises:
         ValueError: configuration, data and model do not fit together.
@@ -101,7 +105,7 @@ def fit(
     spec = None
     if model is None:
         spec, model = _built(config, images)
-    run = _Run(config, images, model, spec, devices or parallel.devices(), progress)
+    run = _Run(config, images, model, spec, devices or parallel.devices(), progress, callbacks)
     if out is None:
         return run.go(None, None, [])
     folder = pathlib.Path(out)
@@ -119,6 +123,7 @@ def resume(
     data_dir: str | os.PathLike[str] | None = None,
     devices: Devices | None = None,
     progress: Progress | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Fitted:
     """Resume a run from its newest checkpoint; the final weights are those of an uninterrupted run, bit for bit.
 
@@ -132,7 +137,7 @@ def resume(
     images = _images(load(config.dataset, config.data_dir) if data is None else data)
     runs.check_data(folder, images.record())
     spec, model = _built(config, images)
-    run = _Run(config, images, model, spec, devices or parallel.devices(), progress)
+    run = _Run(config, images, model, spec, devices or parallel.devices(), progress, callbacks)
     with Checkpoints(folder / runs.CHECKPOINTS) as checkpoints:
         return run.go(folder, checkpoints, runs.read_log(folder))
 
@@ -191,9 +196,11 @@ class _Run:
         spec: ModelSpec | None,
         devices: Devices,
         progress: Progress | None,
+        callbacks: Sequence[Callback],
     ):
         self.config, self.images, self.spec, self.devices = config, images, spec, devices
         self.progress = progress or (lambda record: None)
+        self.callbacks = tuple(callbacks) if devices.leads else ()
         self.started = time.perf_counter()
         self.rows, self.held_out = split(len(images.pixels), config.holdout)
         self.trainer = trainer(config, model, images.shape, images.levels, len(self.rows), devices)
@@ -227,9 +234,32 @@ class _Run:
         parallel.agree(done, "the epoch to resume from")
         state = devices.put(state)
         log = [record for record in log if record["epoch"] <= done]
-        proved = None
         if folder is not None and devices.leads:
             runs.write_log(folder, log)
+        with contextlib.ExitStack() as ends:
+            for callback in self.callbacks:
+                callback.on_start(config, tuple(log))
+                ends.callback(callback.on_end)
+            state, proved = self._train(state, done, folder, checkpoints, log)
+            ended = parallel.local(state)
+            model = self.trainer.model(ended)
+            if folder is not None and devices.leads and self.spec is not None:
+                runs.write_model(folder, model, self.spec)
+                if checkpoints is not None:
+                    self._write_best(folder, checkpoints, log, ended)
+        seconds = time.perf_counter() - self.started
+        return Fitted(model, self.spec, config, tuple(log), ended, seconds, folder, proved)
+
+    def _train(
+        self,
+        state: TrainState,
+        done: int,
+        folder: pathlib.Path | None,
+        checkpoints: Checkpoints | None,
+        log: list[Record],
+    ) -> tuple[TrainState, tuple[Any, lb.UpperBound] | None]:
+        """The state after the last epoch, and the last `Fitted.proved`; records are appended to the log."""
+        config, devices, proved = self.config, self.devices, None
         pixels = devices.put(self.images.pixels[self.rows])
         labels = devices.put(self.images.labels[self.rows])
         for epoch in range(done + 1, config.epochs + 1):
@@ -254,19 +284,29 @@ class _Run:
             if every and (epoch % every == 0 or ends) and devices.leads:
                 validated, proved = self.validate(state)
                 record |= validated
-            if folder is not None and checkpoints is not None and devices.leads:
+            due = epoch % config.checkpoint_every == 0 or ends
+            kept = checkpoints if devices.leads else None
+            if kept is not None and folder is not None:
                 runs.append_log(folder, record)  # first: a resumed run drops records behind its checkpoint
-                if epoch % config.checkpoint_every == 0 or ends:
-                    checkpoints.save(epoch, parallel.host(state), watch.best(log, config))
-            self.progress(record)
-        ended = parallel.local(state)
-        model = self.trainer.model(ended)
-        if folder is not None and devices.leads and self.spec is not None:
-            runs.write_model(folder, model, self.spec)
-            if checkpoints is not None:
-                self._write_best(folder, checkpoints, log, ended)
-        seconds = time.perf_counter() - self.started
-        return Fitted(model, self.spec, config, tuple(log), ended, seconds, folder, proved)
+                if due:
+                    kept.save(epoch, parallel.host(state), watch.best(log, config))
+            try:
+                self._tell(record)
+            except BaseException as error:
+                if kept is not None:
+                    if not due:
+                        kept.save(epoch, parallel.host(state), watch.best(log, config))
+                    error.add_note(
+                        f"epoch {epoch} is saved: lipbounds train --resume {folder} goes on behind it"
+                    )
+                raise
+        return state, proved
+
+    def _tell(self, record: Record) -> None:
+        """Report an epoch."""
+        self.progress(record)
+        for callback in self.callbacks:
+            callback.on_epoch(record)
 
     def _stopped(self, log: list[Record]) -> bool:
         """Whether the run ends here, before its last epoch."""

@@ -15,6 +15,8 @@ from lipbounds._cli import tables
 from lipbounds._cli.common import Json, refusals
 from lipbounds._cli.options import CoordinatorOption, ProcessesOption, ProcessOption
 
+LogName = Literal["tensorboard", "trackio"]
+
 
 def train(
     *,
@@ -30,6 +32,9 @@ def train(
     config: Annotated[
         Path | None,
         typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Read settings from a JSON file."),
+    ] = None,
+    log: Annotated[
+        LogName | None, typer.Option(help="Also write the log for this program, which shows its curves.")
     ] = None,
     coordinator: CoordinatorOption = None,
     processes: ProcessesOption = None,
@@ -58,6 +63,8 @@ def train(
     - `lipbounds train trades --preset cifar10-resnet18 --data-dir data --out runs/trades`
 
     - `lipbounds train --resume runs/mnist`
+
+    - `lipbounds train crm --out runs/digits --log tensorboard`, then `tensorboard --logdir runs/digits/tensorboard`
     """
     given = {key: value for key, value in settings.items() if value is not None}
     if resume is not None:
@@ -76,7 +83,8 @@ def train(
         from lipbounds.training import parallel
 
         parallel.join(coordinator, processes, process)
-        _run(resume or out, None if resume else _settings(given, preset, config), given.get("data_dir"))
+        settings_of_run = None if resume else _settings(given, preset, config)
+        _run(resume or out, settings_of_run, given.get("data_dir"), log)
 
 
 def command() -> Any:
@@ -85,12 +93,12 @@ def command() -> Any:
 
     own = inspect.signature(train, eval_str=True)
     parameters, hints = list(own.parameters.values()), typing.get_type_hints(Config)
-    parameters[4:] = [
+    parameters[5:] = [
         *(
             parameters[0].replace(name=field.name, annotation=_annotation(field, hints[field.name]))
             for field in dataclasses.fields(Config)
         ),
-        *parameters[4:-1],  # how several processes find each other stands last
+        *parameters[5:-1],  # how several processes find each other stands last
     ]
     function: Any = functools.wraps(train)(lambda **given: train(**given))
     function.__signature__ = own.replace(parameters=parameters)
@@ -188,12 +196,16 @@ def _check_used(given: Json, c: Any) -> None:
             raise ValueError(f"{', '.join(idle)} has no effect without {what}")
 
 
-def _run(folder: Any, settings: Any, data_dir: str | None) -> None:
+def _run(folder: Any, settings: Any, data_dir: str | None, log: LogName | None) -> None:
     """Train, or resume where settings is None, with a progress bar; certify the test images and write the report."""
     from lipbounds.analysis.training_report import final_record, remarks, write_training_report
-    from lipbounds.training import loop, parallel, runs
+    from lipbounds.training import callbacks, loop, parallel, runs
 
     resumed = settings is None
+    try:
+        writers = [] if log is None else [callbacks.writer(log, Path(folder))]
+    except ImportError as error:
+        raise ValueError(str(error)) from error
     settings = runs.read(folder) if resumed else settings
     leads = parallel.devices().leads
     with tables.training(settings.epochs, quiet=not leads) as tell:
@@ -202,9 +214,9 @@ def _run(folder: Any, settings: Any, data_dir: str | None) -> None:
             tell(record, _line(record, settings))
 
         if resumed:
-            fitted = loop.resume(folder, data_dir=data_dir, progress=show)
+            fitted = loop.resume(folder, data_dir=data_dir, progress=show, callbacks=writers)
         else:
-            fitted = loop.fit(settings, out=folder, progress=show)
+            fitted = loop.fit(settings, out=folder, progress=show, callbacks=writers)
     parallel.leave()
     if not leads:
         return
