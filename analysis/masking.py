@@ -370,7 +370,7 @@ def _decide(
 ) -> tuple[str, str]:
     """Verdict and reason of comparisons (b against the expectation, c for it), each tested at `level`."""
     if images < _FEWEST:
-        return INCONCLUSIVE, f"{images} of at least {_FEWEST} images"
+        return INCONCLUSIVE, f"only {images} images: at least {_FEWEST} are needed"
     if not happened:
         return INCONCLUSIVE, "neither outcome occurs on any image: there is nothing to compare"
     worse = [pair for pair in pairs if pair[0] > pair[1]]
