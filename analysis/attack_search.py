@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lipbounds._text import as_labels, say
+from lipbounds._text import as_labels, clock, remaining, say
 from lipbounds.analysis.attack_network import Needs, Oracle, margins, outline, split
 from lipbounds.analysis.attack_settings import AttackSettings, norm_name
 from lipbounds.training.balls import l2_of as l2_of
@@ -199,7 +199,7 @@ def search(
     found = points.copy()
     used: dict[str, list[Any]] = {"steps": [], "queries": []}
     rows = np.flatnonzero(correct if only is None else correct & only)
-    done = 0
+    done, began = 0, clock()
     for part, count in batches.parts(rows):
         with jax.default_matmul_precision("highest"):
             made = find(batches.problem(part, radii, aims, targeted))
@@ -209,7 +209,8 @@ def search(
         for what, parts in used.items():
             parts.append(getattr(made, what))
         done += count
-        say(f"{name} in {norm_name(settings.norm)}: {done} of {len(rows)} examples")
+        left = remaining(began, done, len(rows))
+        say(f"{name} in {norm_name(settings.norm)}: {done} of {len(rows)} examples{left}")
     after[rows] = batches.margins(found, aims, targeted, rows)
     success = np.isin(np.arange(len(points)), rows) & (after <= 0)
     distance = np.where(success, length(found, points, settings.norm), np.inf)

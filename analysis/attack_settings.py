@@ -23,7 +23,7 @@ def reports(verb: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with reporting(kwargs.get("progress")):  # type: ignore[arg-type]
+        with reporting(kwargs.get("progress", True)):  # type: ignore[arg-type]
             return verb(*args, **kwargs)
 
     return run
@@ -60,7 +60,7 @@ class AttackSettings:
     high: float = 1.0
     batch_size: int = 256
     seed: int = 0
-    progress: Progress = None
+    progress: Progress = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "norm", _norm(self.norm))

@@ -115,7 +115,7 @@ def certify(
     methods: Sequence[str | lb.UpperBound] = ("naive", "liplt", "lipsdp"),
     guarantee: Guarantee = "auto",
     seed: int = 0,
-    progress: Progress = None,
+    progress: Progress = True,
 ) -> Certified:
     """Bound a network by several methods, pairs of classes each, and certify images x (N, *shape) in l2.
 
@@ -177,7 +177,7 @@ def certificates(
     methods: Sequence[str | lb.UpperBound] = ("naive", "liplt", "lipsdp"),
     images: int | None = None,
     seed: int = 0,
-    progress: Progress = None,
+    progress: Progress = True,
 ) -> Json:
     """The part of the record of `evaluate` that needs no attack on a ball: clean and certified accuracy."""
     x, y = _first(x, y, images)
@@ -203,7 +203,7 @@ def evaluate(
     images: int | None = None,
     guarantee: Guarantee = "auto",
     seed: int = 0,
-    progress: Progress = None,
+    progress: Progress = True,
 ) -> Json:
     """Clean accuracy, accuracy under attack and certified accuracy of a network, as plain data.
 

@@ -89,7 +89,7 @@ def robust_accuracy(
     *,
     attack: Callable[..., Attack] = pgd,
     fn: Any = None,
-    progress: Progress = None,
+    progress: Progress = True,
     **changes: Any,
 ) -> RobustAccuracy:
     """Bound the robust accuracy at every eps from both sides.

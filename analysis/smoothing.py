@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from lipbounds._text import Html, Progress, as_labels, element, say, whole
+from lipbounds._text import Html, Progress, as_labels, clock, element, remaining, say, whole
 from lipbounds.analysis.attack_network import Model, count_classes, split
 from lipbounds.analysis.attack_search import as_points
 from lipbounds.analysis.attack_settings import reports
@@ -189,7 +189,7 @@ def _counts(
     """(N, K) how often each class has the largest logit at `count` noisy copies of every example."""
     total = len(points) * count
     tally = jnp.zeros((len(points), classes + 1), jnp.int32)  # the last column: logits that are not finite
-    inputs, tenth = jnp.asarray(points), max(total // 10, 1)
+    inputs, tenth, began = jnp.asarray(points), max(total // 10, 1), clock()
     with jax.default_matmul_precision("highest"):
         for start in range(0, total, size):
             # all copies of all examples in one row, cut into batches; what lies beyond the end is not counted
@@ -198,7 +198,8 @@ def _counts(
             drawn = (jnp.asarray(a, jnp.int32) for a in (example, copy))
             tally = _tally(model, weights, inputs, sigma, key, *drawn, jnp.asarray(number < total), tally)
             if (start + size) // tenth > start // tenth:
-                say(f"Smoothing, {what}: {min(start + size, total)} of {total} samples")
+                done = min(start + size, total)
+                say(f"Smoothing, {what}: {done} of {total} samples{remaining(began, done, total)}")
     found = np.asarray(tally, np.int64)
     if found[:, -1].any():
         place = int(np.argmax(found[:, -1] > 0))

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lipbounds._cli.main import app
+from lipbounds._text import reporting
 from lipbounds.training import Callback, Config, TensorBoard, Trackio, fit, resume
 from lipbounds.training.callbacks import numbers, writer
 from lipbounds.training.data import digits
@@ -59,7 +60,10 @@ def test_callbacks_are_told_and_a_failure_leaves_a_run_that_goes_on(tmp_path: pa
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]  # not due before 2
     assert failing.calls[-1] == "end" and other.calls[-1] == "end" and len(other.calls) == 3
     again = Heard()
-    fitted = resume(tmp_path / "run", data=IMAGES, callbacks=[again, few])
+    said: list[str] = []
+    with reporting(said.append):  # of which `fit` is a part, as any other call
+        fitted = resume(tmp_path / "run", data=IMAGES, callbacks=[again, few])
+    assert [line.partition(":")[0] for line in said] == ["epoch 2 of 3", "epoch 3 of 3"]
     assert again.calls == [("start", CONFIG, [1]), *fitted.log[1:], "end"] and few.seen == [2, 3]
     assert [other.calls[1], *again.calls[1:-1]] == list(fitted.log)
 

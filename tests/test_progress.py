@@ -1,4 +1,4 @@
-"""`progress` means the same for every public call: True shows on a terminal, False is silent, a function gets lines."""
+"""`progress` means the same in every public call: True shows on stderr, False is silent, a function gets lines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 
 import lipbounds as lb
+from lipbounds._cli import tables
 from lipbounds._text import progress
+from lipbounds.analysis.attack_settings import AttackSettings
+from lipbounds.analysis.evaluation import evaluate
+from lipbounds.analysis.robust_accuracy import robust_accuracy
+from lipbounds.training import fit, resume
 
 RNG = np.random.default_rng(0)
 WEIGHTS = [RNG.standard_normal(s) for s in ((6, 4), (5, 6), (3, 5))]
@@ -59,6 +64,8 @@ def test_every_public_call_that_works_long_has_it() -> None:
     for name in (*CALLS, "verify_certificate"):
         parameter = inspect.signature(getattr(lb, name)).parameters["progress"]
         assert parameter.default is True and parameter.kind is parameter.KEYWORD_ONLY, name
+    for verb in (fit, resume, evaluate, robust_accuracy, AttackSettings):
+        assert inspect.signature(verb).parameters["progress"].default is True, verb
 
 
 @pytest.fixture
@@ -92,6 +99,66 @@ def test_nothing_is_shown_where_stderr_is_no_terminal(
     monkeypatch.setattr(progress, "_PATIENCE", -1.0)
     lb.liplt(FORM)
     assert capfd.readouterr() == ("", "")
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds = 1000.0
+        monkeypatch.setattr(progress, "_now", lambda: self.seconds)
+
+    def at(self, seconds: float) -> None:
+        self.seconds = 1000.0 + seconds
+
+
+def test_where_stderr_is_no_terminal_there_is_a_line_every_thirty_seconds(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(monkeypatch)
+    with progress.reporting(True), progress.about("local radii"):
+        began = progress.clock()
+        for seconds in (1, 29, 31, 45, 60, 62, 100):
+            clock.at(seconds)
+            progress.say(f"{seconds} of 120{progress.remaining(began, seconds, 120)}")
+    assert capfd.readouterr() == (
+        "",
+        "lipbounds: local radii, 31 of 120, about 89 s left\n"
+        "lipbounds: local radii, 62 of 120, about 58 s left\n"
+        "lipbounds: local radii, 100 of 120, about 20 s left\n",
+    )
+
+
+def test_the_time_left_is_told_once_a_rate_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    began = progress.clock()
+    clock.at(1.0)
+    assert progress.remaining(began, 1, 100) == ""  # within two seconds
+    clock.at(4.0)
+    assert progress.remaining(began, 0, 100) == "" and progress.remaining(began, 100, 100) == ""
+    assert progress.remaining(began, 25, 100) == ", about 12 s left"
+    assert progress.remaining(began, 0.01, 1.0) == ", about 7 min left"
+
+
+def test_the_bars_of_the_commands_are_lines_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(monkeypatch)
+    with tables.working() as tell, tables.progress(tables.console()) as share, tables.training(40) as epoch:
+        clock.at(10)
+        epoch({"epoch": 1}, "loss 2")
+        clock.at(40)
+        tell("attacking")
+        share("bounding", 0.25)
+        epoch({"epoch": 11}, "loss 1")
+        clock.at(69)
+        tell("still attacking")
+        epoch({"epoch": 20}, "loss 0.5")
+    assert capfd.readouterr() == (
+        "",
+        "lipbounds: attacking\nlipbounds: bounding; 25 % done, about 2 min left\n"
+        "lipbounds: epoch 11 of 40, about 87 s left: loss 1\n",
+    )
 
 
 def test_long_proofs_get_a_bar_with_their_cost(

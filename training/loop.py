@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 import lipbounds as lb
+from lipbounds._text import clock, remaining, reporting, say
 from lipbounds.training import parallel, robust_watch, runs, watch
 from lipbounds.training.callbacks import Callback
 from lipbounds.training.checkpoints import CheckpointError, Checkpoints
@@ -30,7 +31,7 @@ from lipbounds.training.statistics import refreshed
 from lipbounds.training.step import TrainState, trainer
 
 Record = dict[str, Any]
-Progress = Callable[[Record], None]
+Progress = bool | Callable[[Record], None] | None
 VALIDATED = 1000  # images at most in a validation
 
 
@@ -66,7 +67,7 @@ def fit(
     model: nnx.Module | None = None,
     out: str | os.PathLike[str] | None = None,
     devices: Devices | None = None,
-    progress: Progress | None = None,
+    progress: Progress = True,
     callbacks: Sequence[Callback] = (),
 ) -> Fitted:
     """Train a network as `config` says.
@@ -81,12 +82,13 @@ def fit(
             certified_estimate) and, in the end, model.safetensors, the last weights, and best.safetensors where an
             earlier checkpoint has a larger certified_estimate.
         devices: to spread the batches over; all by default.
-        progress: called after every epoch with its record: epoch, loss and accuracy (means over the training images as
-            augmented), skipped (steps with a gradient that is not finite), failed (steps whose recursion was not
-            finite), learning_rate, seconds; with a bound in the loss also the figures of `watch.FIGURES` (on at most
-            1000 images as they are, by the constants of the loss, which are not proved), and warning where the
-            radius term has lost its hold (`watch.warning`); after validations, by a proved bound, also clean,
-            certified, guarantee, method, part ("held-out" or "training") and images.
+        progress: True shows epochs and the time left on stderr, False and None nothing; a function is called after
+            every epoch with its record: epoch, loss and accuracy (means over the training images as augmented), skipped
+            (steps with a gradient that is not finite), failed (steps whose recursion was not finite), learning_rate,
+            seconds; with a bound in the loss also the figures of `watch.FIGURES` (on at most 1000 images as they are,
+            by the constants of the loss, which are not proved), and warning where the radius term has lost its hold
+            (`watch.warning`); after validations, by a proved bound, also clean, certified, guarantee, method, part
+            ("held-out" or "training") and images.
         callbacks: objects that are told about the run, such as `TensorBoard` and `Trackio` (`Callback`). Where one of
             them, or `progress`, raises an exception, the run ends with it, behind a checkpoint of that epoch.
 
@@ -122,7 +124,7 @@ def resume(
     data: Dataset | tuple[np.ndarray, np.ndarray] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     devices: Devices | None = None,
-    progress: Progress | None = None,
+    progress: Progress = True,
     callbacks: Sequence[Callback] = (),
 ) -> Fitted:
     """Resume a run from its newest checkpoint; the final weights are those of an uninterrupted run, bit for bit.
@@ -195,11 +197,14 @@ class _Run:
         model: nnx.Module,
         spec: ModelSpec | None,
         devices: Devices,
-        progress: Progress | None,
+        progress: Progress,
         callbacks: Sequence[Callback],
     ):
         self.config, self.images, self.spec, self.devices = config, images, spec, devices
-        self.progress = progress or (lambda record: None)
+        self.progress = progress
+        self.first: tuple[float, int] | None = (
+            None  # when the first epoch of this call was done, and its number
+        )
         self.callbacks = tuple(callbacks) if devices.leads else ()
         self.started = time.perf_counter()
         self.rows, self.held_out = split(len(images.pixels), config.holdout)
@@ -236,7 +241,7 @@ class _Run:
         log = [record for record in log if record["epoch"] <= done]
         if folder is not None and devices.leads:
             runs.write_log(folder, log)
-        with contextlib.ExitStack() as ends:
+        with reporting(self.progress is True), contextlib.ExitStack() as ends:
             for callback in self.callbacks:
                 callback.on_start(config, tuple(log))
                 ends.callback(callback.on_end)
@@ -304,7 +309,12 @@ class _Run:
 
     def _tell(self, record: Record) -> None:
         """Report an epoch."""
-        self.progress(record)
+        epoch, epochs = record["epoch"], self.config.epochs
+        began, first = self.first = self.first or (clock(), epoch)  # most of the first one is compilation
+        said = f"epoch {epoch} of {epochs}{remaining(began, epoch - first, epochs - first)}"
+        say(f"{said}: loss {record['loss']:.4g}, {100 * record['accuracy']:.1f} % correct in training")
+        if callable(self.progress):
+            self.progress(record)
         for callback in self.callbacks:
             callback.on_epoch(record)
 

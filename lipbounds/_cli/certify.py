@@ -41,7 +41,7 @@ from lipbounds._margins.blocks import Unfinished, blocks, joined, radii_of, reco
 from lipbounds._margins.table import COLUMNS as RADII
 from lipbounds._margins.table import table_of
 from lipbounds._text.files import write_atomically
-from lipbounds._text.progress import about
+from lipbounds._text.progress import about, clock, remaining
 from lipbounds.results import Guarantee
 
 ANY = (-np.inf, np.inf)  # the range of examples whose units were checked when they were read
@@ -381,11 +381,12 @@ def _all_blocks(
         typer.echo(f"{_size(parts, kept)} of {len(x)} images were certified before", err=True)
     try:
         with tables.working() as tell:
-            for block in range(jax.process_index(), len(parts), count):
-                if block in kept.done:
-                    continue
+            began = clock()
+            ahead = [b for b in range(jax.process_index(), len(parts), count) if b not in kept.done]
+            for place, block in enumerate(ahead):
                 part = parts[block]
-                with about(f"images {part.start + 1} to {part.stop} of {len(x)}"):
+                left = remaining(began, place, len(ahead))
+                with about(f"images {part.start + 1} to {part.stop} of {len(x)}{left}"):
                     found = lb.certified_radius(
                         form,
                         x[part],

@@ -37,6 +37,7 @@ from lipbounds._cli.options import (
     option,
 )
 from lipbounds._cli.reproduce import reproduce
+from lipbounds._text import reporting
 from lipbounds._text.version import __version__
 from lipbounds.errors import CertificateError
 from lipbounds.results import Guarantee
@@ -140,16 +141,15 @@ def demo(
                 "choose another folder with --out, or pass --force to write there anyway"
             )
         console = tables.console()
-        with tables.progress(console) as bar:
-            task = bar.add_task("starting", total=1.0)
+        with tables.progress(console) as tell:
             results = run_demo(
                 out,
                 seed=seed,
                 epochs=epochs,
                 command=f"lipbounds demo --out {out} --seed {seed} --epochs {epochs}",
-                progress=lambda what, share: bar.update(task, description=what, completed=share),
+                progress=tell,
             )
-            bar.update(task, description="done", completed=1.0)
+            tell("done", 1.0)
         for model in results["models"]:
             console.print()
             console.print(tables.results_table(model, tables.model_title(model)))
@@ -291,7 +291,8 @@ def verify(
         begin = time.perf_counter()
         try:
             claims = read_certificate(certificate)
-            check(claims, form)
+            with tables.working() as tell, reporting(tell):
+                check(claims, form)
         except CertificateError as error:
             raise CertificateError(f"{certificate} is rejected: {error}") from error
         typer.echo(tables.proved(claims, time.perf_counter() - begin))

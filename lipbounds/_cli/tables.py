@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from lipbounds._text import clock, remaining
+from lipbounds._text.progress import Paced
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -36,7 +39,9 @@ def titled(title: str) -> Table:
     return Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
-def progress(console: Console) -> Any:
+@contextlib.contextmanager
+def progress(console: Console) -> Iterator[Callable[[str, float], None]]:
+    """Yields tell(what is being done, share of the whole): a bar on a terminal, elsewhere lines on stderr (`Paced`)."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     columns = (
@@ -45,12 +50,21 @@ def progress(console: Console) -> Any:
         TimeElapsedColumn(),
         TextColumn("{task.description}", markup=False),
     )
-    return Progress(*columns, console=console, transient=not console.is_terminal)
+    paced, began = Paced(), clock()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=1.0)
+
+        def tell(what: str, share: float) -> None:
+            bar.update(task, description=what, completed=share)
+            if not console.is_terminal:
+                paced(f"{what}; {100 * share:.0f} % done{remaining(began, share, 1.0)}")
+
+        yield tell
 
 
 @contextlib.contextmanager
 def working() -> Iterator[Callable[[str], None]]:
-    """Yields tell(text), which shows the current activity on stderr, if that is a terminal."""
+    """Yields tell(text), which shows the current activity on stderr: on a terminal, elsewhere as lines (`Paced`)."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -59,12 +73,12 @@ def working() -> Iterator[Callable[[str], None]]:
     drawn = console.is_terminal and sys.stderr.isatty()  # notebooks set FORCE_COLOR
     with Progress(*columns, console=console, transient=True, disable=not drawn) as bar:
         task = bar.add_task("starting", total=None)
-        yield lambda text: bar.update(task, description=text)
+        yield (lambda text: bar.update(task, description=text)) if drawn else Paced()
 
 
 @contextlib.contextmanager
 def training(epochs: int, quiet: bool = False) -> Iterator[Callable[[Json, str], None]]:
-    """Yields tell(record of an epoch, text): a bar on a terminal; elsewhere a line for every validated epoch.
+    """Yields tell(record of an epoch, text): a bar on a terminal; elsewhere lines (`Paced`, and validated epochs).
 
     On both an epoch with a warning has a line where the one before it had none.
     """
@@ -89,11 +103,16 @@ def training(epochs: int, quiet: bool = False) -> Iterator[Callable[[Json, str],
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading the data, compiling", total=epochs)
-        warned = False
+        paced, warned, began, first = Paced(), False, clock(), None
 
         def tell(record: Json, text: str) -> None:
-            nonlocal warned
-            bar.update(task, completed=record["epoch"], description=text)
+            nonlocal warned, began, first
+            epoch = record["epoch"]
+            bar.update(task, completed=epoch, description=text)
+            if first is None:  # of which most is compilation; a resumed run begins here
+                began, first = clock(), epoch
+            if not (console.is_terminal or quiet):
+                paced(f"epoch {epoch} of {epochs}{remaining(began, epoch - first, epochs - first)}: {text}")
             if "clean" in record or ("warning" in record and not warned):
                 say(console, f"epoch {record['epoch']}: {text}")
             warned = "warning" in record
@@ -108,6 +127,7 @@ class Rows:
         self.names, self.console, self.bar = names, console, bar
         self.task = bar.add_task("starting", total=None)
         self.told = ""
+        self.paced = Paced()
 
     def say(self, text: str) -> None:
         """What is being done."""
@@ -123,6 +143,8 @@ class Rows:
             text += f", {100 * record['certified_estimate']:.1f} % certified (estimate)"
         text += "" if left is None else f"; about {_duration(left)} of training left"
         self.bar.update(self.task, description=text)
+        if not self.console.is_terminal:
+            self.paced(text)
         if "warning" in record and self.told != row.name:
             self.told = row.name
             say(self.console, f"{row.name}, epoch {record['epoch']}: WARNING: {record['warning']}")

@@ -40,7 +40,7 @@ from lipbounds._lipsdp.wide_proof import propagate_chain
 from lipbounds._norms.rounding import add_up
 from lipbounds._text.calls import FAILURES, public, reason, usual_floats
 from lipbounds._text.files import write_atomically
-from lipbounds._text.progress import Progress, say
+from lipbounds._text.progress import Progress, clock, remaining, say
 from lipbounds._text.records import frozen_array, put
 from lipbounds._text.tables import counted, show
 from lipbounds._text.version import __version__
@@ -273,9 +273,9 @@ def check(certificate: Certificate, form: LureForm) -> None:
 
 
 def _prove(c: Certificate, form: LureForm, request: str) -> None:
-    found = []
+    found, began, count = [], clock(), len(c.proofs)
     for number, proof in enumerate(c.proofs):
-        say(f"proof {number + 1} of {len(c.proofs)}")
+        say(f"proof {number + 1} of {count}{remaining(began, number, count)}")
         try:
             found.append(proved_constants(form, proof, norm=c.norm, guarantee=request, seed=c.seed))
         except FAILURES as error:

@@ -42,7 +42,7 @@ from lipbounds._local.maps import Matrix
 from lipbounds._norms.rounding import U, add_up, require_gradual_underflow
 from lipbounds._text.calls import FAILURES, reason
 from lipbounds._text.device import placed, remembered, sharing
-from lipbounds._text.progress import say, stoppable
+from lipbounds._text.progress import clock, remaining, say, stoppable
 from lipbounds._triangle.recursion import FAILURE, Request
 
 _MOST_OUTPUTS = 4096  # of a local bound, which holds K x K blocks per example
@@ -282,7 +282,7 @@ class Around:
         The devices of this process take chunks in turn. Neither their number nor their order changes a chunk.
         """
         count, done = len(self.x), 0
-        parts, devices = self.chunks(count), sharing()
+        parts, devices, began = self.chunks(count), sharing(), clock()
 
         def one(rows: slice, device: Any) -> None:
             with jax.default_matmul_precision("highest"), placed(device):  # settings are per thread
@@ -298,7 +298,7 @@ class Around:
                 for rows, task in zip(parts, running, strict=True):
                     task.result()
                     done += rows.stop - rows.start
-                    say(f"{what}: {done} of {count} examples")
+                    say(f"{what}: {done} of {count} examples{remaining(began, done, count)}")
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

@@ -18,7 +18,7 @@ import numpy as np
 from lipbounds._margins import search
 from lipbounds._margins.found import Found
 from lipbounds._text.device import Shared, on_each
-from lipbounds._text.progress import alive, say
+from lipbounds._text.progress import alive, clock, remaining, say
 
 _AT_ONCE = 4  # branches that are split together
 _ROUNDS = 4  # of the search for a branch
@@ -36,12 +36,12 @@ class Branch(NamedTuple):
 
 def certify_each(found: Found, rows: Sequence[int], rounds: int, seconds: float, verdict: np.ndarray) -> None:
     """`certify` of these rows into `verdict` (N,), for so many seconds each; every device takes one after the other."""
-    waiting = Shared(enumerate(rows))
+    waiting, began = Shared(enumerate(rows)), clock()
 
     def work() -> None:
         for place, row in waiting:
             alive()
-            say(f"branching: {place} of {len(rows)} examples")
+            say(f"branching: {place} of {len(rows)} examples{remaining(began, place, len(rows))}")
             verdict[row] = certify(found, row, rounds, time.monotonic() + seconds)
 
     with found.threads():

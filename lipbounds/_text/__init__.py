@@ -3,7 +3,7 @@
 from lipbounds._text.arguments import as_labels, whole
 from lipbounds._text.files import DEFLATE, read_npz, read_safetensors, write_atomically
 from lipbounds._text.html import Html, element, together
-from lipbounds._text.progress import Progress, reporting, say
+from lipbounds._text.progress import Progress, clock, remaining, reporting, say
 from lipbounds._text.tables import (
     Direction,
     html_table,
@@ -18,7 +18,7 @@ from lipbounds._text.tables import (
 )  # fmt: skip
 
 __all__ = [
-    "DEFLATE", "Direction", "Html", "Progress", "as_labels", "element", "html_table", "label_text", "markdown_table",
-    "markdown_text", "new_axes", "printable", "read_npz", "read_safetensors", "reporting", "say", "seconds_text",
-    "show", "text_table", "together", "whole", "write_atomically",
+    "DEFLATE", "Direction", "Html", "Progress", "as_labels", "clock", "element", "html_table", "label_text",
+    "markdown_table", "markdown_text", "new_axes", "printable", "read_npz", "read_safetensors", "remaining",
+    "reporting", "say", "seconds_text", "show", "text_table", "together", "whole", "write_atomically",
 ]  # fmt: skip

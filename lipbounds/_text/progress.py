@@ -1,7 +1,7 @@
 """Progress reports of public calls: `progress` means the same in all of them.
 
-    progress=True      shown on stderr where that is a terminal and the call takes more than two seconds (the default);
-                       proofs of norms that take longer get a bar with their estimated cost
+    progress=True      shown on stderr (the default): on a terminal once the call takes more than two seconds, with a
+                       bar for proofs of norms that take longer; elsewhere (a file, a notebook) a line every 30 seconds
     progress=False     nothing
     progress=function  function(text) is called with every line of text
 
@@ -21,12 +21,14 @@ from typing import Any
 Tell = Callable[[str], None]
 Progress = bool | Tell | None  # None is False
 
-_PATIENCE = 2.0  # seconds before anything is shown on a terminal
+_PATIENCE = 2.0  # seconds before anything is shown on a terminal, and before a rate is known
+_EVERY = 30.0  # seconds between two lines where stderr is no terminal
 _QUIET = 5.0  # seconds of estimated work below which no bar is shown
 _TELLING = 0.1  # share of the estimated work after which its rate is measured
 _ALWAYS = 60.0  # above this the estimate is printed (one line) even where stderr is no terminal
 _RATE = 4e10  # float64 operations per second of Cholesky and dense products on two cores
 
+_now = time.monotonic
 Advance = Callable[[str, float], None]
 _tell: ContextVar[Tell | None] = ContextVar("tell", default=None)  # None: outside any public call
 _topic: ContextVar[str] = ContextVar("topic", default="")
@@ -37,15 +39,30 @@ def _drawn() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()  # notebooks set FORCE_COLOR, which rich believes
 
 
-class _Terminal:
-    """The last line on stderr, replaced by the next one; nothing where stderr is no terminal."""
+class Paced:
+    """Prints what it is told on stderr, at most a line every 30 seconds: for output that no terminal shows."""
 
     def __init__(self) -> None:
-        self.started = time.monotonic()
-        self.status: Any = None
+        self.last = _now()
 
     def __call__(self, text: str) -> None:
-        if self.status is None and _drawn() and time.monotonic() - self.started > _PATIENCE:
+        if sys.stderr is not None and _now() - self.last >= _EVERY:
+            self.last = _now()
+            print(f"lipbounds: {text}", file=sys.stderr, flush=True)
+
+
+class _Terminal:
+    """The last line on stderr, replaced by the next one; where stderr is no terminal, what `Paced` prints."""
+
+    def __init__(self) -> None:
+        self.started = _now()
+        self.status: Any = None
+        self.paced = Paced()
+
+    def __call__(self, text: str) -> None:
+        if not _drawn():
+            self.paced(text)
+        elif self.status is None and _now() - self.started > _PATIENCE:
             self.status = self.console().status("")
             self.status.start()
         if self.status is not None:
@@ -100,6 +117,21 @@ def say(text: str) -> None:
         tell(_topic.get() + text)
 
 
+def remaining(began: float, done: float, total: float) -> str:
+    """How long the rest of `total` takes, ", about 12 s left", at the rate since `began` (`clock`).
+
+    "" until a rate is known, and where less than a second is left.
+    """
+    spent = _now() - began
+    left = spent * (total / done - 1.0) if done > 0 else 0.0
+    return f", about {show_seconds(left)} left" if spent >= _PATIENCE and left >= 1.0 else ""
+
+
+def clock() -> float:
+    """Seconds since some moment: the clock of all progress."""
+    return _now()
+
+
 class Stopped(BaseException):
     """Raised by `alive` in the workers of a call that was interrupted."""
 
@@ -144,28 +176,25 @@ def meter(count: int, seconds: float) -> Iterator[Advance]:
     which say how long the rest takes at the rate so far.
     """
     screen = _tell.get()
-    if not isinstance(screen, _Terminal) or seconds < _QUIET:
-        done, began = 0.0, time.monotonic()
+    console = screen.console() if isinstance(screen, _Terminal) and seconds >= _QUIET else None
+    said = f"proving the norms of {count} blocks, about {show_seconds(seconds)} on two cores"
+    if console is None or not (console.is_terminal or console.is_jupyter):
+        if console is not None and seconds >= _ALWAYS:
+            print(f"lipbounds: {said}", file=sys.stderr)
+        done, began = 0.0, _now()
 
         def tell(what: str, cost: float) -> None:
             nonlocal done
             done += cost
             # What is done first may be too little to tell a rate.
             known = done > 0.0 and done >= _TELLING * seconds
-            left = (time.monotonic() - began) * (seconds / done - 1.0) if known else seconds - done
+            left = (_now() - began) * (seconds / done - 1.0) if known else seconds - done
             say(f"{what}, about {show_seconds(left)} left" if seconds >= _QUIET and left >= 1.0 else what)
 
         yield tell
         return
+    assert isinstance(screen, _Terminal)
     screen.clear()
-    console = screen.console()
-    drawn = console.is_terminal or console.is_jupyter
-    said = f"proving the norms of {count} blocks, about {show_seconds(seconds)} on two cores"
-    if not drawn:
-        if seconds >= _ALWAYS:
-            print(f"lipbounds: {said}", file=sys.stderr)
-        yield lambda what, _: None
-        return
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     console.print(f"[dim]lipbounds: {said}; guarantee='probabilistic' needs seconds[/dim]", highlight=False)
