@@ -78,14 +78,14 @@ class Plan:
     guarantee: str = "verified"
     seed: int = 0
 
-    def config(self, row: Row) -> Config:
+    def config(self, row: Any) -> Config:
         """The configuration of a row. ValueError where settings do not fit it."""
         changes: Json = {"data_dir": self.data_dir, "validate_every": 0, "seed": self.seed}
         if self.limit is not None:
             usual = row.config(self.epochs).batch_size
             changes["batch_size"] = max(1, min(usual, self.limit // 4))
         if self.small:
-            changes["arch"] = _SMALL.get(row.name, _SMALL[row.group])
+            changes["arch"] = row.small or _SMALL.get(row.name, _SMALL[row.group])
             changes["refresh"] = 1 if row.settings.get("constants") == "local" else 4
             changes |= {"degrees": 0.0, "translate": 0.0}
         return row.config(self.epochs, **changes, **self.settings)
@@ -145,14 +145,29 @@ class Clock:
 
 
 Tell = Callable[[Row, Json, float | None], None]
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What is done with trained rows.
+
+    Args:
+        evaluate: (row, run, its data, plan, say) -> record of the row, as plain data.
+        write: (folder, rows, records of the rows that are done, plan) -> record of the table, which is also written.
+    """
+
+    evaluate: Callable[[Any, Fitted, Dataset, Plan, Say], Json]
+    write: Callable[[pathlib.Path, Sequence[Any], Mapping[str, Json], Plan], Json]
 
 
 def reproduce(
-    rows: Sequence[Row],
+    rows: Sequence[Any],
     folder: pathlib.Path,
     plan: Plan | None = None,
     *,
-    say: Callable[[str], None] = lambda text: None,
+    kind: Kind | None = None,
+    say: Say = lambda text: None,
     progress: Tell = lambda row, record, left: None,
 ) -> Json:
     """Train and evaluate the rows, one folder each, and write the tables after every row; returns the record.
@@ -160,6 +175,8 @@ def reproduce(
     A row that is evaluated is not run again, one whose training was interrupted goes on from its last checkpoint.
 
     Args:
+        rows: `table1_rows.Row`, or others with the same name, group, small and config.
+        kind: what is measured and written; Tables 1 and 2 by default.
         say: called with what is being done.
         progress: called after every epoch with the row, its record and the seconds of training ahead in all.
 
@@ -167,7 +184,7 @@ def reproduce(
         FileNotFoundError: the files of a data set are missing; nothing is trained before all are read.
         ValueError: a row's folder holds a run with other settings, and whatever `fit` refuses.
     """
-    plan = plan or Plan()
+    plan, kind = plan or Plan(), kind or Kind(_evaluate, _write)
     configs = {row.name: plan.config(row) for row in rows}
     for row in rows:
         _check_run(folder / row.name, configs[row.name])
@@ -180,7 +197,7 @@ def reproduce(
         say(f"reading {name}")
         data[name] = plan.data(name)
     clock = Clock({row.name: configs[row.name] for row in open_rows})
-    result = _write(folder, rows, done, plan)
+    result = kind.write(folder, rows, done, plan)
     for row in open_rows:
         config = configs[row.name]
         images = data[config.dataset]
@@ -196,10 +213,11 @@ def reproduce(
         else:
             fitted = fit(config, images, out=place, progress=tell)
         clock.left[row.name] = 0
-        say(f"bounding and attacking {row.name}")
-        done[row.name] = _evaluate(row, fitted, images, plan, say)
+        say(f"evaluating {row.name}")
+        found = kind.evaluate(row, fitted, images, plan, say)
+        done[row.name] = {**found, "settings": _settings(config, plan)}
         write_json(folder / row.name / EVALUATION, done[row.name])
-        result = _write(folder, rows, done, plan)
+        result = kind.write(folder, rows, done, plan)
     return result
 
 
@@ -260,7 +278,6 @@ def _evaluate(row: Row, fitted: Fitted, data: Dataset, plan: Plan, say: Callable
         "version": FORMAT_VERSION,
         "row": row.name,
         "local": near,
-        "settings": _settings(config, plan),
         "eps_pixels": config.eps,
         "eps_paper": config.eps / factor,
         "units": units,
@@ -389,15 +406,20 @@ def _write(folder: pathlib.Path, rows: Sequence[Row], done: Mapping[str, Json], 
     }
     write_json(folder / RECORD, record)
     for name, header, lines in (("table1", COLUMNS, first), ("table2", CONSTANT_COLUMNS, second)):
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([header, *lines])
-        write_atomically(folder / f"{name}.csv", text.getvalue().encode())
+        write_csv(folder / f"{name}.csv", header, lines)
     write_atomically(folder / "table1.md", page(rows, done, plan).encode())
     for group in dict.fromkeys(row.group for row in rows):
         curves = {row.method: done[row.name] for row in rows if row.group == group and row.name in done}
         if curves:
             (folder / f"{group}.png").write_bytes(png(radii_of_rows(group, curves)))
     return record
+
+
+def write_csv(path: pathlib.Path, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Write a table as a file of comma-separated values."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *lines])
+    write_atomically(path, text.getvalue().encode())
 
 
 def page(rows: Sequence[Row], done: Mapping[str, Json], plan: Plan) -> str:

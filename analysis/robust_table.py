@@ -45,6 +45,7 @@ def robust_record(
     steps: int = 20,
     attack: str = "autoattack",
     local: bool | lb.Local = True,
+    certify: bool = True,
     images: int | None = None,
     seed: int = 0,
     progress: Progress = None,
@@ -58,6 +59,7 @@ def robust_record(
         steps: of PGD, which starts once at the image.
         attack: "autoattack", or "pgd" to leave AutoAttack out.
         local: as of `lb.certified_radius`; False certifies by the constants of the whole network alone.
+        certify: False leaves the certificates out.
         images: so many of the images, the first ones; None for all.
         seed: of everything random.
         progress: True, False or a function of one text.
@@ -88,7 +90,8 @@ def robust_record(
         model, x, y, 0.0, settings, steps=0
     ).correct  # bad images are refused before anything takes its time
     begin = time.perf_counter()
-    form, radii, refused = _certify(model, x, y, levels, settings, local)
+    unasked: tuple[Any, lb.Radii | None, str | None] = (None, None, "not asked for")
+    form, radii, refused = _certify(model, x, y, levels, settings, local) if certify else unasked
     radius = np.zeros(len(x)) if radii is None else radii.radius
     seconds = {"certified": time.perf_counter() - begin}
     correct = clean | (radius > 0)

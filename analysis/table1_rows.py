@@ -36,6 +36,7 @@ class Row:
         settings: changes of the data set's preset.
         published: the paper's row, None for rows of our own.
         base: the preset that the settings change; by default the one of the data set in `BASES`.
+        small: the network of a trial, where it is not the usual one (`reproduction.Plan`).
     """
 
     name: str
@@ -43,6 +44,7 @@ class Row:
     settings: Mapping[str, Any]
     published: Published | None = None
     base: str = ""
+    small: str = ""
 
     @property
     def group(self) -> str:
@@ -180,13 +182,18 @@ def _rows() -> dict[str, Row]:
 ROWS: Mapping[str, Row] = _rows()
 
 
-def chosen(names: list[str] | None) -> list[Row]:
-    """The rows of these names; of a data set all its rows; all rows for None. ValueError for an unknown name."""
-    found: dict[str, Row] = {}
-    for name in names or list(BASES):
-        some = {key: row for key, row in ROWS.items() if name in (key, row.group)}
+def chosen(names: list[str] | None, rows: Mapping[str, Any] | None = None) -> list[Any]:
+    """Those of the rows, by default `ROWS`, that have these names; of a data set all its rows; all rows for None.
+
+    ValueError for an unknown name.
+    """
+    rows = ROWS if rows is None else rows
+    groups = list(dict.fromkeys(row.group for row in rows.values()))
+    found: dict[str, Any] = {}
+    for name in names or groups:
+        some = {key: row for key, row in rows.items() if name in (key, row.group)}
         if not some:
-            raise ValueError(f"unknown row {name!r}; known: {', '.join((*BASES, *ROWS))}")
+            raise ValueError(f"unknown row {name!r}; known: {', '.join((*groups, *rows))}")
         found |= some
     return list(found.values())
 

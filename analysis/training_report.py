@@ -84,7 +84,7 @@ def remarks(fitted: Fitted) -> list[str]:
     if log[-1]["epoch"] < config.epochs:
         why = (
             "PGD accuracy had collapsed"
-            if config.stop_if_overfitted and overfitting(log) is not None
+            if config.stop_if_overfitted and overfitting(log, config.attack_rises) is not None
             else f"hardly an image was certified in the last {config.stop_if_uncertified} epochs"
         )
         found.append(f"stopped after epoch {log[-1]['epoch']} of {config.epochs}: {why}")

@@ -2,19 +2,22 @@
 
     python benchmarks/robust_training.py ratios --arch resnet18-w0.125       time of a step of every loss
     python benchmarks/robust_training.py train --dataset digits --work DIR   networks of three seeds, measured
+    python benchmarks/robust_training.py overfit --dataset mnist             Fast AT where it overfits its one step
     python benchmarks/robust_training.py report --work DIR                   tables and figures to benchmarks/results/
 
 `ratios` trains all losses for a few steps on images of the shape of CIFAR-10 (with --data-dir on CIFAR-10 itself, else
 on random ones, which cost the same), one loss after the other, round by round, so that a busy machine slows all of them
 alike. It reports the median over the rounds of the time relative to plain training in the
 same round. The papers' minutes are in the last column: they are of whole runs on another machine, so that only their
-ratios can be compared. `train` leaves out what DIR holds already, so it can be interrupted.
+ratios can be compared. `train` and `overfit` train by `fit`, as `lipbounds train` does; `train` leaves out what DIR
+holds already, so it can be interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import math
 import time
@@ -29,14 +32,14 @@ from common import Json, command_line, environment, keep, peak_gigabytes, table
 from flax import nnx
 from rich.console import Console
 
-from lipbounds.analysis.attacks import pgd
 from lipbounds.analysis.figures import png
 from lipbounds.analysis.robust_table import robust_figure, robust_record
 from lipbounds.training.augment import Augmentation
-from lipbounds.training.data import load
-from lipbounds.training.inner_attacks import RobustSettings
+from lipbounds.training.config import Config
+from lipbounds.training.data import Dataset, load
+from lipbounds.training.loop import fit
 from lipbounds.training.losses import cross_entropy
-from lipbounds.training.models import build, spec_for
+from lipbounds.training.models import MLP, ConvNet, build, spec_for
 from lipbounds.training.network import Network, split
 from lipbounds.training.robust_losses import ROBUST, usual
 
@@ -62,28 +65,50 @@ LOSSES = (
     "consistency",
     "consistency-0",
 )
-# Settings of the small runs, the same for every loss: a network, its eps in l-inf, epochs and training images.
+# Networks (convolutions as (channels, kernel, stride, padding), dense layers) and settings of the small runs.
 SMALL: dict[str, Json] = {
-    "digits": {"arch": "64-128-64-10", "eps": 0.1, "epochs": 60, "batch": 64, "images": 1437, "rate": 2e-3},
-    "mnist": {"arch": "2C2F", "eps": 0.2, "epochs": 8, "batch": 128, "images": 10_000, "rate": 2e-3},
+    "digits": {
+        "convolutions": (),
+        "dense": (128, 64),
+        "eps": 0.1,
+        "epochs": 60,
+        "batch": 64,
+        "images": 1437,
+        "rate": 2e-3,
+    },
+    "mnist": {
+        "convolutions": ((8, 4, 2, 1), (16, 4, 2, 1)),
+        "dense": (64,),
+        "eps": 0.2,
+        "epochs": 10,
+        "batch": 128,
+        "images": 10_000,
+        "rate": 4e-3,
+    },
 }
-TESTED = {"digits": 360, "mnist": 500}
-WARMUP = 6  # one in so many epochs, the first ones, is plain
-WATCHED = 200  # test images on which a short PGD follows the training
-
-
-def settings_of(name: str, eps: float, unrolled: bool) -> tuple[str, RobustSettings]:
-    """(loss, settings) by the name here: "fast-at-clean" starts at the image, "consistency-0" has weight 0."""
-    if name == "fast-at-clean":
-        return "fast-at", usual("fast-at", eps, start="clean", unrolled=unrolled)
-    if name == "consistency-0":
-        return "consistency", usual("consistency", eps, lam=0.0, unrolled=unrolled)
-    return name, usual(name, eps, unrolled=unrolled)
+TESTED = {"digits": 360, "mnist": 300}
+# Names of runs that are a loss with other settings than its usual ones.
+CHANGED: dict[str, tuple[str, Json]] = {
+    "fast-at-clean": ("fast-at", {"attack_start": "clean"}),
+    "consistency-0": ("consistency", {"robust_weight": 1e-12}),  # 0 would be the usual weight
+}
+# Where one step goes wrong: from the image, with few images and a large rate that does not fall.
+OVERFITTING_IMAGES, OVERFITTING_EPOCHS = 5000, 12
+OVERFITTING: Json = {
+    "attack_eps": 0.15,
+    "attack_step": 0.15,
+    "learning_rate": 4e-3,
+    "schedule": "constant",
+    "batch_size": 64,
+    "holdout": 0.1,
+    "robust_every": 1,
+    "ramp": 0,
+}
 
 
 def step_of(network: Network, rule: Any, name: str, eps: float, unrolled: bool) -> Any:
     """step(state, x, y, key) -> (state, report), not compiled; state = (weights, moments, statistics of BatchNorm)."""
-    loss, settings = (name, None) if name == "cross-entropy" else settings_of(name, eps, unrolled)
+    settings = None if name == "cross-entropy" else usual(name, eps, unrolled=unrolled)
 
     def step(state: Any, x: jax.Array, y: jax.Array, key: jax.Array) -> Any:
         weights, moments, statistics = state
@@ -94,9 +119,9 @@ def step_of(network: Network, rule: Any, name: str, eps: float, unrolled: bool) 
                 logits, after = network.trained(weights, statistics, x)
                 return cross_entropy(logits, y), (after, {})
             views = (
-                jax.numpy.stack([x, shifted(jax.random.fold_in(key, 1), x)]) if loss == "consistency" else x
+                jax.numpy.stack([x, shifted(jax.random.fold_in(key, 1), x)]) if name == "consistency" else x
             )
-            found, (after, _, report) = ROBUST[loss](
+            found, (after, _, report) = ROBUST[name](
                 lambda p, s: network.trained(weights, s, p),
                 lambda p: frozen.network(fixed, p),
                 statistics,
@@ -205,95 +230,138 @@ def runs(args: argparse.Namespace) -> Iterator[tuple[str, int, Path]]:
             yield name, seed, args.work / f"{args.dataset}-{name}-{seed}.json"
 
 
-def epoch_of(network: Network, rule: Any, name: str, eps: float, x: Any, y: Any, convolves: bool) -> Any:
-    """run(state, rows (steps, batch), keys) -> (state, reports of the steps)."""
-    step = step_of(network, rule, name, eps, convolves)
-    if not convolves:
-        body = lambda s, i: step(s, x[i[0]], y[i[0]], i[1])  # noqa: E731
-        return jax.jit(lambda state, rows, keys: jax.lax.scan(body, state, (rows, keys)))
-    single = jax.jit(lambda state, rows, key: step(state, x[rows], y[rows], key), donate_argnums=0)
-
-    def steps(state: Any, rows: Any, keys: Any) -> Any:  # XLA runs convolutions in loops slowly on CPUs
-        seen = []
-        for some, key in zip(rows, keys, strict=True):
-            state, report = single(state, some, key)
-            seen.append(report)
-        return state, jax.tree.map(lambda *a: jax.numpy.stack(a), *seen)
-
-    return steps
-
-
-def trained(
-    dataset: str, name: str, seed: int, epochs: int, x: Any, y: Any, test: Any
-) -> tuple[nnx.Module, Json]:
-    """(the network in evaluation mode, its log): Adam with a cosine, the same batches for every loss.
-
-    The first epochs are plain for every loss: attacks on fresh weights leave some networks constant.
-    """
+def small_run(dataset: str, name: str, seed: int, epochs: int, **changes: Any) -> Config:
+    """The settings of a small run: those of the loss, with Adam and a cosine."""
     small = SMALL[dataset]
-    model = build(spec_for(small["arch"], x.shape[1:], 10), seed)
+    loss, more = CHANGED.get(name, (name, {}))
+    fields: Json = {
+        "dataset": dataset,
+        "loss": loss,
+        "attack_eps": small["eps"],
+        "batch_size": small["batch"],
+        "learning_rate": small["rate"],
+        "final_learning_rate": 0.0,
+        "schedule": "cosine",
+        "epochs": epochs,
+        "validate_every": 0,
+        "warmup": 0,
+        "ramp": epochs // 3,  # attacks on fresh weights leave some networks constant
+        "robust_every": max(2, epochs // 5),
+        "crop": 1 if loss == "consistency" else 0,  # its two views are shifted by at most one pixel
+        "seed": seed,
+    }
+    return Config(**{**fields, **more, **changes})
+
+
+def network_of(dataset: str, shape: tuple[int, ...], seed: int) -> nnx.Module:
+    """A fresh network in training mode: its convolutions, if there are any, and its dense layers."""
+    small, rngs = SMALL[dataset], nnx.Rngs(seed)
+    if small["convolutions"]:
+        model: nnx.Module = ConvNet(
+            shape, convolutions=small["convolutions"], dense=small["dense"], rngs=rngs
+        )
+    else:
+        widths = "-".join(map(str, (math.prod(shape), *small["dense"], 10)))
+        model = MLP(shape, widths=widths, rngs=rngs)
     model.train()
-    parts, weights = split(model, x.shape[1:])
-    network, steps = Network(**parts), len(x) // small["batch"]
-    rule = optax.adam(optax.cosine_decay_schedule(small["rate"], epochs * steps))
-    convolves = dataset != "digits"
-    first, later = (
-        epoch_of(network, rule, each, small["eps"], x, y, convolves) for each in ("cross-entropy", name)
-    )
-    state, log, rng = start(network, weights, rule), [], np.random.default_rng(seed)
-    for epoch in range(epochs):
-        rows = rng.permutation(len(x))[: steps * small["batch"]].reshape(steps, -1)
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), epoch), steps)
-        state, seen = (first if epoch < epochs // WARMUP else later)(state, rows, keys)
-        line = {"epoch": epoch + 1, **jax.tree.map(lambda a: float(a.mean()), seen)}
-        if (epoch + 1) % max(1, epochs // 10) == 0:
-            net = nnx.merge(network.graph, state[0], network.at(state[2]).rest)
-            found = pgd(net, *test, small["eps"], norm=math.inf, steps=10, progress=False)
-            line["pgd"] = found.accuracy
-        log.append(line)
-    return nnx.merge(network.graph, state[0], network.at(state[2]).rest), log
+    return model
 
 
-def overfitted(log: list[Json]) -> bool:
-    """Catastrophic overfitting: PGD's accuracy ends below half its best, while the training attack's ends higher."""
-    known = [line for line in log if "pgd" in line and "attack_accuracy" in line]
-    if not known:
-        return False
-    best = max(known, key=lambda line: line["pgd"])
-    last = known[-1]
-    return last["pgd"] < 0.5 * best["pgd"] and last["attack_accuracy"] > best["attack_accuracy"]
+def images_of(dataset: str, data_dir: str | None, count: int) -> Dataset:
+    """The data set with its first training images only."""
+    data = load(dataset, data_dir)
+    return dataclasses.replace(data, train_pixels=data.train_pixels[:count], train_y=data.train_y[:count])
+
+
+class Clock:
+    """Progress of a run: the CPU seconds of its epochs, without the first one and those with PGD accuracies."""
+
+    def __init__(self) -> None:
+        self.last, self.epochs = time.process_time(), dict[int, float]()
+
+    def __call__(self, record: Json) -> None:
+        now = time.process_time()
+        if record["epoch"] > 1 and "pgd_accuracy" not in record:
+            self.epochs[record["epoch"]] = now - self.last
+        self.last = now
 
 
 def train(args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
-    small, tested = SMALL[args.dataset], TESTED[args.dataset]
-    data = load(args.dataset, args.data_dir)
+    small, tested = SMALL[args.dataset], args.images or TESTED[args.dataset]
+    data = images_of(args.dataset, args.data_dir, small["images"])
     test = np.asarray(data.test_x[:tested], np.float32), data.test_y[:tested]
-    x = jax.numpy.asarray(data.train_x[: small["images"]], jax.numpy.float32)
-    y = jax.numpy.asarray(data.train_y[: small["images"]])
     e = str(small["eps"])
     for name, seed, path in runs(args):
         if path.exists():
             continue
-        begin, used = time.perf_counter(), time.process_time()
-        watched = test[0][:WATCHED], test[1][:WATCHED]
-        model, log = trained(args.dataset, name, seed, args.epochs or small["epochs"], x, y, watched)
+        begin, used, clock = time.perf_counter(), time.process_time(), Clock()
+        config = small_run(args.dataset, name, seed, args.epochs or small["epochs"])
+        model = network_of(args.dataset, data.train_pixels.shape[1:], seed)
+        fitted = fit(config, data, model=model, progress=clock)
         spent = {"wall": time.perf_counter() - begin, "cpu": time.process_time() - used}
-        record = robust_record(model, *test, eps=[small["eps"]], local=args.local)
+        spent["cpu_per_epoch"] = float(np.median(list(clock.epochs.values())))
+        record = robust_record(fitted.model, *test, eps=[small["eps"]], local=args.local)
         shown = {
             "loss": name,
             "seed": seed,
             "spent": spent,
-            "overfitted": overfitted(log),
-            "log": log,
+            "overfitted": any("catastrophic" in line.get("warning", "") for line in fitted.log),
+            "log": fitted.log,
             **record,
         }
         path.write_text(json.dumps(shown) + "\n")
         print(
             f"{name}, seed {seed}: natural {record['natural']:.1%}, PGD {record['PGD'][e]:.1%}, AutoAttack "
-            f"{record['AutoAttack'][e]:.1%}, certified {record['certified'][e]:.1%}, {spent['cpu']:.0f} CPU s",
+            f"{record['AutoAttack'][e]:.1%}, certified {record['certified'][e]:.1%}, "
+            f"{spent['cpu_per_epoch']:.2f} CPU s an epoch",
             flush=True,
         )
+
+
+# ----------------------------------------------------------------------------------------------------------- overfit
+def overfit(args: argparse.Namespace) -> None:
+    """Fast AT with and without a random start where one step goes wrong, with the warnings of `fit`."""
+    data = images_of(args.dataset, args.data_dir, OVERFITTING_IMAGES)
+    rows, figures = [], {}
+    for start in ("clean", "uniform"):
+        for seed in args.seeds:
+            changes = {**OVERFITTING, "attack_start": start}
+            config = small_run(args.dataset, "fast-at", seed, args.epochs or OVERFITTING_EPOCHS, **changes)
+            begin = time.process_time()
+            log = fit(config, data, model=network_of(args.dataset, data.train_pixels.shape[1:], seed)).log
+            used = time.process_time() - begin
+            best = max(log, key=lambda line: line["pgd_accuracy"])
+            warned = [str(line["epoch"]) for line in log if "catastrophic" in line.get("warning", "")]
+            shown = [
+                *(
+                    f"{100 * line['attack_accuracy']:.1f} / {100 * line['pgd_accuracy']:.1f}"
+                    for line in (best, log[-1])
+                ),
+                f"{best['delta_loss']:.2f} / {log[-1]['delta_loss']:.2f}",
+                ", ".join(warned) or "none",
+            ]
+            rows.append([start, str(seed), str(best["epoch"]), *shown, f"{used:.0f}"])
+            figures[f"{start}-{seed}"] = {"cpu_seconds": used, "log": log}
+            print(*rows[-1], flush=True)
+    title = (
+        f"Fast AT on {OVERFITTING_IMAGES} images of {args.dataset}, l-inf {OVERFITTING['attack_eps']}, one step of "
+        f"{OVERFITTING['attack_step']}: % correct under its own attack in training / under PGD-10, held out"
+    )
+    columns = [
+        "start",
+        "seed",
+        "best epoch",
+        "there",
+        "last epoch",
+        "delta-L, best / last",
+        "warned in",
+        "CPU s",
+    ]
+    shown_table = table(title, columns, rows, left=("start", "warned in"))
+    Console(width=150).print(shown_table)
+    where = environment("robust_training.py")
+    keep(args.out, f"robust-overfitting-{where['device'].split()[0]}", where, [shown_table], runs=figures)
 
 
 # ------------------------------------------------------------------------------------------------------------ report
@@ -312,12 +380,23 @@ def report(args: argparse.Namespace) -> None:
             records = found[name]
             cells = [spread([r["natural"] for r in records])]
             cells += [spread([r[c][str(eps)] for r in records]) for c in ("PGD", "AutoAttack", "certified")]
-            seconds = f"{np.median([r['spent']['cpu'] for r in records]):.0f}"
+            each = {r["seed"]: r["spent"]["cpu_per_epoch"] for r in records}
+            seconds = f"{np.median(list(each.values())):.2f}"
+            cells += [seconds, *(f"{share:.2f}" for share in shares_of(each, found))]
             lost = sum(r["overfitted"] for r in records)
-            rows.append([name, str(len(records)), *cells, seconds, f"{lost} of {len(records)}"])
+            rows.append([name, str(len(records)), *cells, f"{lost} of {len(records)}"])
             drawn[f"{dataset}: {name}"] = records[0]
         small = SMALL[dataset]
-        title = f"{dataset}, {small['arch']}, l-inf {eps}, {TESTED[dataset]} test images; mean ± standard deviation, %"
+        layers = " and ".join(
+            f"{what} {', '.join(map(str, sizes))}"
+            for what, sizes in (
+                ("convolutions of", [n for n, *_ in small["convolutions"]]),
+                ("dense layers of", small["dense"]),
+            )
+            if sizes
+        )
+        tested = records[0]["images"]
+        title = f"{dataset}, {layers}, l-inf {eps}, {tested} test images; mean ± standard deviation, %"
         columns = [
             "loss",
             "seeds",
@@ -325,7 +404,9 @@ def report(args: argparse.Namespace) -> None:
             "PGD-20",
             "AutoAttack",
             "certified",
-            "CPU s",
+            "CPU s an epoch",
+            "/ plain",
+            "/ TRADES",
             "overfitting warned",
         ]
         shown.append(table(title, columns, rows, left=("loss",)))
@@ -341,6 +422,14 @@ def report(args: argparse.Namespace) -> None:
         (args.out / f"{stem}.png").write_bytes(png(robust_figure(drawn)))
 
 
+def shares_of(each: dict[int, float], found: dict[str, list[Json]]) -> Iterator[float]:
+    """The time by seed over that of plain training and of TRADES, the median over the seeds; NaN without them."""
+    for other in ("cross-entropy", "trades"):
+        theirs = {r["seed"]: r["spent"]["cpu_per_epoch"] for r in found.get(other, [])}
+        both = [each[seed] / theirs[seed] for seed in each if seed in theirs]
+        yield float(np.median(both)) if both else math.nan
+
+
 def spread(shares: list[float]) -> str:
     """Mean and standard deviation (of a sample) in percent."""
     wide = f" ± {100 * np.std(shares, ddof=1):.1f}" if len(shares) > 1 else ""
@@ -349,7 +438,7 @@ def spread(shares: list[float]) -> str:
 
 def main() -> None:
     parser = command_line(__doc__)
-    parser.add_argument("what", choices=("ratios", "train", "report"))
+    parser.add_argument("what", choices=("ratios", "train", "overfit", "report"))
     parser.add_argument("--arch", default="resnet18-w0.125")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=2, help="steps of a round")
@@ -360,14 +449,15 @@ def main() -> None:
     parser.add_argument("--dataset", choices=tuple(SMALL), default="digits")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--data-dir")
+    parser.add_argument("--images", type=int, help="test images that are attacked")
     parser.add_argument("--local", action="store_true", help="certify with the bounds near every image, too")
     parser.add_argument("--work", type=Path, help="folder of the records")
     args = parser.parse_args()
     args.losses = args.losses or list(RATIOS if args.what == "ratios" else LOSSES)
-    if args.what != "ratios" and args.work is None:
+    if args.what in ("train", "report") and args.work is None:
         parser.error("--work is needed: the folder of the records")
     with contextlib.suppress(KeyboardInterrupt):
-        {"ratios": ratios, "train": train, "report": report}[args.what](args)
+        {"ratios": ratios, "train": train, "overfit": overfit, "report": report}[args.what](args)
 
 
 if __name__ == "__main__":

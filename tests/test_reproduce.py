@@ -163,9 +163,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder
 
 
-def command(data: pathlib.Path, out: pathlib.Path, *more: Any, code: int = 0) -> Any:
+def command(data: pathlib.Path, out: pathlib.Path, *more: Any, code: int = 0, table: str = "table1") -> Any:
     options = ["--small", "--epochs", 2, "--limit", 32, "--pgd-steps", 2, "--images", 8]
-    return run("reproduce", "table1", "--data-dir", data, "--out", out, *options, *more, code=code)
+    return run("reproduce", table, "--data-dir", data, "--out", out, *options, *more, code=code)
 
 
 class Stop(Exception):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from test_batch_norm import ONE, PLAIN, SGD, Normed, ahead, few, made
 
 from lipbounds.analysis import pgd
@@ -18,6 +19,7 @@ from lipbounds.training import losses, parallel, robust_losses, robust_step, rob
 from lipbounds.training.config import Config
 from lipbounds.training.data import digits
 from lipbounds.training.loop import fit, resume
+from lipbounds.training.models import ConvNet
 from lipbounds.training.runs import open_run
 
 SMALL: dict[str, Any] = {**SGD, "attack_eps": 0.1, "robust_every": 0}
@@ -98,7 +100,19 @@ def test_overfitting_to_ones_own_attack_is_told_and_stops_a_run() -> None:
     assert not robust_watch.stopped(worse, dataclasses.replace(one, stop_if_overfitted=False))
     assert robust_watch.overfitting([*log, record(4, 0.19, 0.45)]) is None  # everything got worse
     assert robust_watch.overfitting([*log, record(4, 0.21, 0.7)]) is None
+    assert robust_watch.overfitting([record(1, 0.1, 0.3)]) is None  # a third of what its own attack leaves
+    early = robust_watch.overfitting([record(1, 0.07, 0.3)])
+    assert early is not None and "PGD accuracy is 7.0 %, while training under its own attack" in early
     assert watch.best(worse, one) == 2 and watch.judged(Config()) == "certified_estimate"
+
+
+def test_a_network_that_has_not_learned_anything_overfits_nothing() -> None:
+    """Ten classes: constant answers are right for a tenth, and PGD may move all of them or none."""
+    log = [{**record(1, 0.11, 0.08), "majority": 0.1}, {**record(2, 0.004, 0.12), "majority": 0.1}]
+    assert robust_watch.overfitting(log) is None and robust_watch.overfitting(log[1:]) is None
+    log = [{**record(1, 0.2, 0.08), "majority": 0.1}, {**record(2, 0.09, 0.12), "majority": 0.1}]
+    assert robust_watch.overfitting(log) is not None
+    assert robust_watch.overfitting([{**record(2, 0.004, 0.2), "majority": 0.1}]) is not None
 
 
 @pytest.mark.parametrize(
@@ -138,6 +152,35 @@ def test_the_usual_attack_is_changed_by_what_is_set() -> None:
     )
     assert (found.norm, found.step, found.lam, found.tau) == (math.inf, 0.05, 3.0, 2.0)
     assert not Config(loss="at").uses_constants and Config(loss="at", radius_weight=1.0).uses_constants
+
+
+def test_the_attack_rises_with_the_ramp() -> None:
+    """One epoch of warm-up, two of the ramp, four steps each: the radius and its step together."""
+    config = settings(loss="fast-at", epochs=4, warmup=1, ramp=2)
+    one = made(config)
+    shares = [
+        float(one.ramp(jnp.int32(step))) for step in (0, one.steps - 1, one.steps, 3 * one.steps - 1, 99)
+    ]
+    assert shares == pytest.approx([0, 0, 1 / (2 * one.steps), 1, 1])
+    found = robust_step.settings_of(config, share=jnp.float32(0.5))
+    assert (float(found.eps), float(found.step)) == pytest.approx((0.05, 0.0625))
+    assert config.attack_rises == 3 and settings(loss="fast-at").attack_rises == 0
+    log = [record(1, 0.6, 0.9), record(3, 0.1, 0.95), record(4, 0.1, 0.95)]
+    told = [robust_watch.overfitting(log[: n + 1], 3) for n in range(3)]
+    assert told[:2] == [None, None] and "PGD accuracy is 10.0 %" in str(told[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["trades", "backward-smoothing", "consistency", "gradalign"])
+def test_a_warm_up_with_a_ramp_is_plain_training(loss: str) -> None:
+    """The step with a radius of 0 that is traced is that with eps=0."""
+    rising, never = (
+        made(settings(loss=loss, epochs=4, **more))
+        for more in ({"warmup": 1, "ramp": 2}, {"attack_eps": 0.0})
+    )
+    one, other = (ahead(each, each.init(), 1) for each in (rising, never))
+    for a, b in zip(leaves(one.weights), leaves(other.weights), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_images_outside_the_box_are_refused() -> None:
@@ -220,3 +263,22 @@ def test_the_figure_of_the_log_is_that_of_an_attack() -> None:
     assert ["pgd_accuracy" in line for line in fitted.log] == [False, False, True]
     found = pgd(fitted.model, x, y, 0.1, norm=math.inf, steps=10, step_size=0.025, loss="ce").accuracy
     assert fitted.log[-1]["pgd_accuracy"] == pytest.approx(found, abs=3 / ONE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("eps", [0.15, 0.25])
+def test_one_step_from_the_image_overfits_and_is_warned_of(eps: float) -> None:
+    """Fast AT from the image, on digits of three times the size: at 0.25 PGD breaks nearly all, at 0.15 it does not."""
+    data = digits()
+    parts = ("train_pixels", "test_pixels")
+    wide = {name: np.kron(getattr(data, name), np.ones((1, 3, 3, 1), np.uint8)) for name in parts}
+    rest: dict[str, Any] = {"attack_step": eps, "schedule": "constant", "epochs": 16, "robust_every": 4}
+    config = settings(loss="fast-at", attack_eps=eps, attack_start="clean", holdout=0.1, **rest)
+    config = dataclasses.replace(config, optimiser="adam", learning_rate=4e-3, batch_size=64)
+    convolutions = [(8, 4, 2, 1), (16, 4, 2, 1)]
+    model = ConvNet((24, 24, 1), convolutions=convolutions, dense=[64], rngs=nnx.Rngs(0))
+    model.train()
+    log = fit(config, dataclasses.replace(data, **wide), model=model).log
+    own, left = log[-1]["attack_accuracy"], log[-1]["pgd_accuracy"]
+    assert ("catastrophic overfitting" in log[-1].get("warning", "")) == (eps == 0.25)
+    assert own > 0.35 and (left < 0.15 if eps == 0.25 else left > 0.5), (own, left)

@@ -100,8 +100,8 @@ class Config:
                           "(width-adjusted regularisation); 0 for a fixed weight.", 0)
     radius_weight: float = _setting(0.0, "loss", "Weight of CRM's radius term beside a robust loss.", 0)
     warmup: int = _setting(1, "loss", "Epochs of cross-entropy alone at the start.", 0)
-    ramp: int = _setting(0, "loss", "Epochs after the warm-up in which lam (for margin losses eps) rises from 0 to "
-                         "its value.", 0)
+    ramp: int = _setting(0, "loss", "Epochs after the warm-up in which lam (for margin losses eps, for robust ones "
+                         "attack_eps, with warm-up only where there is a ramp) rises from 0 to its value.", 0)
     power_iterations: int = _setting(5, "loss", "Power iterations per step, for naive and liplt.", 1)
     refresh: int = _setting(1, "loss", "Recompute the constants every N steps, and reuse them in between.", 1)
     precision: str = _setting("float32", "loss", "Precision of the constants; the network itself is float32.",
@@ -239,6 +239,11 @@ class Config:
         return self.loss in ROBUST
 
     @property
+    def attack_rises(self) -> int:
+        """Epochs at the start in which the attack is weaker than later."""
+        return self.warmup + self.ramp if self.robust and self.ramp else 0
+
+    @property
     def regularises(self) -> bool:
         """Whether the loss has the divergence of TRADES between clean and attacked answers."""
         return self.loss in _REGULARISED
@@ -310,9 +315,8 @@ _ROWS: Mapping[str, Mapping[str, Any]] = {
     "tiny-imagenet-8C2F": {**_COLOUR, "dataset": "tiny-imagenet", "arch": "8C2F"},
 }
 _WIDER = {"r0": 0.2, "lam": 15.0, "final_learning_rate": 1e-5}
-# The networks of Tables 6.2 to 6.11 and 5.1 of J. Chen's thesis (UCLA, 2022), with the loss as the first word of the
+# The networks of the tables of Chen et al., AAAI 2022, and Wu et al., NeurIPS 2021; the loss is the first word of the
 # command. The papers do not print the epochs, the weight decay and the momentum: these are those of the code of TRADES.
-# Consistency, Table 1 of Tack et al., has batches of 512 and rows of its own in `analysis.robust_rows`.
 _ROBUST = {
     "loss": "at",
     "attack_eps": 8 / 255,
@@ -378,7 +382,8 @@ def preset(name: str, epochs: int | None = None) -> dict[str, Any]:
     settings = dict(PRESETS[name])
     if epochs is not None:
         share = epochs / settings["epochs"]
-        shrunk = {key: round(settings[key] * share) for key in ("warmup", "decay_from") if key in settings}
+        known = [key for key in ("warmup", "decay_from") if key in settings]
+        shrunk: dict[str, Any] = {key: round(settings[key] * share) for key in known}
         if settings["warmup"] <= 1:
             shrunk["warmup"] = settings["warmup"]
         ramp = min(settings.get("ramp", 0), epochs - shrunk["warmup"])

@@ -39,9 +39,9 @@ class RobustSettings:
     """Settings of robust training; `robust_losses.usual(name)` has those of each loss. Units are those of the input.
 
     Args:
-        eps: radius of the ball.
+        eps: radius of the ball. May be traced.
         norm: of the ball, 2 or inf.
-        step: length of a step of the attack, in the norm.
+        step: length of a step of the attack, in the norm. May be traced.
         steps: of the attack.
         start: where the attack begins: "uniform" in the ball, "near" x (x + 0.001 times a normal draw), or x ("clean").
         low, high: the box of the inputs, [low, high] in every coordinate.
@@ -58,9 +58,9 @@ class RobustSettings:
         ValueError: a value outside its range.
     """
 
-    eps: float = 8 / 255
+    eps: Any = 8 / 255
     norm: Any = math.inf
-    step: float = 2 / 255
+    step: Any = 2 / 255
     steps: int = 10
     start: str = "uniform"
     low: float = 0.0

@@ -276,7 +276,7 @@ class _Run:
             state, figures = self.watch(state)
             figures |= self.attacks(state, epoch)
             record = self._record(epoch, metrics, figures, begin)
-            if overfitted := robust_watch.overfitting([*log, record]):
+            if overfitted := robust_watch.overfitting([*log, record], config.attack_rises):
                 record["warning"] = overfitted
             if record["skipped"] > config.max_skipped or record["skipped"] == self.trainer.steps:
                 raise FloatingPointError(

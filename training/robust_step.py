@@ -6,6 +6,7 @@ of the network in training mode, as usual in adversarial training with BatchNorm
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -50,10 +51,13 @@ class Passed(NamedTuple):
     factor: Any
 
 
-def settings_of(config: Config, unrolled: bool = False, factor: Any = None) -> RobustSettings:
+def settings_of(
+    config: Config, unrolled: bool = False, factor: Any = None, share: Any = None
+) -> RobustSettings:
     """The settings of the loss: the usual ones where the configuration does not say more.
 
     factor: the weight of the robust term, where it moves (`Config.war`).
+    share: of the radius and of the steps of the attack, in the ramp; None for all of them.
     """
     changes: dict[str, Any] = {
         "norm": math.inf if config.attack_norm == "linf" else 2,
@@ -71,14 +75,17 @@ def settings_of(config: Config, unrolled: bool = False, factor: Any = None) -> R
     weight = factor if factor is not None else config.robust_weight or None
     if weight is not None:
         changes["beta" if config.regularises else "lam"] = weight
-    return usual(config.loss, config.attack_eps, **changes)
+    settings = usual(config.loss, config.attack_eps, **changes)
+    if share is None:
+        return settings
+    return dataclasses.replace(settings, eps=share * settings.eps, step=share * settings.step)
 
 
 def passed(made: Trainer, state: TrainState, x: jax.Array, labels: jax.Array, key: jax.Array) -> Passed:
     """The robust loss of a batch; x (B, *shape), or (2, B, *shape) of two views (`Config.views`)."""
     config, loss = made.config, ROBUST[made.config.loss]
     factor = state.factor if config.war else None
-    settings = settings_of(config, made.one_by_one, factor)
+    settings = settings_of(config, made.one_by_one, factor, made.ramp(state.step) if config.ramp else None)
 
     def frozen(images: jax.Array) -> jax.Array:
         fixed = jax.lax.stop_gradient(state.weights)

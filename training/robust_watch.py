@@ -19,6 +19,8 @@ from lipbounds.training.step import Trainer, TrainState
 
 Record = dict[str, Any]
 _COLLAPSED = 0.5  # share of the best PGD accuracy so far, below which it has collapsed
+_FAR = 0.25  # share of the accuracy in training, below which PGD accuracy has nothing to do with it
+_LEARNED = 0.1  # part of the way from the accuracy of a constant network to 1
 
 
 class RobustWatch:
@@ -56,9 +58,11 @@ class RobustWatch:
         return jax.jit(attacked, out_shardings=made.devices.replicated)
 
     def __call__(self, state: TrainState, epoch: int) -> Record:
-        """pgd_accuracy on the sample, and robust_gap: that on training images minus that on held-out ones, else None.
+        """pgd_accuracy and majority on the sample, and robust_gap.
 
-        Nothing in epochs without an attack (`Config.robust_every`).
+        The latter are the share of the most frequent class, which a constant network reaches, and PGD accuracy on
+        training images minus that on held-out ones, None where there are none. Nothing in epochs without an attack
+        (`Config.robust_every`).
         """
         config = self.trainer.config
         every = config.robust_every
@@ -75,33 +79,40 @@ class RobustWatch:
                 ]
                 found[name] = float(np.mean(np.concatenate(right)[: len(self.samples[name][1])]))
         gap = found["training"] - found["sample"] if "training" in found else None
-        return {"pgd_accuracy": found["sample"], "robust_gap": gap}
+        majority = float(np.bincount(self.samples["sample"][1]).max() / len(self.samples["sample"][1]))
+        return {"pgd_accuracy": found["sample"], "majority": majority, "robust_gap": gap}
 
 
-def overfitting(log: Sequence[Mapping[str, Any]]) -> str | None:
+def overfitting(log: Sequence[Mapping[str, Any]], begin: int = 0) -> str | None:
     """What is wrong with the last epoch of a robust run: catastrophic overfitting; None where nothing is.
 
-    PGD accuracy has fallen below half of its best in an earlier epoch, while the accuracy in training, under the attack
-    of the loss, is at least that of the earlier epoch (Wong, Rice and Kolter, ICLR 2020; Andriushchenko and Flammarion,
-    NeurIPS 2020).
+    Either PGD accuracy has fallen below half of its best in an earlier epoch, while the accuracy in training, under
+    the attack of the loss, is at least that of the earlier epoch; or it is less than a quarter of that in training
+    (Wong, Rice and Kolter, ICLR 2020; Andriushchenko and Flammarion, NeurIPS 2020). The accuracy that fell, or that
+    in training, has to be that of a network that has learned something: a tenth of the way from `majority` to 1.
+    Epochs up to `begin` (`Config.attack_rises`) do not count: their own attack is weaker than PGD.
     """
-    seen = [record for record in log if record.get("pgd_accuracy") is not None]
-    if len(seen) < 2 or seen[-1] is not log[-1]:
+    if not log or log[-1].get("pgd_accuracy") is None or log[-1]["epoch"] <= begin:
         return None
-    top, last = max(seen[:-1], key=lambda record: record["pgd_accuracy"]), seen[-1]
-    if (
-        last["pgd_accuracy"] >= _COLLAPSED * top["pgd_accuracy"]
-        or last["attack_accuracy"] < top["attack_accuracy"]
-    ):
+    last = log[-1]
+    earlier = [each for each in log[:-1] if each.get("pgd_accuracy") is not None and each["epoch"] > begin]
+    chance = last.get("majority") or 0.0
+    learned = chance + _LEARNED * (1 - chance)
+    own, left = last["attack_accuracy"], last["pgd_accuracy"]
+    top = max(earlier, key=lambda record: record["pgd_accuracy"], default=last)
+    best = top["pgd_accuracy"]
+    if best > learned and left < _COLLAPSED * best and own >= top["attack_accuracy"]:
+        text = f"PGD accuracy fell from {100 * best:.1f} % in epoch {top['epoch']} to {100 * left:.1f} %"
+    elif own > learned and left < _FAR * own:
+        text = f"PGD accuracy is {100 * left:.1f} %"
+    else:
         return None
     return (
-        f"catastrophic overfitting: PGD accuracy fell from {100 * top['pgd_accuracy']:.1f} % in epoch "
-        f"{top['epoch']} to {100 * last['pgd_accuracy']:.1f} %, while training under its own attack stands at "
-        f"{100 * last['attack_accuracy']:.1f} %; use a random start, a smaller attack_step, more attack_steps, "
-        "or another loss"
+        f"catastrophic overfitting: {text}, while training under its own attack stands at {100 * own:.1f} %; "
+        "use a random start, a smaller attack_step, more attack_steps, or another loss"
     )
 
 
 def stopped(log: Sequence[Mapping[str, Any]], config: Config) -> bool:
     """Whether a run ends here because it overfits its own attack."""
-    return config.stop_if_overfitted and bool(log) and overfitting(log) is not None
+    return config.stop_if_overfitted and bool(log) and overfitting(log, config.attack_rises) is not None

@@ -327,6 +327,11 @@ class Trainer(Network):
         )
         return new._replace(step=state.step + 1), seen
 
+    def ramp(self, step: Any) -> jax.Array:
+        """The share of lam, or of a radius, that is in force in this step: 0 in the warm-up, 1 behind the ramp."""
+        c = self.config
+        return jnp.clip((step - c.warmup * self.steps + 1).astype(_FLOAT) / (c.ramp * self.steps), 0, 1)
+
     def _loss(self, state: TrainState, trained: Any, x: Any, logits: Any, labels: Any) -> tuple[Any, ...]:
         """(loss, dl/dz, (dC/d trained)' dl/dC, multipliers, state of the bound, held)."""
         c = self.config
@@ -336,9 +341,7 @@ class Trainer(Network):
             loss, along = jax.value_and_grad(alone)(logits, labels, c.smoothing)
             return loss, along, nothing, state.multipliers, state.bound, state.held
         begin = c.warmup * self.steps
-        share: float | jax.Array = 1.0
-        if c.ramp:
-            share = jnp.clip((state.step - begin + 1).astype(_FLOAT) / (c.ramp * self.steps), 0, 1)
+        share: float | jax.Array = self.ramp(state.step) if c.ramp else 1.0
         whole = partial(self.loss, share=share)
 
         def plain() -> tuple[Any, ...]:

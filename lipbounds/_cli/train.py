@@ -156,10 +156,15 @@ def _check_used(given: Json, c: Any) -> None:
     used = {
         ("lam",): (c.loss == "crm", "the loss crm"),
         ("r0", "t", "g"): (c.loss == "crm" or c.radius_weight > 0, "the loss crm, or --radius-weight"),
-        ("constants", "pairs", "refresh", "warmup", "ramp", "stop_if_uncertified"): (
+        ("constants", "pairs", "refresh", "stop_if_uncertified"): (
             c.loss != "cross-entropy" and (c.uses_constants or not c.robust),
             "a loss with constants",
         ),
+        ("warmup",): (
+            c.loss != "cross-entropy" and (c.uses_constants or not c.robust or c.ramp > 0),
+            "a loss with constants, or a robust loss with --ramp",
+        ),
+        ("ramp",): (c.loss != "cross-entropy", "a loss with constants, or a robust loss"),
         ("attack_eps", "attack_norm", "robust_every", "stop_if_overfitted"): (c.robust, "a robust loss"),
         ("attack_steps", "attack_start"): (
             c.robust and c.loss != "backward-smoothing",
