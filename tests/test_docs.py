@@ -48,6 +48,28 @@ def test_a_theorem_names_its_code_and_the_tests_that_guard_it(page: pathlib.Path
         assert f"def {test}(" in sources, f"{test} is in none of the files that the page names"
 
 
+def test_the_readme_is_one_screen_and_begins_with_a_block_that_the_doors_run() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 70
+    first, door = (
+        re.search(r"^```python\n(.*?)^```", page, re.M | re.S)[1]  # type: ignore[index]
+        for page in (text, (DOCS / "doors.md").read_text(encoding="utf-8"))
+    )
+    assert first == door  # tests/test_doors.py runs it
+
+
+def test_figures_are_small_and_shown() -> None:
+    shown = {
+        (page.parent / target).resolve()
+        for page in (*PAGES, ROOT / "README.md")
+        for target in re.findall(r"!\[[^]]*\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+        if not target.startswith("https://")
+    }
+    figures = list((DOCS / "figures").iterdir())
+    assert {path.resolve() for path in figures} == {path for path in shown if path.parent == DOCS / "figures"}
+    assert max(path.stat().st_size for path in figures) < 100_000
+
+
 def test_every_public_name_has_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(DOCS))
     import generate
