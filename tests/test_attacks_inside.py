@@ -23,7 +23,7 @@ def test_no_attack_succeeds_inside_a_radius(place: int, norm: float) -> None:
     found = attacks_inside.inside(name, norm, 30, quick=True)
     assert found["images"] == 30 and len(found["attacks"]) == 12
     attacks_inside.check(found)
-    assert found["broken_at_4_radii"] > 0.2  # the attacks can break it, a little farther out
+    assert found["broken_at_4_radii"] > 0.9  # the attacks can break it, a little farther out
 
 
 def _record() -> dict:
