@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from command import run
+from documented import differences
 
 from lipbounds import analysis
 from lipbounds.analysis.attack_report import picture
@@ -36,6 +37,7 @@ def test_attack_writes_what_the_library_finds(model_file, tmp_path):
     found = analysis.pgd(model, x, y, 0.125, norm="inf", steps=5)
     assert repr(found) in text and "no certificate" in text and 0 < found.success.sum() < 30
     record = json.loads(files["json"].read_text())
+    assert differences("Attacks as JSON", record) == (set(), set())
     assert record["accuracy"] == found.accuracy and record["eps"] == 0.125 and record["norm"] == "inf"
     assert record["images"] == 30 and record["guarantee"] == "attained"
     rows = record["rows"]
@@ -64,6 +66,7 @@ def test_autoattack_from_the_command_line(model_file, tmp_path):
     text = run(*given, "--page", tmp_path / "a.html", "--mean", "0", "--std", "1").stdout
     record = json.loads((tmp_path / "a.json").read_text())
     shares = [record["clean"], *(stage["accuracy"] for stage in record["stages"])]
+    assert differences("Attacks as JSON", record) == (set(), set())
     assert [s["name"] for s in record["stages"]] == ["APGD-CE", "APGD-T", "FAB-T", "Square"]
     assert shares == sorted(shares, reverse=True) and shares[-1] == record["accuracy"]
     assert text.startswith("AutoAttack: 12 examples in l2: clean")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from documented import differences
 from typer.testing import CliRunner
 
 import lipbounds as lb
@@ -375,6 +376,7 @@ def test_a_run_is_evaluated_with_one_command(folder, tmp_path):
     assert {"clean", "pgd", "certified", "guarantee", "constants", "radii", "seconds", "refused"} <= set(
         found
     )
+    assert differences("Evaluations as JSON", found) == (set(), set())
     assert (
         found["eps"] == [0.1, 0.3]
         and found["images"] == 40
@@ -420,6 +422,7 @@ def test_paper_units_on_cifar10(tmp_path, monkeypatch, rng):
     text = " ".join(run(file, "--dataset", "cifar10", *options, "--paper-units").stdout.split())
     found = json.loads((tmp_path / "r.json").read_text())
     assert found["eps"] == [18 / 255] and found["paper_units"]["given"] == {str(18 / 255): 36 / 255}
+    assert differences("Evaluations as JSON", found) == (set(), set())
     assert found["paper_units"]["text"] == paper_units("cifar10")[1]
     assert "its 36/255 is 18/255 in pixel values" in text and "eps 0.141176 as asked is 0.0705882" in text
     run(file, "--dataset", "cifar10", *options)

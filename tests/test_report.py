@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 from command import run
+from documented import differences, documented
 
 import lipbounds as lb
 from lipbounds.analysis.demo import run_demo
@@ -115,6 +116,13 @@ def test_demo_from_end_to_end(tmp_path):
         "mlp_crm",
         "cnn_crm",
     ]
+    assert differences("The demo as JSON", results) == (set(), set())
+    results_of, radii = documented("Bounds as JSON"), documented("Evaluations as JSON")
+    fields = {name.removeprefix("radii.METHOD.") for name in radii if name.startswith("radii.METHOD.")}
+    for row in (row for model in results["models"] for row in model["upper"]):
+        assert row.keys() <= {*results_of, "certified", "without_pairs"}
+        inner = [row["certified"], *([row["without_pairs"]["certified"]] if "without_pairs" in row else [])]
+        assert all(each.keys() - {"radius"} == fields for each in inner)
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "What training for the radius does" in page and (out / "training-compared.png").exists()
     for model in results["models"]:
