@@ -329,7 +329,8 @@ def overfit(args: argparse.Namespace) -> None:
             changes = {**OVERFITTING, "attack_start": start}
             config = small_run(args.dataset, "fast-at", seed, args.epochs or OVERFITTING_EPOCHS, **changes)
             begin = time.process_time()
-            log = fit(config, data, model=network_of(args.dataset, data.train_pixels.shape[1:], seed)).log
+            model = network_of(args.dataset, data.train_pixels.shape[1:], seed)
+            log = fit(config, data, model=model, progress=False).log
             used = time.process_time() - begin
             best = max(log, key=lambda line: line["pgd_accuracy"])
             warned = [str(line["epoch"]) for line in log if "catastrophic" in line.get("warning", "")]
@@ -366,60 +367,47 @@ def overfit(args: argparse.Namespace) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ report
 def report(args: argparse.Namespace) -> None:
-    shown, figures, drawn = [], {}, {}
-    for dataset in SMALL:
-        found: dict[str, list[Json]] = {}
-        for path in sorted(args.work.glob(f"{dataset}-*.json")):
-            record = json.loads(path.read_text())
-            found.setdefault(record["loss"], []).append(record)
-        if not found:
-            continue
-        eps = SMALL[dataset]["eps"]
-        rows = []
-        for name in (n for n in LOSSES if n in found):
-            records = found[name]
-            cells = [spread([r["natural"] for r in records])]
-            cells += [spread([r[c][str(eps)] for r in records]) for c in ("PGD", "AutoAttack", "certified")]
-            each = {r["seed"]: r["spent"]["cpu_per_epoch"] for r in records}
-            seconds = f"{np.median(list(each.values())):.2f}"
-            cells += [seconds, *(f"{share:.2f}" for share in shares_of(each, found))]
-            lost = sum(r["overfitted"] for r in records)
-            rows.append([name, str(len(records)), *cells, f"{lost} of {len(records)}"])
-            drawn[f"{dataset}: {name}"] = records[0]
-        small = SMALL[dataset]
-        layers = " and ".join(
-            f"{what} {', '.join(map(str, sizes))}"
-            for what, sizes in (
-                ("convolutions of", [n for n, *_ in small["convolutions"]]),
-                ("dense layers of", small["dense"]),
-            )
-            if sizes
-        )
-        tested = records[0]["images"]
-        title = f"{dataset}, {layers}, l-inf {eps}, {tested} test images; mean ± standard deviation, %"
-        columns = [
-            "loss",
-            "seeds",
-            "natural",
-            "PGD-20",
-            "AutoAttack",
-            "certified",
-            "CPU s an epoch",
-            "/ plain",
-            "/ TRADES",
-            "overfitting warned",
-        ]
-        shown.append(table(title, columns, rows, left=("loss",)))
-        figures[dataset] = {
-            name: [{k: v for k, v in r.items() if k != "log"} for r in rs] for name, rs in found.items()
-        }
-    for one in shown:
-        Console(width=150).print(one)
+    """The table and the figure of a data set's records."""
+    found: dict[str, list[Json]] = {}
+    for path in sorted(args.work.glob(f"{args.dataset}-*.json")):
+        record = json.loads(path.read_text())
+        found.setdefault(record["loss"], []).append(record)
+    rows, small = [], SMALL[args.dataset]
+    eps = str(small["eps"])
+    for name in (n for n in LOSSES if n in found):
+        records = found[name]
+        cells = [spread([r["natural"] for r in records])]
+        cells += [spread([r[c][eps] for r in records]) for c in ("PGD", "AutoAttack", "certified")]
+        each = {r["seed"]: r["spent"]["cpu_per_epoch"] for r in records}
+        cells += [f"{share:.2f}" for share in (np.median(list(each.values())), *shares_of(each, found))]
+        lost = sum(r["overfitted"] for r in records)
+        rows.append([name, str(len(records)), *cells, f"{lost} of {len(records)}"])
+    sizes = [[n for n, *_ in small["convolutions"]], small["dense"]]
+    kinds = ("convolutions of", "dense layers of")
+    layers = " and ".join(
+        f"{kind} {', '.join(map(str, n))}" for kind, n in zip(kinds, sizes, strict=True) if n
+    )
+    tested = max(r["images"] for records in found.values() for r in records)
+    title = f"{args.dataset}, {small['images']} images, {layers}; l-inf {eps}, {tested} test images; %"
+    columns = [
+        "loss",
+        "seeds",
+        "natural",
+        "PGD-20",
+        "AutoAttack",
+        "certified",
+        "CPU s an epoch",
+        "/ plain",
+        "/ TRADES",
+    ]
+    shown = table(title, [*columns, "overfitting warned"], rows, left=("loss",))
+    Console(width=150).print(shown)
     where = environment("robust_training.py")
-    stem = f"robust-training-{where['device'].split()[0]}"
-    keep(args.out, stem, where, shown, peak_gigabytes=peak_gigabytes(), **figures)
-    if drawn:
-        (args.out / f"{stem}.png").write_bytes(png(robust_figure(drawn)))
+    stem = f"robust-training-{args.dataset}-{where['device'].split()[0]}"
+    plain = {name: [{k: v for k, v in r.items() if k != "log"} for r in rs] for name, rs in found.items()}
+    keep(args.out, stem, where, [shown], peak_gigabytes=peak_gigabytes(), **plain)
+    drawn = {name: records[0] for name, records in found.items()}
+    (args.out / f"{stem}.png").write_bytes(png(robust_figure(drawn)))
 
 
 def shares_of(each: dict[int, float], found: dict[str, list[Json]]) -> Iterator[float]:
