@@ -29,14 +29,14 @@ def layers(count: int, *shape: int) -> list[jax.Array]:
     return [jnp.asarray(part) for part in parts]
 
 
-@pytest.mark.parametrize("construct", [orthogonal.cayley, orthogonal.reflection])
+@pytest.mark.parametrize("construct", [orthogonal.cayley, orthogonal.reflection, orthogonal.orthonormal])
 def test_layers_whose_matrices_are_computed_side_by_side(construct) -> None:
     """Five of them hung on two cores, as batches of `jnp.linalg.solve`."""
 
     def loss(stacks):
         return sum(jnp.sum(jnp.abs(construct(stack)) ** 3) for stack in stacks)
 
-    found = routines(jax.grad(loss), layers(3, 6, 5, 4 if construct is orthogonal.reflection else 5))
+    found = routines(jax.grad(loss), layers(3, 6, 5, 5 if construct is orthogonal.cayley else 4))
     assert found and not batched(found)
 
 
@@ -77,3 +77,19 @@ def test_the_inverse_and_its_derivative(dtype) -> None:
         np.testing.assert_allclose(
             jax.grad(loss(factorised.inverse))(a), jax.grad(loss(jnp.linalg.inv))(a), rtol=1e-9
         )
+
+
+def test_the_inverse_factor_and_its_derivative() -> None:
+    with jax.enable_x64():
+        a = jnp.stack(layers(2, 5, 4)).astype(jnp.complex128)
+
+        def loss(factor):
+            return lambda m: jnp.sum(jnp.abs(factor(orthogonal.adjoint(m) @ m)) ** 3 * np.arange(4.0))
+
+        def plain(m):
+            return jnp.linalg.inv(jnp.linalg.cholesky(m))
+
+        gram = orthogonal.adjoint(a) @ a
+        np.testing.assert_allclose(factorised.inverse_factor(gram), plain(gram), atol=1e-10)
+        found, wanted = jax.grad(loss(factorised.inverse_factor))(a), jax.grad(loss(plain))(a)
+        np.testing.assert_allclose(found, wanted, rtol=1e-8, atol=1e-10)

@@ -127,6 +127,22 @@ def test_custom_vjp_is_inlined_to_its_primal() -> None:
     assert [e.primitive for e in _jaxpr.flatten(lambda _, x: f(x), (), X).eqns] == ["mul"]
 
 
+def test_custom_vjp_of_weights_keeps_its_derivative() -> None:
+    """Inlined, a network whose weights are computed by one would be differentiated by the derivative of its primal."""
+
+    @jax.custom_vjp
+    def f(w: jax.Array) -> jax.Array:
+        return 3.0 * w
+
+    f.defvjp(lambda w: (f(w), None), lambda _, g: (7.0 * g,))
+
+    def factor(w: jax.Array) -> jax.Array:
+        (eqn,) = _jaxpr.flatten(lambda w, x: f(w) * x, w, X).eqns
+        return jnp.sum(eqn.inputs[0].const)
+
+    assert jax.value_and_grad(factor)(jnp.float32(2.0)) == (6.0, 7.0)
+
+
 def test_jit_carries_a_name_and_custom_jvp_does_not() -> None:
     eqns = list(equations(jax.make_jaxpr(jax.nn.relu)(X)))
     assert [e.primitive.name for e in eqns] == ["custom_jvp_call", "jit", "max"], (

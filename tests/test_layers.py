@@ -15,7 +15,7 @@ import lipbounds as lb
 from lipbounds.training import orthogonal
 from lipbounds.training.activations import Householder, groupsort, maxmin
 from lipbounds.training.blocks import Block
-from lipbounds.training.layers import KINDS, Convolution, Dense, convolve, downsample, iterate
+from lipbounds.training.layers import KINDS, ORTHOGONAL, Convolution, Dense, convolve, downsample, iterate
 
 SIZES = ((6, 6), (8, 5), (5, 8))
 IMAGES = ((2, 2, 1, (4, 4)), (2, 3, 2, (8, 6)), (3, 2, 1, (5, 4)))
@@ -41,7 +41,7 @@ def convolution(kind: str, a: int = 2, b: int = 2, stride: int = 1, image: Any =
 
 @pytest.mark.sampled(15)
 @pytest.mark.parametrize("n_in, n_out", SIZES)
-@pytest.mark.parametrize("kind", ["reflection", "spectral", "aol", "cayley", "exponential"])
+@pytest.mark.parametrize("kind", ["reflection", "cholesky", "spectral", "aol", "cayley", "exponential"])
 def test_dense_layers_have_norm_one(kind: str, n_in: int, n_out: int) -> None:
     layer = dense(kind, n_in, n_out)
     if kind == "spectral":
@@ -56,7 +56,7 @@ def test_dense_layers_have_norm_one(kind: str, n_in: int, n_out: int) -> None:
 
 @pytest.mark.sampled(15)
 @pytest.mark.parametrize("a, b, stride, image", IMAGES)
-@pytest.mark.parametrize("kind", ["exponential", "spectral", "aol", "cayley", "reflection"])
+@pytest.mark.parametrize("kind", ["exponential", "cholesky", "spectral", "aol", "cayley", "reflection"])
 def test_convolutions_have_norm_one(kind: str, a: int, b: int, stride: int, image: tuple[int, int]) -> None:
     layer = convolution(kind, a, b, stride, image)
     if kind == "spectral":
@@ -77,7 +77,7 @@ def test_convolutions_have_norm_one(kind: str, a: int, b: int, stride: int, imag
 def test_orthogonal_layers_keep_lengths() -> None:
     """Every one of them, on vectors: as many outputs as inputs."""
     x = jax.random.normal(jax.random.key(2), (4, 4, 4, 3))
-    for kind in ("cayley", "exponential", "reflection"):
+    for kind in ORTHOGONAL:
         layers = (convolution(kind, 3, 3), dense(kind, 48, 48))
         for layer, given in zip(layers, (x, x.reshape(4, -1)), strict=True):
             y = layer(given).reshape(4, -1)
@@ -109,6 +109,9 @@ def _fault(name: str) -> tuple[Callable[[Any], Any], tuple[int, ...]]:
     if name == "reflection: without the inverse":
         v = dense("reflection").kernel.get_value()
         return lambda x: x @ (jnp.eye(6) - 2 * v @ v.T), (6,)
+    if name == "cholesky: the factor is not transposed":
+        w = dense("cholesky").kernel.get_value() + jnp.eye(6)
+        return lambda x: x @ (w @ jnp.linalg.inv(jnp.linalg.cholesky(w.T @ w))), (6,)
     if name == "unit: columns as they are":
         layer = dense("unit", 6, 1)
         return lambda x: x @ (1.5 * layer.kernel.get_value()), (6,)
@@ -125,6 +128,7 @@ def _fault(name: str) -> tuple[Callable[[Any], Any], tuple[int, ...]]:
         "cayley: a symmetric in place of a skew matrix",
         "reflection: a kernel cut to its window",
         "reflection: without the inverse",
+        "cholesky: the factor is not transposed",
         "unit: columns as they are",
     ],
 )
@@ -235,7 +239,7 @@ def test_layers_train(kind: str, dtype: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["cayley", "exponential", "reflection", "aol"])
+@pytest.mark.parametrize("kind", ["cayley", "exponential", "reflection", "cholesky", "aol"])
 def test_gradients_are_right(kind: str) -> None:
     """Against central differences in float64."""
     with jax.enable_x64(True):

@@ -18,6 +18,7 @@ import lipbounds as lb
 from lipbounds.training import Config, fit, losses, resume
 from lipbounds.training.augment import crop, cutout
 from lipbounds.training.data import digits
+from lipbounds.training.lipschitz_nets import OrthogonalConvNet
 from lipbounds.training.models import build, spec_for
 from lipbounds.training.optimisers import lookahead, schedule
 
@@ -120,6 +121,8 @@ def test_schedules_have_their_edges() -> None:
         ("lipconvnet-", "lipconvnet-10"),
         ("lipconvnet-7", "multiple of 5"),
         ("lipconvnet-5-best", "kind must be"),
+        ("4C3F-", "kind must be"),
+        ("4C3F-cholesky-2", "4C3F-cholesky"),
         ("sll-rnn-L2W8", "sll-mlp-L4W256"),
         ("aol-mlp-L0W8", "needs blocks"),
         ("liresnet-L2W7", "even width"),
@@ -138,6 +141,7 @@ def test_names_that_are_none_say_what_names_are(name: str, words: str) -> None:
         ("lipconvnet-6-exponential", 1.0),
         ("lipconvnet-3-cayley", 1.0),
         ("lipconvnet-3-aol", 1.0),
+        ("4C3F-cholesky", 1.0),
         ("aol-mlp-L2W16", 1.0),
         ("aol-cnn-L1W4", 1.0),
     ],
@@ -149,6 +153,23 @@ def test_networks_of_constant_one_are_proved_so(name: str, constant: float) -> N
     found = lb.naive(form, pairwise=True, progress=False)
     assert found.per_class is not None and found.guarantee == "verified"
     assert found.per_class.max() <= constant * (1 + 5e-6)
+
+
+def test_a_convnet_of_orthogonal_layers_is_proved_to_have_constant_one() -> None:
+    """4C3F-cholesky in small: the constant of a pair of classes is the distance of their columns in the head."""
+    model: Any = nnx.eval_shape(lambda: build(spec_for("4C3F-cholesky", (28, 28, 1), 10)))
+    shapes = [layer.kernel.shape for layer in (*model.convolutions, *model.dense, model.head)]
+    assert shapes[:4] == [(3, 3, 1, 32), (3, 3, 128, 32), (3, 3, 32, 64), (3, 3, 256, 64)]
+    assert shapes[4:] == [(3136, 512), (512, 512), (512, 10)]
+    # no convolution: tests/test_layers.py has them, and the test above this one the whole network
+    model = OrthogonalConvNet((4, 4, 1), convolutions=[], dense=[4], classes=3, rngs=nnx.Rngs(0))
+    form = lb.trace(model, jax.ShapeDtypeStruct((4, 4, 1), jnp.float32))
+    found = lb.naive(form, pairwise=True, progress=False)
+    assert found.per_class is not None and found.guarantee == "verified"
+    assert found.per_class.max() <= 1 + 1e-6
+    head = np.asarray(model.head.weights())
+    apart = np.linalg.norm(head[:, :, None] - head[:, None], axis=0)
+    np.testing.assert_allclose(found.pairwise, apart, atol=3e-6)
 
 
 @pytest.mark.slow

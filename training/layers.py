@@ -13,6 +13,7 @@ Nothing believes these constants: a network of these layers is traced like any o
 | cayley | (I + S)^-1 (I - S), S = A - A' | 1, orthogonal | Trockman and Kolter, ICLR 2021 |
 | exponential | exp(A - A') (SOC) | 1, orthogonal | Singla and Feizi, ICML 2021 |
 | reflection | I - 2 V (V'V)^-1 V' (BRO) | 1, orthogonal | Lai et al., ICML 2025 |
+| cholesky | W L^-*, L L* = W* W: orthonormal columns (or rows) | 1, orthogonal | Hu et al., ICLR 2024 |
 | residual | x + scale W x, one linear map (LiResNet) | none | Hu et al., NeurIPS 2023 |
 | unit | columns of length 1, for the last layer | none; 1 per output | Singla and Feizi, ICLR 2022 |
 | plain | W, orthogonal at first | none | |
@@ -37,8 +38,13 @@ from flax import nnx
 
 from lipbounds.training import orthogonal
 
-KINDS = ("spectral", "aol", "cayley", "exponential", "reflection", "residual", "unit", "plain")
-ORTHOGONAL = ("cayley", "exponential", "reflection")
+KINDS = ("spectral", "aol", "cayley", "exponential", "reflection", "cholesky", "residual", "unit", "plain")
+ORTHOGONAL = ("cayley", "exponential", "reflection", "cholesky")
+_CONSTRUCTED = {
+    "cayley": orthogonal.cayley,
+    "reflection": orthogonal.reflection,
+    "cholesky": orthogonal.orthonormal,
+}
 _TINY = 1e-12
 
 
@@ -150,7 +156,7 @@ class _Layer(nnx.Module):
         fan = math.prod(window) * n_in
         if kind == "reflection":
             start = jax.random.normal(key, (*window, side, max(side // 2, 1))) / math.sqrt(side)
-        elif kind in ORTHOGONAL:
+        elif kind in ("cayley", "exponential"):
             start = jax.random.normal(key, (*window, side, side)) / math.sqrt(4 * math.prod(window) * side)
         elif kind == "residual":
             start = jax.random.normal(key, (*window, n_in, n_in)) / fan
@@ -239,8 +245,7 @@ class Dense(_Layer):
             return jnp.eye(self.n_in, dtype=kernel.dtype) + self.scale * kernel
         if self.kind == "exponential":
             return orthogonal.exponential(kernel, self.terms)[: self.n_in, : self.n_out]
-        construct = orthogonal.cayley if self.kind == "cayley" else orthogonal.reflection
-        return construct(kernel)[: self.n_in, : self.n_out]
+        return _CONSTRUCTED[self.kind](kernel)[: self.n_in, : self.n_out]
 
     def apply(self, kernel: jax.Array, x: jax.Array) -> jax.Array:
         """x @ kernel."""
@@ -259,7 +264,8 @@ class Convolution(_Layer):
     """A convolution of `kind` (see the table above) on images of one size, with a bias.
 
     The input is read by `downsample(x, stride)`, the window is square and odd. Padding is zero for "spectral", "aol",
-    "exponential" and "residual", and circular for "cayley" and "reflection", which are computed in the Fourier domain.
+    "exponential" and "residual", and circular for "cayley", "reflection" and "cholesky", which are computed in the
+    Fourier domain.
 
     Args:
         image: (height, width) of the input.
@@ -293,7 +299,7 @@ class Convolution(_Layer):
         self.image = (image[0] // stride, image[1] // stride)
         self.n_in, self.n_out, self.stride = n_in * stride**2, n_out, stride
         self.terms, self.scale = terms, scale
-        if kind in ("cayley", "reflection") and window > min(self.image):
+        if kind in _CONSTRUCTED and window > min(self.image):
             raise ValueError(f"a window of {window} does not fit images of {self.image}")
         shape = (window, window, self.n_in, n_out)
         self._parameters(kind, shape, use_bias, (*self.image, self.n_in), rngs)
@@ -318,9 +324,9 @@ class Convolution(_Layer):
         return skew / jnp.maximum(size, 1)
 
     def blocks(self) -> jax.Array:
-        """The unitary matrices of "cayley" and "reflection", one per frequency."""
+        """The unitary matrices of "cayley" and "reflection", one per frequency; of "cholesky" rectangular ones."""
         kernel = orthogonal.transform(self.kernel.get_value(), self.image)
-        return (orthogonal.cayley if self.kind == "cayley" else orthogonal.reflection)(kernel)
+        return _CONSTRUCTED[self.kind](kernel)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The layer on images x (B, height, width, channels)."""
@@ -332,7 +338,7 @@ class Convolution(_Layer):
             )
         if self.kind not in ORTHOGONAL:
             return self._added(convolve(x, self.weights().astype(x.dtype)))
-        side = max(self.n_in, self.n_out)
+        side = self.n_in if self.kind == "cholesky" else max(self.n_in, self.n_out)
         x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, side - self.n_in)))
         if self.kind == "exponential":
             y = self._series(x)
@@ -350,7 +356,7 @@ class Convolution(_Layer):
         return total
 
     def export(self) -> Plain:
-        """The plain weights: of "cayley" and "reflection" a circular kernel as large as the image.
+        """The plain weights: of "cayley", "reflection" and "cholesky" a circular kernel as large as the image.
 
         Raises:
             ValueError: an exponential has no kernel of its own with zero padding, only its matrix.

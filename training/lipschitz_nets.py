@@ -1,7 +1,8 @@
-"""Networks of constant 1 by construction: LipConvnets of orthogonal convolutions, AOL and SLL networks."""
+"""Networks of constant 1 by construction: LipConvnets and 4C3F of orthogonal layers, AOL and SLL networks."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -76,6 +77,57 @@ class LipConvNet(nnx.Module):
         return self.head(h.astype(self.head.kernel.get_value().dtype))
 
 
+class OrthogonalConvNet(nnx.Module):
+    """Convolutions of one kind on images of one size or the next smaller ones, then dense layers, all with MaxMin.
+
+    Args:
+        convolutions: (channels, stride) of each; windows are 3 x 3 on the image that `downsample` makes, 1 x 1 where it
+            has fewer rows or columns.
+        dense: features of the hidden dense layers.
+        kind: of all layers but the last, one of `layers.ORTHOGONAL` or "aol".
+        mean, std: the input is (x - mean) / std.
+    """
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        *,
+        convolutions: Sequence[Sequence[int]],
+        dense: Sequence[int],
+        kind: str = "cholesky",
+        classes: int = 10,
+        mean: float = 0.0,
+        std: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        height, wide, channels = input_shape
+        if kind not in (*ORTHOGONAL, "aol"):
+            raise ValueError(f"kind must be one of {', '.join((*ORTHOGONAL, 'aol'))}, got {kind!r}")
+        self.mean, self.std, found = mean, std, []
+        for out, stride in convolutions:
+            image = (height, wide)
+            height, wide = height // stride, wide // stride
+            options = {"window": 3 if min(height, wide) >= 3 else 1, "stride": stride}
+            found.append(Convolution(channels, out, image=image, kind=kind, **options, rngs=rngs))
+            channels = out
+        self.convolutions = nnx.List(found)
+        sizes = (height * wide * channels, *dense)
+        self.dense = nnx.List([Dense(a, b, kind=kind, rngs=rngs) for a, b in itertools.pairwise(sizes)])
+        self.head = Dense(sizes[-1], classes, kind="unit", rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits (..., K) of raw pixels, one image (height, width, channels) or a batch of them."""
+        if x.ndim == 3:
+            return self(x[None])[0]
+        h = (x - self.mean) / self.std
+        for convolution in self.convolutions:
+            h = maxmin(convolution(h))
+        h = h.reshape(h.shape[0], -1)
+        for layer in self.dense:
+            h = maxmin(layer(h))
+        return self.head(h.astype(self.head.kernel.get_value().dtype))
+
+
 class ResidualLipschitzNet(nnx.Module):
     """SLL blocks, or AOL layers with MaxMin, on features or on images of half the size.
 
@@ -147,7 +199,7 @@ def _halvings(height: int, width: int) -> int:
 
 
 def parse(name: str) -> tuple[str, dict[str, Any]] | None:
-    """(architecture, arguments) of "lipconvnet-10", "lipconvnet-5-cayley", "sll-mlp-L4W256", "aol-cnn-L4W32", ...
+    """(architecture, arguments) of "lipconvnet-10", "lipconvnet-5-cayley", "4C3F-cholesky", "sll-mlp-L4W256", ...
 
     None for names that do not begin like these. ValueError for those that do and are none.
     """
@@ -158,6 +210,10 @@ def parse(name: str) -> tuple[str, dict[str, Any]] | None:
             if len(parts) > 3:
                 raise ValueError
             return "lipconvnet", {"layers": int(parts[1]), **kind}
+        if parts[0] == "4c3f" and len(parts) > 1:
+            if len(parts) > 2:
+                raise ValueError
+            return "orthogonal_4C3F", {"kind": parts[1]}
         if parts[0] in ("sll", "aol"):
             depth, _, width = parts[2].removeprefix("l").partition("w")
             if len(parts) != 3 or parts[1] not in ("mlp", "cnn") or not parts[2].startswith("l"):
@@ -167,6 +223,7 @@ def parse(name: str) -> tuple[str, dict[str, Any]] | None:
     except (ValueError, IndexError):
         raise ValueError(
             f'unknown architecture {name!r}: names are "lipconvnet-10" (layers; also "lipconvnet-10-cayley"), '
+            '"4C3F-cholesky" (kind of the layers), '
             '"sll-mlp-L4W256", "aol-cnn-L4W32" (blocks and width)'
         ) from None
     return None

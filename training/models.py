@@ -25,7 +25,7 @@ from lipbounds.training import batch_norm_nets, lipschitz_nets, liresnet
 from lipbounds.training.activations import ClippedRelu
 from lipbounds.training.activations import maxmin as maxmin
 from lipbounds.training.batch_norm_nets import BatchNormNet
-from lipbounds.training.lipschitz_nets import LipConvNet, ResidualLipschitzNet
+from lipbounds.training.lipschitz_nets import LipConvNet, OrthogonalConvNet, ResidualLipschitzNet
 from lipbounds.training.liresnet import LiResNet
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -215,16 +215,17 @@ ARCHITECTURES: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
     "8C2F": _convnet([*_8C, (256, 3, 1, 1), (256, 4, 2, 0)], [256]),
     "liresnet": (LiResNet, {}),
     "lipconvnet": (LipConvNet, {}),
+    "orthogonal_4C3F": (OrthogonalConvNet, {"convolutions": [c[::2] for c in _4C], "dense": [512, 512]}),
     "residual_lipschitz": (ResidualLipschitzNet, {}),
     "batch_norm": (BatchNormNet, {}),
 }
 
 #: Architectures that are named with their sizes, and how.
 NAMED = (
-    "liresnet-L6W64, lipconvnet-10, sll-mlp-L4W256, sll-cnn-L4W32, aol-mlp-L4W256, aol-cnn-L4W32, resnet18, "
-    "resnet50-w0.5, wrn-28-4, densenet-bc-40-12"
+    "liresnet-L6W64, lipconvnet-10, 4C3F-cholesky, sll-mlp-L4W256, sll-cnn-L4W32, aol-mlp-L4W256, aol-cnn-L4W32, "
+    "resnet18, resnet50-w0.5, wrn-28-4, densenet-bc-40-12"
 )
-_WITH_SIZES = ("mlp", "liresnet", "lipconvnet", "residual_lipschitz", "batch_norm")
+_WITH_SIZES = ("mlp", "liresnet", "lipconvnet", "orthogonal_4C3F", "residual_lipschitz", "batch_norm")
 #: Architectures that a word alone names.
 SIMPLE = tuple(name for name in ARCHITECTURES if name not in _WITH_SIZES)
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lipbounds._norms import inverse
+from lipbounds._norms import inverse, inverse_factor
 
 
 def adjoint(a: jax.Array) -> jax.Array:
@@ -52,6 +52,17 @@ def reflection(v: jax.Array) -> jax.Array:
     """
     half = inverse(adjoint(v) @ v) @ adjoint(v)
     return jnp.eye(v.shape[-2], dtype=v.dtype) - 2 * (v @ half)
+
+
+def orthonormal(a: jax.Array) -> jax.Array:
+    """A L^-*, L L* = A* A: the columns of A (..., n, r), r <= n, made orthonormal; for r > n its rows.
+
+    The triangular factor of a QR factorisation, taken from the Gram matrix (Hu, Leino, Wang and Fredrikson, A recipe
+    for improved certifiable robustness, ICLR 2024). A must have full rank, as it almost surely has at random.
+    """
+    if a.shape[-1] > a.shape[-2]:
+        return adjoint(orthonormal(adjoint(a)))
+    return a @ adjoint(inverse_factor(adjoint(a) @ a))
 
 
 def gram_bound(a: jax.Array, squarings: int = 5) -> jax.Array:

@@ -114,3 +114,29 @@ def _positive_back(found: jax.Array, to: tuple[jax.Array, jax.Array]) -> tuple[j
 
 
 positive_inverse.defvjp(_positive_forward, _positive_back)
+
+
+@jax.custom_vjp
+def inverse_factor(m: jax.Array) -> jax.Array:
+    """L^-1 of a stack of Hermitian M = L L* (..., n, n), L lower triangular; NaN where M is not positive definite."""
+    n = m.shape[-1]
+    factors = jax.vmap(cholesky)(m.reshape(-1, n, n))
+    one = jnp.broadcast_to(jnp.eye(n, dtype=m.dtype), factors.shape)
+    return jax.vmap(solve_lower)(factors, one).reshape(m.shape)
+
+
+def _factor_forward(m: jax.Array) -> tuple[jax.Array, jax.Array]:
+    found = inverse_factor(m)
+    return found, found
+
+
+def _factor_back(found: jax.Array, to: jax.Array) -> tuple[jax.Array]:
+    # d L^-1 = -half(L^-1 dM L^-*) L^-1, where half keeps the lower triangle with half of the diagonal
+    turned = jnp.swapaxes(found, -1, -2)
+    half = jnp.tril(_product(to, turned))
+    half = half - jnp.eye(half.shape[-1], dtype=half.dtype) * half / 2
+    back = -_product(_product(turned, half), jnp.conj(found))
+    return ((back + jnp.conj(jnp.swapaxes(back, -1, -2))) / 2,)
+
+
+inverse_factor.defvjp(_factor_forward, _factor_back)
