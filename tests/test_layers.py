@@ -32,7 +32,10 @@ def proved(layer: Callable[[Any], Any], shape: tuple[int, ...]) -> float:
 
 
 def dense(kind: str, n_in: int = 6, n_out: int = 6, **options: Any) -> Dense:
-    return Dense(n_in, n_out, kind=kind, rngs=nnx.Rngs(1), **options)
+    layer = Dense(n_in, n_out, kind=kind, rngs=nnx.Rngs(1), **options)
+    if kind == "cholesky":  # which begins with an orthogonal kernel
+        layer.kernel.set_value(jax.random.normal(jax.random.key(3), layer.kernel.shape))
+    return layer
 
 
 def convolution(kind: str, a: int = 2, b: int = 2, stride: int = 1, image: Any = (4, 4), **more: Any) -> Any:
@@ -49,7 +52,7 @@ def test_dense_layers_have_norm_one(kind: str, n_in: int, n_out: int) -> None:
     norm = proved(layer, (n_in,))
     assert norm <= ONE * (layer.constant or np.inf)
     if kind != "aol":
-        assert norm >= 1 - 1e-6
+        assert norm >= 1 - (1e-4 if kind == "cholesky" else 1e-6)
     x = jax.random.normal(jax.random.key(1), (3, n_in))
     np.testing.assert_allclose(layer.export()(x), layer(x), atol=1e-6)
 
@@ -64,7 +67,7 @@ def test_convolutions_have_norm_one(kind: str, a: int, b: int, stride: int, imag
     norm = proved(layer, (*image, a))
     assert norm <= ONE * (layer.constant or np.inf)
     if kind not in ("aol", "spectral"):
-        assert norm >= 1 - 1e-6
+        assert norm >= 1 - (1e-4 if kind == "cholesky" else 1e-6)
     x = jax.random.normal(jax.random.key(1), (3, *image, a))
     if kind == "exponential":
         with pytest.raises(ValueError, match="no kernel"):
@@ -75,14 +78,28 @@ def test_convolutions_have_norm_one(kind: str, a: int, b: int, stride: int, imag
 
 @pytest.mark.slow
 def test_orthogonal_layers_keep_lengths() -> None:
-    """Every one of them, on vectors: as many outputs as inputs."""
+    """Every one of them, as many outputs as inputs; the shift of cholesky shortens small singular values."""
     x = jax.random.normal(jax.random.key(2), (4, 4, 4, 3))
     for kind in ORTHOGONAL:
         layers = (convolution(kind, 3, 3), dense(kind, 48, 48))
         for layer, given in zip(layers, (x, x.reshape(4, -1)), strict=True):
             y = layer(given).reshape(4, -1)
             lengths = jnp.linalg.norm(x.reshape(4, -1), axis=1)
-            np.testing.assert_allclose(jnp.linalg.norm(y, axis=1), lengths, rtol=2e-6)
+            np.testing.assert_allclose(
+                jnp.linalg.norm(y, axis=1), lengths, rtol=2e-2 if kind == "cholesky" else 2e-6
+            )
+
+
+def test_columns_that_hardly_differ_keep_norm_one() -> None:
+    """Singular values down to 1e-7 of the largest one, where the Gram matrix in float32 has no factor."""
+    for decay in (1.0, 0.1, 1e-2):
+        q = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (9, 4)))[0]
+        a = (q * decay ** jnp.arange(4.0)) @ jnp.linalg.qr(jax.random.normal(jax.random.key(1), (4, 4)))[0]
+        for matrix in (a, a.T):
+            found = np.linalg.svd(np.asarray(orthogonal.orthonormal(matrix), np.float64), compute_uv=False)
+            assert found.max() <= ONE
+        if decay == 1:
+            assert found.min() >= 1 - 1e-4
 
 
 # --- deliberate faults -----------------------------------------------------------------------------------------------
@@ -110,7 +127,7 @@ def _fault(name: str) -> tuple[Callable[[Any], Any], tuple[int, ...]]:
         v = dense("reflection").kernel.get_value()
         return lambda x: x @ (jnp.eye(6) - 2 * v @ v.T), (6,)
     if name == "cholesky: the factor is not transposed":
-        w = dense("cholesky").kernel.get_value() + jnp.eye(6)
+        w = dense("cholesky").kernel.get_value()
         return lambda x: x @ (w @ jnp.linalg.inv(jnp.linalg.cholesky(w.T @ w))), (6,)
     if name == "unit: columns as they are":
         layer = dense("unit", 6, 1)

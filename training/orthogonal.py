@@ -55,14 +55,18 @@ def reflection(v: jax.Array) -> jax.Array:
 
 
 def orthonormal(a: jax.Array) -> jax.Array:
-    """A L^-*, L L* = A* A: the columns of A (..., n, r), r <= n, made orthonormal; for r > n its rows.
+    """A L^-*, L L* = A* A + d I: the columns of A (..., n, r), r <= n, made orthonormal; for r > n its rows.
 
     The triangular factor of a QR factorisation, taken from the Gram matrix (Hu, Leino, Wang and Fredrikson, A recipe
-    for improved certifiable robustness, ICLR 2024). A must have full rank, as it almost surely has at random.
+    for improved certifiable robustness, ICLR 2024). d is 100 units of rounding of the mean squared length of a column:
+    more than the rounding of the Gram matrix, so that the norm stays at most 1 however small the least singular value
+    s is, and the factor exists. A singular value s becomes s / sqrt(s^2 + d).
     """
     if a.shape[-1] > a.shape[-2]:
         return adjoint(orthonormal(adjoint(a)))
-    return a @ adjoint(inverse_factor(adjoint(a) @ a))
+    gram, n = adjoint(a) @ a, a.shape[-1]
+    shift = jnp.trace(gram, axis1=-2, axis2=-1) * (100 * float(jnp.finfo(gram.dtype).eps) / n)
+    return a @ adjoint(inverse_factor(gram + shift[..., None, None] * jnp.eye(n, dtype=gram.dtype)))
 
 
 def gram_bound(a: jax.Array, squarings: int = 5) -> jax.Array:
