@@ -1,7 +1,9 @@
 """Sphinx configuration. `python -m sphinx -W docs site` builds the pages into the folder `site`.
 
 Pages that would repeat what the program says are written at build time, into `docs/generated`: the command line, the
-public names, and the gallery of refusals. Notebooks are executed once and kept; `-D nb_execution_mode=off` leaves them.
+public names, and the gallery of refusals. Notebooks are executed once and kept. `.ci/run` builds with
+`-D nb_execution_mode=off`, which shows them without outputs: they train networks, which takes minutes, and the slow
+tests execute every cell (tests/test_examples.py).
 """
 
 import pathlib

@@ -12,37 +12,31 @@ import types
 from typing import Any
 
 import jax.numpy as jnp
+import new_user
 import numpy as np
 import pytest
 
 import lipbounds as lb
 from lipbounds._lipsdp.certificate import parameter_digest
 
-PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "doors.md").read_text(encoding="utf-8")
-#: (heading, blocks of Python), in order.
-DOORS = [
-    (part.partition("\n")[0], re.findall(r"^```python\n(.*?)^```", part, re.MULTILINE | re.DOTALL))
-    for part in PAGE.split("\n## ")[1:]
-]
+DOORS = new_user.doors()
 NEEDS = {"Equinox": "equinox", "Haiku": "haiku", "PyTorch": "torch"}
 #: Installed everywhere the tests run, and cheap enough to run by default.
 USUAL = ("Flax linen",)
 
 
 def test_the_page_has_a_block_for_every_door() -> None:
-    names = [name for name, blocks in DOORS if blocks]
     for door in ("Flax nnx", "Flax linen", "Equinox", "Haiku", "PyTorch", "Weights in NumPy", *USUAL):
-        assert door in names
-    for name, blocks in DOORS:
-        assert sum(len(block.splitlines()) for block in blocks) <= 24, f"{name} is long"
+        assert door in DOORS
+    for name, blocks in DOORS.items():
+        assert new_user.lines_of(blocks) <= new_user.LINES, f"{name} is long"
 
 
 @pytest.mark.parametrize(
     ("name", "blocks"),
     [
         pytest.param(name, blocks, id=name, marks=() if name in USUAL else pytest.mark.slow)
-        for name, blocks in DOORS
-        if blocks
+        for name, blocks in DOORS.items()
     ],
 )
 def test_door(
