@@ -71,11 +71,10 @@ class Checkpoints:
         leaves = {name: leaf for name, leaf in named.items() if leaf.size}  # orbax refuses empty arrays
         leaves[_CHECKSUM] = _checksum(leaves)
         try:
-            with _quiet():
-                if epoch in self._manager.all_steps():  # one that `load` could not read
-                    self._manager.delete(epoch)
-                args = ocp.args.Composite(**{_ITEM: ocp.args.StandardSave(leaves)})
-                self._manager.save(epoch, args=args, force=True)
+            try:
+                self._write(epoch, leaves)
+            except Exception:  # what an earlier write left behind may still have been on its way out
+                self._write(epoch, leaves)
         except Exception as error:  # orbax and tensorstore raise many kinds
             kept = [e for e in self.epochs() if e != epoch]
             safe = f"the checkpoint of epoch {kept[-1]} is complete" if kept else "there is no earlier one"
@@ -86,6 +85,13 @@ class Checkpoints:
             if old != best:
                 with _quiet(), contextlib.suppress(Exception):  # one too many does no harm
                     self._manager.delete(old)
+
+    def _write(self, epoch: int, leaves: dict[str, Any]) -> None:
+        with _quiet():
+            if epoch in self._manager.all_steps():  # one that `load` could not read
+                self._manager.delete(epoch)
+            args = ocp.args.Composite(**{_ITEM: ocp.args.StandardSave(leaves)})
+            self._manager.save(epoch, args=args, force=True)
 
     def load(self, like: Any, only: int | None = None) -> tuple[int, Any]:
         """(epoch, state) of the newest checkpoint that can be read, in the structure, shapes and types of `like`.
