@@ -107,8 +107,10 @@ class OrthogonalConvNet(nnx.Module):
         for out, stride in convolutions:
             image = (height, wide)
             height, wide = height // stride, wide // stride
-            options = {"window": 3 if min(height, wide) >= 3 else 1, "stride": stride}
-            found.append(Convolution(channels, out, image=image, kind=kind, **options, rngs=rngs))
+            window = 3 if min(height, wide) >= 3 else 1
+            found.append(
+                Convolution(channels, out, window=window, stride=stride, image=image, kind=kind, rngs=rngs)
+            )
             channels = out
         self.convolutions = nnx.List(found)
         sizes = (height * wide * channels, *dense)
