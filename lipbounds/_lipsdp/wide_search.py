@@ -27,7 +27,7 @@ import numpy as np
 
 from lipbounds._lipsdp.chain import Chain
 from lipbounds._norms.enclosures import Factor
-from lipbounds._text.progress import say
+from lipbounds._text.progress import clock, remaining, say
 
 _POWERS = 12  # steps of a power iteration from the last eigenvector; at first four times as many
 _MEMORY = 20  # pairs of L-BFGS
@@ -320,7 +320,7 @@ def minimise(search: Search, x: np.ndarray, objective: Objective, most: int, wha
         return None
     g = search.backward(passed, objective(passed.sigma)[1])
     past: list[tuple[np.ndarray, np.ndarray, float]] = []
-    done = 0
+    done, began = 0, clock()
     for done in range(most):
         direction = _direction(g, past)
         length, slope, before = 1.0, float(g @ direction), value
@@ -337,7 +337,10 @@ def minimise(search: Search, x: np.ndarray, objective: Objective, most: int, wha
         if step @ change > 1e-10 * np.sqrt((step @ step) * (change @ change)):
             past = [*past[1 - _MEMORY :], (step, change, 1 / float(step @ change))]
         x, value, passed, g = tried, found, there, new
-        say(f"{what}: step {done + 1}, {search.length(value):.6g} in float arithmetic")
+        left = remaining(began, done + 1, most)
+        say(
+            f"{what}: step {done + 1} of at most {most}{left}, {search.length(value):.6g} in float arithmetic"
+        )
         if before - value < 1e-6:
             done += 1
             break
