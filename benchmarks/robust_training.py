@@ -60,6 +60,7 @@ LOSSES = (
     "at",
     "trades",
     "backward-smoothing",
+    "backward-smoothing-2x",
     "fast-at",
     "fast-at-clean",
     "consistency",
@@ -91,7 +92,9 @@ TESTED = {"digits": 360, "mnist": 300}
 CHANGED: dict[str, tuple[str, Json]] = {
     "fast-at-clean": ("fast-at", {"attack_start": "clean"}),
     "consistency-0": ("consistency", {"robust_weight": 1e-12}),  # 0 would be the usual weight
+    "backward-smoothing-2x": ("backward-smoothing", {}),
 }
+LONGER = {"backward-smoothing-2x": 2}  # so many times the epochs
 # Where one step goes wrong: from the image, with few images and a large rate that does not fall.
 OVERFITTING_IMAGES, OVERFITTING_EPOCHS = 5000, 12
 OVERFITTING: Json = {
@@ -232,7 +235,7 @@ def runs(args: argparse.Namespace) -> Iterator[tuple[str, int, Path]]:
 
 def small_run(dataset: str, name: str, seed: int, epochs: int, **changes: Any) -> Config:
     """The settings of a small run: those of the loss, with Adam and a cosine."""
-    small = SMALL[dataset]
+    small, epochs = SMALL[dataset], epochs * LONGER.get(name, 1)
     loss, more = CHANGED.get(name, (name, {}))
     fields: Json = {
         "dataset": dataset,
@@ -378,10 +381,11 @@ def report(args: argparse.Namespace) -> None:
         records = found[name]
         cells = [spread([r["natural"] for r in records])]
         cells += [spread([r[c][eps] for r in records]) for c in ("PGD", "AutoAttack", "certified")]
-        each = {r["seed"]: r["spent"]["cpu_per_epoch"] for r in records}
+        each = {r["seed"]: used(r) for r in records}
         cells += [f"{share:.2f}" for share in (np.median(list(each.values())), *shares_of(each, found))]
         lost = sum(r["overfitted"] for r in records)
-        rows.append([name, str(len(records)), *cells, f"{lost} of {len(records)}"])
+        lengths = (str(len(records)), str(len(records[0]["log"])))
+        rows.append([name, *lengths, *cells, f"{lost} of {len(records)}"])
     sizes = [[n for n, *_ in small["convolutions"]], small["dense"]]
     kinds = ("convolutions of", "dense layers of")
     layers = " and ".join(
@@ -392,28 +396,34 @@ def report(args: argparse.Namespace) -> None:
     columns = [
         "loss",
         "seeds",
+        "epochs",
         "natural",
         "PGD-20",
         "AutoAttack",
         "certified",
-        "CPU s an epoch",
+        "CPU s",
         "/ plain",
         "/ TRADES",
     ]
     shown = table(title, [*columns, "overfitting warned"], rows, left=("loss",))
     Console(width=150).print(shown)
     where = environment("robust_training.py")
-    stem = f"robust-training-{args.dataset}-{where['device'].split()[0]}"
+    stem = f"robust-training-{args.dataset}-{eps}-{where['device'].split()[0]}"
     plain = {name: [{k: v for k, v in r.items() if k != "log"} for r in rs] for name, rs in found.items()}
     keep(args.out, stem, where, [shown], peak_gigabytes=peak_gigabytes(), **plain)
     drawn = {name: records[0] for name, records in found.items()}
     (args.out / f"{stem}.png").write_bytes(png(robust_figure(drawn)))
 
 
+def used(record: Json) -> float:
+    """CPU seconds of all epochs, without compilation and PGD accuracies."""
+    return float(record["spent"]["cpu_per_epoch"] * len(record["log"]))
+
+
 def shares_of(each: dict[int, float], found: dict[str, list[Json]]) -> Iterator[float]:
     """The time by seed over that of plain training and of TRADES, the median over the seeds; NaN without them."""
     for other in ("cross-entropy", "trades"):
-        theirs = {r["seed"]: r["spent"]["cpu_per_epoch"] for r in found.get(other, [])}
+        theirs = {r["seed"]: used(r) for r in found.get(other, [])}
         both = [each[seed] / theirs[seed] for seed in each if seed in theirs]
         yield float(np.median(both)) if both else math.nan
 
@@ -436,12 +446,17 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--dataset", choices=tuple(SMALL), default="digits")
     parser.add_argument("--epochs", type=int)
+    parser.add_argument(
+        "--eps", type=float, help="radius of `train` and `report`, which need a folder for each"
+    )
     parser.add_argument("--data-dir")
     parser.add_argument("--images", type=int, help="test images that are attacked")
     parser.add_argument("--local", action="store_true", help="certify with the bounds near every image, too")
     parser.add_argument("--work", type=Path, help="folder of the records")
     args = parser.parse_args()
     args.losses = args.losses or list(RATIOS if args.what == "ratios" else LOSSES)
+    if args.eps is not None:
+        SMALL[args.dataset]["eps"] = args.eps
     if args.what in ("train", "report") and args.work is None:
         parser.error("--work is needed: the folder of the records")
     with contextlib.suppress(KeyboardInterrupt):
