@@ -8,6 +8,7 @@ import pytest
 from command import run
 
 import lipbounds as lb
+from lipbounds._cli import common
 from lipbounds.training.data import digits
 
 
@@ -47,6 +48,14 @@ def test_pairs_certify_at_least_as_much(model_file, tmp_path):
         radius[flag] = np.array(json.loads(file.read_text())["radius"])
     assert (radius["--pairwise"] >= radius["--no-pairwise"]).all()
     assert radius["--pairwise"].sum() > radius["--no-pairwise"].sum()
+
+
+def test_the_bound_of_a_large_network_is_liplt_unless_another_is_asked_for(model_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "QUICK_LIPSDP", 10)
+    for words, method in ((), "liplt"), (["--method", "lipsdp"], "lipsdp"):
+        said = run("certify", model_file, *words, "--json", tmp_path / "r.json")
+        assert json.loads((tmp_path / "r.json").read_text())["method"] == method
+        assert ("--method lipsdp is tighter" in said.stderr) == (method == "liplt")
 
 
 def test_certify_own_data(model_file, tmp_path):

@@ -18,7 +18,6 @@ from lipbounds._cli.attack import ANY_NORM, METHODS, ONLY_LINF, AtRadius
 from lipbounds._cli.common import Json, refusals
 from lipbounds._cli.data import ExampleFiles
 from lipbounds._cli.options import (
-    DEFAULT_METHOD,
     CoordinatorOption,
     DeviceOption,
     MemoryOption,
@@ -72,7 +71,7 @@ def certify(
     ] = None,
     norm: Annotated[Norm | None, option("Norm of inputs and outputs.", show_default="2")] = None,
     method: Annotated[
-        Verb | None, option("Bound that proves the radii.", show_default=DEFAULT_METHOD)
+        Verb | None, option("Bound that proves the radii.", show_default=common.DEFAULT_OF_SIZE)
     ] = None,
     scaling: ScalingOption = "none",
     guarantee: Annotated[
@@ -179,6 +178,8 @@ def certify(
         options: Json = {"pairwise": pairwise, "guarantee": guarantee, "seed": seed, "memory": memory}
         options["device"] = device
         if files.certificate is None:
+            if method is None:
+                chosen = common.method_of_size(chosen, form)
             bound = common.bound_of(form, chosen, scaling, {"norm": float(norm), **options})
         else:
             bound, norm = bound_in(files.certificate, form, asked)

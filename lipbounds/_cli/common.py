@@ -20,6 +20,8 @@ from lipbounds._text.version import __version__
 from lipbounds.errors import GuaranteeError
 
 Json = dict[str, Any]
+QUICK_LIPSDP = 2048  # neurons up to which LipSDP takes about half a minute at most
+DEFAULT_OF_SIZE = f"lipsdp up to {QUICK_LIPSDP} neurons; liplt above, with --scaling or in norm 1"
 
 
 @contextlib.contextmanager
@@ -48,6 +50,18 @@ def choose_method(method: str | None, norm: Norm, scaling: str, lipsdp_only: boo
     if scaled and method != "liplt":
         raise typer.BadParameter(f"only --method liplt has a scaling, not {method}", param_hint="--scaling")
     return method
+
+
+def method_of_size(method: str, form: Any) -> str:
+    """The default of a command that should answer in seconds: LipLT where LipSDP would take minutes, and says so."""
+    neurons = sum(tap.size_in for tap in form.taps)
+    if method != "lipsdp" or neurons <= QUICK_LIPSDP:
+        return method
+    typer.echo(
+        f"bound: LipLT, as the network has {neurons} neurons; --method lipsdp is tighter and takes minutes",
+        err=True,
+    )
+    return "liplt"
 
 
 def bound_of(form: Any, method: str, scaling: Any, options: Json) -> Any:
