@@ -407,7 +407,7 @@ def test_validation_sees_images_of_all_classes_and_a_holdout_of_none_is_refused(
     x = np.zeros((4000, 2, 2, 1), np.float32)
     plain = Config(arch="4-10", loss="cross-entropy", epochs=1)
     run = loop._Run(
-        plain, loop._images((x, y)), build(plain.spec((2, 2, 1), 10)), None, parallel.devices(1), None
+        plain, loop._images((x, y)), build(plain.spec((2, 2, 1), 10)), None, parallel.devices(1), None, ()
     )
     counts = np.bincount(run.images.labels[run.sample], minlength=10)
     assert len(run.sample) == 1000 and counts.min() > 70
