@@ -189,6 +189,8 @@ def test_images_outside_the_box_are_refused() -> None:
         ValueError, match=r"at attacks images in the box \[0, 1\], and these reach from 0 to 2"
     ):
         fit(settings(loss="at", epochs=1), (2 * x, y), model=Normed())
+    with pytest.raises(ValueError, match=r"AutoAugment changes images in the box \[0, 1\], and these reach"):
+        fit(settings(loss="cross-entropy", autoaugment=True, epochs=1), (2 * x, y), model=Normed())
 
 
 # ---------------------------------------------------------------------------------------------------------- slow
@@ -215,7 +217,11 @@ def test_every_loss_trains(loss: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "fields", [{"loss": "consistency", "attack_steps": 2}, {"loss": "fast-trades", "war": 30.0, "awp": 0.005}]
+    "fields",
+    [
+        {"loss": "consistency", "attack_steps": 2, "autoaugment": True},
+        {"loss": "fast-trades", "war": 30.0, "awp": 0.005},
+    ],
 )
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     fields: dict[str, Any], tmp_path: pathlib.Path

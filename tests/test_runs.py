@@ -189,7 +189,7 @@ RESUMED = [
         pytest.param(fields, marks=pytest.mark.slow)
         for fields in (
             {"constants": "recursion", "arch": "64-8-10", "validate_every": 2},
-            {"constants": "recursion", "arch": "64-8-10", "precision": "float64"},
+            {"constants": "recursion", "arch": "64-8-10", "precision": "float64", "autoaugment": True},
             {"constants": "recursion"},  # a linear network: no multipliers
             {"loss": "gloro", "constants": "naive", "average": "swa", "flip": True, "degrees": 10.0},
             {"constants": "liplt", "optimiser": "nadam", "lookahead": 3, "schedule": "multi-step"},

@@ -1,9 +1,9 @@
-"""Random augmentation of image batches in JAX: reflections, rotations, translations, crops and cutouts.
+"""Random augmentation of image batches in JAX: reflections, rotations, translations, crops, AutoAugment and cutouts.
 
 Every function maps a key and a batch `(n, height, width, channels)` of floats to a batch of the same shape and dtype,
 works under jit, scan and vmap, and draws its random numbers in float32 whatever `jax_enable_x64` says, so that a
 key gives the same images everywhere, however the batch is sharded. Images in [0, 1] stay in [0, 1]: each new pixel
-is a weighted mean, with weights from 0 to 1, of old ones and of `fill`.
+is a weighted mean, with weights from 0 to 1, of old ones and of `fill`, or one of the 256 levels of AutoAugment.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import math
 
 import jax
 import jax.numpy as jnp
+
+from lipbounds.training.autoaugment import autoaugment
 
 
 def flip(key: jax.Array, x: jax.Array) -> jax.Array:
@@ -92,15 +94,16 @@ def cutout(key: jax.Array, x: jax.Array, size: int, fill: float = 0.0) -> jax.Ar
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """`augmentation(key, x)`: flip, rotation and translation in one resampling, crop, cutout.
+    """`augmentation(key, x)`: flip, rotation and translation in one resampling, crop, AutoAugment, cutout.
 
-    flip       mirror each image left to right with probability 1/2
-    degrees    largest angle of the rotation, 0..180; angles are uniform
-    translate  largest shift as a share of height and width, 0..1; shifts are uniform and rounded to whole pixels,
-               as torchvision's RandomAffine rounds them
-    crop       shift by up to this many whole pixels, as a crop from the image in a rim of them
-    cutout     side in pixels of a square that is blanked out
-    fill       the pixel value outside the original image, in the units of the images
+    flip         mirror each image left to right with probability 1/2
+    degrees      largest angle of the rotation, 0..180; angles are uniform
+    translate    largest shift as a share of height and width, 0..1; shifts are uniform and rounded to whole pixels,
+                 as torchvision's RandomAffine rounds them
+    crop         shift by up to this many whole pixels, as a crop from the image in a rim of them
+    cutout       side in pixels of a square that is blanked out
+    fill         the pixel value outside the original image, in the units of the images
+    autoaugment  whether two random operations change each image, see `autoaugment`; images lie in [0, 1] then
 
     By default a batch is returned unchanged. ValueError for arguments outside these ranges.
     """
@@ -111,6 +114,7 @@ class Augmentation:
     fill: float = 0.0
     crop: int = 0
     cutout: int = 0
+    autoaugment: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.degrees <= 180:
@@ -135,6 +139,8 @@ class Augmentation:
             x = affine(x, angles, shifts, self.fill)
         if self.crop:
             x = crop(jax.random.fold_in(shift, 1), x, self.crop, self.fill)
+        if self.autoaugment:
+            x = autoaugment(jax.random.fold_in(shift, 3), x, self.fill)
         if self.cutout:
             x = cutout(jax.random.fold_in(shift, 2), x, self.cutout, self.fill)
         return x

@@ -264,7 +264,9 @@ class Trainer(Network):
     def batch(self, pixels: Any, rows: Any, key: Any) -> jax.Array:
         """The augmented images of these rows."""
         c = self.config
-        augment = Augmentation(c.flip, c.degrees, c.translate, crop=c.crop, cutout=c.cutout)
+        augment = Augmentation(
+            c.flip, c.degrees, c.translate, crop=c.crop, cutout=c.cutout, autoaugment=c.autoaugment
+        )
         return augment(key, self.devices.spread(pixels[rows]).astype(_FLOAT) / np.float32(self.levels))
 
     def _visit(self, state: TrainState, pixels: Any, labels: Any, rows: Any, key: Any) -> Any:
