@@ -21,8 +21,8 @@ from flax import nnx
 import lipbounds as lb
 from lipbounds import __version__
 from lipbounds._text import write_atomically
-from lipbounds.analysis.experiment import NORMS, Json, measure, method_names, offered
-from lipbounds.analysis.single_images import best_certified, single_images
+from lipbounds.analysis.experiment import NORMS, Json, best_certified, measure, method_names, offered
+from lipbounds.analysis.single_images import single_images
 from lipbounds.examples import Example
 from lipbounds.examples import digits as example
 from lipbounds.training.config import Config
@@ -168,7 +168,7 @@ def _measured(
     """Bound and certify one network; `known` are results that are not computed again."""
     form = lb.trace(model, data.test_x[0])
     steps = 0
-    total = sum(len(offered(methods, norm, quick=True)) + 1 for norm in NORMS)
+    total = sum(len(offered(methods, norm, quick=True)) + 1 for norm in NORMS) + 1
 
     def measured(what: str) -> None:
         nonlocal steps
@@ -179,9 +179,12 @@ def _measured(
         form, data.test_x, data.test_y, methods=methods, seed=seed, quick=True, known=known, progress=measured
     )
     stage("adversarial examples of the test images", 1.0)
-    best = best_certified(rows)["certified"]
-    radii = np.array([math.inf if r is None else r for r in best["radius"]])
-    images = single_images(model, data.test_x, data.test_y, radii)
+    best = best_certified(rows)
+    radii, local = (
+        np.array([math.inf if r is None else r for r in best[which]["radius"]])
+        for which in ("certified", "local")
+    )
+    images = single_images(model, data.test_x, data.test_y, radii, local=local)
     found = {
         "train_accuracy": accuracy(model, data.train_x, data.train_y),
         "test_accuracy": accuracy(model, data.test_x, data.test_y),

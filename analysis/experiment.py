@@ -16,6 +16,7 @@ import numpy as np
 import lipbounds as lb
 from lipbounds._text import Progress, say
 from lipbounds.analysis.attack_settings import reports
+from lipbounds.results import Guarantee
 
 Json = dict[str, Any]
 
@@ -109,11 +110,14 @@ def finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def radii_record(radii: Any, grid: Sequence[float]) -> Json:
-    """Certified accuracy on a grid of eps, and the quartiles of the radii (None stands for infinity)."""
+def radii_record(radii: Any, grid: Sequence[float], *, single: bool = False) -> Json:
+    """Certified accuracy on a grid of eps, and the quartiles of the radii (None stands for infinity).
+
+    With `single` also the radius of every image.
+    """
     radius = np.asarray(radii.radius, dtype=np.float64)
     quartiles = np.quantile(radius, (0.25, 0.5, 0.75), method="lower") if radius.size else ()
-    return {
+    record = {
         "guarantee": radii.guarantee,
         "notes": list(radii.notes),
         "images": int(radius.size),
@@ -121,6 +125,7 @@ def radii_record(radii: Any, grid: Sequence[float]) -> Json:
         "eps": [float(eps) for eps in grid],
         "accuracy": [float(radii.accuracy(float(eps))) for eps in grid],
     }
+    return record | ({"radius": [finite(r) for r in radii.radius]} if single else {})
 
 
 def without_pairs(bound: Any) -> Any:
@@ -143,7 +148,7 @@ def measure(
     *,
     norms: Sequence[float] = NORMS,
     methods: Sequence[str] | None = None,
-    guarantee: str = "auto",
+    guarantee: Guarantee = "auto",
     seed: int = 0,
     quick: bool = False,
     known: Mapping[str, Any] | None = None,
@@ -153,7 +158,8 @@ def measure(
 
     `quick` leaves LipSDP out in l-inf, and gives it fewer iterations on networks that are not small, which costs about
     1 %; slopes are found for the network alone, not for pairs of classes. `known` holds results by the names of their
-    methods, which are not computed again.
+    methods, which are not computed again. The row of the l2 bound with the largest median radius also has `local`, the
+    radii by local bounds, none of which is below that of the bound.
     A method that refuses becomes a "refused" row with its reason. GuaranteeError (by `lb.compare`) if a
     lower bound exceeds an upper bound of the same norm, since then one of the two is wrong.
     """
@@ -198,7 +204,23 @@ def measure(
                 certified.append((record["without_pairs"], radii))
         grid = eps_grid([radii for _, radii in certified])
         for record, radii in certified:
-            record["certified"] = radii_record(radii, grid)
-            if norm == 2:
-                record["certified"]["radius"] = [finite(r) for r in radii.radius]
+            record["certified"] = radii_record(radii, grid, single=norm == 2)
+        if norm == 2 and certified:
+            say(f"local radii, norm {key}")
+            best = best_certified(rows)
+            bound = results[labels.index(best["label"])]
+            radii = lb.certified_radius(
+                form, x, y, bound=bound, local=True, guarantee=guarantee, seed=seed, progress=False
+            )
+            best["local"] = radii_record(radii, eps_grid([radii]), single=True)
     return rows
+
+
+def best_certified(rows: Mapping[str, Any]) -> Json:
+    """The row of the l2 bound with the largest median radius, infinity being None."""
+    certified = [row for row in rows["upper"] if row["norm"] == "2" and "certified" in row]
+    medians = [row["certified"]["quartiles"][1] for row in certified]
+    best = max(
+        zip(certified, medians, strict=True), key=lambda each: math.inf if each[1] is None else each[1]
+    )
+    return best[0]

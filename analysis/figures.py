@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
-from lipbounds._text import Direction, label_text, show
+from lipbounds._text import Direction, entry, label_text
 from lipbounds.analysis.experiment import LABELS
 
 Json = dict[str, Any]
@@ -259,7 +259,7 @@ def bounds_figure(model: Json) -> Figure:
                 **look,
             )
             way: Direction = "near" if estimate else "up"
-            text = ("≈ " if estimate else "≤ ") + show(row["value"], way, 4)
+            text = ("≈ " if estimate else "≤ ") + entry(row["value"], way, 4)
             ax.text(max(row["value"], low), place, f" {text}", va="center", fontsize=8.5, color=INK)
         if attained > 0:
             used["attained"] = GUARANTEE_COLOURS["attained"]
@@ -267,7 +267,7 @@ def bounds_figure(model: Json) -> Figure:
             ax.text(
                 attained,
                 -0.72,
-                f"≥ {show(attained, 'down', 4)}",
+                f"≥ {entry(attained, 'down', 4)}",
                 color=used["attained"],
                 fontsize=8.5,
                 ha="center",

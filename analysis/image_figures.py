@@ -9,43 +9,63 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from lipbounds._text import show
+from lipbounds._text import entry
 from lipbounds.analysis.experiment import Json
 from lipbounds.analysis.figures import INK, MUTED, NORM_NAMES, dress, new_figure
 
-_CERTIFIED, _ATTACKED = "#228833", "#ee6677"
+_CERTIFIED, _LOCAL, _ATTACKED = "#228833", "#4477aa", "#ee6677"
 
 
-def both_sides_figure(certified: Json, images: Json, label: str, norm: str = "2") -> Figure:
+def both_sides_figure(
+    certified: Json, images: Json, label: str, norm: str = "2", local: Json | None = None
+) -> Figure:
     """Certified accuracy below, accuracy under attack above, and between them the band that holds the robust accuracy.
 
-    Between two points of the grid the smaller certified and the larger attacked accuracy are drawn.
+    Between two points of the grid the smaller certified and the larger attacked accuracy are drawn. The band ends at
+    the accuracy that is certified by local bounds (`local`) where it is given.
     """
     figure = new_figure(7.6, 3.8)
     ax = figure.subplots()
     dress(ax, "both")
-    eps, lower = np.asarray(certified["eps"]), np.asarray(certified["accuracy"])
     over, upper = np.asarray(images["attacked"]["eps"]), np.asarray(images["attacked"]["accuracy"])
-    edges = np.unique(np.concatenate([eps, over]))
-    low = np.append(lower[np.minimum(np.searchsorted(eps, edges[1:]), len(eps) - 1)], lower[-1])
-    low[edges >= eps[-1]] = lower[-1]
+    records = [certified] if local is None else [certified, local]
+    edges = np.unique(np.concatenate([over, *(record["eps"] for record in records)]))
+    lows = [_certified_between(record, edges) for record in records]
+    lows = [
+        lows[0],
+        *(np.maximum(lows[0], low) for low in lows[1:]),
+    ]  # no local radius is below the other one
     high = upper[np.maximum(np.searchsorted(over, edges, side="right") - 1, 0)]
-    ax.fill_between(edges, low, high, step="post", color=MUTED, alpha=0.18, linewidth=0)
+    ax.fill_between(edges, lows[-1], high, step="post", color=MUTED, alpha=0.18, linewidth=0)
     ax.step(edges, high, where="post", color=_ATTACKED, linewidth=1.9)
-    ax.step(edges, low, where="post", color=_CERTIFIED, linewidth=1.9)
-    for values, text, colour, side in (
-        (high, "no adversarial example found", _ATTACKED, "left"),
-        (low, f"certified by {label}", _CERTIFIED, "right"),
-    ):
-        at = int(np.argmin(np.abs(values - 0.5 * values[0])))
+    kinds = list(
+        zip(lows, (_CERTIFIED, _LOCAL), (f"certified by {label}", "certified by local bounds"), strict=False)
+    )
+    for place, (low, colour, _) in enumerate(
+        kinds
+    ):  # the wider line below, so that equal curves are both seen
+        ax.step(edges, low, where="post", color=colour, linewidth=1.9 + place, zorder=2.5 - 0.1 * place)
+    at = int(np.argmin(np.abs(high - 0.5 * high[0])))
+    ax.annotate(
+        "no adversarial example found",
+        (edges[at], high[at]),
+        xytext=(8, 6),
+        textcoords="offset points",
+        color=_ATTACKED,
+        fontsize=9,
+    )
+    for place, (low, colour, text) in enumerate(kinds):  # left of all curves, with a line to its own
+        share = (0.5 - 0.2 * place) * low[0]
+        at, first = (int(np.argmin(np.abs(values - share))) for values in (low, lows[0]))
         ax.annotate(
             text,
-            (edges[at], values[at]),
-            xytext=(8, 6) if side == "left" else (-8, -10),
-            textcoords="offset points",
-            ha=side,
+            (edges[at], low[at]),
+            xytext=(edges[first] - 0.015 * edges[-1], share - 0.05),
+            ha="right",
+            va="center",
             color=colour,
             fontsize=9,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 0},
         )
     ax.set_xlim(0, edges[-1])
     ax.set_ylim(0, 1.02)
@@ -53,6 +73,14 @@ def both_sides_figure(certified: Json, images: Json, label: str, norm: str = "2"
     ax.set_xlabel(f"ε, {NORM_NAMES[norm]} norm, pixel values in [0, 1]", fontsize=9.5, color=INK)
     ax.set_ylabel("test images", fontsize=9.5, color=INK)
     return figure
+
+
+def _certified_between(record: Json, edges: np.ndarray) -> np.ndarray:
+    """The certified accuracy from every edge to the next one: that of the next point of its grid."""
+    eps, accuracy = np.asarray(record["eps"]), np.asarray(record["accuracy"])
+    low = np.append(accuracy[np.minimum(np.searchsorted(eps, edges[1:]), len(eps) - 1)], accuracy[-1])
+    low[edges >= eps[-1]] = accuracy[-1]
+    return low
 
 
 def radius_histogram(images: Json, norm: str = "2") -> Figure:
@@ -116,8 +144,9 @@ def examples_figure(shown: list[Json]) -> Figure:
     figure = new_figure(max(1.25 * len(shown), 2.5), 3.4)
     axes = figure.subplots(2, len(shown), squeeze=False)
     for place, one in enumerate(shown):
-        above = f"{one['label']}\nr ≥ {show(one['radius'], 'down', 3) if one['radius'] is not None else '∞'}"
-        below = f"{one['becomes']}\nat {show(one['distance'], 'up', 3)}"
+        radius = "∞" if one["radius"] is None else entry(one["radius"], "down", 3)
+        above = f"{one['label']}\nr ≥ {radius}"
+        below = f"{one['becomes']}\nat {entry(one['distance'], 'up', 3)}"
         for row, (pixels, text) in enumerate(((one["pixels"], above), (one["adversarial"], below))):
             ax = axes[row, place]
             picture = np.asarray(pixels, np.float64)

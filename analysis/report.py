@@ -5,13 +5,15 @@ from __future__ import annotations
 import base64
 import importlib.resources
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jinja2
+import numpy as np
 from matplotlib.figure import Figure
 
-from lipbounds._text import seconds_text, show, write_atomically
+from lipbounds._text import entry, seconds_text, show, write_atomically
+from lipbounds.analysis.experiment import best_certified
 from lipbounds.analysis.figures import (
     NORM_NAMES,
     bounds_figure,
@@ -26,7 +28,6 @@ from lipbounds.analysis.image_figures import (
     pairs_figure,
     radius_histogram,
 )
-from lipbounds.analysis.single_images import best_certified
 
 Json = dict[str, Any]
 
@@ -39,6 +40,8 @@ MEANINGS = {
 }
 
 
+#: eps at which shares of the images are printed.
+LEVELS = (0.1, 0.25, 0.5, 1.0)
 HOW = {"cross-entropy": "plain cross-entropy", "crm": "certified radius maximisation (CRM)"}
 
 
@@ -73,7 +76,7 @@ def _of_single_images(model: Json) -> dict[str, Figure]:
         return {}
     images, best = model["images"], best_certified(model)
     drawn = {
-        "both-sides": both_sides_figure(best["certified"], images, best["label"]),
+        "both-sides": both_sides_figure(best["certified"], images, best["label"], local=best.get("local")),
         "radii": radius_histogram(images),
     }
     if len(best.get("pairs", {}).get("values", ())) > 1:
@@ -91,11 +94,39 @@ def render(results: Json, figures: dict[str, dict[str, str]]) -> str:
         results=results,
         figures=figures,
         summaries=summaries,
+        shares={model["name"]: shares(model) for model in results["models"] if "images" in model},
         rivals=contrast(results),
         how=HOW,
         norm_names=NORM_NAMES,
         meanings={word: text for word, text in MEANINGS.items() if word in _words(results)},
     )
+
+
+def shares(model: Json, levels: Sequence[float] = LEVELS) -> Json:
+    """Both sides of the robust accuracy at a few eps, by the best l2 bound and by local bounds where there are any."""
+    best = best_certified(model)
+    local = best.get("local")
+
+    def share(values: list[float | None], eps: float) -> float:
+        return float(np.mean([value is None or value > eps for value in values]))
+
+    images = model["images"]
+    found = [d if right else 0.0 for d, right in zip(images["distance"], images["correct"], strict=True)]
+    return {
+        "label": best["label"],
+        "guarantee": best["certified"]["guarantee"],
+        "local": None if local is None else local["guarantee"],
+        "notes": [] if local is None else local["notes"],
+        "rows": [
+            {
+                "eps": eps,
+                "certified": share(best["certified"]["radius"], eps),
+                "local": None if local is None else share(local["radius"], eps),
+                "attacked": share(found, eps),
+            }
+            for eps in levels
+        ],
+    }
 
 
 def contrast(results: Json) -> list[Json]:
@@ -115,7 +146,7 @@ def contrast(results: Json) -> list[Json]:
                 ]
                 if certified:
                     best = min(certified, key=lambda row: row["pairs"]["average"])
-                    rows.append({"model": model, "bound": best})
+                    rows.append({"model": model, "bound": best, "local": _local(model)})
             return rows if len(rows) > 1 else []
     return []
 
@@ -132,6 +163,7 @@ def environment() -> jinja2.Environment:
     )
     found.filters |= {
         **{way: _rounded(way) for way in ("up", "down", "near")},
+        "setting": _setting,
         "seconds": seconds_text,
         "percent": lambda share: f"{100 * share:.1f} %",
         "percent2": lambda share: f"{100 * share:.2f} %",
@@ -139,8 +171,13 @@ def environment() -> jinja2.Environment:
     return found
 
 
+def _setting(value: float, digits: int = 5) -> str:
+    """A number that was given, without zeros at the end."""
+    return show(value, "near", digits)
+
+
 def _rounded(way: Any) -> Callable[..., str]:
-    return lambda value, digits=5: show(value, way, digits)
+    return lambda value, digits=5: entry(value, way, digits)
 
 
 def fill(template: str, **values: Any) -> str:
@@ -174,9 +211,14 @@ def summary(model: Json) -> Json:
         "naive": naive,
         "ratio": upper["value"] / lower if upper and lower else None,
         "radius": best[1]["quartiles"][1] if best else None,
+        "local": _local(model),
         "radius_by": best[0] if best else None,
         "radius_guarantee": best[1]["guarantee"] if best else None,
     }
+
+
+def _local(model: Json) -> Json | None:
+    return next((row["local"] for row in model["upper"] if "local" in row), None)
 
 
 def _words(results: Json) -> set[str]:

@@ -6,8 +6,7 @@ which no adversarial example within eps was found.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ def single_images(
     radii: np.ndarray,
     grid: Sequence[float] | None = None,
     *,
+    local: np.ndarray | None = None,
     shown: int = _SHOWN,
     norm: float = 2,
 ) -> Json:
@@ -38,6 +38,7 @@ def single_images(
         x, y: images and labels.
         radii: (N,) certified radii, 0 where an image is not classified as labelled.
         grid: eps of the curve of the accuracy under attack; None goes to the largest distance found.
+        local: (N,) radii by local bounds, of which the classes then have a median, too.
         shown: so many images are kept with their pixels, from the least to the largest radius.
         norm: that of the radii, 2 or inf.
 
@@ -50,29 +51,23 @@ def single_images(
         near = found.distance[np.isfinite(found.distance)]
         grid = np.linspace(0.0, 1.02 * float(near.max()) if near.size else 1.0, GRID).tolist()
     accuracy = [float((found.correct & (found.distance > eps)).mean()) for eps in grid]
+    medians = {"radius": radii, "distance": found.distance} | ({} if local is None else {"local": local})
     return {
         "attack": f"FAB, {TARGETS} targets of {STEPS} steps",
         "radius": [finite(r) for r in radii],
         "distance": [finite(d) for d in found.distance],
         "correct": found.correct.tolist(),
         "attacked": {"eps": [float(eps) for eps in grid], "accuracy": accuracy},
-        "classes": [_class_row(int(label), y, radii, found) for label in np.unique(y)],
+        "classes": [_class_row(int(label), y, medians, found.correct) for label in np.unique(y)],
         "shown": _shown(model, x, y, radii, found, shown),
     }
 
 
-def best_certified(model: Json) -> Json:
-    """The row of the l2 bound with the largest median radius, infinity being None."""
-    rows = [row for row in model["upper"] if row["norm"] == "2" and "certified" in row]
-    medians = [row["certified"]["quartiles"][1] for row in rows]
-    return max(zip(rows, medians, strict=True), key=lambda each: math.inf if each[1] is None else each[1])[0]
-
-
-def _class_row(label: int, y: np.ndarray, radii: np.ndarray, found: Attack) -> Json:
+def _class_row(label: int, y: np.ndarray, medians: Mapping[str, np.ndarray], correct: np.ndarray) -> Json:
     """Images, how many are classified correctly, and medians over these."""
-    right = (y == label) & found.correct
+    right = (y == label) & correct
     row: Json = {"label": label, "images": int((y == label).sum()), "correct": int(right.sum())}
-    for name, values in (("radius", radii), ("distance", found.distance)):
+    for name, values in medians.items():
         row[name] = finite(np.quantile(values[right], 0.5, method="lower")) if right.any() else None
     return row
 

@@ -31,6 +31,7 @@ from lipbounds._text.records import class_array, draw_pairs, frozen_array, nonne
 from lipbounds._text.records import worst_pair as _worst
 from lipbounds._text.tables import (
     Direction,
+    entry,
     html_table,
     label_text,
     markdown_table,
@@ -102,7 +103,7 @@ class Part:
 
     def _cells(self, direction: Direction) -> list[str]:
         shape = " x ".join(str(n) for n in self.shape)
-        return [self.source, self.target, shape, show(self.value, direction), self.guarantee, self.how]
+        return [self.source, self.target, shape, entry(self.value, direction), self.guarantee, self.how]
 
 
 @dataclass(frozen=True, eq=False)

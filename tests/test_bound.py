@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lipbounds import results as module
-from lipbounds._text.tables import html_table, markdown_table, show, text_table
+from lipbounds._text.tables import entry, html_table, markdown_table, seconds_text, show, text_table
 from lipbounds.errors import CertificateError, GuaranteeError, Unsupported, UnsupportedError
 from lipbounds.results import Estimate, LowerBound, Part, UpperBound, check_norm, weakest
 
@@ -293,6 +293,18 @@ def test_numbers_printed():
         "0.25",
         "",
         "inf",
+    ]
+
+
+def test_numbers_of_a_column_have_equal_digits():
+    shown = [entry(v, "up", 5) for v in (27.6599, 31.1979, 2, 9.999999, 123456789, 1e-9, 0.0)]
+    assert shown == ["27.660", "31.198", "2.0000", "10.000", "1.2346e+08", "1.0001e-09", "0"]
+    assert [seconds_text(s) for s in (0.0012, 0.9999, 2, 61.23, 1234)] == [
+        "1.20 ms",
+        "1000 ms",
+        "2.00 s",
+        "61.2 s",
+        "1230 s",
     ]
 
 

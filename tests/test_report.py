@@ -64,6 +64,9 @@ def test_rows_are_typed_and_radii_follow_the_bounds(results):
         assert 0 < low <= liplt["value"] <= naive["value"]
         curves = [row["certified"] for row in (liplt, naive, liplt["without_pairs"])]
         assert curves[0]["eps"] == curves[1]["eps"] == curves[2]["eps"]
+        assert ("local" in max(liplt, naive, key=lambda row: row["certified"]["quartiles"][1])) == (
+            norm == "2"
+        )
         for worse in curves[1:]:
             assert (np.array(curves[0]["accuracy"]) >= worse["accuracy"]).all()
         assert curves[0]["accuracy"][0] > 0.8 and curves[0]["accuracy"][-1] == 0
@@ -120,10 +123,12 @@ def test_demo_from_end_to_end(tmp_path):
     results_of, radii = documented("Bounds as JSON"), documented("Evaluations as JSON")
     fields = {name.removeprefix("radii.METHOD.") for name in radii if name.startswith("radii.METHOD.")}
     for row in (row for model in results["models"] for row in model["upper"]):
-        assert row.keys() <= {*results_of, "certified", "without_pairs"}
+        assert row.keys() <= {*results_of, "certified", "without_pairs", "local"}
         inner = [row["certified"], *([row["without_pairs"]["certified"]] if "without_pairs" in row else [])]
+        inner += [row["local"]] if "local" in row else []
         assert all(each.keys() - {"radius"} == fields for each in inner)
     page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.count("median local radius</th>") == 7 and page.count("Median local radius, <span") == 3
     assert "What training for the radius does" in page and (out / "training-compared.png").exists()
     for model in results["models"]:
         assert (out / model["file"]).exists() and model["training"]["test_accuracy"] > 0.6
@@ -131,6 +136,10 @@ def test_demo_from_end_to_end(tmp_path):
         assert {row["norm"] for row in model["lower"]} == {"2"}
         assert {row["guarantee"] for row in model["upper"]} == {"verified"}
         (best,) = (row for row in model["upper"] if row["label"] == "LipSDP")
+        (local,) = (row["local"] for row in model["upper"] if "local" in row)
+        assert best["local"] == local and local["guarantee"] == "verified" and local["images"] == 360
+        pairs = list(zip(best["certified"]["radius"], local["radius"], strict=True))
+        assert all(near >= far for far, near in pairs) and any(near > far for far, near in pairs)
         assert best["value"] == min(row["value"] for row in model["upper"] if row["norm"] == "2")
         small = model["name"] != "cnn_crm"
         assert len(model["upper"]) == (10 if small else 7) and len(model["estimate"]) == small

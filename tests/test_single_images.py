@@ -1,11 +1,13 @@
 """Both sides of single images: certified radii below, adversarial examples above, and their figures."""
 
 import json
+import re
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lipbounds.analysis.experiment import best_certified
 from lipbounds.analysis.figures import png
 from lipbounds.analysis.image_figures import (
     both_sides_figure,
@@ -13,8 +15,8 @@ from lipbounds.analysis.image_figures import (
     pairs_figure,
     radius_histogram,
 )
-from lipbounds.analysis.report import fill
-from lipbounds.analysis.single_images import best_certified, single_images
+from lipbounds.analysis.report import fill, shares
+from lipbounds.analysis.single_images import single_images
 
 RNG = np.random.default_rng(0)
 W = RNG.normal(size=(3, 9)).astype(np.float32)
@@ -71,6 +73,7 @@ def test_the_images_shown_go_from_the_least_to_the_largest_radius(case):
 def test_figures_and_the_part_of_the_page(case):
     images = case[-1]
     certified = {"eps": GRID, "accuracy": [11 / 12, 0.5, 0.1, 0.0, 0.0], "quartiles": [0.0, 0.1, 0.2]}
+    certified |= {"guarantee": "verified", "radius": images["radius"]}
     pairs = [[0, 1.011, 2], [1.011, 0, 30], [2, 30, 0]]
     row = {"norm": "2", "label": "LipLT", "certified": certified, "pairs": {"values": pairs}}
     worse = row | {"label": "naive", "certified": certified | {"quartiles": [0, 0.01, 0.1]}}
@@ -84,8 +87,46 @@ def test_figures_and_the_part_of_the_page(case):
     assert all(png(figure).startswith(b"\x89PNG") for figure in drawn.values())
     numbers = [text.get_text() for text in drawn["pairs"].axes[0].texts]
     assert numbers == ["1.1", "2.0", "1.1", "30.0", "2.0", "30.0"]  # equal digits, rounded up
-    model = {"name": "net", "images": images}
-    text = fill("single_images.html.j2", model=model, figures={"net": dict.fromkeys(drawn, "")})
-    assert text.count("<img") == 4 and f"({images['attack']})" in text
+    model = {"name": "net", "images": images, "upper": [worse, row]}
+    figures = {"net": dict.fromkeys(drawn, "")}
+    text = fill("single_images.html.j2", model=model, figures=figures, shares={"net": shares(model)})
+    assert "local" not in text and text.count("<img") == 4 and f"({images['attack']})" in text
     (band,) = drawn["both-sides"].axes[0].collections
     assert band.get_paths()[0].vertices[:, 1].min() == 0.0
+
+
+def test_local_radii_stand_beside_the_others(case):
+    x, y, exact, radii, _ = case
+    near = np.where(radii > 0, 0.97 * exact, 0.0)
+    images = single_images(
+        lambda b: b.reshape(len(b), 9) @ jnp.asarray(W).T, x, y, radii, GRID, local=near, shown=2
+    )
+    levels = (float(np.sort(radii)[6]), 0.5)
+    halves = [
+        {"eps": GRID, "guarantee": word, "notes": [], "radius": values.tolist(), "quartiles": [0, 0.1, 0.2]}
+        | {"accuracy": [float((values > eps).mean()) for eps in GRID]}
+        for word, values in (("verified", radii), ("probabilistic", near))
+    ]
+    row = {"norm": "2", "label": "LipLT", "certified": halves[0], "local": halves[1]}
+    model = {"name": "net", "images": images, "upper": [row]}
+    side = shares(model, levels)
+    for one in side["rows"]:
+        assert one["certified"] == (radii > one["eps"]).mean() and one["local"] == (near > one["eps"]).mean()
+        assert one["certified"] <= one["local"] <= one["attacked"]
+    assert side["rows"][0]["certified"] < side["rows"][0]["local"]
+    for one in images["classes"]:
+        of = (y == one["label"]) & (radii > 0)
+        assert not of.any() or one["local"] in near[of]
+    figure = both_sides_figure(halves[0], images, "LipLT", local=halves[1])
+    lines = [line.get_ydata() for line in figure.axes[0].lines]
+    assert len(lines) == 3 and (lines[2] >= lines[1]).all() and (lines[0] >= lines[2]).all()
+    (band,) = figure.axes[0].collections
+    assert band.get_paths()[0].vertices[1:-1, 1].max() <= lines[0].max()
+    words = [text.get_text() for text in figure.axes[0].texts]
+    assert words == ["no adversarial example found", "certified by LipLT", "certified by local bounds"]
+    figures = {"net": {"both-sides": "", "radii": "", "examples": ""}}
+    text = fill("single_images.html.j2", model=model, figures=figures, shares={"net": side})
+    rows = re.findall("<tr>.*?</tr>", text, re.DOTALL)[:2]
+    head, tags = (re.findall("<t[hd][^>]*>(?:<span[^>]*>)?([^<]*)", each) for each in rows)
+    assert head == ["ε", "certified by LipLT", "certified by local bounds", "no adversarial example found"]
+    assert tags == ["", "verified", "probabilistic", "attained"]

@@ -215,7 +215,7 @@ def accuracy_table(record: Json) -> Table:
 
 def constants_table(record: Json) -> Table:
     """Table 2 of arXiv 2310.00116: upper bounds of the constants of z_i - z_j, averaged over pairs of classes."""
-    from lipbounds._text.tables import seconds_text, show
+    from lipbounds._text.tables import entry, seconds_text
     from lipbounds.analysis.experiment import LABELS
 
     table = tables.titled(f"{record['model']['title']}: l2 constants, averaged over pairs of classes")
@@ -225,7 +225,7 @@ def constants_table(record: Json) -> Table:
     table.add_column("guarantee")
     table.add_column("time", justify="right")
     for method, row in record["constants"].items():
-        bounds = [f"≤ {show(row[key], 'up', 5)}" for key in ("average_pair", "average_sum", "average_sqrt2")]
+        bounds = [f"≤ {entry(row[key], 'up', 5)}" for key in ("average_pair", "average_sum", "average_sqrt2")]
         radius = tables.median_radius(record["radii"].get(method, {}), 4)
         time = seconds_text(record["seconds"][method])
         table.add_row(LABELS.get(method, method), *bounds, radius, record["guarantee"][method], time)

@@ -197,16 +197,20 @@ def model_title(model: Json) -> str:
 def results_table(model: Json, title: str) -> Table:
     from rich.text import Text
 
-    from lipbounds._text.tables import seconds_text, show
+    from lipbounds._text.tables import entry, seconds_text
 
     table = titled(title)
-    table.caption = "radius: median of the certified radii, 0 where misclassified, in pixel units"
+    table.show_edge = table.pad_edge = False  # to stay within 80 columns
+    local = next((row["local"] for row in model["upper"] if "local" in row), None)
+    table.caption = "radius: median of the certified radii, 0 where misclassified, in pixel units" + (
+        f"; local: by bounds near each image, {local['guarantee']}" if local else ""
+    )
     table.caption_justify = "left"
     table.add_column("method", no_wrap=True)
     table.add_column("norm")
-    for column in ("bound", "worst pair", "radius"):
+    for column in ("bound", "worst pair", "radius", *(["local"] if local else [])):
         table.add_column(column, justify="right")
-    table.add_column("guarantee")
+    table.add_column("guarantee", overflow="fold")
     table.add_column("time", justify="right")
     styles = dict(verified="green", probabilistic="cyan", assumed="yellow", estimate="dim", attained="red")
     signs = {"upper": ("≤ ", "up"), "estimate": ("≈ ", "near"), "lower": ("≥ ", "down")}
@@ -218,9 +222,10 @@ def results_table(model: Json, title: str) -> Table:
                 table.add_row(
                     Text(row["label"]),
                     norm,
-                    sign + show(row["value"], way, 5),  # type: ignore[arg-type]
-                    "" if pair is None else sign + show(pair, way, 4),  # type: ignore[arg-type]
+                    sign + entry(row["value"], way, 5),  # type: ignore[arg-type]
+                    "" if pair is None else sign + entry(pair, way, 4),  # type: ignore[arg-type]
                     median_radius(row.get("certified", {}), 3),
+                    *([median_radius(row.get("local", {}), 3)] if local else []),
                     Text(word, styles[word]),
                     seconds_text(row["seconds"]),
                 )
@@ -230,12 +235,12 @@ def results_table(model: Json, title: str) -> Table:
 
 def median_radius(record: Json, digits: int) -> str:
     """The median of the certified radii in a record, rounded down; "" where the record has none."""
-    from lipbounds._text.tables import show
+    from lipbounds._text.tables import entry
 
     quartiles = record.get("quartiles")
     if not quartiles:
         return ""
-    return "inf" if quartiles[1] is None else show(quartiles[1], "down", digits)
+    return "inf" if quartiles[1] is None else entry(quartiles[1], "down", digits)
 
 
 def quartiles(radii: Any) -> list[float]:
@@ -248,7 +253,7 @@ def quartiles(radii: Any) -> list[float]:
 def print_certified(bound: Any, radii: Any, shares: dict[float, float], assumed: bool = False) -> None:
     """Print what is certified; `assumed` where eps was given without its norm."""
     from lipbounds._margins.radius import listed
-    from lipbounds._text.tables import show
+    from lipbounds._text.tables import entry, show
     from lipbounds.results import NORM_NAMES
 
     norm = NORM_NAMES[radii.norm]
@@ -257,7 +262,7 @@ def print_certified(bound: Any, radii: Any, shares: dict[float, float], assumed:
         f"radii:     {radii.guarantee}, {len(radii.radius)} images, {norm}, units of the model's input"
     )
     typer.echo(f"clean:     {100 * radii.correct.mean():.1f} % classified as labelled")
-    low, middle, high = (show(q, "down", 4) for q in quartiles(radii))
+    low, middle, high = (entry(q, "down", 4) for q in quartiles(radii))
     typer.echo(f"radius:    median {middle}, quartiles {low} and {high} (0 where misclassified)")
     for level, share in shares.items():
         typer.echo(f"eps {level:<7g} ({norm}) {100 * share:5.1f} % certified")

@@ -30,6 +30,7 @@ from lipbounds._text.html import Html, element, together
 from lipbounds._text.progress import Progress, about, say
 from lipbounds._text.tables import (
     Direction,
+    entry,
     html_table,
     label_text,
     markdown_table,
@@ -196,10 +197,10 @@ class Comparison:
         rows = []
         for row in self.rows:
             way = _WAYS[row.kind]
-            values = [show(row.value, way) if row.kind == kind else "" for kind in _KINDS.values()]
+            values = [entry(row.value, way) if row.kind == kind else "" for kind in _KINDS.values()]
             shares = [f"{100 * a:.1f} %" for a in row.certified] or [""] * len(self.eps)
-            radius = show(row.median_radius, "down", 4)
-            cells = [row.method, *values, row.guarantee or "-", show(row.pair, way), radius, *shares]
+            radius = entry(row.median_radius, "down", 4)
+            cells = [row.method, *values, row.guarantee or "-", entry(row.pair, way), radius, *shares]
             rows.append([*cells, seconds_text(row.seconds), row.reason])
         keep = [i for i in range(len(header)) if i < 4 or any(row[i] for row in rows)]
         right = [keep.index(i) for i in keep if i in (1, 2, 3) or 5 <= i < len(header) - 1]
@@ -250,7 +251,7 @@ class Comparison:
             }
             look |= {"hatch": "///"} if row.kind == "estimate" else {}
             ax.barh(place, max(row.value - floor, 0.0), left=floor, **look)
-            number = show(row.value, _WAYS[row.kind], 4)
+            number = entry(row.value, _WAYS[row.kind], 4)
             ax.text(max(row.value, floor), place, f" {number}", va="center", fontsize=8)
             seen.setdefault(row.guarantee, Patch(label=row.guarantee, **look))
         ax.set_xscale("log")

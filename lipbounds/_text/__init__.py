@@ -6,6 +6,7 @@ from lipbounds._text.html import Html, element, together
 from lipbounds._text.progress import Progress, clock, remaining, reporting, say
 from lipbounds._text.tables import (
     Direction,
+    entry,
     html_table,
     label_text,
     markdown_table,
@@ -18,7 +19,7 @@ from lipbounds._text.tables import (
 )  # fmt: skip
 
 __all__ = [
-    "DEFLATE", "Direction", "Html", "Progress", "as_labels", "clock", "element", "html_table", "label_text",
+    "DEFLATE", "Direction", "Html", "Progress", "as_labels", "clock", "element", "entry", "html_table", "label_text",
     "markdown_table", "markdown_text", "new_axes", "printable", "read_npz", "read_safetensors", "remaining",
     "reporting", "say", "seconds_text", "show", "text_table", "together", "whole", "write_atomically",
 ]  # fmt: skip

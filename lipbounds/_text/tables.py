@@ -15,7 +15,16 @@ _ROUNDING = {"up": ROUND_CEILING, "down": ROUND_FLOOR, "near": ROUND_HALF_EVEN}
 
 
 def show(value: float | None, direction: Direction = "near", digits: int = 6) -> str:
-    """`value` in `digits` significant digits, rounded up for upper bounds and down for lower ones."""
+    """`value` in at most `digits` significant digits, rounded up for upper bounds and down for lower ones."""
+    return _shown(value, direction, digits, zeros=False)
+
+
+def entry(value: float | None, direction: Direction = "near", digits: int = 6) -> str:
+    """`show` with zeros at the end, for a column or a figure, whose numbers have equal digits."""
+    return _shown(value, direction, digits, zeros=True)
+
+
+def _shown(value: float | None, direction: Direction, digits: int, zeros: bool) -> str:
     if value is None:
         return ""
     value = float(value)
@@ -28,17 +37,22 @@ def show(value: float | None, direction: Direction = "near", digits: int = 6) ->
     shown = exact.quantize(unit, rounding=_ROUNDING[direction])
     if not shown:
         return "0"
+    if shown.adjusted() > exact.adjusted():  # rounded up to a power of ten
+        shown = shown.quantize(unit.scaleb(1))
     if -5 <= shown.adjusted() < 7:
-        text = format(shown, "f")
-        return text.rstrip("0").rstrip(".") if "." in text else text
+        return _number(format(shown, "f"), zeros)
     mantissa, _, exponent = format(shown, "E").partition("E")
-    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
-    return f"{mantissa}e{int(exponent):+03d}"
+    return f"{_number(mantissa, zeros)}e{int(exponent):+03d}"
+
+
+def _number(text: str, zeros: bool) -> str:
+    return text if zeros or "." not in text else text.rstrip("0").rstrip(".")
 
 
 def seconds_text(seconds: float) -> str:
-    """Wall time for people: milliseconds below one second."""
-    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    """Wall time for people, in three digits: milliseconds below one second."""
+    value, unit = (1000 * seconds, "ms") if seconds < 1 else (seconds, "s")
+    return f"{entry(value, digits=3)} {unit}"
 
 
 def counted(count: int, noun: str) -> str:
