@@ -260,7 +260,7 @@ def test_the_line_of_a_certificate_without_pairs_that_may_fail(certificate):
         failure_probability=1e-9,
         pairwise=None,
     )
-    line = "L <= 1.00001 (l-inf, probabilistic, fails with probability <= 1e-09), proved again in 20 ms"
+    line = "L <= 1.00001 (l-inf, probabilistic, fails with probability <= 1e-09), proved again in 20.0 ms"
     assert proved(claims, 0.02) == line
 
 
