@@ -35,7 +35,7 @@ from gallery_nets import GALLERY, SIZES
 pytestmark = pytest.mark.slow
 
 MANY, SOME = 200, 60  # images; of local LipLT and of the dual, which take longer
-FEW = 20  # of the dual in l-inf on the CNN: 30 CPU seconds an image
+FEW = 20  # of the dual in l-inf on the CNN: 18 to 30 CPU seconds an image
 FRONT = {
     "mlp": 45,
     "cnn": 100,
