@@ -93,6 +93,8 @@ def logits_of(model: Model, weights: Any, points: jax.Array) -> jax.Array:
 
 def answers(fn: Any, points: np.ndarray, batch_size: int = 256) -> np.ndarray:
     """(N,) the classes that a network gives to points (N, *shape)."""
+    if not len(points):
+        return np.zeros(0, np.int64)
     model, weights = split(fn)
     size, made = min(batch_size, len(points)), []
     for start in range(0, len(points), size):

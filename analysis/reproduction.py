@@ -422,6 +422,13 @@ def write_csv(path: pathlib.Path, header: Sequence[str], lines: Sequence[Sequenc
     write_atomically(path, text.getvalue().encode())
 
 
+def trial(plan: Plan) -> list[str]:
+    """The lines of a page that say that its rows are not those of the paper, where they are not."""
+    if not (plan.small or plan.limit or plan.settings or plan.epochs):
+        return []
+    return ["**A trial**: networks, images, epochs or settings are not those of the rows.", ""]
+
+
 def page(rows: Sequence[Row], done: Mapping[str, Json], plan: Plan) -> str:
     """Both tables as Markdown, and what their figures are."""
     lines = [
@@ -433,9 +440,11 @@ def page(rows: Sequence[Row], done: Mapping[str, Json], plan: Plan) -> str:
         "printed.",
         "",
     ]
-    if plan.small or plan.limit or plan.settings or plan.epochs:
-        lines += ["**A trial**: networks, images, epochs or settings are not those of the rows.", ""]
-    lines += [markdown_table(COLUMNS, accuracy_rows(rows, done), right=(3, 4, 5, 6, 7, 10, 11, 12)), ""]
+    lines += [
+        *trial(plan),
+        markdown_table(COLUMNS, accuracy_rows(rows, done), right=(3, 4, 5, 6, 7, 10, 11, 12)),
+        "",
+    ]
     lines += [f"- {text}" for text in dict.fromkeys(record["units"] for record in done.values())]
     for row in rows:
         record = done.get(row.name)

@@ -20,7 +20,7 @@ import lipbounds as lb
 from lipbounds._text import markdown_table, seconds_text, write_atomically
 from lipbounds.analysis.demo import FORMAT, FORMAT_VERSION, write_json
 from lipbounds.analysis.experiment import Json
-from lipbounds.analysis.reproduction import Kind, Plan, write_csv
+from lipbounds.analysis.reproduction import Kind, Plan, trial, write_csv
 from lipbounds.analysis.robust_rows import PRINTED, plain_of, printed
 from lipbounds.analysis.robust_table import robust_record
 from lipbounds.analysis.table1_rows import Row
@@ -137,14 +137,12 @@ def page(rows: Sequence[Row], done: Mapping[str, Json], plan: Plan) -> str:
     text = [
         "# Tables of robust training, trained again",
         "",
-        f"Accuracies in percent, l-inf; PGD ({plan.pgd_steps} steps) and AutoAttack are upper estimates of the robust",
-        "accuracy. Seconds are the median of the epochs, of this machine, the papers' minutes of another one: compare",
-        "their quotients.",
+        "Accuracies in percent, l-inf. The robust accuracy of these images is at most that under PGD",
+        f"({plan.pgd_steps} steps) or AutoAttack, which are attained. Seconds are the median of the epochs, of this",
+        "machine, the papers' minutes of another one: compare their quotients.",
         "",
     ]
-    if plan.small or plan.limit or plan.settings or plan.epochs:
-        text += ["**A trial**: networks, images, epochs or settings are not those of the rows.", ""]
-    text += [markdown_table(COLUMNS, lines(rows, done), right=range(3, len(COLUMNS))), ""]
+    text += [*trial(plan), markdown_table(COLUMNS, lines(rows, done), right=range(3, len(COLUMNS))), ""]
     for row in rows:
         if record := done.get(row.name):
             took, proof = (seconds_text(record[f"{key}_seconds"]) for key in ("training", "evaluation"))

@@ -223,6 +223,12 @@ def test_householder_reflects_at_its_normals() -> None:
     np.testing.assert_allclose(found, np.concatenate([wanted[..., 0], wanted[..., 1]], axis=1), atol=1e-6)
 
 
+def test_orthonormal_columns_of_a_zero_matrix_are_zero() -> None:
+    zero = jnp.zeros((2, 3, 2))
+    for a in (zero, zero.astype(jnp.complex64), jnp.swapaxes(zero, 1, 2)):
+        assert (np.asarray(orthogonal.orthonormal(a)) == 0).all()
+
+
 # --- gradients, types, errors ----------------------------------------------------------------------------------------
 
 

@@ -66,7 +66,7 @@ def test_times_stand_beside_plain_training_and_fast_at(tmp_path: pathlib.Path) -
     with (tmp_path / "robust.csv").open(newline="") as file:
         assert list(csv.DictReader(file)) == record["robust"]
     text = (tmp_path / "robust.md").read_text()
-    assert "A trial" in text and "- cifar10/fast-at: overfits" in text and "upper estimates" in text
+    assert "A trial" in text and "- cifar10/fast-at: overfits" in text and "is at most that under PGD" in text
 
 
 def test_the_time_of_an_epoch_is_one_without_compilation_and_attacks() -> None:

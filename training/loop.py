@@ -202,9 +202,8 @@ class _Run:
     ):
         self.config, self.images, self.spec, self.devices = config, images, spec, devices
         self.progress = progress
-        self.first: tuple[float, int] | None = (
-            None  # when the first epoch of this call was done, and its number
-        )
+        # when the first epoch of this call was done, and its number
+        self.first: tuple[float, int] | None = None
         self.callbacks = tuple(callbacks) if devices.leads else ()
         self.started = time.perf_counter()
         self.rows, self.held_out = split(len(images.pixels), config.holdout)

@@ -65,7 +65,9 @@ def orthonormal(a: jax.Array) -> jax.Array:
     if a.shape[-1] > a.shape[-2]:
         return adjoint(orthonormal(adjoint(a)))
     gram, n = adjoint(a) @ a, a.shape[-1]
-    shift = jnp.trace(gram, axis1=-2, axis2=-1) * (100 * float(jnp.finfo(gram.dtype).eps) / n)
+    kind = jnp.finfo(gram.dtype)
+    shift = jnp.trace(gram, axis1=-2, axis2=-1) * (100 * float(kind.eps) / n)
+    shift = jnp.maximum(shift.real, float(kind.tiny)).astype(gram.dtype)  # a zero matrix stays zero
     return a @ adjoint(inverse_factor(gram + shift[..., None, None] * jnp.eye(n, dtype=gram.dtype)))
 
 

@@ -20,7 +20,7 @@ from lipbounds._text.version import __version__
 from lipbounds.errors import GuaranteeError
 
 Json = dict[str, Any]
-QUICK_LIPSDP = 2048  # neurons up to which LipSDP takes about half a minute at most
+QUICK_LIPSDP = 2048  # neurons above which LipSDP takes minutes on a CPU
 DEFAULT_OF_SIZE = f"lipsdp up to {QUICK_LIPSDP} neurons; liplt above, with --scaling or in norm 1"
 
 

@@ -147,9 +147,8 @@ class _Inliner:
             if simpler is not None:
                 return simpler
         if name == "custom_vjp_call" and not dependent and not all(is_concrete(v.const) for v in inputs):
-            return self.evaluate(
-                eqn, inputs
-            )  # of weights that are trained: inlined, it would lose its derivative
+            # of weights that are trained: inlined, it would lose its derivative
+            return self.evaluate(eqn, inputs)
         if name in _CALLS:
             return self.call(
                 params[_CALLS[name]], inputs, (*path, *stack_of(eqn), str(params.get("name", name)))
