@@ -4,7 +4,6 @@ refused where products are not IEEE products."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from exact import exceeds, fractions
+from stand_in import stand_in
 from test_norms import matrices as adversarial
 from test_zoo import CORE, form_of
 
@@ -27,17 +27,7 @@ KIND = jax.devices("cpu")[0].device_kind
 SAID = f"large proofs by residual in float64 on {KIND}"
 
 
-@pytest.fixture(autouse=True)
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The CPU is the accelerator unless device="cpu"; every size counts as large; small tiles."""
-    monkeypatch.setattr(
-        places, "accelerator", lambda choice: jax.devices("cpu")[0] if choice != "cpu" else None
-    )
-    monkeypatch.setattr(proofs, "TILE", 8)
-    monkeypatch.setattr(proofs, "SMALLEST", 1)
-    monkeypatch.setattr(proofs, "_FASTER", np.inf)
-    monkeypatch.setattr(proofs, "_passed", {})
-    yield
+__all__ = ["stand_in"]  # a fixture of every test here
 
 
 def on_device(a: Any) -> float:

@@ -102,6 +102,37 @@ class Convolution:
         pairs = sum(math.prod(len(range(*s.indices(2**62))) for s in move[0]) for move in self.moves if move)
         return pairs * math.prod(self.weights.shape[:3]) * self.source.shape[self.source.axes[0]]
 
+    def by_rows(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """(values, columns), both (outputs, t): the entries of every row of its matrix, then zeros where it has fewer.
+
+        None where it is in groups, or on several images.
+        """
+        groups, features, channels, count = self.weights.shape
+        if groups > 1 or self.source.shape[self.source.axes[0]] > 1:
+            return None
+        read, written = math.prod(self.source.space), self.target.space
+        where = np.full((count, *written), -1)  # the place that an output reads through each window position
+        for a, move in enumerate(self.moves):
+            if move is not None:
+                where[a][move[0]] = np.arange(read).reshape(self.source.space)[move[1]]
+        where = where.reshape(count, -1)
+        most = int((where >= 0).sum(axis=0).max(initial=0))
+        through = np.argsort(where < 0, axis=0, kind="stable")[:most]
+        where = np.take_along_axis(where, through, axis=0).T  # (places, most)
+        index, place = (
+            np.arange(math.prod(each.shape)).reshape(each.shape).transpose(each.axes)[0].reshape(size, -1)
+            for each, size in ((self.source, channels), (self.target, features))
+        )
+        shape = (where.shape[0], features, most, channels)
+        values = self.weights[0].transpose(2, 0, 1)[through.T].transpose(0, 2, 1, 3)
+        values = np.where(where[:, None, :, None] >= 0, values, 0.0)
+        columns = np.broadcast_to(index.T[np.maximum(where, 0)][:, None], shape)
+        entries, size = most * channels, math.prod(self.target.shape)
+        out = np.empty((size, entries)), np.empty((size, entries), np.int32)
+        for each, found in zip(out, (values, columns), strict=True):
+            each[place.T.ravel()] = found.reshape(-1, entries)
+        return out
+
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """The product with the columns of x (entries, columns), or with one vector; in the order of x in memory.
 

@@ -27,14 +27,23 @@ from lipbounds._gain.step_matrices import StepMatrix
 from lipbounds._norms import device as proofs
 from lipbounds._norms.rounding import UNDERFLOW, U, add_up, finite, gamma, mul_up, sqrt_up, unscale_up, up
 from lipbounds._text import device as places
+from lipbounds._text.progress import alive
 
 _PADDED = 2.0  # entries per nonzero up to which the rows of a sparse step are padded to one length
 _LOOSE = 1e-9  # share of the norm up to which the error of a block is taken: the host may have a smaller one
 _SMALL = 2.0**-900  # smaller weights could be lost to underflow
+_FEW = 8  # entries of a row whose products are added at a time: each reads and writes the sum once
 
 
-class _Declined(Exception):
+class Declined(Exception):
     """The device cannot do this block."""
+
+
+class _Made(NamedTuple):
+    """Columns as a program gives them, with the sum of their squares."""
+
+    array: jax.Array
+    square: jax.Array
 
 
 class _Columns(NamedTuple):
@@ -45,52 +54,69 @@ class _Columns(NamedTuple):
     size: float
 
 
-@jax.jit
-def _squares(x: jax.Array) -> jax.Array:
-    return jnp.sum(x * x)
+def _made(x: jax.Array) -> _Made:
+    return _Made(x, jnp.sum(x * x))
 
 
 @jax.jit
-def _selected(x: jax.Array, rows: jax.Array) -> jax.Array:
-    return x.at[rows].get(mode="fill", fill_value=0.0)
+def _selected(x: jax.Array, rows: jax.Array) -> _Made:
+    return _made(x.at[rows].get(mode="fill", fill_value=0.0))
 
 
 @jax.jit
-def _scaled(x: jax.Array, factors: jax.Array) -> jax.Array:
-    return x * factors[:, None]
+def _scaled(x: jax.Array, factors: jax.Array) -> _Made:
+    return _made(x * factors[:, None])
 
 
 @jax.jit
-def _sum(a: jax.Array, b: jax.Array) -> jax.Array:
-    return a + b
+def _sum(a: jax.Array, b: jax.Array) -> _Made:
+    return _made(a + b)
 
 
 @partial(jax.jit, static_argnames="width")
-def _unit(factors: jax.Array, begin: jax.Array, width: int) -> jax.Array:
+def _unit(factors: jax.Array, begin: jax.Array, *, width: int) -> _Made:
     """diag(factors), shifted to the right by `begin`, its first columns."""
     rows, columns = jnp.arange(factors.size), jnp.arange(width)
-    return jnp.where(rows[:, None] + begin == columns[None, :], factors[:, None], 0.0)
+    return _made(jnp.where(rows[:, None] + begin == columns[None, :], factors[:, None], 0.0))
 
 
 @partial(jax.jit, static_argnames="side")
-def _tile(x: jax.Array, i: jax.Array, side: int) -> jax.Array:
-    """Rows i, i + 1, ... of X, a tile; rows beyond the last are zero."""
-    return x.at[i + jnp.arange(side)].get(mode="fill", fill_value=0.0)
+def _tile(x: jax.Array, i: jax.Array, factor: jax.Array, *, side: int) -> jax.Array:
+    """Rows i, i + 1, ... of X times a power of two, a tile; rows beyond the last are zero."""
+    return factor * x.at[i + jnp.arange(side)].get(mode="fill", fill_value=0.0)
 
 
 @jax.jit
-def _largest(x: jax.Array) -> jax.Array:
-    return jnp.max(jnp.abs(x))
+def _through_rows(values: jax.Array, columns: jax.Array, x: jax.Array) -> _Made:
+    """M X for M whose i-th row has the entries values[:, i] in the columns columns[:, i], both (s, rows, few)."""
+
+    def add(total: jax.Array, entries: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        for k in range(_FEW):  # one loop over the rows, where a sum along an axis would store every product
+            total = total + entries[0][:, k, None] * x[entries[1][:, k]]
+        return total, None
+
+    zero = jnp.zeros((values.shape[1], x.shape[1]), x.dtype)
+    return _made(jax.lax.scan(add, zero, (values, columns))[0])
+
+
+@partial(jax.jit, static_argnames="rows")
+def _joined(parts: list[jax.Array], *, rows: int) -> _Made:
+    return _made(jnp.concatenate(parts)[:rows])
 
 
 @jax.jit
-def _through_rows(values: jax.Array, columns: jax.Array, x: jax.Array) -> jax.Array:
-    """M X for M whose i-th row has the entries values[i] in the columns columns[i]."""
+def _stacked(parts: list[jax.Array]) -> _Made:
+    return _made(jnp.concatenate(parts))
 
-    def add(total: jax.Array, entry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        return total + entry[0][:, None] * x[entry[1]], None
 
-    return jax.lax.scan(add, jnp.zeros((len(values), x.shape[1]), x.dtype), (values.T, columns.T))[0]
+@partial(jax.jit, static_argnames=("rows", "width"))
+def _zeros(zero: jax.Array, *, rows: int, width: int) -> jax.Array:
+    return jnp.broadcast_to(zero, (rows, width))
+
+
+@partial(jax.jit, static_argnames=("begin", "end"))
+def _part(x: jax.Array, *, begin: int, end: int) -> jax.Array:
+    return x[begin:end]
 
 
 class DeviceForm:
@@ -98,20 +124,44 @@ class DeviceForm:
 
     def __init__(self, host: HostForm, device: Any) -> None:
         self.host, self.device = host, device
-        self.steps: dict[tuple[int, int, bool], Callable[[jax.Array], jax.Array]] = {}
+        self.steps: dict[tuple[int, int, bool], Callable[[jax.Array], _Made]] = {}
         self.direct: dict[Any, float] = {}  # norms of blocks that no centre enters, by `_direct`
 
-    def put(self, x: Any) -> jax.Array:
+    def put(self, x: Any) -> Any:
         return jax.device_put(x, self.device)
 
-    def columns(self, array: jax.Array, error: float) -> _Columns:
-        square = float(_squares(array))
+    def call(self, program: Any, *args: Any, **options: int) -> Any:
+        """What a program gives on the device."""
+        return program(*args, **options)
+
+    def trusted(self) -> bool:
+        return proofs.trusted(self.device)
+
+    def dense_tiles(self, a: np.ndarray) -> proofs.Tiles:
+        return proofs.tiles_of(a, self.device)
+
+    def begins(self, width: int) -> range:
+        """The first columns of the tiles that are swept one after the other."""
+        return range(0, width, proofs.TILE)
+
+    def columns(self, made: _Made, error: float) -> _Columns:
+        alive()
+        square = self.number(made.square)
         if not math.isfinite(square):
-            raise _Declined
-        size = math.sqrt(square) * (1.0 + 2.0 * gamma(array.size + 8)) + 2.0**-500 * math.sqrt(array.size)
-        return _Columns(array, error, size)
+            raise Declined
+        entries = made.array.size
+        size = math.sqrt(square) * (1.0 + 2.0 * gamma(entries + 8)) + 2.0**-500 * math.sqrt(entries)
+        return _Columns(made.array, error, size)
+
+    def number(self, x: jax.Array) -> float:
+        return float(x)
+
+    def zeros(self, rows: int) -> _Columns:
+        return _Columns(self.call(_zeros, self.put(np.float64(0.0)), rows=rows, width=proofs.TILE), 0.0, 0.0)
 
     def apply(self, place: int, m: StepMatrix, x: _Columns, transposed: bool) -> _Columns:
+        if m.moves_nothing:
+            return x
         key = (place, m.register, transposed)
         if key not in self.steps:
             self.steps[key] = self._upload(m)
@@ -120,45 +170,56 @@ class DeviceForm:
             most = int(np.bincount(m.rows[m.rows >= 0], minlength=1).max())
             return self.columns(out, mul_up(sqrt_up(float(most)), x.error))
         wrong = add_up(gamma(m.terms + 1), m.relerr)
-        lost = UNDERFLOW * 8.0 * (m.terms + 2) * math.sqrt(out.size + x.array.size) * (1.0 + m.absolute_norm)
+        entries = out.array.size + x.array.size
+        lost = UNDERFLOW * 8.0 * (m.terms + 2) * math.sqrt(entries) * (1.0 + m.absolute_norm)
         passed = mul_up(m.quick_norm, x.error) if x.error else 0.0
         return self.columns(out, add_up(passed, mul_up(wrong, m.absolute_norm, x.size), lost))
 
-    def _upload(self, m: StepMatrix) -> Callable[[jax.Array], jax.Array]:
+    def _upload(self, m: StepMatrix) -> Callable[[jax.Array], _Made]:
         if m.rows is not None:
-            rows = np.where(m.rows >= 0, m.rows, m.matrix.shape[1])
-            return partial(_call, _selected, self.put(rows))
-        entries = np.abs(m.matrix.data if sp.issparse(m.matrix) else m.matrix)
-        if ((entries > 0.0) & (entries < _SMALL)).any():
-            raise _Declined
-        if not sp.issparse(m.matrix):
-            if not proofs.trusted(self.device):
-                raise _Declined
-            tiles = proofs.tiles_of(np.asarray(m.matrix, np.float64).T, self.device)
-            return partial(self._dense_product, tiles, m.matrix.shape)
-        values, columns = _by_rows(m.matrix)
-        return partial(_through_rows, self.put(values), self.put(columns))
+            rows = self.put(np.where(m.rows >= 0, m.rows, m.matrix.shape[1]))
+            return lambda x: self.call(_selected, x, rows)
+        by_rows = None if m.convolution is None else m.convolution.by_rows()
+        if by_rows is None:
+            entries = m.matrix.data if sp.issparse(m.matrix) else m.matrix
+        else:
+            entries = by_rows[0]
+        sizes = np.abs(entries)
+        if ((sizes > 0.0) & (sizes < _SMALL)).any():
+            raise Declined
+        if by_rows is None and not sp.issparse(m.matrix):
+            if not self.trusted():
+                raise Declined
+            tiles, height = self.dense_tiles(np.asarray(m.matrix, np.float64).T), m.matrix.shape[0]
+            return lambda x: self._dense_product(tiles, height, x)
+        values, columns = (self.put(a) for a in _in_steps(*(by_rows or _by_rows(m.matrix))))
+        return lambda x: self.call(_through_rows, values, columns, x)
 
-    def tiles(self, x: jax.Array) -> list[jax.Array]:
-        """The tiles of (rows, TILE) below each other."""
-        return [_tile(x, np.int64(i), proofs.TILE) for i in range(0, x.shape[0], proofs.TILE)]
+    def tiles(self, x: jax.Array, factor: float = 1.0) -> list[jax.Array]:
+        """The tiles of (rows, TILE) below each other, times a power of two."""
+        places, number = range(0, x.shape[0], proofs.TILE), np.float64(factor)
+        return [self.call(_tile, x, np.int64(i), number, side=proofs.TILE) for i in places]
 
-    def _dense_product(self, transposed: proofs.Tiles, shape: tuple[int, int], x: jax.Array) -> jax.Array:
-        """M X for the tiles of M'."""
+    def _dense_product(self, transposed: proofs.Tiles, height: int, x: jax.Array) -> _Made:
+        """M X for the tiles of M', `height` rows."""
         parts = self.tiles(x)
-        out = [proofs.zero_tile(self.device)] * (-(-shape[0] // proofs.TILE))
+        out = [proofs.zero_tile(self.device)] * (-(-height // proofs.TILE))
         for (k, i), tile in transposed.items():
-            out[i] = proofs.plus(out[i], tile, parts[k])
-        return _joined(out, shape[0])
+            out[i] = self.call(proofs.plus, out[i], tile, parts[k])
+        return self.call(_joined, out, rows=height)
 
 
-@partial(jax.jit, static_argnames="rows")
-def _joined(parts: list[jax.Array], rows: int) -> jax.Array:
-    return jnp.concatenate(parts)[:rows]
+def _in_steps(values: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of entries (rows, t) as (s, rows, FEW), filled with zeros: what `_through_rows` adds at a time."""
+    rows, longest = values.shape
+    steps = -(-longest // _FEW)
 
+    def cut(a: np.ndarray) -> np.ndarray:
+        padded = np.zeros((rows, steps * _FEW), a.dtype)
+        padded[:, :longest] = a
+        return np.ascontiguousarray(padded.reshape(rows, steps, _FEW).swapaxes(0, 1))
 
-def _call(kernel: Callable[..., jax.Array], last: jax.Array, x: jax.Array) -> jax.Array:
-    return kernel(x, last)
+    return cut(values), cut(columns)
 
 
 def _by_rows(matrix: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -166,7 +227,7 @@ def _by_rows(matrix: Any) -> tuple[np.ndarray, np.ndarray]:
     counts = np.diff(matrix.indptr)
     longest, rows = int(counts.max(initial=0)), counts.size
     if longest * rows > _PADDED * matrix.nnz + 2**20:
-        raise _Declined
+        raise Declined
     row = np.repeat(np.arange(rows), counts)
     place = np.arange(matrix.nnz) - np.repeat(matrix.indptr[:-1], counts)
     values, columns = np.zeros((rows, longest)), np.zeros((rows, longest), np.int32)
@@ -192,13 +253,13 @@ class _Sweep(Algebra[_Columns]):
 
     def unit(self, begin: int, factors: np.ndarray) -> _Columns:
         """diag(factors) in the columns from `begin` on, as far as they are among those swept."""
-        made = _unit(self.form.put(factors), np.int64(begin - self.lo), proofs.TILE)
+        made = self.form.call(_unit, self.form.put(factors), np.int64(begin - self.lo), width=proofs.TILE)
         return self.form.columns(made, 0.0)
 
     def total(self, parts: Sequence[_Columns]) -> _Columns:
         out = parts[0]
         for part in parts[1:]:
-            made = self.form.columns(_sum(out.array, part.array), 0.0)
+            made = self.form.columns(self.form.call(_sum, out.array, part.array), 0.0)
             out = made._replace(error=add_up(out.error, part.error, mul_up(U, made.size)))
         return out
 
@@ -206,8 +267,8 @@ class _Sweep(Algebra[_Columns]):
         """diag(factors) X."""
         size = np.abs(factors)
         if ((size > 0.0) & (size < _SMALL)).any():
-            raise _Declined
-        made = self.form.columns(_scaled(x.array, self.form.put(factors)), 0.0)
+            raise Declined
+        made = self.form.columns(self.form.call(_scaled, x.array, self.form.put(factors)), 0.0)
         exact = bool(np.isin(np.frexp(size)[0], (0.0, 0.5)).all())
         lost = UNDERFLOW * 4.0 * math.sqrt(x.array.size) * (1.0 + float(size.max(initial=0.0)))
         rounding = 0.0 if exact else mul_up(U, made.size)
@@ -245,19 +306,23 @@ class _Sweep(Algebra[_Columns]):
     def join(self, registers: Sequence[int], held: Mapping[int, _Columns]) -> _Columns:
         if len(registers) == 1:
             return held[registers[0]]
-        parts = [held.get(r) for r in registers]
-        arrays = [
-            jnp.zeros((self.program.sizes[r], proofs.TILE), device=self.form.device) if p is None else p.array
-            for r, p in zip(registers, parts, strict=True)
-        ]
-        error = sqrt_up(add_up(*(mul_up(p.error, p.error) for p in parts if p is not None)))
-        return self.form.columns(jnp.concatenate(arrays), error)
+        sizes = [self.program.sizes[r] for r in registers]
+        return self.stacked([held.get(r) for r in registers], sizes)
+
+    def stacked(self, parts: Sequence[_Columns | None], sizes: Sequence[int]) -> _Columns:
+        """Columns below each other, None for zero."""
+        whole = [self.form.zeros(n) if p is None else p for n, p in zip(sizes, parts, strict=True)]
+        error = sqrt_up(add_up(*(mul_up(p.error, p.error) for p in whole)))
+        return self.form.columns(self.form.call(_stacked, [p.array for p in whole]), error)
 
     def split(self, value: _Columns, registers: Sequence[int]) -> Iterator[tuple[int, _Columns]]:
         for r, place in self.program.places_of(registers):
             if r in self.alive:
-                part = value if len(registers) == 1 else value._replace(array=value.array[place])
-                yield r, part
+                if len(registers) > 1:
+                    taken = self.form.call(_part, value.array, begin=place.start, end=place.stop)
+                    yield r, value._replace(array=taken)
+                else:
+                    yield r, value
 
     def add(self, a: _Columns, b: _Columns) -> _Columns:
         return self.total([a, b])
@@ -273,12 +338,7 @@ class _Sweep(Algebra[_Columns]):
         if all(part is None for part in parts):
             return None
         sizes = [self.scalings[k].q.size if self.reverse else self.scalings[k].e.size for k in node]
-        arrays = [
-            jnp.zeros((n, proofs.TILE), device=self.form.device) if p is None else p.array
-            for n, p in zip(sizes, parts, strict=True)
-        ]
-        error = sqrt_up(add_up(*(mul_up(p.error, p.error) for p in parts if p is not None)))
-        return _Columns(jnp.concatenate(arrays), error, 0.0)
+        return parts[0] if len(parts) == 1 else self.stacked(parts, sizes)
 
 
 # --- norms ---------------------------------------------------------------------------------------------------------
@@ -294,52 +354,49 @@ def _device_norms(
     width = form.host.node_size(node, source=not reverse)
     with proofs.exactly():
         try:
-            found = proofs.on_device(partial(_formed, form, node, others, scalings, reverse)) or {}
-        except _Declined:
+            found = proofs.on_device(partial(formed, form, node, others, scalings, reverse)) or {}
+        except Declined:
             found = {}
         for other in others:
             parts = found.pop(other, None)
             yield other, None if parts is None else proofs.on_device(partial(_norm, form, *parts, width))
 
 
-def _formed(
+def formed(
     form: DeviceForm, node: Node, others: Sequence[Node], scalings: Sequence[TapScaling], reverse: bool
-) -> dict[Node, tuple[list[jax.Array], float]]:
+) -> dict[Node, tuple[list[_Columns], float]]:
+    """{other: (its columns, a tile each, their error)}."""
     host = form.host
     width = host.node_size(node, source=not reverse)
-    alive = (host.coming_from if reverse else host.leading_to)(others, scalings)
-    found: dict[Node, tuple[list[jax.Array], list[float]]] = {other: ([], []) for other in others}
-    for lo in range(0, width, proofs.TILE):
-        sweep = _Sweep(form, scalings, alive, host.starts(node, not reverse), lo, reverse)
+    alive_ = (host.coming_from if reverse else host.leading_to)(others, scalings)
+    found: dict[Node, list[_Columns]] = {other: [] for other in others}
+    for lo in form.begins(width):
+        sweep = _Sweep(form, scalings, alive_, host.starts(node, not reverse), lo, reverse)
         begin = host.program.output if reverse else 0
         held = {} if node else {begin: sweep.unit(0, np.ones(width))}
         walk(host.program, sweep, held, reverse=reverse)
         for other in others:
             end = sweep.at(other, held)
-            if end is None:
-                rows = host.node_size(other, source=reverse)
-                end = _Columns(jnp.zeros((rows, proofs.TILE), device=form.device), 0.0, 0.0)
-            found[other][0].append(end.array)
-            found[other][1].append(end.error)
+            found[other].append(form.zeros(host.node_size(other, source=reverse)) if end is None else end)
     return {
-        other: (arrays, sqrt_up(add_up(*(mul_up(e, e) for e in errors))))
-        for other, (arrays, errors) in found.items()
+        other: (columns, sqrt_up(add_up(*(mul_up(c.error, c.error) for c in columns))))
+        for other, columns in found.items()
     }
 
 
-def _norm(form: DeviceForm, arrays: list[jax.Array], error: float, width: int) -> float | None:
+def _norm(form: DeviceForm, columns: list[_Columns], error: float, width: int) -> float | None:
     """A bound of the norm of the columns side by side, within `error` of the exact ones; `width` of them count."""
-    rows = arrays[0].shape[0]
-    top = max(float(_largest(a)) for a in arrays)
-    if top == 0.0 or not math.isfinite(top):
-        return error if top == 0.0 else None
+    rows = columns[0].array.shape[0]
+    top = max(each.size for each in columns)  # at most the square root of the entries above the largest
+    if top == 0.0:
+        return error
     exponent = math.frexp(top)[1]
     if abs(exponent) > 400:
         return None
     tiles = {}
-    for j in range(len(arrays)):
-        for i, part in enumerate(form.tiles(arrays.pop(0))):
-            tiles[i, j] = part * 2.0**-exponent
+    for j in range(len(columns)):
+        for i, part in enumerate(form.tiles(columns.pop(0).array, 2.0**-exponent)):
+            tiles[i, j] = part
     t = proofs.norm_bound(tiles, (rows, width), form.device)
     if t is None:
         return None
@@ -369,20 +426,30 @@ def proved_on_device(
     for pair, (key, exponent) in keys.items():
         if key in form.direct:
             found[pair] = math.ldexp(form.direct[key], exponent)
-        elif min(_sides(host, pair)) >= proofs.SMALLEST and _need(host, pair) <= most:
+        else:
             todo.append(pair)
-    for node, others, reverse in by_smaller_side(host, todo):
+    for node, some, reverse in sweeps(host, todo, most):
+        for other, value in _device_norms(form, node, some, scalings, reverse):
+            if value is None:
+                continue
+            pair = (other, node) if reverse else (node, other)
+            found[pair], (key, exponent) = value, keys[pair]
+            if key is not None and 2.0**-500 < value < 2.0**500:
+                form.direct[key] = math.ldexp(value, -exponent)
+    return found
+
+
+def sweeps(
+    host: HostForm, pairs: Sequence[tuple[Node, Node]], most: float
+) -> Iterator[tuple[Node, list[Node], bool]]:
+    """`by_smaller_side` of the blocks that a device with so much memory takes, as many at a time as fit."""
+    large = [
+        pair for pair in pairs if min(_sides(host, pair)) >= proofs.SMALLEST and _need(host, pair) <= most
+    ]
+    for node, others, reverse in by_smaller_side(host, large):
         whole = sum(math.prod(_sides(host, (other, node) if reverse else (node, other))) for other in others)
         together = [others] if 8 * 2 * whole <= most // 2 else [[other] for other in others]
-        for some in together:
-            for other, value in _device_norms(form, node, some, scalings, reverse):
-                if value is None:
-                    continue
-                pair = (other, node) if reverse else (node, other)
-                found[pair], (key, exponent) = value, keys[pair]
-                if key is not None and 2.0**-500 < value < 2.0**500:
-                    form.direct[key] = math.ldexp(value, -exponent)
-    return found
+        yield from ((node, some, reverse) for some in together)
 
 
 def _direct(host: HostForm, pair: tuple[Node, Node], scalings: Sequence[TapScaling]) -> tuple[Any, int]:

@@ -95,7 +95,8 @@ class StepMatrix:
         return cheap * (1 + 4 * self.relerr)
 
     @cached_property
-    def _moves_nothing(self) -> bool:
+    def moves_nothing(self) -> bool:
+        """Whether it is the identity."""
         rows = self.rows
         return rows is not None and rows.size == self.shape[1] and np.array_equal(rows, np.arange(rows.size))
 
@@ -133,7 +134,7 @@ class StepMatrix:
     def product(self, x: np.ndarray) -> np.ndarray:
         """matrix @ x in float64, for a vector or columns x."""
         if self.rows is not None:
-            if self._moves_nothing:
+            if self.moves_nothing:
                 return x
             if (self.rows >= 0).all():
                 return x[self.rows]
@@ -146,7 +147,7 @@ class StepMatrix:
             wrong = norms.frobenius_norm(self.matrix) if self.relerr else 0.0
             return Enclosure(self.matrix, mul_up(self.relerr, wrong))
         if self.rows is not None:
-            if self._moves_nothing:
+            if self.moves_nothing:
                 return m
             if (self.rows >= 0).all():
                 return m.select(rows=self.rows)
@@ -293,6 +294,23 @@ def step_matrices(
     return result
 
 
+# What moves entries, in NumPy: JAX would compile a program for every shape.
+_IN_NUMPY: dict[str, Callable[..., Any]] = {
+    "reshape": lambda p, a: a.reshape(p["shape"]),
+    "transpose": lambda p, a: a.transpose(p["permutation"]),
+    "rev": lambda p, a: np.flip(a, p["dimensions"]),
+    "tile": lambda p, a: np.tile(a, p["reps"]),
+    "stack": lambda p, *a: np.stack(a, p["axis"]),
+    "concatenate": lambda p, *a: np.concatenate(a, p["dimension"]),
+    "slice": lambda p, a: a[tuple(map(slice, p["start"], p["limit"], p["strides"] or (None,) * a.ndim))],
+    "broadcast_in_dim": lambda p, a: np.broadcast_to(
+        a.reshape([a.shape[p["dims"].index(d)] if d in p["dims"] else 1 for d in range(len(p["shape"]))]),
+        p["shape"],
+    ),
+    "take": lambda p, *a: np.concatenate([*map(np.ravel, a), np.zeros(1, a[0].dtype)])[p["index"].array],
+}
+
+
 def _moves(
     op: Op, params: dict[str, Any], place: int, register: int, consts: Sequence[Any], shapes: Any
 ) -> StepMatrix:
@@ -301,10 +319,14 @@ def _moves(
     args = []
     for j, i in enumerate(op.inputs):
         shape = shapes[i] if i >= 0 else np.shape(consts[-1 - i])
-        iota = np.arange(1, n + 1, dtype=np.int32).reshape(shape) if j == place else np.zeros(shape, np.int32)
-        args.append(jnp.asarray(iota))
-    with on_host():
-        moved = np.asarray(KINDS[op.kind].apply(params, *args))
+        args.append(
+            np.arange(1, n + 1, dtype=np.int32).reshape(shape) if j == place else np.zeros(shape, np.int32)
+        )
+    if op.kind in _IN_NUMPY:
+        moved = _IN_NUMPY[op.kind](params, *args)
+    else:
+        with on_host():
+            moved = np.asarray(KINDS[op.kind].apply(params, *map(jnp.asarray, args)))
     return _selection(register, moved.astype(np.int64) - 1, n)
 
 

@@ -303,7 +303,7 @@ def _lanczos(matvec: Any, start: np.ndarray, tol: float, steps: int) -> tuple[fl
         last = gone or j + 1 == steps
         if j % 8 == 7 or last:
             values, vectors = np.linalg.eigh(t[:end, :end])
-            miss = 0.0 if gone else _missed(values, r @ vectors[-p:, -p:])
+            miss = 0.0 if gone else missed(values, r @ vectors[-p:, -p:])
             if last or miss <= tol * values[-1]:
                 break
         if np.abs(r.diagonal()).min() <= 1e-8 * size:  # rounding, which is not orthogonal to the basis
@@ -319,7 +319,7 @@ def _without(rows: np.ndarray, basis: np.ndarray) -> np.ndarray:
     return np.stack([v - (basis @ v) @ basis for v in rows])
 
 
-def _missed(values: np.ndarray, residuals: np.ndarray) -> float:
+def missed(values: np.ndarray, residuals: np.ndarray) -> float:
     """About how far the top Ritz value is below an eigenvalue, from the residuals (columns) of the top Ritz vectors.
 
     It is at most the norm of its own residual, and about the square of the residuals of a cluster over the gap below.

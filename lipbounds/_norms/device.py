@@ -35,7 +35,8 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
 
-from lipbounds._norms.cholesky import TINY, top_eigenvalue
+from lipbounds._norms import device_lanczos as lanczos
+from lipbounds._norms.cholesky import TINY
 from lipbounds._norms.rounding import U, add_up, gamma, mul_up
 from lipbounds._text import device as places
 from lipbounds._text.memory import available_memory
@@ -141,32 +142,76 @@ def _residual(total: jax.Array, m: jax.Array, p: jax.Array, times: jax.Array) ->
 
 
 @jax.jit
-def _sizes(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(||A||_F^2, |A| 1)."""
+def _sizes(square: jax.Array, sums: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Add (||A||_F^2, |A| 1)."""
     size = jnp.abs(a)
-    return jnp.sum(size * size), jnp.sum(size, axis=1)
+    return square + jnp.sum(size * size), sums + jnp.sum(size, axis=1)
 
 
 @jax.jit
-def _absolute_columns(a: jax.Array, s: jax.Array) -> jax.Array:
-    """|A|'s, by sums and not by a product."""
-    return jnp.sum(jnp.abs(a) * s[:, None], axis=0)
+def _absolute_columns(total: jax.Array, a: jax.Array, s: jax.Array) -> jax.Array:
+    """Add |A|'s, by sums and not by a product."""
+    return total + jnp.sum(jnp.abs(a) * s[:, None], axis=0)
 
 
 @jax.jit
-def _symmetric_product(tiles: jax.Array, rows: jax.Array, columns: jax.Array, v: jax.Array) -> jax.Array:
-    """G v for the upper tiles G (q, t, t) at (rows, columns), v (n / t, t)."""
+def _highest(m: jax.Array) -> jax.Array:
+    """The largest entry of the diagonal."""
+    return jnp.max(jnp.diagonal(m))
 
-    def add(total: jax.Array, entry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        g, i, j = entry
-        total = total.at[i].add(g @ v[j])
-        return total.at[j].add(jnp.where(i == j, 0.0, g.T @ v[i])), None
 
-    return jax.lax.scan(add, jnp.zeros_like(v), (tiles, rows, columns))[0]
+@jax.jit
+def _negative(m: jax.Array) -> jax.Array:
+    return -m
+
+
+@jax.jit
+def _empty(m: jax.Array) -> jax.Array:
+    return jnp.zeros_like(m)
 
 
 def zero_tile(device: Any) -> jax.Array:
-    return jax.device_put(np.zeros((TILE, TILE)), device)
+    """A tile of zeros, kept for the public call around this."""
+    kept = places.kept()
+    if ("zero", device) not in kept:
+        kept["zero", device] = jax.device_put(np.zeros((TILE, TILE)), device)
+    return kept["zero", device]
+
+
+def programs(device: Any, blocks: int) -> list[tuple[Any, tuple[Any, ...]]]:
+    """What `norm_bound` computes for a matrix with so many columns of tiles: programs, with the shapes they are given.
+
+    A program that is compiled for these in advance (`lower(*shapes).compile()`, inside `exactly`) is found compiled.
+    """
+
+    def of(*shape: int, dtype: Any = np.float64) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.SingleDeviceSharding(device))
+
+    tile, line, number = of(TILE, TILE), of(TILE), of()
+    found: list[tuple[Any, tuple[Any, ...]]] = [
+        (plus, (tile, tile, tile)),
+        (_less, (tile, tile, tile)),
+        (mirrored, (tile,)),
+        (_from_identity, (tile, np.float64(1.0))),
+        (_root, (tile,)),
+        (_solved, (tile, tile)),
+        (_residual, (number, tile, tile, np.float64(1.0))),
+        (_sizes, (number, line, tile)),
+        (_absolute_columns, (line, tile, line)),
+        (_highest, (tile,)),
+        (_negative, (tile,)),
+        (_empty, (tile,)),
+    ]
+    length, n = lanczos.basis_shape(blocks * TILE)
+    if length:
+        count = blocks * (blocks + 1) // 2
+        places_ = (of(count, dtype=np.int64), of(count, dtype=np.int64))
+        found += [
+            (lanczos.stacked, ([tile] * count,)),
+            (lanczos.begun, (np.zeros((2, length)), of(length, n))),
+            (lanczos.advanced, (of(count, TILE, TILE), *places_, of(length, n), np.int64(0))),
+        ]
+    return found
 
 
 def tiles_of(a: Any, device: Any, upper: bool = False) -> dict[tuple[int, int], jax.Array]:
@@ -254,24 +299,21 @@ def factor_but_last(m: Tiles, blocks: int) -> tuple[dict[tuple[int, int], jax.Ar
         for place, j in enumerate(after):
             for i in after[: place + 1]:
                 if (i, j) not in left:
-                    left[i, j] = jnp.zeros_like(out[k, k])
+                    left[i, j] = _empty(out[k, k])
                 left[i, j] = _less(left[i, j], out[k, i], out[k, j])
     return out, left.get((blocks, blocks))
 
 
-def _absolute(a: Tiles, n: int) -> tuple[float, float]:
+def _absolute(a: Tiles, n: int, device: Any) -> tuple[float, float]:
     """Upper bounds of (||A||_F^2, || |A|'|A| ||_2), the latter by max(|A|'(|A| 1)); n entries in a row and a column."""
-    square: Any = 0.0
+    square, none = (jax.device_put(np.zeros(shape), device) for shape in ((), TILE))
     rows: dict[int, Any] = {}
     for (i, _), tile in a.items():
-        part, sums = _sizes(tile)
-        square = square + part
-        rows[i] = rows[i] + sums if i in rows else sums
+        square, rows[i] = _sizes(square, rows.get(i, none), tile)
     columns: dict[int, Any] = {}
     for (i, j), tile in a.items():
-        part = _absolute_columns(tile, rows[i])
-        columns[j] = columns[j] + part if j in columns else part
-    top = max((float(jnp.max(c)) for c in columns.values()), default=0.0)
+        columns[j] = _absolute_columns(columns.get(j, none), tile, rows[i])
+    top = float(np.max([np.asarray(c) for c in columns.values()], initial=0.0))
     loose = 1.0 + 2.0 * gamma(n * n + 8)
     return float(square) * loose, top * loose
 
@@ -295,7 +337,7 @@ def residual(m: Tiles, r: Tiles, blocks: int, device: Any) -> float:
                 p = plus(p, r[k, i], r[k, j])
         total = _residual(total, m.get((i, j), zero), p, np.float64(1.0 if i == j else 2.0))
     length = math.sqrt(max(float(total), 0.0)) if float(total) < math.inf else math.inf  # NaN: inf
-    weight = min(_absolute(r, n))
+    weight = min(_absolute(r, n, device))
     if not math.isfinite(weight) or length == math.inf:
         return math.inf
     loose = 1.0 + 2.0 * gamma(n * n + 8)
@@ -316,18 +358,21 @@ def norm_bound(a: Tiles, shape: tuple[int, int], device: Any) -> float | None:
         if not trusted(device):
             return None
         g = _gram(a, blocks, device)
-        absolute = _absolute(a, max(m, n))[1]
-        highest = max(float(jnp.max(jnp.diagonal(g[j, j]))) for j in range(blocks))
+        absolute = _absolute(a, max(m, n), device)[1]
+        highest = float(np.max([float(_highest(g[j, j])) for j in range(blocks)]))
         if not (math.isfinite(absolute) and math.isfinite(highest)):
             return None
         of_gram = add_up(mul_up(gamma(m + 4), absolute), m * n * TINY)
-        top = max(_top(g, n, device), highest)
+        top = max(lanczos.top_eigenvalue(g, n, device, tol=1e-10), highest)
         c = 2.0 * of_gram + 16.0 * U * n * top
         for growth in _GROWTHS:
             for _ in range(3):
                 t = top * (1.0 + growth) + 2.0 * c
                 d = np.float64(t - c)
-                shifted = {(i, j): _from_identity(tile, d) if i == j else -tile for (i, j), tile in g.items()}
+                shifted = {
+                    (i, j): _from_identity(tile, d) if i == j else _negative(tile)
+                    for (i, j), tile in g.items()
+                }
                 e = _shortfall(shifted, blocks, device)
                 if e == math.inf:
                     break
@@ -337,19 +382,6 @@ def norm_bound(a: Tiles, shape: tuple[int, int], device: Any) -> float | None:
                     return t
                 c = 1.25 * need
     return None
-
-
-def _top(g: Tiles, n: int, device: Any) -> float:
-    """An estimate of lambda_max(G), of the symmetric matrix with the upper tiles G."""
-    order = sorted(g)
-    tiles = jnp.stack([g[place] for place in order])
-    rows, columns = (jax.device_put(np.array(x), device) for x in zip(*order, strict=True))
-
-    def apply(v: np.ndarray) -> np.ndarray:
-        there = jax.device_put(v.reshape(-1, TILE), device)
-        return np.asarray(_symmetric_product(tiles, rows, columns, there)).reshape(-1)
-
-    return top_eigenvalue(apply, n, tol=1e-10)
 
 
 def wanted(n: int) -> Any:
@@ -409,7 +441,7 @@ def _positive(m: np.ndarray, device: Any) -> bool | None:
         for _ in range(3):
             d = np.float64(c)
             shifted = {
-                (i, j): -_from_identity(mirrored(tile), d) if i == j else tile
+                (i, j): _negative(_from_identity(mirrored(tile), d)) if i == j else tile
                 for (i, j), tile in whole.items()
             }
             e = _shortfall(shifted, blocks, device)

@@ -1,1 +1,5 @@
 """Bounds by the triangle inequality: the naive product and LipLT."""
+
+from lipbounds._triangle.rehearsal import compile_ahead
+
+__all__ = ["compile_ahead"]

@@ -1,0 +1,22 @@
+"""What the bounds of a network will run on an accelerator, compiled ahead."""
+
+from __future__ import annotations
+
+from lipbounds._form.lure import LureForm
+from lipbounds._gain.device_rehearsal import rehearse
+from lipbounds._text.calls import public
+from lipbounds._triangle import recursion
+
+
+@public
+def compile_ahead(form: LureForm) -> None:
+    """Compile what `naive` and `liplt` will run on the accelerator for forms with these steps; it computes no bound.
+
+    The weights do not matter, so this may be done while they are trained, in another thread. Without an accelerator
+    nothing is done.
+    """
+    host = recursion.host_form(form)
+    for centred in (True, False):
+        scalings = recursion.loop_transform(form, 2, centred=centred)
+        for nodes in recursion.partitions(form):
+            rehearse(host, recursion.structure(host, nodes, scalings), scalings)
