@@ -29,7 +29,7 @@ from lipbounds.analysis.figures import RADII_LINES, dress, new_figure, png
 from lipbounds.analysis.table1_rows import CONSTANTS, PAPER, Published, Row, model_of, others
 from lipbounds.training import Config, Fitted, fit, resume
 from lipbounds.training.data import Dataset, load
-from lipbounds.training.loop import proved_bound
+from lipbounds.training.final_bound import proved_bound
 from lipbounds.training.runs import CONFIG, read
 from lipbounds.training.watch import troubled
 

@@ -19,7 +19,8 @@ from lipbounds.analysis.figures import INK, RADII_LINES, dress, new_figure, png
 from lipbounds.analysis.report import embedded, fill, write_page
 from lipbounds.training.config import Config
 from lipbounds.training.data import load
-from lipbounds.training.loop import Fitted, accuracy, proved_bound
+from lipbounds.training.final_bound import bound_within, seconds_for
+from lipbounds.training.loop import Fitted, accuracy
 from lipbounds.training.robust_watch import overfitting
 from lipbounds.training.runs import BEST, CERTIFICATE
 from lipbounds.training.watch import best, judged, troubled
@@ -47,12 +48,16 @@ def final_record(
         if not config.uses_constants and not config.validate_every:
             clean = accuracy(fitted.model, data.test_x, data.test_y)
             return {**record, "clean": clean, "seconds": time.perf_counter() - begin}
+    if fitted.ahead is not None:
+        tell("compiling the bound of the network")
+        fitted.ahead.wait()
     tell("bounding the network")
     if fitted.proved is None:
         form = lb.trace(fitted.model, jax.ShapeDtypeStruct(data.input_shape, jnp.float32))
-        bound = proved_bound(form, config, fitted.state)
+        found = bound_within(form, config, fitted.state, seconds_for(config, fitted.log))
     else:
-        form, bound = fitted.proved
+        form, found = fitted.proved
+    bound = found.bound
     if bound.certificate is not None and fitted.folder is not None:
         lb.save_certificate(bound, fitted.folder / CERTIFICATE)
     tell("certifying the test images")
@@ -65,6 +70,7 @@ def final_record(
         "guarantee": radii.guarantee,
         "constant": bound.value,
         "average_pair": bound.average_pair(),
+        **found.record(),
         "seconds": time.perf_counter() - begin,
     }
 
@@ -77,10 +83,15 @@ def _attacked(fitted: Fitted, data: Any) -> float:
     return pgd(fitted.model, data.test_x, data.test_y, eps, steps=10, loss="ce", **options).accuracy
 
 
-def remarks(fitted: Fitted) -> list[str]:
-    """Sentences about a run that lost its radius term, stopped early, or certified more before its end."""
+def remarks(fitted: Fitted, final: Json | None = None) -> list[str]:
+    """Sentences about a run that lost its radius term, stopped early, or certified more before its end.
+
+    And about a bound in its final record that took the place of a better one.
+    """
     log, config = fitted.log, fitted.config
     found = [text] if (text := troubled(log)) else []
+    if final is not None and "remark" in final:
+        found.append(final["remark"])
     if log[-1]["epoch"] < config.epochs:
         why = (
             "PGD accuracy had collapsed"

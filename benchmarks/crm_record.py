@@ -22,6 +22,7 @@ from common import Json, command_line, environment
 import lipbounds as lb
 from lipbounds.training import Config, Fitted, fit, loop, preset, resume
 from lipbounds.training.data import load
+from lipbounds.training.final_bound import proved_bound
 
 LEVELS = {"mnist": (1.58,), "digits": (0.5,)}
 
@@ -54,7 +55,7 @@ def proof(fitted: Fitted, data: Any, levels: tuple[float, ...]) -> Json:
     """Clean and certified accuracy by the method of the loss, on all test images."""
     begin = time.perf_counter()
     form = lb.trace(fitted.model, jax.ShapeDtypeStruct(data.input_shape, jnp.float32))
-    bound = loop.proved_bound(form, fitted.config, fitted.state)
+    bound = proved_bound(form, fitted.config, fitted.state)
     bounded = time.perf_counter() - begin
     radii = lb.certified_radius(form, data.test_x, data.test_y, bound=bound)
     return {

@@ -8,7 +8,6 @@
     python benchmarks/gpu.py steps OUT.json           a CRM step of 6C2F: LipLT, naive, no radius term
     python benchmarks/gpu.py data DIR                 files in the format of CIFAR-10 with made-up images
     python benchmarks/gpu.py speed OUT.json           seconds of lb.liplt, lb.lipsdp, lb.local
-    python benchmarks/gpu.py final OUT.json RUN       final bound and radii of a run, in epochs of that run
     python benchmarks/gpu.py lipsdp OUT.json          lb.lipsdp of the whole 6C2F, all pairs, beside lb.liplt
 
 The device and the precision of products are JAX's (JAX_PLATFORMS, JAX_DEFAULT_MATMUL_PRECISION). `--small`: a trial.
@@ -414,36 +413,7 @@ def lipsdp(out: Path, small: bool) -> None:
     lipsdp_wide.measure(rows.add, part=1, side=8 if small else 32, seconds=295.0)
 
 
-def final(out: Path, run: Path, small: bool) -> None:
-    """What `lipbounds train` does after its last epoch: the bound, on fresh forms, and the radii of all test images."""
-    from lipbounds.training.data import load
-    from lipbounds.training.runs import open_run
-
-    rows, trained = Rows(out), open_run(run)
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    epoch = float(np.median([record["seconds"] for record in log[1:] or log]))
-    data = load(trained.config.dataset, trained.config.data_dir)
-    image = jax.ShapeDtypeStruct(data.input_shape, jnp.float32)
-    kept: dict[str, Any] = {}
-
-    def bound() -> float:
-        kept["form"] = lb.trace(trained.model, image)
-        kept["bound"] = lb.liplt(kept["form"], pairwise=True)
-        return float(kept["bound"].value)
-
-    def radii() -> float:
-        count = 50 if small else len(data.test_y)
-        images, labels = data.test_x[:count], data.test_y[:count]
-        found = lb.certified_radius(kept["form"], images, labels, bound=kept["bound"])
-        return float(np.median(found.radius))
-
-    for turn, (what, verb) in itertools.product(("first", "again"), (("bound", bound), ("radii", radii))):
-        found = attempt(verb)
-        rows.add(what=what, turn=turn, **found, epoch=epoch, epochs=found["seconds"] / epoch)
-
-
 PARTS: dict[str, Callable[..., None]] = {
-    "final": final,
     "lipsdp": lipsdp,
     "proofs": proofs,
     "bounds": bounds,

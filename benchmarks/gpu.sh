@@ -96,7 +96,8 @@ side section speed-cpu 150 $HOST $PART speed "$WORK/speed-cpu.json" $SMALL
 section data 20 $HOST $PART data "$WORK/cifar10" $SMALL
 TAIL=12 section train 75 $PYTHON -m lipbounds train crm --preset cifar10-6C2F --data-dir "$WORK/cifar10" \
     --epochs 3 --warmup 0 --validate-every 0 --out "$WORK/run" ${SMALL:+--arch 3072-16-10 --batch-size 64}
-section final 90 $PART final "$WORK/final.json" "$WORK/run" $SMALL
+section final 90 $PYTHON benchmarks/gpu_final.py "$WORK/final.json" "$WORK/run" $SMALL
+section cold 90 $PYTHON benchmarks/gpu_final.py "$WORK/cold.json" "$WORK/run" --cold $SMALL
 wait
 echo
 sed '/^## End of/,$d' "$OUT/gpu.md"

@@ -73,7 +73,8 @@ def report(work: Path, out: Path) -> None:
     lines += _table("Proofs of single matrices", rows.get("proofs", []))
     lines += _table("Training 6C2F in one process", _epochs(rows.get("steps", [])))
     lines += _table("`lipbounds train`, made-up images of CIFAR-10's shape", epochs)
-    lines += _table("After the last epoch of that run", rows.get("final", []))
+    after = [{"process": name, **row} for name in ("final", "cold") for row in rows.get(name, [])]
+    lines += _table("After the last epoch of that run, programs compiled ahead and not", after)
     lines += _table("Verbs", _ratios(rows))
     for path in sorted(work.glob("*.log")):
         end = path.read_text(errors="replace").splitlines()[-60:]

@@ -128,7 +128,7 @@ def test_a_model_of_ones_own_is_copied_trained_and_validated(monkeypatch: pytest
     assert last["certified"] == pytest.approx(float(radii.accuracy(0.05)))
     assert 0 < last["certified"] <= last["clean"] and 0 < found.log[-1]["certified_estimate"] < 1
     # the final figures are by the bound that the last validation has proved
-    monkeypatch.setattr(training_report, "proved_bound", lambda *_: pytest.fail("proved again"))
+    monkeypatch.setattr(training_report, "bound_within", lambda *_: pytest.fail("proved again"))
     final = training_report.final_record(found)
     radii = lb.certified_radius(form, data.test_x, data.test_y, bound=lb.liplt(form, pairwise=True))
     assert final["certified"] == pytest.approx(radii.accuracy(0.05))

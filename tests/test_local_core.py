@@ -16,7 +16,7 @@ from lipbounds._local.core import _row_norms, moving
 from lipbounds.training import Config, fit, losses
 from lipbounds.training.activations import ClippedRelu
 from lipbounds.training.data import digits
-from lipbounds.training.loop import proved_bound
+from lipbounds.training.final_bound import proved_bound
 from lipbounds.training.models import build, spec_for
 
 RNG = np.random.default_rng(0)

@@ -23,6 +23,7 @@ from lipbounds.training.callbacks import Callback
 from lipbounds.training.checkpoints import CheckpointError, Checkpoints
 from lipbounds.training.config import Config
 from lipbounds.training.data import Dataset, load
+from lipbounds.training.final_bound import Ahead, Found, bound_within, method, seconds_for
 from lipbounds.training.initial import fresh
 from lipbounds.training.models import ModelSpec
 from lipbounds.training.optimisers import schedule
@@ -47,7 +48,8 @@ class Fitted:
         seconds: of this call, compilation included.
         folder: the run folder, if there is one.
         proved: the form of the final weights and its bound, where the last validation proved the one that the final
-            figures use (`proved_bound`).
+            figures use (`final_bound`).
+        ahead: what compiles the programs of the final bound, where there is an accelerator.
     """
 
     model: nnx.Module
@@ -57,7 +59,8 @@ class Fitted:
     state: TrainState = dataclasses.field(repr=False)
     seconds: float
     folder: pathlib.Path | None = None
-    proved: tuple[Any, lb.UpperBound] | None = dataclasses.field(default=None, repr=False)
+    proved: tuple[Any, Found] | None = dataclasses.field(default=None, repr=False)
+    ahead: Ahead | None = dataclasses.field(default=None, repr=False)
 
 
 def fit(
@@ -88,7 +91,7 @@ def fit(
             seconds; with a bound in the loss also the figures of `watch.FIGURES` (on at most 1000 images as they are,
             by the constants of the loss, which are not proved), and warning where the radius term has lost its hold
             (`watch.warning`); after validations, by a proved bound, also clean, certified, guarantee, method, part
-            ("held-out" or "training") and images.
+            ("held-out" or "training") and images, and remark where a better bound did not end in time.
         callbacks: objects that are told about the run, such as `TensorBoard` and `Trackio` (`Callback`). Where one of
             them, or `progress`, raises an exception, the run ends with it, behind a checkpoint of that epoch.
 
@@ -202,6 +205,7 @@ class _Run:
     ):
         self.config, self.images, self.spec, self.devices = config, images, spec, devices
         self.progress = progress
+        self.ahead: Ahead | None = None
         # when the first epoch of this call was done, and its number
         self.first: tuple[float, int] | None = None
         self.callbacks = tuple(callbacks) if devices.leads else ()
@@ -247,6 +251,10 @@ class _Run:
             for callback in self.callbacks:
                 callback.on_start(config, tuple(log))
                 ends.callback(callback.on_end)
+            bounded = config.uses_constants or config.validate_every or not config.robust
+            if bounded and devices.leads and done < config.epochs:
+                self.ahead = Ahead(self.trainer, parallel.local(state), self.images.shape)
+                ends.push(self.ahead.interrupted)
             state, proved = self._train(state, done, folder, checkpoints, log)
             ended = parallel.local(state)
             model = self.trainer.model(ended)
@@ -255,7 +263,7 @@ class _Run:
                 if checkpoints is not None:
                     self._write_best(folder, checkpoints, log, ended)
         seconds = time.perf_counter() - self.started
-        return Fitted(model, self.spec, config, tuple(log), ended, seconds, folder, proved)
+        return Fitted(model, self.spec, config, tuple(log), ended, seconds, folder, proved, self.ahead)
 
     def _train(
         self,
@@ -264,7 +272,7 @@ class _Run:
         folder: pathlib.Path | None,
         checkpoints: Checkpoints | None,
         log: list[Record],
-    ) -> tuple[TrainState, tuple[Any, lb.UpperBound] | None]:
+    ) -> tuple[TrainState, tuple[Any, Found] | None]:
         """The state after the last epoch, and the last `Fitted.proved`; records are appended to the log."""
         config, devices, proved = self.config, self.devices, None
         pixels = devices.put(self.images.pixels[self.rows])
@@ -289,7 +297,7 @@ class _Run:
             ends = epoch == config.epochs or self._stopped(log)
             every = config.validate_every
             if every and (epoch % every == 0 or ends) and devices.leads:
-                validated, proved = self.validate(state)
+                validated, proved = self.validate(state, log)
                 record |= validated
             due = epoch % config.checkpoint_every == 0 or ends
             kept = checkpoints if devices.leads else None
@@ -357,50 +365,37 @@ class _Run:
         trouble = watch.warning(record, config)
         return record if trouble is None else {**record, "warning": trouble}
 
-    def validate(self, state: TrainState) -> tuple[Record, tuple[Any, lb.UpperBound] | None]:
+    def validate(
+        self, state: TrainState, log: Sequence[Record] = ()
+    ) -> tuple[Record, tuple[Any, Found] | None]:
         """Clean and certified accuracy by a proved bound, of the weights that would be saved now.
 
-        And the form with its bound, unless that of the final figures would be searched for longer (`proved_bound`).
+        And the form with its bound, unless that of the final figures would be searched for longer (`final_bound`).
         """
         begin = time.perf_counter()
-        state = parallel.local(state)
-        rows = self.sample
+        if self.ahead is not None:
+            self.ahead.wait()
+        config, state = self.config, parallel.local(state)
+        rows, given = self.sample, seconds_for(config, log)
         x = self.images.pixels[rows] / np.float32(self.images.levels)
         form = self.trainer.at(self.trainer.final_kept(state)).form(self.trainer.final_weights(state))
         try:
-            bound = proved_bound(form, self.config, state, iterations=0)
+            found = bound_within(form, config, state, given, iterations=0)
         except ValueError:  # multipliers that prove nothing yet must not end the run
-            bound = proved_bound(form, dataclasses.replace(self.config, constants="liplt"), state)
-        radii = lb.certified_radius(form, x, self.images.labels[rows], bound=bound)
+            found = bound_within(form, dataclasses.replace(config, constants="liplt"), state, given)
+        radii = lb.certified_radius(form, x, self.images.labels[rows], bound=found.bound)
         record = {
             "clean": float(np.mean(radii.correct)),
-            "certified": float(radii.accuracy(self.config.eps)),
+            "certified": float(radii.accuracy(config.eps)),
             "guarantee": radii.guarantee,
-            "method": bound.method,
-            "part": "held-out" if self.config.holdout else "training",
+            "method": found.bound.method,
+            "part": "held-out" if config.holdout else "training",
             "images": len(rows),
             "validation_seconds": time.perf_counter() - begin,
         }
-        searched = self.config.uses_constants and self.config.constants == "recursion"
-        return record, None if searched else (form, bound)
-
-
-def proved_bound(
-    form: Any, config: Config, state: TrainState, iterations: int | None = None
-) -> lb.UpperBound:
-    """A proved bound of all pairs by the method whose constants are in the loss (LipLT for plain training).
-
-    The recursion starts from the trained multipliers; iterations=0 proves these without further optimisation.
-    """
-    if config.uses_constants and config.constants == "naive":
-        found = lb.naive(form, pairwise=True)
-    elif config.uses_constants and config.constants == "recursion":
-        initial = state.bound._replace(multipliers=state.multipliers)
-        found = lb.lipsdp(form, pairwise=True, solver=lb.Recursion(initial=initial, iterations=iterations))
-    else:
-        found = lb.liplt(form, pairwise=True)
-    assert isinstance(found, lb.UpperBound)
-    return found
+        if found.instead is not None:
+            record["remark"] = found.record()["remark"]
+        return record, None if method(config) == "recursion" else (form, found)
 
 
 def split(count: int, holdout: float) -> tuple[np.ndarray, np.ndarray]:

@@ -227,7 +227,7 @@ def _run(folder: Any, settings: Any, data_dir: str | None, log: LogName | None) 
         return
     with tables.working() as say:
         final = final_record(fitted, None if data_dir is None else Path(data_dir), say)
-    said = remarks(fitted)
+    said = remarks(fitted, final)
     page = write_training_report(folder, settings, list(fitted.log), final, said)
     for line in (
         f"{final['images']} test images: {', '.join(_shares(final, settings))}",

@@ -190,11 +190,13 @@ def _offset(host: HostForm, step: Any, shapes: Any) -> tuple[np.ndarray, np.ndar
         np.add.at(size, target[kept], np.abs(updates[kept]))
         terms = int(np.bincount(target[kept]).max(initial=0))
         return total, gamma(terms) * size * (1 + gamma(terms + 4))
-    args = []
-    with jax.enable_x64(True), on_host():
-        for i in step.inputs:
-            args.append(jnp.zeros(shapes[i]) if i >= 0 else jnp.asarray(host.consts[-1 - i], jnp.float64))
-        value = np.asarray(KINDS[step.kind].apply(dict(step.params), *args), np.float64).ravel()
+    args = [np.zeros(shapes[i]) if i >= 0 else host.consts[-1 - i].astype(np.float64) for i in step.inputs]
+    if step.kind in ("add", "sub"):  # JAX would compile a program for every shape
+        value = (np.add if step.kind == "add" else np.subtract)(*args)
+    else:
+        with jax.enable_x64(True), on_host():
+            value = KINDS[step.kind].apply(dict(step.params), *map(jnp.asarray, args))
+    value = np.asarray(value, np.float64).ravel()
     return value, np.zeros_like(value)
 
 

@@ -3,7 +3,17 @@
 from lipbounds._text.arguments import as_labels, whole
 from lipbounds._text.files import DEFLATE, read_npz, read_safetensors, write_atomically
 from lipbounds._text.html import Html, element, together
-from lipbounds._text.progress import Progress, clock, remaining, reporting, say
+from lipbounds._text.progress import (
+    OutOfTime,
+    Progress,
+    clock,
+    hurried,
+    remaining,
+    reporting,
+    say,
+    stoppable,
+    within,
+)  # fmt: skip
 from lipbounds._text.tables import (
     Direction,
     entry,
@@ -19,7 +29,8 @@ from lipbounds._text.tables import (
 )  # fmt: skip
 
 __all__ = [
-    "DEFLATE", "Direction", "Html", "Progress", "as_labels", "clock", "element", "entry", "html_table", "label_text",
-    "markdown_table", "markdown_text", "new_axes", "printable", "read_npz", "read_safetensors", "remaining",
-    "reporting", "say", "seconds_text", "show", "text_table", "together", "whole", "write_atomically",
+    "DEFLATE", "Direction", "Html", "OutOfTime", "Progress", "as_labels", "clock", "element", "entry", "html_table",
+    "hurried", "label_text", "markdown_table", "markdown_text", "new_axes", "printable", "read_npz",
+    "read_safetensors", "remaining", "reporting", "say", "seconds_text", "show", "stoppable", "text_table", "together",
+    "whole", "within", "write_atomically",
 ]  # fmt: skip

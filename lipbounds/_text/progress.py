@@ -10,6 +10,7 @@ A nested call (LipLT inside `lipsdp`) reports where the outer one does.
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -33,6 +34,8 @@ Advance = Callable[[str, float], None]
 _tell: ContextVar[Tell | None] = ContextVar("tell", default=None)  # None: outside any public call
 _topic: ContextVar[str] = ContextVar("topic", default="")
 _stop: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
+_end: ContextVar[float] = ContextVar("end", default=math.inf)  # by `clock`, of work under `within`
+_late: ContextVar[float] = ContextVar("late", default=math.inf)  # and of work under `hurried`
 
 
 def _drawn() -> bool:
@@ -112,6 +115,7 @@ def about(topic: str) -> Iterator[None]:
 
 def say(text: str) -> None:
     """Report one line of progress."""
+    alive()
     tell = _tell.get()
     if tell is not None:
         tell(_topic.get() + text)
@@ -137,9 +141,12 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
-    """Let `alive` end the work that threads do in copies of this context, once the call is interrupted or fails."""
-    event = threading.Event()
+def stoppable(event: threading.Event | None = None) -> Iterator[None]:
+    """Let `alive` end the work that threads do in copies of this context, once the call is interrupted or fails.
+
+    Or once the event is set, if one is given.
+    """
+    event = event or threading.Event()
     token = _stop.set(event)
     try:
         yield
@@ -150,11 +157,45 @@ def stoppable() -> Iterator[None]:
         _stop.reset(token)
 
 
+class OutOfTime(BaseException):
+    """Raised by `alive` where the time of `within` is over."""
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """End the work inside with OutOfTime at its first `alive`, or `say`, after so many seconds."""
+    token = _end.set(min(_end.get(), _now() + seconds))
+    try:
+        yield
+    finally:
+        _end.reset(token)
+
+
+@contextmanager
+def hurried(seconds: float) -> Iterator[None]:
+    """Let searches inside, each step of which has a bound, end with the one that they have after so many seconds."""
+    token = _late.set(min(_late.get(), _now() + seconds))
+    try:
+        yield
+    finally:
+        _late.reset(token)
+
+
+def late() -> bool:
+    """Whether a search should end with the bound that it has."""
+    return _now() >= _late.get()
+
+
 def alive() -> None:
-    """Raise `Stopped` in a worker of a call that has ended; long work calls this about every half second."""
+    """Raise `Stopped` in a worker of a call that has ended; long work calls this about every half second.
+
+    OutOfTime where the time of the work is over.
+    """
     event = _stop.get()
     if event is not None and event.is_set():
         raise Stopped
+    if _now() >= _end.get():
+        raise OutOfTime
 
 
 def proof_seconds(rows: int, columns: int) -> float:

@@ -27,7 +27,7 @@ from lipbounds._gain.products import BlockProduct
 from lipbounds._gain.side_by_side import side_by_side
 from lipbounds._gain.wide_blocks import RTOL, Bound, Search, other_norm, quick_norms, search
 from lipbounds._norms.starts import Starts
-from lipbounds._text.progress import proof_seconds, say, show_seconds
+from lipbounds._text.progress import late, proof_seconds, say, show_seconds
 
 _ROUGH_STEPS = 5  # that tell whether a bound is worth its proofs
 _FIRST, _MORE = 16, 8  # steps of all blocks, and of a block that is refined
@@ -139,7 +139,10 @@ def refine(
     nodes: Sequence[Node],
     name: Callable[[Pair], str],
 ) -> None:
-    """Advance the searches until the bound of the network is close enough (module docstring), or all have ended."""
+    """Advance the searches until the bound of the network is close enough (module docstring), or all have ended.
+
+    Or until it is `late`, once all of them have a bound.
+    """
     began = time.monotonic()
     workers = max(1, min(os.cpu_count() or 1, _THREADS))
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(workers) as pool:
@@ -159,7 +162,7 @@ def refine(
                 for pair, each in searches.items()
                 if not each.starts.ended
             }
-            if excess <= goal or not gains:
+            if excess <= goal or not gains or (late() and excess < math.inf):
                 return
             # The excess falls like the square of the steps.
             left = (time.monotonic() - began) * (math.sqrt(min(excess, 1.0) / max(goal, 1e-12)) - 1.0)

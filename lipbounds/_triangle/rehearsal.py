@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from lipbounds._form.lure import LureForm
 from lipbounds._gain.device_rehearsal import rehearse
+from lipbounds._text import device
 from lipbounds._text.calls import public
+from lipbounds._text.progress import Progress
 from lipbounds._triangle import recursion
 
 
+def on_accelerator() -> bool:
+    """Whether large proofs are computed on an accelerator unless a call says otherwise."""
+    return device.accelerator("auto") is not None
+
+
 @public
-def compile_ahead(form: LureForm) -> None:
+def compile_ahead(form: LureForm, *, progress: Progress = False) -> None:
     """Compile what `naive` and `liplt` will run on the accelerator for forms with these steps; it computes no bound.
 
     The weights do not matter, so this may be done while they are trained, in another thread. Without an accelerator

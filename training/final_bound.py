@@ -1,0 +1,158 @@
+"""The proved bound of a trained network, in a share of the time that training took, its programs compiled ahead.
+
+The final bound of a run, and that of a validation, may take as long as `config.final_epochs` epochs of the run. What
+proves the best bound has most of this time. Where it does not end in it, a cheaper bound takes the rest: the trained
+multipliers as they are in the place of better ones (LipSDP), then norms by Golub-Kahan, which are probabilistic
+(LipLT, naive). The record says which bound it is, and why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import copy_context
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lipbounds as lb
+from lipbounds._text import OutOfTime, clock, hurried, stoppable, within
+from lipbounds._triangle import compile_ahead, on_accelerator
+from lipbounds.training.config import Config
+from lipbounds.training.step import Trainer, TrainState
+
+#: Seconds that a bound may take however short the epochs are, so that those of small networks always end.
+LEAST = 60.0
+#: The same for LipLT and naive where they are proved on an accelerator, which is as fast at epochs as at proofs.
+LEAST_THERE = 5.0
+_FIRST, _SECOND = 0.7, 0.85  # of the time, for the best bound, and for the trained multipliers after it
+_PATIENCE = 1.0  # seconds that an interrupted run waits for a program that is being compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A proved bound, the seconds it took, and those it was given (inf: any); `instead`: of what it took the place."""
+
+    bound: lb.UpperBound
+    seconds: float
+    given: float
+    instead: str | None = None
+
+    def record(self) -> dict[str, Any]:
+        """bound_seconds, budget_seconds (None: any), and a remark where a better bound did not end in time."""
+        found: dict[str, Any] = {
+            "bound_seconds": self.seconds,
+            "budget_seconds": self.given if self.given < math.inf else None,
+        }
+        if self.instead is not None:
+            found["remark"] = (
+                f"{self.instead} did not end within {self.given:.3g} s (final_epochs), so the bound is "
+                f"{self.bound.method}, {self.bound.guarantee}; `lipbounds evaluate` has no such limit"
+            )
+        return found
+
+
+def seconds_for(config: Config, log: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds that a bound of this run may take: `config.final_epochs` median epochs, or the least; inf for any.
+
+    The first epoch of a run does not count where there are others: most of it is compilation.
+    """
+    if not config.final_epochs:
+        return math.inf
+    epochs = [record["seconds"] for record in log[1:] or log]
+    there = on_accelerator() and method(config) != "recursion"
+    return max(LEAST_THERE if there else LEAST, config.final_epochs * float(np.median(epochs or [0.0])))
+
+
+def method(config: Config) -> str:
+    """The bound that stands in the loss, "naive" or "recursion", and "liplt" for all other runs."""
+    return (
+        config.constants if config.uses_constants and config.constants in ("naive", "recursion") else "liplt"
+    )
+
+
+def proved_bound(
+    form: Any, config: Config, state: TrainState, iterations: int | None = None, guarantee: Any = "auto"
+) -> lb.UpperBound:
+    """A proved bound of all pairs by the method whose constants are in the loss (LipLT for plain training).
+
+    The recursion starts from the trained multipliers; iterations=0 proves these without further optimisation.
+    """
+    if method(config) == "naive":
+        found = lb.naive(form, pairwise=True, guarantee=guarantee)
+    elif method(config) == "recursion":
+        initial = state.bound._replace(multipliers=state.multipliers)
+        found = lb.lipsdp(form, pairwise=True, solver=lb.Recursion(initial=initial, iterations=iterations))
+    else:
+        found = lb.liplt(form, pairwise=True, guarantee=guarantee)
+    assert isinstance(found, lb.UpperBound)
+    return found
+
+
+def bound_within(
+    form: Any, config: Config, state: TrainState, seconds: float, iterations: int | None = None
+) -> Found:
+    """The best of the bounds of `proved_bound` that ends in time; a probabilistic one where none does."""
+    begin = clock()
+    ways: list[tuple[str, float, Callable[[], lb.UpperBound]]] = [
+        (_NAMES[method(config)], _FIRST, lambda: proved_bound(form, config, state, iterations))
+    ]
+    if method(config) == "recursion" and iterations != 0:
+        ways.append(("", _SECOND, lambda: proved_bound(form, config, state, 0)))
+    for place, (_, share, way) in enumerate(ways):
+        with contextlib.suppress(OutOfTime), within(begin + share * seconds - clock()):
+            return Found(way(), clock() - begin, seconds, ways[0][0] if place else None)
+    cheap = config if method(config) != "recursion" else dataclasses.replace(config, constants="liplt")
+    with hurried(begin + seconds - clock()):
+        bound = proved_bound(form, cheap, state, guarantee="probabilistic")
+    return Found(bound, clock() - begin, seconds, ways[0][0])
+
+
+_NAMES = {"naive": "the product of norms", "liplt": "LipLT", "recursion": "LipSDP"}
+
+
+class Ahead:
+    """The programs of the bound, compiled in a thread while the epochs run, where there is an accelerator.
+
+    They depend on the shapes alone. Whatever goes wrong there (`error`) means that they are compiled when they are
+    needed, and nothing else.
+    """
+
+    def __init__(self, trainer: Trainer, state: TrainState, shape: tuple[int, ...]) -> None:
+        self.error: BaseException | None = None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        if not on_accelerator():
+            return
+        with stoppable(self._stop):
+            context = copy_context()
+
+        def work() -> None:
+            try:
+                context.run(_compile, trainer, state, shape)
+            except BaseException as error:  # a thread has nobody to tell, and training goes on
+                self.error = error
+
+        self._thread = threading.Thread(target=work, name="lipbounds-ahead", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until all is compiled; in slices, so that an interruption is heard."""
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(0.2)
+
+    def interrupted(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """End it before its next program where the training ends with an error: the exit of a context."""
+        if kind is not None and self._thread is not None:
+            self._stop.set()
+            self._thread.join(_PATIENCE)
+
+
+def _compile(trainer: Trainer, state: TrainState, shape: tuple[int, ...]) -> None:
+    form = lb.trace(trainer.model(state), jax.ShapeDtypeStruct(shape, jnp.float32))
+    compile_ahead(form, progress=False)
