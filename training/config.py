@@ -141,7 +141,7 @@ class Config:
                               "uses training images.", 0, 0.9)
     validate_every: int = _setting(10, "run", "Epochs between validations by a proved bound; 0 for none.", 0)
     final_epochs: float = _setting(10.0, "run", "Epochs of the run that the final bound, or a validation's, may take, "
-                                   "but at least a minute (LipLT and naive on a GPU: 5 s); a cheaper bound then takes "
+                                   "but at least 300 s (LipLT and naive on a GPU: 5 s); a cheaper bound then takes "
                                    "its place, and is reported as such. 0 for any time.", 0)
     checkpoint_every: int = _setting(1, "run", "Epochs between checkpoints; the last epoch is always saved.", 1)
     stop_if_uncertified: int = _setting(0, "run", "Stop after N epochs in a row, behind warm-up and ramp, in which at "

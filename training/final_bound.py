@@ -1,8 +1,8 @@
 """The proved bound of a trained network, in a share of the time that training took, its programs compiled ahead.
 
 The final bound of a run, and that of a validation, may take as long as `config.final_epochs` epochs of the run. What
-proves the best bound has most of this time. Where it does not end in it, a cheaper bound takes the rest: the trained
-multipliers as they are in the place of better ones (LipSDP), then norms by Golub-Kahan, which are probabilistic
+proves the best bound has most of this time. Where it does not end in it, a cheaper bound takes its place: that of the
+trained multipliers as they are (LipSDP), which are proved first, or else norms by Golub-Kahan, which are probabilistic
 (LipLT, naive). The record says which bound it is, and why.
 """
 
@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import copy_context
 from typing import Any
 
@@ -27,11 +27,12 @@ from lipbounds.training.config import Config
 from lipbounds.training.step import Trainer, TrainState
 
 #: Seconds that a bound may take however short the epochs are, so that those of small networks always end.
-LEAST = 60.0
+LEAST = 300.0
 #: The same for LipLT and naive where they are proved on an accelerator, which is as fast at epochs as at proofs.
 LEAST_THERE = 5.0
-_FIRST, _SECOND = 0.7, 0.85  # of the time, for the best bound, and for the trained multipliers after it
-_PATIENCE = 1.0  # seconds that an interrupted run waits for a program that is being compiled
+# Shares of the time after which the proof of the trained multipliers, which takes seconds, and the best bound are given
+# up; Golub-Kahan has the rest.
+_TRAINED, _BEST = 0.5, 0.7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,19 +99,24 @@ def bound_within(
     form: Any, config: Config, state: TrainState, seconds: float, iterations: int | None = None
 ) -> Found:
     """The best of the bounds of `proved_bound` that ends in time; a probabilistic one where none does."""
-    begin = clock()
-    ways: list[tuple[str, float, Callable[[], lb.UpperBound]]] = [
-        (_NAMES[method(config)], _FIRST, lambda: proved_bound(form, config, state, iterations))
-    ]
-    if method(config) == "recursion" and iterations != 0:
-        ways.append(("", _SECOND, lambda: proved_bound(form, config, state, 0)))
-    for place, (_, share, way) in enumerate(ways):
+    begin, name = clock(), _NAMES[method(config)]
+
+    def until(share: float, steps: int | None) -> lb.UpperBound | None:
         with contextlib.suppress(OutOfTime), within(begin + share * seconds - clock()):
-            return Found(way(), clock() - begin, seconds, ways[0][0] if place else None)
-    cheap = config if method(config) != "recursion" else dataclasses.replace(config, constants="liplt")
-    with hurried(begin + seconds - clock()):
-        bound = proved_bound(form, cheap, state, guarantee="probabilistic")
-    return Found(bound, clock() - begin, seconds, ways[0][0])
+            return proved_bound(form, config, state, steps)
+        return None
+
+    trained = None
+    if method(config) == "recursion" and iterations != 0 and seconds < math.inf:
+        with contextlib.suppress(ValueError):  # they prove nothing yet
+            trained = until(_TRAINED, 0)
+    best = until(_BEST, iterations)
+    bound, instead = best or trained, None if best else name
+    if bound is None:
+        cheap = dataclasses.replace(config, constants="liplt") if method(config) == "recursion" else config
+        with hurried(begin + seconds - clock()):
+            bound = proved_bound(form, cheap, state, guarantee="probabilistic")
+    return Found(bound, clock() - begin, seconds, instead)
 
 
 _NAMES = {"naive": "the product of norms", "liplt": "LipLT", "recursion": "LipSDP"}
@@ -125,7 +131,7 @@ class Ahead:
 
     def __init__(self, trainer: Trainer, state: TrainState, shape: tuple[int, ...]) -> None:
         self.error: BaseException | None = None
-        self._stop = threading.Event()
+        self._stop = _Stop()
         self._thread: threading.Thread | None = None
         if not on_accelerator():
             return
@@ -138,7 +144,7 @@ class Ahead:
             except BaseException as error:  # a thread has nobody to tell, and training goes on
                 self.error = error
 
-        self._thread = threading.Thread(target=work, name="lipbounds-ahead", daemon=True)
+        self._thread = threading.Thread(target=work, name="lipbounds-ahead")
         self._thread.start()
 
     def wait(self) -> None:
@@ -148,9 +154,15 @@ class Ahead:
 
     def interrupted(self, kind: type[BaseException] | None, *_: Any) -> None:
         """End it before its next program where the training ends with an error: the exit of a context."""
-        if kind is not None and self._thread is not None:
+        if kind is not None:
             self._stop.set()
-            self._thread.join(_PATIENCE)
+
+
+class _Stop(threading.Event):
+    """Also set once the interpreter is about to end: it waits for the program that is being compiled, no longer."""
+
+    def is_set(self) -> bool:
+        return super().is_set() or not threading.main_thread().is_alive()
 
 
 def _compile(trainer: Trainer, state: TrainState, shape: tuple[int, ...]) -> None:

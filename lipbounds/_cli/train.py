@@ -177,6 +177,10 @@ def _check_used(given: Json, c: Any) -> None:
         ),
         ("gamma",): (c.loss == "backward-smoothing", "the loss backward-smoothing"),
         ("tau", "divergence"): (c.loss == "consistency", "the loss consistency"),
+        ("final_epochs",): (
+            c.uses_constants or c.validate_every or not c.robust,
+            "a proof: a loss with constants, or --validate-every",
+        ),
         ("multiplier_rate", "precision"): (recursion or c.precision == "float64", "--constants recursion"),
         ("power_iterations",): (c.uses_constants and not recursion, "--constants naive or liplt"),
         ("decay_from",): (
