@@ -122,8 +122,13 @@ def bound_within(
 _NAMES = {"naive": "the product of norms", "liplt": "LipLT", "recursion": "LipSDP"}
 
 
+def compiled_ahead(trainer: Trainer, state: TrainState, shape: tuple[int, ...]) -> Ahead | None:
+    """Begin to compile the programs of the bound, where there is an accelerator."""
+    return Ahead(trainer, state, shape) if on_accelerator() else None
+
+
 class Ahead:
-    """The programs of the bound, compiled in a thread while the epochs run, where there is an accelerator.
+    """The programs of the bound, compiled in a thread while the epochs run.
 
     They depend on the shapes alone. Whatever goes wrong there (`error`) means that they are compiled when they are
     needed, and nothing else.
@@ -132,9 +137,6 @@ class Ahead:
     def __init__(self, trainer: Trainer, state: TrainState, shape: tuple[int, ...]) -> None:
         self.error: BaseException | None = None
         self._stop = _Stop()
-        self._thread: threading.Thread | None = None
-        if not on_accelerator():
-            return
         with stoppable(self._stop):
             context = copy_context()
 
@@ -149,7 +151,7 @@ class Ahead:
 
     def wait(self) -> None:
         """Wait until all is compiled; in slices, so that an interruption is heard."""
-        while self._thread is not None and self._thread.is_alive():
+        while self._thread.is_alive():
             self._thread.join(0.2)
 
     def interrupted(self, kind: type[BaseException] | None, *_: Any) -> None:

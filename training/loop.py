@@ -23,7 +23,7 @@ from lipbounds.training.callbacks import Callback
 from lipbounds.training.checkpoints import CheckpointError, Checkpoints
 from lipbounds.training.config import Config
 from lipbounds.training.data import Dataset, load
-from lipbounds.training.final_bound import Ahead, Found, bound_within, method, seconds_for
+from lipbounds.training.final_bound import Ahead, Found, bound_within, compiled_ahead, method, seconds_for
 from lipbounds.training.initial import fresh
 from lipbounds.training.models import ModelSpec
 from lipbounds.training.optimisers import schedule
@@ -253,7 +253,8 @@ class _Run:
                 ends.callback(callback.on_end)
             bounded = config.uses_constants or config.validate_every or not config.robust
             if bounded and devices.leads and done < config.epochs:
-                self.ahead = Ahead(self.trainer, parallel.local(state), self.images.shape)
+                self.ahead = compiled_ahead(self.trainer, parallel.local(state), self.images.shape)
+            if self.ahead is not None:
                 ends.push(self.ahead.interrupted)
             state, proved = self._train(state, done, folder, checkpoints, log)
             ended = parallel.local(state)

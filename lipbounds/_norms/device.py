@@ -93,17 +93,14 @@ def on_device(proof: Callable[[], R]) -> R | None:
 
 # --- kernels: everything that a proof computes on the device -------------------------------------------------------
 
-# Nothing depends on the fastest algorithm for a product, and trying them all takes seconds.
-_UNTUNED = {"xla_gpu_autotune_level": 0}
 
-
-@partial(jax.jit, compiler_options=_UNTUNED)
+@partial(jax.jit, compiler_options=lanczos.UNTUNED)
 def plus(c: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """C + A'B, tiles: the one product that proofs rely on."""
     return c + jnp.matmul(a.T, b, precision=jax.lax.Precision.HIGHEST)
 
 
-@partial(jax.jit, compiler_options=_UNTUNED)
+@partial(jax.jit, compiler_options=lanczos.UNTUNED)
 def _less(c: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """C - A'B, for a factor, of which nothing is assumed."""
     return c - jnp.matmul(a.T, b, precision=jax.lax.Precision.HIGHEST)

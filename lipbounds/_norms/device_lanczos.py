@@ -6,6 +6,7 @@ call, so that the host waits for it once in so many steps and sees no vector of 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ import numpy as np
 from lipbounds._norms.cholesky import missed
 from lipbounds._text.progress import alive
 
+#: Nothing depends on the fastest algorithm for a product, and trying them all takes seconds.
+UNTUNED = {"xla_gpu_autotune_level": 0}
 STRIDE = 8
 _STARTS = 2  # vectors of a block: why, says `cholesky.top_eigenvalue`
 _STEPS, _ROUNDS = 80, 4
@@ -27,14 +30,14 @@ def stacked(tiles: list[jax.Array]) -> jax.Array:
     return jnp.stack(tiles)
 
 
-@jax.jit
+@partial(jax.jit, compiler_options=UNTUNED)
 def begun(coefficients: jax.Array, basis: jax.Array) -> jax.Array:
     """A basis that begins with the orthonormalised combinations (p, s) of the s rows of another; the rest is zero."""
     first = _orthonormal(coefficients @ basis)[0]
     return jnp.zeros_like(basis).at[: len(coefficients)].set(first)
 
 
-@jax.jit
+@partial(jax.jit, compiler_options=UNTUNED)
 def advanced(
     tiles: jax.Array, rows: jax.Array, columns: jax.Array, basis: jax.Array, begin: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
