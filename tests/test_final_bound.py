@@ -19,7 +19,7 @@ from lipbounds._norms import device as proofs
 from lipbounds._text import OutOfTime, device, hurried, say, within
 from lipbounds._text.progress import Stopped, alive
 from lipbounds.analysis import training_report
-from lipbounds.training import Config, final_bound, fit
+from lipbounds.training import Config, final_bound, fit, loop
 from lipbounds.training.final_bound import Ahead, bound_within, seconds_for
 from lipbounds.training.loop import Fitted
 
@@ -159,6 +159,19 @@ def test_out_of_time_the_bound_is_probabilistic_and_the_record_says_so(
     )
     assert "did not end within 0 s (final_epochs)" in final["remark"]
     assert final["remark"] in training_report.remarks(found, final)
+
+
+def test_a_validation_out_of_time_says_so_and_its_bound_is_the_final_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loop, "seconds_for", lambda *_: 0.0)
+    monkeypatch.setattr(training_report, "bound_within", lambda *_: pytest.fail("proved again"))
+    found = trained(dataclasses.replace(PLAIN, epochs=1, validate_every=1))
+    assert found.log[0]["guarantee"] == "probabilistic"
+    data = type("Data", (), dict(zip(("test_x", "test_y"), images(20), strict=True), input_shape=(4, 4, 1)))
+    monkeypatch.setattr(training_report, "load", lambda *_: data)
+    final = training_report.final_record(found)
+    assert final["remark"] == found.log[0]["remark"] and "LipLT did not end" in final["remark"]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ import numpy as np
 import lipbounds as lb
 from lipbounds._text import OutOfTime, clock, hurried, stoppable, within
 from lipbounds._triangle import compile_ahead, on_accelerator
+from lipbounds.training import parallel
 from lipbounds.training.config import Config
 from lipbounds.training.step import Trainer, TrainState
 
@@ -124,7 +125,9 @@ _NAMES = {"naive": "the product of norms", "liplt": "LipLT", "recursion": "LipSD
 
 def compiled_ahead(trainer: Trainer, state: TrainState, shape: tuple[int, ...]) -> Ahead | None:
     """Begin to compile the programs of the bound, where there is an accelerator."""
-    return Ahead(trainer, state, shape) if on_accelerator() else None
+    return (
+        Ahead(trainer, parallel.local(state), shape) if on_accelerator() else None
+    )  # training gives its arrays away
 
 
 class Ahead:

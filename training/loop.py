@@ -253,7 +253,7 @@ class _Run:
                 ends.callback(callback.on_end)
             bounded = config.uses_constants or config.validate_every or not config.robust
             if bounded and devices.leads and done < config.epochs:
-                self.ahead = compiled_ahead(self.trainer, parallel.local(state), self.images.shape)
+                self.ahead = compiled_ahead(self.trainer, state, self.images.shape)
             if self.ahead is not None:
                 ends.push(self.ahead.interrupted)
             state, proved = self._train(state, done, folder, checkpoints, log)
