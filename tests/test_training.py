@@ -97,8 +97,8 @@ def test_impossible_models_are_refused(spec, message):
 
 
 def test_every_architecture_is_documented_by_a_spec():
-    # tests/test_layers.py, tests/test_recipes.py and tests/test_batch_norm.py
-    elsewhere = {"liresnet", "lipconvnet", "orthogonal_4C3F", "residual_lipschitz", "batch_norm"}
+    # tests/test_layers.py, tests/test_recipes.py, tests/test_lipnext.py and tests/test_batch_norm.py
+    elsewhere = {"liresnet", "lipnext", "lipconvnet", "orthogonal_4C3F", "residual_lipschitz", "batch_norm"}
     assert set(SMALL) | {"4C3F", "6C2F", "8C2F"} | elsewhere == set(ARCHITECTURES)
 
 

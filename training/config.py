@@ -115,6 +115,9 @@ class Config:
                                    "others (AdamW); biases and BatchNorm have none.", 0)
     lookahead: int = _setting(0, "optimiser", "Go half the way back every N steps (Lookahead); 0 for never.", 0)
     clip: float = _setting(0.0, "optimiser", "Largest norm of a step's gradient; 0 for any.", 0)
+    angle: float = _setting(0.03, "optimiser", "Angle in radians by which a step turns the matrices of orthogonal "
+                            "layers that are trained as such (stiefel); it falls as the learning rate does.",
+                            _POSITIVE, 0.2)
     multiplier_rate: float = _setting(5e-3, "optimiser", "Learning rate of the recursion's multipliers.", 0, 1)
     epochs: int = _setting(60, "optimiser", "Passes over the training images.", 1)
     batch_size: int = _setting(512, "optimiser", "Images per step; an incomplete last batch is left out.", 1)
@@ -377,6 +380,28 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "schedule": "cosine",
         "warmup": 0,
         "epochs": 4,
+        "validate_every": 0,
+    },
+    "cifar10-lipnext": {
+        "dataset": "cifar10",
+        "arch": "lipnext-L2-4W32",
+        "loss": "margin",
+        "constants": "naive",
+        "power_iterations": 1,
+        "refresh": 20,
+        "temperature": 0.1,
+        "eps": 0.25,
+        "angle": 0.03,
+        "batch_size": 128,
+        "learning_rate": 3e-3,
+        "final_learning_rate": 1e-5,
+        "schedule": "cosine",
+        "average": "ema",
+        "ema_decay": 0.995,
+        "crop": 4,
+        "flip": True,
+        "warmup": 0,
+        "epochs": 6,
         "validate_every": 0,
     },
     "cifar10-6C2F": {**_ROWS["cifar10-6C2F"], **_HELD, **_WIDER},

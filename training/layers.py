@@ -14,6 +14,7 @@ Nothing believes these constants: a network of these layers is traced like any o
 | exponential | exp(A - A') (SOC) | 1, orthogonal | Singla and Feizi, ICML 2021 |
 | reflection | I - 2 V (V'V)^-1 V' (BRO) | 1, orthogonal | Lai et al., ICML 2025 |
 | cholesky | W L^-*, L L* = W* W + d I, d tiny: orthonormal columns (or rows) | 1, orthogonal | Hu et al., ICLR 2024 |
+| stiefel | W with orthonormal columns (or rows), kept so by the steps of `fit` (dense only) | 1, orthogonal | Hu et al., ICLR 2026 |
 | residual | x + scale W x, one linear map (LiResNet) | none | Hu et al., NeurIPS 2023 |
 | unit | columns of length 1, for the last layer | none; 1 per output | Singla and Feizi, ICLR 2022 |
 | plain | W, orthogonal at first | none | |
@@ -22,8 +23,8 @@ A convolution with stride s reads the s x s pixels of each window as channels fi
 norm. Between different numbers of channels an orthogonal one is a part of a larger one, of constant 1.
 
 The compute type follows the input: parameters and what is constructed from them are float32, and are cast to the type
-of x. Blocks are in `blocks.py`, activations in `activations.py` of this folder, networks in `liresnet.py` and
-`lipschitz_nets.py`.
+of x. Blocks are in `blocks.py`, activations in `activations.py` of this folder, networks in `liresnet.py`,
+`lipnext.py` and `lipschitz_nets.py`.
 """
 
 from __future__ import annotations
@@ -37,8 +38,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lipbounds.training import orthogonal
+from lipbounds.training.manifold import Orthonormal
 
-KINDS = ("spectral", "aol", "cayley", "exponential", "reflection", "cholesky", "residual", "unit", "plain")
+KINDS = (
+    "spectral",
+    "aol",
+    "cayley",
+    "exponential",
+    "reflection",
+    "cholesky",
+    "stiefel",
+    "residual",
+    "unit",
+    "plain",
+)
 ORTHOGONAL = ("cayley", "exponential", "reflection", "cholesky")
 _CONSTRUCTED = {
     "cayley": orthogonal.cayley,
@@ -71,6 +84,28 @@ class Plain(NamedTuple):
         else:
             y = convolve(downsample(x, self.stride), self.kernel, self.padding)
         return y if self.bias is None else y + self.bias
+
+
+class Centre(nnx.BatchNorm):
+    """x - mean + b, the mean of each channel over a batch and, in evaluation mode, over batches; b is trained.
+
+    BatchNorm without its division (Ioffe and Szegedy, ICML 2015), so that no constant changes. It is made in evaluation
+    mode; `fit` trains by the means of the batches, taken in float32.
+    """
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        super().__init__(channels, momentum=0.9, use_running_average=True, use_scale=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array, *args: Any, **options: Any) -> jax.Array:
+        """x (..., channels), centred."""
+        assert self.bias is not None  # the base class is told to make one
+        mean = self.mean.get_value()
+        if not self.use_running_average:
+            batch = jnp.mean(x.astype(jnp.float32), axis=tuple(range(x.ndim - 1)))
+            kept = self.momentum * mean + (1 - self.momentum) * batch
+            self.mean.set_value(jax.lax.stop_gradient(kept))
+            mean = batch
+        return x + (self.bias.get_value() - mean).astype(x.dtype)
 
 
 def downsample(x: jax.Array, stride: int) -> jax.Array:
@@ -162,7 +197,7 @@ class _Layer(nnx.Module):
             start = jax.random.normal(key, (*window, n_in, n_in)) / fan
         else:
             start = nnx.initializers.orthogonal()(key, (fan, n_out)).reshape(*window, n_in, n_out)
-        self.kernel = nnx.Param(start)
+        self.kernel = (Orthonormal if kind == "stiefel" else nnx.Param)(start)
         self.bias = nnx.Param(jnp.zeros(n_out)) if use_bias else None
         first = unit(jax.random.normal(rngs.params(), domain)) if kind == "spectral" else None
         self.vector = nnx.data(None if first is None else Kept(first))
@@ -171,7 +206,8 @@ class _Layer(nnx.Module):
     def constant(self) -> float | None:
         """What the construction promises to bound the layer's norm by; None for residual, unit and plain maps.
 
-        A "spectral" layer keeps its promise only as far as its power iteration has converged. No bound relies on any.
+        A "spectral" layer keeps its promise only as far as its power iteration has converged, a "stiefel" layer only
+        while its kernel moves by `manifold.turns`. No bound relies on any.
         """
         return None if self.kind in ("residual", "unit", "plain") else 1.0
 
@@ -197,13 +233,13 @@ class _Layer(nnx.Module):
         return kernel / jnp.maximum(sigma, _TINY)
 
     def _plain(self) -> jax.Array | None:
-        """The weights of "spectral", "aol" and "plain"; None for other kinds."""
+        """The weights of "spectral", "aol", "stiefel" and "plain"; None for other kinds."""
         kernel = self.kernel.get_value()
         if self.kind == "spectral":
             return self._normalised()
         if self.kind == "aol":
             return kernel * rescaled(kernel)[:, None]
-        return kernel if self.kind == "plain" else None
+        return kernel if self.kind in ("plain", "stiefel") else None
 
     def _added(self, y: jax.Array) -> jax.Array:
         return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
@@ -290,8 +326,8 @@ class Convolution(_Layer):
         scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
-        if kind == "unit":
-            raise ValueError("a unit map is a dense last layer: use Dense")
+        if kind in ("unit", "stiefel"):
+            raise ValueError(f"a {kind} map is a dense layer: use Dense")
         if window < 1 or window % 2 == 0 or stride < 1:
             raise ValueError(f"a window is odd and a stride at least 1, got {window} and {stride}")
         if image[0] % stride or image[1] % stride:

@@ -21,10 +21,11 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lipbounds.training import batch_norm_nets, lipschitz_nets, liresnet
+from lipbounds.training import batch_norm_nets, lipnext, lipschitz_nets, liresnet
 from lipbounds.training.activations import ClippedRelu
 from lipbounds.training.activations import maxmin as maxmin
 from lipbounds.training.batch_norm_nets import BatchNormNet
+from lipbounds.training.lipnext import LipNeXt
 from lipbounds.training.lipschitz_nets import LipConvNet, OrthogonalConvNet, ResidualLipschitzNet
 from lipbounds.training.liresnet import LiResNet
 
@@ -214,6 +215,7 @@ ARCHITECTURES: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
     "6C2F": _convnet([*_4C, (64, 3, 1, 1), (64, 4, 2, 1)], [512]),
     "8C2F": _convnet([*_8C, (256, 3, 1, 1), (256, 4, 2, 0)], [256]),
     "liresnet": (LiResNet, {}),
+    "lipnext": (LipNeXt, {}),
     "lipconvnet": (LipConvNet, {}),
     "orthogonal_4C3F": (OrthogonalConvNet, {"convolutions": [c[::2] for c in _4C], "dense": [512, 512]}),
     "residual_lipschitz": (ResidualLipschitzNet, {}),
@@ -222,10 +224,18 @@ ARCHITECTURES: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
 
 #: Architectures that are named with their sizes, and how.
 NAMED = (
-    "liresnet-L6W64, lipconvnet-10, 4C3F-cholesky, sll-mlp-L4W256, sll-cnn-L4W32, aol-mlp-L4W256, aol-cnn-L4W32, "
-    "resnet18, resnet50-w0.5, wrn-28-4, densenet-bc-40-12"
+    "liresnet-L6W64, lipnext-L2-4W32, lipconvnet-10, 4C3F-cholesky, sll-mlp-L4W256, sll-cnn-L4W32, aol-mlp-L4W256, "
+    "aol-cnn-L4W32, resnet18, resnet50-w0.5, wrn-28-4, densenet-bc-40-12"
 )
-_WITH_SIZES = ("mlp", "liresnet", "lipconvnet", "orthogonal_4C3F", "residual_lipschitz", "batch_norm")
+_WITH_SIZES = (
+    "mlp",
+    "liresnet",
+    "lipnext",
+    "lipconvnet",
+    "orthogonal_4C3F",
+    "residual_lipschitz",
+    "batch_norm",
+)
 #: Architectures that a word alone names.
 SIMPLE = tuple(name for name in ARCHITECTURES if name not in _WITH_SIZES)
 
@@ -250,6 +260,8 @@ def spec_for(
     found = lipschitz_nets.parse(arch)
     if (sizes_of := liresnet.parse(arch)) is not None:
         found = "liresnet", sizes_of
+    if (sizes_of := lipnext.parse(arch)) is not None:
+        found = "lipnext", sizes_of
     if (sizes_of := batch_norm_nets.parse(arch)) is not None:
         found = "batch_norm", sizes_of
     if found is not None:  # these have MaxMin, ReLU or what their layers prescribe

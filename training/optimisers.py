@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lipbounds.training import manifold
 from lipbounds.training.config import Config
 
 _SLOW = 0.5  # share of the way to the fast weights that the slow ones go (Zhang et al., NeurIPS 2019)
@@ -48,8 +49,12 @@ def lookahead(inner: optax.GradientTransformation, period: int) -> optax.Gradien
     return optax.GradientTransformation(init, update)
 
 
-def optimiser(config: Config, steps: int) -> optax.GradientTransformation:
-    """The optimiser of (weights, multipliers): multipliers have Adam with a rate of their own."""
+def optimiser(config: Config, steps: int, turned: bool = False) -> optax.GradientTransformation:
+    """The optimiser of (weights, multipliers): multipliers have Adam with a rate of their own.
+
+    turned: there are matrices that are `manifold.Orthonormal`. These have steps of their own, without decay, clipping
+    and Lookahead.
+    """
     rate = schedule(config, steps, config.learning_rate, config.final_learning_rate)
     ratio = config.multiplier_rate / config.learning_rate
     last = max(config.final_learning_rate * ratio, 0.01 * config.multiplier_rate)
@@ -59,6 +64,10 @@ def optimiser(config: Config, steps: int) -> optax.GradientTransformation:
         of_weights = optax.chain(optax.clip_by_global_norm(config.clip), of_weights)
     if config.lookahead:
         of_weights = lookahead(of_weights, config.lookahead)
+    if turned:
+        end = config.angle * config.final_learning_rate / config.learning_rate
+        of_matrices = manifold.turns(schedule(config, steps, config.angle, end))
+        of_weights = optax.partition({True: of_matrices, False: of_weights}, manifold.orthonormal)
     return optax.partition(
         {"weights": of_weights, "multipliers": optax.adam(quick)}, ("weights", "multipliers")
     )

@@ -34,10 +34,10 @@ def refreshed(trainer: Trainer, state: TrainState, pixels: Any, epoch: int) -> T
     with trainer.precision(), jax.numpy_dtype_promotion("standard"):
         batches, keys = trainer.planned(state.step)
         count = min(len(batches), -(-_IMAGES // config.batch_size))
-        total = state.settled
+        total, weights = state.settled, trainer.final_weights(state)
         for number, (rows, key) in enumerate(zip(batches[:count], keys[:count], strict=True)):
             n = np.float32(number)
-            total = trainer.gathered(total, n, state.average, state.kept, pixels, rows, key)
+            total = trainer.gathered(total, n, weights, state.kept, pixels, rows, key)
     return state._replace(settled=total)
 
 

@@ -29,7 +29,7 @@ import optax
 from flax import nnx
 
 import lipbounds as lb
-from lipbounds.training import losses, network, robust_step, statistics
+from lipbounds.training import losses, manifold, network, robust_step, statistics
 from lipbounds.training.augment import Augmentation
 from lipbounds.training.config import Config
 from lipbounds.training.network import Network
@@ -194,7 +194,12 @@ class Trainer(Network):
     @cached_property
     def optimiser(self) -> Any:
         """The optimiser of (weights, multipliers)."""
-        return optimiser(self.config, self.steps)
+        return optimiser(self.config, self.steps, self.turned)
+
+    @cached_property
+    def turned(self) -> bool:
+        """Whether some matrices are orthonormal and trained as such."""
+        return any(jax.tree.leaves(manifold.orthonormal(self.weights)))
 
     # --- one epoch -------------------------------------------------------------------------------------------------
 
@@ -401,8 +406,14 @@ class Trainer(Network):
         return jax.tree.map(lambda mean, new: mean + share * (new - mean), state.average, weights)
 
     def final_weights(self, state: TrainState) -> Any:
-        """The weights to validate and save."""
-        return state.weights if self.config.average == "none" else state.average
+        """The weights to validate and save: the last ones, or their average with its matrices orthonormal again."""
+        if self.config.average == "none":
+            return state.weights
+        return self._restored(state.average) if self.turned else state.average
+
+    @cached_property
+    def _restored(self) -> Any:
+        return jax.jit(manifold.restored)
 
     def final_kept(self, state: TrainState) -> Any:
         """What belongs to `final_weights`: statistics of BatchNorm are those of the averaged weights, if there are."""
