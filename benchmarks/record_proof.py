@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import multiprocessing
-import os
 import pathlib
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -49,70 +44,26 @@ def accuracies(
     return found
 
 
-def _torus_norm(kernel: np.ndarray, image: tuple[int, int]) -> float:
-    from lipbounds._norms.fourier import conv_fft_bound
+def distances(head: Any) -> Any:
+    """(K, K) distances of the columns of the last layer, constants of pairs behind maps of norm 1."""
+    apart = head[:, :, None] - head[:, None, :]
+    return jnp.sqrt(jnp.maximum(jnp.sum(apart * apart, axis=0), 1e-12))
 
-    return conv_fft_bound(kernel, image)
 
+def proved_pairs(model: Any) -> tuple[np.ndarray, list[float]]:
+    """((K, K) proved constants, norms of the matrices): the product of verified norms, rounding included.
 
-def proved_pairs(model: Any) -> tuple[np.ndarray, list[tuple[str, float]]]:
-    """((K, K) proved constants, norms by layer): the product of verified norms, rounding included.
-
-    Blocks by the Fourier transform; stem, neck and dense maps by a Cholesky factorisation of their Gram matrices. The
-    matrix of the stem and the product of the two neck maps are formed in float64, whose rounding is far below the
-    factor 1 + 1e-9 by which norms are raised.
+    Shifts, permutations of pixels and MaxMin have norm 1, and centring adds constants. The factor 1 + 1e-9 is far above
+    the rounding of the product and of the distances.
     """
     from lipbounds.norms import verified_norm
 
-    blocks = [(np.asarray(b.weights()), b.image) for scale in model.scales for b in scale]
-    count = min(len(blocks), max(1, (os.cpu_count() or 2) - 2))
-    spawn = multiprocessing.get_context("spawn")  # JAX has threads, which a fork does not survive
-    with _one_thread(), ProcessPoolExecutor(max_workers=count, mp_context=spawn) as pool:
-        running = [pool.submit(_torus_norm, *block) for block in blocks]
-        norms = [("stem", verified_norm(stem_matrix(np.asarray(model.stem.kernel.get_value(), np.float64))))]
-        norms.append(("neck", verified_norm(neck_matrix(model))))
-        for layer in model.dense:
-            norms.append(("dense", verified_norm(np.asarray(layer.weights(), np.float64))))
-        norms += [("block", future.result()) for future in running]
-    total = math.prod(value for _, value in norms) * (1 + 1e-9)
-    head = np.asarray(model.head.weights(), np.float64)
-    apart = np.sqrt(((head[:, :, None] - head[:, None, :]) ** 2).sum(axis=0)) * (1 + 1e-9)
-    return total * apart, norms
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Processes that start inside use one thread of the linear algebra library each, and no accelerator."""
-    changes = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-
-
-def stem_matrix(kernel: np.ndarray, size: int = 32) -> np.ndarray:
-    """(outputs, inputs) of the stem: window 5, stride 2, zero padding 2."""
-    half, (*_, colours, width) = size // 2, kernel.shape
-    matrix = np.zeros((half, half, width, size, size, colours))
-    for i in range(half):
-        for j in range(half):
-            for a in range(5):
-                for b in range(5):
-                    row, column = 2 * i + a - 2, 2 * j + b - 2
-                    if 0 <= row < size and 0 <= column < size:
-                        matrix[i, j, :, row, column] = kernel[a, b].T
-    return matrix.reshape(half * half * width, -1)
-
-
-def neck_matrix(model: Any) -> np.ndarray:
-    """(inputs, features) of the two maps of the neck, up to the order of the inputs."""
-    windows = np.asarray(model.windows.weights(), np.float64)
-    neck = np.asarray(model.neck.weights(), np.float64)
-    parts = neck.reshape(-1, windows.shape[1], neck.shape[1])
-    return np.concatenate([windows @ part for part in parts])
+    layers = [layer for scale in model.scales for layer in scale]
+    layers += [model.windows, *model.dense]
+    norms = [verified_norm(np.asarray(layer.dense.weights(), np.float64)) for layer in layers]
+    with jax.enable_x64(True):
+        apart = np.asarray(distances(jnp.asarray(np.asarray(model.head.weights(), np.float64))))
+    return math.prod(norms) / model.std * apart * (1 + 1e-9), norms
 
 
 def save(out: pathlib.Path, weights: Any, facts: dict[str, Any]) -> None:

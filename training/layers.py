@@ -14,7 +14,7 @@ Nothing believes these constants: a network of these layers is traced like any o
 | exponential | exp(A - A') (SOC) | 1, orthogonal | Singla and Feizi, ICML 2021 |
 | reflection | I - 2 V (V'V)^-1 V' (BRO) | 1, orthogonal | Lai et al., ICML 2025 |
 | cholesky | W L^-*, L L* = W* W + d I, d tiny: orthonormal columns (or rows) | 1, orthogonal | Hu et al., ICLR 2024 |
-| stiefel | W with orthonormal columns (or rows), kept so by the steps of `fit` (dense only) | 1, orthogonal | Hu et al., ICLR 2026 |
+| stiefel | W, orthonormal at first and kept so by `fit` (dense only) | 1, orthogonal | Hu et al., ICLR 2026 |
 | residual | x + scale W x, one linear map (LiResNet) | none | Hu et al., NeurIPS 2023 |
 | unit | columns of length 1, for the last layer | none; 1 per output | Singla and Feizi, ICLR 2022 |
 | plain | W, orthogonal at first | none | |

@@ -60,8 +60,8 @@ def tangent(w: jax.Array, g: jax.Array) -> jax.Array:
     """The projection of G to the directions in which W, with orthonormal columns (or rows), can move."""
     if w.shape[0] < w.shape[1]:
         return tangent(w.T, g.T).T
-    inner = _product(w.T, g)
-    return g - _product(w, (inner + inner.T) / 2)
+    inner = w.T @ g
+    return g - w @ ((inner + inner.T) / 2)
 
 
 def orthonormalised(w: jax.Array, steps: int = 1) -> jax.Array:
@@ -98,12 +98,38 @@ class Momentum(NamedTuple):
     steps: jax.Array
 
 
+def averaged(mean: jax.Array, g: jax.Array, momentum: float = 0.9) -> jax.Array:
+    """The next moving average of the gradients."""
+    return momentum * mean + (1 - momentum) * g
+
+
+def turned(w: jax.Array, mean: jax.Array, g: jax.Array, angle: Any, momentum: float = 0.9) -> jax.Array:
+    """W after a step, orthonormal up to rounding; `mean` includes the gradient g (momentum in Nesterov's form)."""
+    along = tangent(w, direction(tangent(w, averaged(mean, g, momentum))))
+    return orthonormalised(w - angle * along, 2)
+
+
+def all_turned(weights: Any, mean: Any, gradient: Any, angle: Any, momentum: float = 0.9) -> Any:
+    """`turned` of all matrices of a tree; those of one shape side by side, as accelerators want it."""
+    leaves, tree = jax.tree.flatten(weights)
+    columns = leaves, jax.tree.leaves(mean), jax.tree.leaves(gradient)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, leaf in enumerate(leaves):
+        groups.setdefault(leaf.shape, []).append(number)
+    turn = jax.vmap(partial(turned, angle=angle, momentum=momentum))
+    for numbers in groups.values():
+        found = turn(*(jnp.stack([column[n] for n in numbers]) for column in columns))
+        for n, one in zip(numbers, found, strict=True):
+            leaves[n] = one
+    return jax.tree.unflatten(tree, leaves)
+
+
 def turns(rate: float | Callable[[Any], Any], momentum: float = 0.9) -> optax.GradientTransformation:
     """Steps for matrices with orthonormal columns or rows, which keep them orthonormal up to rounding.
 
     Args:
         rate: the angle of a step in radians, at most 0.2, or a schedule of it.
-        momentum: of the moving average of the gradients, in Nesterov's form.
+        momentum: of the moving average of the gradients.
     """
 
     def init(weights: Any) -> Momentum:
@@ -111,15 +137,8 @@ def turns(rate: float | Callable[[Any], Any], momentum: float = 0.9) -> optax.Gr
 
     def update(gradient: Any, state: Momentum, weights: Any = None) -> tuple[Any, Momentum]:
         angle = rate(state.steps) if callable(rate) else rate
-
-        def averaged(mean: jax.Array, g: jax.Array) -> jax.Array:
-            return momentum * mean + (1 - momentum) * g
-
-        def change(w: jax.Array, mean: jax.Array, g: jax.Array) -> jax.Array:
-            along = tangent(w, direction(tangent(w, averaged(mean, g))))
-            return orthonormalised(w - angle * along, 2) - w
-
-        mean = jax.tree.map(averaged, state.mean, gradient)
-        return jax.tree.map(change, weights, mean, gradient), Momentum(mean, state.steps + 1)
+        mean = jax.tree.map(partial(averaged, momentum=momentum), state.mean, gradient)
+        after = all_turned(weights, mean, gradient, angle, momentum)
+        return jax.tree.map(jnp.subtract, after, weights), Momentum(mean, state.steps + 1)
 
     return optax.GradientTransformation(init, update)
