@@ -164,7 +164,7 @@ SHAPES = {
 
 
 OURS = "mnist-784-512-512-10"
-LIPSCHITZ = "mnist-4C3F-cholesky"
+LIPSCHITZ = ("mnist-4C3F-cholesky", "cifar10-lipnext")
 ATTACKED = ("cifar10-resnet18", "cifar10-wrn-34-10", "cifar100-resnet18", "tiny-imagenet-resnet50")
 
 
@@ -180,10 +180,23 @@ def test_presets_of_robust_losses_keep_the_shape_of_their_schedule(name: str) ->
     assert Config.from_json(preset(name, 1)).edges == ()
 
 
+@pytest.mark.parametrize("name", LIPSCHITZ)
+def test_presets_of_layers_of_norm_one_fit_their_images(name: str) -> None:
+    config = Config.from_json(preset(name))
+    assert config.loss == "margin" and config.constants == "naive" and not config.validate_every
+    *shape, classes = SHAPES[config.dataset]
+    spec = config.spec(tuple(shape), classes)
+    model = nnx.eval_shape(lambda: build(spec))
+    assert {layer.kind for _, layer in nnx.iter_modules(model) if hasattr(layer, "kind")} in (
+        {"cholesky", "unit"},
+        {"stiefel", "unit"},
+    )
+
+
 def test_presets_are_valid_and_named_after_the_rows_of_the_paper() -> None:
     rows = {"mnist-4C3F", "cifar10-6C2F", "tiny-imagenet-8C2F"}
     crm = {OURS, *rows, *(f"{name}-published" for name in rows)}
-    assert crm == {name for name in PRESETS if name not in (LIPSCHITZ, *ATTACKED)}
+    assert crm == {name for name in PRESETS if name not in (*LIPSCHITZ, *ATTACKED)}
     for name in crm:
         config = Config.from_json(preset(name))
         assert name.removesuffix("-published") == f"{config.dataset}-{config.arch}" and config.loss == "crm"

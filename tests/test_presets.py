@@ -98,3 +98,13 @@ def test_orthogonal_layers_certify_more_than_plain_ones(seed: int) -> None:
     assert log["certified"] > plain["certified"] + 0.1 and log["clean"] > 0.8, (log, plain)
     assert "warning" not in log
     assert log["certified_estimate"] == pytest.approx(log["certified"], abs=0.02)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_lipnext_certifies_more_than_plain_training(seed: int) -> None:
+    config = small("cifar10-lipnext", 6, seed=seed, decay_from=0, arch="lipnext-L2W8", crop=0)
+    log = trained(config).log[-1]
+    plain = trained(dataclasses.replace(config, loss="cross-entropy", arch="6C2F", average="none")).log[-1]
+    assert log["guarantee"] == plain["guarantee"] == "verified"
+    assert log["certified"] > plain["certified"] + 0.1 and log["clean"] > 0.8, (log, plain)
+    assert log["certified_estimate"] == pytest.approx(log["certified"], abs=0.03)

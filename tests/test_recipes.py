@@ -211,9 +211,10 @@ class Killed(Exception):
 
 
 @pytest.mark.slow
-def test_a_named_network_trains_resumes_and_is_certified(tmp_path: Path) -> None:
-    """EMMA on a LiResNet in bfloat16: certified by a proved bound, and the same weights after an interruption."""
-    config, data = Config.usual(**RECIPE), digits()
+@pytest.mark.parametrize("arch", ["liresnet-L2W8", "lipnext-L2W8"])
+def test_a_named_network_trains_resumes_and_is_certified(tmp_path: Path, arch: str) -> None:
+    """EMMA in bfloat16: certified by a proved bound, and the same weights after an interruption."""
+    config, data = Config.usual(**(RECIPE | {"arch": arch})), digits()
     whole = fit(config, data, out=tmp_path / "whole")
 
     def dies(record: dict[str, Any]) -> None:
@@ -247,18 +248,3 @@ def test_losses_certify_more_than_cross_entropy(loss: str) -> None:
         bound = lb.naive(form, pairwise=True, progress=False)
         shares.append(lb.certified_radius(form, data.test_x, data.test_y, bound=bound).accuracy(0.25))
     assert shares[0] > shares[1] + 0.05 and math.isfinite(shares[0])
-
-
-def test_means_are_folded_into_a_copy() -> None:
-    """The copy computes what centring by the same means does; the network it was made from keeps its biases."""
-    from lipbounds.training.liresnet import LiResNet
-
-    model = LiResNet((8, 8, 3), depths=[1], width=4, features=8, dense=1, rngs=nnx.Rngs(0))
-    x = jax.random.uniform(jax.random.key(1), (5, 8, 8, 3))
-    before = jax.tree.map(np.array, nnx.state(model))
-    wanted, means = model.centred(x)
-    assert max(float(abs(mean).max()) for mean in means) > 1e-3
-    for _ in range(2):  # merged modules share their variables with the state
-        merged = nnx.merge(*nnx.split(model))
-        np.testing.assert_allclose(merged.folded(means)(x), wanted, atol=2e-6)
-    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, nnx.state(model)))

@@ -194,6 +194,7 @@ RESUMED = [
             {"loss": "gloro", "constants": "naive", "average": "swa", "flip": True, "degrees": 10.0},
             {"constants": "liplt", "optimiser": "nadam", "lookahead": 3, "schedule": "multi-step"},
             {"constants": "naive", "optimiser": "nadam", "schedule": "cyclic", "average": "ema", "crop": 1},
+            {"loss": "margin", "constants": "naive", "arch": "lipnext-L1W8", "average": "ema", "crop": 1},
             {"constants": "local", "arch": "64-8-10", "activation": "clipped-relu", "eps": 0.1, "refresh": 1},
         )
     ),
@@ -445,6 +446,7 @@ def test_kill_9_while_a_checkpoint_is_written(copied: pathlib.Path, whole: Fitte
         {},
         {"optimiser": "nadam", "lookahead": 6, "schedule": "multi-step"},
         {"optimiser": "nadam", "lookahead": 6, "schedule": "cyclic", "average": "ema"},
+        {"arch": "lipnext-L1W8", "schedule": "cosine", "average": "ema"},
     ],
     ids=lambda fields: fields.get("schedule", "adam"),
 )

@@ -97,42 +97,17 @@ class LiResNet(nnx.Module):
         """Logits (..., K) of raw pixels, one image (height, width, channels) or a batch of them."""
         if x.ndim == 3:
             return self(x[None])[0]
-        return self.centred(x, centre=False)[0]
-
-    def centred(self, x: jax.Array, *, centre: bool = True) -> tuple[jax.Array, list[jax.Array]]:
-        """(logits, means): with every block's channels less their means over the batch, which `fold` makes biases."""
-        means: list[jax.Array] = []
-
-        def centered(y: jax.Array) -> jax.Array:
-            if not centre:
-                return y
-            mean = jnp.mean(y.astype(jnp.float32), axis=tuple(range(y.ndim - 1)))
-            means.append(mean)
-            return y - mean.astype(y.dtype)
-
         h = maxmin(self.stem((x - self.mean) / self.std))
         for number, blocks in enumerate(self.scales):
             h = downsample(h, 2) if number else h
             for block in blocks:
-                assert block.bias is not None  # blocks are made with one
-                kernel, bias = block.weights().astype(h.dtype), block.bias.get_value().astype(h.dtype)
-                h = maxmin(centered(block.apply(kernel, h)) + bias)
+                h = maxmin(block(h))
         h = self.windows(downsample(h, 4))
         h = maxmin(self.neck(h.reshape(h.shape[0], -1)))
         for layer in self.dense:
             h = maxmin(layer(h))
         # the last map in the precision of the weights: margins are differences of its outputs
-        return self.head(h.astype(self.head.kernel.get_value().dtype)), means
-
-    def folded(self, means: Sequence[jax.Array]) -> LiResNet:
-        """A copy with means, as `centred` returned them, taken off the biases: it computes `centred` when called."""
-        model: LiResNet = nnx.clone(self)
-        blocks = [block for scale in model.scales for block in scale]
-        for block, mean in zip(blocks, means, strict=True):
-            bias = block.bias
-            assert bias is not None  # blocks are made with one
-            bias.set_value(bias.get_value() - mean)
-        return model
+        return self.head(h.astype(self.head.kernel.get_value().dtype))
 
 
 def parse(name: str) -> dict[str, Any] | None:
