@@ -13,11 +13,12 @@
 # their own in OUT_DIR, go on from their last checkpoints when started again, and are only proved once they are finished.
 # RECORD_OPTIONS: further options of benchmarks/record.py. PYTHON: the interpreter (python3).
 #
-# Operations and bytes of the record run (4 blocks of 96 channels at 16 x 16, 8 of 384 at 8 x 8): an image takes 1.57e9
-# operations forward and three times as many in a step, an epoch of 50 000 images 2.4e14, which is 0.6 s at 400 TFLOP/s in
-# bfloat16. Each block reads and writes 24 576 values an image, about 14 times a step: 12 * 14 * 24 576 * 2 bytes = 8.3 MB,
-# 0.41 TB an epoch, 0.17 s at 2.4 TB/s. So the products bound it; constants (one convolution and its transpose on one vector
-# a block) are below 1 % of the operations, but some 60 small kernels.
+# Operations and bytes of the record run (a LipNeXt, 4 layers of 128 channels at 16 x 16 and 10 of 512 at 8 x 8): an image
+# takes 0.4e9 operations forward and three times as many in a step, an epoch of 50 000 images 6e13, which is 0.15 s at 400
+# TFLOP/s in bfloat16. Each layer reads and writes 32 768 values an image, about 14 times a step: 14 * 14 * 32 768 * 2 bytes
+# = 12.8 MB, 0.64 TB an epoch, 0.27 s at 2.4 TB/s. The orthonormal matrices turn by some 26 products each and step: 1.7e11
+# operations, 1.6e13 in the 97 steps of an epoch, a third of them in float32: 0.15 s. So memory bounds it, and there is no
+# other work: no constant in the loss, no factorisation.
 #
 # Of 6C2F: 18e6 multiplications forward an image, three times as many in a step, two operations each: 5.4e12 an epoch, 0.1 s
 # at 50 TFLOP/s. An image's activations are 0.2 MB, moved some ten times: 0.1 TB, 0.04 s. The rest of the 0.46 s measured on
@@ -39,7 +40,7 @@ export XLA_PYTHON_CLIENT_MEM_FRACTION=0.8 JAX_PLATFORMS=${GPU:-cuda}
 MODE=${2:-}
 RESUME=""; [ "$MODE" = "--resume" ] && RESUME="--resume"
 SMALL=""
-[ "$MODE" = "--small" ] && SMALL="--depths 1 1 --width 8 --features 64 --dense 1 --batch 64 --images 1280 --tests 500 \
+[ "$MODE" = "--small" ] && SMALL="--depths 1 1 --width 8 --features 64 --batch 64 --images 1280 --tests 500 \
     --every 20 --reserve 60"
 
 FILES=$DATA

@@ -47,7 +47,11 @@ def test_centring_uses_the_batch_in_training_and_the_running_mean_afterwards() -
 
 @pytest.mark.parametrize(
     "name, shape",
-    [("lipnext-L2W8", (8, 8, 1)), ("lipnext-L1-2W8-reflection", (8, 12, 3)), ("lipnext-L1W8", (14, 14, 1))],
+    [
+        ("lipnext-L2W8", (4, 4, 1)),
+        pytest.param("lipnext-L1-2W8-reflection", (8, 12, 3), marks=pytest.mark.slow),
+        pytest.param("lipnext-L1W8", (14, 14, 1), marks=pytest.mark.slow),
+    ],
 )
 def test_the_proved_constant_is_one(name: str, shape: tuple[int, ...]) -> None:
     model: Any = build(spec_for(name, shape, 10))
@@ -63,7 +67,7 @@ def test_the_proved_constant_is_one(name: str, shape: tuple[int, ...]) -> None:
 def test_a_trained_network_is_centred_and_comes_back(tmp_path: Any) -> None:
     """The means of the averaged weights are those of the images, and are stored with the network."""
     config = Config(
-        arch="lipnext-L2W8",
+        arch="lipnext-L1W8",
         loss="margin",
         constants="naive",
         eps=0.2,
@@ -79,7 +83,7 @@ def test_a_trained_network_is_centred_and_comes_back(tmp_path: Any) -> None:
     )
     fitted = fit(config, out=tmp_path / "run")
     again: Any = open_run(tmp_path / "run").model
-    x, y = digits().train_x, digits().train_y
+    x = digits().train_x
     np.testing.assert_array_equal(fitted.model(x), again(x))
     layer = again.scales[0][0]
     seen = layer.dense(downsample((x - again.mean) / again.std, 2)).mean((0, 1, 2))
@@ -90,9 +94,6 @@ def test_a_trained_network_is_centred_and_comes_back(tmp_path: Any) -> None:
         np.testing.assert_allclose(values, 1, atol=1e-5)
     begin: Any = build(fitted.spec, seed=0)
     assert np.abs(begin.windows.dense.kernel.get_value() - again.windows.dense.kernel.get_value()).max() > 0.1
-    form = lb.trace(again, jax.ShapeDtypeStruct(x.shape[1:], jnp.float32))
-    radii = lb.certified_radius(form, x[:200], y[:200], bound=lb.naive(form, pairwise=True))
-    assert radii.accuracy(0.1) > 0.3
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:

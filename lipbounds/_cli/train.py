@@ -60,6 +60,8 @@ def train(
     - `lipbounds train emma --constants naive --dataset cifar10 --data-dir data --arch liresnet-L6W64 --optimiser nadam
       --lookahead 6 --schedule cosine --crop 4 --flip --ramp 30 --warmup 0 --average ema --out runs/liresnet`
 
+    - `lipbounds train --preset cifar10-lipnext --data-dir data --out runs/lipnext`
+
     - `lipbounds train trades --preset cifar10-resnet18 --data-dir data --out runs/trades`
 
     - `lipbounds train --resume runs/mnist`
@@ -191,6 +193,10 @@ def _check_used(given: Json, c: Any) -> None:
         ("final_learning_rate",): (
             c.schedule in ("exponential", "cosine", "cyclic"),
             "a schedule that ends at a given rate (exponential, cosine or cyclic)",
+        ),
+        ("angle",): (
+            c.arch.lower().startswith("lipnext"),
+            "a network with such layers, as --arch lipnext-L2-4W32",
         ),
         ("momentum", "nesterov"): (c.optimiser == "sgd", "--optimiser sgd"),
         ("ema_decay",): (c.average == "ema", "--average ema"),
