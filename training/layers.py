@@ -327,7 +327,7 @@ class Convolution(_Layer):
         rngs: nnx.Rngs,
     ):
         if kind in ("unit", "stiefel"):
-            raise ValueError(f"a {kind} map is a dense layer: use Dense")
+            raise ValueError(f"a {kind} map is a dense {'last ' if kind == 'unit' else ''}layer: use Dense")
         if window < 1 or window % 2 == 0 or stride < 1:
             raise ValueError(f"a window is odd and a stride at least 1, got {window} and {stride}")
         if image[0] % stride or image[1] % stride:
