@@ -1,5 +1,6 @@
 """Ellipsoids of wide networks around inputs: maps applied to columns, Schur complements in blocks, the memory."""
 
+import dataclasses
 import itertools
 import threading
 import weakref
@@ -15,10 +16,11 @@ from balls import in_ball, largest_slopes, mlp, values
 import lipbounds as lb
 from lipbounds._gain.memory_budget import of_ellipsoids
 from lipbounds._local import ellipsoids, engines, maps, multipliers
-from lipbounds._local.radius_search import ratios, row_roots
+from lipbounds._local.stages import Stage
 from lipbounds._norms import schur
 from lipbounds._norms.enclosures import Enclosure
 from lipbounds._text import progress
+from lipbounds._triangle import recursion
 
 U = 2.0**-53
 
@@ -145,15 +147,16 @@ def test_a_floor_is_proved_up_to_rounding_and_not_beyond():
     assert schur.schur_complement(-m, m.copy(), floor=0.4, wrong_m=0.0, wrong_c=0.0) is None
 
 
-def stage(rng, n, d, lives_on, error):
-    """A stage y = s, s+ = [H s +] G v with a G that is known within an error, and the real G."""
+def stage(rng, n, d, of, error):
+    """A stage y = s, s+ = [H s +] G v, H s the entries `of` of s, with a G known within an error, and the real G."""
     g = rng.standard_normal((d, n)) * 10.0 ** rng.uniform(-2, 0, d)[:, None]
     off = rng.standard_normal((d, n))
     off *= 0.999 * error / np.linalg.norm(off)
     with mpmath.workdps(60):
         real = exact(g) + exact(off)
-    return ellipsoids.Stage(
-        0, n, maps.Matrix(None, 0.0, 1.0, 1), maps.matrix(Enclosure(g, error)), lives_on
+    to = d - 1 - np.arange(len(of))
+    return Stage(
+        0, n, maps.Matrix(None, 0.0, 1.0, 1), maps.matrix(Enclosure(g, error)), np.array(of, int), to
     ), real
 
 
@@ -180,28 +183,30 @@ def capture(monkeypatch, name):
     return found
 
 
-@pytest.mark.parametrize("lives_on", [False, True])
+@pytest.mark.parametrize(
+    ("d", "of"), [(4, []), (4, [7, 8, 9, 10]), (4, [5, 7, 5]), (12, []), (12, [1, 5, 5, 7])]
+)
 @pytest.mark.parametrize("error", [0.0, 1e-6])
-def test_a_step_is_an_upper_bound_in_exact_arithmetic(lives_on, error, monkeypatch):
-    """S+ >= P Q P' + P Q[:, A] (D - Q[A, A])^-1 Q[A, :] P' + G r D r G', P = [G c, I]."""
+def test_a_step_is_an_upper_bound_in_exact_arithmetic(d, of, error, monkeypatch):
+    """S+ >= P Q P' + P Q[:, A] (D - Q[A, A])^-1 Q[A, :] P' + G r D r G', P = [G c, 0] + H; d large: Q is smaller."""
     scales = capture(monkeypatch, "feasible")
     for seed in range(3):
         rng = np.random.default_rng(seed)
-        n, d = 7, 4
-        m = n + d * lives_on
-        one, real = stage(rng, n, d, lives_on, error)
+        n = 7
+        one, real = stage(rng, n, d, of, error)
+        m = one.rows
         root = rng.standard_normal((m, m)) * 10.0 ** rng.uniform(-3, 1, m)[:, None]
         q = root @ root.T
         q = (q + q.T) / 2
         (c, r), at = slopes(rng, n), np.arange(2, n)
-        aim = rng.standard_normal((1, 2, n)), rng.standard_normal((1, 2, d)) if lives_on else None
+        aim = rng.standard_normal((1, 2, n)), rng.standard_normal((1, 2, d)) if of else None
         s = ellipsoids._through(one, q[None].copy(), c[None], r[None], aim, unknown(n))[0][0]
         with mpmath.workdps(60):
             gc = real * mpmath.diag(c.tolist())
             p = mpmath.matrix(d, m)
             p[:, :n] = gc
-            for i in range(d * lives_on):
-                p[i, n + i] = 1
+            for i, j in zip(one.to.tolist(), of, strict=True):
+                p[i, j] += 1
             D = [1 / mpmath.mpf(float(x)) ** 2 for x in scales[-1]]
             inner = mpmath.diag(D) - exact(q[np.ix_(at, at)])
             columns = exact(q[at]) * p.T
@@ -218,7 +223,7 @@ def test_a_step_from_a_factor_is_an_upper_bound_in_exact_arithmetic(errors, monk
     for seed in range(3):
         rng = np.random.default_rng(seed)
         n, k, d = 9, 3, 4
-        one, real = stage(rng, n, d, False, errors[0])
+        one, real = stage(rng, n, d, [], errors[0])
         b = rng.standard_normal((n, k)) * 10.0 ** rng.uniform(-1, 1, n)[:, None]
         off = rng.standard_normal((n, k))
         off *= 0.999 * errors[1] / np.linalg.norm(off)
@@ -252,8 +257,8 @@ def test_no_error_of_a_single_neuron_can_be_left_out(thin, part, wrong, monkeypa
     if of_b and not thin:
         return
     c, r = {"all": (0.4, 0.3), "centre": (0.4, 1e-9), "radius": (0.0, 0.3)}[part]
-    one, _ = stage(np.random.default_rng(0), 1, 1, False, 0.0)
-    one = ellipsoids.Stage(0, 1, one.T, maps.matrix(Enclosure(np.array([[g]]), of_g)), False)
+    one, _ = stage(np.random.default_rng(0), 1, 1, [], 0.0)
+    one = dataclasses.replace(one, G=maps.matrix(Enclosure(np.array([[g]]), of_g)))
     c, r, aim = np.array([[c]]), np.array([[r]]), (np.ones((1, 1, 1)), None)
     if thin:
         s = ellipsoids._through_thin(one, ellipsoids.Thin(np.array([[b]]), 0.0, of_b), c, r, aim, unknown(1))[
@@ -287,7 +292,7 @@ def layers():
     host = lb.trace(
         lambda x: conv(x, jnp.asarray(kernel, jnp.float32), 2).ravel(), jnp.zeros((8, 8, 4), jnp.float32)
     )
-    steps = engines.ellipsoids.recursion.host_form(host)
+    steps = recursion.host_form(host)
     places = [i for i, op in enumerate(host.program.steps) if op.kind == "conv"]
     return {
         "conv": sp.csr_array(steps.step(places[0])[0].matrix),
@@ -410,28 +415,9 @@ def test_multipliers_converge_to_those_of_lipsdp(widths, within, fresh, monkeypa
     around = engines.Around(form, 2, x, way="ellipsoids")
     found = [around.outputs(slice(None), np.full(1, 1e9))[0, 0, 0, 0] ** 0.5 for _ in range(15)]
     best = lb.lipsdp(form).value
-    assert found[0] > 1.03 * best  # a guess and two steps
+    assert found[0] > 1.02 * best  # a guess and a few steps
     assert best * (1 - 1e-5) < min(found) < within * best
     assert all(later <= earlier * (1 + 1e-9) for earlier, later in itertools.pairwise(found))
-
-
-def test_a_later_pass_never_takes_anything_away(fresh, monkeypatch):
-    monkeypatch.setattr(engines, "TAIL", 20)
-    form = conv_net()
-    x = np.random.default_rng(4).standard_normal((5, 8, 8, 2)).astype(np.float32)
-    y = values(form, x).argmax(axis=1)
-    eps = np.full(5, 0.3)
-
-    def ratios_of(passes):
-        monkeypatch.setattr(engines, "_PASSES", passes)
-        around = engines.Around(form, 2, x, way="ellipsoids")
-        roots = row_roots(around.outputs(slice(None), eps, labels=y), y)
-        gaps = around.z[np.arange(5), y][:, None] - around.z
-        gaps[np.arange(5), y] = np.inf
-        return ratios(gaps, roots)
-
-    one, three = ratios_of(1), ratios_of(3)
-    assert (three >= one).all() and (three > 1.01 * one).any()
 
 
 def test_the_memory_decides(fresh, monkeypatch):

@@ -35,10 +35,12 @@ from lipbounds._gain.wide_blocks import LIMIT
 from lipbounds._lipsdp import proof
 from lipbounds._lipsdp.state_matrices import TAIL, first_tap, hybrid_start, split
 from lipbounds._local import box as _localbox
-from lipbounds._local import ellipsoids, liplt, multipliers
-from lipbounds._local.ellipsoids import Stage, Thin, Values
+from lipbounds._local import ellipsoids, liplt
+from lipbounds._local.ellipsoids import Thin, Values
 from lipbounds._local.forward import Seen, logits
 from lipbounds._local.maps import Matrix
+from lipbounds._local.passes import Passes
+from lipbounds._local.stages import Stage, stages_of
 from lipbounds._norms.rounding import U, add_up, require_gradual_underflow
 from lipbounds._text.calls import FAILURES, reason
 from lipbounds._text.device import placed, remembered, sharing
@@ -49,10 +51,8 @@ _MOST_OUTPUTS = 4096  # of a local bound, which holds K x K blocks per example
 _WORK = 6e10  # operations of ellipsoids around one example, run without being asked for
 _CHUNK = 2**23  # numbers in the ellipsoids of one chunk of examples
 _NAMES = {"ellipsoids": "ellipsoids", "hybrid": "ellipsoids behind the wide front", "LipLT": "local LipLT"}
-_PASSES = 3  # recursions on one ball for a wide network, each with better multipliers
-_NEAR = 0.4  # |log| of the ratio of two radii up to which multipliers of one ball are those to begin with in the other
+_SINGLE = 512  # width from which radii are searched in float32
 _SMALL = 1e-9  # error of a factor, relative to its shortest row
-_DIRECTIONS = 12  # that D is chosen for
 _WIDE_CHUNK, _SIDE = 2**25, 64  # entries of the rows of a chunk, and its examples, in local LipLT
 
 
@@ -74,6 +74,18 @@ class _Ready:
     failure: float
     notes: tuple[str, ...]
     front: liplt.Front | None = None
+
+    @functools.cached_property
+    def single(self) -> tuple[tuple[Stage, ...], np.ndarray | Thin]:
+        """Stages and start in float32, for a search."""
+        start = self.start.single if isinstance(self.start, Thin) else self.start.astype(np.float32)
+        return tuple(stage.single for stage in self.stages), start
+
+    @property
+    def widest(self) -> int:
+        """The number of rows of the largest ellipsoid."""
+        start = self.start.b if isinstance(self.start, Thin) else self.start
+        return max(start.shape[1], *(s.rows for s in self.stages)) if self.stages else start.shape[1]
 
 
 _READY: weakref.WeakKeyDictionary[LureForm, dict[Any, tuple[_Ready, list[str]]]] = weakref.WeakKeyDictionary()
@@ -234,12 +246,11 @@ class Around:
         """The same for these examples only; pre-activations are kept for one chunk at a time."""
         some = copy.copy(self)
         some.x, some.used = self.x[rows], self.used[rows]  # views, so marks in the part are marks here
-        some.__dict__.pop("values", None)
+        for kept in ("values", "passes"):
+            some.__dict__.pop(kept, None)
         return some
 
     z: np.ndarray  # (N, K) logits, approximate
-    eps: np.ndarray  # (N,) of the last balls
-    power: np.ndarray  # (N,) of the steps of the multipliers
 
     @functools.cached_property
     def values(self) -> Values:
@@ -252,8 +263,13 @@ class Around:
         slope = tuple((a + b) / 2 for a, b in ends)
         if self.way != "ellipsoids" or not first_tap(self.form, TAIL):
             return Values(y, error, slope)
-        self.eps, self.power = np.full(len(self.x), np.inf), np.full(len(self.x), multipliers.STEP)
         return Values(y, error, slope, tuple(np.full_like(a, np.nan) for a in y))
+
+    @functools.cached_property
+    def passes(self) -> Passes:
+        """The recursions, in place of a front."""
+        ready, values = self.ready, self.values
+        return Passes(ready.view, (ready.stages, ready.start), ready.single, values, self.z, self._first)
 
     def chunks(self, count: int) -> list[slice]:
         ready = self.ready
@@ -262,11 +278,7 @@ class Around:
             width = form.num_outputs * (form.in_size + sum(tap.size_out for tap in form.taps))
             size = 1 << (max(1, min(_SIDE, _WIDE_CHUNK // width)).bit_length() - 1)
         else:
-            widest = max((s.T.shape(s.neurons)[0] for s in ready.stages), default=1)
-            widest = max(
-                widest, ready.start.b.shape[1] if isinstance(ready.start, Thin) else ready.start.shape[1]
-            )
-            size = max(1, _CHUNK // widest**2)
+            size = max(1, _CHUNK // ready.widest**2)
         return [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
 
     def workers(self) -> int:
@@ -311,13 +323,12 @@ class Around:
         *,
         labels: np.ndarray | None = None,
         call: int = 0,
-        ranges: list[ellipsoids.Range] | None = None,
+        **options: Any,
     ) -> np.ndarray:
         """(N, J, K, K) for radius eps around these rows: the constant of a' z is at most sum_j sqrt(a' S_j a).
 
         labels: (N,) classes whose margins matter, against the example itself; None is all outputs and all pairs of
-        points. call: which call about these examples it is, from 0. ranges: a list that receives those of the
-        pre-activations, from ellipsoids.
+        points. call: which call about these examples it is, from 0. options: of `Passes.proved`, from ellipsoids.
         """
         anchored = labels is not None
         ready = self.ready
@@ -331,58 +342,26 @@ class Around:
                 ready.front, values.rows(pad), eps[pad], anchored=anchored, failure=share, rng=rng
             )[: len(eps)]
         else:
-            out = self._ellipsoids(rows, eps, labels, ranges)[:, None]
+            out = self.passes.proved(self._places(rows), eps, labels, **options)[:, None]
         return out
 
-    def _ellipsoids(
-        self,
-        rows: Any,
-        eps: np.ndarray,
-        labels: np.ndarray | None,
-        ranges: list[ellipsoids.Range] | None,
-    ) -> np.ndarray:
-        """(N, K, K) by the recursion; of a wide network by the best of `_PASSES`, as its multipliers matter more."""
-        directions, count = self._directions(labels, len(eps)), len(eps)
-        wide = bool(self.values.relative)
-        if wide:
-            far = np.abs(np.log(eps / self.eps[rows])) > _NEAR  # multipliers of another ball
-            self.eps[rows], self.power[rows] = eps, np.where(far, multipliers.STEP, 2 * self.power[rows])
-            for known in self.values.relative:
-                known[rows] = np.where(far[:, None], np.nan, known[rows])
-        best, least, balance = np.zeros((0, 0, 0)), np.full(count, np.inf), [(np.zeros(0), np.zeros(0))]
-        for number in range(_PASSES if wide else 1):
-            if wide:
-                say(f"ellipsoids: recursion {number + 1} of {_PASSES} on a ball")
-            passed = ellipsoids.ellipsoids(
-                self.ready.view,
-                self.ready.stages,
-                self.ready.start,
-                self.values.rows(rows),
-                eps,
-                anchored=labels is not None,
-                directions=directions,
-                gaps=None if labels is None else np.einsum("njk,nk->nj", directions, self.z[rows]),
-                first=self._first(rows, eps),
-                ranges=ranges if number == 0 else None,
-            )
-            for known, c in zip(self.values.slope, passed.middles, strict=True):
-                known[rows] = c
-            found = np.repeat(passed.s, count, axis=0) if len(passed.s) < count else passed.s
-            if number == 0:
-                best, least, balance = found, passed.score, passed.balance
-                better = np.ones(count, bool)
-            else:
-                better = passed.score < least
-                best[better], least = found[better], np.minimum(least, passed.score)
-                for kept, new in zip(balance, passed.balance, strict=True):
-                    for a, b in zip(kept, new, strict=True):
-                        a[better] = b[better]
-            if wide:
-                self.power[rows] = np.where(better, self.power[rows], self.power[rows] / 3)  # it was too far
-                for known, (relative, ratio) in zip(self.values.relative, balance, strict=True):
-                    last = number == _PASSES - 1
-                    known[rows] = relative if last else multipliers.stepped(relative, ratio, self.power[rows])
-        return best
+    @np.errstate(all="ignore")
+    def estimates(self, rows: Any, eps: np.ndarray, *, labels: np.ndarray | None = None) -> np.ndarray:
+        """As `outputs`, about, from float32 recursions: nothing is proved. Not of local LipLT."""
+        return self.passes.estimated(self._places(rows), eps, labels)[:, None]
+
+    def _places(self, rows: Any) -> np.ndarray:
+        return np.arange(len(self.x))[rows]
+
+    @property
+    def improves(self) -> bool:
+        """Whether a call looks for better multipliers: of wide networks, by ellipsoids."""
+        return self.ready.front is None and self.passes.wide
+
+    @property
+    def in_single(self) -> bool:
+        """Whether a search for radii is in float32: where that is faster and only the last ball needs a proof."""
+        return self.ready.front is None and self.ready.widest >= _SINGLE
 
     def _first(self, rows: Any, eps: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """How far the first pre-activations can fall and rise; None where the ellipsoid is as good."""
@@ -390,20 +369,6 @@ class Around:
             return None
         room = _localbox.rooms(self.x[rows], self.box)
         return _localbox.reach(*self.ready.first, eps, self.norm, *room)
-
-    def _directions(self, labels: np.ndarray | None, count: int) -> np.ndarray:
-        """(N, J, K): margins e_y - e_i, or all e_i; beyond a dozen, sums of them with random signs."""
-        classes = self.ready.view.num_outputs
-        signs: np.ndarray = np.eye(classes)
-        if classes > _DIRECTIONS:
-            signs = np.random.default_rng(0).choice([-1.0, 1.0], (_DIRECTIONS, classes))
-        if labels is None:
-            return np.broadcast_to(signs, (count, *signs.shape))
-        if classes == 1:
-            return np.ones((count, 1, 1))
-        own = np.zeros((count, 1, classes))
-        own[np.arange(count), 0, labels] = 1.0
-        return signs.sum(axis=1, keepdims=True) * own - signs
 
 
 def _ready(form: LureForm, norm: float, way: str, word: str, seed: int) -> _Ready:
@@ -423,7 +388,7 @@ def _ready(form: LureForm, norm: float, way: str, word: str, seed: int) -> _Read
         guarantee = word if guarantee == "verified" else guarantee
         # the ellipsoid is that of the tail's input, in the order in which the tail's view reads it
         view = elementwise_view(split(form, wide)[1])
-        begin, stages = ellipsoids.stages(view)
+        begin, stages = stages_of(view)
         start: np.ndarray | Thin = _raised(*begin.both(np.ldexp(np.array(s), scale)[None]))
         ahead = len(whole.taps) - len(view.taps)
         if any(
@@ -434,7 +399,7 @@ def _ready(form: LureForm, norm: float, way: str, word: str, seed: int) -> _Read
         notes = (f"the first {wide} taps are bounded as a whole, by LipLT ({word})",)
     else:
         view, n = whole, form.in_size
-        begin, stages = ellipsoids.stages(view)
+        begin, stages = stages_of(view)
         ball = np.ones(n)
         first = _first_map(begin, stages[0], n) if stages else None
         if norm == np.inf:

@@ -12,7 +12,7 @@ and the error is at most gamma_t || |M| ||_2 ||X||_F in the Frobenius norm.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +20,6 @@ import numpy as np
 import scipy.sparse as sp
 
 from lipbounds._lipsdp.tap_proof import is_identity
-from lipbounds._norms import enclosures
 from lipbounds._norms.banded_cholesky import classes
 from lipbounds._norms.cholesky import nonzeros_per_row
 from lipbounds._norms.enclosures import Enclosure, cheap_norm
@@ -31,7 +30,7 @@ TINY = 2.0**-900
 _DENSE = 2**20  # entries of a matrix that is made dense in any case
 _SPARE = 0.25  # share of nonzeros above which it is made dense, too
 _TILE = 512  # columns that are symmetrised together
-_TOGETHER = 4  # rows with the same columns on the average, for products by blocks
+_TOGETHER = 4  # rows with the same columns that are multiplied as a block
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +44,11 @@ class Matrix:
     error: float
     absolute: float
     terms: int
+
+    @cached_property
+    def single(self) -> Matrix:
+        """The same in float32, for products of which nothing is proved."""
+        return self if self.array is None else replace(self, array=self.array.astype(np.float32))
 
     @property
     def wrong(self) -> float:
@@ -65,7 +69,7 @@ class Matrix:
         if not sp.issparse(self.array):
             return np.matmul(self.array, x)
         flat = x.reshape(-1, *x.shape[-2:])
-        out = np.empty((len(flat), self.array.shape[0], x.shape[-1]))
+        out = np.empty((len(flat), self.array.shape[0], x.shape[-1]), x.dtype)
         for one, made in zip(flat, out, strict=True):
             self._columns(one, made)
         return out.reshape(*x.shape[:-2], *out.shape[1:])
@@ -114,6 +118,7 @@ class Matrix:
 
     def add_scaled(self, x: np.ndarray, d: np.ndarray) -> np.ndarray:
         """x[i] += M diag(d[i]) in place, for x (N, m, n) and d (N, n); (N,) the Frobenius norms of what was added."""
+        d = d.astype(x.dtype, copy=False)
         if self.array is None:
             np.einsum("nii->ni", x)[:] += d
             return frobenius(d)
@@ -128,33 +133,43 @@ class Matrix:
         return frobenius(added)
 
     def _columns(self, x: np.ndarray, out: np.ndarray) -> None:
-        if self._blocks is None:
-            out[:] = self.array @ x
-            return
-        for rows, columns, block in self._blocks:
+        blocks, others, rest = self._blocks
+        if rest is not None:
+            out[others] = rest @ x
+        for rows, columns, block in blocks:
             alive()
             out[rows] = block @ x[columns]
 
     @cached_property
-    def _blocks(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]] | None:
-        """(rows, columns, dense block) of rows with the same columns; None where few rows share theirs."""
+    def _blocks(self) -> tuple[list[tuple[np.ndarray, np.ndarray, np.ndarray]], np.ndarray, Any]:
+        """([(rows, columns, dense block)] of rows with the same columns, the other rows, these as CSR or None).
+
+        Rows that share their columns with few others are multiplied one by one.
+        """
         m = self.array
         first, which = classes(m)
-        if first.size * _TOGETHER > m.shape[0]:
-            return None
         order = np.argsort(which, kind="stable")
         ends = np.searchsorted(which[order], np.arange(first.size + 1))
-        blocks = []
+        blocks, others = [], [np.zeros(0, int)]
         for begin, end in itertools.pairwise(ends):
             rows = order[begin:end]
+            if rows.size < _TOGETHER:
+                others.append(rows)
+                continue
             own = m[rows]
             columns = np.unique(own.indices)
             blocks.append((rows, columns, np.ascontiguousarray(own[:, columns].toarray())))
-        return blocks
+        left = np.sort(np.concatenate(others))
+        return blocks, left, sp.csr_array(m[left]) if left.size else None
 
 
 def frobenius(s: np.ndarray) -> np.ndarray:
-    """(N,) ||S||_F, rounded up; squares below the range are counted as the least number in it."""
+    """(N,) ||S||_F, rounded up; squares below the range are counted as the least number in it. 0 of float32.
+
+    Errors are proportional to such norms, and of what is computed in float32 nothing is proved.
+    """
+    if s.dtype == np.float32:
+        return np.zeros(len(s))
     flat = s.reshape(len(s), -1)
     lost = np.sqrt(flat.shape[1]) * 2.0**-510
     return np.sqrt(np.einsum("ni,ni->n", flat, flat)) * (1 + gamma(flat.shape[1] + 8)) + lost
@@ -171,7 +186,9 @@ def symmetrise(s: np.ndarray) -> None:
 
 
 def column_norms(x: np.ndarray) -> np.ndarray:
-    """(N, k) 2-norms of the columns of x (N, n, k), rounded up."""
+    """(N, k) 2-norms of the columns of x (N, n, k), rounded up; 0 of float32, as for `frobenius`."""
+    if x.dtype == np.float32:
+        return np.zeros((len(x), x.shape[2]))
     lost = np.sqrt(x.shape[1]) * 2.0**-510
     return np.sqrt(np.einsum("nij,nij->nj", x, x)) * (1 + gamma(x.shape[1] + 8)) + lost
 
@@ -198,8 +215,3 @@ def _is_sparse_identity(m: Any) -> bool:
         and (m.indices == ones).all()
         and (np.diff(m.indptr) == 1).all()
     )
-
-
-def stacked(parts: list[Enclosure]) -> Matrix:
-    """The map of blocks below each other."""
-    return matrix(enclosures.stack(parts) if len(parts) > 1 else parts[0])

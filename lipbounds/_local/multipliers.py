@@ -41,7 +41,8 @@ _SHARP = 1.5  # power of L^2 / gap^2 in the weight of a direction; with a larger
 class Kept(NamedTuple):
     """What the pass back needs of one tap and example: active neurons A, D^-1/2, and the factor L and F = L^-1 C.
 
-    rows (a, k): of a `Thin` state D^-1/2 B_A, else None; variance (a,): the diagonal of Q[A, A].
+    rows (a, k): of a `Thin` state D^-1/2 B_A, else None; variance (a,): the diagonal of Q[A, A]. early: C is Q[A, :],
+    before it is mapped to the next state.
     """
 
     at: np.ndarray
@@ -50,6 +51,7 @@ class Kept(NamedTuple):
     solved: np.ndarray
     rows: np.ndarray | None
     variance: np.ndarray
+    early: bool
 
 
 def guess(
@@ -108,15 +110,18 @@ def _raised(d: np.ndarray, first: float, top: Callable[[np.ndarray], float]) -> 
 
 
 def feasible(block: np.ndarray, d: np.ndarray, first: float) -> tuple[np.ndarray, np.ndarray]:
-    """(D^-1/2, M): D a strictly feasible multiple of d, M = I - D^-1/2 Q D^-1/2 >= ROOM I proved."""
+    """(D^-1/2, M): D a strictly feasible multiple of d, M = I - D^-1/2 Q D^-1/2 >= ROOM I; proved in float64."""
 
     def top(root: np.ndarray) -> float:
         if len(root) <= _EXACT:
             return float(np.linalg.eigvalsh(block * root[:, None] * root)[-1])
-        return top_eigenvalue(lambda v: root * (block @ (root * v)), len(root), 1e-3, 40, starts=1)
+        return top_eigenvalue(
+            lambda v: root * (block @ (root * v).astype(block.dtype)), len(root), 1e-3, 40, starts=1
+        )
 
     room = _FIRST_ROOM if first > 1 else ROOM
     for scale in _raised(d, first, top):
+        scale = scale.astype(block.dtype)
         m = block * -scale[:, None]
         m *= scale
         m.flat[:: len(m) + 1] += 1.0
@@ -128,14 +133,20 @@ def feasible(block: np.ndarray, d: np.ndarray, first: float) -> tuple[np.ndarray
 def feasible_thin(
     rows: np.ndarray, d: np.ndarray, first: float, relerr: float, error: float
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """(D^-1/2, M, e): M = I - B_A' D^-1 B_A within e of the real one, which is >= ROOM I; errors as in `Thin`."""
+    """(D^-1/2, M, e): M = I - B_A' D^-1 B_A within e of the real one, which is >= ROOM I; errors as in `Thin`.
+
+    In float64 both are proved, in float32 neither.
+    """
 
     def top(root: np.ndarray) -> float:
-        scaled = rows * root[:, None]
-        return top_eigenvalue(lambda v: scaled.T @ (scaled @ v), rows.shape[1], 1e-3, 40, starts=1)
+        scaled = rows * root[:, None].astype(rows.dtype)
+        return top_eigenvalue(
+            lambda v: scaled.T @ (scaled @ v.astype(rows.dtype)), rows.shape[1], 1e-3, 40, starts=1
+        )
 
     room = _FIRST_ROOM if first > 1 else ROOM
     for scale in _raised(d, first, top):
+        scale = scale.astype(rows.dtype)
         scaled = rows * scale[:, None]
         m = gram(scaled, -1.0)
         m.flat[:: len(m) + 1] += 1.0
@@ -175,19 +186,21 @@ def balance(
     for stage, own, (c, r) in zip(reversed(stages), reversed(kept), reversed(slopes), strict=True):
         q = stage.G.behind(p)
         back = c[:, None] * q
+        before = stage.joined(back, p)
         relative, ratio = np.full(c.shape, np.nan), np.full(c.shape, np.nan)
         for i, one in enumerate(own):
             if one is None:
                 continue
-            h = solve_triangular(one.factor, one.solved @ p[i].T, lower=True, trans=1, check_finite=False)
-            h = one.scale * (h.T if one.rows is None else h.T @ one.rows.T)
+            seen = (before if one.early else p)[i].T.astype(one.solved.dtype)
+            h = solve_triangular(one.factor, one.solved @ seen, lower=True, trans=1, check_finite=False)
+            h = one.scale * np.asarray(h.T if one.rows is None else h.T @ one.rows.T, np.float64)
             gain, cost = (weight[i] @ np.square(a) for a in (h, r[i, one.at] * q[i][:, one.at]))
             with np.errstate(all="ignore"):
                 ratio[i, one.at] = np.sqrt((gain + _SPARE * gain.mean()) / (cost + _SPARE * cost.mean()))
                 relative[i, one.at] = 1 / one.scale**2 / np.maximum(one.variance, TINY)
             back[i][:, one.at] += h
         found.append((relative, ratio))
-        p = stage.T.behind(np.concatenate([back, p], axis=2) if stage.lives_on else back)
+        p = stage.T.behind(stage.joined(back, p))
     return found[::-1]
 
 

@@ -2,11 +2,17 @@
 
 With m(eps) = min_i gap_i / L_yi(eps), falling in eps, every ball of radius eps certifies min(eps, m(eps)), as L_yi(eps)
 holds inside it; the best is the eps at which m(eps) = eps.
+
+Around wide layers the balls are tried by estimates in float32 (`Around.estimates`), and only the one that they lead to
+is proved. Where its proof certifies less than was estimated, the best of the balls that were tried is proved, and where
+that certifies less, too, or a proof leaves more room than the estimates did, the whole search is repeated by proofs.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +23,17 @@ _ROOM = 4.0  # a search continues while the last ball was certified and the radi
 _SAID = 1.5  # a note reports searches that ended although the radius may grow by a larger factor
 _STEP, _PATIENCE = 16.0, 16  # the next ball is at most that much larger; after so many, its fourth power
 _FARTHEST = 1e100  # no larger ball is tried
+# -d log m / d log eps before two balls are known, where the first one was too large or too small
+_FALL, _RISE = 0.1, 0.6
+_HOPE = 0.9  # share of the goal from which a second try with better multipliers may reach it
+_STEEPEST = 4.0  # where it is larger than that, there is a cliff between the two balls
+_BETTER = 1.1  # m may be above the end of the interval by that factor, as multipliers improve
+_BEYOND, _INSIDE = 1.002, 0.02  # a ball is a little too large, and keeps away from the ends of the interval
+_SPARE = 1.003  # and more so the ball of the proof, whose multipliers are the best of all
+# the next ball divides an interval whose log is longer than that, and than that share of the one before
+_SHORT, _SLOW = 0.03, 0.5
+# shares of the estimate: below them the best ball is proved, and the search repeated
+_MISSED, _ANEW = 0.99, 0.97
 
 
 def ratios(gaps: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -25,6 +42,51 @@ def ratios(gaps: np.ndarray, scale: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         ratio = gaps / np.where(zero, 1.0, scale) * (1 - 4 * U)
     return np.asarray(np.where(zero & (gaps > 0), np.inf, ratio).min(axis=1, initial=np.inf))
+
+
+class Interval:
+    """Intervals [low, high] that hold the best radii of N examples, and the balls to try next, eps (N,).
+
+    log m is nearly linear in log eps: the next ball is where the line through the last two balls says that m(eps) =
+    eps, and a little larger, as m falls slowly. Where that has left more than half of the interval, the next ball
+    divides it. ball: the one that certifies low; whole: whether the last one was certified as a whole.
+    """
+
+    def __init__(self, start: np.ndarray) -> None:
+        self.low, self.high, self.eps = start.copy(), np.full(len(start), np.inf), 1.5 * start
+        self.ball, self.whole, self.used = start.copy(), np.zeros(len(start), bool), np.zeros(len(start), int)
+        self.last, self.width = np.full((2, len(start)), np.nan), np.full(len(start), np.inf)
+        self.calls = 0
+
+    def left(self, tries: int) -> np.ndarray:
+        """The examples that are not done."""
+        return np.flatnonzero((self.high > 1.01 * self.low) & (self.used < tries) & (self.eps < _FARTHEST))
+
+    @np.errstate(all="ignore")
+    def tried(self, rows: np.ndarray, m: np.ndarray) -> None:
+        """m (len(rows),) on the balls `eps` of these rows; balls that are certified while m is larger count as none."""
+        eps = self.eps[rows]
+        self.whole[rows] = m >= eps
+        self.ball[rows] = np.where(np.minimum(eps, m) > self.low[rows], eps, self.ball[rows])
+        low = self.low[rows] = np.maximum(self.low[rows], np.minimum(eps, m))
+        old = self.high[rows]
+        old = np.where(m < _BETTER * old, np.maximum(old, m), old)  # it was found with worse multipliers
+        high = self.high[rows] = np.minimum(old, np.maximum(eps, m))
+        self.used[rows] += ~(self.whole[rows] & (high > _ROOM * low))
+        here = np.log([eps, m])
+        along, down = here - self.last[:, rows]
+        steep = -down / along
+        guess = np.where(m < eps, _FALL, _RISE)
+        fall = np.where(np.isfinite(steep), np.maximum(steep, 0.0), guess)
+        root = _BEYOND * np.exp((here[1] + fall * here[0]) / (1 + fall))
+        top = np.minimum(high, (_STEP if self.calls < _PATIENCE else _STEP**4) * low)
+        inner = _INSIDE * (top - low)
+        width = np.log(high / low)
+        quick = (width < np.maximum(_SLOW * self.width[rows], _SHORT)) & (fall < _STEEPEST)
+        quick &= (root > 0) & (root < np.inf)
+        self.eps[rows] = np.where(quick, np.clip(root, low + inner, top - inner), low + 0.6 * (top - low))
+        self.last[:, rows], self.width[rows] = here, width
+        self.calls += 1
 
 
 class Search:
@@ -39,8 +101,8 @@ class Search:
 
     best (N,) are the radii so far, and by (N,) the engines that gave those above the global ones, "" elsewhere; results
     of an engine stay if it fails later. An engine takes the same steps as
-    it would alone, every try narrowing an interval that holds its radius, and stops before them only where all the
-    intervals of a chunk end below the best: so no engine alone finds more. (Examples cannot leave one by one: local
+    it would alone, every try narrowing the `Interval` of a radius, and stops before them only where all the intervals
+    of a chunk end below the best: so no engine alone finds more. (Examples cannot leave one by one: local
     LipLT takes as many Lanczos steps as the slowest example of a call needs.)
     """
 
@@ -70,21 +132,33 @@ class Search:
         around.each(self._certify if self.goal is None else self._reach, "local radii")
 
     def _radii(
-        self, near: Around, at: np.ndarray, rows: np.ndarray, eps: np.ndarray, call: int
+        self,
+        bounds: Callable[..., np.ndarray],
+        at: np.ndarray,
+        rows: np.ndarray,
+        eps: np.ndarray,
+        **options: Any,
     ) -> np.ndarray:
-        """m(eps) for some rows of a chunk with the examples `at`; 0 without a bound."""
+        """m(eps) for some rows of a chunk with the examples `at`, 0 without a bound.
+
+        bounds: `Around.outputs`; with `Around.estimates` m is an estimate.
+        """
         labels, gaps = self.labels[at[rows]], self.gaps[at[rows]]
-        scale = row_roots(near.outputs(rows, eps, labels=labels, call=call), labels)
+        scale = row_roots(bounds(rows, eps, labels=labels, **options), labels)
         return np.where(np.isinf(scale).any(axis=1), 0.0, ratios(gaps, scale))
 
     def _reach(self, near: Around, part: slice) -> None:
         at, goal = self.todo[part], float(self.goal or 0.0)
+        options = {"enough": True} if near.improves else {}
+        left = np.flatnonzero(self.best[at] < goal)
         for call in range(min(self.tries, 2)):
-            left = np.flatnonzero(self.best[at] < goal)
             if not left.size:
                 return
-            m = self._radii(near, at, left, np.full(left.size, goal), call)
+            eps = np.full(left.size, goal)
+            m = self._radii(near.outputs, at, left, eps, call=call, **options)
             self._keep(near, at, left, np.minimum(m, goal))
+            # better multipliers of a wide network add a few per cent
+            left = left[(m < goal) & ((m > _HOPE * goal) | (not near.improves))]
 
     def _keep(self, near: Around, at: np.ndarray, rows: np.ndarray, found: np.ndarray) -> None:
         """Radii that an engine found for some rows of a chunk with the examples `at`."""
@@ -95,22 +169,41 @@ class Search:
 
     def _certify(self, near: Around, part: slice) -> None:
         at = self.todo[part]
-        low, high = self.start[at].copy(), np.full(len(at), np.inf)
-        used, whole = np.zeros(len(at), int), np.zeros(len(at), bool)
-        eps = 1.5 * low
+        rows = self._estimated(near, at) if near.in_single else np.arange(len(at))
+        if not rows.size:
+            return
+        found = Interval(self.start[at[rows]])
         for call in itertools.count():
-            left = np.flatnonzero((high > 1.01 * low) & (used < self.tries) & (eps < _FARTHEST))
-            if not (high > self.best[at])[left].any():
+            left = found.left(self.tries)
+            if not (found.high > self.best[at[rows]])[left].any():
                 break
-            m = self._radii(near, at, left, eps[left], call)
-            whole[left] = m >= eps[left]
-            low[left] = np.maximum(low[left], np.minimum(eps[left], m))
-            high[left] = np.minimum(high[left], np.maximum(eps[left], m))
-            used[left] += ~(whole[left] & (high[left] > _ROOM * low[left]))
-            step = _STEP if call < _PATIENCE else _STEP**4
-            eps = low + 0.6 * (np.minimum(high, step * low) - low)
-            self._keep(near, at, np.arange(len(at)), low)
-        self._open[at] = np.maximum(self._open[at], np.where(whole, high, 0.0))
+            found.tried(left, self._radii(near.outputs, at, rows[left], found.eps[left], call=call))
+            self._keep(near, at, rows, found.low)
+        self._leave(at[rows], np.where(found.whole, found.high, 0.0))
+
+    def _estimated(self, near: Around, at: np.ndarray) -> np.ndarray:
+        """The rows of a chunk whose radius is another one by one or two proofs than by estimates."""
+        found, best = Interval(self.start[at]), self.best[at]
+        while (left := found.left(self.tries)[(found.high > best)[found.left(self.tries)]]).size:
+            found.tried(left, self._radii(near.estimates, at, left, found.eps[left]))
+        rows = np.flatnonzero(found.high > best)
+        more = np.zeros(len(at), bool)
+        last = found.eps * (_SPARE if near.improves else 1.0)
+        for balls, share in ((last, _MISSED), (found.ball, _ANEW)):
+            if not rows.size:
+                break
+            eps = balls[rows]
+            m = self._radii(near.outputs, at, rows, eps, search=False)
+            self._keep(near, at, rows, np.minimum(m, eps))
+            self._leave(at[rows], np.where(m >= eps, np.minimum(m, found.high[rows]), 0.0))
+            more[rows] |= (m >= eps) & (_ANEW * m > found.high[rows])  # the estimates were too large
+            rows = rows[self.best[at[rows]] < share * found.low[rows]]
+        more[rows] = True
+        return np.flatnonzero(more)
+
+    def _leave(self, at: np.ndarray, possible: np.ndarray) -> None:
+        """Note how far the radii of some examples may still grow, 0 where the last ball was not certified."""
+        self._open[at] = np.maximum(self._open[at], possible)
 
     def notes(self) -> tuple[str, ...]:
         """Notes about searches that ended early."""

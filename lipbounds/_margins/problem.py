@@ -24,6 +24,7 @@ from lipbounds._local import ellipsoids
 from lipbounds._local.engines import Around, NoEngineError, too_large, ways
 from lipbounds._local.forward import logits, proved_gaps
 from lipbounds._local.radius_search import row_roots
+from lipbounds._local.stages import stages_of
 from lipbounds._margins import merged, proof, search
 from lipbounds._margins.counterexamples import counterexamples
 from lipbounds._norms.rounding import U, gamma
@@ -336,12 +337,16 @@ def _floats(tree: Any) -> Any:
 
 
 def _network(view: LureForm, kinks: tuple[Kinks, ...]) -> search.Network:
-    start, stages = ellipsoids.stages(view)
+    start, stages = stages_of(view)
     layers = []
     for stage in stages:
         rows, n = stage.T.written_out, stage.neurons
-        W = None if rows is None else rows[:n]
-        H = rows[n:] if stage.lives_on and rows is not None else None
+        W, H = None if rows is None else rows[:n], None
+        if stage.lives_on:
+            size = stage.T.shape(stage.rows)[1]
+            rows = stage.T.dense(size)
+            W, H = rows[:n], np.zeros((stage.G.shape(n)[0], size))
+            H[stage.to] = rows[stage.of]
         k = kinks[stage.tap]
         layers.append(search.Layer(W, H, stage.G.written_out, k.base, k.gain))
     return search.Network(start.written_out, tuple(layers))

@@ -68,7 +68,8 @@ def factorise(m: np.ndarray) -> bool:
 def proves_floor(m: np.ndarray, least: float) -> bool:
     """True only if M >= least I, M symmetric (its lower triangle is read) and taken as exact; False proves nothing.
 
-    Entries of M are at most about 1. The proof is that of `cholesky`, on M - least I.
+    Entries of M are at most about 1. The proof is that of `cholesky`, on M - least I, in float64. For the search there
+    are float32 matrices, too: of those True proves nothing.
     """
     n, d = len(m), m.diagonal()
     if not np.isfinite(d).all():
@@ -143,7 +144,7 @@ def solve_back(factor: np.ndarray, c: np.ndarray) -> None:
 def gram(f: np.ndarray, factor: float = 1.0) -> np.ndarray:
     """factor F'F (k, k), both triangles equal."""
     k = f.shape[1]
-    z = np.empty((k, k))
+    z = np.empty((k, k), f.dtype)
     for lo in range(0, k, _SQUARE):
         alive()
         hi = min(lo + _SQUARE, k)

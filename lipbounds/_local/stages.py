@@ -1,0 +1,95 @@
+"""The taps of a network as maps between the states of the ellipsoid recursion (`ellipsoids`)."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import scipy.sparse as sp
+
+from lipbounds._form.lure import LureForm
+from lipbounds._gain.blocks import TapScaling
+from lipbounds._local.maps import Matrix, matrix
+from lipbounds._norms import enclosures
+from lipbounds._norms.enclosures import Enclosure
+from lipbounds._norms.rounding import U
+from lipbounds._triangle import recursion
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One tap between two states: y = W s, s+ = H s + G v, v = phi(y).
+
+    The rows of T are those of W, then those of H that are not zero and not among them already (a residual block reads
+    what lives on): H s has the entries `of` of T s at `to`, both empty where H = 0, up to `gap` ||s||.
+    """
+
+    tap: int
+    neurons: int
+    T: Matrix
+    G: Matrix
+    of: np.ndarray
+    to: np.ndarray
+    gap: float = 0.0
+
+    @property
+    def lives_on(self) -> bool:
+        return bool(self.to.size)
+
+    @property
+    def rows(self) -> int:
+        """The number of rows of T."""
+        return max(self.neurons, int(self.of.max(initial=-1)) + 1)
+
+    @cached_property
+    def single(self) -> Stage:
+        """The same in float32."""
+        return replace(self, T=self.T.single, G=self.G.single)
+
+    def joined(self, a: np.ndarray, b: np.ndarray | None) -> np.ndarray:
+        """(N, J, rows): a (N, J, neurons) on y plus b (N, J, d+) on what lives on, so that it is a'y + b'H s."""
+        if b is None or not self.lives_on:
+            return a
+        out = np.concatenate([a, np.zeros((*a.shape[:2], self.rows - self.neurons))], axis=2)
+        np.add.at(
+            out.transpose(2, 0, 1), self.of, b[:, :, self.to].transpose(2, 0, 1)
+        )  # an entry may be read twice
+        return out
+
+
+def stages_of(view: LureForm) -> tuple[Matrix, tuple[Stage, ...]]:
+    """(A_0, stages) of an elementwise view; s_0 = A_0 x."""
+    host = recursion.host_form(view)
+    plain = [TapScaling(None, np.ones(tap.size_out), np.ones(tap.size_in)) for tap in view.taps]
+    (start, _, _), *maps = host.state_maps(plain)
+    made = []
+    for k, (h, g, w) in enumerate(maps):
+        assert g is not None and w is not None
+        rows, of, to, gap = _distinct(w, h)
+        made.append(Stage(k, view.taps[k].size_in, matrix(rows), matrix(g), of, to, gap))
+    return matrix(start), tuple(made)
+
+
+def _distinct(w: Enclosure, h: Enclosure) -> tuple[Enclosure, np.ndarray, np.ndarray, float]:
+    """(T, of, to, gap) of a `Stage` with the maps W and H.
+
+    With H = E T for the floats, H_real - E T_real = (H_real - H) - E (T_real - T), in the Frobenius norm.
+    """
+    both = enclosures.stack([w, h])
+    array, error = both.with_error()
+    m = sp.csr_array(array, copy=True)
+    m.eliminate_zeros()
+    m.sort_indices()
+    n, ends = w.shape[0], itertools.pairwise(m.indptr.tolist())
+    keys = [(m.indices[lo:hi].tobytes(), m.data[lo:hi].tobytes()) for lo, hi in ends]
+    kept, place = list(range(n)), {key: i for i, key in reversed(list(enumerate(keys[:n])))}
+    to = np.flatnonzero(np.diff(m.indptr)[n:])
+    for i in (n + to).tolist():
+        if keys[i] not in place:
+            place[keys[i]] = len(kept)
+            kept.append(i)
+    of = np.array([place[keys[n + i]] for i in to], int)
+    gap = error * (1 + np.sqrt(np.bincount(of).max(initial=1))) * (1 + 8 * U)
+    return both.select(rows=np.array(kept, int)), of, to, float(gap)
