@@ -3,7 +3,7 @@
 A matrix W (m, n), m >= n, with orthonormal columns (with m < n, rows) is moved by a step in the tangent space,
 D = G - W sym(W'G), and brought back to the manifold. Nothing is constructed from unconstrained parameters, so that a
 training step costs no factorisation, and the network is made of plain matrices (Hu, Hu and Fredrikson, LipNeXt, ICLR
-2026, train so with Adam).
+2026, train so).
 
 The step is orthogonalised, as that of Muon (Jordan et al., 2024): all of its singular values are about the learning
 rate, which is the angle in radians by which W turns, whatever the size of W.
