@@ -164,7 +164,7 @@ SHAPES = {
 
 
 OURS = "mnist-784-512-512-10"
-LIPSCHITZ = ("mnist-4C3F-cholesky", "cifar10-lipnext")
+LIPSCHITZ = ("mnist-4C3F-cholesky", "mnist-lipnext", "cifar10-lipnext")
 ATTACKED = ("cifar10-resnet18", "cifar10-wrn-34-10", "cifar100-resnet18", "tiny-imagenet-resnet50")
 
 

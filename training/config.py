@@ -358,6 +358,7 @@ _NORM_ONE = {
     "warmup": 0,
     "validate_every": 0,
 }
+_TURNED = {"refresh": 20, "batch_size": 128, "average": "ema", "ema_decay": 0.995}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "mnist-784-512-512-10": {
         "dataset": "mnist",
@@ -385,15 +386,20 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "learning_rate": 1.5e-3,
         "epochs": 4,
     },
+    "mnist-lipnext": {
+        **_NORM_ONE,
+        **_TURNED,
+        "dataset": "mnist",
+        "arch": "lipnext-L2-2W32",
+        "eps": 1.58,
+        "epochs": 8,
+    },
     "cifar10-lipnext": {
         **_NORM_ONE,
+        **_TURNED,
         "dataset": "cifar10",
         "arch": "lipnext-L2-4W32",
-        "refresh": 20,
         "eps": 36 / 255,
-        "batch_size": 128,
-        "average": "ema",
-        "ema_decay": 0.995,
         "crop": 4,
         "flip": True,
         "epochs": 10,
