@@ -13,9 +13,10 @@ import jax
 import pytest
 from flax import nnx
 
-from lipbounds.training.config import PRESETS, Config, defaults, from_text, preset
+from lipbounds.training.config import Config, defaults, from_text
 from lipbounds.training.data import DATASETS
 from lipbounds.training.models import ModelSpec, build, spec_for
+from lipbounds.training.presets import PRESETS, preset
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 HINTS = typing.get_type_hints(Config)

@@ -13,10 +13,10 @@ import pytest
 from flax import nnx
 
 from lipbounds.training import Config, fit, preset
-from lipbounds.training.config import PRESETS
 from lipbounds.training.initial import initialise
 from lipbounds.training.lipschitz_nets import OrthogonalConvNet
 from lipbounds.training.models import ConvNet
+from lipbounds.training.presets import PRESETS
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("presets")]
 EPS = 0.5

@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 
 from lipbounds._cli import train as cli
 from lipbounds._cli.main import app
-from lipbounds.training.config import PRESETS, Config, defaults
+from lipbounds.training.config import Config, defaults
 from lipbounds.training.data import digits
 from lipbounds.training.loop import fit
+from lipbounds.training.presets import PRESETS
 from lipbounds.training.runs import open_run
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}

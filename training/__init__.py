@@ -13,11 +13,11 @@ if not __name__.startswith("lipbounds."):
 from lipbounds.training.callbacks import Callback as Callback
 from lipbounds.training.callbacks import TensorBoard as TensorBoard
 from lipbounds.training.callbacks import Trackio as Trackio
-from lipbounds.training.config import PRESETS as PRESETS
 from lipbounds.training.config import Config as Config
-from lipbounds.training.config import preset as preset
 from lipbounds.training.loop import Fitted as Fitted
 from lipbounds.training.loop import fit as fit
 from lipbounds.training.loop import resume as resume
+from lipbounds.training.presets import PRESETS as PRESETS
+from lipbounds.training.presets import preset as preset
 from lipbounds.training.runs import Run as Run
 from lipbounds.training.runs import open_run as open_run

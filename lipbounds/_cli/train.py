@@ -139,7 +139,7 @@ def _annotation(field: dataclasses.Field[Any], hint: Any) -> Any:
 def _settings(given: Json, preset: str | None, file: Path | None) -> Any:
     """The configuration: defaults of the data set, overridden by preset, file and options, in this order."""
     from lipbounds.training.config import Config, defaults, from_text, unproved
-    from lipbounds.training.config import preset as settings_of
+    from lipbounds.training.presets import preset as settings_of
 
     chosen = from_text(file.read_text(encoding="utf-8"), str(file)) if file is not None else {}
     chosen |= given
