@@ -53,17 +53,20 @@ def distances(head: Any) -> Any:
 def proved_pairs(model: Any) -> tuple[np.ndarray, list[float]]:
     """((K, K) proved constants, norms of the matrices): the product of verified norms, rounding included.
 
-    Shifts, permutations of pixels and MaxMin have norm 1, and centring adds constants. The factor 1 + 1e-9 is far above
-    the rounding of the product and of the distances.
+    Shifts, permutations of pixels and MaxMin have norm 1, and centring adds constants. The columns of the last layer
+    are divided by their lengths in float64 here; the factor 1 + 1e-6 covers the rounding of the product and of the
+    distances, for the network in float32, too.
     """
     from lipbounds.norms import verified_norm
+    from lipbounds.training.layers import unit
 
     layers = [layer for scale in model.scales for layer in scale]
     layers += [model.windows, *model.dense]
     norms = [verified_norm(np.asarray(layer.dense.weights(), np.float64)) for layer in layers]
     with jax.enable_x64(True):
-        apart = np.asarray(distances(jnp.asarray(np.asarray(model.head.weights(), np.float64))))
-    return math.prod(norms) / model.std * apart * (1 + 1e-9), norms
+        kernel = jnp.asarray(np.asarray(model.head.kernel.get_value(), np.float64))
+        apart = np.asarray(distances(unit(kernel, axis=0)))
+    return math.prod(norms) / model.std * apart * (1 + 1e-6), norms
 
 
 def save(out: pathlib.Path, weights: Any, facts: dict[str, Any]) -> None:

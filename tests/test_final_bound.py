@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import time
@@ -228,3 +229,14 @@ def test_a_hurried_search_has_a_bound_after_fewer_steps() -> None:
 
     (few, loose), (many, tight) = steps(0.0), steps(60.0)
     assert few < many and tight <= loose < 2 * exact
+
+
+def test_a_run_can_be_copied_while_its_programs_are_compiled(there: None) -> None:
+    found = trained()
+    assert found.ahead is not None
+    again = copy.deepcopy(found)
+    assert again.ahead is not None
+    again.ahead.wait()
+    for a, b in zip(leaves(found), leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    found.ahead.wait()

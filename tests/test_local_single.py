@@ -271,3 +271,24 @@ def test_what_rounding_keeps_apart_is_covered():
             worst = abs(straight @ u) + gap * np.linalg.norm(root @ u) * np.linalg.norm(a)
             assert exact(a[None] @ s[0] @ a[:, None])[0] >= worst**2
     assert least_eigenvalue(exact(s[0])) > 0
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_outputs_that_cancel_in_float32_are_searched_in_float64(outputs):
+    """Two copies of every neuron whose weights nearly cancel: in float32 the square of a constant may be negative."""
+    rng = np.random.default_rng(0)
+    first = rng.standard_normal((300, 20)).astype(np.float32) / 4
+    last = rng.standard_normal((outputs, 300)).astype(np.float32)
+    rest = 1e-5 * rng.standard_normal((outputs, 300)).astype(np.float32)
+    start = rng.standard_normal((20, 10)).astype(np.float32)
+    w = [start, np.concatenate([first, first]), np.concatenate([last, rest - last], axis=1)]
+    biases = [np.full(20, 0.1), np.full(600, 0.3), 1e-3 * np.arange(1, outputs + 1)]
+    form = lb.from_weights(w, biases=biases, activation="relu")
+    x = rng.standard_normal((4, 10)).astype(np.float32)
+    z = values(form, x)
+    y = np.ones(4, int) if outputs == 1 else z.argmax(axis=1)
+    bound = lb.liplt(form, pairwise=outputs > 1)
+    alone = lb.certified_radius(form, x, y, bound=bound).radius
+    right = alone > 0
+    assert right.sum() >= 2
+    assert (radii(form, x, y, bound)[right] > 50 * alone[right]).all()

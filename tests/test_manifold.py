@@ -47,10 +47,11 @@ def test_newton_schulz_finds_the_polar_factor(shape: tuple[int, int]) -> None:
     assert np.linalg.norm(np.asarray(orthonormalised(near, 1)), 2) <= 1 + 1e-6
 
 
+@pytest.mark.parametrize("size", [1e-34, 1e-20, 1e-5, 1e20])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_directions_have_the_singular_vectors_of_the_gradient(shape: tuple[int, int]) -> None:
+def test_directions_have_the_singular_vectors_of_the_gradient(shape: tuple[int, int], size: float) -> None:
     g = np.random.default_rng(4).normal(size=shape).astype(np.float32)
-    found = np.asarray(direction(1e-5 * g))  # whatever its size
+    found = np.asarray(direction(np.float32(size) * g))
     values = np.linalg.svd(found, compute_uv=False)
     assert 0.6 < values.min() and values.max() < 1.3
     small = min(shape)

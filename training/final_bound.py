@@ -112,7 +112,8 @@ def bound_within(
         with contextlib.suppress(ValueError):  # they prove nothing yet
             trained = until(_TRAINED, 0)
     best = until(_BEST, iterations)
-    bound, instead = best or trained, None if best else name
+    proved = [found for found in (best, trained) if found is not None]
+    bound, instead = min(proved, key=lambda found: found.value, default=None), None if best else name
     if bound is None:
         cheap = dataclasses.replace(config, constants="liplt") if method(config) == "recursion" else config
         with hurried(begin + seconds - clock()):
@@ -125,9 +126,9 @@ _NAMES = {"naive": "the product of norms", "liplt": "LipLT", "recursion": "LipSD
 
 def compiled_ahead(trainer: Trainer, state: TrainState, shape: tuple[int, ...]) -> Ahead | None:
     """Begin to compile the programs of the bound, where there is an accelerator."""
-    return (
-        Ahead(trainer, parallel.local(state), shape) if on_accelerator() else None
-    )  # training gives its arrays away
+    if not on_accelerator():
+        return None
+    return Ahead(trainer, parallel.local(state), shape)  # a copy, as training gives its arrays away
 
 
 class Ahead:
@@ -149,18 +150,28 @@ class Ahead:
             except BaseException as error:  # a thread has nobody to tell, and training goes on
                 self.error = error
 
-        self._thread = threading.Thread(target=work, name="lipbounds-ahead")
+        self._thread: threading.Thread | None = threading.Thread(target=work, name="lipbounds-ahead")
         self._thread.start()
+
+    def __reduce__(self) -> Any:
+        """A copy of a run has nothing to wait for."""
+        return _nothing_to_wait_for, ()
 
     def wait(self) -> None:
         """Wait until all is compiled; in slices, so that an interruption is heard."""
-        while self._thread.is_alive():
+        while self._thread is not None and self._thread.is_alive():
             self._thread.join(0.2)
 
     def interrupted(self, kind: type[BaseException] | None, *_: Any) -> None:
         """End it before its next program where the training ends with an error: the exit of a context."""
         if kind is not None:
             self._stop.set()
+
+
+def _nothing_to_wait_for() -> Ahead:
+    made = Ahead.__new__(Ahead)
+    made.error, made._stop, made._thread = None, _Stop(), None
+    return made
 
 
 class _Stop(threading.Event):

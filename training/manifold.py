@@ -79,11 +79,13 @@ def orthonormalised(w: jax.Array, steps: int = 1) -> jax.Array:
 
 
 def direction(g: jax.Array, steps: int = 6) -> jax.Array:
-    """A matrix with the singular vectors of G whose singular values are about 1; zero where G is."""
+    """A matrix with the singular vectors of G whose singular values are about 1, whatever its size; zero where G is."""
     if g.shape[0] < g.shape[1]:
         return direction(g.T, steps).T
     a, b, c = _QUINTIC
-    x = g / jnp.maximum(jnp.linalg.norm(g), jnp.finfo(g.dtype).tiny)
+    tiny = jnp.finfo(g.dtype).tiny
+    x = g / jnp.maximum(jnp.max(jnp.abs(g)), tiny)  # first, as squares may leave the range of floats
+    x = x / jnp.maximum(jnp.linalg.norm(x), tiny)
     one = jnp.eye(x.shape[1], dtype=x.dtype)
     for _ in range(steps):
         gram = x.T @ x

@@ -154,6 +154,8 @@ def _settings(given: Json, preset: str | None, file: Path | None) -> Any:
 
 def _check_used(given: Json, c: Any) -> None:
     """ValueError for options that have no effect with these settings."""
+    from lipbounds.training.lipnext import parse
+
     recursion = c.uses_constants and c.constants == "recursion"
     used = {
         ("lam",): (c.loss == "crm", "the loss crm"),
@@ -195,8 +197,8 @@ def _check_used(given: Json, c: Any) -> None:
             "a schedule that ends at a given rate (exponential, cosine or cyclic)",
         ),
         ("angle",): (
-            c.arch.lower().startswith("lipnext"),
-            "a network with such layers, as --arch lipnext-L2-4W32",
+            (parse(c.arch) or {"kind": ""}).get("kind", "stiefel") == "stiefel",
+            "a network of stiefel layers, such as --arch lipnext-L2-4W32",
         ),
         ("momentum", "nesterov"): (c.optimiser == "sgd", "--optimiser sgd"),
         ("ema_decay",): (c.average == "ema", "--average ema"),

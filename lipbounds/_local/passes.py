@@ -179,7 +179,7 @@ class Passes:
         at = np.flatnonzero(~self.refused[rows])
         if at.size:
             passed = self._recursion(rows[at], eps[at], _some(labels, at), self.single)
-            fine = np.isfinite(passed.s).all(axis=(1, 2)) & np.isfinite(passed.score)
+            fine = np.isfinite(passed.s).all(axis=(1, 2)) & np.isfinite(passed.score) & _possible(passed.s)
             self.refused[rows[at[~fine]]] = True
             parts.append((at[fine], _rows(passed, fine)))
         at = np.flatnonzero(self.refused[rows])
@@ -226,6 +226,13 @@ class Passes:
         own = np.zeros((count, 1, classes))
         own[np.arange(count), 0, labels] = 1.0
         return signs.sum(axis=1, keepdims=True) * own - signs
+
+
+def _possible(s: np.ndarray) -> np.ndarray:
+    """(N,) whether every output and every difference of two has a square of at least 0 (cancellation may take it)."""
+    squares = np.einsum("nii->ni", s)
+    differences = squares[:, :, None] + squares[:, None, :] - 2 * s
+    return (squares >= 0).all(axis=1) & (differences >= 0).all(axis=(1, 2))
 
 
 def _some(labels: np.ndarray | None, at: np.ndarray) -> np.ndarray | None:

@@ -145,7 +145,7 @@ class Search:
         """
         labels, gaps = self.labels[at[rows]], self.gaps[at[rows]]
         scale = row_roots(bounds(rows, eps, labels=labels, **options), labels)
-        return np.where(np.isinf(scale).any(axis=1), 0.0, ratios(gaps, scale))
+        return np.where(np.isfinite(scale).all(axis=1), ratios(gaps, scale), 0.0)
 
     def _reach(self, near: Around, part: slice) -> None:
         at, goal = self.todo[part], float(self.goal or 0.0)
