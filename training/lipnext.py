@@ -8,7 +8,7 @@ matrices are as cheap to keep as dense layers: no Fourier transform, no power it
 Its matrices are trained on the manifold of orthonormal ones (`manifold.py`), which is cheaper than any construction and
 needs fewer steps here, too. Other than there: windows of pixels become channels between scales (and before the first),
 the nonlinearity is MaxMin, windows of pixels and then the image are mapped to features by matrices with orthonormal
-columns, where they take the norm over all pixels, and channels are centred: each has its mean over the images and
+columns, where the paper takes the norm over all pixels, and channels are centred: each has its mean over the images and
 pixels subtracted, which changes no constant.
 """
 

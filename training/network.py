@@ -15,7 +15,7 @@ import lipbounds as lb
 from lipbounds.training import layers
 
 _FLOAT = jnp.float32
-#: What changes in training without a gradient: vectors of spectral layers, statistics of BatchNorm.
+#: What changes without a gradient: vectors of spectral layers, statistics of BatchNorm and `layers.Centre`.
 _KEPT = (layers.Kept, nnx.BatchStat)
 
 
@@ -29,7 +29,7 @@ class Network:
         gathering: the same, with the moments of the last batch as statistics.
         rest: all state but the weights.
         input_shape: of one image.
-        norms: places of the BatchNorm layers that are trained.
+        norms: places of the BatchNorm layers that are trained, `layers.Centre` among them.
     """
 
     graph: Any
