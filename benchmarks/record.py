@@ -25,6 +25,7 @@ import pathlib
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -66,9 +67,6 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tests", type=int, default=10_000, help="test on fewer")
     parser.add_argument("--every", type=float, default=45, help="seconds between tests")
     parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument(
-        "--unrolled", action="store_true", help="steps one by one: XLA's loops are slow on a CPU"
-    )
     return parser.parse_args(arguments)
 
 
@@ -109,10 +107,9 @@ class Parts(NamedTuple):
         """The network in evaluation mode."""
         return nnx.merge(self.graph, weights, means)
 
-    def trained(self, weights: Any, x: Any) -> tuple[Any, Any]:
-        """(logits, means) with the channels of x centred by its own means."""
-        model = nnx.merge(self.moving, weights, self.means, copy=True)
-        return model(x), nnx.state(model, nnx.BatchStat)
+    def trained(self, weights: Any, x: Any) -> Any:
+        """Logits with the channels of x centred by its own means."""
+        return nnx.merge(self.moving, weights, self.means, copy=True)(x)
 
 
 def apart(model: Any) -> Parts:
@@ -159,7 +156,7 @@ def trainer(c: argparse.Namespace, parts: Parts) -> tuple[Any, Any]:
         y = labels[rows]
 
         def loss(weights: Any) -> Any:
-            logits, _ = parts.trained(weights, x.astype(kind))
+            logits = parts.trained(weights, x.astype(kind))
             pairs = distances(parts.model(weights, parts.means).head.weights())
             value = losses.margin(logits, y, pairs, eps=c.margin * EPS, temperature=c.temperature)
             hard = losses.radius(logits, y, pairs)
@@ -189,18 +186,14 @@ def trainer(c: argparse.Namespace, parts: Parts) -> tuple[Any, Any]:
         state, seen = jax.lax.scan(visit, state, plan(key, begin, end))
         return state, jnp.mean(seen, axis=0)
 
-    if not c.unrolled:
-        return start, jax.jit(epoch, donate_argnums=0)
-    single, planned = jax.jit(step, donate_argnums=0), jax.jit(plan)
+    return start, jax.jit(epoch, donate_argnums=0)
 
-    def dispatched(state: Any, pixels: Any, labels: Any, key: Any, begin: Any, end: Any) -> Any:
-        seen = []
-        for item in zip(*planned(key, begin, end), strict=True):
-            state, one = single(state, item, pixels, labels)
-            seen.append(one)
-        return state, jnp.mean(jnp.stack(seen), axis=0)
 
-    return start, dispatched
+@partial(jax.jit, static_argnums=0)
+def _means(moving: Any, weights: Any, means: Any, images: Any) -> Any:
+    model = nnx.merge(moving, weights, means, copy=True)
+    model(images.astype(jnp.float32) / 255)
+    return nnx.state(model, nnx.BatchStat)
 
 
 def finished(c: argparse.Namespace, parts: Parts, average: Any, pixels: Any) -> Any:
@@ -209,10 +202,9 @@ def finished(c: argparse.Namespace, parts: Parts, average: Any, pixels: Any) -> 
 
     rounded = jax.tree.map(lambda a: a.astype(jnp.float16).astype(jnp.float32), average)
     weights = jax.jit(manifold.restored)(rounded)
-    gather = jax.jit(lambda weights, x: parts.trained(weights, x.astype(jnp.float32) / 255)[1])
     batch = min(1000, c.images)
     starts = range(0, min(8 * batch, c.images - batch + 1), batch)
-    found = [gather(weights, pixels[i : i + batch]) for i in starts]
+    found = [_means(parts.moving, weights, parts.means, pixels[i : i + batch]) for i in starts]
     return parts.model(weights, jax.tree.map(lambda *a: jnp.mean(jnp.stack(a), axis=0), *found))
 
 

@@ -100,10 +100,10 @@ class Search:
         goal: a radius that is enough. Only this ball is tried, twice at most, around examples below it.
 
     best (N,) are the radii so far, and by (N,) the engines that gave those above the global ones, "" elsewhere; results
-    of an engine stay if it fails later. An engine takes the same steps as
-    it would alone, every try narrowing the `Interval` of a radius, and stops before them only where all the intervals
-    of a chunk end below the best: so no engine alone finds more. (Examples cannot leave one by one: local
-    LipLT takes as many Lanczos steps as the slowest example of a call needs.)
+    of an engine stay if it fails later. An engine takes the same steps as it would alone, every try narrowing the
+    `Interval` of a radius, and stops before them only where all the intervals of a chunk end below the best: so no
+    engine alone finds more. (Examples cannot leave one by one: local LipLT takes as many Lanczos steps as the slowest
+    example of a call needs.)
     """
 
     def __init__(
