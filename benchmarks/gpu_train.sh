@@ -35,7 +35,7 @@ trap 'rm -rf "$SITE"' EXIT
 cp -r "$ROOT/lipbounds" "$ROOT/benchmarks" "$ROOT/pyproject.toml" "$SITE/"
 cp -r "$ROOT/training" "$ROOT/analysis" "$SITE/lipbounds/"
 cd "$SITE" || exit 2
-export PYTHONPATH=$SITE PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 export XLA_PYTHON_CLIENT_MEM_FRACTION=0.8 JAX_PLATFORMS=${GPU:-cuda}
 MODE=${2:-}
 RESUME=""; [ "$MODE" = "--resume" ] && RESUME="--resume"

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 EPS = 36 / 255
+BATCH = 500  # images at a time
 PIECE = 15_000_000  # bytes of a file of weights
 
 
@@ -23,11 +24,19 @@ def _logits(graph: Any, weights: Any, images: Any) -> Any:
     return (model(x) + model(x[:, :, ::-1])) / 2
 
 
-def outputs(model: Any, images: np.ndarray, batch: int = 500) -> np.ndarray:
+def outputs(model: Any, images: np.ndarray, batch: int = BATCH) -> np.ndarray:
     """(n, K) means of the logits of images (bytes) and of their mirror images, in the type of the weights."""
     graph, weights = nnx.split(model)
     parts = [_logits(graph, weights, images[i : i + batch]) for i in range(0, len(images), batch)]
     return np.concatenate([np.asarray(part) for part in parts])
+
+
+def outputs_in_float64(model: Any, images: np.ndarray) -> np.ndarray:
+    """`outputs` of the same weights in float64."""
+    graph, weights = nnx.split(model)
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        exact = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), weights)
+        return outputs(nnx.merge(graph, exact), images)
 
 
 def accuracies(

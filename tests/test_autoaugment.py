@@ -165,7 +165,7 @@ def test_it_comes_between_crop_and_cutout(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(augment, name, noted(name))
     x, key = jnp.ones((3, 8, 8, 1)), jax.random.key(0)
     assert Augmentation(crop=3, cutout=4, fill=0.25, autoaugment=True)(key, x) is x
-    assert seen == [("crop", 3, 0.25), ("autoaugment", 0.25), ("cutout", 4, 0.25)] and len(keys) == 3
+    assert seen == [("crop", 3, 0.25, False), ("autoaugment", 0.25), ("cutout", 4, 0.25)] and len(keys) == 3
 
 
 @pytest.mark.parametrize(

@@ -383,6 +383,15 @@ def test_few_inputs_as_a_factor_or_as_a_matrix(norm, fresh, monkeypatch):
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6 * want.max())
 
 
+def test_a_stage_that_is_not_exactly_its_factor_is_a_matrix(fresh, monkeypatch):
+    seen, thin = [], engines._thin
+    monkeypatch.setattr(engines, "_thin", lambda *given: seen.append(given) or thin(*given))
+    bounds(mlp(widths=(6, 40, 20, 4)), np.ones((1, 6), np.float32), 0.2, 2)
+    ((begin, stage, ball),) = seen
+    assert stage.gap == 0 and isinstance(thin(begin, stage, ball), ellipsoids.Thin)
+    assert thin(begin, dataclasses.replace(stage, gap=1e-12), ball) is None
+
+
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("norm", [2, np.inf])
 @pytest.mark.parametrize("skip", [False, True])

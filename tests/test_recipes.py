@@ -15,12 +15,13 @@ import pytest
 from flax import nnx
 
 import lipbounds as lb
-from lipbounds.training import Config, fit, losses, resume
+from lipbounds.training import Config, fit, losses, parallel, resume
 from lipbounds.training.augment import crop, cutout
 from lipbounds.training.data import digits
 from lipbounds.training.lipschitz_nets import OrthogonalConvNet
 from lipbounds.training.models import build, spec_for
 from lipbounds.training.optimisers import lookahead, schedule
+from lipbounds.training.step import trainer
 
 Z = jnp.array([[2.0, 1.0, -1.0], [0.0, 1.5, 1.0], [0.2, 0.1, 0.0]])
 Y = jnp.array([0, 2, 0])
@@ -64,12 +65,13 @@ def test_the_certificate_penalty_counts_what_right_answers_lack() -> None:
     np.testing.assert_allclose(losses.certificate_penalty(Z, Y, PAIRS, eps=0.4), 0.75 / 3, rtol=1e-5)
 
 
-def test_crops_are_shifts_and_cutouts_are_squares() -> None:
+@pytest.mark.parametrize("border, mode", [("black", "constant"), ("mirror", "reflect")])
+def test_crops_are_shifts_and_cutouts_are_squares(border: str, mode: Any) -> None:
     x = jnp.arange(1.0, 2 * 6 * 5 + 1).reshape(2, 6, 5, 1)
-    rim = np.pad(np.asarray(x), ((0, 0), (2, 2), (2, 2), (0, 0)))
+    rim = np.pad(np.asarray(x), ((0, 0), (2, 2), (2, 2), (0, 0)), mode)
     seen = set()
     for k in range(8):
-        for image, found in enumerate(np.asarray(crop(jax.random.key(k), x, 2))):
+        for image, found in enumerate(np.asarray(crop(jax.random.key(k), x, 2, mirrored=border == "mirror"))):
             places = [
                 (i, j)
                 for i in range(5)
@@ -84,6 +86,16 @@ def test_crops_are_shifts_and_cutouts_are_squares() -> None:
             assert 1 <= rows.size <= 4 and np.ptp(rows) <= 1 and np.ptp(columns) <= 1
             assert np.array_equal(one[one != -1], before[one != -1])
     assert len(seen) > 8
+
+
+@pytest.mark.parametrize("border", ["black", "mirror"])
+def test_the_border_of_a_crop_is_a_setting(border: str) -> None:
+    config = Config(arch="64-10", loss="cross-entropy", epochs=1, batch_size=4, crop=7, border=border)
+    made = trainer(config, build(config.spec((8, 8, 1), 10)), (8, 8, 1), 255, 4, parallel.devices(1))
+    x = made.batch(np.full((4, 8, 8, 1), 255, np.uint8), np.arange(4), jax.random.key(0))
+    assert np.any(np.asarray(x) == 0) == (border == "black")
+    with pytest.raises(ValueError, match="no 8 pixels to mirror"):
+        crop(jax.random.key(0), x, 8, mirrored=True)
 
 
 def test_lookahead_goes_half_the_way_back() -> None:

@@ -61,11 +61,19 @@ def affine(x: jax.Array, angles: jax.Array, shifts: jax.Array, fill: float = 0.0
     return ((1 - down) * above + down * below).reshape(x.shape)
 
 
-def crop(key: jax.Array, x: jax.Array, pad: int, fill: float = 0.0) -> jax.Array:
-    """A part of each image's own size from the image in a rim of `pad` pixels of `fill`: a shift by whole pixels."""
+def crop(key: jax.Array, x: jax.Array, pad: int, fill: float = 0.0, mirrored: bool = False) -> jax.Array:
+    """A part of each image's own size from the image in a rim of `pad` pixels: a shift by whole pixels.
+
+    The rim has the value `fill` or, mirrored, the pixels inside the border; pad is less than the image's size then.
+    """
     _check_batch(x)
     n, height, width, channels = x.shape
-    rim = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)), constant_values=fill)
+    sides = ((0, 0), (pad, pad), (pad, pad), (0, 0))
+    if mirrored and pad >= min(height, width):
+        raise ValueError(
+            f"images of {height} x {width} pixels have no {pad} pixels to mirror at their border"
+        )
+    rim = jnp.pad(x, sides, "reflect") if mirrored else jnp.pad(x, sides, constant_values=fill)
     corners = jax.random.randint(key, (n, 2), 0, 2 * pad + 1, jnp.int32)
 
     def cut(image: jax.Array, corner: jax.Array) -> jax.Array:
@@ -103,6 +111,7 @@ class Augmentation:
     crop         shift by up to this many whole pixels, as a crop from the image in a rim of them
     cutout       side in pixels of a square that is blanked out
     fill         the pixel value outside the original image, in the units of the images
+    mirrored     whether `crop` shows the image mirrored at its border, in place of `fill`
     autoaugment  whether two random operations change each image, see `autoaugment`; images lie in [0, 1] then
 
     By default a batch is returned unchanged. ValueError for arguments outside these ranges.
@@ -115,6 +124,7 @@ class Augmentation:
     crop: int = 0
     cutout: int = 0
     autoaugment: bool = False
+    mirrored: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.degrees <= 180:
@@ -138,7 +148,7 @@ class Augmentation:
             shifts = jnp.round(self.translate * jnp.array(x.shape[1:3], jnp.float32) * draws)
             x = affine(x, angles, shifts, self.fill)
         if self.crop:
-            x = crop(jax.random.fold_in(shift, 1), x, self.crop, self.fill)
+            x = crop(jax.random.fold_in(shift, 1), x, self.crop, self.fill, self.mirrored)
         if self.autoaugment:
             x = autoaugment(jax.random.fold_in(shift, 3), x, self.fill)
         if self.cutout:

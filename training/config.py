@@ -133,6 +133,8 @@ class Config:
     degrees: float = _setting(0.0, "data", "Rotate training images by at most this many degrees.", 0, 180)
     translate: float = _setting(0.0, "data", "Shift training images by at most this share of their size.", 0, 0.9)
     crop: int = _setting(0, "data", "Shift training images by at most this many pixels (random crop).", 0, 1000)
+    border: str = _setting("black", "data", "What a crop shows outside the image: black, or the image mirrored at its "
+                           "border.", choices=("black", "mirror"))
     autoaugment: bool = _setting(False, "data", "AutoAugment: two random operations of the policy of CIFAR-10 on every "
                                  "training image.")
     cutout: int = _setting(0, "data", "Side of a square that is blanked out in every training image.", 0, 1000)

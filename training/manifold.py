@@ -74,7 +74,7 @@ def orthonormalised(w: jax.Array, steps: int = 1) -> jax.Array:
         return orthonormalised(w.T, steps).T
     one = jnp.eye(w.shape[1], dtype=w.dtype)
     for _ in range(steps):
-        w = _product(w, 1.5 * one - 0.5 * _product(w.T, w))
+        w = w + 0.5 * (w @ (one - _product(w.T, w)))  # only the difference needs every digit
     return w
 
 
@@ -105,20 +105,28 @@ def averaged(mean: jax.Array, g: jax.Array, momentum: float = 0.9) -> jax.Array:
     return momentum * mean + (1 - momentum) * g
 
 
-def turned(w: jax.Array, mean: jax.Array, g: jax.Array, angle: Any, momentum: float = 0.9) -> jax.Array:
-    """W after a step, orthonormal up to rounding; `mean` includes the gradient g (momentum in Nesterov's form)."""
+def turned(
+    w: jax.Array, mean: jax.Array, g: jax.Array, angle: Any, momentum: float = 0.9, corrections: int = 2
+) -> jax.Array:
+    """W after a step, orthonormal up to rounding; `mean` includes the gradient g (momentum in Nesterov's form).
+
+    A step of length a leaves singular values up to 1 + 0.7 a^2, and one correction those of about 1 - 0.8 a^4: for
+    angles of at most 0.03 one is enough, for those of at most 0.2 two are.
+    """
     along = tangent(w, direction(tangent(w, averaged(mean, g, momentum))))
-    return orthonormalised(w - angle * along, 2)
+    return orthonormalised(w - angle * along, corrections)
 
 
-def all_turned(weights: Any, mean: Any, gradient: Any, angle: Any, momentum: float = 0.9) -> Any:
+def all_turned(
+    weights: Any, mean: Any, gradient: Any, angle: Any, momentum: float = 0.9, corrections: int = 2
+) -> Any:
     """`turned` of all matrices of a tree; those of one shape side by side, as accelerators want it."""
     leaves, tree = jax.tree.flatten(weights)
     columns = leaves, jax.tree.leaves(mean), jax.tree.leaves(gradient)
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, leaf in enumerate(leaves):
         groups.setdefault(leaf.shape, []).append(number)
-    turn = jax.vmap(partial(turned, angle=angle, momentum=momentum))
+    turn = jax.vmap(partial(turned, angle=angle, momentum=momentum, corrections=corrections))
     for numbers in groups.values():
         found = turn(*(jnp.stack([column[n] for n in numbers]) for column in columns))
         for n, one in zip(numbers, found, strict=True):

@@ -111,6 +111,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "arch": "lipnext-L2-4W32",
         "eps": 36 / 255,
         "crop": 4,
+        "border": "mirror",
         "flip": True,
         "epochs": 10,
     },

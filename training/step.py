@@ -270,7 +270,13 @@ class Trainer(Network):
         """The augmented images of these rows."""
         c = self.config
         augment = Augmentation(
-            c.flip, c.degrees, c.translate, crop=c.crop, cutout=c.cutout, autoaugment=c.autoaugment
+            c.flip,
+            c.degrees,
+            c.translate,
+            crop=c.crop,
+            cutout=c.cutout,
+            autoaugment=c.autoaugment,
+            mirrored=c.border == "mirror",
         )
         return augment(key, self.devices.spread(pixels[rows]).astype(_FLOAT) / np.float32(self.levels))
 
