@@ -8,8 +8,8 @@ from the files of an earlier piece in OUT, with fresh moments of the optimiser. 
 test) and record-*.npz (averaged weights in float16, at most 15 MB each; the network that is proved has the orthonormal
 matrices next to them, in float32).
 
-One step: batch from the images on the device, crop, flip and cutout; forward and backward in bfloat16 with float32
-weights; orthonormal matrices turn (`lipbounds.training.manifold`), everything else has Adam. There is no constant in
+One step: batch from the images on the device, flip, crop, jitter and cutout; forward and backward in bfloat16 with
+float32 weights; orthonormal matrices turn (`lipbounds.training.manifold`), everything else has Adam. There is no constant in
 the loss but the distances of the last layer's columns, as all other maps have norm 1. At the end the norm of every
 matrix is proved, and their product multiplies the constants.
 
@@ -75,6 +75,9 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.25)
     parser.add_argument("--margin", type=float, default=2.0, help="eps of the loss, in units of 36/255")
     parser.add_argument("--decay", type=float, default=0.999, help="of the weights' moving average, per step")
+    parser.add_argument(
+        "--jitter", type=float, default=0.15, help="of brightness and contrast, half of saturation's"
+    )
     parser.add_argument("--cutout", type=int, default=0, help="side of the square that is blanked out")
     parser.add_argument("--images", type=int, default=50_000, help="train on fewer")
     parser.add_argument("--tests", type=int, default=10_000, help="test on fewer")
@@ -142,7 +145,7 @@ def apart(model: Any) -> Parts:
 def trainer(c: argparse.Namespace, parts: Parts) -> tuple[Any, Any]:
     """(start(weights), epoch(state, pixels, labels, key, begin, end)); begin and end are shares of the time."""
     from lipbounds.training import losses, manifold
-    from lipbounds.training.augment import crop, cutout, flip
+    from lipbounds.training.augment import crop, cutout, flip, jitter
 
     steps = c.images // c.batch
     kind = jnp.dtype(c.precision)
@@ -165,6 +168,7 @@ def trainer(c: argparse.Namespace, parts: Parts) -> tuple[Any, Any]:
         keys = jax.random.split(key, 3)
         x = pixels[rows].astype(jnp.float32) / 255
         x = crop(keys[0], flip(keys[1], x), 4, mirrored=True)
+        x = jitter(jax.random.fold_in(key, 1), x, c.jitter)
         x = cutout(keys[2], x, c.cutout, fill=0.5) if c.cutout else x
         y = labels[rows]
 

@@ -16,7 +16,7 @@ from flax import nnx
 
 import lipbounds as lb
 from lipbounds.training import Config, fit, losses, parallel, resume
-from lipbounds.training.augment import crop, cutout
+from lipbounds.training.augment import crop, cutout, jitter
 from lipbounds.training.data import digits
 from lipbounds.training.lipschitz_nets import OrthogonalConvNet
 from lipbounds.training.models import build, spec_for
@@ -86,6 +86,22 @@ def test_crops_are_shifts_and_cutouts_are_squares(border: str, mode: Any) -> Non
             assert 1 <= rows.size <= 4 and np.ptp(rows) <= 1 and np.ptp(columns) <= 1
             assert np.array_equal(one[one != -1], before[one != -1])
     assert len(seen) > 8
+
+
+def test_jitter_changes_brightness_contrast_and_saturation_alone() -> None:
+    x = jax.random.uniform(jax.random.key(1), (64, 5, 4, 3))
+    for given, found in zip(np.asarray(x), np.asarray(jitter(jax.random.key(0), x, 0.2)), strict=True):
+        inner, outer = given - given.mean(axis=2, keepdims=True), found - found.mean(axis=2, keepdims=True)
+        colour = np.vdot(inner, outer) / np.vdot(inner, inner)
+        np.testing.assert_allclose(outer, colour * inner, atol=1e-5)
+        inner, outer = given.mean(axis=2) - given.mean(), found.mean(axis=2) - found.mean()
+        contrast = np.vdot(inner, outer) / np.vdot(inner, inner)
+        np.testing.assert_allclose(outer, contrast * inner, atol=1e-5)
+        assert 0.8 <= contrast <= 1.2 and 0.6 * contrast <= colour <= 1.4 * contrast
+        assert abs(found.mean() - given.mean()) <= 0.2
+    moved = jitter(jax.random.key(0), x, 0.2).mean(axis=(1, 2, 3)) - x.mean(axis=(1, 2, 3))
+    assert moved.min() < -0.1 and moved.max() > 0.1
+    np.testing.assert_allclose(jitter(jax.random.key(0), x, 0.0), x, atol=1e-6)
 
 
 @pytest.mark.parametrize("border", ["black", "mirror"])

@@ -1,4 +1,4 @@
-"""Random augmentation of image batches in JAX: reflections, rotations, translations, crops, AutoAugment and cutouts.
+"""Random augmentation of image batches in JAX: reflections, rotations, translations, crops, colours and cutouts.
 
 Every function maps a key and a batch `(n, height, width, channels)` of floats to a batch of the same shape and dtype,
 works under jit, scan and vmap, and draws its random numbers in float32 whatever `jax_enable_x64` says, so that a
@@ -82,6 +82,21 @@ def crop(key: jax.Array, x: jax.Array, pad: int, fill: float = 0.0, mirrored: bo
     return jax.vmap(cut)(rim, corners)
 
 
+def jitter(key: jax.Array, x: jax.Array, share: float) -> jax.Array:
+    """Images (n, height, width, channels) in [0, 1] with brightness, contrast and saturation changed, not clipped.
+
+    x + b first; then its difference from the image's mean times 1 + c; then that of every pixel's channels from their
+    mean times 1 + 2 s. Each of b, c and s is uniform in [-share, share], for every image anew.
+    """
+    _check_batch(x)
+    draws = jax.random.uniform(key, (3, x.shape[0], 1, 1, 1), jnp.float32, -share, share).astype(x.dtype)
+    x = x + draws[0]
+    middle = jnp.mean(x, axis=(1, 2, 3), keepdims=True)
+    x = middle + (x - middle) * (1 + draws[1])
+    grey = jnp.mean(x, axis=3, keepdims=True)
+    return grey + (x - grey) * (1 + 2 * draws[2])
+
+
 def cutout(key: jax.Array, x: jax.Array, size: int, fill: float = 0.0) -> jax.Array:
     """A square of `size` pixels around a random pixel of each image becomes `fill`; it may reach over the border.
 
@@ -102,7 +117,7 @@ def cutout(key: jax.Array, x: jax.Array, size: int, fill: float = 0.0) -> jax.Ar
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """`augmentation(key, x)`: flip, rotation and translation in one resampling, crop, AutoAugment, cutout.
+    """`augmentation(key, x)`: flip, rotation and translation in one resampling, crop, AutoAugment, jitter, cutout.
 
     flip         mirror each image left to right with probability 1/2
     degrees      largest angle of the rotation, 0..180; angles are uniform
@@ -111,6 +126,7 @@ class Augmentation:
     crop         shift by up to this many whole pixels, as a crop from the image in a rim of them
     cutout       side in pixels of a square that is blanked out
     fill         the pixel value outside the original image, in the units of the images
+    jitter       share by which brightness and contrast change at most, saturation by twice as much, 0..0.4
     mirrored     whether `crop` shows the image mirrored at its border, in place of `fill`
     autoaugment  whether two random operations change each image, see `autoaugment`; images lie in [0, 1] then
 
@@ -125,6 +141,7 @@ class Augmentation:
     cutout: int = 0
     autoaugment: bool = False
     mirrored: bool = False
+    jitter: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.degrees <= 180:
@@ -133,6 +150,8 @@ class Augmentation:
             raise ValueError(f"translate is a share of the image and must lie in 0..1, got {self.translate}")
         if self.crop < 0 or self.cutout < 0:
             raise ValueError(f"crop and cutout are numbers of pixels, got {self.crop} and {self.cutout}")
+        if not 0 <= self.jitter <= 0.4:
+            raise ValueError(f"jitter is a share of brightness and must lie in 0..0.4, got {self.jitter}")
         if not math.isfinite(self.fill):
             raise ValueError(f"fill must be finite, got {self.fill}")
 
@@ -151,6 +170,8 @@ class Augmentation:
             x = crop(jax.random.fold_in(shift, 1), x, self.crop, self.fill, self.mirrored)
         if self.autoaugment:
             x = autoaugment(jax.random.fold_in(shift, 3), x, self.fill)
+        if self.jitter:
+            x = jitter(jax.random.fold_in(shift, 4), x, self.jitter)
         if self.cutout:
             x = cutout(jax.random.fold_in(shift, 2), x, self.cutout, self.fill)
         return x

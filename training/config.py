@@ -137,6 +137,8 @@ class Config:
                            "border.", choices=("black", "mirror"))
     autoaugment: bool = _setting(False, "data", "AutoAugment: two random operations of the policy of CIFAR-10 on every "
                                  "training image.")
+    jitter: float = _setting(0.0, "data", "Change brightness and contrast of training images by at most this share, "
+                             "and saturation by twice as much.", 0, 0.4)
     cutout: int = _setting(0, "data", "Side of a square that is blanked out in every training image.", 0, 1000)
     average: str = _setting("none", "optimiser", "Validate and save averaged weights: a moving average (ema), or "
                             "the mean over the steps (swa).", choices=("none", "ema", "swa"))

@@ -277,6 +277,7 @@ class Trainer(Network):
             cutout=c.cutout,
             autoaugment=c.autoaugment,
             mirrored=c.border == "mirror",
+            jitter=c.jitter,
         )
         return augment(key, self.devices.spread(pixels[rows]).astype(_FLOAT) / np.float32(self.levels))
 
