@@ -9,9 +9,9 @@ test) and record-*.npz (averaged weights in float16, at most 15 MB each; the net
 matrices next to them, in float32).
 
 One step: batch from the images on the device, flip, crop, jitter and cutout; forward and backward in bfloat16 with
-float32 weights; orthonormal matrices turn (`lipbounds.training.manifold`), everything else has Adam. There is no constant in
-the loss but the distances of the last layer's columns, as all other maps have norm 1. At the end the norm of every
-matrix is proved, and their product multiplies the constants.
+float32 weights; orthonormal matrices turn (`lipbounds.training.manifold`), everything else has Adam. There is no
+constant in the loss but the distances of the last layer's columns, as all other maps have norm 1. At the end the norm
+of every matrix is proved, and their product multiplies the constants.
 
 The classifier is the mean of the network's outputs on an image and its mirror image: mirroring keeps l2 distances, so
 the network's constants hold for the mean.
