@@ -71,6 +71,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--corrections", type=int, default=1, help="towards orthonormal matrices, after a step"
     )
     parser.add_argument("--rate", type=float, default=1e-3, help="of Adam, for everything else")
+    parser.add_argument("--fall", type=float, default=1, help="power of the linear fall of the rates")
     parser.add_argument("--rise", type=float, default=200, help="steps in which the rates rise")
     parser.add_argument("--temperature", type=float, default=0.25)
     parser.add_argument("--margin", type=float, default=2.0, help="eps of the loss, in units of 36/255")
@@ -182,7 +183,8 @@ def trainer(c: argparse.Namespace, parts: Parts) -> tuple[Any, Any]:
         (value, seen), gradient = jax.value_and_grad(loss, has_aux=True)(weights)
         fine = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(gradient))
         gradient = jax.tree.map(lambda g: jnp.where(fine, g, 0), gradient)
-        falling = jnp.minimum(1, (count + 1) / c.rise) * jnp.minimum(1, 1.25 * (1 - share) + 1e-3)
+        falling = jnp.minimum(1, 1.25 * (1 - share) + 1e-3) ** c.fall
+        falling = falling * jnp.minimum(1, (count + 1) / c.rise)
         (matrices, others), (turning, gradient) = split(weights), split(gradient)
         mean = jax.tree.map(manifold.averaged, mean, turning)
         matrices = manifold.all_turned(matrices, mean, turning, c.angle * falling, corrections=c.corrections)
