@@ -59,13 +59,13 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--wait", type=float, default=60, help="seconds to wait for the data set's files")
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--depths", type=int, nargs="+", default=[4, 12])
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--features", type=int, default=512)
+    parser.add_argument("--depths", type=int, nargs="+", default=[2, 6])
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--features", type=int, default=1024)
     parser.add_argument("--dense", type=int, default=1)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument(
-        "--angle", type=float, default=0.03, help="of a step of orthonormal matrices, in radians"
+        "--angle", type=float, default=0.01, help="of a step of orthonormal matrices, in radians"
     )
     parser.add_argument(
         "--corrections", type=int, default=1, help="towards orthonormal matrices, after a step"

@@ -29,7 +29,7 @@ KINDS = ("stiefel", *ORTHOGONAL, "aol")
 _DIRECTIONS = ((0, 1), (0, -1), (1, 0), (-1, 0))
 
 
-def shift(x: jax.Array, share: float = 0.5) -> jax.Array:
+def shift(x: jax.Array, share: float = 0.25) -> jax.Array:
     """Images (..., h, w, c) with a share of the channels moved by one pixel, a quarter of it each way; a permutation.
 
     Pixels that leave the image come back on the other side. Each direction has an even number of channels.
