@@ -257,6 +257,7 @@ def test_another_architecture_in_a_run_is_refused(trained: Any, tmp_path: pathli
         (["gloro", "--r0", 1, "--g", "hinge"], "--r0, --g has no effect"),
         (["crm", "--power-iterations", 3], "--power-iterations has no effect"),
         (["crm", "--angle", 0.1], "--angle has no effect"),
+        (["crm", "--border", "mirror"], "--border has no effect without --crop"),
         (["margin", "--arch", "lipnext-L2W8-cayley", "--angle", 0.1], "--angle has no effect"),
         (["crm", "--constants", "liplt", "--multiplier-rate", 0.1], "--multiplier-rate has no effect"),
         (["crm", "--ema-decay", 0.9], "--ema-decay has no effect"),

@@ -200,6 +200,7 @@ def _check_used(given: Json, c: Any) -> None:
             (parse(c.arch) or {"kind": ""}).get("kind", "stiefel") == "stiefel",
             "a network of stiefel layers, such as --arch lipnext-L2-4W32",
         ),
+        ("border",): (c.crop > 0, "--crop"),
         ("momentum", "nesterov"): (c.optimiser == "sgd", "--optimiser sgd"),
         ("ema_decay",): (c.average == "ema", "--average ema"),
         ("average_from",): (c.average != "none", "--average ema or swa"),
