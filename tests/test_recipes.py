@@ -89,7 +89,7 @@ def test_crops_are_shifts_and_cutouts_are_squares(border: str, mode: Any) -> Non
 
 
 def test_jitter_changes_brightness_contrast_and_saturation_alone() -> None:
-    x = jax.random.uniform(jax.random.key(1), (64, 5, 4, 3))
+    x = jax.random.uniform(jax.random.key(1), (64, 5, 4, 3), minval=0.4, maxval=0.6)
     for given, found in zip(np.asarray(x), np.asarray(jitter(jax.random.key(0), x, 0.2)), strict=True):
         inner, outer = given - given.mean(axis=2, keepdims=True), found - found.mean(axis=2, keepdims=True)
         colour = np.vdot(inner, outer) / np.vdot(inner, inner)
@@ -102,6 +102,8 @@ def test_jitter_changes_brightness_contrast_and_saturation_alone() -> None:
     moved = jitter(jax.random.key(0), x, 0.2).mean(axis=(1, 2, 3)) - x.mean(axis=(1, 2, 3))
     assert moved.min() < -0.1 and moved.max() > 0.1
     np.testing.assert_allclose(jitter(jax.random.key(0), x, 0.0), x, atol=1e-6)
+    wide = jitter(jax.random.key(0), jnp.round(x), 0.4)
+    assert wide.min() == 0 and wide.max() == 1
 
 
 @pytest.mark.parametrize("border", ["black", "mirror"])

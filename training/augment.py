@@ -83,7 +83,7 @@ def crop(key: jax.Array, x: jax.Array, pad: int, fill: float = 0.0, mirrored: bo
 
 
 def jitter(key: jax.Array, x: jax.Array, share: float) -> jax.Array:
-    """Images (n, height, width, channels) in [0, 1] with brightness, contrast and saturation changed, not clipped.
+    """Images (n, height, width, channels) in [0, 1] with brightness, contrast and saturation changed, clipped to [0, 1].
 
     x + b first; then its difference from the image's mean times 1 + c; then that of every pixel's channels from their
     mean times 1 + 2 s. Each of b, c and s is uniform in [-share, share], for every image anew.
@@ -94,7 +94,7 @@ def jitter(key: jax.Array, x: jax.Array, share: float) -> jax.Array:
     middle = jnp.mean(x, axis=(1, 2, 3), keepdims=True)
     x = middle + (x - middle) * (1 + draws[1])
     grey = jnp.mean(x, axis=3, keepdims=True)
-    return grey + (x - grey) * (1 + 2 * draws[2])
+    return jnp.clip(grey + (x - grey) * (1 + 2 * draws[2]), 0, 1)
 
 
 def cutout(key: jax.Array, x: jax.Array, size: int, fill: float = 0.0) -> jax.Array:
