@@ -64,15 +64,15 @@ def test_the_mean_over_mirror_images_keeps_the_constants() -> None:
 
 
 def test_margins_are_compared_with_every_pair() -> None:
-    logits = np.array([[2.0, 1.0, 0.0], [0.0, 0.1, -1.0], [1.0, 0.0, 3.0]])
+    logits = np.array([[2.0, 0.0, 1.5], [0.0, 0.1, -1.0], [1.0, 0.0, 3.0]])
     pairs = np.array([[0.0, 8.0, 1.0], [8.0, 0.0, 1.0], [1.0, 1.0, 0.0]])
     labels = np.array([0, 1, 1])
-    # radii: min(1/8, 2/1), min(0.1/8, 1.1/1), wrong; in 255ths 31.9, 3.2
+    # radii in 255ths: the lesser of 255 * 2 / 8 and 255 * 0.5, so 63.75; 3.2; a wrong answer
     found = proof.accuracies(logits, labels, pairs)
     assert found == pytest.approx(
-        {"clean": 2 / 3, "certified 36/255": 0.0, "certified 72/255": 0.0, "certified 108/255": 0.0}
+        {"clean": 2 / 3, "certified 36/255": 1 / 3, "certified 72/255": 0.0, "certified 108/255": 0.0}
     )
-    assert proof.accuracies(logits, labels, pairs / 2)["certified 36/255"] == pytest.approx(1 / 3)
+    assert proof.accuracies(logits, labels, 2 * pairs)["certified 36/255"] == 0
     assert proof.accuracies(logits, labels, pairs, slack=0.1)["clean"] == pytest.approx(1 / 3)
 
 
