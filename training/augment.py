@@ -83,7 +83,7 @@ def crop(key: jax.Array, x: jax.Array, pad: int, fill: float = 0.0, mirrored: bo
 
 
 def jitter(key: jax.Array, x: jax.Array, share: float) -> jax.Array:
-    """Images (n, height, width, channels) in [0, 1] with brightness, contrast and saturation changed, clipped to [0, 1].
+    """Images (n, height, width, channels) in [0, 1] with other brightness, contrast and saturation, clipped to [0, 1].
 
     x + b first; then its difference from the image's mean times 1 + c; then that of every pixel's channels from their
     mean times 1 + 2 s. Each of b, c and s is uniform in [-share, share], for every image anew.
