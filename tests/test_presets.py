@@ -102,7 +102,7 @@ def test_orthogonal_layers_certify_more_than_plain_ones(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_lipnext_certifies_more_than_plain_training(seed: int) -> None:
-    config = small("cifar10-lipnext", 6, seed=seed, decay_from=0, arch="lipnext-L2W8", crop=0)
+    config = small("cifar10-lipnext", 20, seed=seed, decay_from=0, arch="lipnext-L2W8", crop=0)
     log = trained(config).log[-1]
     plain = trained(dataclasses.replace(config, loss="cross-entropy", arch="6C2F", average="none")).log[-1]
     assert log["guarantee"] == plain["guarantee"] == "verified"

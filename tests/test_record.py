@@ -101,7 +101,20 @@ def test_a_small_run_is_proved_and_goes_on(tmp_path: Path, monkeypatch: pytest.M
     (folder / "batches.meta.txt").write_text("\n".join("abcdefghij") + "\n")
     command = ["record.py", "--data-dir", str(tmp_path), "--out", str(out), "--precision", "float32"]
     command += ["--epochs", "40", "--depths", "1", "1", "--width", "8", "--features", "16"]
-    command += ["--images", "500", "--tests", "100", "--batch", "100", "--rise", "20", "--decay", "0.9"]
+    command += [
+        "--angle",
+        "0.05",
+        "--images",
+        "500",
+        "--tests",
+        "100",
+        "--batch",
+        "100",
+        "--rise",
+        "20",
+        "--decay",
+        "0.9",
+    ]
     monkeypatch.setattr(sys, "argv", command)
     # optax mixes integers and floats in its Adam of Nesterov's form
     with jax.numpy_dtype_promotion("standard"):
