@@ -55,7 +55,10 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=390, help="of this process, in all")
     parser.add_argument("--epochs", type=int, default=0, help="so many, in place of the time")
     parser.add_argument(
-        "--reserve", type=float, default=15, help="seconds kept for the last test and the proof"
+        "--reserve",
+        type=float,
+        default=15,
+        help="seconds kept for the last test and the proof; a CPU needs more",
     )
     parser.add_argument("--wait", type=float, default=60, help="seconds to wait for the data set's files")
     parser.add_argument("--resume", action="store_true")
@@ -77,7 +80,10 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--margin", type=float, default=2.0, help="eps of the loss, in units of 36/255")
     parser.add_argument("--decay", type=float, default=0.999, help="of the weights' moving average, per step")
     parser.add_argument(
-        "--jitter", type=float, default=0.15, help="of brightness and contrast, half of saturation's"
+        "--jitter",
+        type=float,
+        default=0.15,
+        help="largest change of brightness and contrast; of saturation, twice it",
     )
     parser.add_argument("--cutout", type=int, default=0, help="side of the square that is blanked out")
     parser.add_argument("--images", type=int, default=50_000, help="train on fewer")
@@ -169,7 +175,7 @@ def trainer(c: argparse.Namespace, parts: Parts) -> tuple[Any, Any]:
         keys = jax.random.split(key, 3)
         x = pixels[rows].astype(jnp.float32) / 255
         x = crop(keys[0], flip(keys[1], x), 4, mirrored=True)
-        x = jitter(jax.random.fold_in(key, 1), x, c.jitter)
+        x = jitter(jax.random.fold_in(key, 1), x, c.jitter) if c.jitter else x
         x = cutout(keys[2], x, c.cutout, fill=0.5) if c.cutout else x
         y = labels[rows]
 
@@ -286,7 +292,7 @@ def main() -> None:
     def rehearse(weights: Any) -> None:
         """Compile what tests and the proof need, and see that it runs before anything has been trained."""
         model = finished(c, parts, weights, pixels)
-        outputs(model, test_pixels)
+        outputs(model, test_pixels[:BATCH])
         outputs_in_float64(model, test_pixels[:BATCH])
         proved_pairs(model)
 

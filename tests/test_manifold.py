@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from lipbounds.training.manifold import direction, orthonormalised, tangent, turns
+from lipbounds.training.manifold import direction, orthonormalised, tangent, turned, turns
 
 SHAPES = [(6, 6), (9, 4), (4, 9)]
 
@@ -45,6 +45,13 @@ def test_newton_schulz_finds_the_polar_factor(shape: tuple[int, int]) -> None:
     np.testing.assert_allclose(orthonormalised(near, 5), left @ right, atol=2e-6)
     assert excess(orthonormalised(near, 1)) < excess(near) ** 2 * 2
     assert np.linalg.norm(np.asarray(orthonormalised(near, 1)), 2) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_one_correction_is_enough_for_small_angles(shape: tuple[int, int]) -> None:
+    w, g = orthonormal(shape), np.random.default_rng(5).normal(size=shape).astype(np.float32)
+    assert excess(turned(w, g, g, 0.03, corrections=1)) < 3e-6
+    assert excess(turned(w, g, g, 0.2, corrections=1)) > 1e-4 and excess(turned(w, g, g, 0.2)) < 3e-6
 
 
 @pytest.mark.parametrize("size", [1e-34, 1e-20, 1e-5, 1e20])

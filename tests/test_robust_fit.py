@@ -191,6 +191,8 @@ def test_images_outside_the_box_are_refused() -> None:
         fit(settings(loss="at", epochs=1), (2 * x, y), model=Normed())
     with pytest.raises(ValueError, match=r"AutoAugment changes images in the box \[0, 1\], and these reach"):
         fit(settings(loss="cross-entropy", autoaugment=True, epochs=1), (2 * x, y), model=Normed())
+    with pytest.raises(ValueError, match=r"jitter changes images in the box \[0, 1\], and these reach"):
+        fit(settings(loss="cross-entropy", jitter=0.1, epochs=1), (2 * x, y), model=Normed())
 
 
 # ---------------------------------------------------------------------------------------------------------- slow

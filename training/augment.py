@@ -126,7 +126,8 @@ class Augmentation:
     crop         shift by up to this many whole pixels, as a crop from the image in a rim of them
     cutout       side in pixels of a square that is blanked out
     fill         the pixel value outside the original image, in the units of the images
-    jitter       share by which brightness and contrast change at most, saturation by twice as much, 0..0.4
+    jitter       share by which brightness and contrast change at most, saturation by twice as much, 0..0.4;
+                 images lie in [0, 1] then
     mirrored     whether `crop` shows the image mirrored at its border, in place of `fill`
     autoaugment  whether two random operations change each image, see `autoaugment`; images lie in [0, 1] then
 

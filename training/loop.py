@@ -225,12 +225,15 @@ class _Run:
             samples["training"] = (images.pixels[rows], images.labels[rows])
         self.attacks = robust_watch.RobustWatch(self.trainer, samples)
         low, high = (float(f(images.pixels)) / images.levels for f in (np.min, np.max))
-        boxed = (
-            f"{config.loss} attacks" if config.robust else "AutoAugment changes" if config.autoaugment else ""
-        )
-        if boxed and (low < 0 or high > 1):
+        boxed = {
+            f"{config.loss} attacks": config.robust,
+            "AutoAugment changes": config.autoaugment,
+            "jitter changes": config.jitter > 0,
+        }
+        who = next((word for word, used in boxed.items() if used), "")
+        if who and (low < 0 or high > 1):
             raise ValueError(
-                f"{boxed} images in the box [0, 1], and these reach from {low:g} to {high:g}: "
+                f"{who} images in the box [0, 1], and these reach from {low:g} to {high:g}: "
                 "rescale them, and put the normalisation into the model"
             )
         if config.validate_every:  # raises now, not after hours of training, if the network has no bound
