@@ -227,6 +227,41 @@ def test_global_radii_stand_where_no_engine_applies(name, value, norm, monkeypat
     assert type(refusal.value) is ValueError
 
 
+def _repeated(kind):
+    """A network that takes one maximum (or log-sum-exp) in its wide front and again, or its minimum, behind it."""
+    rng = np.random.default_rng(0)
+    a, b, p = (jnp.asarray(rng.normal(size=(k, 40)) / 40**0.5, jnp.float32) for k in (6, 1, 3))
+    off = jnp.asarray([-50.0, 0, -50, 0, -50, 0], jnp.float32)
+
+    def first(h, low):
+        pairs = h.reshape(3, 2)
+        if kind == "pool":
+            return pairs.max(axis=1)
+        return jax.nn.logsumexp(pairs, axis=1) if kind == "logsumexp" else jnp.maximum(pairs[:, 0], low)
+
+    def net(x):
+        h, low = a @ x + off, (b @ x)[0]
+        begin = first(h, low)
+        on = jax.nn.relu(p @ x + 50.0)
+        again = jnp.minimum(h.reshape(3, 2)[:, 0], low) if kind == "min" else first(h, low)
+        return jax.nn.relu(on + 0.1 * begin + 0.1 * again) + jnp.asarray([1.0, 0.0, 0.0])
+
+    return net
+
+
+@pytest.mark.parametrize("kind", ["pool", "min", "logsumexp"])
+def test_what_the_front_and_the_tail_have_in_common_is_not_taken_for_another_tap(kind, monkeypatch):
+    """Every neuron behind the front is clearly on or off, so that the bound is close to the slope at the example."""
+    monkeypatch.setattr(engines, "_READY", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(engines, "TAIL", 20)
+    monkeypatch.setattr(engines, "ways", lambda *_: ("hybrid",))
+    net, x = _repeated(kind), jnp.zeros((1, 40))
+    form = lb.trace(net, x[0])
+    slope = np.linalg.norm(np.asarray(jax.jacobian(net)(x[0]), np.float64), 2)
+    found = lb.local(form, np.asarray(x), 0.01, guarantee="verified", progress=False)
+    assert slope <= found.value[0] < 1.5 * slope and "the first 1 taps are bounded as a whole" in found.notes[0]
+
+
 @pytest.mark.slow
 def test_a_network_that_is_wide_by_itself(monkeypatch):
     form = conv_net()

@@ -39,19 +39,23 @@ _SOFTPLUS = Expr(  # max(x, 0) + log1p(exp(-|x|))
 _RAMPS = {"relu": _RELU, "softplus": _SOFTPLUS}
 
 
-def elementwise_view(form: LureForm) -> LureForm:
+def elementwise_view(form: LureForm, *, shared: bool = True) -> LureForm:
     """Return the same network with group taps rewritten by relu or softplus, or `form` itself if it has none.
 
     The function is unchanged, so every bound of the result is a bound of `form`.
+
+    Args:
+        shared: taps of the same differences share their relu or softplus. Without it each has its own, so that the taps
+            of a part of a network are as many as those that the part has in the view of the whole.
     """
     if all(tap.groups is None for tap in form.taps):
         return form
-    return _Rewriter(form).run()
+    return _Rewriter(form, shared).run()
 
 
 class _Rewriter:
-    def __init__(self, form: LureForm):
-        self.form = form
+    def __init__(self, form: LureForm, shared: bool):
+        self.form, self.shared = form, shared
         old = form.program
         self.shapes: list[tuple[int, ...]] = [old.shapes[0]]
         self.places: dict[int, int] = {0: 0}
@@ -79,8 +83,8 @@ class _Rewriter:
         return self.op("take", inputs, index.shape, index=StaticArray(index.astype(np.int32)))
 
     def ramp(self, name: str, register: int, tap: Tap) -> int:
-        """Return the relu or softplus of a register; max and min of one pair share it."""
-        if (name, register) in self.ramps:
+        """Return the relu or softplus of a register; max and min of one pair share it, if anything is shared."""
+        if self.shared and (name, register) in self.ramps:
             return self.ramps[name, register]
         shape = self.shapes[register]
         level = self.levels[register]

@@ -60,7 +60,8 @@ _WIDE_CHUNK, _SIDE = 2**25, 64  # entries of the rows of a chunk, and its exampl
 class _Ready:
     """Computed once per form and reused for all examples.
 
-    whole: the elementwise view; view: of it what is behind a wide front, or all; stages: of view.
+    whole: the elementwise view; view: that of what is behind a wide front (its taps are the last ones of whole), or
+    whole; stages: of view.
     start (1, d, d) of the first state over the unit ball; first (A, error): A x is the first y, where known.
     front: what local LipLT needs, in place of stages and start.
     """
@@ -377,7 +378,6 @@ def _ready(form: LureForm, norm: float, way: str, word: str, seed: int) -> _Read
         front = liplt.Front(form)
         word = "assumed" if form.assumed else "probabilistic"
         return _Ready(form, form, (), np.zeros((1, 0, 0)), None, word, FAILURE, (note,), front)
-    whole = elementwise_view(form)
     guarantee, failure = "assumed" if form.assumed else "verified", 0.0
     notes: tuple[str, ...] = ()
     first = None
@@ -387,18 +387,17 @@ def _ready(form: LureForm, norm: float, way: str, word: str, seed: int) -> _Read
         _, s, scale, word, failure = hybrid_start(form, wide, Request(norm, word, seed))
         guarantee = word if guarantee == "verified" else guarantee
         # the ellipsoid is that of the tail's input, in the order in which the tail's view reads it
-        view = elementwise_view(split(form, wide)[1])
+        whole, front, view = (elementwise_view(f, shared=False) for f in (form, *split(form, wide)))
         begin, stages = stages_of(view)
         start: np.ndarray | Thin = _raised(*begin.both(np.ldexp(np.array(s), scale)[None]))
-        ahead = len(whole.taps) - len(view.taps)
-        if any(
-            a.expr != b.expr or a.size_in != b.size_in
-            for a, b in zip(whole.taps[ahead:], view.taps, strict=True)
-        ):
+        # slopes of the tail's taps are taken around their values in the whole network
+        taps = [[(t.path, t.name, t.expr, t.size_in) for t in part.taps] for part in (whole, front, view)]
+        if taps[0] != taps[1] + taps[2]:
             raise ValueError("the taps behind the wide front could not be matched: use the global bound")
         notes = (f"the first {wide} taps are bounded as a whole, by LipLT ({word})",)
     else:
-        view, n = whole, form.in_size
+        whole = view = elementwise_view(form)
+        n = form.in_size
         begin, stages = stages_of(view)
         ball = np.ones(n)
         first = _first_map(begin, stages[0], n) if stages else None
