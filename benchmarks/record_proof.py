@@ -20,12 +20,11 @@ PIECE = 15_000_000  # bytes of a file of weights
 
 @partial(jax.jit, static_argnums=0)
 def _logits(graph: Any, weights: Any, images: Any) -> Any:
-    model, x = nnx.merge(graph, weights), images.astype(jax.tree.leaves(weights)[0].dtype) / 255
-    return (model(x) + model(x[:, :, ::-1])) / 2
+    return nnx.merge(graph, weights)(images.astype(jax.tree.leaves(weights)[0].dtype) / 255)
 
 
 def outputs(model: Any, images: np.ndarray, batch: int = BATCH) -> np.ndarray:
-    """(n, K) means of the logits of images (bytes) and of their mirror images, in the type of the weights."""
+    """(n, K) logits of images (bytes), in the type of the weights."""
     graph, weights = nnx.split(model)
     parts = [_logits(graph, weights, images[i : i + batch]) for i in range(0, len(images), batch)]
     return np.concatenate([np.asarray(part) for part in parts])
@@ -60,18 +59,18 @@ def distances(head: Any) -> Any:
 
 
 def proved_pairs(model: Any) -> tuple[np.ndarray, list[float]]:
-    """((K, K) proved constants, norms of the matrices): the product of verified norms, rounding included.
+    """((K, K) proved constants, norms of the layers): the product of verified norms, rounding included.
 
-    Shifts, permutations of pixels and MaxMin have norm 1, and centring adds constants. The columns of the last layer
-    are divided by their lengths in float64 here; the factor 1 + 1e-6 covers the rounding of the product and of the
-    distances, for the network in float32, too.
+    Shifts, permutations of pixels, MaxMin and `mirrored.even` have norm 1, and centring adds constants. The norm of a
+    layer is the larger one of those of its two matrices. The columns of the last layer are divided by their lengths in
+    float64 here; the factor 1 + 1e-6 covers the rounding of the product and of the distances, for the network in
+    float32, too.
     """
     from lipbounds.norms import verified_norm
     from lipbounds.training.layers import unit
 
-    layers = [layer for scale in model.scales for layer in scale]
-    layers += [model.windows, *model.dense]
-    norms = [verified_norm(np.asarray(layer.dense.weights(), np.float64)) for layer in layers]
+    parts = [(layer.sums, layer.differences) for layer in model.mixers]
+    norms = [max(verified_norm(np.asarray(p.weights(), np.float64)) for p in pair) for pair in parts]
     with jax.enable_x64(True):
         kernel = jnp.asarray(np.asarray(model.head.kernel.get_value(), np.float64))
         apart = np.asarray(distances(unit(kernel, axis=0)))

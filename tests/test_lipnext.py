@@ -12,9 +12,11 @@ from flax import nnx
 
 import lipbounds as lb
 from lipbounds.training import Config, fit
+from lipbounds.training.activations import maxmin
 from lipbounds.training.data import digits
 from lipbounds.training.layers import Centre, downsample
 from lipbounds.training.lipnext import LipNeXt, parse, shift
+from lipbounds.training.mirrored import SymmetricMixer
 from lipbounds.training.models import build, spec_for
 from lipbounds.training.runs import open_run
 
@@ -49,6 +51,7 @@ def test_centring_uses_the_batch_in_training_and_the_running_mean_afterwards() -
     "name, shape",
     [
         ("lipnext-L2W8", (4, 4, 1)),
+        ("lipnext-L2W8-symmetric", (4, 4, 1)),
         pytest.param("lipnext-L1-2W8-reflection", (8, 12, 3), marks=pytest.mark.slow),
         pytest.param("lipnext-L1W8", (14, 14, 1), marks=pytest.mark.slow),
     ],
@@ -96,13 +99,46 @@ def test_a_trained_network_is_centred_and_comes_back(tmp_path: Any) -> None:
     assert np.abs(begin.windows.dense.kernel.get_value() - again.windows.dense.kernel.get_value()).max() > 0.1
 
 
+@pytest.mark.parametrize("shape, depths", [((8, 8, 3), [2, 2]), ((8, 12, 1), [1, 2]), ((14, 14, 1), [3])])
+@pytest.mark.parametrize("kind", ["stiefel", "cholesky"])
+def test_mirroring_does_not_change_a_symmetric_network(
+    shape: tuple[int, ...], depths: list[int], kind: str
+) -> None:
+    model = LipNeXt(shape, depths=depths, width=16, dense=2, kind=kind, symmetric=True, rngs=nnx.Rngs(1))
+    rng = np.random.default_rng(2)
+    for layer in model.mixers:
+        layer.centre.bias.set_value(jnp.asarray(rng.normal(size=layer.centre.bias.shape), jnp.float32))
+    x = rng.random((5, *shape), np.float32)
+    np.testing.assert_allclose(model(x), model(x[:, :, ::-1]), atol=1e-5)
+    assert np.abs(model(x) - model(x[:, ::-1])).max() > 1e-3  # upside down
+
+
+def test_sums_and_differences_of_the_halves_are_mixed_apart() -> None:
+    rng = np.random.default_rng(3)
+    mixer = SymmetricMixer(12, 8, "stiefel", rngs=nnx.Rngs(0))
+    mixer.sums.kernel[...] *= 1.5
+    mixer.centre.bias.set_value(jnp.asarray(rng.normal(size=4), jnp.float32))
+    h = rng.normal(size=(7, 2, 6)).astype(np.float32)
+    bias = np.tile(mixer.centre.bias.get_value(), 2)
+    plain = maxmin(jnp.asarray((h.reshape(7, 12) @ mixer.weights() + bias).reshape(7, 2, 4)))
+    np.testing.assert_allclose(mixer(h), plain, atol=1e-5)
+    assert np.linalg.norm(mixer.weights(), 2) == pytest.approx(1.5, rel=1e-5)
+
+
 def test_sizes_that_do_not_fit_are_refused() -> None:
     assert parse("resnet18") is None
     assert parse("lipnext-L2-4W32-cayley") == {"depths": [2, 4], "width": 32, "kind": "cayley"}
+    symmetric = {"depths": [6], "width": 64, "symmetric": True}
+    assert parse("LipNeXt-L6W64-symmetric") == symmetric
+    assert parse("lipnext-L6W64F96-aol-symmetric") == {**symmetric, "features": 96, "kind": "aol"}
     for name, words in (
         ("lipnext-6", "lipnext-L6W64"),
         ("lipnext-L0W8", "needs depths"),
         ("lipnext-L2W7", "even width"),
+        ("lipnext-L2W8F9", "even features"),
+        ("lipnext-L2W6-symmetric", "multiples of 4 if symmetric"),
+        ("lipnext-L2W8-symmetric-cayley", "behind them may stand"),
+        ("lipnext-L2W8F-cayley", "behind them may stand"),
         ("lipnext-L1-1-1W8", "multiples of 8"),
         ("lipnext-L2W8-residual", "kind must be"),
     ):

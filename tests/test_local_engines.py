@@ -259,7 +259,9 @@ def test_what_the_front_and_the_tail_have_in_common_is_not_taken_for_another_tap
     form = lb.trace(net, x[0])
     slope = np.linalg.norm(np.asarray(jax.jacobian(net)(x[0]), np.float64), 2)
     found = lb.local(form, np.asarray(x), 0.01, guarantee="verified", progress=False)
-    assert slope <= found.value[0] < 1.5 * slope and "the first 1 taps are bounded as a whole" in found.notes[0]
+    assert (
+        slope <= found.value[0] < 1.5 * slope and "the first 1 taps are bounded as a whole" in found.notes[0]
+    )
 
 
 @pytest.mark.slow

@@ -15,13 +15,16 @@ pixels subtracted, which changes no constant.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lipbounds.training import mirrored
 from lipbounds.training.activations import maxmin
 from lipbounds.training.layers import ORTHOGONAL, Centre, Dense, downsample
 
@@ -49,6 +52,10 @@ class Mixer(nnx.Module):
         self.dense = Dense(n_in, n_out, kind=kind, use_bias=False, rngs=rngs)
         self.centre = Centre(n_out, rngs=rngs)
 
+    def weights(self) -> jax.Array:
+        """W."""
+        return self.dense.weights()
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """The layer on x (..., n_in)."""
         return maxmin(self.centre(self.dense(x)))
@@ -59,10 +66,12 @@ class LipNeXt(nnx.Module):
 
     Args:
         depths: layers on each scale; the first has half the image's size.
-        width: channels of the first scale; each further one has four times as many.
+        width: channels of the first scale; each further one has four times as many. Even, and a multiple of 4 if
+            symmetric, as `features` is.
         features: of the dense part; twice the channels of the last scale if 0.
         dense: dense layers behind the map of windows to features.
         kind: of all matrices but the last, one of `KINDS`.
+        symmetric: the outputs are the same for an image and its mirror image. The last layer sees half the features.
         mean, std: the input is (x - mean) / std.
     """
 
@@ -75,6 +84,7 @@ class LipNeXt(nnx.Module):
         features: int = 0,
         dense: int = 1,
         kind: str = "stiefel",
+        symmetric: bool = False,
         classes: int = 10,
         mean: float = 0.0,
         std: float = 1.0,
@@ -82,44 +92,63 @@ class LipNeXt(nnx.Module):
     ):
         height, wide, colours = input_shape
         unit = 2 ** len(depths)
-        if not depths or min(depths) < 1 or width < 2 or width % 2:
-            raise ValueError(f"a LipNeXt needs depths and an even width, got {tuple(depths)} and {width}")
+        even = 4 if symmetric else 2
+        if not depths or min(depths) < 1 or width < even or width % even or features % even:
+            raise ValueError(
+                f"a LipNeXt needs depths, and an even width and even features (multiples of 4 if symmetric), got "
+                f"{tuple(depths)}, {width} and {features}"
+            )
         if height % unit or wide % unit:
             raise ValueError(
                 f"height and width must be multiples of {unit} for {len(depths)} scales, got {height} x {wide}"
             )
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-        self.mean, self.std = mean, std
+        self.mean, self.std, self.symmetric = mean, std, symmetric
+        mixer = partial(mirrored.SymmetricMixer if symmetric else Mixer, kind=kind, rngs=rngs)
         scales, channels, image = [], colours, (height, wide)
         for number, depth in enumerate(depths):
             n_in, channels, image = 4 * channels, width * 4**number, (image[0] // 2, image[1] // 2)
             sizes = [(n_in if layer == 0 else channels, channels) for layer in range(depth)]
-            scales.append(nnx.List([Mixer(*size, kind, rngs=rngs) for size in sizes]))
+            scales.append(nnx.List([mixer(*size) for size in sizes]))
         self.scales = nnx.List(scales)
         self.window = _window(*image)
         features = features or 2 * channels
-        self.windows = Mixer(self.window**2 * channels, features, kind, rngs=rngs)
+        self.windows = mixer(self.window**2 * channels, features)
         n_in = math.prod(image) // self.window**2 * features
-        self.dense = nnx.List(
-            [Mixer(features if layer else n_in, features, kind, rngs=rngs) for layer in range(dense)]
-        )
-        self.head = Dense(features if dense else n_in, classes, kind="unit", rngs=rngs)
+        self.dense = nnx.List([mixer(features if layer else n_in, features) for layer in range(dense)])
+        seen = (features if dense else n_in) // (2 if symmetric else 1)
+        self.head = Dense(seen, classes, kind="unit", rngs=rngs)
+
+    @property
+    def mixers(self) -> list[Mixer | mirrored.SymmetricMixer]:
+        """All layers but the last, from the first on."""
+        return [*(layer for scale in self.scales for layer in scale), self.windows, *self.dense]
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits (..., K) of raw pixels, one image (height, width, channels) or a batch of them."""
         if x.ndim == 3:
             return self(x[None])[0]
         h = (x - self.mean) / self.std
-        for layers in self.scales:
-            h = downsample(h, 2)
+        on_images = mirrored.both if self.symmetric else _on_images
+        for scale, layers in enumerate(self.scales):
+            h = mirrored.halves(h) if self.symmetric and scale == 0 else on_images(_quarter, h)
             for number, layer in enumerate(layers):
-                h = layer(shift(h) if number else h)
-        h = self.windows(downsample(h, self.window))
-        h = h.reshape(h.shape[0], -1)
+                h = layer(on_images(shift, h) if number else h)
+        h = self.windows(on_images(partial(downsample, stride=self.window), h))
+        h = mirrored.flat(h) if self.symmetric else h.reshape(h.shape[0], -1)
         for layer in self.dense:
             h = layer(h)
+        h = mirrored.even(h) if self.symmetric else h
         return self.head(h.astype(self.head.kernel.get_value().dtype))
+
+
+def _on_images(f: Callable[[jax.Array], jax.Array], h: jax.Array) -> jax.Array:
+    return f(h)
+
+
+def _quarter(h: jax.Array) -> jax.Array:
+    return downsample(h, 2)
 
 
 def _window(height: int, width: int) -> int:
@@ -130,26 +159,27 @@ def _window(height: int, width: int) -> int:
 
 
 def parse(name: str) -> dict[str, Any] | None:
-    """The arguments that a name such as "lipnext-L6W64" or "lipnext-L2-4W32-cayley" stands for; None for other names.
+    """The arguments that "lipnext-L6W64", "lipnext-L2-4W32F256-symmetric" and the like stand for; None for other names.
 
     Raises:
         ValueError: a name that begins like one of these, but is none.
     """
     if not name.lower().startswith("lipnext"):
         return None
-    try:
-        head, _, rest = name.lower().partition("-")
-        depths, _, width = rest.removeprefix("l").partition("w")
-        width, _, kind = width.partition("-")
-        if head != "lipnext" or not rest.startswith("l"):
-            raise ValueError
-        return {
-            "depths": [int(n) for n in depths.split("-")],
-            "width": int(width),
-            **({"kind": kind} if kind else {}),
-        }
-    except ValueError:
+    found = re.fullmatch(
+        r"lipnext-l(\d+(?:-\d+)*)w(\d+)(?:f(\d+))?(?:-([a-z]+))??(-symmetric)?", name.lower()
+    )
+    if found is None:
         raise ValueError(
             f'a LipNeXt is named by its layers and its width, as "lipnext-L6W64", or with layers on several scales '
-            f'"lipnext-L2-4W32" (also with the kind of its matrices, "lipnext-L2-4W32-cayley"), got {name!r}'
-        ) from None
+            f'"lipnext-L2-4W32"; behind them may stand its features, the kind of its matrices and that mirroring does '
+            f'not change its outputs, as in "lipnext-L2-4W32F256-cayley-symmetric"; got {name!r}'
+        )
+    depths, width, features, kind, symmetric = found.groups()
+    return {
+        "depths": [int(n) for n in depths.split("-")],
+        "width": int(width),
+        **({"features": int(features)} if features else {}),
+        **({"kind": kind} if kind else {}),
+        **({"symmetric": True} if symmetric else {}),
+    }

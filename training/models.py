@@ -224,8 +224,8 @@ ARCHITECTURES: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
 
 #: Architectures that are named with their sizes, and how.
 NAMED = (
-    "liresnet-L6W64, lipnext-L2-4W32, lipconvnet-10, 4C3F-cholesky, sll-mlp-L4W256, sll-cnn-L4W32, aol-mlp-L4W256, "
-    "aol-cnn-L4W32, resnet18, resnet50-w0.5, wrn-28-4, densenet-bc-40-12"
+    "liresnet-L6W64, lipnext-L2-4W32, lipnext-L2-4W32F256-symmetric, lipconvnet-10, 4C3F-cholesky, sll-mlp-L4W256, "
+    "sll-cnn-L4W32, aol-mlp-L4W256, aol-cnn-L4W32, resnet18, resnet50-w0.5, wrn-28-4, densenet-bc-40-12"
 )
 _WITH_SIZES = (
     "mlp",
