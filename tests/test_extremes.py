@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tracemalloc
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -232,3 +233,58 @@ def test_blocks_to_many_outputs_are_bounded_like_any_other(monkeypatch: pytest.M
         assert truth.value * (1 - 1e-9) <= bound.value <= 1.01 * truth.value
         assert bound.failure_probability <= 1e-9
     assert lb.liplt(form, guarantee="verified").guarantee == "verified"
+
+
+@pytest.mark.parametrize("verb", [lb.naive, lb.liplt])
+@pytest.mark.parametrize("norm", [1, 2, math.inf])
+def test_pairs_whose_products_underflow_are_not_zero(verb: Any, norm: float) -> None:
+    """Their exact constants are 2^-1667: the least denormal bounds them, and no tie is infinitely far."""
+    weights = [np.ldexp(np.eye(2), e) for e in (-531, -996, -140)]
+    form = lb.from_weights(weights, [np.zeros(2), np.zeros(2), np.array([2.0**-700, 0.0])])
+    bound = verb(form, norm=norm, pairwise=True)
+    assert 0 < bound.pairwise[0, 1] < 1e-300 and np.all(bound.per_class > 0)
+    found = lb.certified_radius(form, np.ones((1, 2)), [0], bound=bound)
+    assert 0 < found.radius[0] < 2.0**967
+
+
+def test_radii_among_denormals_are_rounded_down() -> None:
+    weights = [
+        [-4.226356249085322e271, -1.6905424996341288e271],
+        [8.452712498170644e270, -3.3810849992682576e271],
+        [-8.452712498170644e270, -1.6905424996341288e271],
+    ]
+    x = np.array([[1.69759663277e-313, -1.69759663277e-313]])
+    form = lb.from_weights([weights])
+    found = lb.certified_radius(form, x, [1], lb.liplt(form, norm=1, pairwise=True)).radius[0]
+    w, point = [[Fraction(v) for v in row] for row in weights], [Fraction(float(v)) for v in x[0]]
+    apart = [[a - b for a, b in zip(w[1], w[k], strict=True)] for k in (0, 2)]
+    exact = min(
+        sum(a * p for a, p in zip(row, point, strict=True)) / max(map(abs, row)) for row in apart
+    )  # l1: margins fall by at most the largest entry
+    assert 0.9 * exact < Fraction(float(found)) <= exact
+
+
+def test_a_radius_above_the_range_is_the_largest_float() -> None:
+    form = lb.from_weights([[[1e-30], [-1e-30]]], [[1e300, 0.0]])
+    found = lb.certified_radius(form, [[1.0]], [0], lb.naive(form))
+    assert found.radius[0] == np.finfo(np.float64).max
+
+
+def test_a_denormal_input_of_huge_weights_is_not_taken_for_correct() -> None:
+    """Roundings of products with denormals, times weights of 1e300, are larger than the margin of -6.5e-30."""
+    weights = [
+        [-4.0962196209318906e300, -4.9324373078710344e300, 7.781728484641778e300],
+        [-3.0747848270061515e300, -4.903757025763776e300, 6.893371185986634e300],
+    ]
+    x = [6.3186649437e-314, 8.3880894563e-314, 7.536018454e-314]
+    rows = [[Fraction(v) for v in row] for row in weights]
+    margin = sum((a - b) * Fraction(p) for a, b, p in zip(*rows, x, strict=True))
+    assert -1e-29 < margin < 0
+    assert not lb.certified_radius(lb.from_weights([weights]), [x], [0]).correct[0]
+
+
+def test_inputs_with_more_digits_than_float64_are_refused() -> None:
+    form = lb.trace(lambda x: x, jnp.ones(2))
+    wide = np.array([[1, 1]], np.longdouble) + np.array([[2.0**-60, 0]], np.longdouble)
+    with pytest.raises(ValueError, match=r"astype\('float64'\)"):
+        lb.certified_radius(form, wide, [0], bound=lb.naive(form, pairwise=True))

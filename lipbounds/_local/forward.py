@@ -39,6 +39,11 @@ def check_inputs(form: LureForm, X: Any, units: Units | None = None) -> np.ndarr
     x = np.asarray(X)
     if x.dtype.kind not in "f" and x.dtype.name not in ("bfloat16", "float16"):
         raise ValueError(dtype_error("X", x.dtype, form.in_shape))
+    if x.dtype.itemsize > 8:
+        raise ValueError(
+            f"X has more digits ({x.dtype}) than the float64 in which it is evaluated; round it first: "
+            "X.astype('float64')"
+        )
     if x.ndim != len(form.in_shape) + 1 or x.shape[1:] != form.in_shape:
         raise ValueError(shape_error("X", x.shape, form.in_shape))
     if form.is_traced:
@@ -147,7 +152,9 @@ class _Rounded(Algebra[tuple[np.ndarray, np.ndarray]]):
                 absolute: Any = m.convolution.absolute if m.convolution else abs(m.matrix).__matmul__
                 terms = m.convolution.terms if m.convolution else nonzeros_per_row(m.matrix)
                 product = times(value)
-                spread = absolute(wrong * (1 + 2 * m.relerr) + np.abs(value) * (gamma(terms + 1) + m.relerr))
+                # two products that may be rounded to denormals, by half the least of them each
+                small = np.abs(value) * (gamma(terms + 1) + m.relerr) + 2.0**-1074
+                spread = absolute(wrong * (1 + 2 * m.relerr) + small)
                 spread = spread * (1 + gamma(terms + 4)) + terms * 2.0**-1022
             out = out + product
             error = (error + spread + np.abs(out) * U) * (1 + 4 * U)

@@ -37,10 +37,16 @@ _MISSED, _ANEW = 0.99, 0.97
 
 
 def ratios(gaps: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """(N,) the least gap over its constant, rounded down; a constant of 0 never lets the margin vanish."""
+    """(N,) the least gap over its constant, rounded down; a constant of 0 never lets the margin vanish.
+
+    Among denormals division and product err by half the least of them each. Above the range of float64 its largest
+    number is a lower bound.
+    """
     zero = scale == 0
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         ratio = gaps / np.where(zero, 1.0, scale) * (1 - 4 * U)
+    ratio = np.where((ratio > 0) & (ratio < 2.0**-1000), np.nextafter(ratio, 0.0), ratio)
+    ratio = np.minimum(ratio, np.finfo(np.float64).max)
     return np.asarray(np.where(zero & (gaps > 0), np.inf, ratio).min(axis=1, initial=np.inf))
 
 

@@ -66,6 +66,13 @@ def mul_up(*factors: float) -> float:
     return product
 
 
+def products_up(a: Any, b: Any) -> np.ndarray:
+    """Upper bounds of the products of entries >= 0, arrays or floats; zero only where an entry is zero."""
+    with np.errstate(under="ignore", over="ignore"):
+        product = np.nextafter(np.multiply(a, b), np.inf)
+    return np.where(np.logical_and(np.greater(a, 0), np.greater(b, 0)), product, 0.0)
+
+
 def sqrt_up(x: float) -> float:
     """An upper bound of the square root of x >= 0."""
     return up(math.sqrt(x))

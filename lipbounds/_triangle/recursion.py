@@ -30,7 +30,7 @@ from lipbounds._gain.wide_blocks import LIMIT, cut_norm, wide_norm
 from lipbounds._norms import enclosures
 from lipbounds._norms.banded_cholesky import Plan
 from lipbounds._norms.enclosures import Enclosure
-from lipbounds._norms.rounding import add_up, gamma, mul_up
+from lipbounds._norms.rounding import add_up, gamma, mul_up, products_up
 from lipbounds._text.progress import meter, proof_seconds, say
 from lipbounds._triangle import refinement
 from lipbounds._triangle.formed_blocks import LOOSE, BlockNorm, block_norm, block_shape, proved, shorten
@@ -310,8 +310,8 @@ def recursion(
         terms.append(mul_up(ends[source].value, reach[source]))
         if pairwise:
             row = rows[source].dense()
-            classes += enclosures.enclosure_row_norms(row, q) * reach[source]
-            pairs += enclosures.enclosure_pair_norms(row, q) * reach[source]
+            classes += products_up(enclosures.enclosure_row_norms(row, q), reach[source])
+            pairs += products_up(enclosures.enclosure_pair_norms(row, q), reach[source])
     grow = 1 + gamma(4 * (len(nodes) + 2))
     guarantee = weakest(p.guarantee for p in parts) if parts else "verified"
     failure = request.failure if guarantee == "probabilistic" else 0.0
@@ -319,8 +319,8 @@ def recursion(
         guarantee = "assumed"
     return Triangle(
         add_up(*terms),
-        classes * grow if pairwise else None,
-        pairs * grow if pairwise else None,
+        products_up(classes, grow) if pairwise else None,
+        products_up(pairs, grow) if pairwise else None,
         tuple(parts),
         guarantee,
         failure,
