@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -85,6 +87,70 @@ def test_a_line_that_was_cut_off_is_certified_again(tmp_path: Path) -> None:
     again.add(2, some([0.7]))
     found = Unfinished(file, 0, SETTINGS).done
     assert found[2].radius.tolist() == [0.7] and len(found) == 3
+
+
+@pytest.mark.parametrize("rest", ["", '{"format": "lipbounds-unf', "{}"])
+def test_a_first_line_that_was_cut_off_is_written_anew(tmp_path: Path, rest: str) -> None:
+    file, other = tmp_path / "radii.json", tmp_path / "radii.json.unfinished-1"
+    for path in (tmp_path / "radii.json.unfinished-0", other):
+        path.write_text(rest)
+    kept = Unfinished(file, 0, SETTINGS)
+    assert kept.done == {}
+    kept.add(0, some([0.1]))
+    kept.add(1, some([0.2]))
+    again = Unfinished(file, 0, SETTINGS)
+    assert [again.done[block].radius.tolist() for block in (0, 1)] == [[0.1], [0.2]]
+    again.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_while_a_block_is_kept_names_the_file(tmp_path: Path, monkeypatch: Any) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    kept = Unfinished(tmp_path / "radii.json", 0, SETTINGS)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left.*unfinished-0"):
+        patch.setattr(os, "fsync", full)
+        kept.add(0, some([0.1]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_line_that_is_nested_too_deeply_is_another_file(tmp_path: Path) -> None:
+    (tmp_path / "radii.json.unfinished-0").write_text("[" * 100_000 + "\n")
+    with pytest.raises(ValueError, match="unfinished-0 is the rest of a certification with another model"):
+        Unfinished(tmp_path / "radii.json", 0, SETTINGS)
+
+
+def _rest(file: Path, form: lb.LureForm, bound: lb.UpperBound) -> Unfinished:
+    x, y = np.ones((2, 4), np.float32), np.zeros(2, np.int64)
+    return certify._kept(form, x, y, bound, lb.Local(), {"guarantee": "auto"}, file)
+
+
+def test_nothing_is_taken_over_from_the_same_weights_in_another_order(tmp_path: Path) -> None:
+    a, b = np.random.default_rng(0).standard_normal((2, 4, 4))
+    first, second = lb.from_weights([a, b]), lb.from_weights([b, a])
+    bounds = [lb.naive(form) for form in (first, second)]
+    assert bounds[0].value == bounds[1].value  # the product of the same norms
+    file = tmp_path / "radii.json"
+    _rest(file, first, bounds[0]).add(0, some([0.1, 0.2]))
+    assert list(_rest(file, lb.from_weights([a, b]), bounds[0]).done) == [0]
+    with pytest.raises(ValueError, match="another model, data or options"):
+        _rest(file, second, bounds[1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"pairwise": None}, {"guarantee": "assumed"}, {"per_class": np.ones(4)}, {"norm": np.inf}],
+    ids=str,
+)
+def test_nothing_is_taken_over_from_another_bound_of_the_same_value(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    form = lb.from_weights([np.eye(4), np.ones((4, 4))])
+    bound, file = lb.naive(form, pairwise=True), tmp_path / "radii.json"
+    _rest(file, form, bound).add(0, some([0.1, 0.2]))
+    with pytest.raises(ValueError, match="another model, data or options"):
+        _rest(file, form, dataclasses.replace(bound, **change))
 
 
 def test_an_interrupted_certification_goes_on(model_file: Any, tmp_path: Path, monkeypatch: Any) -> None:

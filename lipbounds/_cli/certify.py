@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,12 +36,14 @@ from lipbounds._cli.options import (
     grouped,
     option,
 )
-from lipbounds._lipsdp.certificate import parameter_digest
+from lipbounds._form.lure import fingerprint
+from lipbounds._lipsdp.certificate_file import digest
 from lipbounds._margins.blocks import Unfinished, blocks, joined, radii_of, record_of
 from lipbounds._margins.table import COLUMNS as RADII
 from lipbounds._margins.table import table_of
 from lipbounds._text.files import write_atomically
 from lipbounds._text.progress import about, clock, remaining
+from lipbounds._text.version import __version__
 from lipbounds.results import Guarantee
 
 ANY = (-np.inf, np.inf)  # the range of examples whose units were checked when they were read
@@ -361,11 +364,19 @@ def _kept(
 
     data = hashlib.sha256(np.ascontiguousarray(x).tobytes() + np.ascontiguousarray(y).tobytes()).hexdigest()
     given: Json = {**settings, "local": repr(local), "data": data, "shape": [*x.shape]}
-    given |= {"network": parameter_digest(form), "method": bound.method, "bound": bound.value}
+    given |= {"lipbounds": __version__, "network": fingerprint(form), "bound": _digest(bound)}
     kept = Unfinished(file, jax.process_index(), given)
     # Nobody writes before all have read.
     parallel.agree(int(kept.key[:7], 16), "the model, the data, or the options")
     return kept
+
+
+def _digest(bound: lb.UpperBound) -> str:
+    """Digest of everything in a bound that radii depend on."""
+    names = ("method", "value", "norm", "guarantee", "failure_probability")
+    constants = {"pairwise": bound.pairwise, "per_class": bound.per_class}
+    given = {name: array for name, array in constants.items() if array is not None}
+    return digest(json.dumps([getattr(bound, name) for name in names]), given)
 
 
 def _all_blocks(

@@ -18,7 +18,7 @@ import numpy as np
 from lipbounds._form.lure import LureForm
 from lipbounds._margins.margins import WORDS
 from lipbounds._margins.radius import OUTCOMES, Radii
-from lipbounds._text.files import write_atomically
+from lipbounds._text.files import naming, parsed, write_atomically
 from lipbounds.results import check_norm, weakest
 
 _FORMAT = "lipbounds-unfinished"
@@ -120,17 +120,20 @@ class Unfinished:
 
     def __init__(self, path: Path | None, index: int, settings: Mapping[str, Any]) -> None:
         self.key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        self.head = {"format": _FORMAT, "key": self.key}
+        self.head = json.dumps({"format": _FORMAT, "key": self.key}) + "\n"
         self.done: dict[int, Radii] = {}
         self.path = None if path is None else path.with_name(f"{path.name}.unfinished-{index}")
         self.files = [] if path is None else sorted(path.parent.glob(f"{path.name}.unfinished-*"))
+        self.begun = False  # whether the own file has its first line
         for file in self.files:
             self._read(file)
 
     def _read(self, file: Path) -> None:
         first, *lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+        if not lines:
+            return  # the write of the first line was cut off, and nothing was done
         try:
-            ours = json.loads(first) == self.head
+            ours = parsed(first) == parsed(self.head)
         except ValueError:
             ours = False
         if not ours:
@@ -138,9 +141,10 @@ class Unfinished:
                 f"{file} is the rest of a certification with another model, data or options: delete it, or write the "
                 "result to another file"
             )
+        self.begun |= file == self.path
         for place, line in enumerate(lines):
             try:
-                record = json.loads(line)
+                record = parsed(line)
                 self.done[int(record["block"])] = radii_of(record)
             except (KeyError, TypeError, ValueError):  # cut off while it was written
                 if file == self.path:
@@ -152,12 +156,15 @@ class Unfinished:
         self.done[block] = radii
         if self.path is None:
             return
-        lines = [{"block": block, **record_of(radii)}]
+        line = json.dumps({"block": block, **record_of(radii)}) + "\n"
+        if self.begun:
+            with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+            return
+        write_atomically(self.path, (self.head + line).encode())
+        self.begun = True
         if self.path not in self.files:
             self.files.append(self.path)
-            lines.insert(0, self.head)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
 
     def remove(self) -> None:
         """Delete the files, once the result is written: those of all processes that were found, and its own."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import os
 import secrets
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,23 @@ import numpy as np
 from lipbounds._text.memory import available_memory
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name this file in an OSError that names none, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that it is either complete or unchanged; symbolic links are followed."""
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
-        with open(temporary, "xb") as file:
+        with naming(path), open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -58,6 +72,22 @@ def how_to_export(path: Path) -> str | None:
 
 DEFLATE = 1032  # deflate expands one byte to at most this many
 _KINDS = frozenset("F64 F32 F16 BF16 I64 I32 I16 I8 U64 U32 U16 U8 BOOL".split())
+
+
+def parsed(text: str | bytes) -> Any:
+    """The value of a JSON text; ValueError also where it is nested too deeply for the reader."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its values are nested too deeply") from error
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """The text of a file; ValueError that names it where it is not UTF-8."""
+    try:
+        return path.read_text(encoding=encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8: {error}") from error
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
