@@ -152,11 +152,15 @@ def test_an_engine_that_fails_on_the_way_leaves_what_it_found(net, monkeypatch):
     assert any("failed: full" in note for note in found.notes)
 
 
-def test_an_error_where_both_engines_fail(net, monkeypatch):
+def test_global_radii_and_no_constants_where_both_engines_fail(net, monkeypatch):
     for name in ("ellipsoids", "grams"):
         broken(monkeypatch, ellipsoids if name == "ellipsoids" else liplt, name, ValueError(f"no {name}"))
+    form, x, y, bound = net
+    radii = lb.certified_radius(form, x, y, bound=bound, local=True)
+    np.testing.assert_array_equal(radii.radius, lb.certified_radius(form, x, y, bound=bound).radius)
+    assert radii.guarantee == "verified" and "global radii: local bounds failed: no ellipsoids" in radii.notes
     with pytest.raises(ValueError, match="no ellipsoids"):
-        results(net)
+        lb.local(form, x, EPS, bound=bound)
 
 
 def test_the_front_is_bounded_as_asked_for(net, monkeypatch):

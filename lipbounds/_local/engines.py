@@ -175,7 +175,10 @@ def bounded(
     """use(around) with every engine that applies, cheapest first.
 
     `use` keeps the better result of every example and marks in `around.used` the rows that this engine gave. Results
-    of one engine stay if another fails, which becomes a note. ValueError if all fail.
+    of one engine stay if another fails, which becomes a note.
+
+    Raises:
+        NoEngineError: all fail, so that what else is known of the examples stays as it is; MemoryError as it comes.
     """
     names, ran, failed = ways(form, norm, guarantee, memory), [], []
     for name in names:
@@ -186,7 +189,10 @@ def bounded(
         except (*FAILURES, TooLarge) as error:
             failed.append((name, error))
     if len(failed) == len(names):
-        raise failed[0][1]
+        first = failed[0][1]
+        if isinstance(first, MemoryError):
+            raise first
+        raise NoEngineError(f"local bounds failed: {reason(first)}") from first
     # an engine that improved no example is not part of the result
     kept = [around for around in ran if around.used.any()] or [a for a in ran if len(names) == 1]
     notes = [note for around in kept for note in around.notes]
