@@ -52,7 +52,7 @@ class Householder(nnx.Module):
     def __init__(self, channels: int, *, rngs: nnx.Rngs | None = None):
         if channels < 2 or channels % 2:
             raise ValueError(f"Householder needs an even number of channels, got {channels}")
-        self.angles = nnx.Param(jnp.zeros(channels // 2))
+        self.angles = nnx.Param(jnp.zeros(channels // 2, jnp.float32))
 
     @property
     def normals(self) -> jax.Array:

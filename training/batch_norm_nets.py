@@ -29,6 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lipbounds.training.layers import as_input
+
 _KEPT = 0.9  # share of the running moments that a step keeps
 _RESNETS: dict[int, tuple[int, ...]] = {
     10: (1, 1, 1, 1),
@@ -39,11 +41,6 @@ _RESNETS: dict[int, tuple[int, ...]] = {
 }
 _BOTTLENECKS = (50, 101)
 _WIDER = 4  # channels out of a bottleneck of a ResNet, and between the two maps of a DenseNet's, over its own
-
-
-def _as_input(values: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
-    """Input and weights in the type of the input, for layers of flax."""
-    return tuple(None if v is None else jnp.asarray(v, values[0].dtype) for v in values)
 
 
 def _drawn(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32, **_: Any) -> jax.Array:
@@ -67,7 +64,7 @@ def _conv(n_in: int, n_out: int, window: int, stride: int = 1, *, rngs: nnx.Rngs
         padding=window // 2,
         use_bias=False,
         kernel_init=_drawn,
-        promote_dtype=_as_input,
+        promote_dtype=as_input,
         rngs=rngs,
     )
 
@@ -199,7 +196,7 @@ class BatchNormNet(nnx.Module):
         self.blocks = nnx.List(blocks)
         last = blocks[-1].channels
         self.norm = Norm(stem if self.first else last, rngs=rngs)
-        self.head = nnx.Linear(last, classes, kernel_init=_drawn, promote_dtype=_as_input, rngs=rngs)
+        self.head = nnx.Linear(last, classes, kernel_init=_drawn, promote_dtype=as_input, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits (..., K) of raw pixels, one image (height, width, channels) or a batch of them."""

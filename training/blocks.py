@@ -59,9 +59,10 @@ class Block(nnx.Module):
         self.activation, self.slope = activation, slopes[0] + slopes[1]
         sides = (window, window) if window else ()
         fan = math.prod(sides) * features
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (*sides, features, hidden)) / math.sqrt(fan))
-        self.bias = nnx.Param(jnp.zeros(hidden))
-        self.scales = nnx.Param(jnp.zeros(hidden))  # log q
+        drawn = jax.random.normal(rngs.params(), (*sides, features, hidden), jnp.float32)
+        self.kernel = nnx.Param(drawn / math.sqrt(fan))
+        self.bias = nnx.Param(jnp.zeros(hidden, jnp.float32))
+        self.scales = nnx.Param(jnp.zeros(hidden, jnp.float32))  # log q
         self.learned, self.rho_given = learned, rho
         self.log_rho = nnx.data(nnx.Param(jnp.asarray(math.log(rho), jnp.float32)) if learned else None)
 

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -106,6 +107,11 @@ class Centre(nnx.BatchNorm):
             self.mean.set_value(jax.lax.stop_gradient(kept))
             mean = batch
         return x + (self.bias.get_value() - mean).astype(x.dtype)
+
+
+def as_input(values: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
+    """Input and weights in the type of the input, for layers of flax."""
+    return tuple(None if v is None else jnp.asarray(v, values[0].dtype) for v in values)
 
 
 def downsample(x: jax.Array, stride: int) -> jax.Array:
@@ -188,18 +194,20 @@ class _Layer(nnx.Module):
         if kind == "residual" and n_in != n_out:
             raise ValueError(f"a residual map keeps the number of features, got {n_in} and {n_out}")
         self.kind, key, side = kind, rngs.params(), max(n_in, n_out)
+        normal = partial(jax.random.normal, dtype=jnp.float32)  # whatever `jax_enable_x64` says, as all below
         fan = math.prod(window) * n_in
         if kind == "reflection":
-            start = jax.random.normal(key, (*window, side, max(side // 2, 1))) / math.sqrt(side)
+            start = normal(key, (*window, side, max(side // 2, 1))) / math.sqrt(side)
         elif kind in ("cayley", "exponential"):
-            start = jax.random.normal(key, (*window, side, side)) / math.sqrt(4 * math.prod(window) * side)
+            start = normal(key, (*window, side, side)) / math.sqrt(4 * math.prod(window) * side)
         elif kind == "residual":
-            start = jax.random.normal(key, (*window, n_in, n_in)) / fan
+            start = normal(key, (*window, n_in, n_in)) / fan
         else:
-            start = nnx.initializers.orthogonal()(key, (fan, n_out)).reshape(*window, n_in, n_out)
+            drawn = nnx.initializers.orthogonal()(key, (fan, n_out), jnp.float32)
+            start = drawn.reshape(*window, n_in, n_out)
         self.kernel = (Orthonormal if kind == "stiefel" else nnx.Param)(start)
-        self.bias = nnx.Param(jnp.zeros(n_out)) if use_bias else None
-        first = unit(jax.random.normal(rngs.params(), domain)) if kind == "spectral" else None
+        self.bias = nnx.Param(jnp.zeros(n_out, jnp.float32)) if use_bias else None
+        first = unit(normal(rngs.params(), domain)) if kind == "spectral" else None
         self.vector = nnx.data(None if first is None else Kept(first))
 
     @property

@@ -27,9 +27,9 @@ class Stem(nnx.Module):
     """A convolution with window 5, stride 2 and zero padding 2, orthogonal at first."""
 
     def __init__(self, colours: int, width: int, *, rngs: nnx.Rngs):
-        start = nnx.initializers.orthogonal()(rngs.params(), (25 * colours, width))
+        start = nnx.initializers.orthogonal()(rngs.params(), (25 * colours, width), jnp.float32)
         self.kernel = nnx.Param(start.reshape(5, 5, colours, width))
-        self.bias = nnx.Param(jnp.zeros(width))
+        self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Features (B, height / 2, width / 2, channels) of images x."""

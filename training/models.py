@@ -16,6 +16,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from lipbounds.training import batch_norm_nets, lipnext, lipschitz_nets, liresne
 from lipbounds.training.activations import ClippedRelu
 from lipbounds.training.activations import maxmin as maxmin
 from lipbounds.training.batch_norm_nets import BatchNormNet
+from lipbounds.training.layers import as_input
 from lipbounds.training.lipnext import LipNeXt
 from lipbounds.training.lipschitz_nets import LipConvNet, OrthogonalConvNet, ResidualLipschitzNet
 from lipbounds.training.liresnet import LiResNet
@@ -68,6 +70,18 @@ def _halve(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:-3], height // 2, 2, width // 2, 2, channels).mean(axis=(-4, -2))
 
 
+# Products in the type of the images; the last map, which promotes them, in that of the weights: margins are differences
+# of its outputs.
+_conv = partial(nnx.Conv, promote_dtype=as_input)
+
+
+def _linears(sizes: Sequence[int], rngs: nnx.Rngs) -> nnx.List:
+    """Dense layers from one size to the next."""
+    pairs = list(itertools.pairwise(sizes))
+    hidden = [nnx.Linear(a, b, promote_dtype=as_input, rngs=rngs) for a, b in pairs[:-1]]
+    return nnx.List([*hidden, nnx.Linear(*pairs[-1], rngs=rngs)])
+
+
 class MLP(nnx.Module):
     """Dense layers of the given widths: `"64-32-10"` has 64 inputs, one hidden layer of 32 and 10 classes."""
 
@@ -88,9 +102,7 @@ class MLP(nnx.Module):
             )
         self.mean, self.std = mean, std
         self.activations = _activations(activation, len(sizes) - 2)
-        self.layers = nnx.List(
-            [nnx.Linear(n_in, n_out, rngs=rngs) for n_in, n_out in itertools.pairwise(sizes)]
-        )
+        self.layers = _linears(sizes, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits (B, K) of raw pixels (B, height, width, channels)."""
@@ -114,8 +126,8 @@ class ResidualBlock(nnx.Module):
     """`x + conv(act(conv(act(x))))`, channels and size kept (pre-activation, He et al. 2016)."""
 
     def __init__(self, channels: int, activation: str, *, rngs: nnx.Rngs):
-        self.first = nnx.Conv(channels, channels, (3, 3), padding=1, rngs=rngs)
-        self.second = nnx.Conv(channels, channels, (3, 3), padding=1, rngs=rngs)
+        self.first = _conv(channels, channels, (3, 3), padding=1, rngs=rngs)
+        self.second = _conv(channels, channels, (3, 3), padding=1, rngs=rngs)
         self.activations = _activations(activation, 2)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -143,7 +155,7 @@ class ResidualCNN(nnx.Module):
         if height % 4 or width % 4:
             raise ValueError(f"height and width must be multiples of 4, got {height} x {width}")
         self.mean, self.std = mean, std
-        self.stem = nnx.Conv(colours, channels, (3, 3), strides=2, padding=1, rngs=rngs)
+        self.stem = _conv(colours, channels, (3, 3), strides=2, padding=1, rngs=rngs)
         self.blocks = nnx.List([ResidualBlock(channels, activation, rngs=rngs) for _ in range(blocks)])
         self.activations = _activations(activation, 1)
         self.head = nnx.Linear((height // 4) * (width // 4) * channels, classes, rngs=rngs)
@@ -177,15 +189,13 @@ class ConvNet(nnx.Module):
             height, width = ((size + 2 * padding - kernel) // stride + 1 for size in (height, width))
             if min(height, width) < 1:
                 raise ValueError(f"inputs of shape {tuple(input_shape)} are too small for these layers")
-            convs.append(
-                nnx.Conv(channels, n_out, (kernel, kernel), strides=stride, padding=padding, rngs=rngs)
-            )
+            convs.append(_conv(channels, n_out, (kernel, kernel), strides=stride, padding=padding, rngs=rngs))
             channels = n_out
         sizes = (height * width * channels, *dense, classes)
         self.mean, self.std = mean, std
         self.activations = _activations(activation, len(convs) + len(dense))
         self.convs = nnx.List(convs)
-        self.dense = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(sizes)])
+        self.dense = _linears(sizes, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits (B, K) of raw pixels (B, height, width, channels)."""
