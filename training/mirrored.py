@@ -1,8 +1,9 @@
 """Networks whose outputs do not change when an image is mirrored: features in two halves, which mirroring exchanges.
 
 Features h (..., 2, c) have the halves u and v of c channels each, at every pixel. If x gives (u, v), its mirror image
-gives (mirror(v), mirror(u)). Every map here commutes with that and keeps distances, so that `even` gives the same
-features for both images, and no mean over two images is needed, whose constant would be taken for larger than it is.
+gives (mirror(v), mirror(u)). Every map here commutes with that, so that `even`, at the end, gives the same features for
+both images, and no mean over two images is needed, whose constant would be taken for larger than it is. All maps have
+norm 1, mixers that of their matrices.
 (For groups in general: Cohen and Welling, Group equivariant convolutional networks, ICML 2016.)
 """
 
