@@ -99,8 +99,9 @@ def remarks(fitted: Fitted, final: Json | None = None) -> list[str]:
             else f"hardly an image was certified in the last {config.stop_if_uncertified} epochs"
         )
         found.append(f"stopped after epoch {log[-1]['epoch']} of {config.epochs}: {why}")
-    if fitted.folder is not None and (fitted.folder / BEST).exists():
-        epoch = best(log, config)
+    epoch = best(log, config)
+    earlier = epoch is not None and epoch != log[-1]["epoch"]
+    if earlier and fitted.folder is not None and (fitted.folder / BEST).exists():
         share = 100 * next(record[judged(config)] for record in log if record["epoch"] == epoch)
         what = "correct under PGD" if config.robust else "certified by an estimate"
         found.append(f"{BEST}: the weights of epoch {epoch}, {share:.1f} % {what}")

@@ -106,6 +106,10 @@ def test_a_number_beyond_floats_is_refused(name: str) -> None:
         ({"learning_rate": 1e-6}, "final_learning_rate 1e-05 is above learning_rate 1e-06"),
         ({"epochs": 5, "warmup": 6}, r"warmup \(6\) and decay_from \(0\) must be at most epochs \(5\)"),
         ({"epochs": 5, "decay_from": 6}, r"warmup \(1\) and decay_from \(6\) must be at most epochs \(5\)"),
+        (
+            {"milestones": "2,5", "schedule": "cosine"},
+            "milestones belong to schedule=multi-step, not to cosine: leave them out",
+        ),
         ({"milestones": "3,x"}, "milestones must be whole numbers with commas, such as 50,75, got '3,x'"),
         *(
             (
@@ -126,6 +130,14 @@ def test_settings_that_contradict_each_other(fields: dict[str, Any], message: st
 
 
 # ------------------------------------------------------------------------------------------------------- JSON
+@pytest.mark.parametrize("fields", [{"schedule": name} for name in ("constant", "halving", "multi-step")])
+def test_a_final_rate_is_compared_only_where_it_is_reached(fields: dict[str, Any]) -> None:
+    assert Config(learning_rate=5e-6, **fields).final_learning_rate > 5e-6
+    assert Config(learning_rate=5e-6, epochs=3, decay_from=3)
+    with pytest.raises(ValueError, match="final_learning_rate 1e-05 is above"):
+        Config(learning_rate=5e-6, epochs=3, decay_from=2)
+
+
 def test_json_round_trip() -> None:
     config = Config(dataset="cifar10", arch="6C2F", lam=3, flip=True, data_dir="data", precision="float64")
     text = json.dumps(config.to_json(), allow_nan=False)

@@ -323,6 +323,16 @@ def test_a_loss_that_is_finite_with_a_gradient_that_is_not_is_skipped(
     assert same(after._replace(step=before.step), before)
 
 
+def test_constants_whose_first_step_is_skipped_are_computed_in_the_next_one() -> None:
+    x, _ = few()
+    one = config(loss="margin", constants="naive", refresh=5)
+    _, skipped, second, third = (
+        state.held.pairs for state in steps(trainer_of(one), np.full_like(x, np.nan), x, x)
+    )
+    assert not skipped.any() and second.max() > 0.1
+    np.testing.assert_array_equal(second, third)
+
+
 def test_skipped_steps_are_counted_and_too_many_stop_training() -> None:
     x, y = few(512)
     x[100] = HUGE
@@ -368,7 +378,7 @@ def test_averages_are_those_computed_directly(kind: str) -> None:
 def test_what_cannot_be_trained_is_refused(tmp_path: Any) -> None:
     x, y = few()
     model = Flat()
-    one = config(epochs=1)
+    one, two = config(epochs=1), np.concatenate([x, x], axis=-1)
     cases: list[tuple[str, Any]] = [
         ("pass out without model", lambda: fit(one, (x, y), model=model, out=tmp_path / "run")),
         ("finite floats .* got float32 \\(128, 8, 8\\)", lambda: fit(one, (x[..., 0], y))),
@@ -382,6 +392,14 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Any) -> None:
         ("there are 12 classes", lambda: fit(one, (x, y + 2))),
         ("widths start with 64", lambda: fit(config(arch="784-10"), (x, y))),
         ("batch_size 256 is more than the 128 images", lambda: fit(config(batch_size=256), (x, y))),
+        (
+            "1 or 3 channels",
+            lambda: fit(config(arch="128-10", autoaugment=True), (two, y), out=tmp_path / "run"),
+        ),
+        (
+            "have no 8 pixels to mirror",
+            lambda: fit(config(crop=8, border="mirror"), (x, y), out=tmp_path / "run"),
+        ),
         ("is more than the 64 images to train on", lambda: fit(config(holdout=0.5), (x, y))),
     ]
     for message, call in cases:

@@ -138,6 +138,8 @@ def test_schedules_have_their_edges() -> None:
     named = dataclasses.replace(steps, milestones="5,6,18")
     rates = [float(schedule(named, 10, 1e-2, 1e-4)(t)) for t in (0, 49, 51, 59, 61, 179, 181)]
     np.testing.assert_allclose(rates, [1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5], rtol=1e-5)
+    late = dataclasses.replace(named, decay_from=20)  # milestones count from the first epoch
+    assert rates == [float(schedule(late, 10, 1e-2, 1e-4)(t)) for t in (0, 49, 51, 59, 61, 179, 181)]
     cyclic = dataclasses.replace(config, schedule="cyclic")
     rates = [float(schedule(cyclic, 10, 1e-2, 1e-4)(t)) for t in (0, 40, 104, 200)]
     np.testing.assert_allclose(rates, [1e-2, 1e-4, 1e-2, 1e-4], rtol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 import pytest
 
-from lipbounds.training import runs
+from lipbounds.training import loop, runs
 from lipbounds.training.checkpoints import CheckpointError, Checkpoints
 from lipbounds.training.config import Config
 from lipbounds.training.data import digits
@@ -225,6 +226,40 @@ def test_resumption_with_constants_in_the_loss(tmp_path: pathlib.Path, fields: d
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(copied: pathlib.Path, whole: Fitted) -> None:
     shutil.rmtree(copied / "checkpoints")
     check_resumed(resume(copied), whole, copied)
+
+
+def edited(folder: pathlib.Path, **changes: dict[str, Any]) -> None:
+    """Change entries of config.json; None deletes one."""
+    record = json.loads((folder / "config.json").read_text())
+    for name, entries in changes.items():
+        record[name] = {k: v for k, v in (record[name] | entries).items() if v is not None}
+    (folder / "config.json").write_text(json.dumps(record))
+
+
+def test_a_run_resumes_only_with_the_log_and_the_settings_of_its_checkpoint(copied: pathlib.Path) -> None:
+    before = (copied / "log.jsonl").read_text()
+    edited(copied, config={"batch_size": 64})
+    with pytest.raises(
+        RunError, match="epoch 2 was written after 22 steps, which are 44 with these settings"
+    ):
+        resume(copied)
+    edited(copied, config={"batch_size": 128})
+    (copied / "log.jsonl").write_text(before.splitlines()[1] + "\n")
+    with pytest.raises(RunError, match=r"log.jsonl has no record of epoch 1, and there is a checkpoint of"):
+        resume(copied)
+    assert not (copied / "model.safetensors").exists()
+
+
+def test_a_run_resumes_only_with_images_of_the_same_shape_and_levels(copied: pathlib.Path) -> None:
+    data = digits()
+    flat = {part: getattr(data, part).reshape(-1, 4, 16, 1) for part in ("train_pixels", "test_pixels")}
+    for other in (dataclasses.replace(data, **flat), dataclasses.replace(data, levels=255)):
+        with pytest.raises(RunError, match="was started with other data"):
+            resume(copied, data=other)
+    # a run of an earlier version, which recorded neither, and milestones that its schedule did not use
+    edited(copied, data={"shape": None, "levels": None}, config={"milestones": "2"})
+    runs.check_data(copied, loop._images(data).record())
+    assert runs.read(copied) == PLAIN
 
 
 def test_another_network_than_that_of_the_checkpoint(copied: pathlib.Path) -> None:

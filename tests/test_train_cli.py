@@ -120,7 +120,7 @@ def test_resuming_takes_no_other_settings(trained: Any) -> None:
 
 def test_options_stand_above_the_file_above_the_preset(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
     file = tmp_path / "settings.json"
-    file.write_text(json.dumps({"epochs": 7, "lam": 4, "dataset": "mnist"}))
+    file.write_text(json.dumps({"epochs": 7, "eps": 0.5, "dataset": "mnist"}))
     seen: list[Config] = []
 
     def stop(config: Config, **_: Any) -> None:
@@ -135,7 +135,7 @@ def test_options_stand_above_the_file_above_the_preset(tmp_path: pathlib.Path, m
     refused("gloro", "--preset", "cifar10-6C2F", "--config", file, "--epochs", 300, "--out", tmp_path / "run")
     found = seen[-1]
     assert (found.loss, found.arch, found.dataset) == ("gloro", "6C2F", "mnist")
-    assert (found.epochs, found.lam, found.flip) == (300, 4.0, True)
+    assert (found.epochs, found.eps, found.flip) == (300, 0.5, True)
     refused("crm", "--no-flip", "--preset", "cifar10-6C2F", "--data-dir", tmp_path, "--out", tmp_path / "run")
     assert not seen[-1].flip and seen[-1].data_dir == str(tmp_path)
     refused("cross-entropy", "--dataset", "mnist", "--seed", 3, "--out", tmp_path / "run")
@@ -264,6 +264,26 @@ def test_another_architecture_in_a_run_is_refused(trained: Any, tmp_path: pathli
         (["crm", "--average-from", 3], "--average-from has no effect"),
         (["crm", "--schedule", "constant", "--decay-from", 1], "--decay-from has no effect"),
         (["gloro", "--smoothing", 0.1], "smoothing applies to cross-entropy and crm"),
+        (["gloro", "--eps", 0], "--eps is 0, so that the constants count for nothing in the loss gloro"),
+        (["trades", "--attack-eps", 0], "--attack-eps is 0, so that nothing is attacked in the loss trades"),
+        (["fast-at", "--robust-every", 0, "--stop-if-overfitted"], "--stop-if-overfitted has no effect"),
+        (["at", "--precision", "float64"], "--precision has no effect without a loss with constants"),
+        (
+            ["crm", "--constants", "liplt", "--precision", "float64", "--multiplier-rate", 0.1],
+            "--multiplier-rate has no effect",
+        ),
+        (["crm", "--arch", "lipnext-L1W8", "--activation", "maxmin"], "--activation has no effect"),
+        (["crm", "--arch", "sll-mlp-L1W16", "--initialisation", "unit"], "--initialisation has no effect"),
+        (["crm", "--optimiser", "sgd", "--momentum", 0, "--nesterov"], "--nesterov has no effect"),
+        (["crm", "--data-dir", "here"], "--data-dir has no effect"),
+        (["crm", "--lam", 0, "--r0", 2], "--r0 has no effect without the loss crm with --lam above 0"),
+        (["crm", "--lam", 0, "--ramp", 3], "--ramp has no effect"),
+        (["crm", "--lam", 0, "--refresh", 3], "--refresh has no effect"),
+        (
+            ["crm", "--epochs", 5, "--decay-from", 5, "--final-learning-rate", 1e-6],
+            "--final-learning-rate has no effect",
+        ),
+        (["crm", "--crop", 8, "--border", "mirror"], "images of 8 x 8 pixels have no 8 pixels to mirror"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(
@@ -271,6 +291,28 @@ def test_options_that_would_do_nothing_are_refused(
 ) -> None:
     assert idle in refused(*arguments, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_settings_of_a_file_that_would_do_nothing_are_refused_unless_they_are_the_usual_ones(
+    tmp_path: pathlib.Path,
+) -> None:
+    file = tmp_path / "settings.json"
+    idle = {"loss": "gloro", "lam": 3.0, "r0": 0.7, "schedule": "constant", "learning_rate": 5e-6}
+    file.write_text(json.dumps(idle))
+    assert f"lam of {file} has no effect without the loss crm" in refused("--config", file, "--out", "x")
+    del idle["lam"]
+    file.write_text(json.dumps(idle))
+    assert f"r0 of {file}, --g has no effect" in refused(
+        "gloro", "--g", "hinge", "--config", file, "--out", "x"
+    )
+    usual = Config(**defaults("digits") | {"loss": "gloro"})
+    file.write_text(json.dumps(usual.to_json()))
+    assert cli._settings({}, None, file) == usual
+
+
+def test_another_schedule_takes_the_place_of_that_of_a_preset() -> None:
+    found = cli._settings({"loss": "at", "schedule": "cosine"}, "cifar10-resnet18", None)
+    assert (found.schedule, found.milestones) == ("cosine", "")
 
 
 def test_a_run_on_other_data_is_neither_resumed_nor_evaluated(tmp_path: pathlib.Path) -> None:

@@ -96,7 +96,11 @@ def test_when_a_run_stops_and_which_epoch_is_the_best() -> None:
     shares = [0.0, 0.0, 0.0, 0.6, 0.0, 0.5]
     log = [record(epoch=e, certified_estimate=share) for e, share in enumerate(shares, 1)]
     assert [watch.stopped(log[:n], one) for n in range(7)] == [False] * 7
-    assert watch.best(log, one) == 4 and watch.best(log[:3], one) == 2 and watch.best([], one) is None
+    assert watch.best(log, one) == 4 and watch.best([], one) is None
+    log[4]["certified_estimate"] = 0.7  # of an epoch whose weights are kept only if it is the last one
+    assert watch.best(log, one) == 4 and watch.best(log[:5], one) == 5
+    assert watch.best(log[:5], one, ended=False) == 4 and watch.best(log[:3], one, ended=False) == 2
+    log[4]["certified_estimate"] = 0.0
     log[5]["certified_estimate"] = 0.0
     assert watch.stopped(log, one) and not watch.stopped(log, dataclasses.replace(one, stop_if_uncertified=0))
     assert watch.best(log[:3] + [record(epoch=8, certified_estimate=0.0)], one) == 8  # the last of equals

@@ -175,7 +175,7 @@ class Config:
             if limits and not (low <= value <= high and value < math.inf):
                 span = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
                 raise ValueError(f"{name} must be {span}, got {value}")
-        if self.final_learning_rate > self.learning_rate:
+        if self.ends_at_final_rate and self.final_learning_rate > self.learning_rate:
             raise ValueError(
                 f"final_learning_rate {self.final_learning_rate:g} is above learning_rate {self.learning_rate:g}"
             )
@@ -198,6 +198,10 @@ class Config:
         if not all(a < b for a, b in itertools.pairwise((0, *self.edges, self.epochs))):
             raise ValueError(
                 f"milestones must rise, from at least 1 to less than epochs ({self.epochs}), got {self.milestones!r}"
+            )
+        if self.milestones and self.schedule != "multi-step":
+            raise ValueError(
+                f"milestones belong to schedule=multi-step, not to {self.schedule}: leave them out, or set it"
             )
         self._check_robust()
         if self.average != "none" and self.average_from >= self.epochs:
@@ -234,6 +238,11 @@ class Config:
         if self.robust:
             return self.radius_weight > 0 or self.certificate > 0
         return self.loss != "cross-entropy" and not (self.loss == "crm" and self.lam == 0)
+
+    @property
+    def ends_at_final_rate(self) -> bool:
+        """Whether the learning rate goes to `final_learning_rate`."""
+        return self.schedule in ("exponential", "cosine", "cyclic") and self.decay_from < self.epochs
 
     @property
     def edges(self) -> tuple[int, ...]:

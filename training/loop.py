@@ -133,7 +133,8 @@ def resume(
     """Resume a run from its newest checkpoint; the final weights are those of an uninterrupted run, bit for bit.
 
     A finished run is not trained further. `data_dir` is the folder of the data, if they have moved. Raises as `fit`
-    does, and RunError where the folder is not a run folder, or a run on other data.
+    does, and RunError where the folder is not a run folder, or a run on other data, or where log or settings do not fit
+    the checkpoint.
     """
     folder = pathlib.Path(folder)
     config = runs.read(folder)
@@ -158,10 +159,11 @@ class _Images:
     classes: int
 
     def record(self) -> Record:
-        """The identity of these images: name, number and digest."""
+        """The identity of these images: name, number, digest, shape and levels."""
         digest = hashlib.sha256(np.ascontiguousarray(self.pixels).tobytes())
         digest.update(np.ascontiguousarray(self.labels).tobytes())
-        return {"name": self.name, "images": len(self.labels), "sha256": digest.hexdigest()}
+        found = {"name": self.name, "images": len(self.labels), "sha256": digest.hexdigest()}
+        return {**found, "shape": list(self.shape), "levels": self.levels}
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -212,6 +214,7 @@ class _Run:
         self.started = time.perf_counter()
         self.rows, self.held_out = split(len(images.pixels), config.holdout)
         self.trainer = trainer(config, model, images.shape, images.levels, len(self.rows), devices)
+        self.trainer.check_images(images.pixels)
         outputs = self.trainer.classes(self.trainer.weights)
         if images.classes > outputs:
             raise ValueError(f"{images.name} has {images.classes} classes, and the network {outputs} outputs")
@@ -243,8 +246,9 @@ class _Run:
         """Train from the newest checkpoint, or from the start where there is none."""
         config, devices = self.config, self.devices
         state, done = self.trainer.init(), 0
-        if checkpoints is not None and checkpoints.epochs():
+        if checkpoints is not None and folder is not None and checkpoints.epochs():
             done, state = checkpoints.load(state)
+            runs.check_progress(folder, log, done, int(state.step), self.trainer.steps)
         parallel.agree(done, "the epoch to resume from")
         state = devices.put(state)
         log = [record for record in log if record["epoch"] <= done]
@@ -308,13 +312,13 @@ class _Run:
             if kept is not None and folder is not None:
                 runs.append_log(folder, record)  # first: a resumed run drops records behind its checkpoint
                 if due:
-                    kept.save(epoch, parallel.host(state), watch.best(log, config))
+                    kept.save(epoch, parallel.host(state), watch.best(log, config, ended=False))
             try:
                 self._tell(record)
             except BaseException as error:
                 if kept is not None:
                     if not due:
-                        kept.save(epoch, parallel.host(state), watch.best(log, config))
+                        kept.save(epoch, parallel.host(state), watch.best(log, config, ended=False))
                     error.add_note(
                         f"epoch {epoch} is saved: lipbounds train --resume {folder} goes on behind it"
                     )

@@ -250,6 +250,18 @@ _WITH_SIZES = (
 SIMPLE = tuple(name for name in ARCHITECTURES if name not in _WITH_SIZES)
 
 
+def prescribed(arch: str) -> tuple[str, dict[str, Any]] | None:
+    """(architecture, arguments) of a name with sizes, whose activations its layers prescribe; None for other names.
+
+    ValueError for a name that begins like one of `NAMED`, and is none.
+    """
+    found = lipschitz_nets.parse(arch)
+    for name, part in (("liresnet", liresnet), ("lipnext", lipnext), ("batch_norm", batch_norm_nets)):
+        if (sizes := part.parse(arch)) is not None:
+            found = name, sizes
+    return found
+
+
 def spec_for(
     arch: str,
     input_shape: Sequence[int],
@@ -267,13 +279,7 @@ def spec_for(
     """
     height, width, channels = (int(n) for n in input_shape)
     common = {"activation": activation, "mean": mean, "std": std}
-    found = lipschitz_nets.parse(arch)
-    if (sizes_of := liresnet.parse(arch)) is not None:
-        found = "liresnet", sizes_of
-    if (sizes_of := lipnext.parse(arch)) is not None:
-        found = "lipnext", sizes_of
-    if (sizes_of := batch_norm_nets.parse(arch)) is not None:
-        found = "batch_norm", sizes_of
+    found = prescribed(arch)
     if found is not None:  # these have MaxMin, ReLU or what their layers prescribe
         arguments = {**found[1], "classes": classes, "mean": mean, "std": std}
         return ModelSpec(found[0], (height, width, channels), arguments)

@@ -96,11 +96,14 @@ def _kernels(weights: Any) -> Any:
 def schedule(config: Config, steps: int, first: float, last: float) -> Any:
     """Learning rate by step: `first` until epoch `decay_from`, then down to `last` at the end.
 
-    "multi-step" divides by 10 after the epochs of `milestones`, without them at one half and at three quarters of the
-    decay; "cyclic" rises from `last` to `first` in the first 40 % of the steps from `decay_from` on, and falls again,
-    both linearly. "halving" halves the rate at `decay_from` and after every further epoch, and does not stop at `last`.
+    "multi-step" divides by 10 after the epochs of `milestones`, whatever `decay_from` is, without them at one half and
+    at three quarters of the decay; "cyclic" rises from `last` to `first` in the first 40 % of the steps from
+    `decay_from` on, and falls again, both linearly. "halving" halves the rate at `decay_from` and after every further
+    epoch, and does not stop at `last`.
     """
     begin, total = config.decay_from * steps, config.epochs * steps
+    if config.edges:
+        return _steps(first, [epoch * steps for epoch in config.edges])
     if config.schedule == "constant" or begin >= total or first == 0:
         return optax.constant_schedule(first)
     length = total - begin
@@ -108,8 +111,7 @@ def schedule(config: Config, steps: int, first: float, last: float) -> Any:
         fall = optax.cosine_decay_schedule(first, length, alpha=last / first)
         return optax.join_schedules([optax.constant_schedule(first), fall], [begin])
     if config.schedule == "multi-step":
-        edges = [epoch * steps for epoch in config.edges] or [begin + length // 2, begin + 3 * length // 4]
-        return optax.piecewise_constant_schedule(first, dict.fromkeys(edges, 0.1))
+        return _steps(first, [begin + length // 2, begin + 3 * length // 4])
     if config.schedule == "halving":
         return lambda step: first * jnp.float32(0.5) ** jnp.maximum((step - begin) // steps + 1, 0)
     if config.schedule == "cyclic":
@@ -118,3 +120,8 @@ def schedule(config: Config, steps: int, first: float, last: float) -> Any:
         fall = optax.linear_schedule(first, last, max(1, total - top))
         return optax.join_schedules([optax.constant_schedule(first), rise, fall], [begin, top])
     return optax.exponential_decay(first, length, max(last, 1e-12) / first, transition_begin=begin)
+
+
+def _steps(first: float, edges: list[int]) -> Any:
+    """The rate that falls to a tenth at every edge."""
+    return optax.piecewise_constant_schedule(first, dict.fromkeys(edges, 0.1))

@@ -78,20 +78,47 @@ def create(folder: pathlib.Path, config: Config, data: dict[str, Any]) -> None:
 def read(folder: pathlib.Path) -> Config:
     """The configuration of a run. RunError for anything else."""
     path = folder / CONFIG
+    fields = _record(folder).get("config", {})
+    if isinstance(fields, dict) and fields.get("schedule") != "multi-step":
+        fields = {**fields, "milestones": ""}  # earlier versions accepted some, and did not use them
     try:
-        return Config.from_json(_record(folder).get("config", {}), str(path))
+        return Config.from_json(fields, str(path))
     except ValueError as error:
         raise error if isinstance(error, RunError) else RunError(str(error)) from error
 
 
 def check_data(folder: pathlib.Path, data: dict[str, Any]) -> None:
-    """RunError unless the run was started with these data."""
+    """RunError unless the run was started with these data.
+
+    Runs of earlier versions recorded neither shape nor levels, which are not compared then.
+    """
     mine = _record(folder).get("data")
-    if mine != data:
+    later = ("shape", "levels")
+    if not isinstance(mine, dict) or mine != {k: v for k, v in data.items() if k in mine or k not in later}:
         name = mine.get("name") if isinstance(mine, dict) else None
         raise RunError(
             f"{folder} was started with other data ({name}): a run resumes only with the same images and labels; pass "
             "them as data, or pass their folder as data_dir"
+        )
+
+
+def check_progress(
+    folder: pathlib.Path, log: list[dict[str, Any]], done: int, taken: int, steps: int
+) -> None:
+    """RunError unless log and settings fit the checkpoint of epoch `done`, behind so many steps taken.
+
+    steps: those of an epoch, by the settings.
+    """
+    if taken != done * steps:
+        raise RunError(
+            f"{folder}: the checkpoint of epoch {done} was written after {taken} steps, which are {done * steps} "
+            f"with these settings: give batch_size and holdout in {CONFIG} the values that the run was started with"
+        )
+    missing = sorted(set(range(1, done + 1)) - {record["epoch"] for record in log})
+    if missing:
+        raise RunError(
+            f"{folder / LOG} has no record of epoch {missing[0]}, and there is a checkpoint of epoch {done}: "
+            "restore the log, or begin a new run in another folder"
         )
 
 

@@ -173,7 +173,9 @@ class Trainer(Network):
             if c.constants == "recursion":
                 multipliers = bound.multipliers
                 bound = bound._replace(multipliers=(), moments=())
-            pairs = jnp.zeros((self.classes(weights),) * 2, _FLOAT)  # replaced before it is used
+            pairs = jnp.zeros(
+                (self.classes(weights),) * 2, _FLOAT
+            )  # 0 until the first step that is not skipped
             held = Held(pairs, (), ())
             if c.refresh > 1:
                 zeros = jax.tree.map(jnp.zeros_like, (weights, multipliers))
@@ -280,6 +282,13 @@ class Trainer(Network):
             jitter=c.jitter,
         )
         return augment(key, self.devices.spread(pixels[rows]).astype(_FLOAT) / np.float32(self.levels))
+
+    def check_images(self, pixels: np.ndarray) -> None:
+        """ValueError where the augmentation does not fit these images; nothing is computed."""
+        rows = jax.ShapeDtypeStruct((self.config.batch_size,), np.int32)
+        images = jax.ShapeDtypeStruct(pixels.shape, pixels.dtype)
+        with self.precision(), jax.numpy_dtype_promotion("standard"):
+            jax.eval_shape(self.batch, images, rows, jax.random.key(0))
 
     def _visit(self, state: TrainState, pixels: Any, labels: Any, rows: Any, key: Any) -> Any:
         x = self.batch(pixels, rows, key)
@@ -389,7 +398,11 @@ class Trainer(Network):
         branches: list[Callable[[], tuple[Any, ...]]] = [fresh]
         choice = jnp.zeros((), jnp.int32)
         if c.refresh > 1:
-            choice = jnp.where((state.step - begin) % c.refresh == 0, 0, len(branches)).astype(jnp.int32)
+            due = (state.step - begin) % c.refresh == 0
+            due |= ~jnp.any(
+                state.held.pairs
+            )  # there are none yet where the steps of all refreshes were skipped
+            choice = jnp.where(due, 0, len(branches)).astype(jnp.int32)
             branches.append(kept)
         if begin:
             choice = jnp.where(state.step < begin, len(branches), choice).astype(jnp.int32)

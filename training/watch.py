@@ -183,13 +183,17 @@ def stopped(log: Sequence[Mapping[str, Any]], config: Config) -> bool:
     )
 
 
-def best(log: Sequence[Mapping[str, Any]], config: Config) -> int | None:
-    """The epoch with the largest estimate of `judged` among those with a checkpoint; the last of equals."""
+def best(log: Sequence[Mapping[str, Any]], config: Config, ended: bool = True) -> int | None:
+    """The epoch with the largest estimate of `judged` among those with a checkpoint; the last of equals.
+
+    These are the multiples of `checkpoint_every` and, in a run that has ended, its last epoch.
+    """
     figure = judged(config)
     kept = [
         (record[figure], record["epoch"])
         for record in log
-        if record.get(figure) is not None and record["epoch"] % config.checkpoint_every == 0
+        if record.get(figure) is not None
+        and (record["epoch"] % config.checkpoint_every == 0 or (ended and record is log[-1]))
     ]
     return max(kept)[1] if kept else None
 

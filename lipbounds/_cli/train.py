@@ -16,6 +16,7 @@ from lipbounds._cli.common import Json, refusals
 from lipbounds._cli.options import CoordinatorOption, ProcessesOption, ProcessOption
 
 LogName = Literal["tensorboard", "trackio"]
+_AT_EPS = ("gloro", "gloro-trades", "emma", "lipschitz-margin")  # constants count for nothing where eps is 0
 
 
 def train(
@@ -142,34 +143,48 @@ def _settings(given: Json, preset: str | None, file: Path | None) -> Any:
     from lipbounds.training.presets import preset as settings_of
 
     chosen = from_text(file.read_text(encoding="utf-8"), str(file)) if file is not None else {}
+    places = {name: f"{name} of {file}" for name in chosen} | {name: _option(name) for name in given}
     chosen |= given
     begin = defaults(chosen.get("dataset", "digits"))
     if preset is not None:
         epochs = chosen.get("epochs")
         begin = settings_of(preset, epochs if isinstance(epochs, int) else None)
+    if chosen.get("schedule", "multi-step") != "multi-step":
+        begin.pop("milestones", None)  # a preset's own schedule has gone
     settings = unproved(Config.from_json(begin | chosen, "the command"), chosen)
-    _check_used(given, settings)
+    usual = {field.name: field.default for field in dataclasses.fields(Config)} | begin
+    asked = {key: place for key, place in places.items() if key in given or chosen[key] != usual[key]}
+    _check_used(asked, settings)
     return settings
 
 
-def _check_used(given: Json, c: Any) -> None:
-    """ValueError for options that have no effect with these settings."""
-    from lipbounds.training.lipnext import parse
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _check_used(asked: dict[str, str], c: Any) -> None:
+    """ValueError for settings that have no effect beside the others; asked: where each was given, by its name."""
+    from lipbounds.training.models import prescribed
+    from lipbounds.training.own_data import is_own
+    from lipbounds.training.robust_losses import ROBUST
 
     recursion = c.uses_constants and c.constants == "recursion"
+    radii = (c.loss == "crm" and c.lam > 0) or c.radius_weight > 0
+    named = prescribed(c.arch)
     used = {
         ("lam",): (c.loss == "crm", "the loss crm"),
-        ("r0", "t", "g"): (c.loss == "crm" or c.radius_weight > 0, "the loss crm, or --radius-weight"),
-        ("constants", "pairs", "refresh", "stop_if_uncertified"): (
-            c.loss != "cross-entropy" and (c.uses_constants or not c.robust),
-            "a loss with constants",
-        ),
+        ("r0", "t", "g"): (radii, "the loss crm with --lam above 0, or --radius-weight"),
+        ("constants", "pairs", "refresh", "stop_if_uncertified"): (c.uses_constants, "a loss with constants"),
         ("warmup",): (
-            c.loss != "cross-entropy" and (c.uses_constants or not c.robust or c.ramp > 0),
+            c.uses_constants or (c.robust and c.ramp > 0),
             "a loss with constants, or a robust loss with --ramp",
         ),
-        ("ramp",): (c.loss != "cross-entropy", "a loss with constants, or a robust loss"),
-        ("attack_eps", "attack_norm", "robust_every", "stop_if_overfitted"): (c.robust, "a robust loss"),
+        ("ramp",): (c.uses_constants or c.robust, "a loss with constants, or a robust loss"),
+        ("attack_eps", "attack_norm", "robust_every"): (c.robust, "a robust loss"),
+        ("stop_if_overfitted",): (
+            c.robust and c.robust_every > 0,
+            "a robust loss, and --robust-every above 0",
+        ),
         ("attack_steps", "attack_start"): (
             c.robust and c.loss != "backward-smoothing",
             "a robust loss other than backward-smoothing",
@@ -185,7 +200,8 @@ def _check_used(given: Json, c: Any) -> None:
             c.uses_constants or c.validate_every or not c.robust,
             "a proof: a loss with constants, or --validate-every",
         ),
-        ("multiplier_rate", "precision"): (recursion or c.precision == "float64", "--constants recursion"),
+        ("multiplier_rate",): (recursion, "a loss with the constants of --constants recursion"),
+        ("precision",): (c.uses_constants, "a loss with constants"),
         ("power_iterations",): (c.uses_constants and not recursion, "--constants naive or liplt"),
         ("decay_from",): (
             c.schedule != "constant" and not c.milestones,
@@ -193,15 +209,28 @@ def _check_used(given: Json, c: Any) -> None:
         ),
         ("milestones",): (c.schedule == "multi-step", "--schedule multi-step"),
         ("final_learning_rate",): (
-            c.schedule in ("exponential", "cosine", "cyclic"),
-            "a schedule that ends at a given rate (exponential, cosine or cyclic)",
+            c.ends_at_final_rate,
+            "a schedule that ends at a given rate (exponential, cosine or cyclic, begun before the last epoch)",
         ),
         ("angle",): (
-            (parse(c.arch) or {"kind": ""}).get("kind", "stiefel") == "stiefel",
+            named is not None and named[0] == "lipnext" and named[1].get("kind", "stiefel") == "stiefel",
             "a network of stiefel layers, such as --arch lipnext-L2-4W32",
         ),
+        ("activation",): (
+            named is None,
+            "a network with activations to choose, such as --arch 6C2F or widths",
+        ),
+        ("initialisation",): (
+            named is None or named[0] == "batch_norm",
+            "a network with plain layers, such as --arch 6C2F, resnet18 or widths",
+        ),
+        ("data_dir",): (
+            c.dataset != "digits" and not is_own(c.dataset),
+            "a data set with official files, such as --dataset mnist",
+        ),
         ("border",): (c.crop > 0, "--crop"),
-        ("momentum", "nesterov"): (c.optimiser == "sgd", "--optimiser sgd"),
+        ("momentum",): (c.optimiser == "sgd", "--optimiser sgd"),
+        ("nesterov",): (c.optimiser == "sgd" and c.momentum > 0, "--optimiser sgd, and --momentum above 0"),
         ("ema_decay",): (c.average == "ema", "--average ema"),
         ("average_from",): (c.average != "none", "--average ema or swa"),
         ("temperature",): (c.loss == "margin", "the loss margin"),
@@ -209,9 +238,15 @@ def _check_used(given: Json, c: Any) -> None:
         ("smoothing",): (c.loss in ("crm", "cross-entropy"), "the loss crm or cross-entropy"),
     }
     for names, (fine, what) in used.items():
-        idle = [f"--{name.replace('_', '-')}" for name in names if name in given]
+        idle = [asked[name] for name in names if name in asked]
         if idle and not fine:
             raise ValueError(f"{', '.join(idle)} has no effect without {what}")
+    for name, losses, what in (
+        ("eps", _AT_EPS, "the constants count for nothing"),
+        ("attack_eps", ROBUST, "nothing is attacked"),
+    ):
+        if name in asked and getattr(c, name) == 0 and c.loss in losses:
+            raise ValueError(f"{asked[name]} is 0, so that {what} in the loss {c.loss}")
 
 
 def _run(folder: Any, settings: Any, data_dir: str | None, log: LogName | None) -> None:
