@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import numpy as np
 
-from lipbounds._text import Progress, reporting, whole
+from lipbounds._text import Progress, check_seed, reporting, whole
 from lipbounds.results import NORM_NAMES, check_norm
 
 P = ParamSpec("P")
@@ -52,7 +52,7 @@ class AttackSettings:
         progress: True, False or a function of one text: a line after every chunk.
 
     Raises:
-        ValueError: no norm, a box that is empty or not finite, a batch size below 1.
+        ValueError: no norm, a box that is empty or not finite, a batch size below 1, a seed below 0 or from 2^63 on.
     """
 
     norm: Any = 2
@@ -67,6 +67,7 @@ class AttackSettings:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise ValueError(f"the box needs finite numbers low < high, got {self.low!r} and {self.high!r}")
         whole("batch_size", self.batch_size)
+        check_seed(self.seed)
 
     def need_a_usual_norm(self, name: str) -> None:
         """ValueError unless the norm is 2 or inf."""

@@ -20,7 +20,7 @@ from flax import nnx
 
 import lipbounds as lb
 from lipbounds import __version__
-from lipbounds._text import write_atomically
+from lipbounds._text import parsed, write_atomically
 from lipbounds.analysis.experiment import NORMS, Json, best_certified, measure, method_names, offered
 from lipbounds.analysis.single_images import single_images
 from lipbounds.examples import Example
@@ -213,7 +213,7 @@ def write_json(path: pathlib.Path, record: Json) -> None:
 def is_ours(path: pathlib.Path) -> bool:
     """Whether a JSON file was written by this program."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parsed(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(record, dict) and record.get("format") == FORMAT

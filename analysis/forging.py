@@ -34,7 +34,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save
 
-from lipbounds._text import Progress, read_safetensors, say, show, text_table, whole, write_atomically
+from lipbounds._text import Progress, parsed, read_safetensors, say, show, text_table, whole, write_atomically
 from lipbounds.analysis.attack_settings import reports
 from lipbounds.analysis.batches import Example, chunks, examples, padded
 from lipbounds.analysis.gates import (
@@ -351,7 +351,7 @@ def load_forged(model: nnx.Module, path: str | os.PathLike[str]) -> Forged:
         raise FileNotFoundError(f"there is no file {path}")
     try:
         tensors, metadata = read_safetensors(path)
-        fields = json.loads(metadata[FORMAT])
+        fields = parsed(metadata[FORMAT])
         if fields["version"] != FORMAT_VERSION:
             raise ValueError(f"it has version {fields['version']!r}, this program reads {FORMAT_VERSION}")
         shape, dtype = fields["example"]
@@ -371,7 +371,7 @@ def load_forged(model: nnx.Module, path: str | os.PathLike[str]) -> Forged:
         for name, values in numbers.items():
             if values.shape != (len(sites),) or not (np.isfinite(values) & (values >= 0)).all():
                 raise ValueError(f"its {name} are not {len(sites)} finite numbers >= 0")
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} holds no forged thresholds that can be read: {error!r}") from error
     check_sites(sites, survey(model, example).sites, str(path))
     peaks, thresholds = (

@@ -377,3 +377,38 @@ def test_public_verbs_on_tracers_name_the_core(verb: Callable[..., Any]) -> None
 
     with pytest.raises((TypeError, ValueError), match="core"):
         bound(jnp.eye(3))
+
+
+# ------------------------------------------------------------------------------------------ seeds, pairs, boxes, slopes
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, "0", None, True], ids=repr)
+def test_seeds(form: Any, seed: Any) -> None:
+    x, y = np.zeros((1, 6)), np.zeros(1, int)
+    calls = [*((verb, form) for verb in (lb.naive, lb.liplt, lb.lipsdp, lb.compare))]
+    calls += [(lb.local, form, x, 0.1), (lb.certified_radius, form, x, y), (lb.empirical, form, x)]
+    for verb, *given in calls:
+        with pytest.raises(ValueError, match="seed must be a whole number >= 0 and below 2\\^63, got"):
+            verb(*given, seed=seed)
+
+
+def test_a_seed_of_numpy(form: Any) -> None:
+    assert lb.naive(form, seed=np.int64(3)).value == lb.naive(form, seed=3).value
+
+
+@pytest.mark.parametrize("pairwise", ["no", 1, None, [True]], ids=repr)
+@pytest.mark.parametrize("verb", [lb.naive, lb.liplt, lb.lipsdp, lb.compare, lb.empirical])
+def test_pairwise_is_yes_or_no(form: Any, verb: Any, pairwise: Any) -> None:
+    given = (np.zeros((1, 6)),) if verb is lb.empirical else ()
+    with pytest.raises(ValueError, match="pairwise must be True or False, got"):
+        verb(form, *given, pairwise=pairwise)
+
+
+@pytest.mark.parametrize("box", [(0, 1, 2), 1, ("a", "b"), (1, 0), (0, math.nan)], ids=repr)
+def test_boxes_are_looked_at_when_they_are_given(box: Any) -> None:
+    with pytest.raises(ValueError, match=r"box must be \(lower, upper\)"):
+        lb.Local(box=box)
+
+
+@pytest.mark.parametrize("slopes", [(1, 0), (np.array([0.0, 1.0]), 0.5)], ids=str)
+def test_slopes_in_the_wrong_order(slopes: Any) -> None:
+    with pytest.raises(ValueError, match=r"slopes\[0\] must be \(lower, upper\) with lower <= upper"):
+        lb.from_weights([np.eye(2), np.eye(2)], slopes=[slopes])

@@ -309,6 +309,34 @@ def test_other_activations_with_the_same_weights_are_refused(saved: Path, form: 
         certificate.verify_certificate(saved, steep)
 
 
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({"guarantee": "probabilistic"}, "a probabilistic bound states its failure_probability"),
+        ({"failure_probability": (0.5).hex()}, "a verified bound has failure_probability 0"),
+        ({"method": ""}, "method must name how the result was made"),
+    ],
+    ids=str,
+)
+def test_what_is_no_bound_is_refused_by_both(
+    saved: Path, form: lb.LureForm, change: dict[str, Any], why: str
+) -> None:
+    rewritten(saved, put(**change))
+    for read in (certificate.verify_certificate, lb.load_certificate):
+        with pytest.raises(CertificateError, match=f"its claims are no bound: {why}"):
+            read(saved, form)
+
+
+def test_a_diagonal_of_pairs_is_refused_by_both(bound: UpperBound, saved: Path, form: lb.LureForm) -> None:
+    pairs = np.array(bound.certificate.pairwise)
+    np.fill_diagonal(pairs, 1.0)
+    wrong = replace(bound, certificate=replace(bound.certificate, pairwise=pairs))
+    certificate.save_certificate(wrong, saved)
+    for read in (certificate.verify_certificate, lb.load_certificate):
+        with pytest.raises(CertificateError, match="symmetric with a zero diagonal"):
+            read(saved, form)
+
+
 def test_files_that_are_none_of_ours(saved: Path, form: lb.LureForm, tmp_path: Path) -> None:
     raw = saved.read_bytes()
     length = int.from_bytes(raw[:8], "little")

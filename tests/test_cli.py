@@ -348,10 +348,70 @@ def test_wrong_usage_exits_2(model_file, tmp_path):
     run("frobnicate", code=2)
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("bounds MODEL --certificate one --json ./one", "--json: would overwrite --certificate"),
+        ("bounds MODEL --json link --force", "--json: would overwrite the model, which this command reads"),
+        ("bounds MODEL --constant t=x.npy --json x.npy", "--json: would overwrite --constant t=x.npy"),
+        ("certify MODEL --csv one --json one", "--csv: would overwrite --json, which is the same file"),
+        ("certify MODEL --data d.npz --json d.npz", "--json: would overwrite the data"),
+        ("certify MODEL --images x.npy --labels y.npy --csv y.npy", "--csv: would overwrite the labels"),
+        ("certify MODEL --certificate c --csv c --force", "--csv: would overwrite the certificate"),
+        ("attack MODEL --eps 0.1 --csv one --page one", "--page: would overwrite --csv"),
+        ("attack MODEL --eps 0.1 --data d.npz --page d.npz --force", "--page: would overwrite the data"),
+        ("evaluate MODEL --dataset digits --json MODEL --force", "--json: would overwrite the run"),
+        ("evaluate MODEL --dataset digits --against link --json link", "would overwrite the other run"),
+        ("evaluate run --json run/config.json --force", "would overwrite config.json of the run"),
+        ("evaluate run --json run/evaluation.html", "would overwrite evaluation.html in the folder"),
+        ("forge run --json run/model.safetensors --force", "would overwrite model.safetensors of the run"),
+        (
+            "forge MODEL --dataset digits --out . --json ./forged.html",
+            "would overwrite forged.html in the folder",
+        ),
+    ],
+)
+def test_no_output_replaces_another_one_or_a_file_that_is_read(
+    tmp_path, monkeypatch, model_file, words, message
+):
+    monkeypatch.chdir(tmp_path)
+    for file in ("x.npy", "y.npy", "d.npz", "c"):
+        (tmp_path / file).write_bytes(b"read")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "m").write_bytes(model_file.read_bytes())
+    (tmp_path / "link").symlink_to("m")
+    before = sorted(tmp_path.iterdir())
+    said = run(*words.replace("MODEL", "m").split(), code=2).stderr
+    assert message in " ".join(line.strip("│ ") for line in said.splitlines())
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("seed", ["-1", "9223372036854775808", "1.5"])
+@pytest.mark.parametrize("command", ["bounds", "certify"])
+def test_seeds_that_no_certificate_holds_are_refused(model_file, command, seed):
+    said = run(command, model_file, "--seed", seed, code=2).stderr
+    assert "is not a whole number >= 0 and below 2^63" in " ".join(
+        line.strip("│ ") for line in said.splitlines()
+    )
+
+
+def test_the_largest_seed(model_file, tmp_path):
+    file = tmp_path / "certificate"
+    run("bounds", model_file, "--seed", str(2**63 - 1), "--certificate", file)
+    assert run("verify", file, "--model", model_file).stdout.startswith("L <= ")
+
+
 def test_a_file_that_is_no_model_exits_1(tmp_path):
     file = tmp_path / "x.safetensors"
     file.write_bytes(b"nothing of the kind")
     assert "not a complete .safetensors file" in run("bounds", file, code=1).stderr
+
+
+def test_a_deeply_nested_file_is_not_overwritten(model_file, tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text('{"a":' * 100_000)
+    said = run("bounds", model_file, "--method", "naive", "--json", file, code=1).stderr
+    assert "mine.json exists and was not written by lipbounds" in said
 
 
 def test_foreign_files_are_not_overwritten(model_file, tmp_path):

@@ -80,7 +80,10 @@ def test_the_box_reaches_the_check_of_values(model_file, monkeypatch):
     assert seen == [(0.0, 1.0), (0.0, 1.0), None]
 
 
-def test_certify_refuses_bad_data(model_file, tmp_path):
+def test_certify_refuses_bad_data(model_file, tmp_path, monkeypatch):
+    def bounded(*_):
+        raise AssertionError("the bound is not computed for data that are refused")
+
     data = digits()
     x, y = data.test_x[:4], data.test_y[:4]
     cases = {
@@ -89,6 +92,8 @@ def test_certify_refuses_bad_data(model_file, tmp_path):
         "keys": (dict(a=x, b=x, c=y), "arrays x and y, or two arrays of other names: it holds a, b, c"),
         "objects": (dict(x=np.array([object()]), y=y), "arrays x and y"),
         "labels": (dict(x=x, y=y + 10), "label"),
+        "no shape": (dict(x=x, y=np.int64(3)), "y must hold 4 integer labels, got shape ()"),
+        "fractions": (dict(x=x, y=y.astype(float)), "y must hold 4 integer labels"),
         "lengths": (dict(x=x, y=y[:3]), "4"),
         "nan": (dict(x=x * np.float32(np.nan), y=y), "finite"),
         "empty": (dict(x=x[:0], y=y[:0]), "no images"),
@@ -99,6 +104,39 @@ def test_certify_refuses_bad_data(model_file, tmp_path):
     (tmp_path / "text.npz").write_text("x, y")
     assert "arrays x and y" in run("certify", model_file, "--data", tmp_path / "text.npz", code=1).stderr
     assert "nowhere.npz" in run("certify", model_file, "--data", tmp_path / "nowhere.npz", code=1).stderr
+
+
+def test_labels_are_looked_at_before_the_bound_is_computed(model_file, tmp_path, monkeypatch):
+    def bounded(*_):
+        raise AssertionError("computed")
+
+    monkeypatch.setattr(common, "bound_of", bounded)
+    np.savez(tmp_path / "bad.npz", x=digits().test_x[:4], y=np.array([0, 1, 2, 10]))
+    said = run("certify", model_file, "--data", tmp_path / "bad.npz", code=1).stderr
+    assert "bad.npz: labels must lie in 0..9, got 0..10" in said
+
+
+@pytest.mark.parametrize(
+    "label, message",
+    [
+        ("1e30", "'label' must hold whole numbers below 2^53, not 1e+30"),
+        ("inf", "not inf"),
+        ("nan", "not nan"),
+        ("0.5", "not 0.5"),
+        ("\udcff", "data.csv is not a text in UTF-8"),
+    ],
+)
+def test_labels_of_a_table(model_file, tmp_path, label, message):
+    header, line = ",".join(f"p{i}" for i in range(64)), ",".join(["0.5"] * 64)
+    file = tmp_path / "data.csv"
+    file.write_bytes(f"label,{header}\n{label},{line}\n".encode(errors="surrogateescape"))
+    assert message in run("certify", model_file, "--data", file, code=1).stderr
+
+
+def test_a_table_that_cannot_be_read_is_not_overwritten(model_file, tmp_path):
+    file = tmp_path / "mine.csv"
+    file.write_text("image,label,prediction,correct,outcome,certified_radius\n" + "g" * 200_000 + "\n")
+    assert "mine.csv exists and holds no radii" in run("certify", model_file, "--csv", file, code=1).stderr
 
 
 @pytest.mark.slow

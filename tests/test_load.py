@@ -85,6 +85,69 @@ def test_radii_that_were_changed(
         lb.load(path)
 
 
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({"version": 2}, "radii of version 2; this library reads version 1"),
+        ({"version": True}, "version True"),
+        ({"version": None}, "version None"),
+        (
+            {"guarantee": "estimate"},
+            "their guarantee is 'estimate', known are verified, probabilistic, assumed",
+        ),
+        ({"label": [0.5] * 6}, "a class must be a whole number >= 0, got 0.5"),
+        ({"label": [-1] * 6}, "a class must be a whole number >= 0, got -1"),
+        ({"prediction": [10**30] * 6}, "a class must be a whole number"),
+        ({"label": [float("inf")] * 6}, "a class must be a whole number"),
+        ({"radius": [10**400] * 6}, "no complete radii: OverflowError"),
+        ({"norm": 10**400}, "no complete radii"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_radii_that_say_what_no_radii_say(
+    radii: tuple[Path, lb.Radii], tmp_path: Path, change: dict[str, Any], why: str
+) -> None:
+    path = tmp_path / "radii.json"
+    path.write_text(json.dumps(json.loads(radii[0].read_text()) | change))
+    with pytest.raises(ValueError, match=f"radii.json holds .*{why}"):
+        lb.load(path)
+    with pytest.raises(ValueError, match=r"radii.json exists and holds no radii"):
+        lb.save_radii(radii[1], path)
+
+
+def test_radii_without_a_version_are_refused(radii: tuple[Path, lb.Radii], tmp_path: Path) -> None:
+    record = json.loads(radii[0].read_text())
+    del record["version"]
+    (tmp_path / "radii.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="version None; this library reads version 1"):
+        lb.load(tmp_path / "radii.json")
+
+
+@pytest.mark.parametrize(
+    "old, new, why",
+    [
+        ("verified", '"' + "g" * 200_000 + '"', "a table that cannot be read: field larger than field limit"),
+        ("verified", "estimate", "their guarantee is 'estimate'"),
+        ("\n0,0,", "\n0,-5,", "a class must be a whole number >= 0, got '-5'"),
+        ("\n0,0,", "\n0,0.5,", "a class must be a whole number >= 0, got '0.5'"),
+        ("\n0,0,", "\n0,99999999999999999999,", "a class must be a whole number"),
+        ("verified", "\udcff", "is not a text in UTF-8"),
+    ],
+    ids=["enormous field", "estimate", "negative", "fraction", "large", "no UTF-8"],
+)
+def test_tables_that_were_changed(tmp_path: Path, old: str, new: str, why: str) -> None:
+    form = lb.from_weights([np.eye(2)])
+    radii = lb.certified_radius(form, [[1.0, 0.5]], [0], bound=lb.naive(form))
+    path = tmp_path / "radii.csv"
+    lb.save_radii(radii, path)
+    assert old in path.read_text()
+    path.write_bytes(path.read_text().replace(old, new).encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=f"radii.csv .*{why}"):
+        lb.load(path)
+    with pytest.raises(ValueError, match=r"radii.csv exists and holds no radii"):
+        lb.save_radii(radii, path)
+
+
 def test_a_run_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a run folder"):
         lb.load(tmp_path)

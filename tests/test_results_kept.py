@@ -119,7 +119,8 @@ def test_a_certificate_that_proves_nothing_is_no_bound(tmp_path: pathlib.Path) -
 
 def test_certify_with_a_certificate_and_a_table(model_file: Any, form: Any, tmp_path: pathlib.Path) -> None:
     bound = lb.lipsdp(form, pairwise=True)
-    lb.save_certificate(bound, tmp_path / "c")
+    for name in "cd":
+        lb.save_certificate(bound, tmp_path / name)
     words = ("certify", model_file, "--certificate", tmp_path / "c", "--eps", "0.1")
     said = run(*words, "--csv", tmp_path / "r.csv", "--json", tmp_path / "r.json").stdout
     assert "norm:      l2, as --norm was not given" in said
@@ -132,7 +133,8 @@ def test_certify_with_a_certificate_and_a_table(model_file: Any, form: Any, tmp_
         (("--norm", "inf"), 1, "bounds the network in norm 2: leave out --norm inf"),
         (("--method", "liplt"), 2, "the bound is that of --certificate"),
         (("--no-pairwise",), 2, "the bound is that of --certificate"),
-        (("--csv", tmp_path / "c"), 1, "holds no radii, and --csv would"),
+        (("--csv", tmp_path / "c"), 2, "would overwrite the certificate"),
+        (("--csv", tmp_path / "d"), 1, "holds no radii, and --csv would"),
     ):
         assert message in run(*words, *more, code=code).stderr
 

@@ -141,6 +141,8 @@ def attack(
     given = {key: value for key, value in given.items() if value}
     examples.check()
     _check(method, eps, norm, targeted, given)
+    outputs = {"--json": files.json, "--csv": files.csv, "--page": files.page}
+    common.check_apart(outputs, common.files_read(model, reading, **examples.files()))
     name, fixed, _ = METHODS[method]
     norm = norm or ("inf" if method in ONLY_LINF else "2")
     with refusals() as stack:
@@ -151,7 +153,7 @@ def attack(
         for path, what in ((files.csv, "--csv"), (files.page, "--page")):
             common.check_free(path, files.force, lambda _: False, f"{what} would overwrite it")
         fn, shape, classes = common.load_batched(model, reading, stack)
-        x, y = examples.read(shape)
+        x, y = examples.read(shape, classes)
         x, y = x[:images], y[:images]
         low, high = (0.0, 1.0) if box is None else box
         options: Json = {**fixed, **given, "norm": norm, "low": low, "high": high, "seed": seed}

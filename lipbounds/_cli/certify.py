@@ -161,6 +161,8 @@ def certify(
     asked, norm = norm, norm or "2"
     _check(norm, local, box, at_eps, bool(eps), seconds_per_image, attack, coordinator)
     chosen = common.choose_method(method, norm, scaling, False)
+    read = common.files_read(model, reading, certificate=files.certificate, **examples.files())
+    common.check_apart({"--json": files.json, "--csv": files.csv}, read)
     if files.certificate is not None:
         _check_none({"--method": method, "--scaling": scaling != "none", "--no-pairwise": not pairwise})
     with refusals() as stack:
@@ -171,7 +173,7 @@ def certify(
         common.check_json(files)
         common.check_free(files.csv, files.force, holds_radii, "holds no radii, and --csv would overwrite it")
         form, shape, fn = common.load_both(model, reading, stack, box if local else None)
-        x, y = examples.read(shape)
+        x, y = examples.read(shape, form.num_outputs)
         if not len(x):
             raise ValueError(f"{examples.name} holds no images")
         low, high = (0.0, 1.0) if box is None else box

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,36 @@ def check_free(path: Path | None, force: bool, ours: Callable[[Path], bool], wha
         raise ValueError(f"there is no folder {path.parent} to write {path.name} to")
     if path.exists() and not force and not ours(path):
         raise ValueError(f"{path} exists and {what}: choose another name, or pass --force")
+
+
+def check_apart(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None]) -> None:
+    """typer.BadParameter, before any work is done, where two outputs are one file, or one is a file that is read.
+
+    Outputs are given by option, inputs by what they are called; links are followed.
+    """
+
+    def place(path: Path) -> str:
+        return os.path.normcase(os.path.realpath(path))
+
+    read = {place(path): name for name, path in inputs.items() if path is not None}
+    written: dict[str, str] = {}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        if place(path) in read:
+            what = f"would overwrite {read[place(path)]}, which this command reads: choose another name"
+            raise typer.BadParameter(what, param_hint=option)
+        if place(path) in written:
+            what = f"would overwrite {written[place(path)]}, which is the same file: choose another name"
+            raise typer.BadParameter(what, param_hint=option)
+        written[place(path)] = option
+
+
+def files_read(model: Path, how: Reading, **more: Path | None) -> dict[str, Path | None]:
+    """The files that a command reads, by what `check_apart` calls them: the model, its constants, and others."""
+    found: dict[str, Path | None] = {"the model": model}
+    found |= {f"--constant {text}": Path(text.rpartition("=")[2]) for text in how.constant or []}
+    return found | {f"the {name}": path for name, path in more.items()}
 
 
 def check_json(files: Output) -> None:

@@ -12,7 +12,8 @@ import typer
 
 from lipbounds._cli.options import option
 from lipbounds._form.units import check_range, doubts, shape_mend
-from lipbounds._text.files import read_npy, read_npz
+from lipbounds._text.arguments import as_labels
+from lipbounds._text.files import read_npy, read_npz, read_text
 
 LABELS = ("label", "labels", "class", "target", "y")  # names of the column of a CSV file
 _KINDS = (
@@ -59,8 +60,12 @@ class Examples:
         """Images and labels that were given as two files."""
         return None
 
-    def read(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Images (n, *shape) in the units of the network, and labels (n,); ValueError for anything else.
+    def files(self) -> dict[str, Path | None]:
+        """The files that are read, by what they are called."""
+        return {"data": None if self.data is None else Path(self.data)}
+
+    def read(self, shape: tuple[int, ...], classes: int) -> tuple[np.ndarray, np.ndarray]:
+        """Images (n, *shape) in the units of the network, and labels (n,) of its classes; else ValueError.
 
         Values in units that look wrong are a warning on stderr.
         """
@@ -84,7 +89,11 @@ class Examples:
             raise ValueError(
                 f"{name} holds images of shape {x.shape[1:]}, the model takes {tuple(shape)}{mend}"
             )
-        return _in_units(name, x, shape, given), y
+        try:
+            labels = as_labels(y, len(x), classes)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        return _in_units(name, x, shape, given), labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +123,9 @@ class ExampleFiles(Examples):
             raise typer.BadParameter("images and labels belong together", param_hint=missing)
         if self.images is not None and self.data is not None:
             raise typer.BadParameter("give --data, or --images and --labels", param_hint="--data")
+
+    def files(self) -> dict[str, Path | None]:
+        return {**super().files(), "images": self.images, "labels": self.labels}
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray] | None:
         if self.images is None or self.labels is None:
@@ -177,7 +189,7 @@ def _from_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _from_csv(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """The examples of a CSV file, one a line, in C order, with a header that names the column of the labels."""
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    lines = read_text(path, "utf-8-sig").splitlines()
     header = [word.strip().strip('"').lower() for word in (lines[0] if lines else "").split(",")]
     column = next((header.index(name) for name in LABELS if name in header), None)
     if column is None:
@@ -195,8 +207,11 @@ def _from_csv(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarra
             f"not {len(header)}"
         )
     labels, values = table[:, column], np.delete(table, column, axis=1)
-    if (labels != np.round(labels)).any():
-        raise ValueError(f"{path}: the column {header[column]!r} must hold whole numbers")
+    strange = labels[(labels != np.round(labels)) | (np.abs(labels) >= 2.0**53)]  # NaN among them
+    if strange.size:
+        raise ValueError(
+            f"{path}: the column {header[column]!r} must hold whole numbers below 2^53, not {strange[0]:g}"
+        )
     whole = "." not in "".join(lines[1:]) and values.size and values.min() >= 0 and 1 < values.max() <= 255
     x = values.astype(np.uint8 if whole else np.float32)
     return x.reshape(-1, *shape), labels.astype(np.int64)

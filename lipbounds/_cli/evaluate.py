@@ -80,7 +80,7 @@ def evaluate(
         from lipbounds.analysis import evaluation
         from lipbounds.analysis.evaluation_report import FIGURES, PAGE, write_evaluation_report
 
-        folder = folder_of(source, files, (RECORD, PAGE, *FIGURES), "evaluate")
+        folder = folder_of(source, files, (RECORD, PAGE, *FIGURES), "evaluate", against)
         subject = open_subject(source.run, source.dataset)
         other = None if against is None else open_subject(against, subject.dataset)
         settings: Json = {

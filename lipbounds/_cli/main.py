@@ -201,6 +201,8 @@ def bounds(
     """
     chosen = common.choose_method(method, norm, scaling, bool(search.given()))
     _check_search(search, chosen, pairwise, guarantee)
+    outputs = {"--certificate": search.certificate, "--json": files.json}
+    common.check_apart(outputs, common.files_read(model, reading))
     if memory is not None and chosen == "all":
         raise typer.BadParameter("applies to a single method, not to all", param_hint="--memory")
     with refusals() as stack:

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 import lipbounds as lb
+from lipbounds._text.arguments import check_seed
 
 Norm = Literal["1", "2", "inf"]
 Verb = Literal["naive", "liplt", "lipsdp"]
@@ -78,6 +79,14 @@ def eps_of(text: str) -> float:
     if not 0 <= value < math.inf:
         raise typer.BadParameter(f"{text!r} is not a finite number >= 0, such as 0.1 or 8/255")
     return value
+
+
+def seed_of(text: Any) -> int:
+    """Parse a seed."""
+    try:
+        return check_seed(int(text))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a whole number >= 0 and below 2^63") from None
 
 
 def memory_of(text: str) -> int | None:
@@ -185,7 +194,7 @@ ModelPath = Annotated[
     ),
 ]
 NormOption = Annotated[Norm, option("Norm of inputs and outputs.")]
-SeedOption = Annotated[int, option("Random seed.", "N")]
+SeedOption = Annotated[int, option("Random seed.", "N", parser=seed_of)]
 ScalingOption = Annotated[
     Scaling, option("Diagonal scaling of LipLT: none is the paper's recursion, optimized the tightest.")
 ]

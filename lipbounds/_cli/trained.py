@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from lipbounds._cli import tables
-from lipbounds._cli.common import Json, check_json, header, write_json
+from lipbounds._cli.common import Json, check_apart, check_json, header, write_json
 from lipbounds._cli.options import Pages, Source
 
 
@@ -85,12 +85,21 @@ def open_subject(path: Path, dataset: str | None) -> Subject:
     return Subject(path, path.stem, dataset, None, model, spec)
 
 
-def folder_of(source: Source, files: Pages, names: Sequence[str], command: str) -> Path | None:
-    """The folder for the files `names` (record first). ValueError if it would overwrite other files."""
+def folder_of(
+    source: Source, files: Pages, names: Sequence[str], command: str, against: Path | None = None
+) -> Path | None:
+    """The folder for the files `names` (record first). ValueError if it would overwrite other files.
+
+    typer.BadParameter where --json is a page of the folder, or one of them is a file that is read. The record may be
+    --json, as they are the same.
+    """
     from lipbounds.analysis.demo import is_ours
 
-    check_json(files)
     folder = files.out or (source.run if source.run.is_dir() else None)
+    read = _files_of("the run", source.run) | ({} if against is None else _files_of("the other run", against))
+    pages = {} if folder is None else {f"{name} in the folder": folder / name for name in names[1:]}
+    check_apart({**pages, "--json": files.json}, read)
+    check_json(files)
     if folder is None or files.force or is_ours(folder / names[0]):
         return folder
     there = [name for name in names if (folder / name).exists()]
@@ -100,6 +109,15 @@ def folder_of(source: Source, files: Pages, names: Sequence[str], command: str) 
             "--out, or pass --force"
         )
     return folder
+
+
+def _files_of(name: str, run: Path) -> dict[str, Path | None]:
+    """What is read of a run folder or model file, by its name in messages."""
+    from lipbounds.training import runs
+
+    if not run.is_dir():
+        return {name: run}
+    return {f"{file} of {name}": run / file for file in (runs.CONFIG, runs.MODEL, runs.LOG, runs.CERTIFICATE)}
 
 
 def record_of(command: str, subject: Subject, source: Source, settings: Json) -> Json:

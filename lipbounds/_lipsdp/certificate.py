@@ -34,6 +34,7 @@ from lipbounds._form.lure import LureForm, check_weights
 from lipbounds._lipsdp import proof as _proof
 from lipbounds._lipsdp.certificate_file import is_certificate, pack, read, take, take_float, take_sizes
 from lipbounds._lipsdp.chain import chain
+from lipbounds._lipsdp.claims import check_fields
 from lipbounds._lipsdp.dense_form import DenseGain, dense_gain
 from lipbounds._lipsdp.state_matrices import hybrid_start, sequence
 from lipbounds._lipsdp.wide_proof import propagate_chain
@@ -252,7 +253,7 @@ def check(certificate: Certificate, form: LureForm) -> None:
         raise CertificateError(str(error)) from error
     form = replace(form)  # another object: nothing that was kept for the form is used
     c = certificate
-    _check_fields(c)
+    check_fields(c)
     mine = (tuple(int(n) for n in form.in_shape), form.num_outputs, tap_sizes(form))
     if (c.in_shape, c.num_outputs, c.sizes) != mine:
         raise CertificateError(
@@ -281,35 +282,6 @@ def _prove(c: Certificate, form: LureForm, request: str) -> None:
         except FAILURES as error:
             raise CertificateError(f"proof {number} fails: {reason(error)}") from error
     _compare(c, form, found, request)
-
-
-def _check_fields(c: Certificate) -> None:
-    if c.norm not in (2, math.inf):
-        raise CertificateError(f"its norm is {c.norm!r}; LipSDP bounds are for norm 2 and inf")
-    if c.guarantee not in GUARANTEES[:-1]:
-        raise CertificateError(f"its guarantee is {c.guarantee!r}, known are {', '.join(GUARANTEES[:-1])}")
-    if not 0.0 <= c.failure_probability < 1.0:
-        raise CertificateError(f"its probability of failure is {c.failure_probability}")
-    if not 0 <= c.seed < 2**63:
-        raise CertificateError(f"its seed is {c.seed}")
-    if not c.proofs:
-        raise CertificateError("it holds no multipliers")
-    k = c.num_outputs
-    claims = {"value": (c.value, ()), "pairwise": (c.pairwise, (k, k)), "per_class": (c.per_class, (k,))}
-    for name, (claim, shape) in claims.items():
-        if claim is None:
-            continue
-        numbers = np.asarray(claim)
-        if numbers.shape != shape:
-            raise CertificateError(f"{name} has shape {numbers.shape}, expected {shape}")
-        if not np.isfinite(numbers).all() or (numbers < 0.0).any():
-            raise CertificateError(f"{name} holds a number that is negative or not finite")
-    if c.pairwise is not None and not np.array_equal(c.pairwise, c.pairwise.T):
-        raise CertificateError("pairwise is not symmetric")
-    for proof in c.proofs:
-        for place, d in enumerate(proof.D):
-            if not (np.isfinite(d).all() and (d > 0.0).all()):
-                raise CertificateError(f"the multipliers of tap {place} are not all finite and positive")
 
 
 def _compare(c: Certificate, form: LureForm, found: list[Constants], request: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lipbounds._text.files import parsed
 from lipbounds.errors import CertificateError
 
 FORMAT = "lipbounds-certificate"
@@ -46,8 +47,8 @@ def _metadata(raw: bytes) -> tuple[dict[str, Any], int]:
     if len(raw) < 8 + length:
         raise CertificateError("the file is cut off: its index is incomplete")
     try:
-        index = json.loads(raw[8 : 8 + length])
-    except (ValueError, RecursionError) as error:
+        index = parsed(raw[8 : 8 + length])
+    except ValueError as error:
         raise CertificateError("it is not a safetensors file: its index is no JSON") from error
     return index, 8 + length
 
@@ -85,8 +86,8 @@ def unpack(raw: bytes) -> tuple[Any, dict[str, np.ndarray]]:
     if metadata["digest"] != digest(metadata["header"], tensors):
         raise CertificateError("the file was changed after it was written: its digest does not fit")
     try:
-        fields = json.loads(metadata["header"])
-    except (ValueError, RecursionError) as error:
+        fields = parsed(metadata["header"])
+    except ValueError as error:
         raise CertificateError("its header is no JSON") from error
     if not isinstance(fields, dict):
         raise CertificateError("its header is no JSON object")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from lipbounds._form.lure import LureForm, fingerprint
 from lipbounds._lipsdp.certificate import check, read_certificate
+from lipbounds._lipsdp.claims import bound_of
 from lipbounds._text.calls import public
 from lipbounds._text.progress import Progress
 from lipbounds._text.tables import printable
@@ -51,16 +53,9 @@ def load_certificate(
         raise TypeError(f"load_certificate needs a LureForm from lb.trace, got {type(form).__name__}")
     claims = read_certificate(path)
     check(claims, form)
-    return UpperBound(
-        claims.value,
-        claims.norm,
-        claims.guarantee,
-        printable(claims.method),
-        time.perf_counter() - begin,
-        pairwise=claims.pairwise,
-        per_class=claims.per_class,
-        certificate=claims,
-        failure_probability=claims.failure_probability,
+    return replace(
+        bound_of(claims),
+        seconds=time.perf_counter() - begin,
         notes=(f"proved again from the certificate {printable(Path(path).name)}",),
         network=fingerprint(form),
     )

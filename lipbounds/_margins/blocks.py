@@ -19,7 +19,7 @@ from lipbounds._form.lure import LureForm
 from lipbounds._margins.margins import WORDS
 from lipbounds._margins.radius import OUTCOMES, Radii
 from lipbounds._text.files import naming, parsed, write_atomically
-from lipbounds.results import check_norm, weakest
+from lipbounds.results import GUARANTEES, check_norm, weakest
 
 _FORMAT = "lipbounds-unfinished"
 _WORK = 2**24  # numbers in the ellipsoids of a block
@@ -53,14 +53,14 @@ def radii_of(record: Mapping[str, Any]) -> Radii:
     try:
         radius = np.array([float(r) for r in record["radius"]])
         correct = np.array(record["correct"], dtype=None if record["correct"] else bool)
-        guarantee, method = weakest([record["guarantee"]]), str(record["method"])
+        guarantee, method = record["guarantee"], str(record["method"])
+        if guarantee not in GUARANTEES[:-1]:
+            raise ValueError(f"their guarantee is {guarantee!r}, known are {', '.join(GUARANTEES[:-1])}")
         norm = check_norm(record["norm"])
         notes = tuple(str(note) for note in record["notes"])
         outcome = [str(word) for word in record.get("outcome", [])]  # none in older files, as of the next two
-        classes = [
-            np.array([int(k) for k in record.get(name, [])], np.int64) for name in ("label", "prediction")
-        ]
-    except (KeyError, TypeError, ValueError) as error:
+        classes = [_classes(record.get(name, [])) for name in ("label", "prediction")]
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"no complete radii: {error!r}") from error
     fits = correct.dtype == bool and radius.shape == correct.shape == (radius.size,)
     fits &= len(outcome) in (0, radius.size) and set(outcome) <= set(OUTCOMES)
@@ -70,6 +70,14 @@ def radii_of(record: Mapping[str, Any]) -> Radii:
     words = np.array(outcome, WORDS) if outcome or not radius.size else None
     label, prediction = (column if column.size or not radius.size else None for column in classes)
     return Radii(radius, correct, norm, guarantee, method, notes, True, words, label, prediction)
+
+
+def _classes(given: list[Any]) -> np.ndarray:
+    """Classes as int64; ValueError for other than whole numbers >= 0."""
+    for k in given:
+        if type(k) is not int or not 0 <= k < 2**63:
+            raise ValueError(f"a class must be a whole number >= 0, got {k!r}")
+    return np.array(given, np.int64)
 
 
 def joined(parts: Iterable[Radii]) -> Radii:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lipbounds._form.inputs import check_box
+from lipbounds._form.inputs import box_ends, check_box
 from lipbounds._form.lure import LureForm, fingerprint
 from lipbounds._form.units import Units
 from lipbounds._gain.memory_budget import parse
@@ -162,8 +162,8 @@ class Local:
             leaves open; what it certifies depends on the speed of the machine. 0 is no branching.
 
     Raises:
-        ValueError: tries is not a whole number >= 1, memory is no budget, or seconds_per_image is not a number >= 0.
-            `certified_radius` checks the box against the examples.
+        ValueError: tries is not a whole number >= 1, memory is no budget, seconds_per_image is not a number >= 0, or
+            box is not (lower, upper) with lower <= upper. `certified_radius` checks the box against the examples.
 
     Example:
         >>> import lipbounds as lb
@@ -181,6 +181,8 @@ class Local:
     def __post_init__(self) -> None:
         whole("tries", self.tries)
         parse(self.memory)
+        if self.box is not None:
+            box_ends(self.box)
         if not 0 <= float(self.seconds_per_image) < np.inf:
             raise ValueError(f"seconds_per_image must be a number >= 0, got {self.seconds_per_image!r}")
 

@@ -15,9 +15,10 @@ from lipbounds._margins.blocks import radii_of, record_of
 from lipbounds._margins.radius import Radii
 from lipbounds._margins.table import is_table, radii_of_table, table_of
 from lipbounds._text.calls import usual_floats
-from lipbounds._text.files import how_to_export, read_safetensors, write_atomically
+from lipbounds._text.files import how_to_export, parsed, read_safetensors, read_text, write_atomically
 from lipbounds._text.version import __version__
 
+_FORMAT, _VERSION = "lipbounds-results", 1
 _READ = (
     "a model (.safetensors, `lipbounds train` and `demo`), a certificate (`lb.save_certificate`), radii "
     "(`lb.save_radii`, `lipbounds certify --json` or `--csv`) or the folder of a run (`lipbounds train`)"
@@ -56,7 +57,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     with path.open("rb") as file:
         begin = file.read(80)
     if is_table(begin.decode("utf-8", "replace")):
-        return _from(path, radii_of_table, path.read_text(encoding="utf-8"))
+        return _from(path, radii_of_table, read_text(path))
     if begin[8:9] == b"{":
         _, metadata = read_safetensors(path)
         if any(key.startswith("lipbounds-") for key in metadata):
@@ -104,7 +105,7 @@ def save_radii(radii: Radii, path: str | os.PathLike[str], *, overwrite: bool = 
     if kind == ".csv":
         text = table_of(radii)
     else:
-        record = {"format": "lipbounds-results", "version": 1, "lipbounds": __version__, **record_of(radii)}
+        record = {"format": _FORMAT, "version": _VERSION, "lipbounds": __version__, **record_of(radii)}
         text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     write_atomically(target, text.encode())
 
@@ -126,9 +127,13 @@ def _from(path: Path, read: Callable[[Any], Radii], content: Any) -> Radii:
 def _radii(path: Path) -> Radii | None:
     """The radii in a JSON file; None where it holds something else."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        record = parsed(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} is cut off, or is not JSON: {error}") from error
-    if record.get("format") != "lipbounds-results" or "radius" not in record:
+    if record.get("format") != _FORMAT or "radius" not in record:
         return None
+    if type(record.get("version")) is not int or record["version"] != _VERSION:
+        raise ValueError(
+            f"{path} holds radii of version {record.get('version')!r}; this library reads version {_VERSION}"
+        )
     return _from(path, radii_of, record)

@@ -50,7 +50,10 @@ def is_table(begin: str) -> bool:
 
 def radii_of_table(text: str) -> Radii:
     """The radii in a table; ValueError where it is not complete, or its lines do not fit together."""
-    rows = list(csv.DictReader(io.StringIO(text)))
+    try:
+        rows = list(csv.DictReader(io.StringIO(text)))
+    except csv.Error as error:
+        raise ValueError(f"a table that cannot be read: {error}") from error
     if not rows:
         raise ValueError("a table without a line")
     if not set(COLUMNS) <= rows[0].keys():
@@ -64,10 +67,12 @@ def radii_of_table(text: str) -> Radii:
         raise ValueError("a table whose column correct holds other than True and False")
     record = {name: values.pop() for name, values in every.items()}
     record["norm"] = record["norm"] if record["norm"] == "inf" else float(record["norm"])
-    columns = {
+    columns: dict[str, list[Any]] = {
         name: [row[name] for row in rows] if all(row[name] for row in rows) else []
         for name in ("label", "prediction", "outcome")
     }
+    for name in ("label", "prediction"):
+        columns[name] = [int(word) if word.isdecimal() else word for word in columns[name]]
     return radii_of(
         {
             **record,

@@ -1,4 +1,4 @@
-"""Checks of arguments that several verbs take: counts and labels."""
+"""Checks of arguments that several verbs take: counts, seeds and labels."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ def whole(name: str, value: Any, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
     return value
+
+
+def check_seed(seed: Any) -> int:
+    """The seed as an int; ValueError unless it is a whole number >= 0 and below 2^63, as certificates keep it."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be a whole number >= 0 and below 2^63, got {seed!r}")
+    return int(seed)
 
 
 def as_labels(y: Any, count: int, classes: int | None = None) -> np.ndarray:

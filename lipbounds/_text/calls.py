@@ -9,6 +9,7 @@ from typing import ParamSpec, TypeVar
 import jax
 import numpy as np
 
+from lipbounds._text.arguments import check_seed
 from lipbounds._text.device import proofs_on, with_notes
 from lipbounds._text.progress import reporting
 
@@ -45,6 +46,8 @@ def public(verb: Callable[P, R]) -> Callable[P, R]:
     Device: proofs inside are computed where the keyword `device` says (`lipbounds._text.device`), and a result that has
     notes says which device that was.
 
+    Keywords: `pairwise` is a bool, and `seed` one of `check_seed`; ValueError otherwise.
+
     Errors: numerical failures and exceptions that only this library's own modules know become a ValueError with the
     reason; all other errors pass unchanged.
     """
@@ -52,6 +55,10 @@ def public(verb: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "seed" in kwargs:
+            kwargs["seed"] = check_seed(kwargs["seed"])
+        if not isinstance(kwargs.get("pairwise", False), bool | np.bool_):
+            raise ValueError(f"pairwise must be True or False, got {kwargs['pairwise']!r}")
         try:
             with (
                 jax.default_matmul_precision("highest"),

@@ -98,8 +98,8 @@ def from_weights(
     else float64.
 
     Raises:
-        ValueError: shapes that do not chain, weights that are not finite, or numbers that float64 does not hold
-            exactly.
+        ValueError: shapes that do not chain, weights that are not finite, slopes with lower > upper, or numbers that
+            float64 does not hold exactly.
 
     Example:
         >>> import lipbounds as lb
@@ -127,6 +127,9 @@ def from_weights(
                 raise ValueError(f"biases[{i}] must have shape ({np.shape(w)[0]},), got {np.shape(b)}")
     if slopes is not None and len(slopes) != len(matrices) - 1:
         raise ValueError(f"{len(matrices) - 1} hidden layers need as many slope pairs, got {len(slopes)}")
+    for i, pair in enumerate(slopes or ()):
+        if np.any(np.asarray(pair[0], np.float64) > np.asarray(pair[1], np.float64)):
+            raise ValueError(f"slopes[{i}] must be (lower, upper) with lower <= upper")
     if isinstance(activation, str):
         named = getattr(jax.nn, activation, None) or getattr(jnp, activation, None)
         if not callable(named):
