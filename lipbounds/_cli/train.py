@@ -16,6 +16,7 @@ from lipbounds._cli.common import Json, refusals
 from lipbounds._cli.options import CoordinatorOption, ProcessesOption, ProcessOption
 
 LogName = Literal["tensorboard", "trackio"]
+_Uses = dict[tuple[str, ...], tuple[bool, str]]
 _AT_EPS = ("gloro", "gloro-trades", "emma", "lipschitz-margin")  # constants count for nothing where eps is 0
 
 
@@ -164,14 +165,25 @@ def _option(name: str) -> str:
 
 def _check_used(asked: dict[str, str], c: Any) -> None:
     """ValueError for settings that have no effect beside the others; asked: where each was given, by its name."""
-    from lipbounds.training.models import prescribed
-    from lipbounds.training.own_data import is_own
     from lipbounds.training.robust_losses import ROBUST
 
+    for names, (fine, what) in (_uses_of_loss(c) | _other_uses(c)).items():
+        idle = [asked[name] for name in names if name in asked]
+        if idle and not fine:
+            raise ValueError(f"{', '.join(idle)} has no effect without {what}")
+    for name, losses, what in (
+        ("eps", _AT_EPS, "the constants count for nothing"),
+        ("attack_eps", ROBUST, "nothing is attacked"),
+    ):
+        if name in asked and getattr(c, name) == 0 and c.loss in losses:
+            raise ValueError(f"{asked[name]} is 0, so that {what} in the loss {c.loss}")
+
+
+def _uses_of_loss(c: Any) -> _Uses:
+    """Settings of the loss, whether they have an effect, and what they need."""
     recursion = c.uses_constants and c.constants == "recursion"
     radii = (c.loss == "crm" and c.lam > 0) or c.radius_weight > 0
-    named = prescribed(c.arch)
-    used = {
+    return {
         ("lam",): (c.loss == "crm", "the loss crm"),
         ("r0", "t", "g"): (radii, "the loss crm with --lam above 0, or --radius-weight"),
         ("constants", "pairs", "refresh", "stop_if_uncertified"): (c.uses_constants, "a loss with constants"),
@@ -203,11 +215,23 @@ def _check_used(asked: dict[str, str], c: Any) -> None:
         ("multiplier_rate",): (recursion, "a loss with the constants of --constants recursion"),
         ("precision",): (c.uses_constants, "a loss with constants"),
         ("power_iterations",): (c.uses_constants and not recursion, "--constants naive or liplt"),
+        ("temperature",): (c.loss == "margin", "the loss margin"),
+        ("trades",): (c.loss == "gloro-trades", "the loss gloro-trades"),
+        ("smoothing",): (c.loss in ("crm", "cross-entropy"), "the loss crm or cross-entropy"),
+    }
+
+
+def _other_uses(c: Any) -> _Uses:
+    """The same for settings of network, optimiser and data."""
+    from lipbounds.training.models import prescribed
+    from lipbounds.training.own_data import is_own
+
+    named = prescribed(c.arch)
+    return {
         ("decay_from",): (
             c.schedule != "constant" and not c.milestones,
             "a schedule that decays, and no milestones",
         ),
-        ("milestones",): (c.schedule == "multi-step", "--schedule multi-step"),
         ("final_learning_rate",): (
             c.ends_at_final_rate,
             "a schedule that ends at a given rate (exponential, cosine or cyclic, begun before the last epoch)",
@@ -233,20 +257,7 @@ def _check_used(asked: dict[str, str], c: Any) -> None:
         ("nesterov",): (c.optimiser == "sgd" and c.momentum > 0, "--optimiser sgd, and --momentum above 0"),
         ("ema_decay",): (c.average == "ema", "--average ema"),
         ("average_from",): (c.average != "none", "--average ema or swa"),
-        ("temperature",): (c.loss == "margin", "the loss margin"),
-        ("trades",): (c.loss == "gloro-trades", "the loss gloro-trades"),
-        ("smoothing",): (c.loss in ("crm", "cross-entropy"), "the loss crm or cross-entropy"),
     }
-    for names, (fine, what) in used.items():
-        idle = [asked[name] for name in names if name in asked]
-        if idle and not fine:
-            raise ValueError(f"{', '.join(idle)} has no effect without {what}")
-    for name, losses, what in (
-        ("eps", _AT_EPS, "the constants count for nothing"),
-        ("attack_eps", ROBUST, "nothing is attacked"),
-    ):
-        if name in asked and getattr(c, name) == 0 and c.loss in losses:
-            raise ValueError(f"{asked[name]} is 0, so that {what} in the loss {c.loss}")
 
 
 def _run(folder: Any, settings: Any, data_dir: str | None, log: LogName | None) -> None:
