@@ -13,14 +13,14 @@
 # their own in OUT_DIR, go on from their last checkpoints when started again, and are only proved once they are finished.
 # RECORD_OPTIONS: further options of benchmarks/record.py. PYTHON: the interpreter (python3).
 #
-# Operations and bytes of the record run (a symmetric LipNeXt, 2 layers of 128 channels at 16 x 16, 6 of 512 at 8 x 8, 2048
-# features, 17.6 million weights): an image takes 0.19e9 operations forward and three times as many in a step, an epoch of
-# 50 000 images 2.8e13, which is 0.1 s at 400 TFLOP/s in bfloat16. Each layer reads and writes 32 768 values an image, about
-# 14 times a step: 7.3 MB, 0.37 TB an epoch, 0.1 s at 4 TB/s. The orthonormal matrices turn by some 24 products each and
-# step, the two pairs of 4096 x 1024 behind the windows above all: 8.2e11 operations, 8e13 in the 97 steps of an epoch, a
-# twentieth of them in full float32: 0.3 s. So the turning bounds it; larger batches make it cheaper. No GPU has run this
-# network yet: that of results/record-h200.md (4 layers of 256 and 12 of 1024 channels, 512 features, not symmetric) takes
-# 1.33 s an epoch on an H200; the same reckoning says 1.4 s.
+# Operations and bytes of the record run (a symmetric LipNeXt, 2 layers of 128 channels at 16 x 16, 6 of 512 at 8 x 8,
+# 2048 features, 2 dense layers, 19.7 million weights): an image takes 0.19e9 operations forward and three times as
+# many in a step, an epoch of 50 000 images 2.8e13, which is 0.1 s at 400 TFLOP/s in bfloat16. Each layer reads and
+# writes 32 768 values an image, about 14 times a step: 7.3 MB, 0.37 TB an epoch, 0.1 s at 4 TB/s. The orthonormal
+# matrices turn by some 24 products each and step, the two pairs of 4096 x 1024 behind the windows above all: 9.2e11
+# operations, 9e13 in the 97 steps of an epoch, a twentieth of them in full float32: 0.3 s. So the turning bounds it;
+# larger batches make it cheaper. No GPU has run this network yet: that of results/record-h200.md (4 layers of 256 and
+# 12 of 1024 channels, 512 features, not symmetric) takes 1.33 s an epoch on an H200; the same reckoning says 1.4 s.
 #
 # Of 6C2F: 18e6 multiplications forward an image, three times as many in a step, two operations each: 5.4e12 an epoch, 0.1 s
 # at 50 TFLOP/s. An image's activations are 0.2 MB, moved some ten times: 0.1 TB, 0.04 s. The rest of the 0.46 s measured on

@@ -65,7 +65,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--depths", type=int, nargs="+", default=[2, 6])
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--features", type=int, default=2048)
-    parser.add_argument("--dense", type=int, default=1)
+    parser.add_argument("--dense", type=int, default=2)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument(
         "--angle", type=float, default=0.01, help="of a step of orthonormal matrices, in radians"
