@@ -127,9 +127,6 @@ def from_weights(
                 raise ValueError(f"biases[{i}] must have shape ({np.shape(w)[0]},), got {np.shape(b)}")
     if slopes is not None and len(slopes) != len(matrices) - 1:
         raise ValueError(f"{len(matrices) - 1} hidden layers need as many slope pairs, got {len(slopes)}")
-    for i, pair in enumerate(slopes or ()):
-        if np.any(np.asarray(pair[0], np.float64) > np.asarray(pair[1], np.float64)):
-            raise ValueError(f"slopes[{i}] must be (lower, upper) with lower <= upper")
     if isinstance(activation, str):
         named = getattr(jax.nn, activation, None) or getattr(jnp, activation, None)
         if not callable(named):
@@ -139,6 +136,10 @@ def from_weights(
     numbers |= {f"biases[{i}]": b for i, b in enumerate(biases or ())}
     numbers |= {f"slopes[{i}][{j}]": pair[j] for i, pair in enumerate(slopes or ()) for j in (0, 1)}
     dtype = _exact_dtype(matrices, numbers)
+    for i, pair in enumerate(slopes or ()):
+        ends = [np.asarray(end).astype(np.float64) for end in pair if is_concrete(end)]
+        if len(ends) == 2 and np.any(ends[0] > ends[1]):
+            raise ValueError(f"slopes[{i}] must be (lower, upper) with lower <= upper")
 
     function: Any = activation
 
