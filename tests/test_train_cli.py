@@ -194,6 +194,8 @@ def test_what_is_wrong_is_said_and_nothing_is_left(
     for (content,), message in cases:
         file.write_text(content if isinstance(content, str) else json.dumps(content))
         assert message in refused("crm", "--config", file, "--out", out)
+    file.write_bytes(b"\xff{")
+    assert "settings.json is not a text in UTF-8" in refused("crm", "--config", file, "--out", out)
     options: list[tuple[list[Any], str]] = [
         (["--arch", "784-10"], "784-10 does not fit: an image has 8 x 8 x 1 = 64 pixels"),
         (["--arch", "7C7F"], "unknown architecture '7C7F'"),

@@ -14,6 +14,7 @@ import typer
 from lipbounds._cli import tables
 from lipbounds._cli.common import Json, refusals
 from lipbounds._cli.options import CoordinatorOption, ProcessesOption, ProcessOption
+from lipbounds._text.files import read_text
 
 LogName = Literal["tensorboard", "trackio"]
 _Uses = dict[tuple[str, ...], tuple[bool, str]]
@@ -143,7 +144,7 @@ def _settings(given: Json, preset: str | None, file: Path | None) -> Any:
     from lipbounds.training.config import Config, defaults, from_text, unproved
     from lipbounds.training.presets import preset as settings_of
 
-    chosen = from_text(file.read_text(encoding="utf-8"), str(file)) if file is not None else {}
+    chosen = from_text(read_text(file), str(file)) if file is not None else {}
     places = {name: f"{name} of {file}" for name in chosen} | {name: _option(name) for name in given}
     chosen |= given
     begin = defaults(chosen.get("dataset", "digits"))
