@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import pickle
+import threading
+import time
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +19,7 @@ from jax import lax
 import lipbounds as lb
 from lipbounds._form.lure import multiplicity
 from lipbounds._form.steps import StaticArray
+from lipbounds._local import engines
 from lipbounds._triangle import recursion
 
 S = jax.ShapeDtypeStruct
@@ -172,3 +178,83 @@ def test_local_bounds_of_outputs_by_the_thousand_are_refused_before_anything_is_
     found = lb.certified_radius(form, x, np.zeros(1, int), local=True)
     assert refusal in found.notes[-1]
     assert found.radius == lb.certified_radius(form, x, np.zeros(1, int)).radius
+
+
+def test_margins_keep_examples_together_whatever_order_their_threads_end_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The threads of chunks of one example pause at every line of the function that collects their values."""
+    rng = np.random.default_rng(0)
+    form = lb.from_weights([rng.normal(size=s) for s in ((8, 3), (8, 8), (3, 8))])
+    x = rng.normal(size=(12, 3))
+    y = np.asarray(jax.vmap(form)(x)).argmax(axis=1)
+    monkeypatch.setattr(engines, "_CHUNK", 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    expected = lb.margins(form, x, y, 0.3, progress=False).value
+    pauses = iter(rng.random(100_000) * 0.004)
+
+    def paused(frame: Any, event: str, arg: Any) -> Any:
+        def line(frame: Any, event: str, arg: Any) -> Any:
+            if event == "line":
+                time.sleep(next(pauses))
+            return line
+
+        of_margins = frame.f_code.co_filename.endswith("problem.py")
+        return line if frame.f_code.co_name == "one" and of_margins else None
+
+    before = threading.gettrace()
+    threading.settrace(paused)
+    try:
+        found = lb.margins(form, x, y, 0.3, progress=False).value
+    finally:
+        threading.settrace(before)  # type: ignore[arg-type]
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_pickled_form_keeps_float64() -> None:
+    weight = 1 + 2.0**-26
+    form = lb.from_weights([np.array([[weight, 0.0], [0.0, 0.5]])])
+    again = pickle.loads(pickle.dumps(form))
+    assert [c.dtype for c in again.consts] == [c.dtype for c in form.consts]
+    assert [isinstance(c, jax.Array) for c in again.consts] == [isinstance(c, jax.Array) for c in form.consts]
+    assert again.program == form.program and lb.liplt(again).value >= weight
+    table = StaticArray(np.arange(3))
+    assert pickle.loads(pickle.dumps(table)) == table
+    assert not pickle.loads(pickle.dumps(table)).array.flags.writeable
+
+
+def test_arrays_of_a_form_cannot_change_under_what_is_kept_with_it() -> None:
+    rng = np.random.default_rng(0)
+    given = lb.from_weights([rng.normal(size=s) for s in ((4, 3), (4, 4), (3, 4))])
+    arrays = tuple(np.array(c) for c in given.consts)
+    form = lb.LureForm(given.program, arrays, given.slopes)
+    before = lb.liplt(form).value
+    for array in arrays:
+        array *= 100.0
+    assert lb.liplt(form).value == before
+    np.testing.assert_allclose(form(np.ones(3)), given(np.ones(3)), rtol=1e-6)
+    with pytest.raises(ValueError, match="read-only"):
+        form.consts[0][...] = 0.0
+    for leaf in jax.tree.leaves(jax.tree.map(np.array, form)):
+        assert not leaf.flags.writeable
+
+
+def test_slopes_that_are_declared_anew_are_those_of_their_own_taps() -> None:
+    """Both declarations are true; the blocks of the first were taken for those of the second."""
+
+    def a(x: jax.Array) -> jax.Array:
+        return jnp.sinh(jnp.clip(x, -1, 1))  # slopes in [0, 1.544]
+
+    def b(x: jax.Array) -> jax.Array:
+        return jnp.sinh(jnp.clip(x, -2, 2))  # slopes in [0, 3.763]
+
+    def net(x: jax.Array) -> jax.Array:
+        return jax.nn.relu(jnp.float32([[1e-3]]) @ a(x) + jnp.float32([[1.0]]) @ b(x))
+
+    lb.register_activation(a, slopes=(0.0, 4.0))
+    lb.register_activation(b, slopes=(-4.0, 4.0))
+    form = lb.trace(net, jnp.zeros(1))
+    lb.liplt(form)
+    lb.register_activation(a, slopes=(-4.0, 4.0))
+    lb.register_activation(b, slopes=(0.0, 4.0))
+    assert lb.liplt(form).value >= math.cosh(1.99)

@@ -35,6 +35,22 @@ from lipbounds._text.tables import counted, html_table, printable
 Slopes = tuple[Any, Any] | tuple[()]
 
 
+def _fixed(leaf: Any) -> Any:
+    """An array that nobody else can write to, in place of one of NumPy; anything else as it is."""
+    if not isinstance(leaf, np.ndarray) or (leaf.base is None and not leaf.flags.writeable):
+        return leaf
+    leaf = leaf.copy()
+    leaf.setflags(write=False)
+    return leaf
+
+
+def _unpickled(program: Program, arrays: list[tuple[np.ndarray, bool]], places: Any) -> LureForm:
+    """The form of these arrays and whether each was one of JAX, in which float64 is kept whatever the settings."""
+    with jax.enable_x64(True):
+        leaves = [jnp.asarray(array) if on_device else array for array, on_device in arrays]
+    return LureForm(program, *jax.tree.map(leaves.__getitem__, places))
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=["consts", "slopes"], meta_fields=["program"])
 @dataclass(frozen=True, eq=False)
 class LureForm:
@@ -57,6 +73,16 @@ class LureForm:
     program: Program
     consts: tuple[Any, ...]
     slopes: tuple[Slopes, ...]
+
+    def __post_init__(self) -> None:
+        # Blocks and norms are kept with the form, so that its arrays must not change.
+        for name in ("consts", "slopes"):
+            object.__setattr__(self, name, jax.tree.map(_fixed, getattr(self, name)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        leaves, tree = jax.tree.flatten((self.consts, self.slopes))
+        arrays = [(np.asarray(leaf), isinstance(leaf, jax.Array)) for leaf in leaves]
+        return _unpickled, (self.program, arrays, jax.tree.unflatten(tree, range(len(leaves))))
 
     @property
     def in_shape(self) -> tuple[int, ...]:

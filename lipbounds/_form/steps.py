@@ -24,6 +24,9 @@ class StaticArray:
     def __hash__(self) -> int:
         return self._hash
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StaticArray, (self.array,)  # the hash of bytes is another one in every process
+
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, StaticArray)

@@ -352,8 +352,10 @@ def content(host: HostForm, source: Node, target: Node, scalings: Sequence[TapSc
     for k, tap in enumerate(host.program.taps):
         c, q, e = scalings[k].c, scalings[k].q, scalings[k].e
         passed = c is not None and alive & set(tap.inputs) and alive & set(tap.outputs)
-        for here, factors in ((k in source, np.ldexp(q, -exponent)), (k in target, e), (passed, c)):
+        roles = {"q": (k in source, np.ldexp(q, -exponent)), "e": (k in target, e), "c": (passed, c)}
+        for role, (here, factors) in roles.items():
             if here:
+                digest.update(f"{role}{k}:{np.shape(factors)};".encode())
                 digest.update(np.ascontiguousarray(factors).tobytes())
     return (source, target, digest.hexdigest()), exponent
 

@@ -210,7 +210,7 @@ class Problem:
     def _balls(self) -> Balls:
         gaps = proved_gaps(*logits(self.form, self.x), self.labels)
         scale = np.zeros_like(gaps)
-        parts: list[tuple[slice, list[ellipsoids.Range]]] = []
+        parts: list[tuple[slice, list[ellipsoids.Range], Any]] = []  # by threads, in any order
 
         def one(near: Around, rows: slice) -> None:
             for call in range(_CALLS):
@@ -218,11 +218,8 @@ class Problem:
                 labels = self.labels[rows]
                 out = near.outputs(slice(None), self.eps[rows], labels=labels, call=call, ranges=ranges)
             scale[rows] = row_roots(out, labels)
-            values = near.values
-            parts.append((rows, ranges))
-            centres.append((rows, values.y, values.error))
+            parts.append((rows, ranges, near.values))
 
-        centres: list[Any] = []
         self.around.each(one, "local ellipsoids")
         with np.errstate(all="ignore"):
             moved = np.where(gaps == np.inf, 0.0, self.eps[:, None] * scale * (1 + 4 * U))
@@ -231,8 +228,10 @@ class Problem:
         shapes = [(len(self.x), tap.size_in) for tap in self.view.taps]
         h, lo, hi, noise = (tuple(np.zeros(shape) for shape in shapes) for _ in range(4))
         wrong = tuple(np.zeros(len(self.x)) for _ in shapes)
-        for (rows, ranges), (_, ys, errors) in zip(parts, centres, strict=True):
-            for k, (found, y, error, kinks) in enumerate(zip(ranges, ys, errors, self.kinks, strict=True)):
+        for rows, ranges, at in parts:
+            for k, (found, y, error, kinks) in enumerate(
+                zip(ranges, at.y, at.error, self.kinks, strict=True)
+            ):
                 h[k][rows] = y - kinks.at
                 shift = np.abs(h[k][rows]) * 2 * U * (kinks.at != 0)
                 wrong[k][rows] = error + np.sqrt(np.square(shift).sum(axis=1)) * (

@@ -157,7 +157,7 @@ def prove(gain: Gain, facts: Facts, aim: np.ndarray, m: Weights) -> float:
     aim (K,) holds entries of -1, 0 and 1.
     """
     valid = np.isfinite(m.ball) and all(np.isfinite(a).all() for a in (m.box, m.M, m.v, m.r, m.nu))
-    chord = (m.nu >= 0) | (facts.top * facts.bottom == 0)  # an equation in a branch
+    chord = (m.nu >= 0) | (facts.top == 0) | (facts.bottom == 0)  # an equation in a branch
     signs = m.ball >= 0 and chord.all() and all((a >= 0).all() for a in (m.box, m.v, m.r))
     if not (valid and signs):
         return -np.inf
