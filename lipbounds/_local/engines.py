@@ -393,11 +393,11 @@ def _ready(form: LureForm, norm: float, way: str, word: str, seed: int) -> _Read
         _, s, scale, word, failure = hybrid_start(form, wide, Request(norm, word, seed))
         guarantee = word if guarantee == "verified" else guarantee
         # the ellipsoid is that of the tail's input, in the order in which the tail's view reads it
-        whole, front, view = (elementwise_view(f, shared=False) for f in (form, *split(form, wide)))
+        whole, ahead, view = (elementwise_view(f, shared=False) for f in (form, *split(form, wide)))
         begin, stages = stages_of(view)
         start: np.ndarray | Thin = _raised(*begin.both(np.ldexp(np.array(s), scale)[None]))
         # slopes of the tail's taps are taken around their values in the whole network
-        taps = [[(t.path, t.name, t.expr, t.size_in) for t in part.taps] for part in (whole, front, view)]
+        taps = [[(t.path, t.name, t.expr, t.size_in) for t in part.taps] for part in (whole, ahead, view)]
         if taps[0] != taps[1] + taps[2]:
             raise ValueError("the taps behind the wide front could not be matched: use the global bound")
         notes = (f"the first {wide} taps are bounded as a whole, by LipLT ({word})",)
