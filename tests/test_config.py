@@ -163,6 +163,8 @@ def test_what_is_wrong_in_a_file_names_the_file() -> None:
         from_text("[1]", "my.json")
     with pytest.raises(ValueError, match=r"my\.json is not JSON: .*line 1"):
         from_text("{lam: 1}", "my.json")
+    with pytest.raises(ValueError, match=r"my\.json is not JSON: its values are nested too deeply"):
+        from_text('{"a":' * 100_000, "my.json")
     assert from_text('{"lam": 1}', "my.json") == {"lam": 1}
 
 

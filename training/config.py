@@ -6,12 +6,12 @@ import dataclasses
 import difflib
 import inspect
 import itertools
-import json
 import math
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lipbounds._text import parsed
 from lipbounds.training.data import DATASETS
 from lipbounds.training.initial import INITIALISATIONS
 from lipbounds.training.losses import TRANSFORMS
@@ -339,8 +339,8 @@ def _check_types(config: Config) -> None:
 def from_text(text: str, origin: str) -> dict[str, Any]:
     """Settings from JSON text, not checked yet."""
     try:
-        fields = json.loads(text)
-    except json.JSONDecodeError as error:
+        fields = parsed(text)
+    except ValueError as error:
         raise ValueError(f"{origin} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{origin} must be a JSON object of settings, got {type(fields).__name__}")

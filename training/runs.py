@@ -15,7 +15,7 @@ from typing import Any
 from flax import nnx
 
 from lipbounds import __version__
-from lipbounds._text import write_atomically
+from lipbounds._text import parsed, write_atomically
 from lipbounds.training.config import Config
 from lipbounds.training.models import ModelSpec
 from lipbounds.training.store import load_model, save_model
@@ -126,7 +126,7 @@ def _record(folder: pathlib.Path) -> dict[str, Any]:
     """What config.json holds."""
     path = folder / CONFIG
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parsed(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{folder} is not a run folder: there is no {CONFIG} in it") from None
     except (OSError, ValueError) as error:
@@ -162,8 +162,8 @@ def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
         if not line:
             continue
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            records.append(parsed(line))
+        except ValueError as error:
             if number == len(lines):  # without a newline: its write was interrupted
                 break
             raise RunError(f"{path}, line {number} is not JSON: {error}") from error

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save
 
-from lipbounds._text import read_safetensors, write_atomically
+from lipbounds._text import parsed, read_safetensors, write_atomically
 from lipbounds.training.models import ModelSpec, build
 
 FORMAT = "lipbounds-model"
@@ -106,8 +106,8 @@ def unlike(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[tupl
 
 def _spec_from(path: pathlib.Path, header: str) -> ModelSpec:
     try:
-        fields = json.loads(header)
-    except (ValueError, RecursionError) as error:
+        fields = parsed(header)
+    except ValueError as error:
         raise StoreError(f"{path}: the header is not JSON: {error}") from error
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise StoreError(f"{path} is not a {FORMAT} file")
