@@ -214,13 +214,13 @@ def test_own_data_of_every_kind_are_the_same_images(tmp_path: pathlib.Path) -> N
         Examples(str(tmp_path / "t.csv"), (0.0, 1.0)),
         Examples(str(folder)),
     ]
-    for source, (images, labels) in itertools.zip_longest(sources, (s.read(shape) for s in sources)):
+    for source, (images, labels) in itertools.zip_longest(sources, (s.read(shape, 3) for s in sources)):
         np.testing.assert_array_equal(images, x, err_msg=source.name)
         np.testing.assert_array_equal(labels, y, err_msg=source.name)
         assert images.dtype == np.float32
-    first, _ = Examples(str(folder), (-1.0, 1.0)).read((1, 8, 8))
+    first, _ = Examples(str(folder), (-1.0, 1.0)).read((1, 8, 8), 3)
     np.testing.assert_allclose(first, 2 * x.transpose(0, 3, 1, 2) - 1, atol=1e-6)
-    grey, _ = Examples(str(folder)).read((8, 8))
+    grey, _ = Examples(str(folder)).read((8, 8), 3)
     np.testing.assert_array_equal(grey, x[..., 0])
 
 
@@ -239,22 +239,22 @@ def test_tables_that_are_refused(name: str, content: str, words: str, tmp_path: 
 
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=words):
-        Examples(str(tmp_path / name)).read((2, 2, 1))
+        Examples(str(tmp_path / name)).read((2, 2, 1), 3)
 
 
 def test_folders_that_are_refused(tmp_path: pathlib.Path) -> None:
     from lipbounds._cli.data import Examples
 
     with pytest.raises(FileNotFoundError, match="one folder of images per class"):
-        Examples(str(tmp_path)).read((8, 8, 1))
+        Examples(str(tmp_path)).read((8, 8, 1), 3)
     os.mkdir(tmp_path / "cats")
     with pytest.raises(FileNotFoundError, match="cats holds no images"):
-        Examples(str(tmp_path)).read((8, 8, 1))
+        Examples(str(tmp_path)).read((8, 8, 1), 3)
     (tmp_path / "cats" / "a.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"a\.png is not an image that can be decoded"):
-        Examples(str(tmp_path)).read((8, 8, 1))
+        Examples(str(tmp_path)).read((8, 8, 1), 3)
     with pytest.raises(ValueError, match=r"the model takes inputs of shape \(64,\): give an \.npz file"):
-        Examples(str(tmp_path)).read((64,))
+        Examples(str(tmp_path)).read((64,), 3)
 
 
 def test_training_takes_own_images(tmp_path: pathlib.Path) -> None:
