@@ -152,6 +152,15 @@ def test_an_engine_that_fails_on_the_way_leaves_what_it_found(net, monkeypatch):
     assert any("failed: full" in note for note in found.notes)
 
 
+def test_radii_of_the_only_engine_keep_its_guarantee_where_it_fails_on_the_way(net, monkeypatch):
+    form, x, y, bound = net
+    monkeypatch.setattr(engines, "ways", lambda *_: ("LipLT",))
+    broken(monkeypatch, liplt, "grams", jax.errors.JaxRuntimeError("full"), calls=3)
+    found = lb.certified_radius(form, x, y, bound=bound, local=lb.Local(tries=4))
+    assert (found.radius > lb.certified_radius(form, x, y, bound=bound).radius).any()
+    assert found.guarantee == "probabilistic" and any("failed: full" in note for note in found.notes)
+
+
 def test_global_radii_and_no_constants_where_both_engines_fail(net, monkeypatch):
     for name in ("ellipsoids", "grams"):
         broken(monkeypatch, ellipsoids if name == "ellipsoids" else liplt, name, ValueError(f"no {name}"))

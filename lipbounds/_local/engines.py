@@ -178,7 +178,7 @@ def bounded(
     of one engine stay if another fails, which becomes a note.
 
     Raises:
-        NoEngineError: all fail, so that what else is known of the examples stays as it is; MemoryError as it comes.
+        NoEngineError: all fail and none gave any example a result; MemoryError as it comes.
     """
     names, ran, failed = ways(form, norm, guarantee, memory), [], []
     for name in names:
@@ -188,7 +188,7 @@ def bounded(
             use(around)
         except (*FAILURES, TooLarge) as error:
             failed.append((name, error))
-    if len(failed) == len(names):
+    if len(failed) == len(names) and not any(around.used.any() for around in ran):
         first = failed[0][1]
         if isinstance(first, MemoryError):
             raise first
