@@ -258,3 +258,16 @@ def test_slopes_that_are_declared_anew_are_those_of_their_own_taps() -> None:
     lb.register_activation(a, slopes=(-4.0, 4.0))
     lb.register_activation(b, slopes=(0.0, 4.0))
     assert lb.liplt(form).value >= math.cosh(1.99)
+
+
+@pytest.mark.parametrize("offset", [1e4, 1e8])
+def test_slopes_of_a_network_that_cancels_are_not_above_its_constant(offset: float) -> None:
+    """Rounding of float64 at the offset, over short distances, is larger than any multiple of that of the outputs."""
+    one = np.ones((1, 1))
+    form = lb.from_weights([one, one], [np.array([offset]), np.array([-offset])])
+    close = np.array([[0.008347571059302986], [0.008347499952478707]])
+    found = lb.empirical(form, close, pairwise=True, progress=False)
+    assert 0.999 < found.value <= 1
+    both = lb.from_weights([one, [[1.0], [-1.0]]], [np.array([offset]), np.array([-offset, offset])])
+    pairs = lb.empirical(both, close, pairwise=True, progress=False).pairwise
+    assert pairs is not None and 1.99 < pairs[0, 1] <= 2

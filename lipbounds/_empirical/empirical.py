@@ -13,9 +13,9 @@ Only step 3 decides the number that is returned: for any two points
 
     ||f(x) - f(x')||_p / ||x - x'||_p  <=  L ,   |(f_i - f_j)(x) - (f_i - f_j)(x')| / ||x - x'||_p  <=  L_ij ,
 
-and derivatives only choose the points. The quotient is lowered by an allowance for the rounding of
-the float64 evaluation (1e-10 of it, and 1000 units in the last place of the outputs over the distance),
-which is far above the error observed but is not proved.
+and derivatives only choose the points. All are compared by an allowance for rounding (1e-10 of the quotient, and
+1000 units in the last place of the outputs over the distance); those that win are evaluated again with proved bounds of
+their rounding errors (`forward.logits`), by which the returned quotients are lowered.
 
 Norms are the p -> p norms of the whole (K, n) Jacobian: 2 spectral, 1 largest column sum, inf
 largest row sum (Higham, "Estimating the matrix p-norm", 1992, for the power method).
@@ -36,6 +36,7 @@ from lipbounds._empirical import ascent
 from lipbounds._empirical.survey import BATCH, Survey, direct_sources, layer_ratios64, survey
 from lipbounds._form.concrete import is_concrete
 from lipbounds._form.units import Units
+from lipbounds._local import forward
 from lipbounds._text.calls import public
 from lipbounds._text.progress import Progress, say
 from lipbounds.results import NORM_NAMES, LayerBound, LowerBound, Norm, check_norm
@@ -46,7 +47,8 @@ _PAIRS = 64  # pairs of classes that climb on their own
 _DENSE_ENTRIES = 2e7  # largest Jacobian (K * n) that is computed whole without pairs
 _DISTANCES = 10.0 ** -np.arange(0.0, 8.0)  # distances of step 3, in units of the inputs' scale
 _SPARE = 1e-3  # relative distance of the climb from the edge of a region, so that short lines stay inside
-_RELATIVE, _ULPS = 1e-10, 1000.0  # the allowance of step 3
+_RELATIVE, _ULPS = 1e-10, 1000.0  # the allowance by which quotients of step 3 are compared
+_PROVED = 4  # quotients of every decade of distances whose errors are proved, besides those that win a pair of classes
 
 
 def values64(form: Any, points: np.ndarray) -> np.ndarray:
@@ -146,16 +148,53 @@ def _quotients(form: Any, first: np.ndarray, second: np.ndarray, p: float, pairs
     change = a - b
     # the allowance is per output, so for norms 1 and 2 it grows with the number of outputs
     slopes = _norm(change, p) / distance * shrink - noise * (1.0 if p == math.inf else k ** (1.0 / p))
-    slopes = np.where(np.isfinite(slopes), slopes, -np.inf)
-    top = int(np.argmax(slopes))
+    chosen = _winners(np.where(np.isfinite(slopes), slopes, -np.inf), distance)
     if best is not None:
-        for d, length, error in zip(change, distance, noise, strict=True):
+        by = np.zeros((k, k), int)
+        for place, (d, length, error) in enumerate(zip(change, distance, noise, strict=True)):
             step = np.abs(d[:, None] - d[None, :]) / length * shrink - 2 * error
-            np.maximum(best, np.where(np.isfinite(step), step, 0.0), out=best)
-        best = np.maximum(best, best.T)
+            better = np.isfinite(step) & (step > best)
+            best[better], by[better] = step[better], place
+        chosen = np.union1d(chosen, by[best > 0])
+    first, second, distance = first[chosen], second[chosen], distance[chosen]
+    change, error = _proved_changes(form, first, second)
+    slopes = (_norm(change, p) - error * (k**0.5 if p == 1 else 1.0)) / distance * shrink
+    top = int(np.argmax(slopes)) if len(slopes) else 0
+    if best is not None:
+        best[...] = 0.0
+        for d, length, wrong in zip(change, distance, error, strict=True):
+            step = (np.abs(d[:, None] - d[None, :]) - 2**0.5 * wrong) / length * shrink
+            np.maximum(best, step, out=best)
         np.fill_diagonal(best, 0.0)
-    witness = (first[top], second[top]) if math.isfinite(slopes[top]) else None
-    return _Quotients(max(float(slopes[top]), 0.0), witness, best)
+    if not len(slopes) or slopes[top] <= 0:
+        return _Quotients(0.0, None, best)
+    return _Quotients(float(slopes[top]), (first[top], second[top]), best)
+
+
+def _winners(slopes: np.ndarray, distance: np.ndarray) -> np.ndarray:
+    """Places of the largest slopes of every decade of distances: proved errors weigh more at small ones."""
+    order = np.argsort(-slopes, kind="stable")
+    order = order[slopes[order] > 0]
+    decades = np.floor(np.log10(distance[order]))
+    return np.concatenate([order[decades == d][:_PROVED] for d in np.unique(decades)] or [order])
+
+
+def _proved_changes(form: Any, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(f(x) - f(x') in float64 (P, K), proved bounds (P,) of its error in the 2-norm); 0 where it is not finite."""
+    shape, count = tuple(form.in_shape), len(first)
+    if not count:
+        return np.zeros((0, int(form.num_outputs))), np.zeros(0)
+    try:
+        z, error = forward.logits(form, np.concatenate([first, second]).reshape(-1, *shape))
+    except ValueError:  # one of the points
+        if count == 1:
+            return np.zeros((1, int(form.num_outputs))), np.zeros(1)
+        parts = [_proved_changes(form, first[i : i + 1], second[i : i + 1]) for i in range(count)]
+        return np.concatenate([c for c, _ in parts]), np.concatenate([e for _, e in parts])
+    change = z[:count] - z[count:]
+    # the difference is rounded once more
+    rounding = 2.0**-53 * np.sqrt(np.square(change).sum(axis=1)) * (1 + 1e-9)
+    return change, (error[:count] + error[count:] + rounding) * (1 + 4 * 2.0**-53)
 
 
 def _random(count: int, shape: tuple[int, ...], size: float, rng: np.random.Generator) -> np.ndarray:
