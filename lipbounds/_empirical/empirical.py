@@ -13,9 +13,9 @@ Only step 3 decides the number that is returned: for any two points
 
     ||f(x) - f(x')||_p / ||x - x'||_p  <=  L ,   |(f_i - f_j)(x) - (f_i - f_j)(x')| / ||x - x'||_p  <=  L_ij ,
 
-and derivatives only choose the points. All are compared by an allowance for rounding (1e-10 of the quotient, and
-1000 units in the last place of the outputs over the distance); those that win are evaluated again with proved bounds of
-their rounding errors (`forward.logits`), by which the returned quotients are lowered.
+and derivatives only choose the points. All are compared by an allowance for rounding (1e-10 of the quotient, and that
+of a few of them over the distance); those that win are evaluated again with proved bounds of their rounding errors
+(`forward.logits`), by which the returned quotients are lowered.
 
 Norms are the p -> p norms of the whole (K, n) Jacobian: 2 spectral, 1 largest column sum, inf
 largest row sum (Higham, "Estimating the matrix p-norm", 1992, for the power method).
@@ -47,7 +47,10 @@ _PAIRS = 64  # pairs of classes that climb on their own
 _DENSE_ENTRIES = 2e7  # largest Jacobian (K * n) that is computed whole without pairs
 _DISTANCES = 10.0 ** -np.arange(0.0, 8.0)  # distances of step 3, in units of the inputs' scale
 _SPARE = 1e-3  # relative distance of the climb from the edge of a region, so that short lines stay inside
-_RELATIVE, _ULPS = 1e-10, 1000.0  # the allowance by which quotients of step 3 are compared
+_RELATIVE, _SAMPLE = (
+    1e-10,
+    8,
+)  # quotients of step 3 are lowered by that share; of so many the errors are proved first
 _PROVED = 4  # quotients of every decade of distances whose errors are proved, besides those that win a pair of classes
 
 
@@ -144,15 +147,15 @@ def _quotients(form: Any, first: np.ndarray, second: np.ndarray, p: float, pairs
     distance = _norm(first - second, p)
     unit_roundoff = 2.0**-53
     shrink = 1.0 - _RELATIVE - 2 * (first.shape[1] + k) * unit_roundoff
-    noise = _ULPS * unit_roundoff * (np.abs(a) + np.abs(b)).max(1, initial=0.0) / distance
+    sample = np.linspace(0, len(first) - 1, _SAMPLE).astype(int)
+    noise = np.median(_proved_changes(form, first[sample], second[sample])[1]) / distance
     change = a - b
-    # the allowance is per output, so for norms 1 and 2 it grows with the number of outputs
-    slopes = _norm(change, p) / distance * shrink - noise * (1.0 if p == math.inf else k ** (1.0 / p))
+    slopes = (_norm(change, p) / distance - noise * (k**0.5 if p == 1 else 1.0)) * shrink
     chosen = _winners(np.where(np.isfinite(slopes), slopes, -np.inf), distance)
     if best is not None:
         by = np.zeros((k, k), int)
         for place, (d, length, error) in enumerate(zip(change, distance, noise, strict=True)):
-            step = np.abs(d[:, None] - d[None, :]) / length * shrink - 2 * error
+            step = (np.abs(d[:, None] - d[None, :]) / length - 2**0.5 * error) * shrink
             better = np.isfinite(step) & (step > best)
             best[better], by[better] = step[better], place
         chosen = np.union1d(chosen, by[best > 0])
