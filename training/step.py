@@ -173,9 +173,8 @@ class Trainer(Network):
             if c.constants == "recursion":
                 multipliers = bound.multipliers
                 bound = bound._replace(multipliers=(), moments=())
-            pairs = jnp.zeros(
-                (self.classes(weights),) * 2, _FLOAT
-            )  # 0 until the first step that is not skipped
+            # 0 until the first step that is not skipped
+            pairs = jnp.zeros((self.classes(weights),) * 2, _FLOAT)
             held = Held(pairs, (), ())
             if c.refresh > 1:
                 zeros = jax.tree.map(jnp.zeros_like, (weights, multipliers))
@@ -399,9 +398,8 @@ class Trainer(Network):
         choice = jnp.zeros((), jnp.int32)
         if c.refresh > 1:
             due = (state.step - begin) % c.refresh == 0
-            due |= ~jnp.any(
-                state.held.pairs
-            )  # there are none yet where the steps of all refreshes were skipped
+            # There are none yet where the steps of all refreshes were skipped.
+            due |= ~jnp.any(state.held.pairs)
             choice = jnp.where(due, 0, len(branches)).astype(jnp.int32)
             branches.append(kept)
         if begin:
