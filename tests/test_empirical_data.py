@@ -190,3 +190,23 @@ def dense(form, k, reads):
         if not reads:
             return np.zeros((1, 1))
         return np.asarray(jax.jit(jax.jacfwd(image))(jnp.zeros(ends[-1], jnp.float64)))
+
+
+def test_ratios_of_a_layer_whose_steps_cancel_are_lowered_by_their_rounding_errors():
+    big = jnp.asarray(1e8 * RNG.standard_normal((6, 6)), jnp.float32)
+
+    def identity_map(x):  # (B + I) x - B x, rounded, is up to 1e-8 longer than x
+        return jax.nn.relu((big @ x + x) - big @ x)
+
+    for norm in (1, 2, np.inf):
+        layer = lb.empirical(lb.trace(identity_map, X[0]), X, norm=norm, steps=0, layers=True).layers[0]
+        assert 0.9999 < layer.value <= 1.0
+
+
+def test_a_layer_that_reads_constants_as_well(form):
+    def partly_constant(x):
+        h = jax.nn.relu(jnp.concatenate([x, jnp.ones(2)]))
+        return jnp.max(h.reshape(2, 4), axis=0)
+
+    found = lb.empirical(lb.trace(partly_constant, X[0]), X, steps=0, layers=True)
+    assert [layer.value for layer in found.layers[:2]] == pytest.approx([1.0, 1.0], rel=1e-12)

@@ -33,10 +33,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipbounds._empirical import ascent
-from lipbounds._empirical.survey import BATCH, Survey, direct_sources, layer_ratios64, survey
+from lipbounds._empirical.survey import BATCH, Survey, direct_sources, survey
 from lipbounds._form.concrete import is_concrete
 from lipbounds._form.units import Units
 from lipbounds._local import forward
+from lipbounds._norms.rounding import U, gamma
 from lipbounds._text.calls import public
 from lipbounds._text.progress import Progress, say
 from lipbounds.results import NORM_NAMES, LayerBound, LowerBound, Norm, check_norm
@@ -337,25 +338,33 @@ def _confirming(
 
 
 def _layers(form: Any, data: Survey, p: float) -> tuple[LayerBound, ...]:
-    """The ratios at the points chosen in the pass, in float64 and lowered by the allowance for rounding.
-
-    For any W the computed ||W u|| exceeds ||W|| ||u|| by at most the factor 1 + n^1.5 units of rounding.
-    """
-    with jax.enable_x64(True):
-        table = np.asarray(layer_ratios64(form, jnp.asarray(data.layers, jnp.float64), p))
+    """The ratios at the points chosen in the pass, in float64, lowered by proved bounds of their rounding errors."""
+    values, images = forward.layer_images(form, data.layers.astype(np.float64))
     names = {-1: "x"} | {k: f"tap {k} ({tap.name})" for k, tap in enumerate(form.taps)}
     names[len(form.taps)] = "output"
     made = []
     for k, sources in enumerate(direct_sources(form.program)):
         columns = sum(form.in_size if j < 0 else form.taps[j].size_out for j in sources)
         rows = form.num_outputs if k == len(form.taps) else form.taps[k].size_in
-        value = float(table[k, k]) * (1 - _RELATIVE - 4 * columns**1.5 * 2.0**-53)
+        value = 0.0
+        if sources and k in images:
+            u = np.concatenate([values[j][k] for j in sources])
+            image, error = (a[k] for a in images[k])
+            value = _lowered_ratio(image, error, u, p)
         source = ", ".join(names[j] for j in sources) or "nothing"
         path = "" if k == len(form.taps) else form.taps[k].path
-        made.append(
-            LayerBound(source, names[k], (rows, columns), max(value, 0.0), int(data.examples[k]), path)
-        )
+        made.append(LayerBound(source, names[k], (rows, columns), value, int(data.examples[k]), path))
     return tuple(made)
+
+
+def _lowered_ratio(image: np.ndarray, error: np.ndarray, u: np.ndarray, p: float) -> float:
+    """(||image||_p - ||error||_p) / ||u||_p, rounded down; 0 where it says nothing."""
+    largest = max(np.abs(image).max(initial=0.0), np.abs(u).max(initial=0.0), error.max(initial=0.0))
+    if not 0 < largest < 1e150 or np.abs(u).max(initial=0.0) < 1e-130:  # squares overflow or underflow
+        return 0.0
+    slip = gamma(len(image) + len(u) + 16)
+    ratio = (_norm(image, p) * (1 - slip) - _norm(error, p) * (1 + slip)) / (_norm(u, p) * (1 + slip))
+    return max(float(ratio) * (1 - 4 * U), 0.0)
 
 
 @dataclass(frozen=True)

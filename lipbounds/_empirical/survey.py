@@ -249,9 +249,3 @@ def layer_ratios(form: LureForm, x: jax.Array, p: float, dtype: Any) -> jax.Arra
         length = ascent.size(jnp.concatenate([seen[j] for j in sources]), p)
         ratios.append(jnp.where(length > 0, ascent.size(images[k], p) / jnp.where(length > 0, length, 1), 0))
     return jnp.stack(ratios)
-
-
-@functools.partial(jax.jit, static_argnames=("p",))
-def layer_ratios64(form: LureForm, xs: jax.Array, p: float) -> jax.Array:
-    """The same at points (P, *shape) in float64, (P, T + 1); to be called inside jax.enable_x64(True)."""
-    return jax.lax.map(lambda x: layer_ratios(form, x, p, jnp.float64), xs)

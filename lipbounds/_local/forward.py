@@ -122,6 +122,7 @@ class _Rounded(Algebra[tuple[np.ndarray, np.ndarray]]):
         self.count = count
         self.total: dict[int, np.ndarray] = {}
         self.evaluation: dict[int, np.ndarray] = {}
+        self.values: dict[int, np.ndarray] = {}
 
     @staticmethod
     def length(entries: np.ndarray) -> np.ndarray:
@@ -138,11 +139,13 @@ class _Rounded(Algebra[tuple[np.ndarray, np.ndarray]]):
         return t * (1 + gamma(4 * len(self.form.taps) + 8))
 
     def step(self, place: int, op: Op, held: Mapping[int, Any]) -> tuple[np.ndarray, np.ndarray]:
-        offset = _offset(self.host, op, self.program.shapes)
+        offset = _offset(self.host, op, self.program.shapes) if self.affine else None
         size = self.program.sizes[op.output]
         # columns to begin with: sums have the order in memory of what is added
         out, error = np.zeros((2, size, 1)) if offset is None else (part[:, None] for part in offset)
         for m in self.host.step(place):
+            if m.register not in held:
+                continue
             value, wrong = held[m.register]
             if m.rows is not None and (m.rows >= 0).all():
                 product, spread = value[m.rows], wrong[m.rows]
@@ -168,6 +171,7 @@ class _Rounded(Algebra[tuple[np.ndarray, np.ndarray]]):
         self.seen.append((y.T, self.total[k]))
         v, eta = _apply(self.host, tap, y)
         self.evaluation[k] = self.length(eta)
+        self.values[k] = v
         return v, np.zeros_like(v)
 
     def join(self, registers: Sequence[int], held: Mapping[int, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -180,6 +184,46 @@ class _Rounded(Algebra[tuple[np.ndarray, np.ndarray]]):
             end = begin + self.program.sizes[i]
             yield i, (value[0][begin:end], value[1][begin:end])
             begin = end
+
+
+class _Linear(_Rounded):
+    """The same without offsets, from given values of the input and of the taps: (W u, bound of its rounding error)."""
+
+    affine = False
+
+    def __init__(self, source: _Rounded) -> None:
+        super().__init__(source.form, source.host, source.carried, source.count, source.seen)
+        self.values = source.values
+        self.images: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def tap(self, k: int, value: Any) -> tuple[np.ndarray, np.ndarray]:
+        if value is not None:
+            self.images[k] = value
+        return self.values[k], np.zeros_like(self.values[k])
+
+    def join(self, registers: Sequence[int], held: Mapping[int, Any]) -> tuple[np.ndarray, np.ndarray]:
+        zeros = {i: (np.zeros((self.program.sizes[i], self.count)),) * 2 for i in registers if i not in held}
+        return super().join(registers, held | zeros if zeros else held)
+
+
+def layer_images(form: LureForm, x: np.ndarray) -> tuple[dict[int, np.ndarray], dict[int, Any]]:
+    """The linear maps W_k between taps at examples x (N, *in_shape), for lower bounds of their norms.
+
+    Returns:
+        values u_j (N, n_j) in float64 of the taps j and of the input (-1), near those of the network; and for every tap
+        k, and the output (the number of taps), (W_k u, e) with |W_k u - exact W_k u| <= e entrywise, (N, m_k) each,
+        where u are exactly these values. Maps of nothing are left out.
+    """
+    host, flat = recursion.host_form(form), x.reshape(len(x), -1)
+    real = _Rounded(form, host, carriers(form), len(x), [])
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        walk(form.program, real, {0: (flat.T, np.zeros_like(flat.T))})
+        linear = _Linear(real)
+        held = walk(form.program, linear, {0: (flat.T, np.zeros_like(flat.T))})
+    if form.program.output in held:
+        linear.images[len(form.taps)] = held[form.program.output]
+    images = {k: (y.T, error.T) for k, (y, error) in linear.images.items()}
+    return {-1: flat} | {j: v.T for j, v in real.values.items()}, images
 
 
 def _offset(host: HostForm, step: Any, shapes: Any) -> tuple[np.ndarray, np.ndarray] | None:
