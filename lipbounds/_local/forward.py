@@ -203,7 +203,7 @@ class _Linear(_Rounded):
 
     def join(self, registers: Sequence[int], held: Mapping[int, Any]) -> tuple[np.ndarray, np.ndarray]:
         zeros = {i: (np.zeros((self.program.sizes[i], self.count)),) * 2 for i in registers if i not in held}
-        return super().join(registers, held | zeros if zeros else held)
+        return super().join(registers, {**held, **zeros} if zeros else held)
 
 
 def layer_images(form: LureForm, x: np.ndarray) -> tuple[dict[int, np.ndarray], dict[int, Any]]:
