@@ -14,10 +14,9 @@ from contextlib import closing, contextmanager
 from contextvars import copy_context
 from typing import Any, TypeVar
 
-from threadpoolctl import threadpool_limits
-
 from lipbounds._text import device as places
 from lipbounds._text.progress import alive, stoppable
+from lipbounds._text.threads import one_blas_thread
 
 Group = TypeVar("Group")
 Item = TypeVar("Item")
@@ -70,7 +69,7 @@ def _drawn(
         running.popleft()
         return item, result
 
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(count) as pool, stoppable():
+    with one_blas_thread(), ThreadPoolExecutor(count) as pool, stoppable():
         for item in items:
             bytes_ = need(item)
             while len(running) > count or (running and bytes_ + sum(n for _, n, _ in running) > _LIMIT):
@@ -152,7 +151,7 @@ def _finished(
         making[pool.submit(copy_context().run, build, group)] = len(sizes) - 1
         return True
 
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(count) as pool, stoppable():
+    with one_blas_thread(), ThreadPoolExecutor(count) as pool, stoppable():
         while submit(pool) or making or working:
             while submit(pool):
                 pass

@@ -15,14 +15,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 from scipy.linalg.lapack import dpstrf
-from threadpoolctl import threadpool_limits
 
 from lipbounds._form.walk import walk
 from lipbounds._gain import memory_budget
@@ -35,8 +34,9 @@ from lipbounds._norms import matrices as norms
 from lipbounds._norms.enclosures import Enclosure
 from lipbounds._norms.lanczos import golub_kahan
 from lipbounds._norms.rounding import U, add_up, mul_up, sqrt_up
-from lipbounds._norms.starts import STARTS, Starts
+from lipbounds._norms.starts import CHECKED, STARTS, Known, SharedStarts, Starts
 from lipbounds._text.device import remembered
+from lipbounds._text.threads import one_blas_thread
 
 #: Relative distance of upper and lower bound at which Golub-Kahan ends.
 RTOL = 1e-3
@@ -285,37 +285,35 @@ def _root(gram: Enclosure) -> np.ndarray:
 class Search:
     """Bounds of ||G[target, source]||_2 from several starts of Golub-Kahan, probabilistic, better with every step.
 
-    Blocks that differ by a power of two share their starts: `scale` takes those of `starts` to this block.
+    Blocks that differ by a power of two share their starts: `scale` takes those of `starts` to this block. Each search
+    begins at the first step, so that its bounds do not depend on what other calls have asked for.
     """
 
-    starts: Starts
+    starts: SharedStarts
     scale: float
     cost: float  # entries of the vectors of a step
+    place: int = 0
+    known: Known = field(default_factory=Known)
 
     @property
     def lower(self) -> float:
-        return self.starts.lower * self.scale
+        return self.known.lower * self.scale
 
     @property
     def upper(self) -> float:
-        return self.starts.upper * self.scale
-
-    @property
-    def excess(self) -> float:
-        return self.starts.excess
+        return self.known.upper * self.scale
 
     def advance(self, steps: int) -> None:
-        try:
-            self.starts.advance(steps)
-        except ValueError:  # products that are not finite
-            self.starts.ended, self.starts.upper = True, math.inf
+        """Do so many more steps, rounded up to a multiple of `CHECKED`."""
+        self.place += -(-steps // CHECKED)
+        self.known = self.starts.at(self.place)
 
     def bound(self) -> Bound | None:
         """What is known now; None where it proves nothing."""
         if not _TINY <= self.upper < math.inf:
             return None
-        need = memory_budget.Budget.vectors(int(self.cost), STARTS * self.starts.steps)
-        return Bound(self.upper, "probabilistic", f"Golub-Kahan, {self.starts.steps} steps", need)
+        need = memory_budget.Budget.vectors(int(self.cost), STARTS * self.known.steps)
+        return Bound(self.upper, "probabilistic", f"Golub-Kahan, {self.known.steps} steps", need)
 
 
 def search(
@@ -338,7 +336,8 @@ def search(
             there, back = back, there
         share = failure * (1.0 - _STEPS_SHARE)
         options: dict[str, Any] = dict(seed=seed, failure=share, rounding=rounding, max_steps=max_steps)
-        host.searches[key] = Starts(there, back, min(block.shape), **options), exponent
+        made = SharedStarts(Starts(there, back, min(block.shape), **options))
+        host.searches.setdefault(key, (made, exponent))
     starts, before = host.searches[key]
     return Search(starts, math.ldexp(1.0, exponent - before), float(sum(block.shape)))
 
@@ -370,9 +369,9 @@ def _by_search(
 ) -> Bound | None:
     # STARTS vectors are kept per step.
     found = search(host, pair, scalings, seed=seed, failure=failure, max_steps=max(max_steps // STARTS, 8))
-    with threadpool_limits(1, "blas"):
-        while not found.starts.ended and found.excess > RTOL:
-            found.advance(8)
+    with one_blas_thread():
+        while not found.known.ended and found.known.excess > RTOL:
+            found.advance(CHECKED)
     found.starts.release()
     return found.bound()
 

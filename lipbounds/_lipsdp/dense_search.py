@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from lipbounds._form.elementwise import elementwise_view
 from lipbounds._lipsdp.certificate import Proof
@@ -21,6 +20,7 @@ from lipbounds._lipsdp.vectors import solve_all
 from lipbounds._norms import matrices as norms
 from lipbounds._norms.enclosures import Enclosure
 from lipbounds._text.calls import FAILURES
+from lipbounds._text.threads import one_blas_thread
 
 _AS_GOOD = 1e-8  # relative excess of a proof over L in float arithmetic that is not worth another try
 _SHARES = (0.0, *np.logspace(-10, 0, 31).tolist())
@@ -162,5 +162,5 @@ def threads(dense: Dense | None) -> Iterator[None]:
     if dense is None:
         yield
     else:
-        with threadpool_limits(limits=1, user_api="blas"):
+        with one_blas_thread():
             yield

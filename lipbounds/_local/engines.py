@@ -25,7 +25,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from lipbounds._form.elementwise import elementwise_view
 from lipbounds._form.inputs import Box
@@ -45,6 +44,7 @@ from lipbounds._norms.rounding import U, add_up, require_gradual_underflow
 from lipbounds._text.calls import FAILURES, reason
 from lipbounds._text.device import placed, remembered, sharing
 from lipbounds._text.progress import clock, remaining, say, stoppable
+from lipbounds._text.threads import one_blas_thread
 from lipbounds._triangle.recursion import FAILURE, Request
 
 _MOST_OUTPUTS = 4096  # of a local bound, which holds K x K blocks per example
@@ -307,7 +307,7 @@ class Around:
             with jax.default_matmul_precision("highest"), placed(device):  # settings are per thread
                 work(self.part(rows), rows)
 
-        with threadpool_limits(1, "blas"), ThreadPoolExecutor(self.workers()) as pool, stoppable():
+        with one_blas_thread(), ThreadPoolExecutor(self.workers()) as pool, stoppable():
             contexts = [contextvars.copy_context() for _ in parts]
             try:
                 running = [

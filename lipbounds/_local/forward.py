@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from lipbounds._activations import activations
 from lipbounds._activations import intervals as I
@@ -27,6 +26,7 @@ from lipbounds._norms.cholesky import nonzeros_per_row
 from lipbounds._norms.rounding import U, gamma
 from lipbounds._text.arguments import as_labels
 from lipbounds._text.progress import alive, stoppable
+from lipbounds._text.threads import one_blas_thread
 from lipbounds._triangle import recursion
 from lipbounds._triangle.product_rounding import carriers
 
@@ -95,7 +95,7 @@ def _each(work: Callable[[slice], None], chunks: Sequence[slice]) -> None:
         for chunk in chunks:
             work(chunk)
         return
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(workers) as pool, stoppable():
+    with one_blas_thread(), ThreadPoolExecutor(workers) as pool, stoppable():
         for task in [pool.submit(copy_context().run, work, chunk) for chunk in chunks]:
             task.result()
 

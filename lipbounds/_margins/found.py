@@ -11,12 +11,12 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from lipbounds._margins import merged, proof, search
 from lipbounds._margins.problem import Problem
 from lipbounds._text.device import Shared, on_each, sharing
 from lipbounds._text.progress import say, show_seconds
+from lipbounds._text.threads import one_blas_thread
 
 _LARGE = 1e10  # operations of an evaluation above which proofs take all BLAS threads
 _CALL = 2e10  # operations of one call on a device, which cannot be interrupted
@@ -71,7 +71,7 @@ class Found:
     @contextmanager
     def threads(self) -> Iterator[None]:
         """One BLAS thread for small networks: those that wait for busy cores cost more than they give."""
-        with threadpool_limits(None if self.problem.layered[1] > _LARGE else 1, "blas"):
+        with one_blas_thread(self.problem.layered[1] <= _LARGE):
             yield
 
     def searched(

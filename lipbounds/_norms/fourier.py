@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from lipbounds._norms import cholesky
 from lipbounds._norms.rounding import U, add_up, finite, require_gradual_underflow, sqrt_up, unscale_up, up
+from lipbounds._text.threads import one_blas_thread
 
 _CHUNK = 2**22
 
@@ -68,9 +68,7 @@ def conv_fft_bound(kernel: Any, input_shape: tuple[int, ...], most: int | None =
             sizes[axis] = max(most, 3 * taps)
             between = math.cos((taps - 1) * math.pi / (sizes[axis] + taps - 1))
             raised *= (1.0 + 1e-12) / math.sqrt(between)
-    with threadpool_limits(
-        1, "blas"
-    ):  # many small factorisations, where more threads only wait for each other
+    with one_blas_thread():  # many small factorisations, where more threads only wait for each other
         blocks, eta = _frequency_blocks(weights, tuple(sizes))
         spread = np.abs(weights).sum(axis=tuple(range(d))) * (1.0 + 1e-9)
         error = up(eta * math.sqrt(float((spread * spread).sum())) * (1.0 + 1e-9))

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.linalg import eigvalsh_tridiagonal
-from threadpoolctl import threadpool_limits
 
 from lipbounds._norms.rounding import U, sqrt_up, up
+from lipbounds._text.threads import one_blas_thread
 
 ALLOWANCE = 1e-10
 _BLOCK = 16
@@ -169,7 +169,7 @@ def _from_several_starts(
 ) -> tuple[float, Run, int]:
     """(bound or inf, the first run, steps of the longest) of `golub_kahan`."""
     # One thread: more gain little in products with vectors, and slow down a busy machine.
-    with threadpool_limits(1, "blas"):
+    with one_blas_thread():
         first = run(np.random.default_rng(seed).standard_normal(n))
         upper = first.upper(overlap(failure, n), 0.0, rtol)
         steps = len(first.alpha)

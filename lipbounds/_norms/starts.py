@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,6 +13,7 @@ from lipbounds._norms.lanczos import ALLOWANCE, Run, overlap
 from lipbounds._norms.rounding import up
 
 STARTS = 4
+CHECKED = 8  # steps after which `SharedStarts` note their bounds
 """Starts that share a failure probability p: each may fail with p^(1/4), so it needs less than half of the steps."""
 
 
@@ -58,15 +61,21 @@ class Starts:
         """
         if steps <= 0 or self.ended:
             return
-        if not self.runs:
-            self._begin()
-            steps, self.steps = steps + self.steps, 0
-        self._step(steps)
-        if self.ended and not self.both and not self._bound() < math.inf:
-            self.both, steps, self.steps = True, self.steps, 0
-            self._begin()
+        before = self.steps, self.both
+        try:
+            if not self.runs:
+                self._begin()
+                steps, self.steps = steps + self.steps, 0
             self._step(steps)
-        found = self._bound()
+            if self.ended and not self.both and not self._bound() < math.inf:
+                self.both, steps, self.steps = True, self.steps, 0
+                self._begin()
+                self._step(steps)
+            found = self._bound()
+        except BaseException:  # half a step must not be continued
+            self.release()
+            (self.steps, self.both), self.ended = before, False
+            raise
         self.lower = max(run.lower * (1.0 - ALLOWANCE) * run.unit for run in self.runs)
         if found < self.upper:
             self.upper = min(self.upper, up(up(found * (1.0 + ALLOWANCE))))
@@ -88,10 +97,43 @@ class Starts:
                     run.backward(image)
         self.ended = all(run.ended for run in self.runs)
 
+
+class Known(NamedTuple):
+    """Bounds after a number of steps, and whether there are no more."""
+
+    steps: int = 0
+    lower: float = 0.0
+    upper: float = math.inf
+    ended: bool = False
+
     @property
     def excess(self) -> float:
         """Upper over lower bound, minus 1."""
         return self.upper / self.lower - 1.0 if self.lower > 0.0 else math.inf if self.upper else 0.0
+
+
+class SharedStarts:
+    """Starts for several calls, in any threads: what is known at a place does not depend on who asked, or when."""
+
+    def __init__(self, starts: Starts) -> None:
+        self._starts, self._lock, self._known = starts, threading.Lock(), [Known()]
+
+    def at(self, place: int) -> Known:
+        """What is known after `CHECKED` steps `place` times, or at the end."""
+        with self._lock:
+            while place >= len(self._known) and not self._known[-1].ended:
+                starts, upper = self._starts, 0.0
+                try:
+                    starts.advance(CHECKED)
+                except ValueError:  # products that are not finite
+                    starts.ended, upper = True, math.inf
+                self._known.append(Known(starts.steps, starts.lower, max(upper, starts.upper), starts.ended))
+            return self._known[min(place, len(self._known) - 1)]
+
+    def release(self) -> None:
+        """Drop the vectors."""
+        with self._lock:
+            self._starts.release()
 
 
 def _finite(images: np.ndarray) -> np.ndarray:

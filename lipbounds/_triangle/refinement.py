@@ -18,19 +18,19 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any
-
-from threadpoolctl import threadpool_limits
 
 from lipbounds._gain.blocks import HostForm, Node, TapScaling
 from lipbounds._gain.products import BlockProduct
 from lipbounds._gain.side_by_side import side_by_side
 from lipbounds._gain.wide_blocks import RTOL, Bound, Search, other_norm, quick_norms, search
-from lipbounds._norms.starts import Starts
-from lipbounds._text.progress import late, proof_seconds, say, show_seconds
+from lipbounds._norms.starts import CHECKED, Starts
+from lipbounds._text.progress import alive, late, proof_seconds, say, show_seconds, stoppable
+from lipbounds._text.threads import one_blas_thread
 
 _ROUGH_STEPS = 5  # that tell whether a bound is worth its proofs
-_FIRST, _MORE = 16, 8  # steps of all blocks, and of a block that is refined
+_FIRST, _MORE = 2 * CHECKED, CHECKED  # steps of all blocks, and of a block that is refined
 _THREADS = 8  # searches that are advanced side by side
 Pair = tuple[Node, Node]
 
@@ -145,22 +145,28 @@ def refine(
     """
     began = time.monotonic()
     workers = max(1, min(os.cpu_count() or 1, _THREADS))
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(workers) as pool:
+    with one_blas_thread(), ThreadPoolExecutor(workers) as pool, stoppable():
+
+        def one(pair: Pair, steps: int) -> None:
+            alive()
+            searches[pair].advance(steps)
 
         def advance(steps: Mapping[Pair, int], told: str) -> None:
-            for pair, _ in zip(steps, pool.map(lambda p: searches[p].advance(steps[p]), steps), strict=True):
+            tasks = {p: pool.submit(copy_context().run, one, p, count) for p, count in steps.items()}
+            for pair, task in tasks.items():
+                task.result()
                 say(f"norm of {name(pair)}{told}")
 
-        advance({pair: max(0, _FIRST - each.starts.steps) for pair, each in searches.items()}, "")
+        advance(dict.fromkeys(searches, _FIRST), "")
         while True:
             known = {**norms, **{pair: each.lower for pair, each in searches.items()}}
             share = shares(known, ends, nodes)
             goal = RTOL * sum(share[pair] for pair in searches)
-            excess = sum(share[pair] * each.excess for pair, each in searches.items() if share[pair])
+            excess = sum(share[pair] * each.known.excess for pair, each in searches.items() if share[pair])
             gains = {
-                pair: share[pair] * min(each.excess, 1e6) / (each.starts.steps * each.cost)
+                pair: share[pair] * min(each.known.excess, 1e6) / (each.known.steps * each.cost)
                 for pair, each in searches.items()
-                if not each.starts.ended
+                if not each.known.ended
             }
             if excess <= goal or not gains or (late() and excess < math.inf):
                 return
