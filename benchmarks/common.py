@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import shlex
 import subprocess
@@ -58,9 +59,14 @@ def environment(script: str, packages: Sequence[str] = ()) -> Json:
 
 
 def peak_gigabytes(children: bool = False) -> float:
-    """The largest memory of this process (or of one of its children) so far; Linux counts kilobytes."""
-    who = [resource.RUSAGE_SELF, *([resource.RUSAGE_CHILDREN] if children else [])]
-    return max(resource.getrusage(one).ru_maxrss for one in who) / 1e6
+    """The largest memory of this process (or of one of its children) so far; Linux counts kilobytes.
+
+    `getrusage` counts the parent's memory at the start of a process as its own, which VmHWM does not.
+    """
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
+    own = int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss if children else 0) / 1e6
 
 
 def in_a_process(script: str, *words: str) -> Json:
