@@ -193,7 +193,9 @@ def trainer(c: argparse.Namespace, parts: Parts) -> tuple[Any, Any]:
         falling = falling * jnp.minimum(1, (count + 1) / c.rise)
         (matrices, others), (turning, gradient) = split(weights), split(gradient)
         mean = jax.tree.map(manifold.averaged, mean, turning)
-        matrices = manifold.all_turned(matrices, mean, turning, c.angle * falling, corrections=c.corrections)
+        matrices = manifold.all_turned(
+            matrices, mean, turning, c.angle * falling, corrections=c.corrections, kind=kind
+        )
         updates, moments = adam.update(gradient, moments, others)
         others = jax.tree.map(lambda w, u: w - c.rate * falling * u, others, updates)
         weights = jax.tree.map(lambda mine, a, b: a if mine else b, turned, matrices, others)

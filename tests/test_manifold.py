@@ -67,6 +67,10 @@ def test_directions_have_the_singular_vectors_of_the_gradient(shape: tuple[int, 
     np.testing.assert_allclose(inside, np.diag(np.diag(inside)), atol=2e-4)
     assert inside.shape == (small, small)
     np.testing.assert_array_equal(direction(np.zeros(shape, np.float32)), 0)
+    rough = np.asarray(direction(np.float32(size) * g, kind=jnp.bfloat16))
+    assert rough.dtype == np.float32 and np.abs(rough - found).max() > 0
+    assert np.vdot(rough, found) > 0.99 * np.linalg.norm(rough) * np.linalg.norm(found)
+    assert 0.5 < np.linalg.svd(rough, compute_uv=False).min() and np.linalg.norm(rough, 2) < 1.4
 
 
 @pytest.mark.parametrize("shape", SHAPES)
