@@ -29,12 +29,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipbounds._text import reporting, whole
-from lipbounds.analysis.attack_network import Model, count_classes, margin_of, split
+from lipbounds.analysis.attack_network import Model, margin_of
 from lipbounds.analysis.attack_search import (
     Attack,
     Find,
     Found,
     Problem,
+    classes_on,
     keep,
     l2_of,
     per_example,
@@ -79,7 +80,7 @@ def apgd(
         TypeError: fn is not callable.
         ValueError: as `pgd`; fewer than 3 classes for "dlr", 4 for "dlr-t" or for "dlr" with a target.
     """
-    settings = settings.changed(changes)
+    settings = AttackSettings.changed(settings, changes)
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
     whole("steps", steps), whole("restarts", restarts), whole("targets", targets)
@@ -101,11 +102,7 @@ def runs(
     target: Any = None,
 ) -> list[Find]:
     """The runs of `apgd`, each on one batch."""
-    model, weights = split(fn)
-    shape = np.shape(x)
-    classes = (
-        count_classes(model, weights, (min(settings.batch_size, shape[0]), *shape[1:]), None) if shape else 2
-    )
+    classes = classes_on(fn, x, settings)
     needed = _LEAST["dlr-t" if target is not None and loss == "dlr" else loss]
     if classes < needed:
         raise ValueError(

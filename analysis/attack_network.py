@@ -121,9 +121,15 @@ def outline(
     model: Model, weights: Any, shape: tuple[int, ...], labels: np.ndarray | None
 ) -> tuple[int, bool]:
     """K as `count_classes` finds it, and whether the network convolves, which XLA does slowly in loops on CPUs."""
-    traced, z = jax.make_jaxpr(lambda w, b: model(w, b), return_shape=True)(
-        weights, jax.ShapeDtypeStruct(shape, jnp.float32)
-    )
+    try:
+        traced, z = jax.make_jaxpr(lambda w, b: model(w, b), return_shape=True)(
+            weights, jax.ShapeDtypeStruct(shape, jnp.float32)
+        )
+    except Exception as error:
+        error.add_note(
+            f"The network was called with a batch of shape {shape}, examples of shape {shape[1:]}."
+        )
+        raise
     found = getattr(z, "shape", None)
     if found is None or len(found) != 2 or found[0] != shape[0] or found[1] < 2:
         raise ValueError(f"fn must map {shape} to logits ({shape[0]}, K) with K >= 2, got {found}")

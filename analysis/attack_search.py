@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lipbounds._text import as_labels, clock, remaining, say
-from lipbounds.analysis.attack_network import Needs, Oracle, margins, outline, split
+from lipbounds._text import as_labels, check_seed, clock, remaining, say, whole
+from lipbounds.analysis.attack_network import Needs, Oracle, count_classes, margins, outline, split
 from lipbounds.analysis.attack_settings import AttackSettings, norm_name
 from lipbounds.training.balls import l2_of as l2_of
 from lipbounds.training.balls import per_example as per_example
@@ -258,7 +258,10 @@ class _Batches:
             return
         classes = self.outlined[0]
         as_labels(labels, len(labels), classes)
-        as_labels(aims, len(aims), classes)
+        try:
+            as_labels(aims, len(aims), classes)
+        except ValueError as error:
+            raise ValueError(f"target: {error}") from None
 
     def parts(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
         """(numbers of examples, how many there are) of every batch; the last batch repeats its last example."""
@@ -329,7 +332,8 @@ def _targets(target: Any, labels: np.ndarray) -> np.ndarray:
 
 def random_targets(y: Any, classes: int, seed: int = 0) -> np.ndarray:
     """(N,) targets drawn uniformly from the wrong classes 0..classes-1 of every example, by its number and the seed."""
-    labels = as_labels(y, len(np.asarray(y)), classes)
+    labels = as_labels(y, np.size(y), whole("classes", classes, 2))
+    check_seed(seed)
     drawn = [np.random.default_rng([seed, i]).integers(1, classes) for i in range(len(labels))]
     return (labels + np.asarray(drawn, np.int64)) % classes
 
@@ -394,6 +398,13 @@ def settle(
     return np.where(per_example(length(settled, x, norm) > eps, x), x, settled)
 
 
+def classes_on(fn: Any, x: Any, settings: AttackSettings) -> int:
+    """K, the number of classes of a network on examples x; errors of `as_points`, `split` and `count_classes`."""
+    model, weights = split(fn)
+    shape = as_points(x).shape
+    return count_classes(model, weights, (min(settings.batch_size, shape[0]), *shape[1:]), None)
+
+
 def as_points(x: Any) -> np.ndarray:
     """Examples (N, *shape) in float32; ValueError unless they are floating point, finite and at least one."""
     points = np.asarray(x)
@@ -408,7 +419,10 @@ def as_points(x: Any) -> np.ndarray:
 
 
 def _radii(eps: Any, count: int) -> np.ndarray:
-    radii = np.asarray(eps, dtype=np.float64)
+    try:
+        radii = np.asarray(eps, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"eps must be a number or hold {count} numbers, got {eps!r}") from None
     if radii.shape not in ((), (count,)):
         raise ValueError(f"eps must be a number or hold {count} numbers, got shape {radii.shape}")
     if not (radii >= 0).all():

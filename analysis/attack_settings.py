@@ -78,7 +78,16 @@ class AttackSettings:
             )
 
     def changed(self, changes: Mapping[str, Any]) -> AttackSettings:
-        """These settings with some of them changed; TypeError with the names that exist for any other name."""
+        """These settings with some of them changed.
+
+        TypeError with the names that exist for any other name, and, called as `AttackSettings.changed(settings, ...)`,
+        for settings of another type.
+        """
+        if not isinstance(self, AttackSettings):
+            raise TypeError(
+                f"settings must be AttackSettings, got {type(self).__name__}: give options by name, such as steps=100 "
+                "or norm=2"
+            )
         names = [field.name for field in dataclasses.fields(self)]
         unknown = sorted(set(changes) - set(names))
         if unknown:

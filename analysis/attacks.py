@@ -88,7 +88,7 @@ def pgd(
         ValueError: shapes, labels or targets out of range, values that are not finite, x outside the box, negative or
             NaN eps, an unknown norm or loss, no example, logits that are not finite.
     """
-    settings = settings.changed(changes)
+    settings = AttackSettings.changed(settings, changes)
     name = "FGSM" if steps == 1 and step_size is None else "PGD"
     ascent = Ascent("ce" if loss == "ce" else "margin", steps, restarts, step_size)
     return gradient_attack(name, fn, x, y, eps, settings, ascent, loss, target)
@@ -111,7 +111,7 @@ def fgsm(
     others make up for them. Arguments, errors and result are those of `pgd`, of which this is the case of one step;
     where the step does not lower the margin, `adversarial` is x itself.
     """
-    return pgd(fn, x, y, eps, settings.changed(changes), steps=1, loss=loss, target=target)
+    return pgd(fn, x, y, eps, AttackSettings.changed(settings, changes), steps=1, loss=loss, target=target)
 
 
 def mi_fgsm(
@@ -133,7 +133,7 @@ def mi_fgsm(
     Arguments, errors and result are those of `pgd`; `step_size` None is eps / steps, as in the paper, and with one step
     this is `fgsm`.
     """
-    settings = settings.changed(changes)
+    settings = AttackSettings.changed(settings, changes)
     ascent = Ascent("ce" if loss == "ce" else "margin", steps, 1, step_size, reach=1.0, momentum=momentum)
     return gradient_attack("MI-FGSM", fn, x, y, eps, settings, ascent, loss, target)
 

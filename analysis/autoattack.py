@@ -94,7 +94,7 @@ def autoattack(
     """
     if version != "standard":
         raise ValueError(f"version must be 'standard', got {version!r}")
-    settings = settings.changed(changes)
+    settings = AttackSettings.changed(settings, changes)
     if jax.default_backend() == "cpu":
         settings = settings.changed({"batch_size": min(settings.batch_size, _CPU_BATCH)})
     stages: list[Stage] = []

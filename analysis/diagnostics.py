@@ -23,6 +23,7 @@ from lipbounds._text import (
     Direction,
     Html,
     Progress,
+    check_seed,
     element,
     html_table,
     markdown_table,
@@ -269,8 +270,7 @@ def diagnose(
     """
     if not isinstance(forged, Forged):
         raise TypeError(f"diagnose takes what forge returned, got {type(forged).__name__}")
-    whole("examples", examples)
-    whole("batch_size", batch_size)
+    whole("examples", examples), whole("batch_size", batch_size), check_seed(seed)
     gates, plain, left_out = {}, {}, {}
     for path, gated in forged.gates.items():
         try:

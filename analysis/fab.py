@@ -27,12 +27,13 @@ import numpy as np
 
 from lipbounds._text import reporting, whole
 from lipbounds.analysis.apgd import ranked
-from lipbounds.analysis.attack_network import Model, count_classes, margin_of, split
+from lipbounds.analysis.attack_network import Model, margin_of
 from lipbounds.analysis.attack_search import (
     Attack,
     Find,
     Found,
     Problem,
+    classes_on,
     l2_of,
     per_example,
 )
@@ -71,7 +72,7 @@ def fab(
         TypeError: fn is not callable.
         ValueError: as `pgd`.
     """
-    settings = settings.changed(changes)
+    settings = AttackSettings.changed(settings, changes)
     finds = runs(fn, x, settings, steps, targets, target)
     with reporting(settings.progress):
         return nearest("FAB-T", finds, fn, x, y, eps, settings, "margin", target=target)
@@ -82,11 +83,7 @@ def runs(
 ) -> list[Find]:
     """The runs of `fab`, one for each target."""
     whole("steps", steps), whole("targets", targets)
-    model, weights = split(fn)
-    shape = np.shape(x)
-    classes = (
-        count_classes(model, weights, (min(settings.batch_size, shape[0]), *shape[1:]), None) if shape else 2
-    )
+    classes = classes_on(fn, x, settings)
 
     def run(rank: int) -> Find:
         return lambda problem: _approach(problem, rank, steps)

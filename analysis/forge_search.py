@@ -123,7 +123,7 @@ def search_c_r(
     values = sorted(float(c) for c in np.atleast_1d(np.asarray(candidates, dtype=np.float64)))
     if not values or len(set(values)) < len(values) or not all(0 <= c < 1 for c in values):
         raise ValueError(f"candidates must be different numbers in [0, 1), at least one, got {candidates!r}")
-    settings = settings.changed(changes)
+    settings = AttackSettings.changed(settings, changes)
     quiet = dataclasses.replace(settings, progress=None)
     if eps is not None and not (math.isfinite(eps) and eps > 0):
         raise ValueError(f"eps must be a number > 0, or None for clean accuracy only, got {eps!r}")

@@ -204,7 +204,7 @@ def study(
     A c_r that is picked from this table was chosen on these images: `search_c_r` does that on others.
     Raises as `forge`, `pgd`, `square` and `diagnose` do.
     """
-    settings = settings.changed(changes)
+    settings = AttackSettings.changed(settings, changes)
     size, seed = settings.batch_size, settings.seed
     quiet = dataclasses.replace(settings, progress=None)
     gates: Json = {"kind": kind, "tau": tau, "quantile": quantile}

@@ -71,7 +71,7 @@ def frank_wolfe(
         TypeError: fn is not callable.
         ValueError: as `pgd`; gamma or momentum out of range.
     """
-    settings = settings.changed(changes)
+    settings = AttackSettings.changed(settings, changes)
     check_steps(steps, gamma, momentum, loss)
 
     def find(problem: Problem) -> Found:

@@ -75,7 +75,7 @@ def black_frank_wolfe(
         TypeError: fn is not callable.
         ValueError: as `pgd`; a setting out of range.
     """
-    settings = settings.changed(changes)
+    settings = AttackSettings.changed(settings, changes)
     check_steps(1, gamma, momentum, loss)
     how = np.float32(delta), np.float32(gamma), np.float32(momentum)
     return _estimated(
@@ -117,7 +117,7 @@ def nes_pgd(
     The norm is 2 or inf. `step_size`, in the units of x, is eps / 10 if None; the other arguments are those of
     `black_frank_wolfe`.
     """
-    settings = settings.changed(changes)
+    settings = AttackSettings.changed(settings, changes)
     check_steps(1, 1.0, momentum, loss)
     if step_size is not None and not (math.isfinite(step_size) and step_size > 0):
         raise ValueError(f"step_size must be a number > 0, got {step_size!r}")

@@ -72,7 +72,7 @@ def in_distribution(
         TypeError: fn is not callable.
         ValueError: as `pgd`; another norm than 2; latents or images of another number or shape.
     """
-    settings = settings.changed(changes)
+    settings = AttackSettings.changed(settings, changes)
     if settings.norm != 2:
         raise ValueError(f"the in-distribution attack is in l2: norm must be 2, got {settings.norm!r}")
     whole("rounds", rounds)
@@ -127,7 +127,7 @@ def _check_steps(steps: int, step_size: float) -> None:
 
 
 def _latents(generator: Generator, latents: Any, x: Any) -> np.ndarray:
-    starts, shape = np.asarray(latents, np.float32), np.shape(x)
+    starts, shape = np.asarray(latents, np.float32), as_points(x).shape
     if starts.ndim < 2 or len(starts) != shape[0]:
         raise ValueError(f"latents must hold {shape[0]} rows (N, ...), got shape {starts.shape}")
     if not np.isfinite(starts).all():

@@ -31,7 +31,7 @@ import numpy as np
 from scipy import stats
 
 import lipbounds as lb
-from lipbounds._text import Progress, say, show, whole
+from lipbounds._text import Progress, check_seed, say, show, whole
 from lipbounds.analysis.attack_settings import reports
 from lipbounds.analysis.smoothing import clopper_pearson_lower
 
@@ -87,7 +87,9 @@ def generator_constants(
     Raises:
         ValueError: a form that is not of a vector, numbers out of range, or what `lb.local` raises.
     """
-    whole("chosen", chosen), whole("samples", samples)
+    if not isinstance(form, lb.LureForm):
+        raise TypeError(f"generator_constants needs a LureForm from lb.trace, got {type(form).__name__}")
+    whole("chosen", chosen), whole("samples", samples), check_seed(seed)
     if len(form.in_shape) != 1:
         raise ValueError(f"a generator takes a vector of latents, got inputs of shape {form.in_shape}")
     if not (math.isfinite(radius) and radius > 0):

@@ -25,7 +25,7 @@ import numpy as np
 from flax import nnx
 from scipy import linalg
 
-from lipbounds._text import as_labels, show, whole
+from lipbounds._text import as_labels, check_seed, show, whole
 from lipbounds.analysis.attack_network import Model, count_classes, split
 from lipbounds.analysis.attack_search import INSIDE, Problem, as_points, project
 from lipbounds.analysis.attack_settings import DEFAULT, LINF, AttackSettings, precise
@@ -93,13 +93,13 @@ def gradient_lipschitz(
     at every x' in it, 1/p + 1/q = 1: the l1 norm for p = inf. It is taken at x and at `steps` points of steepest ascent
     of length eps / 4. Other arguments and errors are those of `attacks.pgd`.
     """
-    settings = settings.changed(changes)
+    settings = AttackSettings.changed(settings, changes)
     whole("steps", steps)
     found = []
     for problem, rows in _problems(fn, x, y, eps, settings):
         slopes, _ = _walk(problem, np.float32(eps / 4), steps)
         found.append(np.asarray(slopes).max(axis=0)[rows])
-    value = np.concatenate(found)
+    value = _finite(np.concatenate(found))
     return Measured(
         value.astype(np.float64), "Local Lipschitz constant of the loss", "attained: a lower bound"
     )
@@ -123,7 +123,7 @@ def loss_increase(
     adversarial training is a sign of catastrophic overfitting: the step no longer increases the loss. `step_size` is
     2.5 eps / steps if None. Other arguments and errors are those of `attacks.pgd`.
     """
-    settings = settings.changed(changes)
+    settings = AttackSettings.changed(settings, changes)
     size = 2.5 * eps / whole("steps", steps) if step_size is None else step_size
     if step_size is not None and not (math.isfinite(step_size) and step_size > 0):
         raise ValueError(f"step_size must be a number > 0, got {step_size!r}")
@@ -134,7 +134,15 @@ def loss_increase(
         losses = np.asarray(_walk(problem, np.float32(size), steps, start)[1])
         clean = np.asarray(_losses(problem.model, problem.weights, problem.where[0], problem.labels))
         made.append((losses[1:] - clean)[:, rows])
-    return np.concatenate(made, axis=1).astype(np.float64)
+    return _finite(np.concatenate(made, axis=1)).astype(np.float64)
+
+
+def _finite(value: np.ndarray) -> np.ndarray:
+    """The numbers (..., N); ValueError that names the first example where one is not finite."""
+    broken = ~np.isfinite(value).all(axis=tuple(range(value.ndim - 1)))
+    if broken.any():
+        raise ValueError(f"the loss or its gradient is not finite near example {int(np.argmax(broken))}")
+    return value
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
@@ -202,7 +210,7 @@ def hessian_eigenvalue(
     The value is the Rayleigh quotient of the vector found, which the Hessian attains: at most its largest eigenvalue,
     up to float32 rounding.
     """
-    settings = settings.changed(changes)
+    settings = AttackSettings.changed(settings, changes)
     whole("iterations", iterations)
     if at not in PLACES:
         raise ValueError(f"at must be one of {', '.join(PLACES)}, got {at!r}")
@@ -343,7 +351,7 @@ def landscape(
     labels = as_labels(y, len(points))
     size = min(whole("batch_size", batch_size), len(points))
     count_classes(model, weights, (size, *points.shape[1:]), labels)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(check_seed(seed))
     ways = [
         _direction(weights, None if directions == "weights" else rng)
         for _ in range(1 + (directions == "plane"))
@@ -358,6 +366,8 @@ def landscape(
             made = _at(model, weights, tuple(ways), at, *batch)
             sums[k] += np.asarray(made, np.float64)[:, : len(points) - start].sum(axis=1)
     means = (sums / len(points)).reshape((*(len(grid),) * len(ways), 2))
+    if not np.isfinite(means).all():
+        raise ValueError("the loss is not finite at some of the steps: take smaller ones")
     return Landscape(grid, means[..., 0], means[..., 1], directions)
 
 

@@ -183,7 +183,7 @@ def gradient_masking(
         TypeError: a network is not callable.
         ValueError: as `pgd`, `square` and `smooth`; eps that is not a number > 0; a grid or level out of range.
     """
-    settings = settings.changed(changes)
+    settings = AttackSettings.changed(settings, changes)
     if not (isinstance(eps, int | float | np.number) and math.isfinite(eps) and eps > 0):
         raise ValueError(f"eps must be one number > 0, got {eps!r}")
     if not 0 < level < 1:

@@ -55,7 +55,8 @@ def odi_pgd(
         return diverse(problem, key, lengths, start_steps)
 
     ascent = attacks.Ascent("ce" if loss == "ce" else "margin", steps, restarts, step_size, start=start)
-    return attacks.gradient_attack("ODI-PGD", fn, x, y, eps, settings.changed(changes), ascent, loss, target)
+    settings = AttackSettings.changed(settings, changes)
+    return attacks.gradient_attack("ODI-PGD", fn, x, y, eps, settings, ascent, loss, target)
 
 
 def diverse(problem: Problem, key: jax.Array, lengths: jax.Array, steps: int) -> jax.Array:

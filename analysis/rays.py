@@ -64,7 +64,9 @@ def rays(
         TypeError: fn is not callable.
         ValueError: as `pgd`, a norm other than inf, or a tol that is not a number > 0.
     """
-    return _run("RayS", fn, x, y, eps, settings.changed(changes), queries, tol, target, True)[0]
+    return _run("RayS", fn, x, y, eps, AttackSettings.changed(settings, changes), queries, tol, target, True)[
+        0
+    ]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -145,7 +147,8 @@ def adbd(
     Arguments and errors are those of `rays`, without eps. Each distance bounds the true one from above, and hence so
     does their average; a certified l-inf radius bounds it from below.
     """
-    attack, told = _run("ADBD", fn, x, y, math.inf, settings.changed(changes), queries, tol, None, False)
+    settings = AttackSettings.changed(settings, changes)
+    attack, told = _run("ADBD", fn, x, y, math.inf, settings, queries, tol, None, False)
     assert attack.queries is not None  # RayS counts them
     distance = np.where(attack.correct, attack.distance, 0.0)
     grid = np.array(sorted(told), int)

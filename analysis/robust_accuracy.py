@@ -109,10 +109,16 @@ def robust_accuracy(
         progress: True, False or a function of one text.
 
     Raises:
-        ValueError: radii of another number of examples or in another norm than the settings, eps that are not finite
-            numbers >= 0, and what the attack raises.
+        TypeError: form or radii of another type.
+        ValueError: radii of another number of examples, of other labels or in another norm than the settings, eps that
+            are not finite numbers >= 0, and what the attack raises.
         GuaranteeError: an example was broken below its certified radius, also in real arithmetic.
     """
+    if not isinstance(form, lb.LureForm) or not isinstance(radii, lb.Radii):
+        raise TypeError(
+            "robust_accuracy needs a form from lb.trace and radii from lb.certified_radius, got "
+            f"{type(form).__name__} and {type(radii).__name__}"
+        )
     levels = sorted({float(e) for e in np.atleast_1d(np.asarray(eps, float))})
     if not levels or not all(math.isfinite(e) and e >= 0 for e in levels):
         raise ValueError(f"eps must hold finite numbers >= 0, at least one, got {levels}")
@@ -120,9 +126,15 @@ def robust_accuracy(
     labels, exact = as_labels(y, len(points)), np.asarray(x, np.float64)
     if len(radii) != len(points):
         raise ValueError(f"there are {len(radii)} radii and {len(points)} examples")
+    if radii.label is not None and (radii.label != labels).any():
+        place = int(np.argmax(radii.label != labels))
+        raise ValueError(
+            f"the radii are about other labels: that of example {place} is {radii.label[place]} there and "
+            f"{labels[place]} in y; certify these examples again, lb.certified_radius(form, x, y)"
+        )
     names = {field.name for field in dataclasses.fields(AttackSettings)}
     own = {name: changes.pop(name) for name in list(changes) if name in names}
-    settings = settings.changed({**own, "norm": own.get("norm", radii.norm)})
+    settings = AttackSettings.changed(settings, {**own, "norm": own.get("norm", radii.norm)})
     if settings.norm != radii.norm:
         raise ValueError(f"the radii are in {NORM_NAMES[radii.norm]}: attacks are in the same norm")
     target = form if fn is None else fn

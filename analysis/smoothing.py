@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from lipbounds._text import Html, Progress, as_labels, clock, element, remaining, say, whole
+from lipbounds._text import Html, Progress, as_labels, check_seed, clock, element, remaining, say, whole
 from lipbounds.analysis.attack_network import Model, count_classes, split
 from lipbounds.analysis.attack_search import as_points
 from lipbounds.analysis.attack_settings import reports
@@ -140,8 +140,7 @@ def smooth(
         raise ValueError(f"sigma must be a number > 0, got {sigma!r}")
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must be in (0, 1), got {alpha!r}")
-    whole("n0", n0)
-    whole("n", n)
+    whole("n0", n0), whole("n", n), check_seed(seed)
     model, weights = split(fn)
     points = as_points(x)
     labels = None if y is None else as_labels(y, len(points))

@@ -65,7 +65,7 @@ def square(
         TypeError: fn is not callable.
         ValueError: as `pgd`, a p_init out of range, or examples that are neither images nor vectors.
     """
-    settings = settings.changed(changes)
+    settings = AttackSettings.changed(settings, changes)
     whole("queries", queries)
     share = (0.05 if settings.norm == math.inf else 0.1) if p_init is None else p_init
     if not 0 < share <= 1:

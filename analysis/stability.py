@@ -20,7 +20,7 @@ import lipbounds as lb
 from lipbounds._local import logits
 from lipbounds._text import Progress, as_labels, show
 from lipbounds.analysis.attack_search import Attack, as_points
-from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings, reports
+from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings, norm_name, reports
 from lipbounds.analysis.attacks import pgd
 from lipbounds.analysis.robust_accuracy import really_broken
 from lipbounds.results import NORM_NAMES
@@ -97,20 +97,31 @@ def perturbation_stability(
         progress: True, False or a function of one text.
 
     Raises:
-        ValueError: shapes or labels, an example without a unique largest logit, and what the attack and
-            `certified_radius` raise.
+        TypeError: form of another type.
+        ValueError: shapes or labels, a bound in another norm, an example without a unique largest logit, and what the
+            attack and `certified_radius` raise.
         GuaranteeError: an example was broken below its certified radius, also in real arithmetic.
     """
+    if not isinstance(form, lb.LureForm):
+        raise TypeError(f"perturbation_stability needs a LureForm from lb.trace, got {type(form).__name__}")
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps must be a number >= 0, got {eps!r}")
     points = as_points(x)
     predicted = logits(form, points.astype(np.float64))[0].argmax(axis=1)
     names = {field.name for field in dataclasses.fields(AttackSettings)}
-    settings = settings.changed({name: changes.pop(name) for name in list(changes) if name in names})
+    settings = AttackSettings.changed(
+        settings, {name: changes.pop(name) for name in list(changes) if name in names}
+    )
+    labels = None if y is None else as_labels(y, len(points), form.num_outputs)
     if bound is None:
         proved = lb.liplt(form, norm=settings.norm, pairwise=True, progress=progress)
         assert isinstance(proved, lb.UpperBound)  # its guarantee is not "estimate"
         bound = proved
+    if isinstance(bound, lb.UpperBound) and bound.norm != settings.norm:
+        raise ValueError(
+            f"the bound is in {NORM_NAMES[bound.norm]} and the settings in {norm_name(settings.norm)}: give both the "
+            "same norm"
+        )
     radius = lb.certified_radius(form, points, predicted, bound, local, progress=progress).radius
     made = attack(form if fn is None else fn, points, predicted, eps, settings, **changes)
     other = ~made.correct & (radius <= 0)
@@ -120,5 +131,5 @@ def perturbation_stability(
         )
     method = bound.method
     broken, _ = really_broken(form, made, points, predicted, radius, settings.norm, lambda _: method)
-    correct = None if y is None else as_labels(y, len(points)) == predicted
+    correct = None if labels is None else labels == predicted
     return Stability(radius > eps, broken, predicted, float(eps), settings.norm, correct)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lipbounds.analysis import attack_search, attacks
+from lipbounds.analysis import apgd, attack_search, attacks, fab, random_targets
 from lipbounds.analysis.attacks import fgsm, pgd
 
 NORMS = [2, math.inf]
@@ -277,7 +277,9 @@ def test_progress_counts_examples(rng, net):
     lines = []
     x, y = images(rng, 10, net)
     pgd(net, x, y, 0.1, steps=2, batch_size=4, progress=lines.append)
-    assert [line.split(": ")[1] for line in lines] == [f"{n} of 10 examples" for n in (4, 8, 10)]
+    assert [line.split(": ")[1].split(",")[0] for line in lines] == [
+        f"{n} of 10 examples" for n in (4, 8, 10)
+    ]
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -394,6 +396,9 @@ X, Y = np.full((4, 2, 6, 1), 0.5, np.float32), np.zeros(4, int)
         ({"eps": -0.1}, "eps must be >= 0"),
         ({"eps": np.nan}, "not NaN"),
         ({"eps": np.ones(3)}, "hold 4 numbers, got shape"),
+        ({"eps": "8/255"}, "eps must be a number or hold 4 numbers, got '8/255'"),
+        ({"target": np.full(4, 4)}, r"target: labels must lie in 0\.\.3, got 4\.\.4"),
+        ({"steps": np.int64(2)}, "got np.int64.2.; cast it: steps=2"),
         ({"y": np.full(4, 4)}, "labels must lie in 0..3, got 4..4"),
         ({"y": np.full(4, -1)}, "labels must lie in 0..3"),
         ({"y": np.zeros(3, int)}, "4 integer labels"),
@@ -428,6 +433,26 @@ def test_what_is_no_function_is_refused():
         pgd(X, X, Y, 0.1)
 
 
+def test_examples_that_a_network_cannot_take_are_named(net):
+    with pytest.raises(TypeError) as caught:
+        pgd(lambda b: b @ np.ones((3, 4), np.float32), X[:, 0, :, 0], Y, 0.1)
+    assert caught.value.__notes__[-1:] == [
+        "The network was called with a batch of shape (4, 6), examples of shape (6,)."
+    ]
+
+
+@pytest.mark.parametrize("attack", [apgd, fab])
+def test_attacks_that_count_the_classes_first_refuse_no_examples(net, attack):
+    with pytest.raises(ValueError, match="at least one, got shape"):
+        attack(net, X[:0], Y[:0], 0.1)
+
+
+def test_random_targets_of_bad_input():
+    for given, message in (((Y, 1), "classes must be a whole number >= 2"), ((Y, 4, -1), "seed must be")):
+        with pytest.raises(ValueError, match=message):
+            random_targets(*given)
+
+
 def test_the_settings_of_an_attack_are_checked_once_and_can_be_shared(rng, net):
     settings = attacks.AttackSettings(norm="inf", high=2.0, batch_size=3, seed=5)
     assert settings.norm == math.inf and settings.diameter((2, 3)) == 2.0
@@ -448,6 +473,8 @@ def test_the_settings_of_an_attack_are_checked_once_and_can_be_shared(rng, net):
         TypeError, match="unknown option 'clip'; the settings that all attacks share are norm, low, high"
     ):
         pgd(net, X, Y, 0.1, clip=True)
+    with pytest.raises(TypeError, match="settings must be AttackSettings, got int: give options by name"):
+        pgd(net, X, Y, 0.1, 100)
 
 
 def test_progress_means_what_it_means_in_every_bound(net, capfd):

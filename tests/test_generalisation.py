@@ -80,6 +80,23 @@ def test_a_wrong_radius_is_found_out(linear):
         perturbation_stability(form, x, float(exact.max()), norm=math.inf, fn=fn, bound=wrong, steps=20)
 
 
+def test_a_bound_in_another_norm_proves_no_stability(linear):
+    """An l2 radius above eps says nothing about the l-inf ball of radius eps, which is larger."""
+    form, fn, x, y, exact = linear
+    bound = lb.naive(form, pairwise=True)
+    assert (lb.certified_radius(form, x, y, bound=bound).radius > 1.1 * exact).any()
+    with pytest.raises(ValueError, match="the bound is in l2 and the settings in l-inf"):
+        perturbation_stability(form, x, 0.01, norm=math.inf, fn=fn, bound=bound, steps=1)
+
+
+def test_stability_of_bad_input(linear):
+    form, fn, x, y, _ = linear
+    with pytest.raises(ValueError, match=r"labels must lie in 0\.\.1"):
+        perturbation_stability(form, x, 0.01, y=y + 2, steps=1)
+    with pytest.raises(TypeError, match="needs a LureForm from lb.trace, got function"):
+        perturbation_stability(fn, x, 0.01)
+
+
 def test_the_gap_between_training_and_test_data(linear):
     _, fn, x, y, exact = linear
     eps = float(np.median(exact))

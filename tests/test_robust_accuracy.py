@@ -88,6 +88,21 @@ def test_what_is_refused(case):
         analysis.robust_accuracy(form, radii, x[:30], y[:30], 0.1)
     with pytest.raises(ValueError, match="the radii are in l2"):
         analysis.robust_accuracy(form, radii, x, y, 0.1, norm=math.inf)
+    with pytest.raises(
+        TypeError, match="a form from lb.trace and radii from lb.certified_radius, got function and"
+    ):
+        analysis.robust_accuracy(linear, radii, x, y, 0.1)
+    with pytest.raises(TypeError, match="got LureForm and ndarray"):
+        analysis.robust_accuracy(form, radii.radius, x, y, 0.1)
+
+
+def test_radii_of_other_labels_are_refused(case):
+    """They would count every certified example as classified as labelled, whatever its label is."""
+    form, x, y, radii = case
+    other = y.copy()
+    other[7] = 1 - y[7]
+    with pytest.raises(ValueError, match="other labels: that of example 7 is . there and . in y"):
+        analysis.robust_accuracy(form, radii, x, other, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------- the command

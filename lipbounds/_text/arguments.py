@@ -10,7 +10,9 @@ import numpy as np
 def whole(name: str, value: Any, least: int = 1) -> int:
     """Return the value if it is a whole number >= `least`, else raise ValueError."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+        whole_ = isinstance(value, np.integer) or (isinstance(value, float) and value.is_integer())
+        cast = f"; cast it: {name}={int(value)}" if whole_ and value >= least else ""
+        raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}{cast}")
     return value
 
 
