@@ -156,6 +156,27 @@ def test_linear_steps_that_cancel(c, depth, wide):
     assert (rows.sum(axis=1) >= exact / np.sqrt(2) * (1 - 1e-13)).all()
 
 
+def test_scales_whose_squares_underflow(wide):
+    """One network, its layers times powers of two that cancel: no bound is below the slopes that it attains."""
+    layers = [np.eye(3), np.array([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 1.0, -1.0]])]
+    layers.append(np.array([[1.0, 1.0, 1.0], [-0.5, -0.5, -0.5]]))
+    x, rng = np.array([0.3, 0.2, 0.1]), np.random.default_rng(1)
+    a, b = (x + 0.14 * rng.uniform(-1, 1, (2000, 3)) for _ in range(2))  # in the ball of radius 0.25
+
+    def net(x):
+        return np.maximum(np.maximum(x @ layers[0].T, 0) @ layers[1].T, 0) @ layers[2].T
+
+    attained = (np.linalg.norm(net(a) - net(b), axis=1) / np.linalg.norm(a - b, axis=1)).max()
+    for exponents in ((0, 0, 0), (-560, 0, 560), (332, -564, 232), (0, -564, 564), (-200, -332, 532)):
+        with jax.enable_x64(True):
+            form = lb.from_weights([np.ldexp(w, e) for w, e in zip(layers, exponents, strict=True)])
+        around = sys.modules["lipbounds._local.engines"].Around(form, 2, x[None], way="LipLT")
+        out = around.outputs(slice(None), np.array([0.25]))[0]
+        value = np.sqrt(np.linalg.eigvalsh(out)[:, -1]).sum()
+        assert value >= attained, exponents
+        assert lb.local(form, x[None], 0.25).value[0] >= attained, exponents
+
+
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("seed", range(4))
 def test_the_rounding_of_products_on_a_device(seed):

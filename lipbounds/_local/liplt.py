@@ -20,7 +20,7 @@ the products on a device with B_k and with the rows it is bounded by `product_ro
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -36,7 +36,7 @@ from lipbounds._gain.blocks import Node, TapScaling
 from lipbounds._local.ellipsoids import Values, centre_and_radius
 from lipbounds._norms import enclosures
 from lipbounds._norms.lanczos import lanczos_columns
-from lipbounds._norms.rounding import U, gamma
+from lipbounds._norms.rounding import UNDERFLOW, U, gamma
 from lipbounds._triangle import product_rounding, recursion
 from lipbounds._triangle.formed_blocks import matrices
 from lipbounds._triangle.product_rounding import OUTPUT, Spread
@@ -49,7 +49,8 @@ _RTOL = 0.1  # of the norms of the maps to the taps
 _STEPS = 32
 # Products that err by d make the matrix of the Lanczos recurrence that of an operator within 2 sqrt(steps) of the error
 # of S B B' S, which is 2 s d + d^2: its root s grows by less than that many times d.
-_NOISE = 4 * _STEPS**0.5 + 2 * _STEPS**0.25
+# What underflow loses of S B (B' S u) is no share of it, however short B' S u is: an error d of s^2 itself.
+_NOISE, _FLUSHED = 4 * _STEPS**0.5 + 2 * _STEPS**0.25, 2 * _STEPS**0.25
 
 # Linearised tap around N inputs, each array with a leading axis of inputs: diagonal (elementwise), weights of a group's
 # entries (max, min, logsumexp), or the order of each group of a sort and whether it is decided.
@@ -294,7 +295,9 @@ def _entries(front: Front, k: int, near: list[Near], m: list[np.ndarray], count:
         squares = block.power(2) if sp.issparse(block) else np.square(block)
         reach = np.ascontiguousarray(near[j].reach.T)
         slack = error * np.minimum(m[j], _length(near[j].reach)) * (1 + _ROUNDING)
-        rho += np.minimum(np.sqrt(squares @ (reach > 0).astype(float)) * m[j], block @ reach) + slack
+        # each square may lose half the least denormal number
+        rows = np.sqrt(squares @ (reach > 0).astype(float) + block.shape[1] * 2.0**-1074)
+        rho += np.minimum(rows * m[j], block @ reach) + slack
     rho = np.where(rho > 0, np.maximum(rho, _SMALLEST), 0.0)
     return np.ascontiguousarray(rho.T) * (1 + _ROUNDING)
 
@@ -337,7 +340,9 @@ def _norm(
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         size, wrong = spread.forward(front.legs, k, first)
         wrong = np.maximum(wrong + 4 * U * size, spread.backward(front.legs, k, first)) * top
-        size = (found + _NOISE * wrong) * (1 + _ROUNDING)
+        still = replace(spread, inject={j: np.zeros_like(first) for j in scaled})
+        flushed = still.forward(front.legs, k, np.zeros_like(first))[1] * top + UNDERFLOW * one.passes.shape[1]
+        size = (found + _NOISE * wrong + _FLUSHED * np.sqrt(flushed)) * (1 + _ROUNDING)
         return np.asarray(np.where(np.isnan(size), np.inf, size))
 
 
