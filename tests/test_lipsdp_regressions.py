@@ -7,6 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 import lipbounds as lb
 from lipbounds._lipsdp.certificate import Proof, check, make_certificate, proved_constants
@@ -103,3 +104,26 @@ def test_a_neuron_that_hardly_moves_does_not_loosen_the_proof() -> None:
     without = lb.lipsdp(lb.from_weights(weights, activation="relu"))
     assert bound.guarantee == "verified" and without.value < 0.95 * lb.liplt(form).value
     assert bound.value <= 1.001 * without.value
+
+
+def test_an_ellipsoid_in_front_of_taps_that_vanish_passes_the_linear_map_behind_them() -> None:
+    """A maximum of one entry is no tap of the elementwise view, so that the tail may begin with a linear map."""
+    a = jnp.array([[3.0, 0.0], [0.0, 2.0]])
+    form = lb.trace(lambda x: a @ jnp.max(jnp.maximum(x, 0)[None], axis=0), jnp.zeros(2))
+    proof = Proof((), 1)
+    assert 3.0 <= proved_constants(form, proof, guarantee="verified").value <= 3.0 + 1e-9
+    wrong = make_certificate(form, (proof,), value=1.0)
+    with pytest.raises(lb.CertificateError, match="claimed"):
+        check(wrong, form)
+
+
+def test_an_ellipsoid_in_front_of_entries_that_nothing_reads() -> None:
+    """Windows of two leave out the last of five entries: the tail begins with the other four."""
+    a = jnp.array([[3.0, 0.0], [0.0, 2.0]])
+
+    def net(x):
+        return a @ lax.reduce_window(jnp.maximum(x, 0), -jnp.inf, lax.max, (2,), (2,), "VALID")
+
+    form = lb.trace(net, jnp.zeros(5))
+    proof = Proof((np.full(2, 2.5),), 1)
+    assert 3.0 <= proved_constants(form, proof, guarantee="verified").value <= 8.0

@@ -213,8 +213,11 @@ def _run(
         for k, (d, s) in enumerate(zip(multipliers, seq.segments, strict=True))
     ]
     if start is not None and weights is not None:
-        raise ValueError("weights belong to the input, not to a given first state")
-    state = first_state(seq, weights) if start is None else _given(start, seq.widths[0])
+        raise ValueError("weights belong to the input of the network, not to a given ellipsoid")
+    if start is None:
+        state = first_state(seq, weights)
+    else:
+        state = _image(_given(start, seq.start.shape[1]), *seq.start.with_error())
     for k, segment in enumerate(seq.segments):
         if not state.matrix.any():  # nothing moves here, nor behind
             state = Ellipsoid(np.zeros((seq.widths[k + 1],) * 2), 0)
@@ -253,9 +256,9 @@ def _variances(s: np.ndarray, w: np.ndarray) -> np.ndarray:
 def _given(start: tuple[np.ndarray, int], width: int) -> Ellipsoid:
     s, scale = np.asarray(start[0], np.float64), int(start[1])
     if s.shape not in ((width, width), (width,)):
-        raise ValueError(f"the first state has {width} entries, its ellipsoid has shape {s.shape}")
+        raise ValueError(f"the sequence begins with {width} entries, their ellipsoid has shape {s.shape}")
     if s.ndim == 2 and not np.array_equal(s, s.T):
-        raise ValueError("the ellipsoid of the first state must be symmetric")
+        raise ValueError("the ellipsoid that the sequence begins with must be symmetric")
     return _normalised(s, scale)
 
 
@@ -272,7 +275,7 @@ def propagate_sequence(
     Args:
         seq: from `lipbounds._lipsdp.state_matrices.sequence`.
         D: per segment the inverse multipliers, (n_k,), finite > 0, in the units of W S W'.
-        start: an ellipsoid (S_0, scale) of the first state that was proved elsewhere, (d_0, d_0) or a diagonal (d_0,).
+        start: an ellipsoid (S, scale) that was proved elsewhere of the x in s_0 = A_0 x, (n, n) or a diagonal (n,).
         weights: p (n_in,) for inputs in the l-inf norm; None is l2.
         relative: D_i is in units of (W S W')_ii, with S the ellipsoid proved here. Any D > 0 is valid; with D fixed
             every rounding of S would grow at every tap behind, this way it only adds up.

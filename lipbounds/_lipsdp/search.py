@@ -116,6 +116,8 @@ class _Ellipsoids:
         if start_at:
             self.states, first, scale, _, _ = hybrid_start(task.form, start_at, request)
             self.given = (first, scale)
+            begin = self.states.start.midpoint_for_search()
+            first = begin @ first @ begin.T
         else:
             self.states = sequence(task.form)
             first = self.states.start.midpoint_for_search()

@@ -148,8 +148,9 @@ def first_tap(form: LureForm, widest: int) -> int:
 
 
 def hybrid_start(form: LureForm, k: int, request: Request) -> tuple[Sequence, np.ndarray, int, str, float]:
-    """(tail, S, scale, guarantee, failure): the sequence behind tap k - 1, and a proved ellipsoid of its first state.
+    """(tail, S, scale, guarantee, failure): the sequence behind tap k - 1, and a proved ellipsoid of the state s there.
 
+    Sequences begin with A_0 s: no identity where no tap is left behind, as a maximum of one entry is none.
     With s = sum_i B_i w_i and |w_i| <= m_i |dx| over the sources i (the input, and the taps in front, m_i from the
     triangle recursion), every s over unit dx has s s' <= sum_i (m_i^2 / a_i) B_i B_i' for any a_i > 0 with sum 1; here
     a_i is in proportion to m_i ||B_i||, so lambda_max is at most LipLT's square. l2 norm only. S (d, d) times 2^scale.
