@@ -341,7 +341,8 @@ def _norm(
         size, wrong = spread.forward(front.legs, k, first)
         wrong = np.maximum(wrong + 4 * U * size, spread.backward(front.legs, k, first)) * top
         still = replace(spread, inject={j: np.zeros_like(first) for j in scaled})
-        flushed = still.forward(front.legs, k, np.zeros_like(first))[1] * top + UNDERFLOW * one.passes.shape[1]
+        _, flushed = still.forward(front.legs, k, np.zeros_like(first))
+        flushed = flushed * top + UNDERFLOW * one.passes.shape[1]
         size = (found + _NOISE * wrong + _FLUSHED * np.sqrt(flushed)) * (1 + _ROUNDING)
         return np.asarray(np.where(np.isnan(size), np.inf, size))
 
