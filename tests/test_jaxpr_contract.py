@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+import lipbounds as lb
 from lipbounds._tracing import jaxpr as _jaxpr
 from lipbounds._tracing import rules
 
@@ -141,6 +142,23 @@ def test_custom_vjp_of_weights_keeps_its_derivative() -> None:
         return jnp.sum(eqn.inputs[0].const)
 
     assert jax.value_and_grad(factor)(jnp.float32(2.0)) == (6.0, 7.0)
+
+
+def test_custom_jvp_of_weights_keeps_its_derivative() -> None:
+    """Rounding with a straight-through derivative; and a form whose constants are no longer being traced."""
+
+    @jax.custom_jvp
+    def f(w: jax.Array) -> jax.Array:
+        return jnp.round(w)
+
+    f.defjvp(lambda primals, tangents: (f(*primals), 7.0 * tangents[0]))
+
+    def bound(w: jax.Array, rounded: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        form = lb.trace(lambda x: rounded(w) * x, X)
+        return jnp.sum(jnp.asarray(form.consts[0]))
+
+    assert jax.value_and_grad(bound)(jnp.float32(2.2), f) == (2.0, 7.0)
+    assert jax.value_and_grad(bound)(jnp.float32(2.2), jnp.round) == (2.0, 0.0)
 
 
 def test_jit_carries_a_name_and_custom_jvp_does_not() -> None:

@@ -23,7 +23,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 
 from lipbounds._form.elementwise import elementwise_view
@@ -44,6 +43,7 @@ from lipbounds._norms.rounding import U, add_up, require_gradual_underflow
 from lipbounds._text.calls import FAILURES, reason
 from lipbounds._text.device import placed, remembered, sharing
 from lipbounds._text.progress import clock, remaining, say, stoppable
+from lipbounds._text.settings import usual_jax
 from lipbounds._text.threads import one_blas_thread
 from lipbounds._triangle.recursion import FAILURE, Request
 
@@ -304,7 +304,7 @@ class Around:
         parts, devices, began = self.chunks(count), sharing(), clock()
 
         def one(rows: slice, device: Any) -> None:
-            with jax.default_matmul_precision("highest"), placed(device):  # settings are per thread
+            with usual_jax(), placed(device):  # settings are per thread
                 work(self.part(rows), rows)
 
         with one_blas_thread(), ThreadPoolExecutor(self.workers()) as pool, stoppable():

@@ -12,6 +12,7 @@ import numpy as np
 from lipbounds._text.arguments import check_seed
 from lipbounds._text.device import proofs_on, with_notes
 from lipbounds._text.progress import reporting
+from lipbounds._text.settings import usual_jax
 
 #: Errors by which a method fails on one network: unsupported input, failed arithmetic, or too little memory.
 FAILURES = (ValueError, ArithmeticError, MemoryError, jax.errors.JaxRuntimeError)
@@ -36,10 +37,9 @@ def usual_floats(verb: Callable[P, R]) -> Callable[P, R]:
 
 
 def public(verb: Callable[P, R]) -> Callable[P, R]:
-    """Make a function public: fix its precision, report its progress and turn its failures into plain errors.
+    """Make a function public: fix its settings, report its progress and turn its failures into plain errors.
 
-    Floats: `usual_floats`, and products of JAX arrays in their own precision whatever `jax_default_matmul_precision`
-    says: with a preset such as "BF16_BF16_F32" even float64 operands would be rounded to bfloat16.
+    Settings: `usual_floats` of NumPy and `usual_jax`.
 
     Progress: lines reported inside go where the keyword `progress` directs them (`lipbounds._text.progress`).
 
@@ -61,7 +61,7 @@ def public(verb: Callable[P, R]) -> Callable[P, R]:
             raise ValueError(f"pairwise must be True or False, got {kwargs['pairwise']!r}")
         try:
             with (
-                jax.default_matmul_precision("highest"),
+                usual_jax(),
                 reporting(kwargs.get("progress", True)),  # type: ignore[arg-type]
                 proofs_on(kwargs.get("device")) as notes,
             ):

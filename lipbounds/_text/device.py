@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar, get_args
 import jax
 
 from lipbounds._text.progress import stoppable
+from lipbounds._text.settings import usual_jax
 
 Device = Literal["auto", "cpu", "gpu"]
 
@@ -118,11 +119,10 @@ def on_each(work: Callable[[], None]) -> None:
         with placed(devices[0]):
             work()
         return
-    # these settings are per thread
-    wide, precision = bool(_setting("jax_enable_x64")), _setting("jax_default_matmul_precision")
+    wide = bool(_setting("jax_enable_x64"))  # which is per thread
 
     def one(device: Any) -> None:
-        with jax.enable_x64(wide), jax.default_matmul_precision(precision), jax.default_device(device):
+        with usual_jax(), jax.enable_x64(wide), jax.default_device(device):
             work()
 
     with ThreadPoolExecutor(len(devices)) as pool, stoppable():

@@ -146,7 +146,8 @@ class _Inliner:
             simpler = rewrite(self, eqn, inputs, path)
             if simpler is not None:
                 return simpler
-        if name == "custom_vjp_call" and not dependent and not all(is_concrete(v.const) for v in inputs):
+        custom = name in ("custom_jvp_call", "custom_vjp_call")
+        if custom and not dependent and not all(is_concrete(v.const) for v in inputs):
             # of weights that are trained: inlined, it would lose its derivative
             return self.evaluate(eqn, inputs)
         if name in _CALLS:

@@ -46,7 +46,7 @@ def estimate(
     elif norm == 2:
         dtype = np.float32 if _moderate(form) else np.float64
         wide = jax.enable_x64(True) if dtype == np.float64 else contextlib.nullcontext()
-        with wide, jax.debug_nans(False), jax.debug_infs(False):
+        with wide:
             found = run_core(core, form, jax.random.key(seed), _ESTIMATE_STEPS, pairwise, dtype)
             constants = [None if c is None else np.asarray(c, np.float64) for c in found]
         notes = (f"{_ESTIMATE_STEPS} power iterations per block: neither an upper nor a lower bound",)
