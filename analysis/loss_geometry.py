@@ -97,9 +97,9 @@ def gradient_lipschitz(
     whole("steps", steps)
     found = []
     for problem, rows in _problems(fn, x, y, eps, settings):
-        slopes, _ = _walk(problem, np.float32(eps / 4), steps)
-        found.append(np.asarray(slopes).max(axis=0)[rows])
-    value = _finite(np.concatenate(found))
+        slopes, losses = _walk(problem, np.float32(eps / 4), steps)
+        found.append(np.where(np.isfinite(losses), slopes, np.nan)[:, rows])
+    value = _finite(np.concatenate(found, axis=1)).max(axis=0)
     return Measured(
         value.astype(np.float64), "Local Lipschitz constant of the loss", "attained: a lower bound"
     )
