@@ -13,6 +13,7 @@ import pathlib
 import platform
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ from flax import nnx
 
 import lipbounds as lb
 from lipbounds import __version__
-from lipbounds._text import parsed, write_atomically
+from lipbounds._text import is_special, parsed, read_text, write_atomically
 from lipbounds.analysis.experiment import NORMS, Json, best_certified, measure, method_names, offered
 from lipbounds.analysis.single_images import single_images
 from lipbounds.examples import Example
@@ -210,10 +211,20 @@ def write_json(path: pathlib.Path, record: Json) -> None:
     write_atomically(path, text.encode())
 
 
+def read_json(path: pathlib.Path) -> Any:
+    """What a JSON file holds; ValueError that names the file where it is none, a pipe or a device included."""
+    if is_special(path):
+        raise ValueError(f"{path} is no file")
+    try:
+        return parsed(read_text(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
 def is_ours(path: pathlib.Path) -> bool:
     """Whether a JSON file was written by this program."""
     try:
-        record = parsed(path.read_text(encoding="utf-8"))
+        record = read_json(path)
     except (OSError, ValueError):
         return False
     return isinstance(record, dict) and record.get("format") == FORMAT

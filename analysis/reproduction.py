@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ from matplotlib.figure import Figure
 import lipbounds as lb
 from lipbounds._text import markdown_table, seconds_text, show, write_atomically
 from lipbounds.analysis import evaluation
-from lipbounds.analysis.demo import FORMAT, FORMAT_VERSION, is_ours, write_json
+from lipbounds.analysis.demo import FORMAT, FORMAT_VERSION, is_ours, read_json, write_json
 from lipbounds.analysis.experiment import LABELS, Json
 from lipbounds.analysis.figures import RADII_LINES, dress, new_figure, png
 from lipbounds.analysis.table1_rows import CONSTANTS, PAPER, Published, Row, model_of, others
@@ -244,7 +243,7 @@ def _evaluated(place: pathlib.Path, config: Config, plan: Plan) -> Json | None:
     path = place / EVALUATION
     if not is_ours(path):
         return None
-    record: Json = json.loads(path.read_text(encoding="utf-8"))
+    record: Json = read_json(path)
     return record if record.get("settings") == _settings(config, plan) else None
 
 

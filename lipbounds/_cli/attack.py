@@ -175,13 +175,13 @@ def attack(
             "method": method,
         }
         record = {**common.header(), **about, "seed": seed, "box": [low, high], **record}
-        typer.echo(repr(said))
-        typer.echo(attack_report.ATTAINED if said is found else attack_report.ATTAINED_DISTANCE)
-        common.write_json(files.json, record)
-        if files.csv is not None:
-            typer.echo(f"table: {attack_report.write_attack_table(record, files.csv)}")
-        if files.page is not None:
-            typer.echo(f"page: {attack_report.write_attack_page(record, x, found, files.page)}")
+        attained = attack_report.ATTAINED if said is found else attack_report.ATTAINED_DISTANCE
+        with tables.afterwards(lambda: typer.echo(f"{said!r}\n{attained}")) as lines:
+            common.write_json(files.json, record)
+            if files.csv is not None:
+                lines.append(f"table: {attack_report.write_attack_table(record, files.csv)}")
+            if files.page is not None:
+                lines.append(f"page: {attack_report.write_attack_page(record, x, found, files.page)}")
 
 
 def _check(method: str, eps: float | None, norm: str | None, targeted: bool, given: Json) -> None:

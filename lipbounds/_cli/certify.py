@@ -41,7 +41,7 @@ from lipbounds._lipsdp.certificate_file import digest
 from lipbounds._margins.blocks import Unfinished, blocks, joined, radii_of, record_of
 from lipbounds._margins.table import COLUMNS as RADII
 from lipbounds._margins.table import table_of
-from lipbounds._text.files import write_atomically
+from lipbounds._text.files import is_special, write_atomically
 from lipbounds._text.progress import about, clock, remaining
 from lipbounds._text.version import __version__
 from lipbounds.results import Guarantee
@@ -197,17 +197,18 @@ def certify(
         radii = _all_blocks(form, x, y, bound, near, settings, kept)
         if jax.process_index() == 0:
             shares = {level: float(radii.accuracy(level)) for level in sorted({*(eps or (0.05, 0.1, 0.25))})}
-            tables.print_certified(bound, radii, shares, assumed=asked is None and bool(eps))
-            _wonder(radii, form.num_outputs, reading)
             about = {"model": str(model), "data": examples.name, "norm": norm}
             record = {**_certified(bound, radii, shares), **about}
-            common.write_json(files.json, {**common.header(), **record})
+            assumed = asked is None and bool(eps)
+            with tables.afterwards(lambda: tables.print_certified(bound, radii, shares, assumed=assumed)):
+                common.write_json(files.json, {**common.header(), **record})
+            _wonder(radii, form.num_outputs, reading)
             both = None
             if attack is not None:
                 both = _attacked(attack, form, fn, radii, x, y, list(shares), low=low, high=high, seed=seed)
-                tables.print_bracket(both)
                 record |= _bracket(attack, both, low, high, seed)
-                common.write_json(files.json, {**common.header(), **record})
+                with tables.afterwards(lambda: tables.print_bracket(both)):
+                    common.write_json(files.json, {**common.header(), **record})
             if files.csv is not None:
                 write_atomically(files.csv, _table(radii, both).encode())
         kept.remove()
@@ -367,7 +368,7 @@ def _kept(
     data = hashlib.sha256(np.ascontiguousarray(x).tobytes() + np.ascontiguousarray(y).tobytes()).hexdigest()
     given: Json = {**settings, "local": repr(local), "data": data, "shape": [*x.shape]}
     given |= {"lipbounds": __version__, "network": fingerprint(form), "bound": _digest(bound)}
-    kept = Unfinished(file, jax.process_index(), given)
+    kept = Unfinished(None if file is None or is_special(file) else file, jax.process_index(), given)
     # Nobody writes before all have read.
     parallel.agree(int(kept.key[:7], 16), "the model, the data, or the options")
     return kept

@@ -16,7 +16,7 @@ import typer
 import lipbounds as lb
 from lipbounds._cli import tables
 from lipbounds._cli.options import Norm, Output, Reading, number
-from lipbounds._text.files import how_to_export
+from lipbounds._text.files import check_writable, how_to_export
 from lipbounds._text.version import __version__
 from lipbounds.errors import GuaranteeError
 
@@ -35,6 +35,8 @@ def refusals() -> Iterator[contextlib.ExitStack]:
         with contextlib.ExitStack() as stack:
             yield stack
         return
+    except BrokenPipeError:
+        raise  # whoever read the output has seen enough: typer ends the command without a message
     except (ValueError, ArithmeticError, OSError, GuaranteeError) as error:
         message = str(error)
     except jax.errors.JaxRuntimeError as error:  # no memory on a device, or no answer from a coordinator
@@ -195,12 +197,14 @@ def _per_channel(text: str, name: str, shape: tuple[int, ...], dtype: Any) -> An
 
 
 def check_free(path: Path | None, force: bool, ours: Callable[[Path], bool], what: str) -> None:
-    """ValueError, before any work is done, if the file would overwrite one that lipbounds did not write."""
+    """ValueError, before any work is done, if the file would overwrite one that lipbounds did not write.
+
+    OSError where nothing can be written there.
+    """
     if path is None:
         return
-    if not path.parent.is_dir():
-        raise ValueError(f"there is no folder {path.parent} to write {path.name} to")
-    if path.exists() and not force and not ours(path):
+    check_writable(path)
+    if path.is_file() and not force and not ours(path):
         raise ValueError(f"{path} exists and {what}: choose another name, or pass --force")
 
 

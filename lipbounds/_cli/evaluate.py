@@ -95,8 +95,10 @@ def evaluate(
         }
         record = record_of("evaluate", subject, source, {**settings, "against": against})
         record |= _measure(subject, other, source.data_dir, settings)
-        _print(record)
-        write_files(files, folder, RECORD, record, lambda place: write_evaluation_report(record, place))
+        with tables.afterwards(lambda: _print(record)) as lines:
+            lines += write_files(
+                files, folder, RECORD, record, lambda place: write_evaluation_report(record, place)
+            )
 
 
 def _measure(subject: Subject, other: Subject | None, data_dir: Path | None, settings: Json) -> Json:
@@ -152,10 +154,10 @@ def _bounds(subject: Subject, names: list[str], test: Any, tell: Any) -> list[An
 def _print(record: Json) -> None:
     console = tables.console()
     console.print()
-    console.print(accuracy_table(record))
-    console.print(constants_table(record))
+    tables.show_table(console, accuracy_table(record))
+    tables.show_table(console, constants_table(record))
     if "against" in record:
-        console.print(constants_table(record["against"]))
+        tables.show_table(console, constants_table(record["against"]))
     inside = record["inside"]
     settings = record["pgd_settings"]
     starts = "1 start" if settings["restarts"] == 1 else f"{settings['restarts']} starts"

@@ -112,13 +112,13 @@ def forge(
         spelled = {**settings, "checks" if checks else "no_checks": True}
         record = record_of("forge", subject, source, spelled)
         record |= report.forging_record(found, chosen, on, rows, signs)
-        _print(found, chosen, signs, rows)
 
         def write(place: Any) -> Any:
             found.forged.with_c_r(chosen).save(place / report.THRESHOLDS)
             return report.write_forging_report(record, found, signs, place)
 
-        write_files(files, folder, report.RECORD, record, write)
+        with tables.afterwards(lambda: _print(found, chosen, signs, rows)) as lines:
+            lines += write_files(files, folder, report.RECORD, record, write)
 
 
 def _measure(

@@ -6,6 +6,7 @@ inside the commands.
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,6 +39,7 @@ from lipbounds._cli.options import (
 )
 from lipbounds._cli.reproduce import reproduce
 from lipbounds._text import reporting
+from lipbounds._text.files import check_folder
 from lipbounds._text.version import __version__
 from lipbounds.errors import CertificateError
 from lipbounds.results import Guarantee
@@ -135,6 +137,7 @@ def demo(
     with refusals():
         from lipbounds.analysis.demo import RESULTS, is_ours, run_demo
 
+        check_folder(out)
         if out.exists() and any(out.iterdir()) and not is_ours(out / RESULTS) and not force:
             raise ValueError(
                 f"{out} holds files that lipbounds did not create (there is no {RESULTS} of ours): "
@@ -146,15 +149,17 @@ def demo(
                 out,
                 seed=seed,
                 epochs=epochs,
-                command=f"lipbounds demo --out {out} --seed {seed} --epochs {epochs}",
+                command=f"lipbounds demo --out {shlex.quote(str(out))} --seed {seed} --epochs {epochs}",
                 progress=tell,
             )
             tell("done", 1.0)
         for model in results["models"]:
             console.print()
-            console.print(tables.results_table(model, tables.model_title(model)))
+            tables.show_table(console, tables.results_table(model, tables.model_title(model)))
         tables.say(console, f"report: {out / 'report.html'}")
-        tables.say(console, f"next:   lipbounds certify {out / 'mlp.safetensors'} --eps 0.1 0.25")
+        tables.say(
+            console, f"next:   lipbounds certify {shlex.quote(str(out / 'mlp.safetensors'))} --eps 0.1 0.25"
+        )
 
 
 @app.command(cls=Command)
@@ -218,17 +223,18 @@ def bounds(
             options["memory"] = memory
         record: Json = {"model": str(model), "upper": [], "lower": [], "estimate": [], "refused": []}
         if chosen == "all":
-            _compare(form, norm, options, record)
+            result = _compare(form, norm, options, record)
         else:
             options |= search.options() if chosen == "lipsdp" else {}
             result = common.bound_of(form, chosen, scaling, options)
-            typer.echo(repr(result))
             record[result_kind(result)].append(result_record(chosen, result))
+        with tables.afterwards(lambda: typer.echo(repr(result))) as lines:
             if search.certificate is not None:
                 lb.save_certificate(result, search.certificate, overwrite=files.force)
-                typer.echo(f"certificate: {search.certificate}")
-                typer.echo(f"check it:    lipbounds verify {search.certificate} --model {model}")
-        common.write_json(files.json, {**common.header(), **record})
+                lines.append(f"certificate: {search.certificate}")
+                again = shlex.join(["lipbounds", "verify", str(search.certificate), "--model", str(model)])
+                lines.append(f"check it:    {again}")
+            common.write_json(files.json, {**common.header(), **record})
 
 
 def _check_search(search: Search, method: str, pairwise: bool, guarantee: str) -> None:
@@ -243,18 +249,18 @@ def _check_search(search: Search, method: str, pairwise: bool, guarantee: str) -
         raise typer.BadParameter("an estimate has no certificate", param_hint="--certificate")
 
 
-def _compare(form: Any, norm: str, options: Json, record: Json) -> None:
-    """Print every bound, and add it to the record."""
+def _compare(form: Any, norm: str, options: Json, record: Json) -> Any:
+    """Every bound, and added to the record."""
     from lipbounds.analysis.experiment import result_record
 
     with tables.working() as tell:
         comparison = lb.compare(form, **options, progress=tell)
-    typer.echo(repr(comparison))
     for row in comparison:
         if row.kind == "none":
             record["refused"].append({"label": row.method, "norm": norm, "reason": row.reason})
         else:
             record[row.kind].append(result_record(row.method, row.result))
+    return comparison
 
 
 @app.command()
@@ -310,6 +316,7 @@ app.command()(reproduce)
 
 def main() -> None:
     """Entry point of the `lipbounds` script."""
+    tables.print_anywhere()
     app()
 
 

@@ -10,6 +10,7 @@ import typer
 from lipbounds._cli import tables
 from lipbounds._cli.common import Json, refusals
 from lipbounds._cli.options import SeedOption, option
+from lipbounds._text.files import check_folder
 
 
 def reproduce(
@@ -92,6 +93,7 @@ def reproduce(
             raise ValueError(
                 "training needs a folder for runs and tables: add --out DIR, or --list to see the rows"
             )
+        check_folder(out)
         if out.exists() and any(out.iterdir()) and not is_ours(out / f"{table}.json"):
             raise ValueError(
                 f"{out} holds files that this command did not write: choose another folder with --out"
@@ -110,7 +112,7 @@ def reproduce(
         console = tables.console()
         with tables.training_rows([row.name for row in picked]) as bar:
             record = reproduction.reproduce(picked, out, plan, say=bar.say, progress=bar.epoch, kind=kind)
-        console.print(_table(record, table))
+        tables.show_table(console, _table(record, table))
         for name in (f"{table}.md", f"{table}.json"):
             tables.say(console, f"written: {out / name}")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import io
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -17,12 +19,51 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Json = dict[str, Any]
+_ASCII = {"\u2264": "<=", "\u2265": ">=", "\u2248": "~", "\u2026": "..."}
 
 
 def console() -> Console:
     from rich.console import Console
 
     return Console()
+
+
+def show_table(console: Console, table: Table) -> None:
+    """Print a table, on lines longer than the window where entries would be cut off or broken otherwise."""
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    least = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+    width = max(console.width, least)
+    (console if width == console.width else Console(file=console.file, width=width)).print(table)
+
+
+def print_anywhere() -> None:
+    """Let stdout and stderr write what their encoding lacks in other letters, in place of an error at the end."""
+
+    def letters(error: UnicodeError) -> tuple[str, int]:
+        assert isinstance(error, UnicodeEncodeError)
+        return "".join(_ASCII.get(sign, "?") for sign in error.object[error.start : error.end]), error.end
+
+    codecs.register_error("lipbounds", letters)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="lipbounds")
+
+
+@contextlib.contextmanager
+def afterwards(result: Callable[[], None]) -> Iterator[list[str]]:
+    """Print a result once its files are written, or could not be; then the lines that were added to the list.
+
+    In this order neither a full disk nor a closed pipe (`| head`) loses the other half.
+    """
+    lines: list[str] = []
+    try:
+        yield lines
+    finally:
+        result()
+        for line in lines:
+            say(console(), line)
 
 
 def say(console: Console, text: str) -> None:
@@ -265,7 +306,8 @@ def print_certified(bound: Any, radii: Any, shares: dict[float, float], assumed:
     low, middle, high = (entry(q, "down", 4) for q in quartiles(radii))
     typer.echo(f"radius:    median {middle}, quartiles {low} and {high} (0 where misclassified)")
     for level, share in shares.items():
-        typer.echo(f"eps {level:<7g} ({norm}) {100 * share:5.1f} % certified")
+        tenths = 1000 * round(share * len(radii)) // max(len(radii), 1)  # a lower bound is rounded down
+        typer.echo(f"eps {level:<7g} ({norm}) {tenths / 10:5.1f} % certified")
     if assumed:
         typer.echo(f"norm:      {norm}, as --norm was not given (choose 2, inf or 1)")
     if radii.counts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import shlex
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -293,7 +294,7 @@ def _run(folder: Any, settings: Any, data_dir: str | None, log: LogName | None) 
         f"{final['images']} test images: {', '.join(_shares(final, settings))}",
         *said,
         f"report: {page}",
-        f"next:   lipbounds evaluate {folder}",
+        f"next:   lipbounds evaluate {shlex.quote(str(folder))}",
     ):
         tables.say(tables.console(), line)
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import typer
 
-from lipbounds._cli import tables
 from lipbounds._cli.common import Json, check_apart, check_json, header, write_json
 from lipbounds._cli.options import Pages, Source
+from lipbounds._text.files import check_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +100,8 @@ def folder_of(
     pages = {} if folder is None else {f"{name} in the folder": folder / name for name in names[1:]}
     check_apart({**pages, "--json": files.json}, read)
     check_json(files)
+    if folder is not None:
+        check_folder(folder)
     if folder is None or files.force or is_ours(folder / names[0]):
         return folder
     there = [name for name in names if (folder / name).exists()]
@@ -137,10 +139,11 @@ def record_of(command: str, subject: Subject, source: Source, settings: Json) ->
 
 def write_files(
     files: Pages, folder: Path | None, name: str, record: Json, page: Callable[[Path], Path]
-) -> None:
-    """Write the record to --json, and with its page to the folder."""
+) -> list[str]:
+    """Write the record to --json, and with its page to the folder; returns the lines that say so."""
     write_json(files.json, record)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / name, record)
-        tables.say(tables.console(), f"page: {page(folder)}")
+    if folder is None:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / name, record)
+    return [f"page: {page(folder)}"]

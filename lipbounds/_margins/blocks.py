@@ -6,6 +6,7 @@ network's size alone: whoever certifies a block, and whenever, finds the same ra
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import re
@@ -131,7 +132,9 @@ class Unfinished:
         self.head = json.dumps({"format": _FORMAT, "key": self.key}) + "\n"
         self.done: dict[int, Radii] = {}
         self.path = None if path is None else path.with_name(f"{path.name}.unfinished-{index}")
-        self.files = [] if path is None else sorted(path.parent.glob(f"{path.name}.unfinished-*"))
+        self.files = (
+            [] if path is None else sorted(path.parent.glob(f"{glob.escape(path.name)}.unfinished-*"))
+        )
         self.begun = False  # whether the own file has its first line
         for file in self.files:
             self._read(file)

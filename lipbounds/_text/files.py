@@ -19,25 +19,63 @@ from lipbounds._text.memory import available_memory
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name this file in an OSError that names none, as that of a full disk."""
+    """Name this file in an OSError that names none, as that of a full disk, or a temporary one."""
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:
+        if error.errno is not None:
             error.filename = str(path)
         raise
 
 
+def check_folder(folder: Path) -> None:
+    """OSError with the reason where a folder cannot be made, or no file can be written to it; nothing is made."""
+    there = Path(os.path.realpath(folder))
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise NotADirectoryError(
+            f"{there} is a file, so that {folder} cannot be a folder: choose another one"
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"there is no permission to write to the folder {there}: choose another one")
+
+
+def is_special(path: Path) -> bool:
+    """Whether a path is a pipe or a device, such as /dev/stdout: it holds nothing, and is written to directly."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def check_writable(path: Path) -> None:
+    """OSError with the reason where no file can be written at this path; nothing is made. Links are followed."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give the name of a file in it")
+    if not is_special(path):
+        parent = Path(os.path.realpath(path)).parent
+        if not parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {parent} to write {path.name} to")
+        check_folder(parent)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is either complete or unchanged; symbolic links are followed."""
+    """Write a file so that it is either complete or unchanged; symbolic links are followed.
+
+    A pipe or a device is written to directly. Raises an OSError that names `path`, or its folder.
+    """
+    check_writable(path)
+    if is_special(path):
+        with naming(path), path.open("wb") as file:
+            file.write(content)
+        return
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
-        with naming(path), open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        with naming(path):
+            with open(temporary, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
