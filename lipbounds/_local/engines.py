@@ -428,7 +428,7 @@ def _raised(s: np.ndarray, e: np.ndarray) -> np.ndarray:
 def _thin(begin: Matrix, stage: Stage, ball: np.ndarray) -> Thin | None:
     """The first pre-activations as a factor, where they come from few inputs and are known well; else None."""
     n, k = stage.neurons, ball.size
-    if stage.lives_on or stage.gap or 2 * k >= n or not (begin.array is None or stage.T.array is None):
+    if stage.lives_on or stage.gap or not 0 < 2 * k < n or not (begin.array is None or stage.T.array is None):
         return None
     known = stage.T if begin.array is None else begin
     b, error = known.dense(k) * np.sqrt(ball), known.error * math.sqrt(float(ball.max())) * (1 + 4 * U)

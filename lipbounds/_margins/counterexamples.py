@@ -81,7 +81,8 @@ def counterexamples(
     for begin in range(0, count, _AT_ONCE):
         rows = np.minimum(np.arange(begin, begin + _AT_ONCE), count - 1)
         given = (flat[rows], labels[rows], eps[rows] * _INSIDE, low[rows], high[rows])
-        args = [jnp.asarray(a, jnp.int32 if a.dtype.kind == "i" else jnp.float32) for a in given]
+        with np.errstate(over="ignore"):  # what float32 does not hold has no descent
+            args = [jnp.asarray(a, jnp.int32 if a.dtype.kind == "i" else jnp.float32) for a in given]
         found = np.asarray(_descend(form, *args, round_=norm == 2), np.float64)
         moves[rows] = np.nan_to_num(found, posinf=0.0, neginf=0.0)
     points = flat + np.clip(moves, low * _INSIDE, high * _INSIDE)

@@ -257,13 +257,16 @@ class Problem:
     def item(self, row: int, other: int) -> tuple[search.Item, search.Multipliers] | None:
         """The margin as an item of the search, and parameters that prove about what the ellipsoids do.
 
-        None where the ellipsoids are not finite, the margin does not move, or its proof does not fit the memory.
+        None where the ellipsoids are not finite, the margin does not move, there are no inputs, eps^2 or a multiplier
+        leaves the range of float64, or its proof does not fit the memory.
         """
         balls, eps = self.balls, float(self.eps[row])
         moved = float(balls.gaps[row, other] - balls.local[row, other])
         if not 0 < moved < np.inf or not all(np.isfinite(a[row]).all() for a in (*balls.lo, *balls.hi)):
             return None
-        ball = moved / (2 * eps**2)
+        if not (0 < eps * eps < np.inf and moved / (eps * eps) < np.inf and self.low.shape[1]):
+            return None
+        ball = moved / (2 * eps * eps)
         opened, slopes = self.open(row)
         n, d = self.live(row), self.low.shape[1]
         need = 8 * _COPIES * (n + d) * (2 * n + d)
