@@ -288,3 +288,17 @@ def test_inputs_with_more_digits_than_float64_are_refused() -> None:
     wide = np.array([[1, 1]], np.longdouble) + np.array([[2.0**-60, 0]], np.longdouble)
     with pytest.raises(ValueError, match=r"astype\('float64'\)"):
         lb.certified_radius(form, wide, [0], bound=lb.naive(form, pairwise=True))
+
+
+@pytest.mark.parametrize("eps", [1e-310, 1e300])
+def test_margins_on_radii_whose_squares_leave_the_range_have_the_bounds_of_the_ellipsoids(eps: float) -> None:
+    form = lb.from_weights([np.array([[1.0, 0.0], [0.0, 2.0]]), np.array([[2.0, 0.0], [0.0, 1.0]])])
+    found = lb.margins(form, [[1.0, 0.5]], [0], eps)
+    assert found.value[0, 1] == pytest.approx(1.0 if eps < 1 else -np.sqrt(8) * eps, rel=0.5)
+    assert found.value[0, 1] <= (1.0 if eps < 1 else -2 * eps)
+
+
+def test_margins_of_networks_without_inputs() -> None:
+    for act in (jax.nn.relu, jnp.positive):
+        form = lb.trace(lambda x, act=act: act(jnp.ones((2, 0)) @ x + jnp.array([2.0, 1.0])), jnp.zeros(0))
+        assert lb.margins(form, np.zeros((1, 0)), [0], 0.1).value[0, 1] == pytest.approx(1.0)
