@@ -224,6 +224,14 @@ def test_own_data_of_every_kind_are_the_same_images(tmp_path: pathlib.Path) -> N
     np.testing.assert_array_equal(grey, x[..., 0])
 
 
+def test_numbers_without_a_point_are_bytes_only_where_they_are_whole(tmp_path: pathlib.Path) -> None:
+    from lipbounds._cli.data import Examples
+
+    (tmp_path / "t.csv").write_text("label,a,b,c,d\n0,3e0,25e-1,0,1\n")
+    images, _ = Examples(str(tmp_path / "t.csv"), (0.0, 255.0)).read((2, 2, 1), 3)
+    assert images.ravel().tolist() == [3.0, 2.5, 0.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

@@ -212,7 +212,9 @@ def _from_csv(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarra
         raise ValueError(
             f"{path}: the column {header[column]!r} must hold whole numbers below 2^53, not {strange[0]:g}"
         )
-    whole = "." not in "".join(lines[1:]) and values.size and values.min() >= 0 and 1 < values.max() <= 255
+    # 5e-1 is no byte, though it has no point
+    whole = "." not in "".join(lines[1:]) and values.size and bool((values == np.floor(values)).all())
+    whole = whole and values.min() >= 0 and 1 < values.max() <= 255
     x = values.astype(np.uint8 if whole else np.float32)
     return x.reshape(-1, *shape), labels.astype(np.int64)
 
