@@ -119,6 +119,14 @@ def test_a_bound_below_the_range_of_float64_is_rounded_up_and_one_above_is_refus
         powers((500, 500, 500))
 
 
+def test_a_search_outside_the_range_of_float32_says_so() -> None:
+    found = lb.empirical(lb.from_weights([np.full((3, 2), 1e60), np.full((2, 3), 1e60)]), steps=0)
+    assert found.value == 0
+    assert found.notes == (
+        "no pair of points was tried: the search is in float32, whose range this network leaves",
+    )
+
+
 # --- states of NumPy and JAX ---------------------------------------------------------------------------------------
 
 

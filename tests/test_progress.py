@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +86,23 @@ def test_a_terminal_shows_what_is_done_unless_told_not_to(
     lb.lipsdp(fresh())
     out, err = capfd.readouterr()
     assert out == "" and "norm of relu[0] to relu[1]" in err
+
+
+def test_threads_share_one_line_of_a_terminal(terminal: None, capfd: pytest.CaptureFixture[str]) -> None:
+    before = set(threading.enumerate())
+    with progress.reporting(True), ThreadPoolExecutor(4) as pool:
+        ready = threading.Barrier(4)
+
+        def tell(i: int) -> None:
+            ready.wait()
+            progress.say(f"part {i}")
+
+        for task in [pool.submit(copy_context().run, tell, i) for i in range(4)]:
+            task.result()
+    for drawing in set(threading.enumerate()) - before:
+        drawing.join(2.0)
+        assert not drawing.is_alive()
+    assert "part" in capfd.readouterr().err
 
 
 def test_nothing_is_shown_within_two_seconds(

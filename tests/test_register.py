@@ -16,6 +16,7 @@ import pytest
 from zoo_core import gauss
 
 import lipbounds as lb
+from lipbounds._activations import activations
 from lipbounds._local.forward import logits
 
 
@@ -82,6 +83,17 @@ def test_a_network_without_it_is_verified(rng: np.random.Generator) -> None:
     w = gauss(rng, 3, 4)
     form = lb.trace(lambda x: w @ jax.nn.relu(x), jnp.ones(4))
     assert not form.assumed and lb.liplt(form).guarantee == "verified"
+
+
+def test_without_its_declaration_a_form_has_no_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that reads a pickled form; a lower bound of 0 was returned there."""
+    fn = digamma_like(2.5625)
+    lb.register_activation(fn, slopes=(-3.0, 3.0))
+    form = one_layer(fn)
+    monkeypatch.setattr(activations, "_REGISTERED", {})
+    for verb in (lb.liplt, lambda form: lb.empirical(form, steps=0)):
+        with pytest.raises(ValueError, match="in another process: declare them here, too"):
+            verb(form)
 
 
 def test_recognised_wherever_it_is_traced(rng: np.random.Generator) -> None:

@@ -190,7 +190,7 @@ def _proved_changes(form: Any, first: np.ndarray, second: np.ndarray) -> tuple[n
         return np.zeros((0, int(form.num_outputs))), np.zeros(0)
     try:
         z, error = forward.logits(form, np.concatenate([first, second]).reshape(-1, *shape))
-    except ValueError:  # one of the points
+    except forward.NotFiniteError:  # at one of the points
         if count == 1:
             return np.zeros((1, int(form.num_outputs))), np.zeros(1)
         parts = [_proved_changes(form, first[i : i + 1], second[i : i + 1]) for i in range(count)]
@@ -303,7 +303,10 @@ def empirical(
     witness = None
     if found.witness is not None:
         witness = (found.witness[0].reshape(shape), found.witness[1].reshape(shape))
-    notes = () if found.value > 0 else ("no slope larger than the rounding allowance was found",)
+    nothing = "no slope larger than the rounding allowance was found"
+    if not len(lines[0]):
+        nothing = "no pair of points was tried: the search is in float32, whose range this network leaves"
+    notes = () if found.value > 0 else (nothing,)
     if within is not None:
         near = "the range" if within == "range" else f"distance {within:g} ({NORM_NAMES[p]})"
         notes = (*notes, f"attained within {near} of the data")

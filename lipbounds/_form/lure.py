@@ -274,7 +274,8 @@ def proved_slopes(form: LureForm, k: int) -> tuple[np.ndarray, np.ndarray]:
         declared = activations.registered(tap.expr, values)
         if declared is None:
             raise ValueError(
-                f"the slopes of {tap.name} at {tap.path} were declared for other constants: declare them for these too"
+                f"the slopes of {tap.name} at {tap.path} were declared for other constants, or in another process: "
+                "declare them here, too (lb.register_activation)"
             )
         lower, upper = (np.asarray(s, np.float64) for s in declared)
     else:

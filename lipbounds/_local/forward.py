@@ -34,6 +34,10 @@ DECLARED_ACCURACY = 1e-9  # of float64 values of a declared activation that inte
 _CHUNK = 2**21  # entries of the widest tensor of one chunk of examples
 
 
+class NotFiniteError(ValueError):
+    """Values of the network leave the range of float64."""
+
+
 def check_inputs(form: LureForm, X: Any, units: Units | None = None) -> np.ndarray:
     """The examples (N, *in_shape) in float64, checked; with `units` also their range."""
     x = np.asarray(X)
@@ -84,7 +88,7 @@ def logits(form: LureForm, x: np.ndarray, seen: Seen | None = None) -> tuple[np.
 
     _each(one, chunks)
     if not np.isfinite(z).all() or not np.isfinite(error).all():
-        raise ValueError("the network is not finite at some of these examples")
+        raise NotFiniteError("the network is not finite at some of these examples")
     return z, error
 
 

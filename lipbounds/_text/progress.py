@@ -61,17 +61,20 @@ class _Terminal:
         self.started = _now()
         self.status: Any = None
         self.paced = Paced()
+        self.lock = threading.Lock()  # of the status, which would be begun twice, and one of them never ended
 
     def __call__(self, text: str) -> None:
         if not _drawn():
             self.paced(text)
-        elif self.status is None and _now() - self.started > _PATIENCE:
-            self.status = self.console().status("")
-            self.status.start()
-        if self.status is not None:
-            from rich.markup import escape
+            return
+        with self.lock:
+            if self.status is None and _now() - self.started > _PATIENCE:
+                self.status = self.console().status("")
+                self.status.start()
+            if self.status is not None:
+                from rich.markup import escape
 
-            self.status.update(escape(text))
+                self.status.update(escape(text))
 
     @staticmethod
     def console() -> Any:
@@ -80,9 +83,10 @@ class _Terminal:
         return Console(stderr=True)
 
     def clear(self) -> None:
-        if self.status is not None:
-            self.status.stop()
-            self.status = None
+        with self.lock:
+            if self.status is not None:
+                self.status.stop()
+                self.status = None
 
 
 @contextmanager
