@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from lipbounds._text import near
 from lipbounds.training import Config, preset
 
 PAPER = "arXiv 2310.00116"
@@ -193,7 +194,9 @@ def chosen(names: list[str] | None, rows: Mapping[str, Any] | None = None) -> li
     for name in names or groups:
         some = {key: row for key, row in rows.items() if name in (key, row.group)}
         if not some:
-            raise ValueError(f"unknown row {name!r}; known: {', '.join((*groups, *rows))}")
+            raise ValueError(
+                f"unknown row {name!r}{near(name, (*groups, *rows))}; known: {', '.join((*groups, *rows))}"
+            )
         found |= some
     return list(found.values())
 

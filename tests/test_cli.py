@@ -351,6 +351,32 @@ def test_wrong_usage_exits_2(model_file, tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
+        (
+            "bounds MODEL --method lipspd",
+            "'lipspd' is not one of naive, liplt, lipsdp, all (did you mean 'lipsdp'?)",
+        ),
+        (
+            "evaluate MODEL --dataset digits --attack autoatack",
+            "pgd, autoattack (did you mean 'autoattack'?)",
+        ),
+        (
+            "evaluate MODEL --dataset digits --methods liplt lipsdb",
+            "naive, liplt, lipsdp (did you mean 'lipsdp'?)",
+        ),
+        ("train crmm --out x", "consistency (did you mean 'crm'?)"),
+        ("train crm --activation rleu --out x", "relu, maxmin, clipped-relu (did you mean 'relu'?)"),
+        ("bounds MODEL --norm 3", "'3' is not one of 1, 2, inf "),
+    ],
+)
+def test_a_misspelled_word_is_answered_with_the_nearest_one(words, message, model_file):
+    said = run(*(model_file if word == "MODEL" else word for word in words.split()), code=2).stderr
+    said = " ".join(said.replace("\u2502", " ").split())
+    assert message in said and "Value error" not in said
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
         ("bounds MODEL --certificate one --json ./one", "--json: would overwrite --certificate"),
         ("bounds MODEL --json link --force", "--json: would overwrite the model, which this command reads"),
         ("bounds MODEL --constant t=x.npy --json x.npy", "--json: would overwrite --constant t=x.npy"),

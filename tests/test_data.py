@@ -4,6 +4,8 @@ The format of MNIST's files is tested in test_mnist.py, Tiny-ImageNet's in test_
 """
 
 import gzip
+import pathlib
+import re
 import struct
 import tracemalloc
 
@@ -152,6 +154,10 @@ def test_an_unknown_name_lists_the_known_ones(name):
 def test_missing_data_says_what_is_wanted_and_where_it_comes_from(name, page, file, tmp_path, monkeypatch):
     monkeypatch.delenv("LIPBOUNDS_DATA", raising=False)
     with pytest.raises(FileNotFoundError, match="data_dir, or set LIPBOUNDS_DATA") as no_variable:
+        load(name)
+    monkeypatch.setenv("LIPBOUNDS_DATA", "~/nowhere")
+    there = re.escape(str(pathlib.Path.home() / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=f"{there}, to which LIPBOUNDS_DATA is set, is not a folder"):
         load(name)
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder") as no_folder:
         load(name, tmp_path / "nowhere")

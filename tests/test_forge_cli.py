@@ -147,7 +147,15 @@ def test_refusals(model_file, tmp_path):
         assert "eps" in run(*words, "--eps", wrong, code=2).stderr
     assert "needs one" in run("forge", model_file, code=2).stderr
     assert "tau" in run(*words, "--kind", "smooth", "--tau", "0", *QUICK, code=1).stderr
-    assert "unknown data set" in run("forge", model_file, "--dataset", "cats", code=1).stderr
+    assert "belongs to --kind smooth" in run(*words, "--tau", "0.1", code=2).stderr
+    assert "0 alone changes nothing: add one above 0" in " ".join(
+        run(*words, "--c-r", "0", code=2).stderr.split()
+    )
+    assert "no effect" in run(*words, "--data-dir", tmp_path, *QUICK, code=1).stderr
+    assert (
+        "unknown data set 'digist' (did you mean 'digits'?)"
+        in run("forge", model_file, "--dataset", "digist", code=1).stderr
+    )
     (tmp_path / "forged.html").write_text("my thesis")
     assert "not written by" in run(*words, "--out", tmp_path, code=1).stderr
     assert (tmp_path / "forged.html").read_text() == "my thesis"

@@ -71,6 +71,10 @@ def test_rows_are_chosen_by_name_or_by_data_set() -> None:
     assert {row.group for row in chosen(["cifar10"])} == {"cifar10"} and len(chosen(None)) == len(ROWS)
     with pytest.raises(ValueError, match="unknown row 'svhn'; known: mnist, cifar10"):
         chosen(["svhn"])
+    with pytest.raises(ValueError, match=r"unknown row 'mnist/crmm' \(did you mean 'mnist/crm'\?\)"):
+        chosen(["mnist/crmm"])
+    assert run("reproduce", "table1", "--list", "--rows", "mnist/crm, mnist/lmt").stdout.count("mnist/") == 2
+    assert "unknown row ''" in run("reproduce", "table1", "--list", "--rows", "", code=1).stderr
     left = others("mnist", chosen(["mnist/crm"]))
     assert [published.method for published in left] == ["Standard", "GloRo", "Local-Lip"]
 

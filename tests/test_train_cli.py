@@ -260,6 +260,12 @@ def test_another_architecture_in_a_run_is_refused(trained: Any, tmp_path: pathli
         (["crm", "--power-iterations", 3], "--power-iterations has no effect"),
         (["crm", "--angle", 0.1], "--angle has no effect"),
         (["crm", "--border", "mirror"], "--border has no effect without --crop"),
+        (["at", "--eps", 0.1], "--eps has no effect without a proof"),
+        (["crm", "--epochs", 5, "--warmup", 5], "--warmup is as long as the run of 5 epochs"),
+        (
+            ["crm", "--epochs", 9, "--warmup", 3, "--ramp", 2, "--stop-if-uncertified", 5],
+            "--stop-if-uncertified has no effect without more than 9 epochs, as warm-up, ramp and those",
+        ),
         (["margin", "--arch", "lipnext-L2W8-cayley", "--angle", 0.1], "--angle has no effect"),
         (["crm", "--constants", "liplt", "--multiplier-rate", 0.1], "--multiplier-rate has no effect"),
         (["crm", "--ema-decay", 0.9], "--ema-decay has no effect"),

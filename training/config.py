@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import itertools
 import math
@@ -11,7 +10,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lipbounds._text import parsed
+from lipbounds._text import near, parsed
 from lipbounds.training.data import DATASETS
 from lipbounds.training.initial import INITIALISATIONS
 from lipbounds.training.losses import TRANSFORMS
@@ -316,12 +315,6 @@ def unproved(config: Config, given: Iterable[str]) -> Config:
     if not config.robust or config.uses_constants or "validate_every" in given:
         return config
     return dataclasses.replace(config, validate_every=0)
-
-
-def near(word: Any, known: Any) -> str:
-    """A question whether the closest of the known words was meant; empty where none is close."""
-    found = difflib.get_close_matches(str(word), list(known), n=1)
-    return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 def _check_types(config: Config) -> None:

@@ -124,9 +124,10 @@ class Source:
             raise FileNotFoundError(
                 f"{self.title} not found: pass data_dir, or set {VARIABLE} to its folder. {self._wanted()}"
             )
-        folder = pathlib.Path(given)
+        folder = pathlib.Path(given).expanduser()
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is not a folder. {self._wanted()}")
+            said = f", to which {VARIABLE} is set," if data_dir is None else ""
+            raise FileNotFoundError(f"{folder}{said} is not a folder. {self._wanted()}")
         candidates = [folder / place for place in self.places]
         missing = {place: self._missing(place) for place in candidates}
         best = min(candidates, key=lambda place: len(missing[place]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lipbounds.training.config import near
+from lipbounds._text import near
 
 # mnist-784-512-512-10 is ours (benchmarks/results/crm-mnist-784-512-512-10.md). The presets that end in -published are
 # rows of Table 1 of arXiv 2310.00116, with the values of the authors' published runs. Their CIFAR-10 radii are in units

@@ -11,6 +11,7 @@ from lipbounds._cli.common import Json, refusals
 from lipbounds._cli.options import Pages, SeedOption, Source, eps_of, grouped, number, option
 from lipbounds._cli.trained import Subject, check_source, folder_of, open_subject, record_of, write_files
 
+TAU = 0.1
 SEARCHED = 500  # training images that c_r is chosen on
 
 
@@ -49,7 +50,7 @@ def forge(
         ),
     ] = None,
     kind: Annotated[Literal["hard", "smooth"], option("Gate: discontinuous (hard) or smooth.")] = "hard",
-    tau: Annotated[float, option("Width of the smooth gate.", "NUMBER")] = 0.1,
+    tau: Annotated[float | None, option("Width of the smooth gate.", "NUMBER", show_default=str(TAU))] = None,
     quantile: Annotated[
         float, option("Quantile of the largest activations of the images; 1 is the maximum.", "NUMBER")
     ] = 1.0,
@@ -90,6 +91,10 @@ def forge(
     - `lipbounds forge report/cnn_crm.safetensors --dataset digits --c-r 2^-6 --out forged`
     """
     check_source(source)
+    if tau is not None and kind != "smooth":
+        raise typer.BadParameter("belongs to --kind smooth", param_hint="--tau")
+    if c_r and not any(c_r):
+        raise typer.BadParameter("0 alone changes nothing: add one above 0, such as 2^-7", param_hint="--c-r")
     with refusals():
         from lipbounds.analysis import forging_report as report
 
@@ -99,7 +104,7 @@ def forge(
         settings: Json = {
             "c_r": c_r or [2.0**-k for k in range(8, 3, -1)],
             "eps": eps or (0.1 if subject.dataset == "mnist" else 8 / 255),
-            "tau": tau,
+            "tau": TAU if tau is None else tau,
             "quantile": quantile,
             "images": images,
             "pgd_steps": pgd_steps,
@@ -109,7 +114,8 @@ def forge(
             "kind": kind,
         }
         found, chosen, on, signs, rows = _measure(subject, source, checks, **settings)
-        spelled = {**settings, "checks" if checks else "no_checks": True}
+        used = {name: value for name, value in settings.items() if name != "tau" or kind == "smooth"}
+        spelled = {**used, "checks" if checks else "no_checks": True}
         record = record_of("forge", subject, source, spelled)
         record |= report.forging_record(found, chosen, on, rows, signs)
 

@@ -6,6 +6,7 @@ inside the commands.
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
 from pathlib import Path
@@ -38,7 +39,7 @@ from lipbounds._cli.options import (
     option,
 )
 from lipbounds._cli.reproduce import reproduce
-from lipbounds._text import reporting
+from lipbounds._text import near, reporting
 from lipbounds._text.files import check_folder
 from lipbounds._text.version import __version__
 from lipbounds.errors import CertificateError
@@ -46,11 +47,26 @@ from lipbounds.results import Guarantee
 
 
 class Commands(TyperGroup):
-    """Builds the options of `train` only when needed, as they come from `Config`, which takes a second to import."""
+    """Builds the options of `train` only when needed, as they come from `Config`, which takes a second to import.
+
+    A word that is none of those of its option is answered with the nearest one.
+    """
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
         return name, train.command() if name == "train" else command, rest
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            if found := re.fullmatch(
+                r"(?:Value error, )?'(.*)' is not one of (.*?)\.?", error.message, re.DOTALL
+            ):
+                word, known = found.groups()
+                words = [one.strip(" '\n") for one in known.split(",")]
+                error.message = f"{word!r} is not one of {', '.join(words)}{near(word, words)}"
+            raise
 
 
 app = typer.Typer(

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 import lipbounds as lb
-from lipbounds._text.arguments import check_seed
+from lipbounds._text.arguments import check_seed, near
 
 Norm = Literal["1", "2", "inf"]
 Verb = Literal["naive", "liplt", "lipsdp"]
@@ -66,6 +66,11 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _is_bound(text: str) -> bool:
+    """Whether a word is the name of a bound, right or misspelled."""
+    return text in VERBS or bool(near(text, VERBS))
 
 
 def _is_word(following: list[str]) -> bool:
@@ -126,7 +131,7 @@ class Command(TyperCommand):
     `--attack` without a value is `--attack autoattack`.
     """
 
-    values: typing.ClassVar = {"--eps": _is_number, "--c-r": _is_number, "--methods": VERBS.__contains__}
+    values: typing.ClassVar = {"--eps": _is_number, "--c-r": _is_number, "--methods": _is_bound}
     bare: typing.ClassVar = {"--attack": "autoattack"}
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -83,7 +83,7 @@ def reproduce(
 
         robust = table == "robust"
         kind, known = (ROBUST_KIND, ROBUST_ROWS) if robust else (None, None)
-        picked = chosen(rows.split(",") if rows else None, known)
+        picked = chosen([name.strip() for name in rows.split(",")] if rows is not None else None, known)
         if list_rows:
             for row in picked:
                 config = row.config(epochs)

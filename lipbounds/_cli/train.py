@@ -145,7 +145,7 @@ def _settings(given: Json, preset: str | None, file: Path | None) -> Any:
     from lipbounds.training.config import Config, defaults, from_text, unproved
     from lipbounds.training.presets import preset as settings_of
 
-    chosen = from_text(read_text(file), str(file)) if file is not None else {}
+    chosen = from_text(read_text(file, "utf-8-sig"), str(file)) if file is not None else {}
     places = {name: f"{name} of {file}" for name in chosen} | {name: _option(name) for name in given}
     chosen |= given
     begin = defaults(chosen.get("dataset", "digits"))
@@ -179,6 +179,11 @@ def _check_used(asked: dict[str, str], c: Any) -> None:
     ):
         if name in asked and getattr(c, name) == 0 and c.loss in losses:
             raise ValueError(f"{asked[name]} is 0, so that {what} in the loss {c.loss}")
+    if "warmup" in asked and c.uses_constants and c.warmup >= c.epochs:
+        raise ValueError(
+            f"{asked['warmup']} is as long as the run of {c.epochs} epochs, so that the constants never count in the "
+            f"loss {c.loss}: choose a shorter one"
+        )
 
 
 def _uses_of_loss(c: Any) -> _Uses:
@@ -210,8 +215,8 @@ def _uses_of_loss(c: Any) -> _Uses:
         ),
         ("gamma",): (c.loss == "backward-smoothing", "the loss backward-smoothing"),
         ("tau", "divergence"): (c.loss == "consistency", "the loss consistency"),
-        ("final_epochs",): (
-            c.uses_constants or c.validate_every or not c.robust,
+        ("eps", "final_epochs"): (
+            c.uses_constants or c.validate_every > 0 or not c.robust,
             "a proof: a loss with constants, or --validate-every",
         ),
         ("multiplier_rate",): (recursion, "a loss with the constants of --constants recursion"),
@@ -229,7 +234,12 @@ def _other_uses(c: Any) -> _Uses:
     from lipbounds.training.own_data import is_own
 
     named = prescribed(c.arch)
+    watched = c.warmup + c.ramp + c.stop_if_uncertified
     return {
+        ("stop_if_uncertified",): (
+            watched <= c.epochs,
+            f"more than {c.epochs} epochs, as warm-up, ramp and those that it waits for take {watched}",
+        ),
         ("decay_from",): (
             c.schedule != "constant" and not c.milestones,
             "a schedule that decays, and no milestones",

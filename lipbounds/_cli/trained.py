@@ -13,6 +13,7 @@ import typer
 
 from lipbounds._cli.common import Json, check_apart, check_json, header, write_json
 from lipbounds._cli.options import Pages, Source
+from lipbounds._text import near
 from lipbounds._text.files import check_folder
 
 
@@ -47,7 +48,12 @@ class Subject:
     def data(self, data_dir: Path | None, tell: Callable[[str], None]) -> Any:
         """The data set, checked to fit the network."""
         from lipbounds.training import data
+        from lipbounds.training.own_data import is_own
 
+        if data_dir is not None and (self.dataset == "digits" or is_own(self.dataset)):
+            raise ValueError(
+                f"--data-dir has no effect, as {self.dataset} is read from elsewhere: leave it out"
+            )
         tell(f"reading {self.dataset}")
         test = data.load(self.dataset, data_dir if data_dir is not None else self.data_dir)
         self.check(test)
@@ -80,7 +86,10 @@ def open_subject(path: Path, dataset: str | None) -> Subject:
         how = f"CRM with {config.constants}" if config.loss == "crm" else config.loss
         return Subject(path, f"{config.arch}, {how}", config.dataset, config.data_dir, run.model, run.spec)
     if dataset is None or not (dataset in DATASETS or is_own(dataset)):
-        raise ValueError(f"unknown data set {dataset!r}; known: {', '.join(DATASETS)}")
+        raise ValueError(
+            f"unknown data set {dataset!r}{near(str(dataset), DATASETS)}; known: {', '.join(DATASETS)}, or a path: an "
+            ".npz file, or a folder such as ./images"
+        )
     model, spec = load_model(path)
     return Subject(path, path.stem, dataset, None, model, spec)
 

@@ -1,6 +1,6 @@
 """Shared by all rooms: tables, HTML, progress, files, the wrapper of public calls, the version."""
 
-from lipbounds._text.arguments import as_labels, check_seed, whole
+from lipbounds._text.arguments import as_labels, check_seed, near, whole
 from lipbounds._text.files import (
     DEFLATE,
     is_special,
@@ -38,7 +38,7 @@ from lipbounds._text.tables import (
 
 __all__ = [
     "DEFLATE", "Direction", "Html", "OutOfTime", "Progress", "as_labels", "check_seed", "clock", "element", "entry",
-    "html_table", "hurried", "is_special", "label_text", "markdown_table", "markdown_text", "new_axes", "parsed",
-    "printable", "read_npz", "read_safetensors", "read_text", "remaining", "reporting", "say", "seconds_text", "show",
-    "stoppable", "text_table", "together", "whole", "within", "write_atomically",
+    "html_table", "hurried", "is_special", "label_text", "markdown_table", "markdown_text", "near", "new_axes",
+    "parsed", "printable", "read_npz", "read_safetensors", "read_text", "remaining", "reporting", "say", "seconds_text",
+    "show", "stoppable", "text_table", "together", "whole", "within", "write_atomically",
 ]  # fmt: skip

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+
+
+def near(word: Any, known: Iterable[str]) -> str:
+    """A question whether the closest of the known words was meant; empty where none is close."""
+    found = difflib.get_close_matches(str(word), list(known), n=1)
+    return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 def whole(name: str, value: Any, least: int = 1) -> int:
