@@ -217,6 +217,18 @@ def test_blocks_are_proved_on_the_device_from_either_side() -> None:
     assert SAID in bound.notes
 
 
+@pytest.mark.parametrize("outputs", [6, 3])
+def test_a_step_that_reads_a_register_twice(outputs: int) -> None:
+    """From the input, and back from the relu, which has fewer entries."""
+    rng = np.random.default_rng(0)
+    a, b, c = (rng.standard_normal(shape) for shape in ((outputs, 6), (outputs, 6), (2, outputs)))
+    with jax.enable_x64(True):
+        wide, head = jnp.asarray(np.concatenate([0.01 * a, b], axis=1)), jnp.asarray(c)
+        form = lb.trace(lambda x: head @ jax.nn.relu(wide @ jnp.concatenate([x, x])), jnp.zeros(6))
+    (part,) = (p for p in lb.naive(form).parts if p.how == "residual on a GPU" and p.source == "input")
+    assert part.value == pytest.approx(np.linalg.norm(0.01 * a + b, 2), rel=1e-5)
+
+
 def test_blocks_without_a_centre_are_proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """LipLT takes the naive bound's norms of the maps from one layer to the next, with their factor."""
     calls = []

@@ -124,7 +124,8 @@ class DeviceForm:
 
     def __init__(self, host: HostForm, device: Any) -> None:
         self.host, self.device = host, device
-        self.steps: dict[tuple[int, int, bool], Callable[[jax.Array], _Made]] = {}
+        # A step may read a register several times, by another matrix each.
+        self.steps: dict[StepMatrix, Callable[[jax.Array], _Made]] = {}
         self.direct: dict[Any, float] = {}  # norms of blocks that no centre enters, by `_direct`
 
     def put(self, x: Any) -> Any:
@@ -159,13 +160,12 @@ class DeviceForm:
     def zeros(self, rows: int) -> _Columns:
         return _Columns(self.call(_zeros, self.put(np.float64(0.0)), rows=rows, width=proofs.TILE), 0.0, 0.0)
 
-    def apply(self, place: int, m: StepMatrix, x: _Columns, transposed: bool) -> _Columns:
+    def apply(self, m: StepMatrix, x: _Columns) -> _Columns:
         if m.moves_nothing:
             return x
-        key = (place, m.register, transposed)
-        if key not in self.steps:
-            self.steps[key] = self._upload(m)
-        out = self.steps[key](x.array)
+        if m not in self.steps:
+            self.steps[m] = self._upload(m)
+        out = self.steps[m](x.array)
         if m.rows is not None:
             most = int(np.bincount(m.rows[m.rows >= 0], minlength=1).max())
             return self.columns(out, mul_up(sqrt_up(float(most)), x.error))
@@ -278,16 +278,14 @@ class _Sweep(Algebra[_Columns]):
         if op.output not in self.alive:
             return None
         parts = [
-            self.form.apply(place, m, held[m.register], False)
-            for m in self.form.host.step(place)
-            if m.register in held
+            self.form.apply(m, held[m.register]) for m in self.form.host.step(place) if m.register in held
         ]
         return self.total(parts) if parts else None
 
     def back(self, place: int, op: Op, out: _Columns) -> Iterator[tuple[int, _Columns]]:
         for m in self.form.host.step(place):
             if m.register in self.alive:
-                yield m.register, self.form.apply(place, m.transposed, out, True)
+                yield m.register, self.form.apply(m.transposed, out)
 
     def tap(self, k: int, value: _Columns | None) -> _Columns | None:
         c, q, e = self.scalings[k].c, self.scalings[k].q, self.scalings[k].e
