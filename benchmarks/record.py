@@ -76,7 +76,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=1e-3, help="of Adam, for everything else")
     parser.add_argument("--fall", type=float, default=1, help="power of the linear fall of the rates")
     parser.add_argument("--rise", type=float, default=200, help="steps in which the rates rise")
-    parser.add_argument("--temperature", type=float, default=0.25)
+    parser.add_argument("--temperature", type=float, default=0.3)
     parser.add_argument("--margin", type=float, default=2.0, help="eps of the loss, in units of 36/255")
     parser.add_argument("--decay", type=float, default=0.999, help="of the weights' moving average, per step")
     parser.add_argument(
