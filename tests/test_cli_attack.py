@@ -90,6 +90,19 @@ def test_words_that_do_not_fit_are_refused(model_file, words, message):
     assert message in run("attack", model_file, "--eps", "0.1", *words, code=2).stderr
 
 
+def test_images_that_no_attack_takes(model_file, tmp_path):
+    x, y = np.full((2, 8, 8, 1), 0.5, np.float32), np.zeros(2, int)
+    for name, images, message in (
+        ("wide", 3 * x, "--box LOW,HIGH"),
+        ("nan", x * np.float32(np.nan), "NaN or"),
+    ):
+        np.savez(tmp_path / name, x=images, y=y)
+        said = run("attack", model_file, "--eps", "0.1", "--data", tmp_path / f"{name}.npz", code=1).stderr
+        assert message in said
+    said = run("attack", model_file, "--eps", "0.1", "--data", "digist", code=1).stderr
+    assert "there is no digist; give `digits`, an .npz file" in said and "(did you mean 'digits'?)" in said
+
+
 def test_every_other_attack_needs_a_radius(model_file):
     assert "pgd needs a radius" in run("attack", model_file, "--method", "pgd", code=2).stderr
 

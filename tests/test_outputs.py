@@ -14,12 +14,13 @@ import pytest
 import typer
 from command import run
 
-from lipbounds._cli import tables
+from lipbounds._cli import main, tables
 from lipbounds._cli.common import refusals
 from lipbounds._margins.blocks import Unfinished
 from lipbounds._text.files import check_folder, write_atomically
 from lipbounds.analysis import evaluation, forge_search
 from lipbounds.analysis.demo import is_ours
+from lipbounds.training.runs import read_log
 
 DIGITS = ("--dataset", "digits")
 
@@ -116,6 +117,31 @@ def test_a_closed_pipe_is_no_error_of_ours() -> None:
         raise BrokenPipeError(32, "Broken pipe")
 
 
+def test_ctrl_c_is_one_line_that_says_how_to_go_on(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*given: Any, **more: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lipbounds._cli.train._run", interrupted)
+    said = run("train", "crm", "--out", tmp_path / "my run", code=130).stderr
+    assert (
+        said.startswith("interrupted: ")
+        and f"lipbounds train --resume '{tmp_path / 'my run'}' goes on" in said
+    )
+
+
+def test_after_ctrl_c_no_thread_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of the interpreter the threads of XLA crashed (exit code 139)."""
+    ended: list[int] = []
+    for code in (1, 130):
+        monkeypatch.setattr(main, "app", lambda code=code: sys.exit(code))
+        monkeypatch.setattr(os, "_exit", ended.append)
+        with pytest.raises(SystemExit):
+            main.main()
+    assert ended == [130]
+
+
 @pytest.mark.parametrize("columns", ["0", "40"])
 def test_a_narrow_window_cuts_off_no_number(
     columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -144,3 +170,9 @@ def test_an_unfinished_file_is_found_by_its_very_name(tmp_path: pathlib.Path) ->
     other.write_text('{"format": "lipbounds-unfinished", "key": "of another command"}\n{}\n')
     kept = Unfinished(tmp_path / "r[1].json", 0, {"a": 1})
     assert kept.files == [] and other.exists()
+
+
+def test_a_log_that_is_no_text_is_named(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "log.jsonl").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(ValueError, match=r"log\.jsonl is not a text in UTF-8"):
+        read_log(tmp_path)

@@ -15,7 +15,7 @@ from typing import Any
 from flax import nnx
 
 from lipbounds import __version__
-from lipbounds._text import parsed, write_atomically
+from lipbounds._text import parsed, read_text, write_atomically
 from lipbounds.training.config import Config
 from lipbounds.training.models import ModelSpec
 from lipbounds.training.store import load_model, save_model
@@ -157,7 +157,7 @@ def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = read_text(path).split("\n")
     for number, line in enumerate(lines, start=1):
         if not line:
             continue

@@ -13,7 +13,7 @@ import typer
 
 from lipbounds._cli import common, tables
 from lipbounds._cli.common import Json, refusals
-from lipbounds._cli.data import Examples
+from lipbounds._cli.data import Examples, check_inside
 from lipbounds._cli.options import (
     ModelPath,
     Norm,
@@ -156,6 +156,7 @@ def attack(
         x, y = examples.read(shape, classes)
         x, y = x[:images], y[:images]
         low, high = (0.0, 1.0) if box is None else box
+        check_inside(x, low, high)
         options: Json = {**fixed, **given, "norm": norm, "low": low, "high": high, "seed": seed}
         if targeted:
             options["target"] = analysis.random_targets(y, classes, seed)

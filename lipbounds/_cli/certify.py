@@ -17,7 +17,7 @@ import lipbounds as lb
 from lipbounds._cli import common, tables
 from lipbounds._cli.attack import ANY_NORM, METHODS, ONLY_LINF, AtRadius
 from lipbounds._cli.common import Json, refusals
-from lipbounds._cli.data import ExampleFiles
+from lipbounds._cli.data import ExampleFiles, check_inside
 from lipbounds._cli.options import (
     CoordinatorOption,
     DeviceOption,
@@ -303,11 +303,7 @@ def _check_attack(attack: str | None, form: Any, x: Any, low: float, high: float
             f"--attack {attack} needs at least 4 classes, and the network has {form.num_outputs}: take apgd, fab, "
             "square or pgd"
         )
-    if not (low <= x.min() and x.max() <= high):
-        raise ValueError(
-            f"attacks stay in the box [{low:g}, {high:g}], and the images hold values from {x.min():g} to "
-            f"{x.max():g}: give the range of the inputs, --box LOW,HIGH"
-        )
+    check_inside(x, low, high)
 
 
 def _attacked(

@@ -26,15 +26,19 @@ DEFAULT_OF_SIZE = f"lipsdp up to {QUICK_LIPSDP} neurons; liplt above, with --sca
 
 
 @contextlib.contextmanager
-def refusals() -> Iterator[contextlib.ExitStack]:
+def refusals(left: str = "nothing was written") -> Iterator[contextlib.ExitStack]:
     """Report errors of the library and of files as one message on stderr, with exit code 1.
 
-    Contexts entered into the stack, such as the float64 mode of `load_form`, are left at the end.
+    Ctrl-C is one with exit code 130; `left` says what it leaves. Contexts entered into the stack, such as the float64
+    mode of `load_form`, are left at the end.
     """
     try:
         with contextlib.ExitStack() as stack:
             yield stack
         return
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: {left}", err=True)
+        raise typer.Exit(130) from None
     except BrokenPipeError:
         raise  # whoever read the output has seen enough: typer ends the command without a message
     except (ValueError, ArithmeticError, OSError, GuaranteeError) as error:

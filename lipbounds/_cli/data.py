@@ -12,7 +12,7 @@ import typer
 
 from lipbounds._cli.options import option
 from lipbounds._form.units import check_range, doubts, shape_mend
-from lipbounds._text.arguments import as_labels
+from lipbounds._text.arguments import as_labels, near
 from lipbounds._text.files import read_npy, read_npz, read_text
 
 LABELS = ("label", "labels", "class", "target", "y")  # names of the column of a CSV file
@@ -77,6 +77,8 @@ class Examples:
 
             test = digits()
             x, y = test.test_x, test.test_y
+        elif not Path(name).exists():
+            raise ValueError(f"--data: there is no {name}; give {_KINDS}{near(name, ['digits'])}")
         elif Path(name).is_dir():
             x, y = _from_folder(Path(name), shape)
             given = given or (0.0, 1.0)
@@ -131,6 +133,17 @@ class ExampleFiles(Examples):
         if self.images is None or self.labels is None:
             return None
         return read_npy(self.images), read_npy(self.labels)
+
+
+def check_inside(x: np.ndarray, low: float, high: float) -> None:
+    """ValueError unless the images lie in the box of an attack."""
+    if not np.isfinite(x).all():
+        raise ValueError("the images hold NaN or infinite values")
+    if x.size and not (low <= x.min() and x.max() <= high):
+        raise ValueError(
+            f"attacks stay in the box [{low:g}, {high:g}], and the images hold values from {x.min():g} to "
+            f"{x.max():g}: give the range of the inputs, --box LOW,HIGH"
+        )
 
 
 def _in_units(

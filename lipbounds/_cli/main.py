@@ -1,13 +1,15 @@
 """The command line: `lipbounds demo`, `bounds`, `certify`, `verify`, `attack` and those about trained networks.
 
-Exit codes: 0 success, 1 error (one message on stderr), 2 wrong usage. `training` and `analysis` are imported
-inside the commands.
+Exit codes: 0 success, 1 error (one message on stderr), 2 wrong usage, 130 Ctrl-C. `training` and `analysis` are
+imported inside the commands.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -44,6 +46,8 @@ from lipbounds._text.files import check_folder
 from lipbounds._text.version import __version__
 from lipbounds.errors import CertificateError
 from lipbounds.results import Guarantee
+
+_INTERRUPTED = 130  # exit code after Ctrl-C
 
 
 class Commands(TyperGroup):
@@ -333,7 +337,16 @@ app.command()(reproduce)
 def main() -> None:
     """Entry point of the `lipbounds` script."""
     tables.print_anywhere()
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if (
+            end.code == _INTERRUPTED
+        ):  # threads of XLA may still compute, and the end of the interpreter would crash
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(_INTERRUPTED)
+        raise
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def reproduce(
 
     - `lipbounds reproduce robust --data-dir data --out runs/robust --rows cifar10/plain,cifar10/fast-at --images 1000`
     """
-    with refusals():
+    with refusals("give the same command again to go on"):
         from lipbounds.analysis import reproduction
         from lipbounds.analysis.demo import is_ours
         from lipbounds.analysis.robust_reproduction import ROBUST_KIND

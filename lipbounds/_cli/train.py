@@ -85,7 +85,8 @@ def train(
             "give a loss and an output folder, such as `lipbounds train crm --out RUN`",
             param_hint="train",
         )
-    with refusals():
+    again = shlex.join(["lipbounds", "train", "--resume", str(resume or out)])
+    with refusals(f"{again} goes on from the last checkpoint, if the run has begun"):
         from lipbounds.training import parallel
 
         parallel.join(coordinator, processes, process)
