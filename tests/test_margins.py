@@ -386,6 +386,9 @@ def test_refusals():
     smooth = lb.from_weights([np.eye(6), np.eye(6)[:3]], activation=jnp.tanh)
     with pytest.raises(ValueError, match="two affine pieces.*tanh.*certified_radius"):
         lb.margins(smooth, x, y, 0.1)
+    leaky = lb.from_weights([np.eye(6), np.eye(6)[:3]], activation=lambda v: jnp.maximum(v, 0.1 * v))
+    with pytest.raises(ValueError, match="float64 holds the difference of the slopes.*leaky_relu"):
+        lb.margins(leaky, x, y, 0.1)
     with pytest.raises(ValueError, match="norm 2 and inf, not 1"):
         lb.margins(form, x, y, 0.1, norm=1)
     with pytest.raises(ValueError, match="eps must be finite numbers > 0"):

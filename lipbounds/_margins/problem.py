@@ -69,7 +69,8 @@ def kinks(view: LureForm) -> tuple[Kinks, ...]:
     if other:
         raise NoEngineError(
             "margins are for activations made of two affine pieces (relu, leaky_relu, abs, and max, min and sort, "
-            f"which are rewritten by relu); this network also has {', '.join(dict.fromkeys(other))}: use "
+            "which are rewritten by relu), where float64 holds the difference of the slopes (of 1 and 0.125, not of 1 "
+            f"and 0.1 in float64); this network also has {', '.join(dict.fromkeys(other))}: use "
             "lb.certified_radius(form, X, y, local=True)"
         )
     return tuple(found)
