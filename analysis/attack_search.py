@@ -405,6 +405,16 @@ def classes_on(fn: Any, x: Any, settings: AttackSettings) -> int:
     return count_classes(model, weights, (min(settings.batch_size, shape[0]), *shape[1:]), None)
 
 
+def first_images(x: Any, y: Any, images: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """The first examples, or all, and their labels; ValueError unless there are as many labels as examples."""
+    points = np.asarray(x)
+    if points.ndim < 2 or not points.size:
+        as_points(points)  # raises
+    labels = as_labels(y, len(points))
+    count = len(points) if images is None else whole("images", images)
+    return points[:count], labels[:count]
+
+
 def as_points(x: Any) -> np.ndarray:
     """Examples (N, *shape) in float32; ValueError unless they are floating point, finite and at least one."""
     points = np.asarray(x)

@@ -26,7 +26,7 @@ import lipbounds as lb
 from lipbounds._form import fingerprint
 from lipbounds._lipsdp import check_certificate, read_certificate
 from lipbounds._text import Progress
-from lipbounds.analysis.attack_search import Attack, length
+from lipbounds.analysis.attack_search import Attack, first_images, length
 from lipbounds.analysis.attack_settings import AttackSettings
 from lipbounds.analysis.attacks import pgd
 from lipbounds.analysis.autoattack import autoattack, checked
@@ -338,9 +338,7 @@ def _nearest(
 
 def _first(x: Any, y: Any, images: int | None) -> tuple[np.ndarray, np.ndarray]:
     """The first images in float32 and their labels; `attacks` checks the rest."""
-    if images is not None and images < 1:
-        raise ValueError(f"images must be at least 1, got {images}")
-    points, labels = (np.atleast_1d(np.asarray(a))[:images] for a in (x, y))
+    points, labels = first_images(x, y, images)
     return (points.astype(np.float32) if points.dtype.kind == "f" else points), labels
 
 

@@ -372,7 +372,10 @@ def load_forged(model: nnx.Module, path: str | os.PathLike[str]) -> Forged:
             if values.shape != (len(sites),) or not (np.isfinite(values) & (values >= 0)).all():
                 raise ValueError(f"its {name} are not {len(sites)} finite numbers >= 0")
     except (OSError, KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path} holds no forged thresholds that can be read: {error!r}") from error
+        why = f"it lacks {error}" if isinstance(error, KeyError) else str(error).removeprefix(f"{path}: ")
+        raise ValueError(
+            f"{path} holds no forged thresholds that can be read, as Forged.save writes them: {why}"
+        ) from error
     check_sites(sites, survey(model, example).sites, str(path))
     peaks, thresholds = (
         {site.path: float(value) for site, value in zip(sites, numbers[name], strict=True)}

@@ -25,6 +25,7 @@ from matplotlib.ticker import PercentFormatter
 import lipbounds as lb
 from lipbounds._text import Progress, label_text, text_table
 from lipbounds.analysis.attack_network import count_classes, split
+from lipbounds.analysis.attack_search import first_images
 from lipbounds.analysis.attack_settings import AttackSettings
 from lipbounds.analysis.attacks import pgd
 from lipbounds.analysis.autoattack import autoattack
@@ -82,10 +83,8 @@ def robust_record(
     levels = sorted({float(e) for e in eps})
     if not levels or not all(math.isfinite(e) and e >= 0 for e in levels):
         raise ValueError(f"eps must hold finite numbers >= 0, at least one, got {levels}")
-    if images is not None and images < 1:
-        raise ValueError(f"images must be at least 1, got {images}")
     settings = AttackSettings(norm, seed=seed, progress=progress)
-    x, y = np.asarray(x)[:images], np.asarray(y)[:images]
+    x, y = first_images(x, y, images)
     clean = pgd(
         model, x, y, 0.0, settings, steps=0
     ).correct  # bad images are refused before anything takes its time

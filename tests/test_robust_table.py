@@ -86,10 +86,14 @@ def test_a_wrong_certificate_is_found(rng: np.random.Generator, monkeypatch: pyt
         ({"eps": []}, "eps must hold finite numbers"),
         ({"eps": [math.inf]}, "eps must hold finite numbers"),
         ({"norm": 1}, "norm 2 or inf"),
-        ({"images": 0}, "images must be at least 1"),
+        ({"images": 0}, "images must be a whole number >= 1"),
     ],
 )
 def test_bad_input(rng: np.random.Generator, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(
+        ValueError, match="y must hold 40 integer labels"
+    ):  # also where fewer images are taken
+        robust_record(lambda batch: batch[:, :2], points(rng), np.zeros(39, int), eps=EPS, images=2)
     options = {"eps": EPS, **changes}
     with pytest.raises(ValueError, match=words):
         robust_record(lambda batch: batch[:, :2], points(rng), np.zeros(40, int), **options)
