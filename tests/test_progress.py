@@ -195,6 +195,15 @@ def test_long_proofs_get_a_bar_with_their_cost(
     )
 
 
+def test_notebooks_that_force_colours_get_no_bar(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress.reporting(True), progress.meter(2, 10.0) as advance:
+        advance("first block", 5.0)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_call_inside_another_one_is_as_loud_as_that_unless_it_is_silent_itself() -> None:
     seen: list[str] = []
     with progress.reporting(seen.append):

@@ -223,7 +223,7 @@ def meter(count: int, seconds: float) -> Iterator[Advance]:
     screen = _tell.get()
     console = screen.console() if isinstance(screen, _Terminal) and seconds >= _QUIET else None
     said = f"proving the norms of {count} blocks, about {show_seconds(seconds)} on two cores"
-    if console is None or not (console.is_terminal or console.is_jupyter):
+    if console is None or not (_drawn() and console.is_terminal):
         if console is not None and seconds >= _ALWAYS:
             print(f"lipbounds: {said}", file=sys.stderr)
         done, began = 0.0, _now()
