@@ -64,7 +64,7 @@ def test_gz_files_in_a_subfolder_named_by_the_environment(folder, arrays, tmp_pa
 def test_an_argument_comes_before_the_environment(folder, arrays, monkeypatch):
     monkeypatch.setenv("LIPBOUNDS_DATA", str(folder / "nowhere"))
     check(mnist(folder), arrays)
-    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere, to which LIPBOUNDS_DATA is set, is not a folder"):
         mnist()
 
 
