@@ -32,6 +32,7 @@ from lipbounds.training.balls import project as project
 
 INSIDE = 1 - 2e-6  # of eps on the device, so that float32 rounding seldom leaves the ball
 _SHRINKS = 30
+_OTHER = 0.01  # of the largest margin: a change of a margin by more is no rounding
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -194,6 +195,7 @@ def search(
     before = batches.margins(points, labels, False)
     if not np.isfinite(before).all():
         raise ValueError(f"the logits of example {int(np.argmin(np.isfinite(before)))} are not finite")
+    batches.check_rows(before, labels)
     correct = before > 0
     after = batches.margins(points, aims, True) if targeted else before.copy()
     found = points.copy()
@@ -314,6 +316,18 @@ class _Batches:
                     np.asarray(margins(self.model, self.weights, points[part], aims, targeted))[:count]
                 )
         return np.concatenate(made)
+
+    def check_rows(self, before: np.ndarray, labels: np.ndarray) -> None:
+        """ValueError where the answer to an example depends on the others in its batch, or on chance."""
+        if isinstance(self.model, Oracle) or not len(before):
+            return
+        copies = np.repeat(self.points[:1], self.size, axis=0), np.repeat(labels[:1], self.size)
+        largest = np.abs(before).max()
+        if largest and np.abs(self.margins(*copies, False) - before[0]).max() > _OTHER * largest:
+            raise ValueError(
+                "the network answers an example otherwise where the rest of its batch changes: pass it in evaluation "
+                "mode (model.eval(), BatchNorm and dropout), or jax.vmap of a function of one example"
+            )
 
 
 def _targets(target: Any, labels: np.ndarray) -> np.ndarray:

@@ -86,7 +86,8 @@ def pgd(
     Raises:
         TypeError: fn is not callable.
         ValueError: shapes, labels or targets out of range, values that are not finite, x outside the box, negative or
-            NaN eps, an unknown norm or loss, no example, logits that are not finite.
+            NaN eps, an unknown norm or loss, no example, logits that are not finite, answers to an example that depend
+            on the others in its batch.
     """
     settings = AttackSettings.changed(settings, changes)
     name = "FGSM" if steps == 1 and step_size is None else "PGD"

@@ -447,6 +447,16 @@ def test_attacks_that_count_the_classes_first_refuse_no_examples(net, attack):
         attack(net, X[:0], Y[:0], 0.1)
 
 
+def test_a_network_that_mixes_the_examples_of_a_batch_is_refused(rng):
+    fn, _, _ = linear(rng)
+    x, y = rng.uniform(size=(6, 3, 2, 1)).astype(np.float32), np.arange(6) % 3
+    for mixed in (lambda x: fn(x - x.mean(axis=0)), lambda x: jnp.cumsum(fn(x), axis=0)):
+        for attack in (pgd, fgsm, apgd):
+            with pytest.raises(ValueError, match=r"rest of its batch changes: .*evaluation mode"):
+                attack(mixed, x, y, 0.1)
+    assert len(pgd(fn, x, y, 0.1).success) == 6
+
+
 def test_random_targets_of_bad_input():
     for given, message in (((Y, 1), "classes must be a whole number >= 2"), ((Y, 4, -1), "seed must be")):
         with pytest.raises(ValueError, match=message):
