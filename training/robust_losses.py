@@ -144,12 +144,13 @@ def backward_smoothing(
 
 
 def smoothed(frozen: Frozen, x: jax.Array, key: jax.Array, settings: RobustSettings) -> jax.Array:
-    """The points x + xi + delta of `backward_smoothing`."""
+    """The points x + xi + delta of `backward_smoothing`; x where gamma is 0, as no divergence has a gradient then."""
     where = settings.ball(x)
+    if settings.gamma == 0:  # rounding errors, of which a sign would make full steps
+        return where[0]
     clean, pull = slope_of(frozen, where[0])
     noise = settings.gamma * jax.random.uniform(key, clean.shape, jnp.float32, -1.0, 1.0)
-    # The gradient of the first divergence by the logits is s(z) - s(z + gamma psi), in closed form: exactly 0 without
-    # noise, where that of a differentiated divergence is rounding, of which a sign would make a full step.
+    # the gradient of the first divergence by the logits is s(z) - s(z + gamma psi)
     start = moved(where[0], pull(jax.nn.softmax(clean + noise) - jax.nn.softmax(clean)), where, settings)
     hard, pull = slope_of(frozen, start)
     return moved(start, pull(jax.nn.softmax(hard) - jax.nn.softmax(clean)), where, settings)
