@@ -146,7 +146,7 @@ def backward_smoothing(
 def smoothed(frozen: Frozen, x: jax.Array, key: jax.Array, settings: RobustSettings) -> jax.Array:
     """The points x + xi + delta of `backward_smoothing`; x where gamma is 0, as no divergence has a gradient then."""
     where = settings.ball(x)
-    if settings.gamma == 0:  # rounding errors, of which a sign would make full steps
+    if settings.gamma == 0:  # the gradients would be rounding errors, whose signs make full steps
         return where[0]
     clean, pull = slope_of(frozen, where[0])
     noise = settings.gamma * jax.random.uniform(key, clean.shape, jnp.float32, -1.0, 1.0)
