@@ -108,8 +108,8 @@ def test_every_query_is_counted_and_no_gradient_is_asked_for(rng):
     made = black_frank_wolfe(fn, x, y, 1e-4, norm=math.inf, samples=4, queries=50)
     assert not made.success.any() and (made.queries == 45).all()  # 5 steps of 2 * 4 + 1
     jax.effects_barrier()
-    # and besides every x, before and within the attack, and what is returned
-    assert sum(rows) == made.queries.sum() + 3 * len(x)
+    # and besides every x, before and within the attack, copies of the first one, and what is returned
+    assert sum(rows) == made.queries.sum() + 4 * len(x)
 
 
 @pytest.mark.slow
