@@ -32,7 +32,7 @@ from lipbounds.training.balls import project as project
 
 INSIDE = 1 - 2e-6  # of eps on the device, so that float32 rounding seldom leaves the ball
 _SHRINKS = 30
-_OTHER = 0.01  # of the largest margin: a change of a margin by more is no rounding
+_OTHER = 0.01  # share of the largest margin; where a margin changes by more, it is not by rounding
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -325,8 +325,8 @@ class _Batches:
         largest = np.abs(before).max()
         if largest and np.abs(self.margins(*copies, False) - before[0]).max() > _OTHER * largest:
             raise ValueError(
-                "the network answers an example otherwise where the rest of its batch changes: pass it in evaluation "
-                "mode (model.eval(), BatchNorm and dropout), or jax.vmap of a function of one example"
+                "the network's answer to an example changes when the rest of its batch changes: pass the network in "
+                "evaluation mode (model.eval(), for BatchNorm and dropout), or jax.vmap of a function of one example"
             )
 
 

@@ -64,9 +64,8 @@ def rays(
         TypeError: fn is not callable.
         ValueError: as `pgd`, a norm other than inf, or a tol that is not a number > 0.
     """
-    return _run("RayS", fn, x, y, eps, AttackSettings.changed(settings, changes), queries, tol, target, True)[
-        0
-    ]
+    settings = AttackSettings.changed(settings, changes)
+    return _run("RayS", fn, x, y, eps, settings, queries, tol, target, True)[0]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -19,9 +19,9 @@
 # writes 32 768 values an image, about 14 times a step: 7.3 MB, 0.37 TB an epoch, 0.1 s at 4 TB/s. The orthonormal
 # matrices turn by some 24 products each and step, the two pairs of 4096 x 1024 behind the windows above all: 9.2e11
 # operations, 9e13 in the 97 steps of an epoch, three quarters of them (the directions) in bfloat16, a twentieth in full
-# float32: 0.25 s. So the turning bounds it;
-# larger batches make it cheaper. No GPU has run this network yet: that of results/record-h200.md (4 layers of 256 and
-# 12 of 1024 channels, 512 features, not symmetric) takes 1.33 s an epoch on an H200; the same reckoning says 1.4 s.
+# float32: 0.25 s. So the turning bounds it; larger batches make it cheaper. No GPU has run this network yet: that of
+# results/record-h200.md (4 layers of 256 and 12 of 1024 channels, 512 features, not symmetric) takes 1.33 s an epoch on
+# an H200; the same reckoning, with directions in float32, says 1.4 s.
 #
 # Of 6C2F: 18e6 multiplications forward an image, three times as many in a step, two operations each: 5.4e12 an epoch, 0.1 s
 # at 50 TFLOP/s. An image's activations are 0.2 MB, moved some ten times: 0.1 TB, 0.04 s. The rest of the 0.46 s measured on

@@ -11,6 +11,7 @@ from zoo import NETS
 
 import lipbounds as lb
 from lipbounds._empirical import survey
+from lipbounds._empirical.empirical import _lowered_ratio
 from lipbounds.results import LayerBound
 
 RNG = np.random.default_rng(0)
@@ -210,3 +211,11 @@ def test_a_layer_that_reads_constants_as_well(form):
 
     found = lb.empirical(lb.trace(partly_constant, X[0]), X, steps=0, layers=True)
     assert [layer.value for layer in found.layers[:2]] == pytest.approx([1.0, 1.0], rel=1e-12)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_ratio_with_nan_says_nothing(place):
+    parts = [np.ones(3), np.zeros(3), np.ones(3)]
+    assert 0.999 < _lowered_ratio(*parts, 2) < 1
+    parts[place] = np.full(3, np.nan)
+    assert _lowered_ratio(*parts, 2) == 0

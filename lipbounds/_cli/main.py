@@ -340,9 +340,8 @@ def main() -> None:
     try:
         app()
     except SystemExit as end:
-        if (
-            end.code == _INTERRUPTED
-        ):  # threads of XLA may still compute, and the end of the interpreter would crash
+        # Threads of XLA may still compute, and the end of the interpreter would crash.
+        if end.code == _INTERRUPTED:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(_INTERRUPTED)

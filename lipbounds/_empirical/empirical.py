@@ -48,10 +48,8 @@ _PAIRS = 64  # pairs of classes that climb on their own
 _DENSE_ENTRIES = 2e7  # largest Jacobian (K * n) that is computed whole without pairs
 _DISTANCES = 10.0 ** -np.arange(0.0, 8.0)  # distances of step 3, in units of the inputs' scale
 _SPARE = 1e-3  # relative distance of the climb from the edge of a region, so that short lines stay inside
-_RELATIVE, _SAMPLE = (
-    1e-10,
-    8,
-)  # quotients of step 3 are lowered by that share; of so many the errors are proved first
+_RELATIVE = 1e-10  # the share by which quotients of step 3 are lowered
+_SAMPLE = 8  # quotients whose errors are proved first
 _PROVED = 4  # quotients of every decade of distances whose errors are proved, besides those that win a pair of classes
 
 
@@ -362,8 +360,8 @@ def _layers(form: Any, data: Survey, p: float) -> tuple[LayerBound, ...]:
 
 def _lowered_ratio(image: np.ndarray, error: np.ndarray, u: np.ndarray, p: float) -> float:
     """(||image||_p - ||error||_p) / ||u||_p, rounded down; 0 where it says nothing."""
-    largest = max(np.abs(image).max(initial=0.0), np.abs(u).max(initial=0.0), error.max(initial=0.0))
-    if not 0 < largest < 1e150 or np.abs(u).max(initial=0.0) < 1e-130:  # squares overflow or underflow
+    sizes = [float(np.abs(a).max(initial=0.0)) for a in (image, error, u)]
+    if not all(size < 1e150 for size in sizes) or sizes[2] < 1e-130:  # NaN, or squares overflow or underflow
         return 0.0
     slip = gamma(len(image) + len(u) + 16)
     ratio = (_norm(image, p) * (1 - slip) - _norm(error, p) * (1 + slip)) / (_norm(u, p) * (1 + slip))
