@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipbounds._text import reporting, whole
+from lipbounds._text.settings import usual_settings
 from lipbounds.analysis.attack_network import Model, margin_of
 from lipbounds.analysis.attack_search import (
     Attack,
@@ -52,6 +53,7 @@ _AT_ONCE = 25  # steps between two looks at whether every example is broken
 _EASE = 1e-12
 
 
+@usual_settings()
 def apgd(
     fn: Any,
     x: Any,

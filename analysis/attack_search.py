@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lipbounds._form.concrete import is_concrete
 from lipbounds._text import as_labels, check_seed, clock, remaining, say, whole
 from lipbounds.analysis.attack_network import Needs, Oracle, count_classes, margins, outline, split
 from lipbounds.analysis.attack_settings import AttackSettings, norm_name
@@ -203,8 +204,7 @@ def search(
     rows = np.flatnonzero(correct if only is None else correct & only)
     done, began = 0, clock()
     for part, count in batches.parts(rows):
-        with jax.default_matmul_precision("highest"):
-            made = find(batches.problem(part, radii, aims, targeted))
+        made = find(batches.problem(part, radii, aims, targeted))
         part = part[:count]
         raw = np.asarray(made.points)[:count]
         found[part] = settle(points[part], raw, radii[part], settings.norm, settings.box)
@@ -310,11 +310,8 @@ class _Batches:
             if isinstance(self.model, Oracle):
                 made.append(self.model.margins(points[part], labels[part], targeted))
                 continue
-            with jax.default_matmul_precision("highest"):
-                aims = jnp.asarray(labels[part], jnp.int32)
-                made.append(
-                    np.asarray(margins(self.model, self.weights, points[part], aims, targeted))[:count]
-                )
+            aims = jnp.asarray(labels[part], jnp.int32)
+            made.append(np.asarray(margins(self.model, self.weights, points[part], aims, targeted))[:count])
         return np.concatenate(made)
 
     def check_rows(self, before: np.ndarray, labels: np.ndarray) -> None:
@@ -430,7 +427,14 @@ def first_images(x: Any, y: Any, images: int | None) -> tuple[np.ndarray, np.nda
 
 
 def as_points(x: Any) -> np.ndarray:
-    """Examples (N, *shape) in float32; ValueError unless they are floating point, finite and at least one."""
+    """Examples (N, *shape) in float32; ValueError unless they are floating point, finite and at least one.
+
+    TypeError for an array that is being traced.
+    """
+    if not is_concrete(x):
+        raise TypeError(
+            "x must be an array of numbers, and it is being traced: call this outside jit, grad and vmap"
+        )
     points = np.asarray(x)
     if points.dtype.kind != "f" and points.dtype.name != "bfloat16":
         raise ValueError(f"x must be floating point in the units of the network's input, got {points.dtype}")

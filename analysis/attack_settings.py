@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
-import jax
 import numpy as np
 
 from lipbounds._text import Progress, check_seed, reporting, whole
@@ -24,17 +23,6 @@ def reports(verb: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         with reporting(kwargs.get("progress", True)):  # type: ignore[arg-type]
-            return verb(*args, **kwargs)
-
-    return run
-
-
-def precise(verb: Callable[P, R]) -> Callable[P, R]:
-    """Run the function with products of matrices at the highest precision, as attacks run: no TF32."""
-
-    @functools.wraps(verb)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with jax.default_matmul_precision("highest"):
             return verb(*args, **kwargs)
 
     return run

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipbounds._text import reporting, whole
+from lipbounds._text.settings import usual_settings
 from lipbounds.analysis.attack_network import Model, margin_of
 from lipbounds.analysis.attack_search import (
     Attack,
@@ -139,6 +140,7 @@ def mi_fgsm(
     return gradient_attack("MI-FGSM", fn, x, y, eps, settings, ascent, loss, target)
 
 
+@usual_settings()
 def gradient_attack(
     name: str,
     fn: Any,

@@ -22,6 +22,7 @@ import numpy as np
 from scipy.special import logsumexp
 
 from lipbounds._text import reporting, show
+from lipbounds._text.settings import usual_settings
 from lipbounds.analysis.apgd import runs as apgd_runs
 from lipbounds.analysis.apgd import slopes
 from lipbounds.analysis.attack_network import count_classes, logits_of, split
@@ -68,6 +69,7 @@ class AutoAttack(Attack):
         return "\n".join(lines)
 
 
+@usual_settings()
 def autoattack(
     fn: Any,
     x: Any,

@@ -35,6 +35,7 @@ from lipbounds._text import (
     together,
     whole,
 )
+from lipbounds._text.settings import usual_settings
 from lipbounds.analysis.attack_settings import reports
 from lipbounds.analysis.batches import chunks, padded
 from lipbounds.analysis.forging import Forged
@@ -237,6 +238,7 @@ def _shown(mark: str, way: Any, *values: float) -> tuple[str, ...]:
     return tuple(mark + show(value, direction) for value in values)
 
 
+@usual_settings()
 @reports
 def diagnose(
     forged: Forged,

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipbounds._text import reporting, whole
+from lipbounds._text.settings import usual_settings
 from lipbounds.analysis.apgd import ranked
 from lipbounds.analysis.attack_network import Model, margin_of
 from lipbounds.analysis.attack_search import (
@@ -45,6 +46,7 @@ _NEWTON, _HALVINGS = 40, 12
 _AT_ONCE = 25
 
 
+@usual_settings()
 def fab(
     fn: Any,
     x: Any,

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from lipbounds._text import Html, html_table, markdown_table, reporting, say, show, text_table
+from lipbounds._text.settings import usual_settings
 from lipbounds.analysis.attack_settings import LINF, AttackSettings
 from lipbounds.analysis.attacks import pgd
 from lipbounds.analysis.forging import Forged, Where, forge
@@ -88,6 +89,7 @@ class Search:
         return html_table(*self._table())
 
 
+@usual_settings()
 def search_c_r(
     model: nnx.Module,
     x: Any,

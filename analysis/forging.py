@@ -35,6 +35,7 @@ from flax import nnx
 from safetensors.numpy import save
 
 from lipbounds._text import Progress, parsed, read_safetensors, say, show, text_table, whole, write_atomically
+from lipbounds._text.settings import usual_settings
 from lipbounds.analysis.attack_settings import reports
 from lipbounds.analysis.batches import Example, chunks, examples, padded
 from lipbounds.analysis.gates import (
@@ -241,6 +242,7 @@ class Tracked:
         }
 
 
+@usual_settings()
 @reports
 def track(
     model: nnx.Module, data: Any, *, where: Where = None, batch_size: int = 256, progress: Progress = None
@@ -275,6 +277,7 @@ def track(
     return Tracked(sites, example, {s.path: np.concatenate([one[s.path] for one in seen]) for s in sites})
 
 
+@usual_settings()
 def forge(
     model: nnx.Module,
     data: Any,

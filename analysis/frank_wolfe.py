@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipbounds._text import reporting, whole
+from lipbounds._text.settings import usual_settings
 from lipbounds.analysis.attack_network import Model, margin_of
 from lipbounds.analysis.attack_search import (
     Attack,
@@ -41,6 +42,7 @@ from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings
 LOSSES = ("ce", "margin")
 
 
+@usual_settings()
 def frank_wolfe(
     fn: Any,
     x: Any,

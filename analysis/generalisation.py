@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lipbounds._text import show, whole
+from lipbounds._text.settings import usual_settings
 from lipbounds.analysis.attack_search import Attack
 from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings
 from lipbounds.analysis.attacks import pgd
@@ -42,6 +43,7 @@ class RobustGap:
         )
 
 
+@usual_settings()
 def robust_gap(
     fn: Any,
     train: tuple[Any, Any],
@@ -87,6 +89,7 @@ class Capacity:
         )
 
 
+@usual_settings()
 def pac_bayes(
     weights: Sequence[Any],
     *,

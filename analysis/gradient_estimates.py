@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipbounds._text import reporting, whole
+from lipbounds._text.settings import usual_settings
 from lipbounds.analysis.attack_network import Model
 from lipbounds.analysis.attack_search import (
     Attack,
@@ -44,6 +45,7 @@ DIRECTIONS = ("sphere", "gaussian")
 _LEAST = 8  # images, below which a chunk is not halved
 
 
+@usual_settings()
 def black_frank_wolfe(
     fn: Any,
     x: Any,
@@ -95,6 +97,7 @@ def black_frank_wolfe(
     )
 
 
+@usual_settings()
 def nes_pgd(
     fn: Any,
     x: Any,

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipbounds._text import as_labels, reporting, whole
+from lipbounds._text.settings import usual_settings
 from lipbounds.analysis.attack_network import Model, margin_of
 from lipbounds.analysis.attack_search import (
     Attack,
@@ -35,13 +36,14 @@ from lipbounds.analysis.attack_search import (
     search,
     stride,
 )
-from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings, precise
+from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings
 from lipbounds.analysis.batches import padded
 
 Generator = Callable[[jax.Array, jax.Array], jax.Array]
 _AT_ONCE = 50  # Adam steps between two looks at which examples are broken
 
 
+@usual_settings()
 def in_distribution(
     fn: Any,
     generator: Generator,
@@ -86,7 +88,7 @@ def in_distribution(
         return search("In-distribution attack", find, fn, x, y, eps, settings, "margin")
 
 
-@precise
+@usual_settings()
 def nearest_latents(
     generator: Generator,
     x: Any,

@@ -26,9 +26,10 @@ from flax import nnx
 from scipy import linalg
 
 from lipbounds._text import as_labels, check_seed, show, whole
+from lipbounds._text.settings import usual_settings
 from lipbounds.analysis.attack_network import Model, count_classes, split
 from lipbounds.analysis.attack_search import INSIDE, Problem, as_points, project
-from lipbounds.analysis.attack_settings import DEFAULT, LINF, AttackSettings, precise
+from lipbounds.analysis.attack_settings import DEFAULT, LINF, AttackSettings
 from lipbounds.analysis.attacks import steepest, uniform_start
 from lipbounds.analysis.batches import padded
 from lipbounds.analysis.odi import diverse
@@ -83,7 +84,7 @@ def _problems(
 
 
 # --------------------------------------------------------------------------------------------- slopes in the input
-@precise
+@usual_settings()
 def gradient_lipschitz(
     fn: Any, x: Any, y: Any, eps: float, settings: AttackSettings = LINF, *, steps: int = 10, **changes: Any
 ) -> Measured:
@@ -105,7 +106,7 @@ def gradient_lipschitz(
     )
 
 
-@precise
+@usual_settings()
 def loss_increase(
     fn: Any,
     x: Any,
@@ -186,7 +187,7 @@ def _ascent(
 
 
 # ------------------------------------------------------------------------------------------- curvature in the input
-@precise
+@usual_settings()
 def hessian_eigenvalue(
     fn: Any,
     x: Any,
@@ -309,7 +310,7 @@ class Landscape:
         )
 
 
-@precise
+@usual_settings()
 def landscape(
     fn: Any,
     x: Any,

@@ -45,6 +45,7 @@ from lipbounds._text import (
     text_table,
     whole,
 )
+from lipbounds._text.settings import usual_settings
 from lipbounds.analysis.attack_search import Attack
 from lipbounds.analysis.attack_settings import LINF, AttackSettings
 from lipbounds.analysis.attacks import fgsm, pgd
@@ -140,6 +141,7 @@ class MaskingChecks:
         }
 
 
+@usual_settings()
 def gradient_masking(
     model: Any,
     original: Any,

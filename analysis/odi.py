@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 
 from lipbounds._text import whole
+from lipbounds._text.settings import usual_settings
 from lipbounds.analysis import attacks
 from lipbounds.analysis.attack_network import Model
 from lipbounds.analysis.attack_search import Attack, Problem, per_example, project
 from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings
 
 
+@usual_settings()
 def odi_pgd(
     fn: Any,
     x: Any,

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipbounds._text import reporting, show, whole
+from lipbounds._text.settings import usual_settings
 from lipbounds.analysis.attack_network import Model, Oracle, margin_of
 from lipbounds.analysis.attack_search import Attack, Found, Problem, per_example, search, stride
 from lipbounds.analysis.attack_settings import LINF, AttackSettings
@@ -37,6 +38,7 @@ _AT_ONCE = 32  # queries between two looks at which images are done
 _LEAST = 8  # images, below which a chunk is not halved
 
 
+@usual_settings()
 def rays(
     fn: Any,
     x: Any,
@@ -131,6 +133,7 @@ class BoundaryDistances:
         )
 
 
+@usual_settings()
 def adbd(
     fn: Any,
     x: Any,

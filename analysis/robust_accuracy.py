@@ -18,6 +18,7 @@ import numpy as np
 import lipbounds as lb
 from lipbounds._local import logits
 from lipbounds._text import Progress, as_labels, show
+from lipbounds._text.settings import usual_settings
 from lipbounds.analysis.attack_search import Attack, as_points, length
 from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings, reports
 from lipbounds.analysis.attacks import pgd
@@ -78,6 +79,7 @@ class RobustAccuracy:
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
+@usual_settings()
 @reports
 def robust_accuracy(
     form: lb.LureForm,

@@ -29,6 +29,7 @@ import numpy as np
 from scipy import stats
 
 from lipbounds._text import Html, Progress, as_labels, check_seed, clock, element, remaining, say, whole
+from lipbounds._text.settings import usual_settings
 from lipbounds.analysis.attack_network import Model, count_classes, split
 from lipbounds.analysis.attack_search import as_points
 from lipbounds.analysis.attack_settings import reports
@@ -104,6 +105,7 @@ class Smoothed:
         return element("pre", repr(self))
 
 
+@usual_settings()
 @reports
 def smooth(
     fn: Any,
@@ -189,16 +191,15 @@ def _counts(
     total = len(points) * count
     tally = jnp.zeros((len(points), classes + 1), jnp.int32)  # the last column: logits that are not finite
     inputs, tenth, began = jnp.asarray(points), max(total // 10, 1), clock()
-    with jax.default_matmul_precision("highest"):
-        for start in range(0, total, size):
-            # all copies of all examples in one row, cut into batches; what lies beyond the end is not counted
-            number = np.arange(start, start + size)
-            example, copy = np.divmod(np.minimum(number, total - 1), count)
-            drawn = (jnp.asarray(a, jnp.int32) for a in (example, copy))
-            tally = _tally(model, weights, inputs, sigma, key, *drawn, jnp.asarray(number < total), tally)
-            if (start + size) // tenth > start // tenth:
-                done = min(start + size, total)
-                say(f"Smoothing, {what}: {done} of {total} samples{remaining(began, done, total)}")
+    for start in range(0, total, size):
+        # all copies of all examples in one row, cut into batches; what lies beyond the end is not counted
+        number = np.arange(start, start + size)
+        example, copy = np.divmod(np.minimum(number, total - 1), count)
+        drawn = (jnp.asarray(a, jnp.int32) for a in (example, copy))
+        tally = _tally(model, weights, inputs, sigma, key, *drawn, jnp.asarray(number < total), tally)
+        if (start + size) // tenth > start // tenth:
+            done = min(start + size, total)
+            say(f"Smoothing, {what}: {done} of {total} samples{remaining(began, done, total)}")
     found = np.asarray(tally, np.int64)
     if found[:, -1].any():
         place = int(np.argmax(found[:, -1] > 0))

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipbounds._text import reporting, whole
+from lipbounds._text.settings import usual_settings
 from lipbounds.analysis.attack_network import Model, margin_of
 from lipbounds.analysis.attack_search import (
     Attack,
@@ -37,6 +38,7 @@ _HALVINGS = (10, 50, 200, 1000, 2000, 4000, 6000, 8000)
 _AT_ONCE = 64  # between two looks at whether every example is broken
 
 
+@usual_settings()
 def square(
     fn: Any,
     x: Any,

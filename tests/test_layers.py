@@ -234,7 +234,7 @@ def test_orthonormal_columns_of_a_zero_matrix_are_zero() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", [k for k in KINDS if k != "unit"])
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("unit", "stiefel")])
 def test_layers_train(kind: str, dtype: str) -> None:
     """Gradient descent towards a target reduces the loss, parameters stay float32 and the claim still holds."""
     layer = convolution(kind)

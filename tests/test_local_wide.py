@@ -5,6 +5,7 @@ import sys
 import weakref
 from fractions import Fraction
 from functools import partial
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +123,11 @@ def test_every_net_of_the_zoo(name, wide):
 
 
 def cancelling(c, depth):
-    """An exact Lipschitz constant sqrt(8) 0.1^depth around 3; every layer computes 0.1 x from terms of size c."""
+    """An exact Lipschitz constant sqrt(8) 0.1^depth around 3; every layer computes 0.1 x from terms of size c.
+
+    Programs that lose all digits of their values are refused by `lb.trace`, so that this looks away: bounds hold for
+    the form in real arithmetic.
+    """
 
     def layer(x):
         return jax.nn.relu((c * x + 0.1 * x) - c * x)
@@ -132,7 +137,8 @@ def cancelling(c, depth):
             x = layer(x)
         return jnp.ones((2, 4), x.dtype) @ x
 
-    with jax.enable_x64(True):
+    unchecked = mock.patch.object(sys.modules["lipbounds._tracing.trace"], "check_values")
+    with jax.enable_x64(True), unchecked:
         return lb.trace(net, jax.ShapeDtypeStruct((4,), jnp.float64))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import lipbounds as lb
+from lipbounds import analysis
 
 RNG = np.random.default_rng(0)
 FORM = lb.from_weights([RNG.standard_normal(shape).astype(np.float32) for shape in ((8, 4), (6, 8), (3, 6))])
@@ -21,6 +22,8 @@ Y = np.argmax([np.asarray(FORM(x)) for x in X], axis=1)
 SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "ranks must agree": lambda: jax.numpy_rank_promotion("raise"),
     "nothing moves": lambda: jax.transfer_guard("disallow_explicit"),
+    "other random numbers": lambda: jax.default_prng_impl("rbg"),
+    "older random numbers": lambda: jax.threefry_partitionable(False),
 }
 
 
@@ -30,10 +33,52 @@ def estimate() -> float:
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_estimates_do_not_depend_on_settings_for_debugging(setting: str) -> None:
+def test_estimates_do_not_depend_on_settings(setting: str) -> None:
     usual = estimate()
     with SETTINGS[setting]():
         assert estimate() == usual
+
+
+@pytest.mark.parametrize("setting", ["other random numbers", "older random numbers"])
+def test_searches_draw_the_same_numbers_whatever_the_settings(setting: str) -> None:
+    usual = lb.empirical(FORM, steps=2)
+    with SETTINGS[setting]():
+        again = lb.empirical(FORM, steps=2)
+    assert again.value == usual.value
+    assert np.array_equal(again.witness, usual.witness)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("attack", ["pgd", pytest.param("square", marks=pytest.mark.slow)])
+def test_attacks_do_not_depend_on_settings(attack: str, setting: str) -> None:
+    def found() -> np.ndarray:
+        run = getattr(analysis, attack)(network, X, Y, 0.5, low=-9, high=9, progress=False)
+        return np.asarray(run.adversarial)
+
+    network = jax.vmap(FORM)
+    usual = found()
+    assert not np.array_equal(usual, X)
+    with SETTINGS[setting]():
+        assert np.array_equal(found(), usual)
+
+
+def test_attacks_inside_a_function_that_is_traced_are_refused() -> None:
+    with pytest.raises(TypeError, match="outside jit"):
+        jax.jit(lambda x: analysis.pgd(jax.vmap(FORM), x, Y, 0.5, low=-9, high=9).margin)(X)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_networks_are_traced_and_cores_run_under_any_settings(setting: str) -> None:
+    def value() -> float:
+        form = lb.trace(lambda x: jax.nn.relu(x @ kernel + 1), np.zeros(4, np.float32))
+        cores = (lb.liplt.core, lb.lipsdp.core)
+        return sum(float(core(form, core.init(form, key))[0].value) for core in cores)
+
+    kernel, key = jnp.asarray(RNG.standard_normal((4, 3)), jnp.float32), jax.random.key(0)
+    usual = value()
+    with SETTINGS[setting]():
+        assert value() == pytest.approx(usual, rel=1e-3)
 
 
 def test_calls_inside_a_function_that_is_traced() -> None:

@@ -27,6 +27,7 @@ from lipbounds._lipsdp import ellipsoid, recursion_step
 from lipbounds._lipsdp.core_states import Run, Stage, ratio, stages
 from lipbounds._lipsdp.state_matrices import TAIL, first_tap, split
 from lipbounds._norms import factorised
+from lipbounds._text.settings import debugging_off
 from lipbounds._triangle import core
 from lipbounds._triangle.core import Constants
 from lipbounds._triangle.output_rows import row_grams
@@ -67,6 +68,7 @@ class LipSdpCore:
     Works on tracers, under jit, grad and vmap; l2 norm; computes in the dtype of the state (float32 or float64).
     """
 
+    @debugging_off()
     def init(self, form: LureForm, key: Any, dtype: Any = jnp.float32) -> LipSdpState:
         """Multipliers to start from: one D per tap in closed form, of LipLT's size. `key` seeds LipLT's part.
 
@@ -83,6 +85,7 @@ class LipSdpCore:
         last = Constants(jnp.zeros((), dtype), jnp.zeros(k, dtype), jnp.zeros((k, k), dtype))
         return LipSdpState(multipliers, _optimiser().init(multipliers), front, last, jnp.zeros((), bool))
 
+    @debugging_off()
     def __call__(
         self, form: LureForm, state: LipSdpState, *, steps: int = 1, pairwise: bool = False
     ) -> tuple[Constants, LipSdpState]:

@@ -21,6 +21,7 @@ from lipbounds._form.program import Op
 from lipbounds._form.steps import KINDS
 from lipbounds._form.walk import walk
 from lipbounds._text.calls import usual_floats
+from lipbounds._text.settings import debugging_off
 from lipbounds._tracing.doors import check_example, check_function, explained
 from lipbounds._tracing.flat import Flat
 from lipbounds._tracing.jaxpr import flatten
@@ -32,6 +33,7 @@ Function = Callable[[Any, Any], Any]
 
 
 @usual_floats
+@debugging_off()
 def trace(
     fn: Callable[..., Any], x: Any, *, batched: bool = False, box: tuple[Any, Any] | None = None
 ) -> LureForm:
@@ -79,6 +81,7 @@ def trace(
 
 
 @usual_floats
+@debugging_off()
 def from_weights(
     weights: Sequence[Any],
     biases: Sequence[Any] | None = None,
@@ -168,6 +171,7 @@ def from_weights(
 
 
 @usual_floats
+@debugging_off()
 def register_activation(fn: Callable[[Any], Any], slopes: tuple[float, float]) -> Callable[[Any], Any]:
     """Declare the slope interval of an elementwise function whose range this library cannot prove.
 

@@ -163,10 +163,9 @@ def _explain(
         f"the program loses its digits in {dtype}: at {point.where} its rounding errors reach {difference:.3g} where "
         f"its values reach {size:.3g}. A bound is for real arithmetic, and would say little about this program"
     )
-    remedy = (
-        "trace it in float64 (inside `with jax.enable_x64():`, with weights and input in float64), or rescale it so "
-        "that large terms do not cancel"
-    )
+    rescale = "rescale it so that large terms do not cancel"
+    wide = "trace it in float64 (inside `with jax.enable_x64():`, with weights and input in float64)"
+    remedy = rescale if dtype == "float64" else f"{wide}, or {rescale}"
     name, path = (eqn.primitive, eqn.path) if eqn is not None else ("output", "")
     raise UnsupportedError((Unsupported(name, path, value.shape, reason, remedy),))
 

@@ -24,6 +24,7 @@ from lipbounds._form.concrete import is_concrete
 from lipbounds._form.lure import LureForm, fixed_operands, flat_slopes, multiplicity
 from lipbounds._form.program import Op, Program
 from lipbounds._form.walk import Algebra, connected, walk
+from lipbounds._text.settings import debugging_off
 from lipbounds._triangle.output_rows import Scalings, row_grams
 
 Pair = tuple[int, int]  # (source, target) taps; source -1 is the input
@@ -247,6 +248,7 @@ class Core:
 
     centred: bool
 
+    @debugging_off()
     def init(self, form: LureForm, key: Any, dtype: Any = jnp.float32) -> State:
         """Random unit vectors to start from."""
         layout = plan(form.program, self.centred)
@@ -261,6 +263,7 @@ class Core:
         rows = tuple(start((form.num_outputs,), k) for k in keys[len(shapes) : -1])
         return State(blocks, rows)
 
+    @debugging_off()
     def __call__(
         self,
         form: LureForm,
