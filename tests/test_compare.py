@@ -251,6 +251,8 @@ def test_crossing_bounds_are_an_error():
     with pytest.raises(GuaranteeError, match="L_0,1"):
         check_order(lower(0.5, pairwise=pairs), upper(3.0, pairwise=pairs / 2))
     check_order(lower(3.0, pairwise=pairs), upper(3.0, pairwise=pairs))
+    with pytest.raises(ValueError, match="3 and 2 outputs"):
+        check_order(lower(0.5, pairwise=np.zeros((3, 3))), upper(3.0, pairwise=pairs))
 
 
 def test_brackets_do_not_mix():
@@ -262,6 +264,17 @@ def test_brackets_do_not_mix():
         bracket(chain(4, 3), upper=Estimate(2.0, 2, method="naive"))
     with pytest.raises(ValueError, match="estimate"):
         bracket(chain(4, 3), guarantee="estimate")
+
+
+def test_results_of_another_network_are_refused():
+    form, other = lb.from_weights([np.eye(2)]), lb.from_weights([3 * np.eye(2)])
+    near = lb.local(form, [[1.0, 1.0]], 0.1)[0]
+    for foreign in (lb.liplt(other), near):
+        with pytest.raises(ValueError, match="another network"):
+            lb.compare(form, methods=[foreign])
+        with pytest.raises(ValueError, match="another network"):
+            bracket(form, upper=foreign)
+    assert lb.compare(form, methods=[lb.liplt(form)]).upper.value == pytest.approx(1.0)
 
 
 def test_bracket_with_a_bound_at_hand():

@@ -255,6 +255,27 @@ def test_pairs_whose_products_underflow_are_not_zero(verb: Any, norm: float) -> 
     assert 0 < found.radius[0] < 2.0**967
 
 
+@pytest.mark.parametrize("scaling", ["aol", "sll"])
+def test_a_neuron_whose_scaled_column_underflows_is_not_dropped(scaling: Any) -> None:
+    """Weights of 1e-170 twice in a row: their product is zero in floats, and the network is not."""
+    form = lb.from_weights([[[1e250]], [[1e-170]], [[1e-170]]], activation="abs")
+    assert 1e-90 <= lb.liplt(form, scaling=scaling).value <= 1.001e-90
+
+
+def test_a_block_that_is_known_at_another_scale_is_rounded_up_among_denormals() -> None:
+    """The radius of the slopes is 2^-3 of their size, and the norm with centre 0 is the least denormal or so."""
+    with jax.enable_x64(True):
+        steps = [jnp.full((1, 1), w) for w in (2.0**1000, 2.0**-1073, 1.0)]
+
+        def act(y: jax.Array) -> jax.Array:
+            return jnp.where(y > 0, y, 0.75 * y)
+
+        form = lb.trace(lambda x: steps[2] @ act(steps[1] @ act(steps[0] @ x)), jnp.ones(1))
+    lb.naive(form)
+    found = recursion.triangle(form, recursion.Request(), pairwise=False, centred=True)
+    assert len(found.parts) == 6 and all(part.value > 0 for part in found.parts)
+
+
 def test_radii_among_denormals_are_rounded_down() -> None:
     weights = [
         [-4.226356249085322e271, -1.6905424996341288e271],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from flint import arb, ctx
 import lipbounds as lb
 from lipbounds._lipsdp import search as engines
 from lipbounds._lipsdp import wide, wide_proof, wide_search
+from lipbounds._lipsdp.certificate import check as check_certificate
 from lipbounds._lipsdp.chain import Chain, chain, cores, operations
 from lipbounds._lipsdp.proof import Infeasible
 from lipbounds._lipsdp.solvers import Recursion
@@ -151,6 +153,47 @@ def test_a_second_attempt_gives_away_what_the_errors_take_and_no_more(
     (first, missed), (second, need) = tried
     assert first < missed and need <= second <= 1.06 * missed
     assert (1.0 - second) + second == 1.0 and Fraction(1.0 - second) == 1 - Fraction(second)
+
+
+def test_tiny_slopes_of_both_signs_are_no_chain() -> None:
+    """The product of the two ends underflows; as slopes of one sign they prove 1.414e-170 for a slope of 2e-170."""
+    with jax.enable_x64(True):
+        into, out = jnp.ones((2, 1)), jnp.array([[1.0, -1.0]])
+
+        def act(y: jax.Array) -> jax.Array:
+            return jnp.where(y > 0, 1e-170 * y, -1e-170 * y)
+
+        form = lb.trace(lambda x: out @ act(into @ x + jnp.array([3.0, -3.0])), jnp.zeros(1))
+        slope = abs(float(jax.grad(lambda x: form.evaluate(x, jnp.float64)[0])(jnp.zeros(1))[0]))
+    assert slope == pytest.approx(2e-170)
+    with pytest.raises(ValueError, match="both signs"):
+        chain(form)
+
+
+@pytest.mark.parametrize("exponent", [500, 1020])
+def test_weights_at_the_end_of_the_range_are_not_lost(exponent: int) -> None:
+    """The power of two that brings N into range must not push small multipliers below the normal range."""
+    maps = tuple(
+        Enclosure(np.array(m)) for m in ([[2.0**-200], [2.0**-140]], [[2.0**exponent, 2.0**exponent]])
+    )
+    own, s = Chain(maps, (np.arange(2),), False), np.array([2.0**-200, 2.0**-140])
+    slope = math.ldexp(2.0**-140 + 2.0**-200, exponent)
+    first = Chain((maps[0], Enclosure(np.array([[2.0**exponent, 0.0]]))), (np.arange(2),), False)
+    for each, least in ((own, slope), (first, math.ldexp(1.0, exponent - 200))):
+        try:
+            matrix, scale = wide_proof.propagate_chain(each, (4 * s * s,))
+        except Infeasible:
+            assert exponent > 1000
+            continue
+        assert math.ldexp(math.sqrt(matrix[0, 0]), scale // 2) >= least
+
+
+def test_a_linear_network_has_no_proof_by_a_chain() -> None:
+    form = lb.from_weights([np.eye(2)])
+    made = lb.lipsdp(form).certificate
+    claimed = replace(made, proofs=(replace(made.proofs[0], D=(), kind="chain"),))
+    with pytest.raises(lb.CertificateError, match="linear network"):
+        check_certificate(claimed, form)
 
 
 @pytest.mark.parametrize("part", range(5))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lipbounds._empirical.empirical import empirical
+from lipbounds._form.lure import LureForm, fingerprint
 from lipbounds._text.calls import public
 from lipbounds._text.progress import Progress
 from lipbounds._text.tables import new_axes, printable, show
@@ -64,6 +65,9 @@ def check_order(lower: LowerBound, upper: UpperBound) -> None:
     if lower.value > upper.value:
         clash = f"L >= {lower.value!r} but {upper.method} says L <= {upper.value!r}"
     elif lower.pairwise is not None and upper.pairwise is not None:
+        if lower.pairwise.shape != upper.pairwise.shape:
+            outputs = f"{len(lower.pairwise)} and {len(upper.pairwise)}"
+            raise ValueError(f"pairs of networks with {outputs} outputs cannot be compared")
         above = np.argwhere(lower.pairwise > upper.pairwise)
         if len(above):
             i, j = (int(c) for c in above[0])
@@ -76,6 +80,13 @@ def check_order(lower: LowerBound, upper: UpperBound) -> None:
             else "this is a bug of lipbounds, please report it"
         )
         raise GuaranteeError(f"{clash} ({upper.guarantee}), and both cannot hold: {cause}")
+
+
+def check_network(form: Any, result: Any) -> None:
+    """ValueError for a result that was computed from another network, or for one example of it."""
+    network = getattr(result, "network", None)
+    if network is not None and isinstance(form, LureForm) and network != fingerprint(form):
+        raise ValueError(f"the result of {result.method} was computed from another network")
 
 
 @public
@@ -102,7 +113,8 @@ def bracket(
 
     Raises:
         TypeError: `upper` is no UpperBound.
-        ValueError: guarantee="estimate", which bounds nothing; and as `lb.empirical` and `lb.liplt`.
+        ValueError: guarantee="estimate", which bounds nothing, or an `upper` of another network; and as `lb.empirical`
+            and `lb.liplt`.
         GuaranteeError: the lower bound exceeds the upper one.
 
     Example:
@@ -118,4 +130,5 @@ def bracket(
     made = or_naive(form, norm=check_norm(norm), guarantee=guarantee, **options) if upper is None else upper
     if not isinstance(made, UpperBound):
         raise TypeError(f"a bracket needs an UpperBound, got {type(made).__name__}")
+    check_network(form, made)
     return Bracket(empirical(form, X, norm=made.norm, **options), made)

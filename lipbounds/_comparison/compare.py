@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lipbounds._comparison.bracket import check_order
+from lipbounds._comparison.bracket import check_network, check_order
 from lipbounds._empirical.empirical import empirical, values64
 from lipbounds._form.elementwise import elementwise_view
 from lipbounds._form.units import Units, check_units, shape_error
@@ -347,7 +347,7 @@ def compare(
         progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
 
     Raises:
-        ValueError: an unknown method or norm, labels without points or out of range.
+        ValueError: an unknown method or norm, results of another network, labels without points or out of range.
         GuaranteeError: a lower bound exceeds an upper one.
 
     Example:
@@ -369,6 +369,8 @@ def compare(
     alien = [m.method for m in wanted if not isinstance(m, str) and m.norm != p]
     if alien:
         raise ValueError(f"these results are in another norm than {NORM_NAMES[p]}: {', '.join(alien)}")
+    for result in wanted:
+        check_network(form, result)
     levels = _eps(eps)
     points, labels = (None, None) if y is None else _labels(form, X, y)
     if points is not None:

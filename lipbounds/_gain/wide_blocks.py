@@ -33,7 +33,7 @@ from lipbounds._norms import banded_cholesky, cholesky, enclosures
 from lipbounds._norms import matrices as norms
 from lipbounds._norms.enclosures import Enclosure
 from lipbounds._norms.lanczos import golub_kahan
-from lipbounds._norms.rounding import U, add_up, mul_up, sqrt_up
+from lipbounds._norms.rounding import U, add_up, mul_up, sqrt_up, unscale_up
 from lipbounds._norms.starts import CHECKED, STARTS, Known, SharedStarts, Starts
 from lipbounds._text.device import remembered
 from lipbounds._text.threads import one_blas_thread
@@ -160,7 +160,7 @@ def _remembered(
     """The bound of one way, or that it has none, kept with the form."""
     what, exponent = content(host, *pair, scalings)
     found, before = remembered(host.quick, (what, how), lambda: (way(), exponent))
-    return None if found is None else found._replace(value=math.ldexp(found.value, exponent - before))
+    return None if found is None else found._replace(value=float(unscale_up(found.value, exponent - before)))
 
 
 def _band_cost(host: HostForm, source: Node, target: Node, scalings: Sequence[TapScaling]) -> _Cost:

@@ -58,6 +58,8 @@ class Chain:
 @kept_with_form
 def chain(view: LureForm) -> Chain:
     """The chain of a form; ValueError where it is none."""
+    if not view.taps:
+        raise ValueError("a linear network has no chain of activations")
     host = recursion.host_form(view)
     plain = [TapScaling(None, np.ones(tap.size_out), np.ones(tap.size_in)) for tap in view.taps]
     (left, _, _), *steps = host.state_maps(plain)
@@ -69,7 +71,7 @@ def chain(view: LureForm) -> Chain:
         maps.append(_times(into, left))
         a, b = proved_slopes(view, k)
         wider = np.minimum(a, 0.0), np.maximum(b, 0.0)
-        if (wider[0] * wider[1] < 0.0).any():
+        if ((wider[0] < 0.0) & (wider[1] > 0.0)).any():  # a product of tiny slopes is zero
             raise ValueError("an activation has slopes of both signs")
         widened |= bool((wider[0] != a).any() or (wider[1] != b).any())
         factor = np.where(wider[0] < 0.0, wider[0], wider[1])

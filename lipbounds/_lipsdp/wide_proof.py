@@ -108,7 +108,7 @@ def propagate_chain(chain: Chain, D: Sequence[np.ndarray]) -> Ellipsoid:
     if (top == 0.0 and error == 0.0) or not min(chain.widths):
         return Ellipsoid(np.zeros((chain.outputs,) * 2), 0)
     exponent = math.frexp(max(top, error))[1] + math.frexp(float(s[-1].max()))[1]
-    if not abs(exponent) < 900:
+    if not abs(exponent) < 800:  # so that s times a power of two stays in the normal range
         raise Infeasible(len(s) - 1, "they span more than the range of the proof")
     before = [None, *s[:-1], np.ldexp(s[-1], -exponent)]
     maps = [Scaled(m, own, cols) for m, own, cols in zip(chain.maps, [*s, None], before, strict=True)]

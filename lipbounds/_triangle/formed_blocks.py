@@ -17,7 +17,7 @@ from lipbounds._norms import enclosures
 from lipbounds._norms import matrices as norms
 from lipbounds._norms.banded_cholesky import Plan
 from lipbounds._norms.enclosures import Enclosure
-from lipbounds._norms.rounding import add_up, mul_up
+from lipbounds._norms.rounding import add_up, mul_up, unscale_up
 from lipbounds._text.device import hearing, note, remembered
 from lipbounds._text.progress import meter, proof_seconds, say, show_seconds
 
@@ -109,10 +109,8 @@ def proved(
             ((bound, error), before), heard = host.formed[key]
             for text in heard:
                 note(text)
-            found[pair] = (
-                replace(bound, value=math.ldexp(bound.value, exponent - before)),
-                math.ldexp(error, exponent - before),
-            )
+            value, error = (float(unscale_up(x, exponent - before)) for x in (bound.value, error))
+            found[pair] = replace(bound, value=value), error
     left = [pair for pair in pairs if pair not in found]
 
     def prove(item: tuple[tuple[Node, Node], Enclosure]) -> tuple[BlockNorm, list[str]]:

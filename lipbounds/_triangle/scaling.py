@@ -52,20 +52,21 @@ def factors(form: LureForm, nodes: Sequence[Node], blocks: Blocks, rule: str) ->
     found: dict[Node, np.ndarray] = {}
     for node in reversed(nodes):
         column = []
-        exact = True
+        size = sum(form.taps[k].size_out for k in node)
+        dead = np.ones(
+            size, bool
+        )  # the neuron reaches nothing: a zero column without error, in rows that count
         for (source, target), block in blocks.items():
             if source == node:
-                rows = 1.0 if not target else _rows(form, target, found[target])[:, None]
-                with np.errstate(over="ignore", invalid="ignore"):
-                    column.append(rows * block.midpoint_for_search())
-                exact = exact and block.error == 0.0
-        size = sum(form.taps[k].size_out for k in node)
+                rows = np.ones(block.shape[0]) if not target else _rows(form, target, found[target])
+                with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+                    column.append(rows[:, None] * block.midpoint_for_search())
+                dead &= ~block.select(rows=rows > 0.0).support(axis=0)
         b = np.concatenate(column) if column else np.zeros((1, size))
         if not np.isfinite(b).all():
             found[node] = np.ones(size)
             continue
-        zero = ~b.any(axis=0)
-        dead = zero & exact  # without error a zero column is zero, and the neuron is dropped
+        zero = ~b.any(axis=0)  # also where products underflow
         top = float(np.abs(b).max(initial=0.0)) or 1.0
         b = b / top
         if _grouped(form, node):
@@ -82,7 +83,7 @@ def factors(form: LureForm, nodes: Sequence[Node], blocks: Blocks, rule: str) ->
             f = 1 / (np.sqrt(t) * top)
         usable = np.isfinite(f) & (f > 1e-290) & (f < 1e290)
         spare = float(np.median(f[usable])) if usable.any() else 1.0  # any positive scaling is valid
-        # A column that is zero up to the blocks' error gets little weight as a target, and its error grows as much.
+        # A column that is zero up to the blocks' error or underflow gets little weight as a target; its error grows.
         found[node] = np.where(dead, 0.0, np.where(zero, spare * _ZERO_COLUMN, np.where(usable, f, spare)))
     return found
 
