@@ -67,6 +67,27 @@ def test_slopes_on_intervals(name):
         np.testing.assert_allclose(anchored[0][crossing], ends.min(0)[crossing], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("lo, hi", [(-np.inf, 5.0), (-1.7e308, 1.7e308), (-np.inf, np.inf), (-5.0, np.inf)])
+def test_slopes_on_intervals_without_a_middle(lo: float, hi: float) -> None:
+    """The ends may be infinite, or their difference; a part of the interval was left out, and the slope was 0.5."""
+    form = lb.trace(jax.nn.silu, jnp.ones(1))
+    (least,), (most,) = known = proved_slopes(form, 0)
+    tap = form.taps[0]
+    consts = [c.array if isinstance(c, StaticArray) else np.asarray(form.consts[c]) for c in tap.consts]
+    a, b = pair_slopes(tap.expr, consts, np.array([[lo]]), np.array([[hi]]), known)
+    assert (a[0, 0], b[0, 0]) == (least, most)
+
+
+def test_balls_that_leave_the_range_of_float64() -> None:
+    """The radius of the pre-activations overflows on the ball; 5.13e9 was returned for a slope of 1.0998e10."""
+    weight = jnp.array([[1e10]])
+    form = lb.trace(lambda x: jax.nn.silu(weight @ x), jnp.zeros(1))
+    x = np.array([[5.0]], np.float32)
+    assert lb.local(form, x, 1e300, input_range=(0, 10)).value[0] == pytest.approx(
+        lb.liplt(form).value, rel=1e-9
+    )
+
+
 # --- constants -----------------------------------------------------------------------------------------------------
 
 

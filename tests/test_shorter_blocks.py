@@ -7,7 +7,8 @@ import pytest
 from zoo import NETS
 
 import lipbounds as lb
-from lipbounds._triangle import formed_blocks, recursion
+from lipbounds._gain.memory_budget import Budget
+from lipbounds._triangle import formed_blocks, recursion, refinement
 
 
 @pytest.mark.sampled(2)
@@ -32,6 +33,33 @@ def test_shorter_blocks_are_above_the_blocks_they_replace(name: str, monkeypatch
     again = lb.trace(fn, x)
     assert lb.liplt(again).value == pytest.approx(lb.liplt(form).value, rel=1e-9)
     assert lb.liplt(again).value <= naive
+
+
+@pytest.mark.parametrize("where", ["other_size", "device", "device_and_budget"])
+def test_no_term_of_a_shorter_block_is_missing(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms of blocks on the way may come from elsewhere: the size rule, or a device. Without them the norm was 0."""
+    rng = np.random.default_rng(0)
+    weights = [rng.standard_normal(shape).astype(np.float32) for shape in ((8, 8), (3, 8), (3, 3), (2, 3))]
+    form = lb.from_weights(weights)
+    scalings = recursion.loop_transform(form, 2, centred=True)
+    pairs = recursion.structure(recursion.host_form(form), [(0,), (1,), (2,)], scalings)
+    plain = recursion.block_norms(form, pairs, scalings, recursion.Request())
+    monkeypatch.setattr(recursion, "LOOSE", -1.0)
+    if where == "other_size":
+        monkeypatch.setattr(recursion, "DENSE_LIMIT", 4)
+        monkeypatch.setattr(refinement, "quick_norms", lambda *_: [])
+    for pair in pairs[:1] if where == "other_size" else pairs:
+        if where != "other_size":
+            monkeypatch.setattr(recursion, "proved_on_device", lambda *_, p=pair: {p: plain[p].value})
+        budget = Budget(2**20) if where == "device_and_budget" else None
+        again = lb.from_weights(weights)
+        found = recursion.block_norms(again, pairs, scalings, recursion.Request(budget=budget))
+        assert all(found[p].value >= plain[p].value * (1 - 1e-9) for p in pairs), pair
+        assert found.keys() == set(pairs)
+        if where == "other_size":
+            assert found[(), (0,)].guarantee == "probabilistic"
+            shorter = {p for p in pairs if found[p].how == "shorter blocks"}
+            assert all((found[p].guarantee == "probabilistic") == (p[0] == ()) for p in shorter)
 
 
 def test_a_deep_network_keeps_its_digits() -> None:

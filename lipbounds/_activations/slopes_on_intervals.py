@@ -23,6 +23,7 @@ from lipbounds._activations.slope_range import jets
 from lipbounds._activations.terms import Terms
 
 _BOXES = 8  # parts of an interval on which a smooth piece is enclosed
+_FAR = 2.0**1000  # beyond it a part reaches to the end of the interval
 
 
 @functools.lru_cache(maxsize=4096)
@@ -76,7 +77,8 @@ def _slopes_of(terms: Terms, part: Piece, low: np.ndarray, high: np.ndarray) -> 
         slope = I.from_fraction(affine[1]) if len(affine) == 2 else (0.0, 0.0)
         return np.full(low.shape, slope[0]), np.full(low.shape, slope[1])
     share = np.arange(_BOXES + 1) / _BOXES
-    cuts = low[:, None] + (high - low)[:, None] * share
+    begin, end = (np.clip(side, -_FAR, _FAR)[:, None] for side in (low, high))  # infinite ends have no middle
+    cuts = begin + (end - begin) * share
     cuts[:, 0], cuts[:, -1] = low, high
     cuts = np.maximum.accumulate(np.minimum(cuts, high[:, None]), axis=1)
     jet = jets(terms, part.term, (cuts[:, :-1], cuts[:, 1:]))[part.term]

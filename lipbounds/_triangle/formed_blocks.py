@@ -20,6 +20,7 @@ from lipbounds._norms.enclosures import Enclosure
 from lipbounds._norms.rounding import add_up, mul_up, unscale_up
 from lipbounds._text.device import hearing, note, remembered
 from lipbounds._text.progress import meter, proof_seconds, say, show_seconds
+from lipbounds.results import weakest
 
 LOOSE = 1e-6  # rounding error of a block, relative to its norm, above which shorter blocks are tried
 _HASHED = 2**22  # entries up to which blocks are compared with those proved before
@@ -166,6 +167,10 @@ def shorten(
 
     Without rounding G[k, j] = D[k, j] q_j + sum_m D[k, m] c_m G[m, j] over the taps m between, D the direct linear
     maps, so ||G[k, j]|| <= ||D[k, j] q_j|| + sum_m ||D[k, m] c_m|| ||G[m, j]||. The smaller bound is kept.
+
+    Args:
+        pairs: all blocks between nodes, and
+        found: the norms of all of them, so that no term is missing.
     """
     plain = [TapScaling(None, s.q, s.e) for s in scalings]
     through = [TapScaling(None, np.zeros_like(s.q) if s.c is None else s.c, s.e) for s in scalings]
@@ -173,13 +178,15 @@ def shorten(
     targets = {target for _, target in loose}
     between = [pair for pair in pairs if pair[0] and pair[1] in targets]
     steps = {pair: block_norm(host, block, norm) for pair, block in matrices(host, between, through)}
-    nodes = list(dict.fromkeys(target for _, target in pairs))
+    every, nodes = set(pairs), list(dict.fromkeys(target for _, target in pairs))
     for source, target in sorted(loose, key=lambda pair: nodes.index(pair[1])):
-        terms = [direct.get((source, target), 0.0)]
+        terms, used = [direct.get((source, target), 0.0)], []
         for (middle, end), value in steps.items():
-            if end == target and (source, middle) in found:
-                terms.append(mul_up(value, found[source, middle].value))
+            if end == target and (source, middle) in every:
+                used.append(found[source, middle])
+                terms.append(mul_up(value, used[-1].value))
         shorter = add_up(*terms)
         old = found[source, target]
         if shorter < old.value:
-            found[source, target] = BlockNorm(shorter, "verified", "shorter blocks", old.shape)
+            how = weakest(one.guarantee for one in used)
+            found[source, target] = BlockNorm(shorter, how, "shorter blocks", old.shape)

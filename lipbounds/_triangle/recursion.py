@@ -149,12 +149,13 @@ def block_norms(
         limit = math.inf if request.budget is None else request.budget.limit
         for pair, value in proved_on_device(host, pairs, scalings, limit).items():
             found[pair] = BlockNorm(value, "verified", "residual on a GPU", block_shape(host, pair))
-        pairs = [pair for pair in pairs if pair not in found]
     if request.budget is not None:
-        return {**found, **_within_budget(form, pairs, scalings, request, request.budget)}
+        return _within_budget(form, pairs, scalings, request, request.budget, found)
     small: list[tuple[Node, Node]] = []
     large: list[tuple[Node, Node]] = []
     for pair in pairs:
+        if pair in found:
+            continue
         side = min(block_shape(host, pair))
         forced = request.norm != 2 or request.guarantee == "verified"
         dense = request.guarantee == "auto" and side <= DENSE_LIMIT
@@ -166,9 +167,6 @@ def block_norms(
         (small if forced or dense else large).append(pair)
     one_by_one = proved(host, small, scalings, request.norm, partial(_block_name, form))
     found |= {pair: bound for pair, (bound, _) in one_by_one.items()}
-    loose = [pair for pair, (bound, error) in one_by_one.items() if error > LOOSE * bound.value]
-    if loose:
-        shorten(host, pairs, scalings, loose, found, request.norm)
     if large:
         known = {pair: one.value for pair, one in found.items()}
         name, proofs = partial(_block_name, form), request.guarantee != "probabilistic"
@@ -176,6 +174,9 @@ def block_norms(
             host, large, scalings, known, ends or {}, request.seed, request.failure, proofs, name
         )
         found |= {pair: BlockNorm(*bound[:3], block_shape(host, pair)) for pair, bound in wide.items()}
+    loose = [pair for pair, (bound, error) in one_by_one.items() if error > LOOSE * bound.value]
+    if loose:
+        shorten(host, pairs, scalings, loose, found, request.norm)
     return found
 
 
@@ -185,26 +186,35 @@ def _within_budget(
     scalings: Sequence[TapScaling],
     request: Request,
     budget: Budget,
+    known: Mapping[tuple[Node, Node], BlockNorm],
 ) -> dict[tuple[Node, Node], BlockNorm]:
     """`block_norms` within a budget: proofs that fit it, else the Fourier bound of a convolution, else Golub-Kahan.
 
-    The Fourier bound is verified but not tight: it is taken where proofs are forced, or where it keeps the whole bound
-    verified, that is where every block without a proof has one.
+    Blocks whose norms are `known` keep them. The Fourier bound is verified but not tight: it is taken where proofs are
+    forced, or where it keeps the whole bound verified, that is where every block without a proof has one.
     """
     host = host_form(form)
     size = partial(block_shape, host)
     forced = request.guarantee == "verified"
-    found: dict[tuple[Node, Node], BlockNorm] = {}
-    left: dict[tuple[Node, Node], tuple[float, int] | None] = dict.fromkeys(pairs)
+    found = dict(known)
+    left: dict[tuple[Node, Node], tuple[float, int] | None] = dict.fromkeys(
+        p for p in pairs if p not in known
+    )
     if request.guarantee != "probabilistic":
-        with meter(len(pairs), 0.0) as advance:
+        with meter(len(left), 0.0) as advance:
 
             def prove(block: Enclosure, plan: Plan) -> float:
                 advance(plan.name, 0.0)
                 return block_norm(host, block, 2, plan)
 
             proved, left = proofs(
-                host, pairs, scalings, budget, forced=forced, prove=prove, name=partial(_block_name, form)
+                host,
+                list(left),
+                scalings,
+                budget,
+                forced=forced,
+                prove=prove,
+                name=partial(_block_name, form),
             )
         for pair, proof in proved.items():
             found[pair] = BlockNorm(proof.value, "verified", proof.how, proof.shape)
