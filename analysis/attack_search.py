@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lipbounds._form.concrete import is_concrete
+from lipbounds._form import is_concrete
 from lipbounds._text import as_labels, check_seed, clock, remaining, say, whole
 from lipbounds.analysis.attack_network import Needs, Oracle, count_classes, margins, outline, split
 from lipbounds.analysis.attack_settings import AttackSettings, norm_name

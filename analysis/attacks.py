@@ -29,8 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lipbounds._text import reporting, whole
-from lipbounds._text.settings import usual_settings
+from lipbounds._text import reporting, usual_settings, whole
 from lipbounds.analysis.attack_network import Model, margin_of
 from lipbounds.analysis.attack_search import (
     Attack,

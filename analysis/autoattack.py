@@ -21,8 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import logsumexp
 
-from lipbounds._text import reporting, show
-from lipbounds._text.settings import usual_settings
+from lipbounds._text import reporting, show, usual_settings
 from lipbounds.analysis.apgd import runs as apgd_runs
 from lipbounds.analysis.apgd import slopes
 from lipbounds.analysis.attack_network import count_classes, logits_of, split

@@ -33,9 +33,9 @@ from lipbounds._text import (
     show,
     text_table,
     together,
+    usual_settings,
     whole,
 )
-from lipbounds._text.settings import usual_settings
 from lipbounds.analysis.attack_settings import reports
 from lipbounds.analysis.batches import chunks, padded
 from lipbounds.analysis.forging import Forged

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from lipbounds._text import Html, html_table, markdown_table, reporting, say, show, text_table
-from lipbounds._text.settings import usual_settings
+from lipbounds._text import Html, html_table, markdown_table, reporting, say, show, text_table, usual_settings
 from lipbounds.analysis.attack_settings import LINF, AttackSettings
 from lipbounds.analysis.attacks import pgd
 from lipbounds.analysis.forging import Forged, Where, forge

@@ -34,8 +34,17 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save
 
-from lipbounds._text import Progress, parsed, read_safetensors, say, show, text_table, whole, write_atomically
-from lipbounds._text.settings import usual_settings
+from lipbounds._text import (
+    Progress,
+    parsed,
+    read_safetensors,
+    say,
+    show,
+    text_table,
+    usual_settings,
+    whole,
+    write_atomically,
+)
 from lipbounds.analysis.attack_settings import reports
 from lipbounds.analysis.batches import Example, chunks, examples, padded
 from lipbounds.analysis.gates import (

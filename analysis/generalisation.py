@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lipbounds._text import show, whole
-from lipbounds._text.settings import usual_settings
+from lipbounds._text import show, usual_settings, whole
 from lipbounds.analysis.attack_search import Attack
 from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings
 from lipbounds.analysis.attacks import pgd

@@ -31,8 +31,7 @@ import numpy as np
 from scipy import stats
 
 import lipbounds as lb
-from lipbounds._text import Progress, check_seed, say, show, whole
-from lipbounds._text.settings import usual_settings
+from lipbounds._text import Progress, check_seed, say, show, usual_settings, whole
 from lipbounds.analysis.attack_settings import reports
 from lipbounds.analysis.smoothing import clopper_pearson_lower
 

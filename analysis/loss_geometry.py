@@ -25,8 +25,7 @@ import numpy as np
 from flax import nnx
 from scipy import linalg
 
-from lipbounds._text import as_labels, check_seed, show, whole
-from lipbounds._text.settings import usual_settings
+from lipbounds._text import as_labels, check_seed, show, usual_settings, whole
 from lipbounds.analysis.attack_network import Model, count_classes, split
 from lipbounds.analysis.attack_search import INSIDE, Problem, as_points, project
 from lipbounds.analysis.attack_settings import DEFAULT, LINF, AttackSettings

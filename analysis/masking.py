@@ -43,9 +43,9 @@ from lipbounds._text import (
     printable,
     show,
     text_table,
+    usual_settings,
     whole,
 )
-from lipbounds._text.settings import usual_settings
 from lipbounds.analysis.attack_search import Attack
 from lipbounds.analysis.attack_settings import LINF, AttackSettings
 from lipbounds.analysis.attacks import fgsm, pgd

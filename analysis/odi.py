@@ -15,8 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lipbounds._text import whole
-from lipbounds._text.settings import usual_settings
+from lipbounds._text import usual_settings, whole
 from lipbounds.analysis import attacks
 from lipbounds.analysis.attack_network import Model
 from lipbounds.analysis.attack_search import Attack, Problem, per_example, project

@@ -28,8 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lipbounds._text import reporting, show, whole
-from lipbounds._text.settings import usual_settings
+from lipbounds._text import reporting, show, usual_settings, whole
 from lipbounds.analysis.attack_network import Model, Oracle, margin_of
 from lipbounds.analysis.attack_search import Attack, Found, Problem, per_example, search, stride
 from lipbounds.analysis.attack_settings import LINF, AttackSettings

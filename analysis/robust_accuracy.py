@@ -17,8 +17,7 @@ import numpy as np
 
 import lipbounds as lb
 from lipbounds._local import logits
-from lipbounds._text import Progress, as_labels, show
-from lipbounds._text.settings import usual_settings
+from lipbounds._text import Progress, as_labels, show, usual_settings
 from lipbounds.analysis.attack_search import Attack, as_points, length
 from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings, reports
 from lipbounds.analysis.attacks import pgd

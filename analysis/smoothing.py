@@ -28,8 +28,18 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from lipbounds._text import Html, Progress, as_labels, check_seed, clock, element, remaining, say, whole
-from lipbounds._text.settings import usual_settings
+from lipbounds._text import (
+    Html,
+    Progress,
+    as_labels,
+    check_seed,
+    clock,
+    element,
+    remaining,
+    say,
+    usual_settings,
+    whole,
+)
 from lipbounds.analysis.attack_network import Model, count_classes, split
 from lipbounds.analysis.attack_search import as_points
 from lipbounds.analysis.attack_settings import reports

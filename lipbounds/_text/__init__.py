@@ -22,6 +22,7 @@ from lipbounds._text.progress import (
     stoppable,
     within,
 )  # fmt: skip
+from lipbounds._text.settings import usual_settings
 from lipbounds._text.tables import (
     Direction,
     entry,
@@ -40,5 +41,5 @@ __all__ = [
     "DEFLATE", "Direction", "Html", "OutOfTime", "Progress", "as_labels", "check_seed", "clock", "element", "entry",
     "html_table", "hurried", "is_special", "label_text", "markdown_table", "markdown_text", "near", "new_axes",
     "parsed", "printable", "read_npz", "read_safetensors", "read_text", "remaining", "reporting", "say", "seconds_text",
-    "show", "stoppable", "text_table", "together", "whole", "within", "write_atomically",
+    "show", "stoppable", "text_table", "together", "usual_settings", "whole", "within", "write_atomically",
 ]  # fmt: skip
