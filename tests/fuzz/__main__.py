@@ -28,13 +28,16 @@ def main() -> int:
     parser.add_argument(
         "--seed", type=int, default=int(time.time()), help="the same seed draws the same programs"
     )
+    parser.add_argument(
+        "--limits", type=float, default=0.5, help="share of programs that go the ways of wide networks"
+    )
     parser.add_argument("--stop", action="store_true", help="stop at the first finding")
     options = parser.parse_args()
     context = mp.get_context("spawn")
     results: Any = context.Queue()
     started, seconds = time.monotonic(), 60.0 * options.minutes
     workers = [
-        context.Process(target=work, args=(i, options.seed, seconds, results), daemon=True)
+        context.Process(target=work, args=(i, options.seed, seconds, options.limits, results), daemon=True)
         for i in range(options.processes)
     ]
     for worker in workers:

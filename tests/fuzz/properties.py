@@ -23,6 +23,7 @@ import numpy as np
 import lipbounds as lb
 from lipbounds.errors import CertificateError, UnsupportedError
 
+from .limits import Limits, lowered
 from .program import Program
 from .search import Pairs, Reference
 
@@ -89,16 +90,17 @@ def _where(error: BaseException) -> str:
 class Checker:
     """One program, its form, and a plan of what to try (drawn from its own source, so that it can be run again)."""
 
-    def __init__(self, program: Program) -> None:
-        self.program, self.report = program, Report()
+    def __init__(self, program: Program, limits: Limits = ()) -> None:
+        self.program, self.limits, self.report = program, limits, Report()
         self.seed = zlib.crc32(program.source().encode())
         self.rng = random.Random(self.seed)
         self.extreme = program.largest_constant > 1e20 or any("e-30" in s.text for s in program.steps)
         self.tolerance = program.tolerance
 
     def run(self) -> Report:
+        self.kept = b""
         quiet = np.errstate(all="raise") if self.rng.random() < 0.05 else contextlib.nullcontext()
-        with quiet, jax.enable_x64(self.program.double), contextlib.suppress(_Stop):
+        with quiet, lowered(self.limits), jax.enable_x64(self.program.double), contextlib.suppress(_Stop):
             self.trace()
             self.bounds()
             for part in (
@@ -112,7 +114,16 @@ class Checker:
             ):
                 with contextlib.suppress(_Stop):
                     part()
+        if self.limits and self.kept:
+            with jax.enable_x64(self.program.double), contextlib.suppress(_Stop):
+                self.verb("certificate, usual limits", lambda: self.verified(self.kept))
         return self.report
+
+    def verified(self, certificate: bytes) -> bool:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "certificate"
+            path.write_bytes(certificate)
+            return lb.verify_certificate(path, self.form)
 
     def verb(self, name: str, call: Callable[[], Any]) -> Any:
         """The result of a verb that has to work."""
@@ -284,6 +295,7 @@ class Checker:
             self.report.check(
                 self.verb("verify_certificate", lambda: lb.verify_certificate(path, self.form)), "false"
             )
+            self.kept = path.read_bytes()
 
     def texts(self) -> None:
         shown = [self.form, *self.found.values(), getattr(self, "ball", None), getattr(self, "radii_", None)]
@@ -300,12 +312,12 @@ class Checker:
                 )
 
 
-def check(program: Program) -> Report:
-    """All properties of one program."""
-    return Checker(program).run()
+def check(program: Program, limits: Limits = ()) -> Report:
+    """All properties of one program, with these limits of the library lowered."""
+    return Checker(program, limits).run()
 
 
-def minimised(program: Program, family: str, seconds: float = 30.0) -> Program:
+def minimised(program: Program, family: str, seconds: float = 30.0, limits: Limits = ()) -> Program:
     """A smaller program with a finding of the same family: it ends earlier, or lacks steps."""
     end = time.monotonic() + seconds
     while True:
@@ -314,15 +326,15 @@ def minimised(program: Program, family: str, seconds: float = 30.0) -> Program:
         for other in smaller:
             if time.monotonic() > end:
                 return program
-            if other is not None and len(other.pruned().steps) < n and _shows(other.pruned(), family):
+            if other is not None and len(other.pruned().steps) < n and _shows(other.pruned(), family, limits):
                 program = other.pruned()
                 break
         else:
             return program
 
 
-def _shows(program: Program, family: str) -> bool:
+def _shows(program: Program, family: str, limits: Limits) -> bool:
     try:
-        return any(f.family == family for f in check(program).findings)
+        return any(f.family == family for f in check(program, limits).findings)
     except Exception:  # a smaller program need not be a program
         return False
