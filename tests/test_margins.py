@@ -1,6 +1,7 @@
 """Margins on balls: exact where the answer is known, never above an attained margin, at least the local ellipsoids."""
 
 import itertools
+import time
 from dataclasses import replace
 from fractions import Fraction
 
@@ -496,3 +497,12 @@ def test_a_branch_is_below_the_margins_of_its_part_of_the_ball():
     assert (
         max(least.values()) > whole + problem.balls.gaps[0, other]
     )  # nu of either sign proves nothing of the whole
+
+
+def test_a_search_that_never_ends_is_no_proof(monkeypatch):
+    """Searches of rows that have failed are dropped; a margin whose branch was dropped is not proved."""
+    problem = one_problem(0)[3]
+    other = int((problem.labels[0] + 1) % 3)
+    found = Found(problem, problem.balls.local.copy(), 1)
+    monkeypatch.setattr(Found, "wanted", lambda self, key: False)
+    assert not branching._margin(found, 0, other, 2, time.monotonic() + 5.0)

@@ -66,10 +66,11 @@ def _margin(found: Found, row: int, other: int, rounds: int, deadline: float) ->
     gap = float(found.problem.balls.gaps[row, other])
     alone = row if found.problem.apart(row) else None
     heap: list[tuple[float, int, Branch]] = []
-    number, closed = itertools.count(), True
+    number, open_ = itertools.count(), 1  # branches whose search has not ended
 
     def done(job: search.Job, result: search.Result) -> None:
-        nonlocal closed
+        nonlocal open_
+        open_ -= 1
         if result.least > job.goal:
             low = found.proved(row, other, result.multipliers, job.item)
             if np.nextafter(gap + low, -np.inf) > 0:
@@ -94,8 +95,9 @@ def _margin(found: Found, row: int, other: int, rounds: int, deadline: float) ->
             if not halves:
                 return False  # no neuron is left, or the search has failed
             jobs += [search.Job((row, other), item, x, -gap, _ROUNDS, _AGE) for item, x in halves]
+        open_ += len(jobs)
         found.searched(jobs, done, len(jobs), alone)
-    return not heap
+    return not heap and not open_
 
 
 def _halves(branch: Branch) -> list[tuple[search.Item, search.Multipliers]]:
