@@ -269,10 +269,10 @@ def test_brackets_do_not_mix():
 def test_results_of_another_network_are_refused():
     form, other = lb.from_weights([np.eye(2)]), lb.from_weights([3 * np.eye(2)])
     near = lb.local(form, [[1.0, 1.0]], 0.1)[0]
-    for foreign in (lb.liplt(other), near):
-        with pytest.raises(ValueError, match="another network"):
+    for foreign, why in ((lb.liplt(other), "another network"), (near, "one example only")):
+        with pytest.raises(ValueError, match=why):
             lb.compare(form, methods=[foreign])
-        with pytest.raises(ValueError, match="another network"):
+        with pytest.raises(ValueError, match=why):
             bracket(form, upper=foreign)
     assert lb.compare(form, methods=[lb.liplt(form)]).upper.value == pytest.approx(1.0)
 

@@ -170,7 +170,7 @@ def test_constants_grow_with_the_ball_and_items_are_bounds():
     assert (small.value <= large.value * (1 + 1e-9)).all() and len(small) == len(list(small)) == 10
     one = small[3]
     assert isinstance(one, lb.UpperBound) and one.value == small.value[3] and "within 0.05" in one.notes[-1]
-    with pytest.raises(ValueError, match="another network"):
+    with pytest.raises(ValueError, match="one example only"):
         lb.certified_radius(form, x, np.zeros(10, int), bound=one)
     assert "LocalBounds: 10 examples, l2, verified" in repr(small) and "one per example" not in repr(small)
 

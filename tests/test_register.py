@@ -142,6 +142,33 @@ def test_the_last_declaration_counts() -> None:
     assert lb.liplt(one_layer(fn)).value == pytest.approx(4.0, rel=1e-12)
 
 
+def test_a_declared_function_may_end_with_a_linear_operation(rng: np.random.Generator) -> None:
+    """Its last operation is linear in the network, too, but the slopes are those of the whole."""
+    inner = digamma_like(2.9375)
+    for name, fn in {
+        "scaled": lambda h: 2.0 * inner(h),
+        "shifted": lambda h: inner(h) - 0.5,
+        "residual": lambda h: h + inner(h),
+        "negative": lambda h: -inner(h),
+    }.items():
+        w = gauss(rng, 3, 4)
+        with pytest.raises(lb.UnsupportedError):
+            lb.trace(lambda x, fn=fn, w=w: 2.0 * fn(w @ x), jnp.ones(4))
+        lb.register_activation(fn, slopes=(-3.0, 3.0))
+        form = lb.trace(lambda x, fn=fn, w=w: 2.0 * fn(w @ x), jnp.ones(4))
+        assert form.assumed and len(form.taps) == 1, name
+        assert lb.naive(form).value == pytest.approx(6.0 * np.linalg.norm(w, 2), rel=1e-6), name
+
+
+def test_bounds_of_other_declared_slopes_are_of_another_network() -> None:
+    fn = digamma_like(2.96875)
+    lb.register_activation(fn, slopes=(-3.0, 3.0))
+    bound = lb.liplt(one_layer(fn))
+    lb.register_activation(fn, slopes=(-4.0, 4.0))
+    with pytest.raises(ValueError, match="another network"):
+        lb.certified_radius(one_layer(fn), np.ones((1, 5), np.float32), [0], bound=bound)
+
+
 def test_returns_the_function_so_that_it_decorates() -> None:
     @functools.partial(lb.register_activation, slopes=(-3.0, 3.0))
     def wobble(h: jax.Array) -> jax.Array:

@@ -312,6 +312,11 @@ def registered(expr: Expr, consts: Sequence[Any]) -> tuple[float, float] | None:
         return None
 
 
+def declared_ends() -> frozenset[str]:
+    """The last operations of the expressions that are declared."""
+    return frozenset(expr.nodes[-1].op for expr, _ in _REGISTERED)
+
+
 _SPOTS = np.array(
     [-30, -7.3, -3, -2.2, -1, -0.7, -0.3, -0.05, 0, 0.05, 0.4, 0.8, 1, 1.7, 2.5, 4, 5.9, 8, 30]
 )  # fmt: skip

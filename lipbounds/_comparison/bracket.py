@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lipbounds._empirical.empirical import empirical
-from lipbounds._form.lure import LureForm, fingerprint
+from lipbounds._form.lure import LureForm, check_network
 from lipbounds._text.calls import public
 from lipbounds._text.progress import Progress
 from lipbounds._text.tables import new_axes, printable, show
@@ -82,13 +82,6 @@ def check_order(lower: LowerBound, upper: UpperBound) -> None:
         raise GuaranteeError(f"{clash} ({upper.guarantee}), and both cannot hold: {cause}")
 
 
-def check_network(form: Any, result: Any) -> None:
-    """ValueError for a result that was computed from another network, or for one example of it."""
-    network = getattr(result, "network", None)
-    if network is not None and isinstance(form, LureForm) and network != fingerprint(form):
-        raise ValueError(f"the result of {result.method} was computed from another network")
-
-
 @public
 def bracket(
     form: Any,
@@ -130,5 +123,6 @@ def bracket(
     made = or_naive(form, norm=check_norm(norm), guarantee=guarantee, **options) if upper is None else upper
     if not isinstance(made, UpperBound):
         raise TypeError(f"a bracket needs an UpperBound, got {type(made).__name__}")
-    check_network(form, made)
+    if isinstance(form, LureForm):
+        check_network(form, made.network, f"the result of {made.method}")
     return Bracket(empirical(form, X, norm=made.norm, **options), made)

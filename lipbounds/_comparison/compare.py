@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from lipbounds._comparison.bracket import check_network, check_order
+from lipbounds._comparison.bracket import check_order
 from lipbounds._empirical.empirical import empirical, values64
 from lipbounds._form.elementwise import elementwise_view
+from lipbounds._form.lure import check_network
 from lipbounds._form.units import Units, check_units, shape_error
 from lipbounds._lipsdp.lipsdp import lipsdp
 from lipbounds._margins.radius import certified_radius
@@ -369,8 +370,8 @@ def compare(
     alien = [m.method for m in wanted if not isinstance(m, str) and m.norm != p]
     if alien:
         raise ValueError(f"these results are in another norm than {NORM_NAMES[p]}: {', '.join(alien)}")
-    for result in wanted:
-        check_network(form, result)
+    for result in (m for m in wanted if not isinstance(m, str)):
+        check_network(form, getattr(result, "network", None), f"the result of {result.method}")
     levels = _eps(eps)
     points, labels = (None, None) if y is None else _labels(form, X, y)
     if points is not None:

@@ -305,15 +305,28 @@ def check_weights(form: LureForm) -> None:
 
 
 def fingerprint(form: LureForm) -> str:
-    """Digest of a concrete form, equal for equal networks in every process; no proof depends on it."""
+    """Digest of a concrete form, equal for equal networks in every process; no proof depends on it.
+
+    Declared slopes are a part of it, as a bound rests on them; all others follow from the program.
+    """
     digest = hashlib.sha256()
     for part in described(form.program):
         digest.update(part)
-    for leaf in form.consts:
+    declared = [end for tap, ends in zip(form.taps, form.slopes, strict=True) if tap.assumed for end in ends]
+    for leaf in (*form.consts, *declared):
         array = np.asarray(leaf)
         digest.update(f"{array.shape}{array.dtype}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
+
+
+def check_network(form: LureForm, network: str | None, what: str) -> None:
+    """ValueError where `network`, of a bound, is not the fingerprint of this form; None is not known."""
+    if network is None or network == fingerprint(form):
+        return
+    if network.startswith("local"):
+        raise ValueError(f"{what} holds around one example only: use a bound of the whole network (lb.liplt)")
+    raise ValueError(f"{what} was computed from another network: bound this form, or leave it out")
 
 
 def multiplicity(tap: Tap) -> np.ndarray:

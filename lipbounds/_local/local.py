@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from lipbounds._form.inputs import Box, check_box
-from lipbounds._form.lure import LureForm, fingerprint
+from lipbounds._form.lure import LureForm, check_network, fingerprint
 from lipbounds._form.units import Units
 from lipbounds._gain.memory_budget import parse
 from lipbounds._lipsdp import proof
@@ -178,8 +178,9 @@ def local(
     whole = liplt(form, norm=p, pairwise=pairwise, guarantee=guarantee, seed=seed) if bound is None else bound
     if not isinstance(whole, UpperBound):
         raise TypeError(f"`bound` must be an UpperBound of the whole network, got {type(whole).__name__}")
-    if whole.norm != p or (whole.network is not None and whole.network != fingerprint(form)):
-        raise ValueError("`bound` is in another norm, or was computed from another network")
+    if whole.norm != p:
+        raise ValueError(f"`bound` is in another norm than {NORM_NAMES[p]}")
+    check_network(form, whole.network, "`bound`")
     classes = form.num_outputs
     value = np.full(len(x), whole.value)
     pairs = np.full((len(x), classes, classes) if pairwise else (0, 1, 1), np.inf)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lipbounds._form.inputs import box_ends, check_box
-from lipbounds._form.lure import LureForm, fingerprint
+from lipbounds._form.lure import LureForm, check_network
 from lipbounds._form.units import Units
 from lipbounds._gain.memory_budget import parse
 from lipbounds._local.engines import NoEngineError, bounded
@@ -262,8 +262,7 @@ def certified_radius(
     proof = liplt(form, pairwise=few, guarantee=guarantee, seed=seed) if bound is None else bound
     if not isinstance(proof, UpperBound):
         raise TypeError(f"a radius needs an UpperBound, got {type(proof).__name__}, which proves nothing")
-    if proof.network is not None and proof.network != fingerprint(form):
-        raise ValueError("`bound` was computed from another network: bound this form, or leave it out")
+    check_network(form, proof.network, "`bound`")
     constants, notes = _pair_constants(proof, form.num_outputs)
     notes = (*notes, *form.notes)
     if not all(enclosable(recursion.host_form(form), tap) for tap in form.taps):

@@ -267,6 +267,18 @@ class Lowering:
             slopes = activations.piecewise_linear_slopes(expr, values)
         return Elementwise(base, expr, consts, slopes, declared is not None)
 
+    def declared(self, eqn: Eqn) -> Elementwise | None:
+        """The tap of a declared activation that ends with this linear equation, as in 2 f(x) or x + f(x)."""
+        if eqn.primitive not in activations.declared_ends():
+            return None
+        for base, region, nonlinear in self.dominators(eqn.outputs[0]):
+            expr, consts = self.expression(eqn.outputs[0], base, region)
+            if nonlinear and all(is_concrete(v.const) for v in consts):
+                slopes = activations.registered(expr, [np.asarray(v.const) for v in consts])
+                if slopes is not None:
+                    return Elementwise(base, expr, consts, slopes, True)
+        return None
+
     def decide(self, eqn: Eqn, needed: set[int]) -> None:
         """Settle one needed equation and mark what it needs."""
         for value in eqn.outputs:
@@ -281,8 +293,12 @@ class Lowering:
                 self.taps[eqn.outputs[0].index] = found
                 needed.add(found.base.index)
                 return
+        declared = self.declared(eqn) if isinstance(result, Linear) else None
         if isinstance(result, Refused):
             self.refuse(eqn, result, needed)
+        elif declared is not None:
+            self.taps[eqn.outputs[0].index] = declared
+            needed.add(declared.base.index)
         elif isinstance(result, Group):
             self.taps[eqn.outputs[0].index] = result
             needed.add(self.resolve(eqn.inputs[0]).index)

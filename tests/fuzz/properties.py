@@ -177,9 +177,12 @@ class Checker:
                 )
         for p in (2, 1, math.inf):
             chain = [self.found[f"{m} {p}"] for m in ("naive", "liplt", "lipsdp") if f"{m} {p}" in self.found]
+            spare = (
+                1e-12 if self.limits else 0.0
+            )  # on a device the last digits depend on what is asked with it
             for better, worse in zip(chain[1:], chain, strict=False):
                 what = f"order, norm {p}: {better.method} {better.value!r} > {worse.method} {worse.value!r}"
-                self.report.check(better.value <= worse.value, what)
+                self.report.check(better.value <= worse.value * (1 + spare), what)
         for name, bound in self.found.items():
             self.report.check(
                 math.isfinite(bound.value) and bound.value >= 0, f"{name}: value {bound.value!r}"
