@@ -20,6 +20,11 @@ from lipbounds.interop.onnx import OnnxNetwork
 Needs = Literal["gradients", "logits", "labels"]
 
 _TIE = 2.0**-100  # margin of a target that ties with another class: not reached
+OTHER = 0.01  # share of the largest margin or logit; where an answer changes by more, it is not by rounding
+MIXED = (
+    "the network's answer to an example changes when the rest of its batch changes: pass the network in evaluation "
+    "mode (model.eval(), for BatchNorm and dropout), or jax.vmap of a function of one example"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +94,25 @@ def margin_of(z: jax.Array, y: jax.Array, targeted: bool = False) -> jax.Array:
 def logits_of(model: Model, weights: Any, points: jax.Array) -> jax.Array:
     """Logits (B, K) of a model at points, in float32."""
     return model(weights, points).astype(jnp.float32)
+
+
+def check_rows(model: Model, weights: Any, batch: np.ndarray) -> None:
+    """ValueError where the answer to one of the examples (B, *shape) depends on the others, or on chance.
+
+    A batch of copies of the example with the most unusual logits must give these again.
+    """
+
+    def told(points: np.ndarray) -> np.ndarray:
+        z = np.asarray(logits_of(model, weights, points))
+        return z - z.mean(axis=1, keepdims=True)
+
+    # logits that are not finite tell nothing here
+    with jax.default_matmul_precision("highest"), np.errstate(invalid="ignore"):
+        z = told(batch)
+        place = int(np.abs(z - z.mean(axis=0)).max(axis=1).argmax())
+        again = told(np.repeat(batch[place : place + 1], len(batch), axis=0))
+        if np.abs(again - z[place]).max() > OTHER * np.abs(z).max():
+            raise ValueError(MIXED)
 
 
 def answers(fn: Any, points: np.ndarray, batch_size: int = 256) -> np.ndarray:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -40,12 +39,13 @@ from lipbounds._text import (
     usual_settings,
     whole,
 )
-from lipbounds.analysis.attack_network import Model, count_classes, split
+from lipbounds.analysis.attack_network import Model, check_rows, count_classes, split
 from lipbounds.analysis.attack_search import as_points
 from lipbounds.analysis.attack_settings import reports
 
 ABSTAIN = -1
 _ABOUT = "certifies the smoothed classifier (majority under noise), not the network itself"
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 _ROUNDING = 1 - 1e-9  # SciPy's quantiles are right to many more digits, but not rounded downwards
 
 
@@ -146,18 +146,21 @@ def smooth(
 
     Raises:
         TypeError: fn is not callable.
-        ValueError: shapes, labels, sigma, alpha or numbers of samples out of range; x or logits that are not finite.
+        ValueError: shapes, labels, sigma, alpha or numbers of samples out of range; x or logits that are not finite;
+            answers to an example that depend on the others in its batch.
     """
-    if not (math.isfinite(sigma) and sigma > 0):
-        raise ValueError(f"sigma must be a number > 0, got {sigma!r}")
+    if not _SMALLEST <= sigma <= _LARGEST:  # NaN is not
+        raise ValueError(f"sigma must be a number > 0 that float32 holds, got {sigma!r}")
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must be in (0, 1), got {alpha!r}")
     whole("n0", n0), whole("n", n), check_seed(seed)
-    model, weights = split(fn)
+    model, weights = split(fn, "logits")
     points = as_points(x)
     labels = None if y is None else as_labels(y, len(points))
     size = min(whole("batch_size", batch_size), len(points) * n)
     classes = count_classes(model, weights, (size, *points.shape[1:]), labels)
+    noise = np.random.default_rng(seed).standard_normal((size, *points.shape[1:]))
+    check_rows(model, weights, (np.resize(points, noise.shape) + sigma * noise).astype(np.float32))
     choosing, deciding = jax.random.split(jax.random.key(seed))
 
     def sample(key: jax.Array, count: int, what: str) -> np.ndarray:

@@ -142,6 +142,13 @@ def test_chunks_are_of_one_size_and_change_nothing(rng, batch_size):
 
 
 @pytest.mark.slow
+def test_a_network_that_mixes_the_examples_of_a_batch_is_refused(rng):
+    fn, _, x, y = softmax_linear(rng)
+    for measure in (gradient_lipschitz, loss_increase, hessian_eigenvalue):
+        with pytest.raises(ValueError, match="rest of its batch changes"):
+            measure(lambda b: fn(b - b.mean(axis=0)), x, y, 0.1)
+
+
 def test_a_plane_holds_its_lines(rng):
     net = Deep(nnx.Rngs(0))
     x, y = rng.random((10, 6), np.float32), rng.integers(0, 3, 10)

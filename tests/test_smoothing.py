@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from scipy import stats
 
+from lipbounds.analysis import Oracle
 from lipbounds.analysis.smoothing import ABSTAIN, clopper_pearson_lower, smooth
 
 N, SIGMA, ALPHA, REPEATS = 200, 0.5, 0.05, 3000
@@ -161,6 +162,9 @@ X = np.full((4, 2), 0.5, np.float32)
     [
         ({"sigma": 0.0}, "sigma must be a number > 0"),
         ({"sigma": math.nan}, "sigma must be a number > 0"),
+        ({"sigma": 1e39}, "sigma must be a number > 0 that float32 holds"),
+        ({"sigma": 1e-50}, "sigma must be a number > 0 that float32 holds"),
+        ({"fn": Oracle(lambda x: np.zeros(len(x), int))}, "needs logits, which an Oracle does not have"),
         ({"alpha": 0.0}, r"alpha must be in \(0, 1\)"),
         ({"alpha": 1.0}, r"alpha must be in \(0, 1\)"),
         ({"n0": 0}, "n0 must be a whole number >= 1"),
@@ -179,6 +183,13 @@ def test_bad_input_is_refused(change, message):
     given = {"fn": halfspace, "x": X, "sigma": 0.1, "n0": 5, "n": 5} | change
     with pytest.raises(ValueError, match=message):
         smooth(given.pop("fn"), given.pop("x"), given.pop("sigma"), **given)
+
+
+def test_a_network_that_mixes_the_examples_of_a_batch_is_refused():
+    for mixed in (lambda x: halfspace(x - x.mean(axis=0)), lambda x: jnp.cumsum(halfspace(x), axis=0)):
+        for points in (X, X[:1]):
+            with pytest.raises(ValueError, match=r"rest of its batch changes: .*evaluation mode"):
+                smooth(mixed, points, 0.1, 5, 5)
 
 
 def test_accuracy_needs_labels_and_a_radius():
