@@ -180,7 +180,9 @@ class Oracle:
         if said.ndim == 2 and len(said) == len(points) and said.shape[1] > 1 and said.dtype.kind == "f":
             own = np.take_along_axis(said, labels[:, None], axis=1)[:, 0]
             others = np.where(np.arange(said.shape[1]) == labels[:, None], -np.inf, said).max(axis=1)
-            return ((others - own) if targeted else (own - others)).astype(np.float32)
+            if targeted:
+                return np.where(own == others, _TIE, others - own).astype(np.float32)
+            return (own - others).astype(np.float32)
         raise ValueError(
             f"an oracle must answer with {len(points)} integer labels or logits ({len(points)}, K), got an array "
             f"{said.shape} of {said.dtype}"

@@ -457,3 +457,18 @@ def test_vectors_of_spectral_layers_move_on_with_the_weights() -> None:
     assert np.linalg.norm(np.asarray(trained.first.weights()), 2) > 1.1
     kept = jax.tree.leaves(fitted.state.kept)
     assert len(kept) == 1 and kept[0].shape == (64,) and fitted.log[-1]["clean"] > 0.5
+
+
+@pytest.mark.slow
+def test_a_validation_bounds_the_network_that_is_returned() -> None:
+    rest: Any = {"learning_rate": 3e-2, "epochs": 1, "validate_every": 1}
+    fitted = fit(config(**rest), few(), model=Spectral())
+    own = lb.liplt(lb.trace(fitted.model, jax.ShapeDtypeStruct((8, 8, 1), jnp.float32)), progress=False)
+    assert fitted.proved is not None
+    assert fitted.proved[1].bound.value == pytest.approx(own.value, rel=1e-6)
+
+
+def test_dropout_in_training_mode_is_refused() -> None:
+    model = nnx.Sequential(nnx.Dropout(0.5, rngs=nnx.Rngs(0)), Spectral())
+    with pytest.raises(ValueError, match=r"layers.0 \(Dropout\) draws random numbers in training.*rate to 0"):
+        fit(config(epochs=1), few(), model=model)

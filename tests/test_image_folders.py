@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from lipbounds.training.data import tiny_imagenet
+from lipbounds.training.image_folders import class_folders
 
 WNIDS = ["n02", "n01", "n03"]
 
@@ -82,6 +83,13 @@ def test_missing_and_empty_class_folders(tiny):
         FileNotFoundError, match=r"lacks the folders of 1 of 3 classes.*n01.*cs231n\.stanford\.edu"
     ):
         tiny_imagenet(tiny)
+
+
+def test_images_of_more_than_8_bits_are_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.full((6, 8), 300, np.uint16)).save(tmp_path / "a" / "0.png")
+    with pytest.raises(ValueError, match=r"0\.png .*its pixels have more than 8 bits"):
+        class_folders(tmp_path, 1)
 
 
 def append(text):

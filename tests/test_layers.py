@@ -102,6 +102,15 @@ def test_columns_that_hardly_differ_keep_norm_one() -> None:
             assert found.min() >= 1 - 1e-4
 
 
+@pytest.mark.parametrize("terms", [2, 3])
+def test_a_series_of_few_terms_promises_what_it_keeps(terms: int) -> None:
+    layer = Dense(6, 6, kind="exponential", terms=terms, rngs=nnx.Rngs(1))
+    layer.kernel.set_value(30 * layer.kernel.get_value())
+    assert 1.05 < proved(layer, (6,)) <= layer.constant == 1 + 1 / (2 if terms == 2 else 6)
+    with pytest.raises(ValueError, match="terms must be a whole number >= 1"):
+        Dense(6, 6, kind="exponential", terms=0, rngs=nnx.Rngs(1))
+
+
 # --- deliberate faults -----------------------------------------------------------------------------------------------
 
 

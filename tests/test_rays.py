@@ -172,6 +172,14 @@ def test_a_target_is_reached(rng):
     np.testing.assert_array_equal((made.adversarial @ w).argmax(1)[won], ((y + 1) % 3)[won])
 
 
+def test_a_target_that_ties_is_not_reached_by_an_oracle_of_logits():
+    def tie(b):
+        return np.stack([np.ones(len(b)), np.zeros(len(b)), b[:, 0] > 0.5], axis=1).astype(np.float32)
+
+    made = rays(Oracle(tie), np.full((1, 8), 0.3, np.float32), [0], 0.4, target=[2], queries=200)
+    assert not made.success.any() and made.margin[0] > 0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -21,6 +21,7 @@ from lipbounds.training.data import digits
 from lipbounds.training.loop import fit, resume
 from lipbounds.training.models import ConvNet
 from lipbounds.training.runs import open_run
+from lipbounds.training.step import Trainer
 
 SMALL: dict[str, Any] = {**SGD, "attack_eps": 0.1, "robust_every": 0}
 
@@ -193,6 +194,17 @@ def test_images_outside_the_box_are_refused() -> None:
         fit(settings(loss="cross-entropy", autoaugment=True, epochs=1), (2 * x, y), model=Normed())
     with pytest.raises(ValueError, match=r"jitter changes images in the box \[0, 1\], and these reach"):
         fit(settings(loss="cross-entropy", jitter=0.1, epochs=1), (2 * x, y), model=Normed())
+
+
+def test_the_second_view_has_a_key_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one that the augmentation of the first view draws from."""
+    keys: list[Any] = []
+    monkeypatch.setattr(Trainer, "batch", lambda self, pixels, rows, key: keys.append(key) or jnp.zeros(4))
+    monkeypatch.setattr(Trainer, "_step", lambda *given: None)
+    rows = np.arange(4)
+    made(settings(loss="consistency"))._visit(None, None, rows, rows, jax.random.key(0))
+    drawn = jax.random.key_data(jax.random.split(keys[0], 3)).tolist()
+    assert len(keys) == 2 and jax.random.key_data(keys[1]).tolist() not in drawn
 
 
 # ---------------------------------------------------------------------------------------------------------- slow

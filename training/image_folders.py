@@ -159,6 +159,8 @@ def _decode(
         try:
             with Image.open(path, formats=kinds) as image:
                 width, height = image.size
+                if image.mode[0] in "IF":  # Pillow would clip its values, not scale them
+                    raise ValueError("its pixels have more than 8 bits, save it with 8")
                 if row == 0:
                     if max(width, height) > _WIDEST:
                         raise ValueError(f"{height} x {width} pixels, more than {_WIDEST} a side")

@@ -11,7 +11,7 @@ Nothing believes these constants: a network of these layers is traced like any o
 | spectral | W / sigma, sigma by a kept power iteration | 1 as it converges | Miyato et al., ICLR 2018 |
 | aol | W diag(d), d_j = (sum_i |W'W|_ij)^(-1/2) | 1 | Prach and Lampert, ECCV 2022 |
 | cayley | (I + S)^-1 (I - S), S = A - A' | 1, orthogonal | Trockman and Kolter, ICLR 2021 |
-| exponential | exp(A - A') (SOC) | 1, orthogonal | Singla and Feizi, ICML 2021 |
+| exponential | exp(A - A') (SOC), a series | 1 (+ 1 / terms!), orthogonal | Singla and Feizi, ICML 2021 |
 | reflection | I - 2 V (V'V)^-1 V' (BRO) | 1, orthogonal | Lai et al., ICML 2025 |
 | cholesky | W L^-*, L L* = W* W + d I, d tiny: orthonormal columns (or rows) | 1, orthogonal | Hu et al., ICLR 2024 |
 | stiefel | W, orthonormal at first and kept so by `fit` (dense only) | 1, orthogonal | Hu et al., ICLR 2026 |
@@ -38,6 +38,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lipbounds._text import whole
 from lipbounds.training import orthogonal
 from lipbounds.training.manifold import Orthonormal
 
@@ -193,6 +194,7 @@ class _Layer(nnx.Module):
             raise ValueError(f"a layer needs sizes of at least 1, got {tuple(shape)}")
         if kind == "residual" and n_in != n_out:
             raise ValueError(f"a residual map keeps the number of features, got {n_in} and {n_out}")
+        whole("terms", self.terms)
         self.kind, key, side = kind, rngs.params(), max(n_in, n_out)
         normal = partial(jax.random.normal, dtype=jnp.float32)  # whatever `jax_enable_x64` says, as all below
         fan = math.prod(window) * n_in
@@ -215,8 +217,11 @@ class _Layer(nnx.Module):
         """What the construction promises to bound the layer's norm by; None for residual, unit and plain maps.
 
         A "spectral" layer keeps its promise only as far as its power iteration has converged, a "stiefel" layer only
-        while its kernel moves by `manifold.turns`. No bound relies on any.
+        while its kernel moves by `manifold.turns`; the series of "exponential" leaves out at most 1 / terms! of exp(S).
+        No bound relies on any.
         """
+        if self.kind == "exponential":
+            return 1 + 1 / math.factorial(self.terms)
         return None if self.kind in ("residual", "unit", "plain") else 1.0
 
     def apply(self, kernel: jax.Array, x: jax.Array) -> jax.Array:

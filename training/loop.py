@@ -386,7 +386,8 @@ class _Run:
         config, state = self.config, parallel.local(state)
         rows, given = self.sample, seconds_for(config, log)
         x = self.images.pixels[rows] / np.float32(self.images.levels)
-        form = self.trainer.at(self.trainer.final_kept(state)).form(self.trainer.final_weights(state))
+        made, weights = self.trainer.final(state)
+        form = made.form(weights)
         try:
             found = bound_within(form, config, state, given, iterations=0)
         except ValueError:  # multipliers that prove nothing yet must not end the run

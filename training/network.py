@@ -99,8 +99,17 @@ class Network:
 def split(model: nnx.Module, input_shape: tuple[int, ...]) -> tuple[dict[str, Any], Any]:
     """(the arguments of `Network`, the weights) of a model, which is not changed.
 
-    BatchNorm layers in training mode are trained; those in evaluation mode keep their statistics.
+    BatchNorm layers in training mode are trained; those in evaluation mode keep their statistics. ValueError for
+    dropout in training mode, of which no step draws anything new.
     """
+    for at, part in nnx.iter_modules(model):
+        rate = getattr(part, "rate", getattr(part, "dropout_rate", 1))
+        if getattr(part, "deterministic", None) is False and rate:
+            place = ".".join(map(str, at)) or "the model"
+            raise ValueError(
+                f"{place} ({type(part).__name__}) draws random numbers in training mode, and `fit` trains without "
+                "dropout: set its rate to 0, or its `deterministic` to True"
+            )
     moving, weights, rest = _parts(model)
     gathering = _parts(model, momentum=0.0)[0]
     graph = _parts(model, use_running_average=True)[0]

@@ -293,7 +293,8 @@ class Trainer(Network):
         x = self.batch(pixels, rows, key)
         attack = jax.random.fold_in(key, 1) if self.config.robust else None
         if self.config.views == 2:
-            x = jnp.stack([x, self.batch(pixels, rows, jax.random.fold_in(key, 2))])
+            # the augmentation splits the key in three, which are also what 0, 1 and 2 folded in would give
+            x = jnp.stack([x, self.batch(pixels, rows, jax.random.fold_in(key, 3))])
         return self._step(state, x, self.devices.spread(labels[rows]), attack)
 
     @cached_property
@@ -437,10 +438,15 @@ class Trainer(Network):
         """What belongs to `final_weights`: statistics of BatchNorm are those of the averaged weights, if there are."""
         return nnx.merge_state(state.kept, state.settled) if jax.tree.leaves(state.settled) else state.kept
 
-    def model(self, state: TrainState) -> nnx.Module:
-        """The network with the final weights of a state, in evaluation mode; spectral layers have converged on them."""
+    def final(self, state: TrainState) -> tuple[Trainer, Any]:
+        """(this with what belongs to the final weights of a state, these weights); spectral layers have converged."""
         weights, made = self.final_weights(state), self.at(self.final_kept(state))
-        return nnx.merge(self.graph, weights, made.at(made.advanced(weights, _LAST_ITERATIONS)).rest)
+        return made.at(made.advanced(weights, _LAST_ITERATIONS)), weights
+
+    def model(self, state: TrainState) -> nnx.Module:
+        """The network with the final weights of a state, in evaluation mode."""
+        made, weights = self.final(state)
+        return nnx.merge(self.graph, weights, made.rest)
 
 
 def _calm(bound: Any) -> Any:
