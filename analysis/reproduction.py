@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import lipbounds as lb
-from lipbounds._text import markdown_table, seconds_text, show, write_atomically
+from lipbounds._text import markdown_table, seconds_text, show, whole, write_atomically
 from lipbounds.analysis import evaluation
 from lipbounds.analysis.demo import FORMAT, FORMAT_VERSION, is_ours, read_json, write_json
 from lipbounds.analysis.experiment import LABELS, Json
@@ -58,7 +58,7 @@ class Plan:
         limit: use only so many training and test images, evenly spaced, as some files are sorted by class.
         small: for trials: a small network of each kind, few constants, and images of at most 16 x 16 pixels, which are
             every second or fourth one of the data set's; its figures mean nothing.
-        settings: changes of every configuration.
+        settings: changes of every configuration, before all others.
         images: attack and certify only the first so many test images.
         local_images: of a row with local constants in its loss so many test images are certified by local bounds, too.
         pgd_steps: steps of the l2 attack.
@@ -87,29 +87,30 @@ class Plan:
             changes["arch"] = row.small or _SMALL.get(row.name, _SMALL[row.group])
             changes["refresh"] = 1 if row.settings.get("constants") == "local" else 4
             changes |= {"degrees": 0.0, "translate": 0.0}
-        return row.config(self.epochs, **changes, **self.settings)
+        changes |= self.settings
+        epochs = whole("epochs", changes.pop("epochs")) if "epochs" in changes else self.epochs
+        return row.config(epochs, **changes)
 
     def data(self, dataset: str) -> Dataset:
         """The data set, cut to the limit, and in small its images with fewer pixels."""
-        whole = load(dataset, self.data_dir)
+        every = load(dataset, self.data_dir)
         if self.small:
-            apart = -(-max(whole.train_pixels.shape[1:3]) // _SIDE)
+            apart = -(-max(every.train_pixels.shape[1:3]) // _SIDE)
             fewer = {
-                name: getattr(whole, name)[:, ::apart, ::apart] for name in ("train_pixels", "test_pixels")
+                name: getattr(every, name)[:, ::apart, ::apart] for name in ("train_pixels", "test_pixels")
             }
-            whole = dataclasses.replace(whole, **fewer)
+            every = dataclasses.replace(every, **fewer)
         if self.limit is None:
-            return whole
+            return every
         parts = {}
         for name in ("train_pixels", "train_y", "test_pixels", "test_y"):
-            part = getattr(whole, name)
+            part = getattr(every, name)
             parts[name] = part[
                 np.arange(min(self.limit, len(part))) * len(part) // min(self.limit, len(part))
             ]
-        names = whole.class_names or tuple(
-            map(str, range(whole.classes))
-        )  # all classes, whatever is left of them
-        return dataclasses.replace(whole, **parts, class_names=names)
+        # all classes, whatever is left of them
+        names = every.class_names or tuple(map(str, range(every.classes)))
+        return dataclasses.replace(every, **parts, class_names=names)
 
 
 class Clock:
@@ -236,7 +237,8 @@ def _settings(config: Config, plan: Plan) -> Json:
         name: getattr(plan, name)
         for name in ("limit", "images", "local_images", "pgd_steps", "guarantee", "seed")
     }
-    return {**config.to_json(), **of_plan, "data_dir": None}
+    fewer = {"small": True} if plan.small else {}  # other pixels
+    return {**config.to_json(), **of_plan, **fewer, "data_dir": None}
 
 
 def _evaluated(place: pathlib.Path, config: Config, plan: Plan) -> Json | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gzip
 import json
 import pathlib
@@ -43,6 +44,18 @@ def test_every_row_is_a_configuration_that_fits_its_images() -> None:
         "gloro-trades",
         "lipschitz-margin",
     }
+
+
+def test_settings_of_a_plan_go_before_its_other_ones() -> None:
+    row = ROWS["mnist/standard"]
+    settings = {"arch": "4C3F", "seed": 3, "epochs": 5, "batch_size": 7}
+    plan = reproduction.Plan(small=True, epochs=2, limit=64, settings=settings)
+    found = plan.config(row).to_json()
+    assert {name: found[name] for name in settings} == settings
+    with pytest.raises(ValueError, match="epochs must be a whole number >= 1, got 'two'"):
+        reproduction.Plan(settings={"epochs": "two"}).config(row)
+    whole = dataclasses.replace(plan, small=False)  # other images, whatever the configuration is
+    assert reproduction._settings(plan.config(row), plan) != reproduction._settings(plan.config(row), whole)
 
 
 def test_the_printed_figures_are_those_of_the_paper() -> None:
