@@ -352,6 +352,7 @@ def landscape(
     labels = as_labels(y, len(points))
     size = min(whole("batch_size", batch_size), len(points))
     count_classes(model, weights, (size, *points.shape[1:]), labels)
+    check_rows(model, weights, points[:size])
     rng = np.random.default_rng(check_seed(seed))
     ways = [
         _direction(weights, None if directions == "weights" else rng)

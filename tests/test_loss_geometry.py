@@ -148,6 +148,13 @@ def test_a_network_that_mixes_the_examples_of_a_batch_is_refused(rng):
         with pytest.raises(ValueError, match="rest of its batch changes"):
             measure(lambda b: fn(b - b.mean(axis=0)), x, y, 0.1)
 
+    class Mixed(Deep):
+        def __call__(self, b):
+            return super().__call__(b - b.mean(axis=0))
+
+    with pytest.raises(ValueError, match="rest of its batch changes"):
+        landscape(Mixed(nnx.Rngs(0)), x[:, :6], y % 3, [0.0])
+
 
 def test_a_plane_holds_its_lines(rng):
     net = Deep(nnx.Rngs(0))

@@ -168,6 +168,10 @@ def test_a_torn_last_line_is_left_out_and_a_broken_one_refused(tmp_path: pathlib
     path.write_bytes(b'{"epoch": 1, "lo\n' + whole)
     with pytest.raises(RunError, match=r"log.jsonl, line 1 is not JSON"):
         runs.read_log(tmp_path)
+    for line in (b"3\n", b'{"loss": 0.5}\n'):
+        path.write_bytes(whole + line)
+        with pytest.raises(RunError, match=r"log.jsonl, line 3 is no record of an epoch"):
+            runs.read_log(tmp_path)
     path.unlink()
     assert runs.read_log(tmp_path) == []
 

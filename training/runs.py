@@ -162,11 +162,14 @@ def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
         if not line:
             continue
         try:
-            records.append(parsed(line))
+            record = parsed(line)
         except ValueError as error:
             if number == len(lines):  # without a newline: its write was interrupted
                 break
             raise RunError(f"{path}, line {number} is not JSON: {error}") from error
+        if not isinstance(record, dict) or type(record.get("epoch")) is not int:
+            raise RunError(f"{path}, line {number} is no record of an epoch")
+        records.append(record)
     return records
 
 
