@@ -165,12 +165,10 @@ def test_a_torn_last_line_is_left_out_and_a_broken_one_refused(tmp_path: pathlib
         path.write_bytes(whole[:-cut])
         # a line that lacks no more than its newline is whole
         assert runs.read_log(tmp_path) == records[: whole[:-cut].count(b"}")]
-    path.write_bytes(b'{"epoch": 1, "lo\n' + whole)
-    with pytest.raises(RunError, match=r"log.jsonl, line 1 is not JSON"):
-        runs.read_log(tmp_path)
-    for line in (b"3\n", b'{"loss": 0.5}\n'):
-        path.write_bytes(whole + line)
-        with pytest.raises(RunError, match=r"log.jsonl, line 3 is no record of an epoch"):
+    broken = {b'{"epoch": 1, "lo\n' + whole: "1 is not JSON", whole + b"3": "3 is no record of an epoch"}
+    for text, message in broken.items():
+        path.write_bytes(text)
+        with pytest.raises(RunError, match=f"log.jsonl, line {message}"):
             runs.read_log(tmp_path)
     path.unlink()
     assert runs.read_log(tmp_path) == []
