@@ -159,8 +159,7 @@ def test_a_torn_last_line_is_left_out_and_a_broken_one_refused(tmp_path: pathlib
     records = [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}]
     runs.write_log(tmp_path, records)
     assert runs.read_log(tmp_path) == records
-    path = tmp_path / "log.jsonl"
-    whole = path.read_bytes()
+    whole = (path := tmp_path / "log.jsonl").read_bytes()
     for cut in range(1, len(whole)):
         path.write_bytes(whole[:-cut])
         # a line that lacks no more than its newline is whole
