@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipbounds._text import as_labels, reporting, usual_settings, whole
-from lipbounds.analysis.attack_network import Model, margin_of
+from lipbounds.analysis.attack_network import Model, check_rows, margin_of
 from lipbounds.analysis.attack_search import (
     Attack,
     Found,
@@ -39,6 +39,7 @@ from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings
 from lipbounds.analysis.batches import padded
 
 Generator = Callable[[jax.Array, jax.Array], jax.Array]
+_CHECKED = 16  # latents of the batch on which the generator's images must not depend on each other
 _AT_ONCE = 50  # Adam steps between two looks at which examples are broken
 
 
@@ -71,7 +72,8 @@ def in_distribution(
 
     Raises:
         TypeError: fn is not callable.
-        ValueError: as `pgd`; another norm than 2; latents or images of another number or shape.
+        ValueError: as `pgd`; another norm than 2; latents or images of another number or shape, or images that depend
+            on the others in their batch.
     """
     settings = AttackSettings.changed(settings, changes)
     if settings.norm != 2:
@@ -139,6 +141,10 @@ def _latents(generator: Generator, latents: Any, x: Any) -> np.ndarray:
             f"the generator must make images (B, {', '.join(map(str, shape[1:]))}) from latents (B, ...), "
             f"got {getattr(made, 'shape', None)} for B = 1"
         )
+    some = starts[:_CHECKED]
+    check_rows(
+        Model(lambda z: generator(z, jnp.zeros(len(some), jnp.int32)).reshape(len(some), -1)), None, some
+    )
     return starts
 
 

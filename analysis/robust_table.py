@@ -28,7 +28,7 @@ from lipbounds.analysis.attack_network import count_classes, split
 from lipbounds.analysis.attack_search import first_images
 from lipbounds.analysis.attack_settings import AttackSettings
 from lipbounds.analysis.attacks import pgd
-from lipbounds.analysis.autoattack import autoattack
+from lipbounds.analysis.autoattack import autoattack, checked
 from lipbounds.analysis.experiment import Json
 from lipbounds.analysis.figures import INK, NORM_NAMES, RADII_LINES, dress, new_figure
 from lipbounds.analysis.robust_accuracy import really_broken
@@ -88,6 +88,8 @@ def robust_record(
     clean = pgd(
         model, x, y, 0.0, settings, steps=0
     ).correct  # bad images are refused before anything takes its time
+    if attack == "autoattack":
+        tuple(checked(model, x, settings))
     begin = time.perf_counter()
     unasked: tuple[Any, lb.Radii | None, str | None] = (None, None, "not asked for")
     form, radii, refused = _certify(model, x, y, levels, settings, local) if certify else unasked

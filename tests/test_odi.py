@@ -88,6 +88,7 @@ def test_the_risk_among_images_of_a_generator_is_at_most_the_risk(rng):
         ({"norm": math.inf}, "norm must be 2"),
         ({"latents": np.zeros((3, 6), np.float32)}, "latents must hold 4 rows"),
         ({"generator": lambda z, y: z[:, :2]}, "the generator must make images"),
+        ({"generator": lambda z, y: z - z.mean(axis=0)}, "rest of its batch changes"),
         ({"step_size": 0.0}, "step_size must be a number > 0"),
         ({"latents": np.full((4, 6), np.nan, np.float32)}, "latents hold NaN"),
     ],

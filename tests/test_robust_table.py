@@ -101,6 +101,14 @@ def test_bad_input(rng: np.random.Generator, changes: dict[str, Any], words: str
         robust_text({})
 
 
+def test_what_autoattack_refuses_is_refused_before_the_bounds(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(robust_table, "_certify", None)
+    with pytest.raises(ValueError, match="AutoAttack needs at least 4 classes"):
+        robust_record(lambda batch: batch[:, :2], points(rng), np.zeros(40, int), eps=EPS)
+
+
 @pytest.mark.slow
 def test_the_columns_are_ordered(rng: np.random.Generator) -> None:
     x = points(rng)
