@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from fractions import Fraction
@@ -233,6 +234,18 @@ def test_pairwise_row_norms_hold_exactly(q: float, monkeypatch: pytest.MonkeyPat
                 assert encloses(bounds[i, j], gap, q)
                 if not any(gap):
                     assert bounds[i, j] == 0.0
+
+
+def test_pairs_by_gram_matrices_hold_where_scaled_rows_underflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norms, "_MANY_DIFFERENCES", 0.0)
+    rows = np.array([[3e-290, 0.0], [0.0, 0.0], [-1e36, 0.0], [5e-324, 0.0], [0.0, 0.0]])
+    for scale in (1.0, 1e-36, 1e250):
+        a = rows * scale
+        found, exact = norms.pairwise_row_norms(a, 2), fractions(a)
+        for i, j in itertools.combinations(range(len(a)), 2):
+            gap = [x - y for x, y in zip(exact[i], exact[j], strict=True)]
+            assert Fraction(float(found[i, j])) ** 2 >= power_norm(gap, 2)
+            assert any(gap) or found[i, j] == 0.0
 
 
 def test_pairwise_errors_and_chunks() -> None:

@@ -222,7 +222,7 @@ def pairwise_row_norms(rows: Any, q: float, error: float | np.ndarray = 0.0) -> 
     allowance = _pair_errors(error, count, n, q)
     scaled, exponent = _scaled(r)
     if q == 2 and float(count) ** 2 * n > _MANY_DIFFERENCES:
-        out = _pairs_by_gram(scaled, exponent)
+        out = _pairs_by_gram(r, scaled, exponent)
     else:
         out = _pairs_by_differences(r, scaled, exponent, q)
     if np.any(allowance):
@@ -233,12 +233,13 @@ def pairwise_row_norms(rows: Any, q: float, error: float | np.ndarray = 0.0) -> 
     return out + out.T
 
 
-def _pairs_by_gram(scaled: np.ndarray, exponent: int) -> np.ndarray:
+def _pairs_by_gram(r: np.ndarray, scaled: np.ndarray, exponent: int) -> np.ndarray:
     """The upper triangle for q = 2 through Gram matrices of some rows at a time.
 
     Computed inner products s_ij err by at most gamma_n ||r_i|| ||r_j||, so with sizes N_i >= ||r_i||
         ||r_i - r_j||^2 <= fl(s_ii + s_jj - 2 s_ij) + (gamma_n + 6 U) (N_i + N_j)^2 + 2^-900.
-    Where the added term is more than 2e-9 of the result, the difference is formed.
+    Where the added term is more than 2e-9 of the result, the difference is formed, of the unscaled rows where it is
+    so small that it may have underflowed.
     """
     count, n = scaled.shape
     out = np.zeros((count, count))
@@ -258,7 +259,11 @@ def _pairs_by_gram(scaled: np.ndarray, exponent: int) -> np.ndarray:
         for start in range(0, len(near), 256):
             i, j = near[start : start + 256].T
             roots[i, j] = np.minimum(roots[i, j], _difference_norms(scaled[lo + i], scaled[lo + j]))
+        tiny = near[roots[near[:, 0], near[:, 1]] < 2.0**-300] if exponent else near[:0]
         out[lo:hi, lo:] = unscale_up(np.where(roots > 0.0, np.nextafter(roots, np.inf), 0.0), exponent)
+        for start in range(0, len(tiny), 256):
+            i, j = lo + tiny[start : start + 256].T
+            out[i, j] = _difference_norms(r[i], r[j])
     return out
 
 
