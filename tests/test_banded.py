@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -143,6 +144,15 @@ def test_block_rows_of_the_gram_matrix_are_its_own(route: str, monkeypatch: pyte
             assert np.allclose(banded._gram_rows(lo, hi, top), gram[lo:top, lo:hi], rtol=1e-13, atol=1e-13)
             assert not gram[top:, lo:hi].any(), "entries outside the band would be left out"
         assert np.allclose(banded.diagonal, gram.diagonal(), rtol=1e-13)
+
+
+def test_a_plan_of_another_matrix_proves_nothing() -> None:
+    a = sp.csr_array(np.triu(np.ones((3, 4))))
+    good = banded_cholesky.Plan("banded", 0, 0.0, None, 2)
+    assert norms.verified_norm(a, plan=good) >= float(np.linalg.norm(a.toarray(), 2)) * (1 - 1e-15)
+    for wrong in (replace(good, width=1), replace(good, order=np.array([0, 0, 1]))):
+        with pytest.raises(ValueError, match="another matrix"):
+            norms.verified_norm(a, plan=wrong)
 
 
 def near_singular(count: int, seed: int = 0) -> Iterator[sp.csr_array]:

@@ -436,3 +436,11 @@ def test_accelerator_and_host_search_alike() -> None:
             values.append((value, search.backward(passed, weight)))
     assert values[0][0] == pytest.approx(values[1][0], rel=1e-9)
     np.testing.assert_allclose(values[0][1], values[1][1], rtol=1e-6, atol=1e-9)
+
+
+def test_a_layer_that_hardly_moves_has_multipliers() -> None:
+    """The vector of its power iteration becomes zero."""
+    own = dense_chain((2, 3, 2), 0)
+    search = wide_search.Search(own, cores(own.widths, own.outputs), Exact64())
+    tap = search._tap(1, np.zeros(3), 0.0, lambda v: 1e-200 * v)
+    assert np.isfinite(tap.T).all() and np.isfinite(tap.share).all()

@@ -143,7 +143,7 @@ class Search:
         spare = float(np.exp(s))
         share = v[:, 0].astype(np.float64) ** 2
         T = (4.0 / (mu * np.exp(q) * (1 + spare))).astype(self.a.dtype)
-        return Tap(T, mu, spare, half * v, share / share.sum())
+        return Tap(T, mu, spare, half * v, share / max(share.sum(), _FLOOR))
 
     def forward(self, x: np.ndarray) -> Passed | None:
         """The factorisation for parameters x; None where there is none in these floats."""

@@ -200,6 +200,9 @@ class BandedCholesky:
 
     def __init__(self, b: Any, k: int, absolute_gram: float, plan: Plan) -> None:
         self.b = b if plan.order is None else b[plan.order]
+        every = plan.order is None or np.array_equal(np.sort(plan.order), np.arange(b.shape[0]))
+        if not every or bandwidth(_pattern(self.b).T.tocsr()) > plan.width:
+            raise ValueError("the plan is for another matrix: it leaves out rows, or entries beside the band")
         self.k, self.absolute_gram, self.width, self.keep = k, absolute_gram, plan.width, plan.keep
         squares = _reduced(np.add, self.b.data * self.b.data, self.b.indptr, 0.0)
         self.diagonal = squares  # within gamma_k of the computed g_ii, which the factor 2 of the shift covers
