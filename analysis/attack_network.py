@@ -153,6 +153,10 @@ def outline(
         error.add_note(
             f"The network was called with a batch of shape {shape}, examples of shape {shape[1:]}."
         )
+        if isinstance(error, jax.errors.TracerArrayConversionError):
+            error.add_note(
+                "A network is a function in JAX. An Oracle takes any other one, for `rays` and `adbd`."
+            )
         raise
     found = getattr(z, "shape", None)
     if found is None or len(found) != 2 or found[0] != shape[0] or found[1] < 2:

@@ -130,23 +130,30 @@ def pac_bayes(
     matrices = [np.asarray(w, np.float64) for w in weights]
     if not matrices or any(w.ndim != 2 or not np.isfinite(w).all() or not w.any() for w in matrices):
         raise ValueError("weights must hold finite matrices that are not 0, at least one")
-    positive = {"kappa": kappa, "margin": margin, "size": size, "failure_probability": failure_probability}
+    positive = {"kappa": kappa, "margin": margin, "size": size}
     for name, number in positive.items():
         if not (math.isfinite(number) and number > 0):
             raise ValueError(f"{name} must be a number > 0, got {number!r}")
     if not (math.isfinite(alpha) and alpha >= 0 and math.isfinite(eps) and eps >= 0 and spread > 1):
         raise ValueError("alpha and eps must be numbers >= 0, and spread a number > 1")
+    if not 0 < failure_probability < 1:
+        raise ValueError(f"failure_probability must be in (0, 1), got {failure_probability!r}")
     r, n, depth = whole("steps", steps), whole("count", count), len(matrices)
     norms = np.array([np.linalg.norm(w, 2) for w in matrices])
-    product = float(norms.prod())
-    lip = product * float(np.cumprod(norms).sum())
-    q = 2 * alpha * lip / kappa
-    grown = sum(q**k for k in range(r))  # (1 - q^r) / (1 - q), also at q = 1
-    shares = float(sum(np.square(w).sum() / s**2 for w, s in zip(matrices, norms, strict=True)))
-    clean = product**2 * shares
-    robust = (product * (1 + alpha / kappa * grown * lip)) ** 2 * shares
+    shares = float(sum(np.square(w / s).sum() for w, s in zip(matrices, norms, strict=True)))
+    with np.errstate(over="ignore"):  # inf is told below
+        product = norms.prod()
+        lip = product * np.cumprod(norms).sum()
+        q = 2 * alpha * lip / kappa
+        grown = (q ** np.arange(r)).sum()  # (1 - q^r) / (1 - q), also at q = 1
+        clean = float(product**2 * shares)
+        robust = float((product * (1 + alpha / kappa * grown * lip)) ** 2 * shares)
+    if not math.isfinite(robust):
+        raise ValueError(
+            "the terms are beyond float64: scale the weights, or take a smaller alpha or fewer steps"
+        )
     width = max(max(w.shape) for w in matrices)
     below = margin**2 * n
     complexity = (size + eps) ** 2 * depth**2 * width * math.log(depth * width) * robust / below
     inside = r * depth * n * math.log(spread) / failure_probability
-    return Capacity(product, shares, clean, robust, complexity, depth * math.log(inside) / below)
+    return Capacity(float(product), shares, clean, robust, complexity, depth * math.log(inside) / below)

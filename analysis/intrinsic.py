@@ -176,7 +176,7 @@ def intrinsic_robustness(
     delta, radius = delta or 0.0, math.inf if radius is None else radius
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must be in (0, 1), got {alpha!r}")
-    shares = _shares(None if isinstance(classes, int) else classes, classes)
+    shares = _shares(None if isinstance(classes, int | np.integer) else classes, classes)
     scale = _scale(eps, constant, len(shares), delta, radius)
     if each:
         least = float((shares * _grown(np.full(len(shares), alpha), scale)).sum())

@@ -149,9 +149,9 @@ def smooth(
         ValueError: shapes, labels, sigma, alpha or numbers of samples out of range; x or logits that are not finite;
             answers to an example that depend on the others in its batch.
     """
-    if not _SMALLEST <= sigma <= _LARGEST:  # NaN is not
+    if not (_is_number(sigma) and _SMALLEST <= sigma <= _LARGEST):  # NaN is not
         raise ValueError(f"sigma must be a number > 0 that float32 holds, got {sigma!r}")
-    if not 0 < alpha < 1:
+    if not (_is_number(alpha) and 0 < alpha < 1):
         raise ValueError(f"alpha must be in (0, 1), got {alpha!r}")
     whole("n0", n0), whole("n", n), check_seed(seed)
     model, weights = split(fn, "logits")
@@ -187,6 +187,10 @@ def clopper_pearson_lower(successes: np.ndarray, trials: int, alpha: float) -> n
     k = np.asarray(successes)
     bound = stats.beta.ppf(alpha, np.maximum(k, 1), trials - k + 1)
     return np.where(k > 0, bound * _ROUNDING, 0.0)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
 def _counts(

@@ -468,6 +468,17 @@ def test_a_validation_bounds_the_network_that_is_returned() -> None:
     assert fitted.proved[1].bound.value == pytest.approx(own.value, rel=1e-6)
 
 
+def test_what_is_no_network_of_images_is_refused() -> None:
+    class First(Spectral):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return super().__call__(x)[:, 0]
+
+    with pytest.raises(ValueError, match=r"must map images \(1, 8, 8, 1\) to logits \(1, K\), got \(1,\)"):
+        fit(config(epochs=1), few(), model=First())
+    with pytest.raises(TypeError, match="model must be a flax nnx module, got function"):
+        fit(config(epochs=1), few(), model=few)  # type: ignore[arg-type]
+
+
 def test_dropout_in_training_mode_is_refused() -> None:
     model = nnx.Sequential(nnx.Dropout(0.5, rngs=nnx.Rngs(0)), Spectral())
     with pytest.raises(ValueError, match=r"layers.0 \(Dropout\) draws random numbers in training.*rate to 0"):

@@ -33,8 +33,13 @@ def test_capacity_terms_by_hand(rng):
     assert found.confidence == pytest.approx(2 * math.log(3 * 2 * 1000 * math.log(2) / 0.05) / 90)
     none = pac_bayes(weights, alpha=0.0, **USUAL)
     assert none.robust == none.clean == pytest.approx(found.clean) and "no bounds" in repr(none)
-    with pytest.raises(ValueError, match="kappa must be a number > 0"):
-        pac_bayes(weights, alpha=0.0, **USUAL | {"kappa": 0.0})
+    for changes, message in (
+        ({"kappa": 0.0}, "kappa must be a number > 0"),
+        ({"failure_probability": 1.0}, r"failure_probability must be in \(0, 1\)"),
+        ({"steps": 400, "kappa": 1e-9, "alpha": 1.0}, "beyond float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pac_bayes(weights, **{"alpha": 0.0, **USUAL, **changes})
 
 
 @pytest.fixture

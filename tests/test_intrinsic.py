@@ -71,6 +71,7 @@ def test_constants_of_a_generator_are_proved_and_stated_with_confidence(rng):
     [
         (lambda: intrinsic_robustness(0.15, 1, 14.9), "alpha 0.15 exceeds the probability 0.1 of a class"),
         (lambda: intrinsic_robustness(0.05, 6, 10, radius=0.5), "eps 6 exceeds radius"),
+        (lambda: intrinsic_robustness(0.1, 1, 10, classes=np.int64(10)), "cast it: classes=10"),
         (lambda: intrinsic_robustness(0.0, 1, 10), r"alpha must be in \(0, 1\)"),
         (lambda: intrinsic_robustness(0.1, 1, -1), "constants must be one number > 0"),
         (lambda: risk_bound([0.1, 0.1], 1, 2, shares=[0.5, 0.6]), "sum to 1"),

@@ -165,6 +165,8 @@ X = np.full((4, 2), 0.5, np.float32)
         ({"sigma": 1e39}, "sigma must be a number > 0 that float32 holds"),
         ({"sigma": 1e-50}, "sigma must be a number > 0 that float32 holds"),
         ({"fn": Oracle(lambda x: np.zeros(len(x), int))}, "needs logits, which an Oracle does not have"),
+        ({"sigma": np.array([0.1, 0.2])}, "sigma must be a number > 0"),
+        ({"alpha": None}, r"alpha must be in \(0, 1\)"),
         ({"alpha": 0.0}, r"alpha must be in \(0, 1\)"),
         ({"alpha": 1.0}, r"alpha must be in \(0, 1\)"),
         ({"n0": 0}, "n0 must be a whole number >= 1"),

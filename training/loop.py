@@ -96,6 +96,7 @@ def fit(
             them, or `progress`, raises an exception, the run ends with it, behind a checkpoint of that epoch.
 
     Raises:
+        TypeError: model is no nnx module.
         ValueError: configuration, data and model do not fit together.
         FileNotFoundError: the files of the data set are not found.
         FileExistsError: `out` is not empty.
@@ -106,6 +107,8 @@ def fit(
         raise ValueError(
             "a run folder needs an architecture by name: pass out without model, or save it yourself"
         )
+    if model is not None and not isinstance(model, nnx.Module):
+        raise TypeError(f"model must be a flax nnx module, got {type(model).__name__}")
     images = _images(load(config.dataset, config.data_dir) if data is None else data)
     spec = None
     if model is None:

@@ -91,9 +91,16 @@ class Network:
         return lb.trace(partial(self.network, weights), batch, batched=True)
 
     def classes(self, weights: Any) -> int:
-        """Number of outputs of the network."""
+        """Number of outputs of the network. ValueError where it does not map a batch of images to logits (B, K)."""
         x = jax.ShapeDtypeStruct((1, *self.input_shape), _FLOAT)
-        return int(jax.eval_shape(self.network, weights, x).shape[-1])
+        try:
+            found = getattr(jax.eval_shape(self.network, weights, x), "shape", None)
+        except Exception as error:
+            error.add_note(f"The network was called with a batch of images of shape {x.shape}.")
+            raise
+        if found is None or len(found) != 2 or found[0] != 1:
+            raise ValueError(f"the network must map images {x.shape} to logits (1, K), got {found}")
+        return int(found[1])
 
 
 def split(model: nnx.Module, input_shape: tuple[int, ...]) -> tuple[dict[str, Any], Any]:
