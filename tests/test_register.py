@@ -196,7 +196,7 @@ def test_slopes_that_are_no_interval(slopes: tuple[float, float]) -> None:
 
 @pytest.mark.parametrize("slopes", [(1.0,), (0.0, 1.0, 2.0), "ab", None, 1.0])
 def test_slopes_of_the_wrong_form(slopes: Any) -> None:
-    with pytest.raises((ValueError, TypeError)):
+    with pytest.raises(ValueError, match="two finite numbers"):
         lb.register_activation(digamma_like(3.5), slopes=slopes)
 
 
@@ -219,9 +219,51 @@ def test_not_a_function(fn: Any) -> None:
         lambda h: jnp.ones(3),
         lambda h: h > 0.0,
         lambda h: h @ jnp.ones((3, 3), h.dtype),
+        lambda h: (h > 0.0).astype(jnp.int32),
+        lambda h: h if h[0] > 0 else -h,
+        lambda h: "relu",
+        lambda h: h * jnp.arange(8.0),
     ],
-    ids=["cumsum", "reverse", "sort", "slice", "normalise", "max", "tuple", "constant", "boolean", "matrix"],
+    ids="cumsum reverse sort slice normalise max tuple constant boolean matrix integer python text sizes".split(),
 )
 def test_functions_that_are_not_elementwise(fn: Any) -> None:
     with pytest.raises(ValueError, match="elementwise function of one tensor"):
         lb.register_activation(fn, slopes=(0.0, 1.0))
+
+
+def test_functions_for_one_dtype_alone() -> None:
+    """`lax` does not promote: in the other dtypes the function raises, and has nothing to declare."""
+
+    def strict(h: jax.Array) -> jax.Array:
+        return jax.lax.lgamma(jax.lax.add(jnp.tanh(h), jnp.full(h.shape, 3.6875, jnp.float32)))
+
+    lb.register_activation(strict, slopes=(-3.0, 3.0))
+    assert one_layer(strict).assumed
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda h: -jax.lax.lgamma(jnp.tanh(3.0 * h - 1.0) + 3.75),
+        lambda h: jnp.full(h.shape, 2.0, h.dtype) * jax.lax.lgamma(jnp.tanh(h) + 3.75),
+    ],
+    ids=["affine_inside", "array"],
+)
+def test_functions_that_begin_linearly_or_hold_arrays(fn: Any, rng: np.random.Generator) -> None:
+    """They are recognised inside jit, too, where arrays of constants are made anew."""
+    w0, w1 = gauss(rng, 5, 4), gauss(rng, 3, 5)
+    lb.register_activation(fn, slopes=(-3.0, 3.0))
+    for form in (one_layer(fn), one_layer(jax.jit(fn))):
+        assert [tap.assumed for tap in form.taps] == [True]
+        assert lb.liplt(form).value == pytest.approx(3.0, rel=1e-12)
+    form = jax.jit(lambda w: lb.trace(lambda x: w1 @ fn(w @ x), jnp.ones(4)))(w0)
+    assert form.assumed and lb.naive(form).value == pytest.approx(
+        3.0 * np.linalg.norm(w0, 2) * np.linalg.norm(w1, 2), rel=1e-5
+    )
+
+
+def test_a_linear_function_needs_no_declaration() -> None:
+    """It would be every multiplication by that number."""
+    lb.register_activation(lambda h: 2.015625 * h, slopes=(0.0, 1.0))
+    form = one_layer(lambda h: 2.015625 * h)
+    assert not form.assumed and lb.liplt(form).value == pytest.approx(2.015625, rel=1e-12)

@@ -271,8 +271,7 @@ def piecewise_linear_slopes(expr: Expr, consts: Sequence[Any]) -> tuple[jax.Arra
         )
     arrays = [jnp.asarray(consts[i]) for i in _used(expr)]
     shape = np.broadcast_shapes(*(a.shape for a in arrays))
-    floats = [a.dtype for a in arrays if jnp.issubdtype(a.dtype, jnp.floating)]
-    one = jnp.ones(shape, floats[0] if floats else jnp.float32)
+    one = jnp.ones(shape, jnp.float64 if any(a.dtype == jnp.float64 for a in arrays) else jnp.float32)
     right, left = evaluate(expr, consts, one), -evaluate(expr, consts, -one)
     return jnp.minimum(left, right), jnp.maximum(left, right)
 
@@ -304,8 +303,6 @@ def register(expr: Expr, consts: Sequence[Any], lower: float, upper: float) -> N
 
 def registered(expr: Expr, consts: Sequence[Any]) -> tuple[float, float] | None:
     """The slopes declared with `register` for this expression and these constants, or None."""
-    if not _REGISTERED:
-        return None
     try:
         return _REGISTERED.get(_key(expr, consts))
     except jax.errors.TracerArrayConversionError:

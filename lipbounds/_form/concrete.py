@@ -1,8 +1,8 @@
-"""Whether a value is concrete, and the CPU device on which proofs are computed."""
+"""Whether a value is concrete, what is computed from such values, and the CPU device on which proofs are computed."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -11,6 +11,14 @@ import jax
 def is_concrete(value: Any) -> bool:
     """Whether a value is concrete rather than a tracer of jax."""
     return not isinstance(value, jax.core.Tracer)
+
+
+def at_once(*values: Any) -> AbstractContextManager[None]:
+    """Compute at once what follows from concrete values, inside jit, grad and vmap too; nothing where one is a tracer.
+
+    Otherwise an index or a mask that a function computes from constants would become a tracer there.
+    """
+    return jax.ensure_compile_time_eval() if all(map(is_concrete, values)) else nullcontext()
 
 
 def on_host() -> AbstractContextManager[None]:

@@ -25,7 +25,7 @@ from jax._src.core import eval_jaxpr
 from jax.extend.core import Literal
 
 from lipbounds._activations import piecewise
-from lipbounds._form.concrete import is_concrete
+from lipbounds._form.concrete import at_once, is_concrete
 from lipbounds._text.tables import printable
 from lipbounds._tracing.flat import Eqn, Flat, Path, Value, opened, place_of, stack_of
 from lipbounds._tracing.indices import UNSORTED, landings, outside, unsorted
@@ -282,9 +282,9 @@ class _Inliner:
             randomness = max(randomness, 1)
         if name in _COMPARE and randomness:
             randomness = 2
-        out = eqn.primitive.bind(
-            *(value.const for value in inputs), **eqn.primitive.get_bind_params(eqn.params)
-        )
+        constants = [value.const for value in inputs]
+        with at_once(*constants):
+            out = eqn.primitive.bind(*constants, **eqn.primitive.get_bind_params(eqn.params))
         outs = out if eqn.primitive.multiple_results else [out]
         return [self.const(value, randomness) for value in outs]
 
@@ -358,7 +358,8 @@ class _Inliner:
 
     def row(self, value: Value, step: int, path: Path) -> Value:
         if not value.depends:
-            return self.const(value.const[step], value.randomness)
+            with at_once(value.const):
+                return self.const(value.const[step], value.randomness)
         rest = value.shape[1:]
         start, limit = (step, *(0 for _ in rest)), (step + 1, *rest)
         window = {"start_indices": start, "limit_indices": limit, "strides": None}
@@ -367,7 +368,8 @@ class _Inliner:
 
     def stack(self, rows: list[Value], path: Path) -> Value:
         if not any(row.depends for row in rows):
-            stacked = jnp.stack([jnp.asarray(row.const) for row in rows])
+            with at_once(*(row.const for row in rows)):
+                stacked = jnp.stack([jnp.asarray(row.const) for row in rows])
             return self.const(stacked, max(row.randomness for row in rows))
         shape = (1, *rows[0].shape)
         lifted = [

@@ -17,7 +17,7 @@ import numpy as np
 
 from lipbounds._activations import activations
 from lipbounds._activations.expression import DECLARE, Expr, Node, SlopeError
-from lipbounds._form.concrete import is_concrete
+from lipbounds._form.concrete import at_once, is_concrete
 from lipbounds._form.precision import TOO_NARROW, below_single, half_or_wider, keeps_half
 from lipbounds._form.program import Program
 from lipbounds._form.windows import pairs
@@ -79,7 +79,8 @@ class Lowering:
                 self.misread.add(id(eqn))
                 self.rules[id(eqn)] = Refused(*why)
             else:
-                self.rules[id(eqn)] = rule(eqn) if rule is not None else None
+                with at_once():  # rules know shapes and constants, no tracer
+                    self.rules[id(eqn)] = rule(eqn) if rule is not None else None
         return self.rules[id(eqn)]
 
     def resolve(self, value: Value) -> Value:
@@ -254,30 +255,31 @@ class Lowering:
             return Refused(failure.reason, DECLARE)
         return Refused(failure.reason, failure.remedy or rules.REWRITE)
 
+    def declared(self, eqn: Eqn) -> Elementwise | None:
+        """The tap of a declared activation that ends with this equation; of several that on the farthest tensor.
+
+        Its first and its last operations may be linear, which the search for other taps leaves to the linear part.
+        """
+        found = None
+        ends = eqn.primitive in activations.declared_ends()
+        for base, region, _ in self.dominators(eqn.outputs[0]) if ends else ():
+            if all(map(self.is_linear, region)):
+                continue
+            expr, consts = self.expression(eqn.outputs[0], base, region)
+            random = any(v.randomness == 2 for v in consts)
+            slopes = None if random else activations.registered(expr, [v.const for v in consts])
+            found = found if slopes is None else Elementwise(base, expr, consts, slopes, True)
+        return found
+
     def prove(self, base: Value, expr: Expr, consts: list[Value]) -> Elementwise:
         values = [v.const for v in consts]
         if any(v.randomness == 2 for v in consts):
             raise SlopeError(rules.RANDOM_MASK.reason, rules.RANDOM_MASK.remedy)
-        declared = None
         if all(map(is_concrete, values)):
-            arrays = [np.asarray(v) for v in values]
-            declared = activations.registered(expr, arrays)
-            slopes: tuple[Any, Any] = declared or activations.slope_range(expr, arrays)
+            slopes: tuple[Any, Any] = activations.slope_range(expr, [np.asarray(v) for v in values])
         else:
             slopes = activations.piecewise_linear_slopes(expr, values)
-        return Elementwise(base, expr, consts, slopes, declared is not None)
-
-    def declared(self, eqn: Eqn) -> Elementwise | None:
-        """The tap of a declared activation that ends with this linear equation, as in 2 f(x) or x + f(x)."""
-        if eqn.primitive not in activations.declared_ends():
-            return None
-        for base, region, nonlinear in self.dominators(eqn.outputs[0]):
-            expr, consts = self.expression(eqn.outputs[0], base, region)
-            if nonlinear and all(is_concrete(v.const) for v in consts):
-                slopes = activations.registered(expr, [np.asarray(v.const) for v in consts])
-                if slopes is not None:
-                    return Elementwise(base, expr, consts, slopes, True)
-        return None
+        return Elementwise(base, expr, consts, slopes, assumed=False)
 
     def decide(self, eqn: Eqn, needed: set[int]) -> None:
         """Settle one needed equation and mark what it needs."""
@@ -287,18 +289,16 @@ class Lowering:
                 self.refuse(eqn, result if isinstance(result, Refused) else rules.NOT_FLOAT, needed)
                 return
         result = self.rule(eqn)
-        if self.sums_nonlinearities(eqn):
-            found = self.elementwise(eqn.outputs[0], eqn, closed_only=True)
-            if isinstance(found, Elementwise):
-                self.taps[eqn.outputs[0].index] = found
-                needed.add(found.base.index)
-                return
-        declared = self.declared(eqn) if isinstance(result, Linear) else None
+        found = self.declared(eqn)
+        if found is None and self.sums_nonlinearities(eqn):
+            whole = self.elementwise(eqn.outputs[0], eqn, closed_only=True)
+            found = whole if isinstance(whole, Elementwise) else None
+        if found is not None:
+            self.taps[eqn.outputs[0].index] = found
+            needed.add(found.base.index)
+            return
         if isinstance(result, Refused):
             self.refuse(eqn, result, needed)
-        elif declared is not None:
-            self.taps[eqn.outputs[0].index] = declared
-            needed.add(declared.base.index)
         elif isinstance(result, Group):
             self.taps[eqn.outputs[0].index] = result
             needed.add(self.resolve(eqn.inputs[0]).index)

@@ -30,6 +30,7 @@ from lipbounds._tracing.value_check import Traced, check_values
 from lipbounds.errors import Unsupported, UnsupportedError
 
 Function = Callable[[Any, Any], Any]
+_NOT_ELEMENTWISE = "register_activation needs an elementwise function of one tensor"
 
 
 @usual_floats
@@ -175,7 +176,9 @@ def from_weights(
 def register_activation(fn: Callable[[Any], Any], slopes: tuple[float, float]) -> Callable[[Any], Any]:
     """Declare the slope interval of an elementwise function whose range this library cannot prove.
 
-    Bounds that use it carry the guarantee "assumed". The function is recognised by its structure wherever it is traced.
+    Bounds that use it carry the guarantee "assumed". The function is recognised by its structure and its constants
+    wherever it is traced, in float32, float64 and half precision. There its constants are rounded and the slopes are
+    not, so leave them room for that.
 
     Args:
         fn: an elementwise function of one tensor.
@@ -185,7 +188,7 @@ def register_activation(fn: Callable[[Any], Any], slopes: tuple[float, float]) -
         `fn`, so that this can be used with `functools.partial` as a decorator.
 
     Raises:
-        ValueError: `fn` is not an elementwise function of one variable, or a > b.
+        ValueError: `fn` is not an elementwise function of one variable, or slopes are not two numbers with a <= b.
 
     Example:
         >>> import jax.numpy as jnp
@@ -197,21 +200,35 @@ def register_activation(fn: Callable[[Any], Any], slopes: tuple[float, float]) -
     """
     if not callable(fn):
         raise TypeError(f"register_activation needs a function, got {type(fn).__name__}")
-    low, high = (float(s) for s in slopes)
+    try:
+        low, high = (float(s) for s in slopes)
+    except (TypeError, ValueError):
+        low = high = np.nan
     if not (np.isfinite(low) and np.isfinite(high) and low <= high):
-        raise ValueError(f"slopes must be two finite numbers (a, b) with a <= b, got {slopes}")
-    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
+        raise ValueError(f"slopes must be two finite numbers (a, b) with a <= b, got {slopes!r}")
+    failures: list[Exception] = []
+    dtypes = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
+    for dtype in dtypes:
         with jax.enable_x64(True) if dtype == jnp.float64 else nullcontext():
-            flat = flatten(lambda _, v: fn(v), (), jax.ShapeDtypeStruct((3,), dtype))
+            try:
+                flat = flatten(lambda _, v: fn(v), (), jax.ShapeDtypeStruct((3,), dtype))
+            except Exception as error:  # it may be meant for one dtype alone
+                failures.append(error)
+                continue
             lowering = Lowering(flat)
             output = lowering.resolve(flat.outputs[0]) if len(flat.outputs) == 1 else None
-            if output is None or output.shape != (3,) or not output.depends or output.dtype == np.bool_:
-                raise ValueError("register_activation needs an elementwise function of one tensor")
+            if output is None or output.shape != (3,) or not output.depends:
+                raise ValueError(_NOT_ELEMENTWISE)
             found = [region for base, region, _ in lowering.dominators(output) if base is flat.input]
-            if not found:
-                raise ValueError("register_activation needs an elementwise function of one tensor")
+            if not found or not jnp.issubdtype(output.dtype, jnp.floating):
+                raise ValueError(_NOT_ELEMENTWISE)
             expr, consts = lowering.expression(output, flat.input, found[-1])
             activations.register(expr, [np.asarray(c.const) for c in consts], low, high)
+    if len(failures) == len(dtypes):
+        reason = str(failures[0]).partition("\n")[0]
+        raise ValueError(
+            f"{_NOT_ELEMENTWISE}; called with one of shape (3,) it failed: {reason}"
+        ) from failures[0]
     return fn
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lipbounds._form.concrete import at_once
 from lipbounds._form.steps import KINDS
 from lipbounds._form.windows import iota
 from lipbounds._tracing import rules
@@ -95,7 +96,8 @@ def _moved(value: Value) -> tuple[Value, np.ndarray | None]:
     if eqn is None or sum(v.depends for v in eqn.inputs) != 1 or not understood(eqn):
         return value, None
     rule = rules.RULES.get(eqn.primitive)
-    part = rule(eqn) if rule is not None else None
+    with at_once():
+        part = rule(eqn) if rule is not None else None
     if isinstance(part, (list, tuple)):
         part = part[eqn.outputs.index(value)]
     if isinstance(part, rules.Alias):
@@ -105,7 +107,9 @@ def _moved(value: Value) -> tuple[Value, np.ndarray | None]:
     if not isinstance(part, rules.Linear) or not KINDS[part.kind].moves or len(part.operands) != 1:
         return value, None
     operand = eqn.inputs[part.operands[0]]
-    index = np.asarray(KINDS[part.kind].apply(dict(part.params), jnp.asarray(iota(operand.shape) + 1))) - 1
+    with at_once():
+        moved = KINDS[part.kind].apply(dict(part.params), jnp.asarray(iota(operand.shape) + 1))
+    index = np.asarray(moved) - 1
     return (operand, index) if operand.depends and (index >= 0).all() else (value, None)
 
 
