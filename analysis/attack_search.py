@@ -326,11 +326,11 @@ class _Batches:
         """ValueError where the answer to an example depends on the others in its batch, or on chance."""
         if isinstance(self.model, Oracle) or not len(before):
             return
-        place = int(
-            np.abs(before - before.mean()).argmax()
-        )  # the most unusual one, as in a mean it counts most
-        copies = (np.repeat(values[place : place + 1], self.size, axis=0) for values in (self.points, labels))
-        again = self.margins(*copies, False)
+        place = int(np.abs(before - before.mean()).argmax())  # the most unusual one counts most in a mean
+        points, own = (
+            np.repeat(values[place : place + 1], self.size, axis=0) for values in (self.points, labels)
+        )
+        again = self.margins(points, own, False)
         if np.abs(again - before[place]).max() > OTHER * np.abs(before).max():
             raise ValueError(MIXED)
 

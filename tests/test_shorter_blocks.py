@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
+import jax
 import numpy as np
 import pytest
 from zoo import NETS
@@ -68,3 +72,21 @@ def test_a_deep_network_keeps_its_digits() -> None:
     weights = [(1.4 * rng.standard_normal((16, 16)) / 4).astype(np.float32) for _ in range(30)]
     form = lb.from_weights(weights, slopes=[(0.1, 1.0)] * 29)
     assert lb.liplt(form).value < 0.01 * lb.naive(form).value
+
+
+@pytest.mark.parametrize("first", [lb.naive, partial(lb.liplt, scaling="aol")])
+def test_bounds_do_not_depend_on_what_was_proved_before(first: Callable[..., lb.UpperBound]) -> None:
+    """Blocks with centre 0 are those with another centre up to a power of two; terms of this network cancel."""
+    rng = np.random.default_rng(0)
+    inner, middle, last = (rng.standard_normal(shape) for shape in ((3, 4), (4, 4), (4, 2)))
+
+    def net(x: jax.Array) -> jax.Array:
+        hidden = jax.nn.relu(x @ inner)
+        return jax.nn.relu((1e8 * hidden + hidden @ middle) - 1e8 * hidden) @ last
+
+    with jax.enable_x64(True):
+        used, fresh = (lb.trace(net, np.zeros(3)) for _ in range(2))
+    first(used, pairwise=True)
+    after, alone = (lb.liplt(form, pairwise=True) for form in (used, fresh))
+    assert after.value == alone.value
+    assert after.pairwise is not None and np.array_equal(after.pairwise, alone.pairwise)

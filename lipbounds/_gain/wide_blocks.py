@@ -342,11 +342,20 @@ def search(
     return Search(starts, math.ldexp(1.0, exponent - before), float(sum(block.shape)))
 
 
+def size_exponent(source: Node, scalings: Sequence[TapScaling]) -> int:
+    """n where the largest factor q of a source is in [2**n, 2**(n + 1)); 0 where q * 2**-n would lose digits."""
+    sizes = [np.abs(scalings[k].q) for k in source]
+    largest = max((float(q.max(initial=0.0)) for q in sizes), default=1.0)
+    exponent = math.frexp(largest)[1] - 1 if largest > 0.0 else 0
+    with np.errstate(under="ignore"):
+        kept = all(np.array_equal(np.ldexp(np.ldexp(q, -exponent), exponent), q) for q in sizes)
+    return exponent if kept else 0
+
+
 def content(host: HostForm, source: Node, target: Node, scalings: Sequence[TapScaling]) -> tuple[Any, int]:
     """(key, exponent): blocks of one form with equal keys are equal up to the power of two of their exponents."""
     alive = host.coming_from([source], scalings) & host.leading_to([target], scalings)
-    largest = max((float(np.abs(scalings[k].q).max(initial=0.0)) for k in source), default=1.0)
-    exponent = math.frexp(largest)[1]
+    exponent = size_exponent(source, scalings)
     digest = hashlib.sha1()
     for k, tap in enumerate(host.program.taps):
         c, q, e = scalings[k].c, scalings[k].q, scalings[k].e

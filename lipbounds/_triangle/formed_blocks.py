@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +12,7 @@ import scipy.sparse as sp
 
 from lipbounds._gain.blocks import HostForm, Node, TapScaling, by_smaller_side
 from lipbounds._gain.side_by_side import in_groups
-from lipbounds._gain.wide_blocks import content, norm_estimate
+from lipbounds._gain.wide_blocks import content, norm_estimate, size_exponent
 from lipbounds._norms import enclosures
 from lipbounds._norms import matrices as norms
 from lipbounds._norms.banded_cholesky import Plan
@@ -102,16 +102,19 @@ def proved(
     norm: float,
     name: Callable[[tuple[Node, Node]], str],
 ) -> dict[tuple[Node, Node], tuple[BlockNorm, float]]:
-    """{pair: (its norm, the error of the block)} of blocks that are formed; what both centres share is proved once."""
+    """{pair: (its norm, the error of the block)} of blocks that are formed; what both centres share is proved once.
+
+    Sources are brought to one size by powers of two, so that a bound does not depend on what was proved before.
+    """
     found: dict[tuple[Node, Node], tuple[BlockNorm, float]] = {}
     keys = {pair: content(host, *pair, scalings) for pair in pairs} if norm == 2 else {}
-    for pair, (key, exponent) in keys.items():
+    if norm == 2:
+        scalings = _of_one_size({source for source, _ in pairs}, scalings)
+    for pair, (key, _) in keys.items():
         if key in host.formed:
-            ((bound, error), before), heard = host.formed[key]
+            found[pair], heard = host.formed[key]
             for text in heard:
                 note(text)
-            value, error = (float(unscale_up(x, exponent - before)) for x in (bound.value, error))
-            found[pair] = replace(bound, value=value), error
     left = [pair for pair in pairs if pair not in found]
 
     def prove(item: tuple[tuple[Node, Node], Enclosure]) -> tuple[BlockNorm, list[str]]:
@@ -146,9 +149,24 @@ def proved(
         for (pair, block), (bound, heard) in results:
             found[pair] = bound, block.error
             if pair in keys:
-                host.formed[keys[pair][0]] = (found[pair], keys[pair][1]), heard
+                host.formed[keys[pair][0]] = found[pair], heard
             advance(f"norm of {name(pair)}", costs[pair])
+    for pair, (_, exponent) in keys.items():
+        if exponent and pair in found:
+            bound, error = found[pair]
+            value, error = (float(unscale_up(x, exponent)) for x in (bound.value, error))
+            found[pair] = replace(bound, value=value), error
     return found
+
+
+def _of_one_size(sources: Iterable[Node], scalings: Sequence[TapScaling]) -> list[TapScaling]:
+    """The scalings with the largest factor of every source in [1, 2)."""
+    made = list(scalings)
+    for node in sources:
+        exponent = size_exponent(node, scalings)
+        for k in node:
+            made[k] = replace(scalings[k], q=np.ldexp(scalings[k].q, -exponent))
+    return made
 
 
 def block_shape(host: HostForm, pair: tuple[Node, Node]) -> tuple[int, int]:
