@@ -14,7 +14,7 @@ import pytest
 
 import lipbounds as lb
 from lipbounds._form.lure import LureForm
-from lipbounds._triangle import recursion
+from lipbounds._triangle import product_rounding, recursion
 
 SHAPES = ((6, 5), (4, 6), (3, 4))
 
@@ -274,6 +274,15 @@ def test_a_block_that_is_known_at_another_scale_is_rounded_up_among_denormals() 
     lb.naive(form)
     found = recursion.triangle(form, recursion.Request(), pairwise=False, centred=True)
     assert len(found.parts) == 6 and all(part.value > 0 for part in found.parts)
+
+
+def test_the_norm_of_steps_whose_products_underflow_is_not_zero() -> None:
+    """1e-170 twice, then 1e300: the sums of absolute values underflow on the way to 1e-40."""
+    with jax.enable_x64(True):
+        steps = [jnp.full((1, 1), w) for w in (1e-170, 1e-170, 1e300)]
+        form = lb.trace(lambda x: jax.nn.relu(steps[2] @ (steps[1] @ (steps[0] @ jnp.abs(x)))), jnp.ones(1))
+    found = product_rounding.legs(form, {0: 1.0})
+    assert found[1, 0].norm >= 1e-40
 
 
 def test_radii_among_denormals_are_rounded_down() -> None:

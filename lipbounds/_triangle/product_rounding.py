@@ -98,7 +98,8 @@ def legs(form: LureForm, inputs: dict[int, float]) -> Legs:
             if (target, source) not in reached:
                 continue
             row, lost_there, steps_there = reached[target, source]
-            size = float(np.sqrt(column) * np.sqrt(row)) * weight * (1 + 1e-6)
+            # sums of absolute values underflow like products
+            size = float(np.sqrt(column + lost) * np.sqrt(row + lost_there)) * weight * (1 + 1e-6)
             rounding = gamma(max(steps, steps_there) + 8) * size
             norm = found.get((target, source), np.inf)
             if source == INPUT:
