@@ -30,9 +30,9 @@ def form_of(name: str) -> LureForm:
     return lb.trace(fn, x, batched=net.batched)
 
 
-def lowered(fn: Callable[[Any], Any], shape: tuple[int, ...]) -> LureForm:
-    """The form without the checks of `lb.trace` at random points, which would take most of the time here."""
-    flat = flatten(lambda _, x: jnp.ravel(fn(x)), (), jax.ShapeDtypeStruct(shape, jnp.float32))
+def lowered(fn: Callable[[Any], Any], shape: tuple[int, ...], dtype: Any = jnp.float32) -> LureForm:
+    """The form without the checks of `lb.trace` at random points, which take time and refuse what loses its digits."""
+    flat = flatten(lambda _, x: jnp.ravel(fn(x)), (), jax.ShapeDtypeStruct(shape, dtype))
     return LureForm(*lower(flat)[:3])
 
 

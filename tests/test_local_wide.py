@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from balls import in_ball, jacobians, largest_slopes, mlp, values
-from gain import form_of
+from gain import form_of, lowered
 from zoo import NETS
 
 import lipbounds as lb
@@ -200,7 +200,7 @@ def test_the_rounding_of_products_on_a_device(seed):
         return x
 
     with jax.enable_x64(True):
-        form = lb.trace(net, jax.ShapeDtypeStruct((5,), jnp.float64))
+        form = lowered(net, (5,), jnp.float64)
     front = liplt.Front(form)
     gains = [rng.standard_normal(n) for n in sizes[1:-1]]
     inject = [rng.uniform(0, 2, n) for n in sizes[1:-1]]
