@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, Literal
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +34,13 @@ class Model:
     """A network without its weights; equal ones share what is compiled.
 
     `graph` is what `kind` merges with weights: the definition of an nnx module, a linen module, the tree of a network
-    of one example, or any function, which has no weights of its own.
+    of one example, or any function, which has no weights of its own. `seen` tells a function from itself where what it
+    closes over has changed (`outline`).
     """
 
     graph: Any
     kind: Literal["nnx", "linen", "single", "function"] = "function"
+    seen: bytes = b""
 
     def __call__(self, weights: Any, batch: jax.Array) -> jax.Array:
         """Logits (B, K) of a batch."""
@@ -121,6 +125,7 @@ def answers(fn: Any, points: np.ndarray, batch_size: int = 256) -> np.ndarray:
         return np.zeros(0, np.int64)
     model, weights = split(fn)
     size, made = min(batch_size, len(points)), []
+    model = outline(model, weights, (size, *points.shape[1:]), None).model
     for start in range(0, len(points), size):
         rows = padded(points[start : start + size], size)
         with jax.default_matmul_precision("highest"):
@@ -138,13 +143,22 @@ def margins(
 
 def count_classes(model: Model, weights: Any, shape: tuple[int, ...], labels: np.ndarray | None) -> int:
     """K, if batches of this shape are mapped to logits (B, K) and the labels lie in 0..K-1; else ValueError."""
-    return outline(model, weights, shape, labels)[0]
+    return outline(model, weights, shape, labels).classes
 
 
-def outline(
-    model: Model, weights: Any, shape: tuple[int, ...], labels: np.ndarray | None
-) -> tuple[int, bool]:
-    """K as `count_classes` finds it, and whether the network convolves, which XLA does slowly in loops on CPUs."""
+class Outline(NamedTuple):
+    """model: with what it is now; classes: K; convolves: whether it does, slowly in loops of XLA on CPUs."""
+
+    model: Model
+    classes: int
+    convolves: bool
+
+
+def outline(model: Model, weights: Any, shape: tuple[int, ...], labels: np.ndarray | None) -> Outline:
+    """The outline of a network on batches of this shape; ValueError as `count_classes`.
+
+    What is compiled for a function holds the arrays and numbers that it closed over then: they are part of its model.
+    """
     try:
         traced, z = jax.make_jaxpr(lambda w, b: model(w, b), return_shape=True)(
             weights, jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -163,7 +177,24 @@ def outline(
         raise ValueError(f"fn must map {shape} to logits ({shape[0]}, K) with K >= 2, got {found}")
     if labels is not None:
         as_labels(labels, len(labels), found[1])
-    return int(found[1]), "conv_general_dilated" in str(traced)
+    text = str(traced)
+    if model.kind == "function":
+        seen = hashlib.blake2b(re.sub("0x[0-9a-f]+", "", text).encode())  # without addresses
+        for value in _constants(traced):
+            key = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+            seen.update(np.asarray(jax.random.key_data(value) if key else value).tobytes())
+        model = dataclasses.replace(model, seen=seen.digest())
+    return Outline(model, int(found[1]), "conv_general_dilated" in text)
+
+
+def _constants(jaxpr: Any) -> Iterator[Any]:
+    """The arrays that a program and the programs inside it hold."""
+    yield from getattr(jaxpr, "consts", ())
+    for equation in jaxpr.eqns:
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                if hasattr(inner, "eqns"):
+                    yield from _constants(inner)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,6 @@ network in real arithmetic, which is what a certificate covers; `evaluation` dis
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,6 +29,7 @@ from lipbounds.analysis.attack_network import (
     OTHER,
     Needs,
     Oracle,
+    Outline,
     count_classes,
     margins,
     outline,
@@ -199,7 +199,11 @@ def search(
     labels, radii = as_labels(y, len(points)), _radii(eps, len(points))
     aims, targeted = labels if target is None else _targets(target, labels), target is not None
     settings.check_inside(points)
-    batches = _Batches(model, weights, settings, points)
+    outlined = None
+    if not isinstance(model, Oracle):
+        outlined = outline(model, weights, (min(settings.batch_size, len(points)), *points.shape[1:]), None)
+        model = outlined.model
+    batches = _Batches(model, weights, settings, points, outlined)
     batches.check(labels, aims)
     before = batches.margins(points, labels, False)
     if not np.isfinite(before).all():
@@ -257,6 +261,7 @@ class _Batches:
     weights: Any
     settings: AttackSettings
     points: np.ndarray
+    outlined: Outline | None
 
     @property
     def size(self) -> int:
@@ -264,9 +269,9 @@ class _Batches:
 
     def check(self, labels: np.ndarray, aims: np.ndarray) -> None:
         """ValueError unless the network has logits of the classes that the labels and targets name."""
-        if isinstance(self.model, Oracle):
+        if self.outlined is None:
             return
-        classes = self.outlined[0]
+        classes = self.outlined.classes
         as_labels(labels, len(labels), classes)
         try:
             as_labels(aims, len(aims), classes)
@@ -299,15 +304,10 @@ class _Batches:
             self.looped,
         )
 
-    @functools.cached_property
+    @property
     def looped(self) -> bool:
         """Whether nothing convolves."""
-        return not isinstance(self.model, Oracle) and not self.outlined[1]
-
-    @functools.cached_property
-    def outlined(self) -> tuple[int, bool]:
-        """As `outline` says."""
-        return outline(self.model, self.weights, (self.size, *self.points.shape[1:]), None)
+        return self.outlined is not None and not self.outlined.convolves
 
     def margins(
         self, points: np.ndarray, labels: np.ndarray, targeted: bool, rows: np.ndarray | None = None

@@ -67,7 +67,8 @@ def pgd(
     Args:
         fn: batch (B, *shape) -> logits (B, K), each row on its own: an nnx module (in evaluation mode), a bound linen
             module or any function; or a traced form or a network of `interop.load_onnx`, which take one example each.
-            Weights are arguments of what is compiled, except those that a function closes over, its constants.
+            Weights are arguments of what is compiled, except those that a function closes over: where these have
+            changed, it is compiled again.
         x: (N, *shape) floating point in the box, taken in float32.
         y: (N,) integer labels.
         eps: radius, or (N,) radii, in the units of x; inf stands for the whole box.

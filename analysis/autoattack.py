@@ -24,7 +24,7 @@ from scipy.special import logsumexp
 from lipbounds._text import reporting, show, usual_settings
 from lipbounds.analysis.apgd import runs as apgd_runs
 from lipbounds.analysis.apgd import slopes
-from lipbounds.analysis.attack_network import count_classes, logits_of, split
+from lipbounds.analysis.attack_network import logits_of, outline, split
 from lipbounds.analysis.attack_search import Attack, Find, as_points
 from lipbounds.analysis.attack_sequence import in_turn
 from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings
@@ -138,7 +138,7 @@ def checked(fn: Any, x: Any, settings: AttackSettings) -> Iterator[str]:
     points = as_points(x)
     settings.check_inside(points)
     first = points[: settings.batch_size]
-    classes = count_classes(model, weights, first.shape, None)
+    model, classes, _ = outline(model, weights, first.shape, None)
     if classes < 4:
         raise ValueError(
             f"AutoAttack needs at least 4 classes, for the loss of APGD-T, and the network has {classes}: run "

@@ -81,6 +81,7 @@ def in_distribution(
     whole("rounds", rounds)
     _check_steps(steps, step_size)
     starts = _latents(generator, latents, x)
+    generator = functools.partial(generator)  # a new one, so that what is compiled holds its weights of now
 
     def find(problem: Problem) -> Found:
         return _search(problem, generator, starts[np.asarray(problem.index)], steps, rounds, step_size)
@@ -110,6 +111,7 @@ def nearest_latents(
     _check_steps(steps, step_size)
     points = as_points(x)
     labels, starts = as_labels(y, len(points)), _latents(generator, latents, points)
+    generator = functools.partial(generator)  # a new one, as in `in_distribution`
     found, size = [], min(whole("batch_size", batch_size), len(points))
     for start in range(0, len(points), size):
         rows = padded(np.arange(start, min(start + size, len(points))), size)

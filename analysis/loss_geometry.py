@@ -26,7 +26,7 @@ from flax import nnx
 from scipy import linalg
 
 from lipbounds._text import as_labels, check_seed, show, usual_settings, whole
-from lipbounds.analysis.attack_network import Model, check_rows, count_classes, split
+from lipbounds.analysis.attack_network import Model, check_rows, count_classes, outline, split
 from lipbounds.analysis.attack_search import INSIDE, Problem, as_points, project
 from lipbounds.analysis.attack_settings import DEFAULT, LINF, AttackSettings
 from lipbounds.analysis.attacks import steepest, uniform_start
@@ -73,7 +73,7 @@ def _problems(
     labels = as_labels(y, len(points))
     settings.check_inside(points)
     size = min(settings.batch_size, len(points))
-    count_classes(model, weights, (size, *points.shape[1:]), labels)
+    model = outline(model, weights, (size, *points.shape[1:]), labels).model
     check_rows(model, weights, points[:size])
     for start in range(0, len(points), size):
         rows = padded(np.arange(start, min(start + size, len(points))), size)

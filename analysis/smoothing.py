@@ -39,7 +39,7 @@ from lipbounds._text import (
     usual_settings,
     whole,
 )
-from lipbounds.analysis.attack_network import Model, check_rows, count_classes, split
+from lipbounds.analysis.attack_network import Model, check_rows, outline, split
 from lipbounds.analysis.attack_search import as_points
 from lipbounds.analysis.attack_settings import reports
 
@@ -158,7 +158,7 @@ def smooth(
     points = as_points(x)
     labels = None if y is None else as_labels(y, len(points))
     size = min(whole("batch_size", batch_size), len(points) * n)
-    classes = count_classes(model, weights, (size, *points.shape[1:]), labels)
+    model, classes, _ = outline(model, weights, (size, *points.shape[1:]), labels)
     noise = np.random.default_rng(seed).standard_normal((size, *points.shape[1:]))
     check_rows(model, weights, (np.resize(points, noise.shape) + sigma * noise).astype(np.float32))
     choosing, deciding = jax.random.split(jax.random.key(seed))

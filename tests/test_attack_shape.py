@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
+from test_cache import compilations
 
 import lipbounds as lb
 from lipbounds import analysis
+from lipbounds.analysis import gradient_lipschitz, pgd, smooth
+from lipbounds.analysis.attack_network import answers
 from lipbounds.analysis.attack_search import Found, search
 
 W = np.random.default_rng(3).normal(size=(6, 4)).astype(np.float32)
@@ -247,3 +250,32 @@ def test_bad_targets_are_refused(data, target, message):
     x, y = data
     with pytest.raises(ValueError, match=message):
         analysis.pgd(linear, x, y, 0.1, steps=1, target=y if target is None else target)
+
+
+@pytest.mark.parametrize("inner", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_function_is_the_network_that_it_is_now(inner):
+    """What it closes over may change between two calls; where nothing has, nothing is compiled again."""
+    w = np.float32([[3.0, 0.0], [0.0, 4.0]])
+    scale = [1.0]
+
+    def net(batch):
+        shifted = batch - np.float32(0.5)
+        return (jax.jit(lambda b: b @ w)(shifted) if inner else shifted @ w) * scale[0]
+
+    def said():
+        made = pgd(net, x, y, 0.05, steps=2)
+        smoothed = smooth(net, x, 0.01, 10, 50, y=y).accuracy()
+        slope = float(gradient_lipschitz(net, x, y, 0.0).value.max())
+        return [made.correct.mean(), smoothed, np.mean(answers(net, x) == y)], slope
+
+    x = np.float32([[0.9, 0.5], [0.8, 0.45], [0.7, 0.3]])
+    y = np.zeros(3, int)
+    shares, slope = said()
+    assert shares == [1.0] * 3
+    with compilations() as names:
+        said()
+    assert not [name for name in names if "_tally" in name or "_advance" in name or "logits_of" in name]
+    scale[0] = 2.0
+    assert said()[1] != pytest.approx(slope, rel=0.1)
+    w *= -1
+    assert said()[0] == [0.0] * 3
