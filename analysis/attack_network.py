@@ -34,8 +34,8 @@ class Model:
     """A network without its weights; equal ones share what is compiled.
 
     `graph` is what `kind` merges with weights: the definition of an nnx module, a linen module, the tree of a network
-    of one example, or any function, which has no weights of its own. `seen` tells a function from itself where what it
-    closes over has changed (`outline`).
+    of one example, or any function, which has no weights of its own. `seen` tells a function, or one that a
+    module holds, from itself where what it closes over has changed (`outline`).
     """
 
     graph: Any
@@ -79,7 +79,7 @@ def split(fn: Any, needs: Needs = "gradients") -> tuple[Any, Any]:
         return Model(tree, "single"), leaves
     if not callable(fn):
         raise TypeError(f"a network is a function from a batch to logits, got {type(fn).__name__}")
-    return Model(fn), None
+    return Model(fn if type(fn).__hash__ else fn.__call__), None  # a method is told by its object alone
 
 
 def margin_of(z: jax.Array, y: jax.Array, targeted: bool = False) -> jax.Array:
@@ -157,7 +157,7 @@ class Outline(NamedTuple):
 def outline(model: Model, weights: Any, shape: tuple[int, ...], labels: np.ndarray | None) -> Outline:
     """The outline of a network on batches of this shape; ValueError as `count_classes`.
 
-    What is compiled for a function holds the arrays and numbers that it closed over then: they are part of its model.
+    What is compiled holds the arrays and numbers that a function closed over then: they are part of its model.
     """
     try:
         traced, z = jax.make_jaxpr(lambda w, b: model(w, b), return_shape=True)(
@@ -178,12 +178,11 @@ def outline(model: Model, weights: Any, shape: tuple[int, ...], labels: np.ndarr
     if labels is not None:
         as_labels(labels, len(labels), found[1])
     text = str(traced)
-    if model.kind == "function":
-        seen = hashlib.blake2b(re.sub("0x[0-9a-f]+", "", text).encode())  # without addresses
-        for value in _constants(traced):
-            key = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
-            seen.update(np.asarray(jax.random.key_data(value) if key else value).tobytes())
-        model = dataclasses.replace(model, seen=seen.digest())
+    seen = hashlib.blake2b(re.sub("0x[0-9a-f]+", "", text).encode())  # without addresses
+    for value in _constants(traced):
+        key = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+        seen.update(np.asarray(jax.random.key_data(value) if key else value).tobytes())
+    model = dataclasses.replace(model, seen=seen.digest())
     return Outline(model, int(found[1]), "conv_general_dilated" in text)
 
 

@@ -279,3 +279,27 @@ def test_a_function_is_the_network_that_it_is_now(inner):
     assert said()[1] != pytest.approx(slope, rel=0.1)
     w *= -1
     assert said()[0] == [0.0] * 3
+
+
+def test_modules_that_hold_functions_and_objects_without_a_hash_are_networks(data):
+    class Held(nnx.Module):
+        def __init__(self, act):
+            self.act, self.layer = act, nnx.Linear(6, 4, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.layer(self.act(x.reshape(len(x), -1)))
+
+    class Unhashable:
+        __hash__ = None
+
+        def __call__(self, batch):
+            return linear(batch)
+
+    x, y = data
+    sign = [1.0]
+    held = Held(lambda v: sign[0] * v)
+    for sign[0] in (1.0, -1.0):
+        z = np.asarray(held(x))
+        margin = np.sort(z, axis=1)[:, -1] - np.sort(z, axis=1)[:, -2]
+        np.testing.assert_allclose(pgd(held, x, z.argmax(axis=1), 0.0, steps=0).margin, margin, rtol=1e-4)
+    assert pgd(Unhashable(), x, y, 0.1, steps=1).correct.sum() == 8
