@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -79,7 +79,9 @@ def split(fn: Any, needs: Needs = "gradients") -> tuple[Any, Any]:
         return Model(tree, "single"), leaves
     if not callable(fn):
         raise TypeError(f"a network is a function from a batch to logits, got {type(fn).__name__}")
-    return Model(fn if type(fn).__hash__ else fn.__call__), None  # a method is told by its object alone
+    return Model(
+        fn if isinstance(fn, Hashable) else fn.__call__
+    ), None  # a method is told by its object alone
 
 
 def margin_of(z: jax.Array, y: jax.Array, targeted: bool = False) -> jax.Array:
