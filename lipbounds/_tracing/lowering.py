@@ -4,7 +4,7 @@ Walking backwards from the output, every equation that is needed becomes a linea
 elementwise equation becomes a tap by finding a *dominator*: a tensor through which all its dependence on x passes
 elementwise, so that the equation is one function of one variable applied to that tensor. Farther dominators are tried
 first when nothing else uses what lies between (relu after relu is one tap), nearer ones when their slopes cannot be
-proved. All refusals are collected; `lower` raises once.
+proved, and the output of another tap last. All refusals are collected; `lower` raises once.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Lowering:
         self.aliases: dict[int, Value] = {}
         self.linear: dict[int, Linear] = {}  # by index of the output value
         self.taps: dict[int, Elementwise | Group] = {}
+        self.nested: dict[int, Elementwise | None] = {}  # what `composed` found
         self.consumers: dict[int, list[Eqn]] = {}
         self.rules: dict[int, Any] = {}  # what each equation is, by id
         self.misread: set[int] = set()  # those with parameters that are not understood
@@ -132,8 +133,11 @@ class Lowering:
             return True
         return eqn.primitive not in rules.RULES and eqn.primitive not in rules.ELEMENTWISE
 
-    def dominators(self, value: Value) -> Iterator[tuple[Value, list[Value], bool]]:
-        """(base, the values between, whether something nonlinear lies between this base and the nearer one)."""
+    def dominators(self, value: Value, nested: bool = False) -> Iterator[tuple[Value, list[Value], bool]]:
+        """(base, the values between, whether something nonlinear lies between this base and the nearer one).
+
+        A base is x or what a linear step computes; with `nested` also what another nonlinearity does.
+        """
         frontier = {value.index: value}
         region: list[Value] = []
         nonlinear = False
@@ -152,7 +156,7 @@ class Lowering:
             if len(frontier) == 1:
                 (base,) = frontier.values()
                 floating = jnp.issubdtype(base.dtype, jnp.floating)
-                if floating and self.is_linear(base) and base.shape == value.shape:
+                if floating and (nested or self.is_linear(base)) and base.shape == value.shape:
                     yield base, list(region), nonlinear
                     nonlinear = False
 
@@ -255,6 +259,24 @@ class Lowering:
             return Refused(failure.reason, DECLARE)
         return Refused(failure.reason, failure.remedy or rules.REWRITE)
 
+    def composed(self, value: Value) -> Elementwise | None:
+        """The tap on the output of another tap that computes `value`, where only each of the two has slopes."""
+        if value.index not in self.nested:
+            self.nested[value.index] = None
+            for base, region, _ in self.dominators(value, nested=True):
+                eqn = base.producer
+                if eqn is None or self.is_linear(base):
+                    continue
+                try:
+                    found = self.prove(base, *self.expression(value, base, region))
+                except SlopeError:
+                    continue
+                alone = self.declared(eqn) or self.elementwise(base, eqn)
+                if isinstance(alone, Elementwise) or self.composed(base) is not None:
+                    self.nested[value.index] = found
+                break
+        return self.nested[value.index]
+
     def declared(self, eqn: Eqn) -> Elementwise | None:
         """The tap of a declared activation that ends with this equation; of several that on the farthest tensor.
 
@@ -262,7 +284,7 @@ class Lowering:
         """
         found = None
         ends = eqn.primitive in activations.declared_ends()
-        for base, region, _ in self.dominators(eqn.outputs[0]) if ends else ():
+        for base, region, _ in self.dominators(eqn.outputs[0], nested=True) if ends else ():
             if all(map(self.is_linear, region)):
                 continue
             expr, consts = self.expression(eqn.outputs[0], base, region)
@@ -331,7 +353,12 @@ class Lowering:
         elif _is_pair(eqn):
             self.taps[value.index] = Group(eqn.primitive, pairs(*(v.shape for v in eqn.inputs)))
             needed.update(self.resolve(v).index for v in eqn.inputs)
-        elif not self.unguard(eqn, needed):
+        elif self.unguard(eqn, needed):
+            return
+        elif (nested := self.composed(value)) is not None:
+            self.taps[value.index] = nested
+            needed.add(nested.base.index)
+        else:
             nearest = next(self.dominators(value), None)
             self.refuse(eqn, found, needed, nearest[0] if nearest else None)
 
