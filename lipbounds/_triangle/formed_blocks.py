@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -159,9 +159,10 @@ def proved(
     return found
 
 
-def _of_one_size(sources: Iterable[Node], scalings: Sequence[TapScaling]) -> list[TapScaling]:
-    """The scalings with the largest factor of every source in [1, 2)."""
+def _of_one_size(sources: Collection[Node], scalings: Sequence[TapScaling]) -> list[TapScaling]:
+    """The scalings with the largest factor of every source in [1, 2); no tap is in two of the sources."""
     made = list(scalings)
+    assert len({k for node in sources for k in node}) == sum(map(len, sources))
     for node in sources:
         exponent = size_exponent(node, scalings)
         for k in node:
