@@ -5,8 +5,9 @@
 - `induced_norm`: 1 and infinity norm, sums rounded up
 - `row_norms`, `pairwise_row_norms`: vector norms of rows and of all row differences, rounded up
 
-Inputs are taken as exact real numbers; float32 and small integers convert exactly. NaN, infinities, complex
-numbers and results beyond the float64 range raise ValueError. Verified work runs on the host in NumPy/SciPy.
+Inputs are taken as exact real numbers; float32 and small integers convert exactly. Entries that a sparse matrix holds
+several times are the float64 sums that SciPy makes of them. NaN, infinities, complex numbers and results beyond the
+float64 range raise ValueError. Verified work runs on the host in NumPy/SciPy.
 """
 
 from __future__ import annotations
