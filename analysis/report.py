@@ -12,7 +12,7 @@ import jinja2
 import numpy as np
 from matplotlib.figure import Figure
 
-from lipbounds._text import entry, seconds_text, show, write_atomically
+from lipbounds._text import entry, percent, seconds_text, show, write_atomically
 from lipbounds.analysis.experiment import best_certified
 from lipbounds.analysis.figures import (
     NORM_NAMES,
@@ -165,8 +165,8 @@ def environment() -> jinja2.Environment:
         **{way: _rounded(way) for way in ("up", "down", "near")},
         "setting": _setting,
         "seconds": seconds_text,
-        "percent": lambda share: f"{100 * share:.1f} %",
-        "percent2": lambda share: f"{100 * share:.2f} %",
+        "percent": lambda share, way="near": f"{percent(share, way, 1)} %",
+        "percent2": lambda share, way="near": f"{percent(share, way)} %",
     }
     return found
 

@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import lipbounds as lb
-from lipbounds._text import markdown_table, seconds_text, show, whole, write_atomically
+from lipbounds._text import markdown_table, percent, seconds_text, show, whole, write_atomically
 from lipbounds.analysis import evaluation
 from lipbounds.analysis.demo import FORMAT, FORMAT_VERSION, is_ours, read_json, write_json
 from lipbounds.analysis.experiment import LABELS, Json
@@ -353,13 +353,12 @@ def _ours(record: Json | None) -> list[str]:
     if record is None:
         return ["not run", *[""] * 6]
     name, near, paper = best_method(record), str(record["eps_pixels"]), str(record["eps_paper"])
-    shares = [record["clean"], record["pgd"]["2"][near]]
+    seen = [str(record["epochs"]), percent(record["clean"]), percent(record["pgd"]["2"][near], "up")]
     if name is None:
-        return [str(record["epochs"]), *(f"{100 * share:.2f}" for share in shares), "", "", "none", ""]
-    shares.append(record["certified"][name][near])
+        return [*seen, "", "", "none", ""]
     return [
-        str(record["epochs"]),
-        *(f"{100 * share:.2f}" for share in (*shares, record["certified"][name][paper])),
+        *seen,
+        *(percent(record["certified"][name][eps], "down") for eps in (near, paper)),
         LABELS.get(name, name),
         record["guarantee"][name],
     ]
@@ -454,9 +453,10 @@ def page(rows: Sequence[Row], done: Mapping[str, Json], plan: Plan) -> str:
         took, proof = (seconds_text(record[f"{key}_seconds"]) for key in ("training", "evaluation"))
         lines.append(f"- {row.name}: {took} of training, {proof} of evaluation on {record['images']} images")
         if near := record["local"]:
+            shares = [percent(near[by], "down", 1) for by in ("global", "local")]
             lines.append(
-                f"- {row.name}: of the first {near['images']} images {100 * near['global']:.1f} % are certified "
-                f"by LipLT, {100 * near['local']:.1f} % by local bounds ({near['guarantee']})"
+                f"- {row.name}: of the first {near['images']} images {shares[0]} % are certified by LipLT, "
+                f"{shares[1]} % by local bounds ({near['guarantee']})"
             )
         if record["warnings"]:
             lines.append(f"- {row.name}: {record['warnings']}")

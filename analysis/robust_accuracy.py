@@ -17,7 +17,7 @@ import numpy as np
 
 import lipbounds as lb
 from lipbounds._local import logits
-from lipbounds._text import Progress, as_labels, show, usual_settings
+from lipbounds._text import Progress, as_labels, percent, show, usual_settings
 from lipbounds.analysis.attack_search import Attack, as_points, length
 from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings, reports
 from lipbounds.analysis.attacks import pgd
@@ -73,7 +73,7 @@ class RobustAccuracy:
             f"{self.clean:.2%} correct"
         ]
         for e in self.eps:
-            ends = show(100 * self.lower(e), "down", 4), show(100 * self.upper(e), "up", 4)
+            ends = percent(self.lower(e), "down"), percent(self.upper(e), "up")
             lines.append(f"  eps {show(e)}: {ends[0]} % <= robust <= {ends[1]} %")
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 import lipbounds as lb
-from lipbounds._text import Progress, label_text, text_table
+from lipbounds._text import Direction, Progress, label_text, percent, text_table
 from lipbounds.analysis.attack_network import count_classes, split
 from lipbounds.analysis.attack_search import first_images
 from lipbounds.analysis.attack_settings import AttackSettings
@@ -187,15 +187,16 @@ def robust_text(records: Mapping[str, Json]) -> str:
     rows = []
     for name, record in records.items():
         for e in record["eps"]:
-            cells = [_percent(record.get(column, {}).get(str(e))) for column in COLUMNS]
+            ways: tuple[Direction, ...] = ("up", "up", "down")  # of COLUMNS
+            cells = [_percent(record.get(c, {}).get(str(e)), w) for c, w in zip(COLUMNS, ways, strict=True)]
             if record["refused"] is not None:
                 cells[-1] = "-"
             rows.append([label_text(name, 40), f"{e:.4g}", _percent(record["natural"]), *cells])
     return text_table(["network", "eps", "natural", *COLUMNS], rows, right=range(1, 6))
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.2f}"
+def _percent(share: float | None, way: Direction = "near") -> str:
+    return "-" if share is None else percent(share, way)
 
 
 def robust_figure(records: Mapping[str, Json]) -> Figure:

@@ -18,7 +18,7 @@ import numpy as np
 
 import lipbounds as lb
 from lipbounds._local import logits
-from lipbounds._text import Progress, as_labels, show
+from lipbounds._text import Progress, as_labels, percent, show
 from lipbounds.analysis.attack_search import Attack, as_points
 from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings, norm_name, reports
 from lipbounds.analysis.attacks import pgd
@@ -64,7 +64,7 @@ class Stability:
         return float((self.correct & self.certified).mean()), float((self.correct & ~self.broken).mean())
 
     def __repr__(self) -> str:
-        ends = f"{show(100 * self.lower, 'down', 4)} % <= stable <= {show(100 * self.upper, 'up', 4)} %"
+        ends = f"{percent(self.lower, 'down')} % <= stable <= {percent(self.upper, 'up')} %"
         return f"Stability: {len(self.certified)} examples, {NORM_NAMES[self.norm]}, eps {show(self.eps)}: {ends}"
 
 

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from lipbounds import results as module
-from lipbounds._text.tables import entry, html_table, markdown_table, seconds_text, show, text_table
+from lipbounds._text.tables import (
+    entry,
+    html_table,
+    markdown_table,
+    percent,
+    seconds_text,
+    show,
+    text_table,
+)
 from lipbounds.errors import CertificateError, GuaranteeError, Unsupported, UnsupportedError
 from lipbounds.results import Estimate, LowerBound, Part, UpperBound, check_norm, weakest
 
@@ -363,3 +371,20 @@ def test_unsupported_survives_pickle():
 
 def test_kinds_of_errors():
     assert issubclass(CertificateError, ValueError) and not issubclass(GuaranteeError, ValueError)
+
+
+def test_shares_in_percent_are_on_the_side_of_their_bound() -> None:
+    assert (percent(2 / 3), percent(2 / 3, "down"), percent(2 / 3, "up")) == ("66.67", "66.66", "66.67")
+    assert (percent(1 / 3, "down", 1), percent(1 / 3, "up", 1)) == ("33.3", "33.4")
+    for count in (
+        7,
+        360,
+        1000,
+        10_000,
+    ):  # exact shares stay what they are, though their floats are below or above
+        for k in range(count + 1):
+            for places in (2, 1):
+                if k * 10 ** (places + 2) % count == 0:
+                    assert float(percent(k / count, "down", places)) == k * 100 / count
+                    assert percent(k / count, "up", places) == percent(k / count, "down", places)
+    assert (percent(0.0, "up"), percent(1.0, "down")) == ("0.00", "100.00")

@@ -11,6 +11,7 @@ from lipbounds._cli import tables
 from lipbounds._cli.common import Json, refusals
 from lipbounds._cli.options import VERBS, Pages, SeedOption, Source, eps_of, grouped, option
 from lipbounds._cli.trained import Subject, check_source, folder_of, open_subject, record_of, write_files
+from lipbounds._text.tables import Direction, percent
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -202,14 +203,17 @@ def accuracy_table(record: Json) -> Table:
         attacked[" and ".join(record["attacked"]["by"])] = record["attacked"]
     for name, rows in attacked.items():
         for norm in record["pgd"]:
-            cells = (_percent(rows[norm][key]) for key in keys)
+            cells = (_percent(rows[norm][key], "up") for key in keys)
             table.add_row(f"{name} {NORM_NAMES[check_norm(norm)]}", "attained", *cells)
     for method, row in record["certified"].items():
         word = record["guarantee"][method]
-        table.add_row(f"certified {LABELS.get(method, method)}", word, *(_percent(row[key]) for key in keys))
+        table.add_row(
+            f"certified {LABELS.get(method, method)}", word, *(_percent(row[key], "down") for key in keys)
+        )
     if record["robust"]:
         between = [
-            f"{100 * e['certified']:.2f} to {_percent(e['attacked'])}" for e in record["robust"].values()
+            f"{percent(e['certified'], 'down')} to {_percent(e['attacked'], 'up')}"
+            for e in record["robust"].values()
         ]
         table.add_row("robust l2 lies in", "both", *between)
     return table
@@ -234,5 +238,5 @@ def constants_table(record: Json) -> Table:
     return table
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
+def _percent(share: float, way: Direction = "near") -> str:
+    return f"{percent(share, way)} %"

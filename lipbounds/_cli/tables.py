@@ -318,7 +318,7 @@ def print_certified(bound: Any, radii: Any, shares: dict[float, float], assumed:
 
 def print_bracket(both: Any) -> None:
     """Certified accuracy and accuracy under attack at every eps: the robust accuracy lies between them."""
-    from lipbounds._text.tables import show
+    from lipbounds._text.tables import percent
     from lipbounds.results import NORM_NAMES
 
     norm = NORM_NAMES[both.norm]
@@ -327,7 +327,7 @@ def print_bracket(both: Any) -> None:
     )
     typer.echo(f"clean:     {100 * both.clean:.1f} % correct")
     for row in both.rows():
-        ends = show(100 * row["certified"], "down", 4), show(100 * row["attacked"], "up", 4)
+        ends = percent(row["certified"], "down"), percent(row["attacked"], "up")
         typer.echo(f"eps {row['eps']:<7g} {ends[0]} % certified <= robust <= {ends[1]} % under attack")
     for note in both.notes:
         typer.echo(f"note:      {note}")

@@ -16,6 +16,7 @@ from lipbounds._cli import tables
 from lipbounds._cli.common import Json, refusals
 from lipbounds._cli.options import CoordinatorOption, ProcessesOption, ProcessOption
 from lipbounds._text.files import read_text
+from lipbounds._text.tables import percent
 
 LogName = Literal["tensorboard", "trackio"]
 _Uses = dict[tuple[str, ...], tuple[bool, str]]
@@ -320,7 +321,7 @@ def _shares(final: Json, settings: Any) -> list[str]:
         )
     if "certified" in final:
         proof = f"({final['method']}, {final['guarantee']})"
-        found.append(f"{100 * final['certified']:.2f} % certified at eps {settings.eps:g} {proof}")
+        found.append(f"{percent(final['certified'], 'down')} % certified at eps {settings.eps:g} {proof}")
     return found
 
 
@@ -334,7 +335,7 @@ def _line(record: Json, settings: Any) -> str:
     if record.get("pgd_accuracy") is not None:
         text += f", {100 * record['pgd_accuracy']:.1f} % under PGD"
     if "clean" in record:
-        clean, certified = 100 * record["clean"], 100 * record["certified"]
-        text += f"; {clean:.1f} % clean and {certified:.1f} % certified at eps {settings.eps:g}"
+        clean, certified = 100 * record["clean"], percent(record["certified"], "down", 1)
+        text += f"; {clean:.1f} % clean and {certified} % certified at eps {settings.eps:g}"
         text += f" ({record['guarantee']}, {record['images']} {record['part']} images)"
     return f"{text}; WARNING: {record['warning']}" if "warning" in record else text

@@ -37,6 +37,7 @@ from lipbounds._text.tables import (
     markdown_table,
     markdown_text,
     new_axes,
+    percent,
     printable,
     seconds_text,
     show,
@@ -199,7 +200,7 @@ class Comparison:
         for row in self.rows:
             way = _WAYS[row.kind]
             values = [entry(row.value, way) if row.kind == kind else "" for kind in _KINDS.values()]
-            shares = [f"{100 * a:.1f} %" for a in row.certified] or [""] * len(self.eps)
+            shares = [f"{percent(a, 'down', 1)} %" for a in row.certified] or [""] * len(self.eps)
             radius = entry(row.median_radius, "down", 4)
             cells = [row.method, *values, row.guarantee or "-", entry(row.pair, way), radius, *shares]
             rows.append([*cells, seconds_text(row.seconds), row.reason])

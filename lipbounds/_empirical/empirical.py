@@ -35,6 +35,7 @@ import numpy as np
 from lipbounds._empirical import ascent
 from lipbounds._empirical.survey import BATCH, Survey, direct_sources, survey
 from lipbounds._form.concrete import is_concrete
+from lipbounds._form.lure import LureForm
 from lipbounds._form.units import Units
 from lipbounds._local import forward
 from lipbounds._norms.rounding import U, gamma
@@ -242,7 +243,7 @@ def empirical(
         progress: True shows on stderr what takes long, False nothing; a function gets every line of text.
 
     Raises:
-        TypeError: a form whose weights are being traced.
+        TypeError: not a form, or one whose weights are being traced.
         ValueError: wrong shapes, points that are not finite, an empty X, a wrong norm, `within` or `layers` without X.
 
     Example:
@@ -254,6 +255,8 @@ def empirical(
     """
     begin = time.perf_counter()
     p = check_norm(norm)
+    if not isinstance(form, LureForm):
+        raise TypeError(f"empirical needs a LureForm from lb.trace, got {type(form).__name__}")
     if not all(is_concrete(leaf) for leaf in jax.tree_util.tree_leaves(form)):
         why = "empirical needs concrete weights, and these are being traced: call it outside jit and grad"
         raise TypeError(f"{why} (lb.liplt.core and lb.naive.core run inside)")

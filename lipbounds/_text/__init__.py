@@ -31,6 +31,7 @@ from lipbounds._text.tables import (
     markdown_table,
     markdown_text,
     new_axes,
+    percent,
     printable,
     seconds_text,
     show,
@@ -40,6 +41,7 @@ from lipbounds._text.tables import (
 __all__ = [
     "DEFLATE", "Direction", "Html", "OutOfTime", "Progress", "as_labels", "check_seed", "clock", "element", "entry",
     "html_table", "hurried", "is_special", "label_text", "markdown_table", "markdown_text", "near", "new_axes",
-    "parsed", "printable", "read_npz", "read_safetensors", "read_text", "remaining", "reporting", "say", "seconds_text",
-    "show", "stoppable", "text_table", "together", "usual_settings", "whole", "within", "write_atomically",
+    "parsed", "percent", "printable", "read_npz", "read_safetensors", "read_text", "remaining", "reporting", "say",
+    "seconds_text", "show", "stoppable", "text_table", "together", "usual_settings", "whole", "within",
+    "write_atomically",
 ]  # fmt: skip

@@ -19,6 +19,15 @@ def show(value: float | None, direction: Direction = "near", digits: int = 6) ->
     return _shown(value, direction, digits, zeros=False)
 
 
+def percent(share: float, direction: Direction = "near", places: int = 2) -> str:
+    """A share of some examples in percent: certified ones are rounded down, those that an attack leaves up.
+
+    100 times the float of a share such as 57/100 is not a whole number; what lies beyond the ninth place is no share.
+    """
+    exact = Decimal(round(100 * float(share), 9)).quantize(Decimal(1).scaleb(-9), rounding=ROUND_HALF_EVEN)
+    return str(exact.quantize(Decimal(1).scaleb(-places), rounding=_ROUNDING[direction]))
+
+
 def entry(value: float | None, direction: Direction = "near", digits: int = 6) -> str:
     """`show` with zeros at the end, for a column or a figure, whose numbers have equal digits."""
     return _shown(value, direction, digits, zeros=True)
