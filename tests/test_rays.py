@@ -158,7 +158,8 @@ def test_chunks_and_scans_give_the_same(rng, monkeypatch):
     scanned = rays(fn, x, y, 1.02 * exact, queries=400, tol=1e-6, **WIDE)
     for other in (split, scanned):
         np.testing.assert_array_equal(other.queries, usual.queries)
-        np.testing.assert_array_equal(other.adversarial, usual.adversarial)
+        # products of batches of other sizes may round otherwise, and so may the last steps of a bisection
+        np.testing.assert_allclose(other.adversarial, usual.adversarial, atol=5e-6)
 
 
 @pytest.mark.slow
