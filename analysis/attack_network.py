@@ -79,9 +79,8 @@ def split(fn: Any, needs: Needs = "gradients") -> tuple[Any, Any]:
         return Model(tree, "single"), leaves
     if not callable(fn):
         raise TypeError(f"a network is a function from a batch to logits, got {type(fn).__name__}")
-    return Model(
-        fn if isinstance(fn, Hashable) else fn.__call__
-    ), None  # a method is told by its object alone
+    named = fn if isinstance(fn, Hashable) else fn.__call__  # a method is told by its object alone
+    return Model(named), None
 
 
 def margin_of(z: jax.Array, y: jax.Array, targeted: bool = False) -> jax.Array:
