@@ -423,7 +423,7 @@ def proved_on_device(
     todo, keys = [], {pair: _direct(host, pair, scalings) for pair in pairs}
     for pair, (key, exponent) in keys.items():
         if key in form.direct:
-            found[pair] = math.ldexp(form.direct[key], exponent)
+            found[pair] = float(unscale_up(form.direct[key], exponent))
         else:
             todo.append(pair)
     for node, some, reverse in sweeps(host, todo, most):
