@@ -376,8 +376,10 @@ def _by_search(
     failure: float,
     max_steps: int,
 ) -> Bound | None:
-    # STARTS vectors are kept per step.
-    found = search(host, pair, scalings, seed=seed, failure=failure, max_steps=max(max_steps // STARTS, 8))
+    steps = max_steps // STARTS  # each keeps STARTS vectors
+    if steps < CHECKED:
+        return None
+    found = search(host, pair, scalings, seed=seed, failure=failure, max_steps=steps)
     with one_blas_thread():
         while not found.known.ended and found.known.excess > RTOL:
             found.advance(CHECKED)
