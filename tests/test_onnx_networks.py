@@ -93,6 +93,42 @@ def test_external_data_outside_the_folder_are_refused(location: str, tmp_path: P
         load_onnx(folder / "net.onnx")
 
 
+def test_external_data_of_a_local_function_lie_beside_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were read from the working directory, so that another file with that name changed the network."""
+    folder, elsewhere = tmp_path / "models", tmp_path / "elsewhere"
+    for place, value in ((folder, 2), (elsewhere, 7)):
+        place.mkdir()
+        np.full(3, value, np.float32).tofile(place / "w.bin")
+    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[3], data_location=TensorProto.EXTERNAL)
+    weight.external_data.add(key="location", value="w.bin")
+    nodes = [
+        helper.make_node("Constant", [], ["w"], value=weight),
+        helper.make_node("Mul", ["a", "w"], ["b"]),
+    ]
+    net = Net(("N", 3))
+    net.functions = [
+        helper.make_function("local", "Scale", ["a"], ["b"], nodes, [helper.make_opsetid("", 17)])
+    ]
+    model = net.done(net.Scale("x", domain="local"))
+    (folder / "net.onnx").write_bytes(model.SerializeToString())
+    monkeypatch.chdir(elsewhere)
+    np.testing.assert_array_equal(load_onnx(folder / "net.onnx")[0](np.ones(3, np.float32)), [2, 2, 2])
+
+
+def test_a_slice_of_constants_is_that_of_onnxruntime(tmp_path: Path) -> None:
+    """Backwards from before the first entry there is one entry, where NumPy has none."""
+    net = Net((1, 4))
+    bounds = [net.const(np.array([n])) for n in (-10, -(2**63), 0, -1)]
+    part = net.Slice(net.const(np.arange(1, 5, dtype=np.float32)), *bounds)
+    path = saved(tmp_path, net.done(net.Add("x", net.ReduceSum(part)), (1, 4)))
+    x = np.zeros((1, 4), np.float32)
+    (expected,) = ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})
+    assert (expected == 1).all()
+    np.testing.assert_array_equal(load_onnx(path)[0](x[0]), expected[0])
+
+
 # --- what is told about the input and the output -------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ import pytest
 
 onnx = pytest.importorskip("onnx")
 
-from onnx import TensorProto, helper  # noqa: E402
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from onnx_nets import NETS, Net, mlp, saved  # noqa: E402
 
 import lipbounds as lb  # noqa: E402
@@ -134,6 +134,7 @@ REFUSED: list[tuple[Any, str]] = [
     (_one("Celu", alpha=-1.0), "its alpha is -1.0"),
     (_one("Pad", np.array([0, 0, -1, 0, 0, 0, 0, 0]), mode="edge"), "in mode 'edge' is not supported"),
     (_one("AveragePool", kernel_shape=[1, 1], pads=[1, 1, 1, 1]), "a window reads padding only"),
+    (_one("MaxPool", kernel_shape=[2, 1], pads=[1, 1, 0, 0]), "a window over padding only has no maximum"),
     (_one("Floor"), "its output jumps"),
     (_one("RandomNormalLike"), "draws random numbers"),
 ]  # fmt: skip
@@ -203,6 +204,9 @@ def test_the_table_is_up_to_date() -> None:
         (_one("DepthToSpace", blocksize=1, mode="ABC"), "its mode is 'ABC', not one of DCR, CRD"),
         (_one("ConvTranspose", np.ones((2, 2, 1, 1), np.float32), auto_pad="EVEN"), "its auto_pad is 'EVEN'"),
         (_one("Pad", np.array([0, 0, 0, 0, 0, 2**40, 0, 0])), "more than 268435456 entries"),
+        (_one("Slice", *map(np.array, ([0, 1], [2, 2], [1, -3]))), "axis 1 is sliced twice"),
+        (_one("Tile", np.array([1, 1, -1, 1])), r"repeats are \[1, 1, -1, 1\]"),
+        (_one("ConvTranspose", np.ones((2, 2, 1, 1), np.float32), strides=[2**62, 1]), "more than 268435456 entries"),
         (_one("Tile", np.array([1, 1, 2**20, 2**20])), "more than 268435456 entries"),
         (_one("Resize", None, None, np.array([1, 2, 2**40, 4])), r"shape \(1099511627776, 4\), more than"),
         (_one("Relu", opset=6), "opset 6 is older than 7"),
@@ -221,6 +225,8 @@ def test_graphs_that_are_not_sound(tmp_path: Path) -> None:
     integer = Net(("N", 6), dtype=np.uint8)
     corrupt = mlp()
     corrupt.graph.initializer[0].raw_data = bytes(8)
+    negative = mlp()
+    negative.graph.initializer[0].dims[0] = -16
     nowhere = Net(("N", 6))
     huge = Net(("N", 6))
     endless = Net(("N", 6))
@@ -229,11 +235,18 @@ def test_graphs_that_are_not_sound(tmp_path: Path) -> None:
     grown = doubled.w(1)
     for _ in range(40):
         grown = doubled.Concat(grown, grown, axis=0)
+    sparse = mlp()
+    tensor = helper.make_sparse_tensor(
+        numpy_helper.from_array(np.ones(1, np.float32), "c0"), numpy_helper.from_array(np.array([0])), [192]
+    )
+    sparse.graph.sparse_initializer.append(tensor)
     for model, message in (
+        (sparse, r"net\.onnx: the initializer 'c0' is sparse"),
         (lost.done(lost.Add("x", "ghost")), "nothing makes its input 'ghost'"),
         (twice.done("y"), "it makes 'y', which the graph has already"),
         (integer.done(integer.Identity("x")), "the input 'x' holds uint8, which has no Lipschitz bounds"),
         (corrupt, "initializer 'c0' is corrupt"),
+        (negative, "initializer 'c0' is corrupt"),
         (nowhere.done(nowhere.Neg(nowhere.w(3))), "does not depend on the input 'x'"),
         (
             huge.done(huge.Add("x", huge.ConstantOfShape(huge.const(np.array([2**40]))))),
@@ -259,6 +272,22 @@ def test_files_that_are_no_models(tmp_path: Path) -> None:
             load_onnx(path)
     with pytest.raises(FileNotFoundError, match=r"absent\.onnx"):
         load_onnx(tmp_path / "absent.onnx")
+
+
+def test_cycles_and_missing_ends(tmp_path: Path) -> None:
+    """A cycle of Identities before a dropped Softmax never ended."""
+    cycle, foreign, empty = Net(("N", 6)), Net(("N", 6)), mlp()
+    cycle.nodes = [helper.make_node("Identity", [a], [b]) for a, b in (("b", "a"), ("a", "b"))]
+    foreign_end = foreign.Identity(foreign.Softmax("x"), domain="local")
+    del empty.graph.output[:]
+    for model, message in (
+        (cycle.done("a"), "the last operation is Identity"),
+        (foreign.done(foreign_end), "the last operation is Identity"),
+        (_ending(("Softmax", {"axis": 7})), "axis 7 of 2 axes"),
+        (empty, "the graph has no outputs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_onnx(saved(tmp_path, model), drop="softmax")
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,13 +30,16 @@ def read_model(path: str | os.PathLike[str]) -> tuple[onnx.ModelProto, int]:
             f"{path}: not an ONNX file, or cut off: it lacks a graph or its opset; export or download it again"
         )
     opset = _opset(path, model)
-    for tensor in _tensors(model.graph):
-        _read_external(path, tensor)
     if model.functions:
         try:
             model = onnx.inliner.inline_local_functions(model)
         except Exception as error:  # the inliner, in C++, raises RuntimeErrors and worse
             raise ValueError(f"{path}: its local functions cannot be inlined: {error}") from error
+    if model.graph.sparse_initializer:
+        name = model.graph.sparse_initializer[0].values.name
+        raise ValueError(f"{path}: the initializer {name!r} is sparse; export the model with dense ones")
+    for tensor in _tensors(model.graph):
+        _read_external(path, tensor)
     return model, opset
 
 

@@ -180,6 +180,8 @@ class Builder:
         """
         for tensor in self.graph.initializer:
             try:
+                if min(tensor.dims, default=0) < 0:
+                    raise ValueError(f"its shape is {list(tensor.dims)}")
                 self.values[tensor.name] = onnx.numpy_helper.to_array(tensor)
             except Exception as error:  # to_array has no error of its own
                 raise ValueError(

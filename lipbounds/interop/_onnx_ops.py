@@ -287,7 +287,11 @@ def _slice(node: Node) -> Apply:
     axes = range(len(starts)) if axes is None else axes
     window = [slice(None)] * len(node.shape())
     for axis, start, end, step in zip(axes, starts, ends, steps or [1] * len(starts), strict=True):
-        window[node.axis(int(axis))] = slice(int(start), int(end), int(step))
+        place = node.axis(int(axis))
+        if window[place] != slice(None):
+            raise ValueError(f"axis {place} is sliced twice")
+        # a start before the first entry is the first entry, also backwards, where NumPy takes nothing
+        window[place] = slice(max(int(start), -node.shape()[place]), int(end), int(step))
     return lambda x: x[tuple(window)]
 
 
@@ -317,6 +321,8 @@ def _expand(node: Node) -> Apply:
 @operator(13, "Tile")
 def _tile(node: Node) -> Apply:
     repeats = node.ints(1, "repeats")
+    if min(repeats, default=0) < 0:
+        raise ValueError(f"repeats are {list(repeats)}")
     return lambda x: jnp.tile(x, repeats)
 
 
@@ -351,9 +357,10 @@ _reduction(20, "ReduceMin", jnp.min, 18)
 
 def softmax_axes(version: int, axis: int | None, rank: int) -> tuple[int, ...]:
     """The axes over which Softmax and LogSoftmax normalise: one from version 13 on, all from `axis` on before."""
-    if version >= 13:
-        return ((-1 if axis is None else axis) % rank,)
-    return tuple(range((1 if axis is None else axis) % rank, rank))
+    axis = (-1 if version >= 13 else 1) if axis is None else axis
+    if not -rank <= axis < rank:
+        raise ValueError(f"axis {axis} of {rank} axes")
+    return (axis % rank,) if version >= 13 else tuple(range(axis % rank, rank))
 
 
 @operator(13, "Softmax", "LogSoftmax")
@@ -367,7 +374,7 @@ def _softmax(node: Node) -> Apply:
 
 #: Evaluated by onnx.reference where nothing depends on the input; integers divide as integers there.
 EVALUATED = frozenset(
-    """Shape Size Constant ConstantOfShape Range Gather GatherElements ScatterND ScatterElements Concat Slice Split
+    """Shape Size Constant ConstantOfShape Range Gather GatherElements ScatterND ScatterElements Concat Split
     Reshape Squeeze Unsqueeze Transpose Flatten Identity Cast CastLike Where Equal Greater Less GreaterOrEqual
     LessOrEqual Not And Or Xor Add Sub Mul Div Mod Neg Abs Sign Floor Ceil Round Sqrt Reciprocal Pow Exp Log Max Min Sum
     ReduceSum ReduceProd ReduceMax ReduceMin ReduceMean NonZero CumSum Trilu

@@ -136,6 +136,7 @@ def _conv_transpose(node: Node) -> Apply:
     reach = Window(spatial, kernel, strides, dilations, []).reach
     auto, wanted = node.choice("auto_pad", *_AUTO), node.attr("output_shape")
     full = [s * (n - 1) + e + r for n, s, e, r in zip(spatial, strides, extra, reach, strict=True)]
+    check_size(full)
     if wanted is None and auto in ("SAME_UPPER", "SAME_LOWER"):
         wanted = [n * s for n, s in zip(spatial, strides, strict=True)]
     if wanted is not None:
@@ -204,6 +205,12 @@ def _reduce_window(x: Any, init: float, function: Any, window: Window, pads: Pad
 @operator(22, "MaxPool")
 def _max_pool(node: Node) -> Apply:
     window, pads = _pooling(node)
+    if any(max(given) >= k for k, given in zip(window.kernel, window.pads, strict=True)):
+        raise Refused(
+            f"it pads by {window.pads} for a kernel {window.kernel}: onnxruntime does not run it, as a window over "
+            "padding only has no maximum",
+            "use less padding",
+        )
     return lambda x: _reduce_window(x, -np.inf, lax.max, window, pads)
 
 

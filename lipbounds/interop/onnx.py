@@ -237,6 +237,8 @@ def _output(graph: onnx.GraphProto, output: str | None) -> str:
     if output is None and len(names) == 1:
         return names[0]
     if output is None or output not in names:
+        if not names:
+            raise ValueError("the graph has no outputs: export the model again")
         problem = "several outputs" if output is None else f"no output {output!r}"
         raise ValueError(
             f"the graph has {problem}: pass output= one of {', '.join(map(repr, names))} (--output on the command line)"
@@ -294,8 +296,10 @@ def _maker(graph: onnx.GraphProto, name: str) -> onnx.NodeProto | None:
     """The node that makes a value, through Identity."""
     makers = {made: node for node in graph.node for made in node.output}
     node = makers.get(name)
-    while node is not None and node.op_type == "Identity":
-        node = makers.get(node.input[0])
+    for _ in graph.node:  # a damaged graph may have a cycle
+        if node is None or node.op_type != "Identity" or node.domain not in ("", "ai.onnx"):
+            break
+        node = makers.get(node.input[0]) if node.input else None
     return node
 
 
@@ -306,7 +310,7 @@ def _drop(graph: onnx.GraphProto, output: str, drops: list[str]) -> tuple[str, l
     while left:
         node = _maker(graph, output)
         kind = _DROPPED.get(node.op_type) if node is not None and node.domain in ("", "ai.onnx") else None
-        if node is None or kind not in left:
+        if node is None or kind not in left or not node.input:
             last = "the input" if node is None else f"{node.op_type} (node {node.name or node.output[0]!r})"
             raise ValueError(f"drop={'+'.join(sorted(left))!r}: the last operation is {last}; leave drop out")
         left.remove(kind)
@@ -324,10 +328,8 @@ def _check_drop(node: onnx.NodeProto, builder: Builder, opset: int) -> str:
     if shape is not None:
         axis = next((int(a.i) for a in node.attribute if a.name == "axis"), None)
         rank = len(shape)
-        if node.op_type == "ArgMax":
-            axes: tuple[int, ...] = ((axis or 0) % rank,)
-        else:
-            axes = _onnx_ops.softmax_axes(opset, axis, rank)
+        version = 13 if node.op_type == "ArgMax" else opset
+        axes = _onnx_ops.softmax_axes(version, axis or 0 if node.op_type == "ArgMax" else axis, rank)
         if math.prod(shape[a] for a in axes) != math.prod(shape):
             raise ValueError(
                 f"{label} acts along axes {axes} of shape {tuple(shape)}, not on all outputs: not dropped"
