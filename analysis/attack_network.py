@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import re
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -17,6 +15,7 @@ from flax import linen, nnx
 from lipbounds import LureForm
 from lipbounds._text import as_labels
 from lipbounds.analysis.batches import padded
+from lipbounds.analysis.programs import seen
 from lipbounds.interop.onnx import OnnxNetwork
 
 Needs = Literal["gradients", "logits", "labels"]
@@ -178,23 +177,8 @@ def outline(model: Model, weights: Any, shape: tuple[int, ...], labels: np.ndarr
         raise ValueError(f"fn must map {shape} to logits ({shape[0]}, K) with K >= 2, got {found}")
     if labels is not None:
         as_labels(labels, len(labels), found[1])
-    text = str(traced)
-    seen = hashlib.blake2b(re.sub("0x[0-9a-f]+", "", text).encode())  # without addresses
-    for value in _constants(traced):
-        key = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
-        seen.update(np.asarray(jax.random.key_data(value) if key else value).tobytes())
-    model = dataclasses.replace(model, seen=seen.digest())
-    return Outline(model, int(found[1]), "conv_general_dilated" in text)
-
-
-def _constants(jaxpr: Any) -> Iterator[Any]:
-    """The arrays that a program and the programs inside it hold."""
-    yield from getattr(jaxpr, "consts", ())
-    for equation in jaxpr.eqns:
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                if hasattr(inner, "eqns"):
-                    yield from _constants(inner)
+    model = dataclasses.replace(model, seen=seen(traced))
+    return Outline(model, int(found[1]), "conv_general_dilated" in str(traced))
 
 
 @dataclasses.dataclass(frozen=True)

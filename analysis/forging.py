@@ -25,7 +25,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -63,6 +63,7 @@ from lipbounds.analysis.gates import (
     survey,
     swap,
 )
+from lipbounds.analysis.programs import seen
 
 __all__ = ["Forged", "Gated", "Peak", "Site", "Threshold", "Tracked", "forge", "load_forged", "track"]
 
@@ -151,7 +152,9 @@ class Forged(nnx.Module):
         several times follow each other along the first axis.
         """
         with jax.default_matmul_precision("highest"):
-            found = _inputs(*nnx.split(self), examples(batch, self.example))
+            graph, state = nnx.split(self)
+            rows = examples(batch, self.example)
+            found = _inputs(graph, _told(joined, graph, state, rows), state, rows)
         return {path: found[path] for path in self.gates}
 
     def original(self) -> Any:
@@ -264,26 +267,28 @@ def track(
     _check_model(model)
     whole("batch_size", batch_size)
     sites: tuple[Site, ...] = ()
-    seen: list[dict[str, np.ndarray]] = []
-    count = 0
+    tracked: list[dict[str, np.ndarray]] = []
+    count, told = 0, b""
     for rows in chunks(data, batch_size):
-        if not seen:
+        if not tracked:
             example = (rows.shape[1:], str(rows.dtype))
             sites = choose(model, example, where)
             nothing = dict.fromkeys((site.path for site in sites), 0.0)
             graph, state = nnx.split(Forged(model, sites, example, nothing, nothing, "hard", 1.0, keep=True))
             size = len(rows)
         with jax.default_matmul_precision("highest"):
-            tops = _maxima(graph, state, padded(rows, size))
+            batch = padded(rows, size)
+            told = told or _told(maxima, graph, state, batch)
+            tops = _maxima(graph, told, state, batch)
         found = {path: np.asarray(top)[: len(rows)] for path, top in tops.items()}
         for path, top in found.items():
             if not np.isfinite(top).all():
                 bad = count + int(np.argmin(np.isfinite(top)))
                 raise ValueError(f"the activations in front of {path} are not finite for example {bad}")
-        seen.append(found)
+        tracked.append(found)
         count += len(rows)
         say(f"tracking: {count} examples")
-    return Tracked(sites, example, {s.path: np.concatenate([one[s.path] for one in seen]) for s in sites})
+    return Tracked(sites, example, {s.path: np.concatenate([one[s.path] for one in tracked]) for s in sites})
 
 
 @usual_settings()
@@ -397,13 +402,19 @@ def load_forged(model: nnx.Module, path: str | os.PathLike[str]) -> Forged:
 
 
 # --------------------------------------------------------------------------------------------------- on the device
-@functools.partial(jax.jit, static_argnums=0)
-def _maxima(graph: Any, state: Any, batch: jax.Array) -> dict[str, jax.Array]:
+def _told(read: Callable[[Any, jax.Array], Any], graph: Any, state: Any, batch: jax.Array) -> bytes:
+    """What `seen` says of `read` on the network and a batch: functions that modules hold may close over anything."""
+    traced = jax.make_jaxpr(lambda s, b: read(nnx.merge(graph, s, copy=True), b))(state, batch)
+    return seen(traced)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "told"))
+def _maxima(graph: Any, told: bytes, state: Any, batch: jax.Array) -> dict[str, jax.Array]:
     return maxima(nnx.merge(graph, state, copy=True), batch)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _inputs(graph: Any, state: Any, batch: jax.Array) -> dict[str, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("graph", "told"))
+def _inputs(graph: Any, told: bytes, state: Any, batch: jax.Array) -> dict[str, jax.Array]:
     return joined(nnx.merge(graph, state, copy=True), batch)
 
 

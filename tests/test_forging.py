@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from forge_nets import Net, hidden, same
+from test_cache import compilations
 from zoo_flax import ConvBatchNorm, PreActivationResNet
 
 import lipbounds as lb
@@ -139,7 +140,7 @@ def test_batches_of_any_sizes_give_the_same_numbers_in_one_compilation(x, sizes,
     whole = track(net, x, batch_size=64)
     Net.traced = 0
     tracked = track(net, generator(x, sizes, pairs), batch_size=8)
-    assert Net.traced == 2  # once to find the layers, once to compile
+    assert Net.traced == 3  # to find the layers, to tell what they close over, to compile
     assert len(tracked) == 37 and tracked.sites == whole.sites
     for path, values in whole.maxima.items():
         np.testing.assert_allclose(tracked.maxima[path], values, rtol=1e-6)
@@ -205,10 +206,23 @@ def test_thresholds_are_state(x):
     graphs = {nnx.split(a.with_c_r(c))[0] for c in (2**-7, 2**-4, 0.5)} | {nnx.split(a)[0]}
     graphs |= {nnx.split(a.with_c_r(0, keep=True))[0]}
     assert len(graphs) == 1
-    Net.traced = 0
     a.inputs(x)
-    a.with_c_r(0.1).inputs(x)
-    assert Net.traced == 1
+    with compilations() as names:
+        a.with_c_r(0.1).inputs(x)
+    assert names == []
+
+
+def test_functions_that_modules_hold_are_those_of_now(x):
+    """What they close over may have changed since a network of the same modules was tracked."""
+    scale = [1.0]
+    model = nnx.Sequential(
+        nnx.Linear(6, 5, rngs=nnx.Rngs(0)), lambda h: scale[0] * h, nnx.Linear(5, 3, rngs=nnx.Rngs(1))
+    )
+    before, forged = track(model, x).maxima["layers.2"], forge(model, x, 2**-4)
+    inputs = forged.inputs(x)["layers.2"]
+    scale[0] = 3.0
+    np.testing.assert_allclose(track(model, x).maxima["layers.2"], 3 * before, rtol=1e-5)
+    np.testing.assert_allclose(forged.inputs(x)["layers.2"], 3 * inputs, rtol=1e-5)
 
 
 @pytest.mark.parametrize("tau", [0.01, 0.1, 1.0, 10.0])
