@@ -402,7 +402,7 @@ def load_forged(model: nnx.Module, path: str | os.PathLike[str]) -> Forged:
 
 
 # --------------------------------------------------------------------------------------------------- on the device
-def _told(read: Callable[[Any, jax.Array], Any], graph: Any, state: Any, batch: jax.Array) -> bytes:
+def _told(read: Callable[[Any, jax.Array], Any], graph: Any, state: Any, batch: np.ndarray) -> bytes:
     """What `seen` says of `read` on the network and a batch: functions that modules hold may close over anything."""
     traced = jax.make_jaxpr(lambda s, b: read(nnx.merge(graph, s, copy=True), b))(state, batch)
     return seen(traced)
