@@ -209,6 +209,7 @@ def test_the_table_is_up_to_date() -> None:
         (_one("ConvTranspose", np.ones((2, 2, 1, 1), np.float32), strides=[2**62, 1]), "more than 268435456 entries"),
         (_one("Tile", np.array([1, 1, 2**20, 2**20])), "more than 268435456 entries"),
         (_one("Resize", None, None, np.array([1, 2, 2**40, 4])), r"shape \(1099511627776, 4\), more than"),
+        (_one("Mul", np.ones(4)), r"\(Mul\): its inputs must hold one type, and hold float32 and float64"),
         (_one("Relu", opset=6), "opset 6 is older than 7"),
         (_one("Relu", opset=99), "those of the installed onnx: pip install -U onnx"),
     ],

@@ -265,6 +265,8 @@ class Builder:
                 f"{label}: nothing makes its input {missing[0]!r}; the graph is incomplete or not sorted"
             )
         inputs = [self.values[n] if n else None for n in proto.input]
+        if mixed := self.mixed(proto, inputs):
+            raise ValueError(f"{label}: its inputs must hold one type, and hold {' and '.join(mixed)}")
         made: Sequence[Const | jax.ShapeDtypeStruct]
         free = [v for v in inputs if isinstance(v, jax.ShapeDtypeStruct)]
         try:
@@ -288,6 +290,18 @@ class Builder:
             return False
         self.values.update((n, v) for n, v in zip(proto.output, made, strict=False) if n)
         return True
+
+    def mixed(
+        self, proto: onnx.NodeProto, inputs: Sequence[Const | jax.ShapeDtypeStruct | None]
+    ) -> list[str]:
+        """The types of inputs that ONNX wants to be of one type, which are promoted nowhere; [] where they are."""
+        formal = onnx.defs.get_schema(proto.op_type, self.opset, "").inputs
+        held: dict[str, set[str]] = {}
+        for i, value in enumerate(inputs):
+            declared = formal[min(i, len(formal) - 1)]
+            if value is not None and declared.is_homogeneous:
+                held.setdefault(declared.type_str, set()).add(np.dtype(value.dtype).name)
+        return next((sorted(names) for names in held.values() if len(names) > 1), [])
 
     def step(
         self, proto: onnx.NodeProto, inputs: list[Const | jax.ShapeDtypeStruct | None]
