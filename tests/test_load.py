@@ -163,3 +163,10 @@ def test_other_files(tmp_path: Path, content: bytes) -> None:
         lb.load(path)
     with pytest.raises(FileNotFoundError, match="there is no file"):
         lb.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("radius", [np.nan, -np.inf])
+def test_numbers_that_are_no_radii_are_not_saved_as_infinite_ones(tmp_path: Path, radius: float) -> None:
+    wrong = lb.Radii(np.array([radius]), np.array([True]), 2, "verified", "naive")
+    with pytest.raises(ValueError, match="JSON compliant"):
+        lb.save_radii(wrong, tmp_path / "radii.json")

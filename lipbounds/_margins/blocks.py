@@ -41,7 +41,7 @@ def record_of(radii: Radii) -> dict[str, Any]:
         "method": radii.method,
         "norm": "inf" if radii.norm == np.inf else int(radii.norm),
         "notes": list(radii.notes),
-        "radius": [float(r) if np.isfinite(r) else "inf" for r in radii.radius],
+        "radius": ["inf" if r == np.inf else float(r) for r in radii.radius],
         "correct": radii.correct.tolist(),
         "outcome": [] if radii.outcome is None else radii.outcome.tolist(),
         "label": [] if radii.label is None else np.asarray(radii.label).tolist(),
