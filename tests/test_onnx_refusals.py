@@ -120,7 +120,16 @@ def _scales(*factors: float) -> np.ndarray:
 
 
 _BN = [np.ones(2, np.float32)] * 4
+
+
+def _cast() -> Any:
+    net = Net(("N", 3), opset=21)
+    whole = net.Cast(net.const(np.array([1, 3.3, -3.7], np.float32)), to=TensorProto.INT4)
+    return net.done(net.Mul("x", net.Cast(whole, to=TensorProto.FLOAT)))
+
+
 REFUSED: list[tuple[Any, str]] = [
+    (_cast(), "cuts constants off to int4, and onnxruntime rounds them"),
     (_one("BatchNormalization", *_BN, training_mode=1), "training mode divides by statistics"),
     (_one("BatchNormalization", *_BN, opset=7, spatial=0), "spatial=0 is not supported"),
     (_one("Dropout", np.float32(0.5), np.array(True)), "training mode draws a random mask"),
@@ -209,6 +218,9 @@ def test_the_table_is_up_to_date() -> None:
         (_one("ConvTranspose", np.ones((2, 2, 1, 1), np.float32), strides=[2**62, 1]), "more than 268435456 entries"),
         (_one("Tile", np.array([1, 1, 2**20, 2**20])), "more than 268435456 entries"),
         (_one("Resize", None, None, np.array([1, 2, 2**40, 4])), r"shape \(1099511627776, 4\), more than"),
+        (_one("Pad", np.array([1, 2, 1, 2]), None, np.array([3, -1]), opset=18), r"for the axes \[3, 3\]"),
+        (_one("Gemm", np.ones((4, 4), np.float32)), "its factors are not matrices"),
+        (_one("BatchNormalization", *[np.ones(1, np.float32)] * 4), r"do not have the \(2,\) channels"),
         (_one("Mul", np.ones(4)), r"\(Mul\): its inputs must hold one type, and hold float32 and float64"),
         (_one("Relu", opset=6), "opset 6 is older than 7"),
         (_one("Relu", opset=99), "those of the installed onnx: pip install -U onnx"),

@@ -191,6 +191,8 @@ def _batch_normalization(node: Node) -> Apply:
     if not node.attr("spatial", 1):
         raise Refused("BatchNormalization with spatial=0 is not supported", "export with opset 9 or newer")
     eps = float(node.attr("epsilon", 1e-5))
+    if any(node.shape(i) != node.shape()[1:2] for i in range(1, 5)):
+        raise ValueError(f"its statistics do not have the {node.shape()[1:2]} channels of its input")
     channels = (-1,) + (1,) * (len(node.shape()) - 2)
 
     def apply(x: Any, scale: Any, bias: Any, mean: Any, variance: Any) -> Any:
@@ -223,6 +225,8 @@ def _matmul(node: Node) -> Apply:
 def _gemm(node: Node) -> Apply:
     alpha, beta = float(node.attr("alpha", 1.0)), float(node.attr("beta", 1.0))
     left, right = bool(node.attr("transA", 0)), bool(node.attr("transB", 0))
+    if len(node.shape(0)) != 2 or len(node.shape(1)) != 2:
+        raise ValueError("its factors are not matrices")
 
     def apply(a: Any, b: Any, c: Any = None) -> Any:
         out = jnp.matmul(a.T if left else a, b.T if right else b, precision=_HIGHEST)

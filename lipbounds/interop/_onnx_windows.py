@@ -255,8 +255,8 @@ def _pad(node: Node) -> Apply:
         pads = list(node.ints(1, "pads"))
         value = node.scalar(2, "padding value") if node.has(2) else 0.0
     axes = [node.axis(a) for a in node.ints(3, "axes")] if node.has(3) else list(range(rank))
-    if len(pads) != 2 * len(axes):
-        raise ValueError(f"pads are {pads} for {len(axes)} axes")
+    if len(pads) != 2 * len(axes) or len(set(axes)) != len(axes):
+        raise ValueError(f"pads are {pads} for the axes {axes}")
     widths = [(0, 0)] * rank
     for axis, low, high in zip(axes, pads[: len(axes)], pads[len(axes) :], strict=True):
         widths[axis] = (low, high)
