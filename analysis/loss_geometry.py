@@ -26,7 +26,7 @@ from flax import nnx
 from scipy import linalg
 
 from lipbounds._text import as_labels, check_seed, show, usual_settings, whole
-from lipbounds.analysis.attack_network import Model, check_rows, count_classes, outline, split
+from lipbounds.analysis.attack_network import Model, check_rows, outline, split
 from lipbounds.analysis.attack_search import INSIDE, Problem, as_points, project
 from lipbounds.analysis.attack_settings import DEFAULT, LINF, AttackSettings
 from lipbounds.analysis.attacks import steepest, uniform_start
@@ -351,7 +351,7 @@ def landscape(
     points = as_points(x)
     labels = as_labels(y, len(points))
     size = min(whole("batch_size", batch_size), len(points))
-    count_classes(model, weights, (size, *points.shape[1:]), labels)
+    model = outline(model, weights, (size, *points.shape[1:]), labels).model
     check_rows(model, weights, points[:size])
     rng = np.random.default_rng(check_seed(seed))
     ways = [

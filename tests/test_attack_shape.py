@@ -11,7 +11,7 @@ from test_cache import compilations
 
 import lipbounds as lb
 from lipbounds import analysis
-from lipbounds.analysis import gradient_lipschitz, pgd, smooth
+from lipbounds.analysis import gradient_lipschitz, landscape, pgd, smooth
 from lipbounds.analysis.attack_network import answers
 from lipbounds.analysis.attack_search import Found, search
 
@@ -302,4 +302,5 @@ def test_modules_that_hold_functions_and_objects_without_a_hash_are_networks(dat
         z = np.asarray(held(x))
         margin = np.sort(z, axis=1)[:, -1] - np.sort(z, axis=1)[:, -2]
         np.testing.assert_allclose(pgd(held, x, z.argmax(axis=1), 0.0, steps=0).margin, margin, rtol=1e-4)
+        assert landscape(held, x, z.argmax(axis=1), [0.0]).accuracy == 1.0
     assert pgd(Unhashable(), x, y, 0.1, steps=1).correct.sum() == 8
