@@ -276,10 +276,9 @@ def track(
             nothing = dict.fromkeys((site.path for site in sites), 0.0)
             graph, state = nnx.split(Forged(model, sites, example, nothing, nothing, "hard", 1.0, keep=True))
             size = len(rows)
-        with jax.default_matmul_precision("highest"):
-            batch = padded(rows, size)
-            told = told or _told(maxima, graph, state, batch)
-            tops = _maxima(graph, told, state, batch)
+        batch = padded(rows, size)
+        told = told or _told(maxima, graph, state, batch)
+        tops = _maxima(graph, told, state, batch)
         found = {path: np.asarray(top)[: len(rows)] for path, top in tops.items()}
         for path, top in found.items():
             if not np.isfinite(top).all():

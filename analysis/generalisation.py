@@ -88,7 +88,6 @@ class Capacity:
         )
 
 
-@usual_settings()
 def pac_bayes(
     weights: Sequence[Any],
     *,

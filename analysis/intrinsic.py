@@ -31,7 +31,7 @@ import numpy as np
 from scipy import stats
 
 import lipbounds as lb
-from lipbounds._text import Progress, check_seed, say, show, usual_settings, whole
+from lipbounds._text import Progress, check_seed, say, show, whole
 from lipbounds.analysis.attack_settings import reports
 from lipbounds.analysis.smoothing import clopper_pearson_lower
 
@@ -143,7 +143,6 @@ def risk_bound(
     return max(float((weights * _grown(alpha, scale)).sum()) - delta, 0.0)
 
 
-@usual_settings()
 def intrinsic_robustness(
     alpha: float,
     eps: float,
