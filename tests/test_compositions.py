@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import jax
@@ -11,6 +12,8 @@ import pytest
 from jax import nn
 
 import lipbounds as lb
+from lipbounds._tracing import lowering
+from lipbounds._tracing.jaxpr import flatten
 
 Fn = Callable[[jax.Array], jax.Array]
 
@@ -63,3 +66,17 @@ def test_declared_functions_of_functions(rng: np.random.Generator) -> None:
 def test_functions_of_unbounded_functions_are_refused(fn: Fn) -> None:
     with pytest.raises(lb.UnsupportedError, match="1 operation of this function"):
         lb.trace(fn, jnp.zeros(3))
+
+
+def test_chains_longer_than_the_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chain of more activations than Python nests calls; the search back is short, to be cheap."""
+    monkeypatch.setattr(lowering, "_MOST_EXPANDED", 6)
+    length = sys.getrecursionlimit() + 100
+
+    def chain(x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda y, _: (jnp.tanh(y), None), x, length=length)[0]
+
+    program, _, _, _ = lowering.lower(
+        flatten(lambda _, x: chain(x), (), jax.ShapeDtypeStruct((2,), jnp.float32))
+    )
+    assert len(program.taps) > 1000

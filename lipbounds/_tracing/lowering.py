@@ -261,21 +261,33 @@ class Lowering:
 
     def composed(self, value: Value) -> Elementwise | None:
         """The tap on the output of another tap that computes `value`, where only each of the two has slopes."""
-        if value.index not in self.nested:
+        last, links = value.index, []
+        while value.index not in self.nested:
             self.nested[value.index] = None
-            for base, region, _ in self.dominators(value, nested=True):
-                eqn = base.producer
-                if eqn is None or self.is_linear(base):
-                    continue
-                try:
-                    found = self.prove(base, *self.expression(value, base, region))
-                except SlopeError:
-                    continue
-                alone = self.declared(eqn) or self.elementwise(base, eqn)
-                if isinstance(alone, Elementwise) or self.composed(base) is not None:
-                    self.nested[value.index] = found
+            link = self.on_a_tap(value)
+            if link is None:
                 break
-        return self.nested[value.index]
+            links.append((value.index, link))
+            value, eqn = link.base, link.base.producer
+            assert eqn is not None
+            if isinstance(self.declared(eqn) or self.elementwise(value, eqn), Elementwise):
+                self.nested.update(links)
+                break
+        else:
+            if self.nested[value.index] is not None:
+                self.nested.update(links)
+        return self.nested[last]
+
+    def on_a_tap(self, value: Value) -> Elementwise | None:
+        """`value` as a function, with slopes, of the nearest nonlinearity where it has them."""
+        for base, region, _ in self.dominators(value, nested=True):
+            if base.producer is None or self.is_linear(base):
+                continue
+            try:
+                return self.prove(base, *self.expression(value, base, region))
+            except SlopeError:
+                continue
+        return None
 
     def declared(self, eqn: Eqn) -> Elementwise | None:
         """The tap of a declared activation that ends with this equation; of several that on the farthest tensor.
