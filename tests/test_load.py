@@ -168,5 +168,5 @@ def test_other_files(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize("radius", [np.nan, -np.inf])
 def test_numbers_that_are_no_radii_are_not_saved_as_infinite_ones(tmp_path: Path, radius: float) -> None:
     wrong = lb.Radii(np.array([radius]), np.array([True]), 2, "verified", "naive")
-    with pytest.raises(ValueError, match="JSON compliant"):
+    with pytest.raises(ValueError, match="cannot be saved"):
         lb.save_radii(wrong, tmp_path / "radii.json")

@@ -50,6 +50,77 @@ def test_radii_are_read_back(end: str, tmp_path: pathlib.Path) -> None:
         same(lb.load(path), dataclasses.replace(radii, notes=notes))
 
 
+@pytest.mark.parametrize("end", ["csv", "json"])
+def test_radii_of_an_interrupted_search_are_read_back_as_such(end: str, tmp_path: pathlib.Path) -> None:
+    early = dataclasses.replace(
+        RADII, complete=False, notes=("interrupted: radii are as far as they were proved",)
+    )
+    lb.save_radii(early, tmp_path / f"radii.{end}")
+    same(lb.load(tmp_path / f"radii.{end}"), early)
+    assert not joined([RADII, early]).complete and joined([RADII, RADII]).complete
+
+
+def test_files_that_do_not_say_complete_are_read(tmp_path: pathlib.Path) -> None:
+    for end in ("csv", "json"):
+        lb.save_radii(RADII, tmp_path / f"radii.{end}")
+    table, record = tmp_path / "radii.csv", tmp_path / "radii.json"
+    table.write_text(table.read_text().replace(",complete\n", "\n").replace(",True\n", "\n"))
+    old = json.loads(record.read_text())
+    assert old.pop("complete") is True and "complete" not in table.read_text()
+    record.write_text(json.dumps(old))
+    for path in (table, record):
+        assert lb.load(path).complete and lb.load(path).radius.tolist() == RADII.radius.tolist()
+    record.write_text(json.dumps(old | {"complete": "yes"}))
+    with pytest.raises(ValueError, match="complete must be true or false, got 'yes'"):
+        lb.load(record)
+
+
+@pytest.mark.parametrize("end", ["csv", "json"])
+def test_labels_that_are_known_in_part_are_kept(end: str, tmp_path: pathlib.Path) -> None:
+    some = dataclasses.replace(
+        RADII,
+        label=np.array([0.0, np.nan, 0.0]),
+        prediction=np.array([np.nan, np.nan, 7.0]),
+        outcome=np.array(["global", "", ""], RADII.outcome.dtype),  # type: ignore[union-attr]
+        notes=(),
+    )
+    path = tmp_path / f"radii.{end}"
+    lb.save_radii(some, path)
+    assert "nan" not in path.read_text().lower()
+    same(lb.load(path), some)
+    nothing = dataclasses.replace(some, label=np.full(3, np.nan))
+    lb.save_radii(nothing, path)
+    assert lb.load(path).label is None
+
+
+def test_tables_of_spreadsheets_are_read(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "radii.csv"
+    lb.save_radii(RADII, path)
+    lines = path.read_text().splitlines()
+    assert lines[1].startswith("0,0,0,True,global,") and lines[2].startswith("1,0,1,False,wrong,")
+    lines[1] = lines[1].replace("0,0,0,True,", "0,0.0,NaN,TRUE,")
+    lines[2] = lines[2].replace("1,0,1,False,wrong,", "1,,1.0,FALSE,nan,")
+    path.write_bytes("\r\n".join(["\ufeff" + lines[0], *lines[1:], ""]).encode())
+    found = lb.load(path)
+    assert found.label.dtype == float and np.array_equal(found.label, [0, np.nan, 0], equal_nan=True)
+    assert np.array_equal(found.prediction, [np.nan, 1, 0], equal_nan=True)
+    assert found.correct.tolist() == [True, False, True] and found.counts == {"global": 2}
+    assert found.radius.tolist() == RADII.radius.tolist()
+
+
+def test_radii_that_nothing_would_read_back_are_not_written(tmp_path: pathlib.Path) -> None:
+    wrong = dataclasses.replace(RADII, radius=np.array([1.0, np.nan, 0.0]))
+    empty = lb.certified_radius(FORM, X[:0], Y[:0])
+    for end in ("csv", "json"):
+        with pytest.raises(ValueError, match="cannot be saved, as nothing would read them back"):
+            lb.save_radii(wrong, tmp_path / f"radii.{end}")
+    with pytest.raises(ValueError, match=r"take a \.json file"):
+        lb.save_radii(empty, tmp_path / "radii.csv")
+    assert not list(tmp_path.iterdir())
+    lb.save_radii(empty, tmp_path / "radii.json")
+    assert len(lb.load(tmp_path / "radii.json")) == 0
+
+
 def test_radii_overwrite_only_radii(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "radii.csv"
     path.write_text("my thesis")
@@ -67,6 +138,7 @@ def test_radii_overwrite_only_radii(tmp_path: pathlib.Path) -> None:
     ("old", "new", "words"),
     [
         ("0,0,0,True,", "0,0,0,2,", "column correct holds other than True and False"),
+        (",True\n", ",yes\n", "of several networks"),
         ("\n1,", "\n7,", "not numbered from 0 on"),
         (",l2", ",l2", ""),
         ("verified", "certain", "no complete radii"),

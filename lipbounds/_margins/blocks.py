@@ -41,12 +41,19 @@ def record_of(radii: Radii) -> dict[str, Any]:
         "method": radii.method,
         "norm": "inf" if radii.norm == np.inf else int(radii.norm),
         "notes": list(radii.notes),
+        "complete": radii.complete,
         "radius": ["inf" if r == np.inf else float(r) for r in radii.radius],
         "correct": radii.correct.tolist(),
         "outcome": [] if radii.outcome is None else radii.outcome.tolist(),
-        "label": [] if radii.label is None else np.asarray(radii.label).tolist(),
-        "prediction": [] if radii.prediction is None else np.asarray(radii.prediction).tolist(),
+        "label": classes_of(radii.label),
+        "prediction": classes_of(radii.prediction),
     }
+
+
+def classes_of(column: np.ndarray | None) -> list[Any]:
+    """Labels or predictions as whole numbers, None where one is not known (NaN); empty where none is."""
+    given: list[Any] = [] if column is None else np.asarray(column).tolist()
+    return [None if k is None or k != k else int(k) if k % 1 == 0 else k for k in given]
 
 
 def radii_of(record: Mapping[str, Any]) -> Radii:
@@ -59,26 +66,34 @@ def radii_of(record: Mapping[str, Any]) -> Radii:
             raise ValueError(f"their guarantee is {guarantee!r}, known are {', '.join(GUARANTEES[:-1])}")
         norm = check_norm(record["norm"])
         notes = tuple(str(note) for note in record["notes"])
-        outcome = [str(word) for word in record.get("outcome", [])]  # none in older files, as of the next two
+        complete = record.get("complete", True)  # older files say nothing, as of the next three
+        if not isinstance(complete, bool):
+            raise ValueError(f"complete must be true or false, got {complete!r}")
+        outcome = [str(word) for word in record.get("outcome", [])]
         classes = [_classes(record.get(name, [])) for name in ("label", "prediction")]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"no complete radii: {error!r}") from error
     fits = correct.dtype == bool and radius.shape == correct.shape == (radius.size,)
-    fits &= len(outcome) in (0, radius.size) and set(outcome) <= set(OUTCOMES)
+    fits &= len(outcome) in (0, radius.size) and set(outcome) <= {*OUTCOMES, ""}
     fits &= all(column.size in (0, radius.size) for column in classes)
     if not fits or not (radius >= 0).all() or radius[~correct].any():
         raise ValueError("radii that do not fit together")
-    words = np.array(outcome, WORDS) if outcome or not radius.size else None
+    words = np.array(outcome, WORDS) if any(outcome) or not radius.size else None
     label, prediction = (column if column.size or not radius.size else None for column in classes)
-    return Radii(radius, correct, norm, guarantee, method, notes, True, words, label, prediction)
+    return Radii(radius, correct, norm, guarantee, method, notes, complete, words, label, prediction)
 
 
 def _classes(given: list[Any]) -> np.ndarray:
-    """Classes as int64; ValueError for other than whole numbers >= 0."""
-    for k in given:
+    """Classes as int64, float64 with NaN where some are not known (None), empty where none is.
+
+    ValueError for other than whole numbers >= 0.
+    """
+    known = [k for k in given if k is not None]
+    for k in known:
         if type(k) is not int or not 0 <= k < 2**63:
             raise ValueError(f"a class must be a whole number >= 0, got {k!r}")
-    return np.array(given, np.int64)
+    partly = 0 < len(known) < len(given)
+    return np.array(given, np.float64) if partly else np.array(known, np.int64)
 
 
 def joined(parts: Iterable[Radii]) -> Radii:
@@ -106,6 +121,7 @@ def joined(parts: Iterable[Radii]) -> Radii:
         weakest(part.guarantee for part in parts),
         parts[0].method,
         tuple(notes),
+        all(part.complete for part in parts),
         outcome=column("outcome"),
         label=column("label"),
         prediction=column("prediction"),

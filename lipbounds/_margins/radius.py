@@ -39,6 +39,7 @@ _MOST_PAIRED = 2048  # outputs up to which pairs are bounded where no bound is g
 _ABOVE = (
     2.0**-40
 )  # a radius is certified at eps if it is larger: balls are larger than eps by this share of it
+INTERRUPTED = "interrupted: radii are as far as they were proved"
 
 
 #: Outcomes of `Radii`: proofs, cheapest first, then why there is none.
@@ -69,11 +70,12 @@ class Radii:
             "ellipsoids", "LipLT" (local bounds), "dual" or "branching"; "wrong" where misclassified or tied. With eps=
             also why an example is not certified: "counterexample" (the ball holds one), "not proved" (every engine that
             applies has come to its end), "out of time" (of branching), "failed" (an engine ended with an error, or did
-            not fit the memory: a note has the reason) or "interrupted". None where a file does not say.
+            not fit the memory: a note has the reason) or "interrupted". None where a file does not say, "" where it
+            does not say it of an example.
         label: (N,) the labels that were given, and
         prediction: (N,) the class of the largest logit in float64 (of one output, 1 where it is positive). An example
             whose prediction is its label is not `correct` where rounding might turn the two largest logits around. None
-            where a file does not say.
+            where a file does not say; where it says it of some examples only, float64 with NaN at the others.
 
     Example:
         >>> import lipbounds as lb
@@ -340,7 +342,7 @@ def _searched(
         reason_to_be_open = "failed" if broken else OPEN
     except KeyboardInterrupt:
         search.interrupted = True
-        notes = (*notes, "interrupted: radii are as far as they were proved")
+        notes = (*notes, INTERRUPTED)
         risks = (*risks, "probabilistic" if guarantee == "auto" else guarantee)
     outcome[search.by != ""] = search.by[search.by != ""]
     if search.goal is not None:

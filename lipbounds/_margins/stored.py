@@ -56,8 +56,8 @@ def load(path: str | os.PathLike[str]) -> Any:
         return read_certificate(path)
     with path.open("rb") as file:
         begin = file.read(80)
-    if is_table(begin.decode("utf-8", "replace")):
-        return _from(path, radii_of_table, read_text(path))
+    if is_table(begin.decode("utf-8-sig", "replace")):
+        return _from(path, radii_of_table, read_text(path, "utf-8-sig"))
     if begin[8:9] == b"{":
         _, metadata = read_safetensors(path)
         if any(key.startswith("lipbounds-") for key in metadata):
@@ -82,7 +82,8 @@ def save_radii(radii: Radii, path: str | os.PathLike[str], *, overwrite: bool = 
 
     Raises:
         TypeError: `radii` are not Radii.
-        ValueError: another ending, or there is another file at `path`.
+        ValueError: another ending, radii that are not numbers >= 0, no examples and .csv, or there is another file at
+            `path`.
 
     Example:
         >>> import tempfile, lipbounds as lb
@@ -102,10 +103,17 @@ def save_radii(radii: Radii, path: str | os.PathLike[str], *, overwrite: bool = 
         raise ValueError(f"radii are written to .csv or .json files, not to {target.name!r}")
     if target.exists() and not overwrite and not _holds_radii(target):
         raise ValueError(f"{target} exists and holds no radii; overwrite=True replaces it")
+    columns = record_of(radii)
+    try:
+        radii_of(columns)
+    except ValueError as error:
+        raise ValueError(f"these radii cannot be saved, as nothing would read them back: {error}") from error
+    if kind == ".csv" and not len(radii):
+        raise ValueError("a table of no examples would not hold the norm of their radii: take a .json file")
     if kind == ".csv":
         text = table_of(radii)
     else:
-        record = {"format": _FORMAT, "version": _VERSION, "lipbounds": __version__, **record_of(radii)}
+        record = {"format": _FORMAT, "version": _VERSION, "lipbounds": __version__, **columns}
         text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     write_atomically(target, text.encode())
 

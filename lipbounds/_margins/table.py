@@ -4,39 +4,47 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from lipbounds._margins.blocks import radii_of
-from lipbounds._margins.radius import Radii
+from lipbounds._margins.blocks import classes_of, radii_of
+from lipbounds._margins.radius import INTERRUPTED, Radii
 from lipbounds._text.tables import printable
 
-#: The columns; the last three are the same in all lines.
+#: The columns; the last four are the same in all lines. Older tables lack the last one.
 COLUMNS = (
-    "image", "label", "prediction", "correct", "outcome", "certified_radius", "norm", "guarantee", "method",
+    "image", "label", "prediction", "correct", "outcome", "certified_radius", "norm", "guarantee", "method", "complete",
 )  # fmt: skip
+_UNKNOWN = ("", "nan")
+_TRUTH = {"true": True, "false": False}  # spreadsheets write capitals
 
 
 def table_of(radii: Radii, **more: Sequence[str]) -> str:
-    """The table, with `more` columns behind: radii in full precision, "inf" for infinite ones; notes are left out."""
+    """The table, with `more` columns behind: radii in full precision, "inf" for infinite ones; notes are left out.
+
+    A label, prediction or outcome that is not known is a blank cell.
+    """
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow((*COLUMNS, *more))
     norm = "inf" if radii.norm == np.inf else int(radii.norm)
-    common = (norm, radii.guarantee, printable(radii.method))
+    common = (norm, radii.guarantee, printable(radii.method), radii.complete)
+    label, prediction = classes_of(radii.label), classes_of(radii.prediction)
+    outcome = [] if radii.outcome is None else radii.outcome.tolist()
 
-    def cell(column: Any, i: int) -> Any:
-        return "" if column is None else column[i]
+    def cell(column: list[Any], i: int) -> Any:
+        return column[i] if column else ""  # of None, csv writes a blank
 
     for i, (radius, correct) in enumerate(zip(radii.radius.tolist(), radii.correct.tolist(), strict=True)):
         own = (
             i,
-            cell(radii.label, i),
-            cell(radii.prediction, i),
+            cell(label, i),
+            cell(prediction, i),
             correct,
-            cell(radii.outcome, i),
+            cell(outcome, i),
             repr(radius),
         )
         lines.writerow((*own, *common, *(column[i] for column in more.values())))
@@ -56,29 +64,38 @@ def radii_of_table(text: str) -> Radii:
         raise ValueError(f"a table that cannot be read: {error}") from error
     if not rows:
         raise ValueError("a table without a line")
-    if not set(COLUMNS) <= rows[0].keys():
-        raise ValueError(f"a table without the columns {', '.join(COLUMNS)}")
-    every: dict[str, set[Any]] = {name: {row[name] for row in rows} for name in COLUMNS[-3:]}
+    if not set(COLUMNS[:-1]) <= rows[0].keys():
+        raise ValueError(f"a table without the columns {', '.join(COLUMNS[:-1])}")
+    every: dict[str, set[Any]] = {name: {row.get(name, "True") for row in rows} for name in COLUMNS[-4:]}
     if any(len(values) != 1 for values in every.values()) or any(None in row.values() for row in rows):
         raise ValueError("a table whose lines are cut off, or of several networks")
     if [row["image"] for row in rows] != [str(i) for i in range(len(rows))]:
         raise ValueError("a table whose lines are not numbered from 0 on")
-    if not {row["correct"] for row in rows} <= {"True", "False"}:
-        raise ValueError("a table whose column correct holds other than True and False")
-    record = {name: values.pop() for name, values in every.items()}
+    for name in ("correct", "complete"):
+        if not {row.get(name, "True").lower() for row in rows} <= _TRUTH.keys():
+            raise ValueError(f"a table whose column {name} holds other than True and False")
+    record: dict[str, Any] = {name: values.pop() for name, values in every.items()}
+    record["complete"] = _TRUTH[record["complete"].lower()]
     record["norm"] = record["norm"] if record["norm"] == "inf" else float(record["norm"])
     columns: dict[str, list[Any]] = {
-        name: [row[name] for row in rows] if all(row[name] for row in rows) else []
-        for name in ("label", "prediction", "outcome")
+        name: [_class(row[name]) for row in rows] for name in ("label", "prediction")
     }
-    for name in ("label", "prediction"):
-        columns[name] = [int(word) if word.isdecimal() else word for word in columns[name]]
+    outcome = ["" if row["outcome"].lower() in _UNKNOWN else row["outcome"] for row in rows]
     return radii_of(
         {
             **record,
             **columns,
-            "notes": [],
+            "outcome": outcome,
+            "notes": [] if record["complete"] else [INTERRUPTED],
             "radius": [row["certified_radius"] for row in rows],
-            "correct": [row["correct"] == "True" for row in rows],
+            "correct": [_TRUTH[row["correct"].lower()] for row in rows],
         }
     )
+
+
+def _class(cell: str) -> Any:
+    """A class, None where it is not known; other programs write 3.0 in a column where some are blank."""
+    if cell.lower() in _UNKNOWN:
+        return None
+    found = re.fullmatch(r"([0-9]+)(\.0+)?", cell)
+    return cell if found is None else int(found[1])
