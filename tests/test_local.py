@@ -275,3 +275,15 @@ def test_more_refusals():
         with pytest.raises(TypeError, match=r"certified_radius: \w+=... is now local=lb.Local\(\w+=...\)"):
             lb.certified_radius(form, x, np.zeros(2, int), local=True, **old)
     assert len(lb.local(form, x[:0], 1.0)) == 0
+
+
+def test_bounds_do_not_depend_on_the_unit_of_the_input_where_all_centres_are_zero():
+    """At the kink of abs the slopes are [-1, 1] and no neuron has a linear part, from which D would be guessed."""
+    rng = np.random.default_rng(0)
+    w = [rng.standard_normal(size) for size in ((20, 7), (16, 20), (14, 16))]
+    found = []
+    for unit in (1.0, 2.0**8):
+        form = lb.from_weights([w[0] / unit, *w[1:]], activation="abs")
+        bound = lb.local(form, np.zeros((1, 7)), 0.3 * unit, norm=np.inf, progress=False)
+        found.append(bound.value[0] * unit)
+    assert found[1] == pytest.approx(found[0], rel=1e-6)

@@ -1,6 +1,7 @@
 """Local bounds of wide networks by two engines: the better one of every example, and what is left where one fails."""
 
 import functools
+import gc
 import weakref
 
 import jax
@@ -275,6 +276,19 @@ def test_what_the_front_and_the_tail_have_in_common_is_not_taken_for_another_tap
     assert (
         slope <= found.value[0] < 1.5 * slope and "the first 1 taps are bounded as a whole" in found.notes[0]
     )
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, "ellipsoids"])
+def test_what_is_kept_with_a_form_does_not_keep_it(engine, monkeypatch):
+    """A process that bounds one network after the other would otherwise hold the matrices of all of them."""
+    monkeypatch.setattr(engines, "TAIL", WIDE["mlp"])
+    monkeypatch.setattr(engines, "ways", lambda *_: (engine,))
+    form, x = mlp(widths=(12, 40, 24, 20, 6), seed=2), np.zeros((1, 12))
+    lb.local(form, x, 0.1, progress=False)
+    kept = weakref.ref(form)
+    del form
+    gc.collect()
+    assert kept() is None
 
 
 @pytest.mark.slow

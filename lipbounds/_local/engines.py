@@ -61,13 +61,13 @@ class _Ready:
     """Computed once per form and reused for all examples.
 
     whole: the elementwise view; view: that of what is behind a wide front (its taps are the last ones of whole), or
-    whole; stages: of view.
+    whole; None in both for the form itself, with which this is kept: nothing here may keep it alive. stages: of view.
     start (1, d, d) of the first state over the unit ball; first (A, error): A x is the first y, where known.
     front: what local LipLT needs, in place of stages and start.
     """
 
-    whole: LureForm
-    view: LureForm
+    whole: LureForm | None
+    view: LureForm | None
     stages: tuple[Stage, ...]
     start: np.ndarray | Thin
     first: tuple[np.ndarray, float] | None
@@ -242,6 +242,8 @@ class Around:
         wanted = norm, self.way, *((guarantee, seed) if self.way == "hybrid" else ())
         ready = remembered(kept, wanted, lambda: _ready(form, norm, self.way, guarantee, seed))
         self.form, self.ready = form, ready
+        self.whole = form if ready.whole is None else ready.whole
+        self.view = form if ready.view is None else ready.view
         self.guarantee, self.failure, self.notes = ready.guarantee, ready.failure, ready.notes
         self.seed = seed
         self.norm, self.x, self.box = norm, x, box
@@ -262,10 +264,10 @@ class Around:
     @functools.cached_property
     def values(self) -> Values:
         ready, seen = self.ready, Seen()
-        self.z = logits(ready.whole, self.x, seen)[0]
-        seen = seen[len(ready.whole.taps) - len(ready.view.taps) :]
+        self.z = logits(self.whole, self.x, seen)[0]
+        seen = seen[len(self.whole.taps) - len(self.view.taps) :]
         y, error = tuple(y for y, _ in seen), tuple(e for _, e in seen)
-        ends = [ellipsoids.slopes_between(ready.view, s.tap, y[s.tap], y[s.tap]) for s in ready.stages]
+        ends = [ellipsoids.slopes_between(self.view, s.tap, y[s.tap], y[s.tap]) for s in ready.stages]
         # derivatives at the examples, until a call replaces them by the middles of the slope intervals
         slope = tuple((a + b) / 2 for a, b in ends)
         if self.way != "ellipsoids" or not first_tap(self.form, TAIL):
@@ -276,12 +278,12 @@ class Around:
     def passes(self) -> Passes:
         """The recursions, in place of a front."""
         ready, values = self.ready, self.values
-        return Passes(ready.view, (ready.stages, ready.start), ready.single, values, self.z, self._first)
+        return Passes(self.view, (ready.stages, ready.start), ready.single, values, self.z, self._first)
 
     def chunks(self, count: int) -> list[slice]:
         ready = self.ready
         if ready.front is not None:
-            form = ready.view
+            form = self.view
             width = form.num_outputs * (form.in_size + sum(tap.size_out for tap in form.taps))
             size = 1 << (max(1, min(_SIDE, _WIDE_CHUNK // width)).bit_length() - 1)
         else:
@@ -293,7 +295,7 @@ class Around:
         cores = os.cpu_count() or 1
         if self.ready.front is not None:
             return cores
-        return max(1, min(cores, self.memory // max(of_ellipsoids(self.ready.view)[0], 1)))
+        return max(1, min(cores, self.memory // max(of_ellipsoids(self.view)[0], 1)))
 
     def each(self, work: Callable[[Around, slice], None], what: str) -> None:
         """work(part, rows) for every chunk, in parallel on all cores, as BLAS threads do not help small matrices.
@@ -346,7 +348,7 @@ class Around:
             size = 1 << (len(eps) - 1).bit_length()  # few shapes to compile
             pad = np.minimum(np.arange(size), len(eps) - 1)
             out = liplt.grams(
-                ready.front, values.rows(pad), eps[pad], anchored=anchored, failure=share, rng=rng
+                self.form, ready.front, values.rows(pad), eps[pad], anchored=anchored, failure=share, rng=rng
             )[: len(eps)]
         else:
             out = self.passes.proved(self._places(rows), eps, labels, **options)[:, None]
@@ -383,7 +385,7 @@ def _ready(form: LureForm, norm: float, way: str, word: str, seed: int) -> _Read
         note = f"wider than {TAIL}: local LipLT, each example with probability {FAILURE:g} of a failure"
         front = liplt.Front(form)
         word = "assumed" if form.assumed else "probabilistic"
-        return _Ready(form, form, (), np.zeros((1, 0, 0)), None, word, FAILURE, (note,), front)
+        return _Ready(None, None, (), np.zeros((1, 0, 0)), None, word, FAILURE, (note,), front)
     guarantee, failure = "assumed" if form.assumed else "verified", 0.0
     notes: tuple[str, ...] = ()
     first = None
@@ -414,7 +416,8 @@ def _ready(form: LureForm, norm: float, way: str, word: str, seed: int) -> _Read
             ball = proof.ball(n, np.minimum(columns.sum() / columns, 2.0**60))
         thin = _thin(begin, stages[0], ball) if stages else None
         start = _raised(*begin.of_diagonal(ball)) if thin is None else thin
-    return _Ready(whole, view, stages, start, first, guarantee, failure, notes)
+    kept = None if whole is form else whole
+    return _Ready(kept, None if view is form else view, stages, start, first, guarantee, failure, notes)
 
 
 def _raised(s: np.ndarray, e: np.ndarray) -> np.ndarray:

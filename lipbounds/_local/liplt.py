@@ -58,10 +58,10 @@ Linear = dict[str, Any]
 
 
 class Front:
-    """Data of local LipLT that is computed once per form and reused for all inputs."""
+    """Data of local LipLT that is computed once per form and reused for all inputs; it does not keep the form alive."""
 
     def __init__(self, form: LureForm) -> None:
-        self.form, self.taps = form, form.taps
+        self.taps = form.taps
         host = recursion.host_form(form)
         plain = [TapScaling(None, np.ones(t.size_out), np.ones(t.size_in)) for t in self.taps]
         nodes: list[Node] = [(k,) for k in range(len(self.taps))]
@@ -221,13 +221,21 @@ def _apply(tap: Tap, linear: Linear, y: jax.Array) -> jax.Array:
 
 
 def grams(
-    front: Front, values: Values, eps: np.ndarray, *, anchored: bool, failure: float, rng: np.random.Generator
+    form: LureForm,
+    front: Front,
+    values: Values,
+    eps: np.ndarray,
+    *,
+    anchored: bool,
+    failure: float,
+    rng: np.random.Generator,
 ) -> np.ndarray:
     """(N, J, K, K) blocks g: the constant of a' z at an example is at most sum_j sqrt(a' g_j a).
 
     inf where that is beyond the range of float64.
 
     Args:
+        front: of the form.
         eps: (N,) radii; anchored: one of the two inputs is the centre.
         failure: the probability with which this may be wrong, of each example.
     """
@@ -249,9 +257,9 @@ def grams(
             half = (reach + values.error[k][:, None]) * (1 + 4 * U)
             one = front.groups[k].near(values.y[k], half, rho)
         else:
-            one = _elementwise(*centre_and_radius(front.form, k, values, reach, reach, anchored), rho)
+            one = _elementwise(*centre_and_radius(form, k, values, reach, reach, anchored), rho)
         size = np.minimum(
-            _norm(front, k, one, near, t, failure / len(taps), rng), _length(one.passes * rho)
+            _norm(form, front, k, one, near, t, failure / len(taps), rng), _length(one.passes * rho)
         ) * (1 + _ROUNDING)
         near.append(one)
         m.append(usable(np.minimum(one.gain * size, _length(one.reach)) * (1 + _ROUNDING)))
@@ -261,9 +269,9 @@ def grams(
         box += np.where(one.entries > 0, _SMALLEST, 0.0)
         t.append(usable(np.where((_length(box) < _length(ball))[:, None], box, ball)))
     with jax.enable_x64(True):
-        out = np.array(_rows(front.form, tuple(n.linear for n in near), tuple(t), np.zeros(len(eps))))
+        out = np.array(_rows(form, tuple(n.linear for n in near), tuple(t), np.zeros(len(eps))))
     diagonal = np.einsum("njkk->njk", out)  # a view
-    longest = max([front.form.in_size, *(tap.size_out for tap in taps)])
+    longest = max([form.in_size, *(tap.size_out for tap in taps)])
     diagonal += (_CANCELLED + 2 * gamma(longest)) * diagonal.sum(axis=2, keepdims=True)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         wrong = _spread(front, range(len(taps)), near, t).backward(front.legs, OUTPUT, np.ones(len(eps)))
@@ -303,6 +311,7 @@ def _entries(front: Front, k: int, near: list[Near], m: list[np.ndarray], count:
 
 
 def _norm(
+    form: LureForm,
     front: Front,
     k: int,
     one: Near,
@@ -323,7 +332,7 @@ def _norm(
     start = np.repeat(rng.standard_normal((1, front.taps[k].size_in)), len(total), axis=0)
     with jax.enable_x64(True):
         device = jax.tree.map(jnp.asarray, (linear, scaled, np.sqrt(total), one.passes))
-        product = partial(_there_and_back, front.form, *device, target=k)
+        product = partial(_there_and_back, form, *device, target=k)
 
         def apply(u: np.ndarray) -> np.ndarray:
             image = np.asarray(product(jnp.asarray(u)))

@@ -70,14 +70,14 @@ def guess(
     """
     dy = fixed
     for _ in range(3):
-        dy = fixed + times(np.sign(dy) * r * np.abs(p))
+        dy = fixed + times(np.where(dy < 0, -1.0, 1.0) * r * np.abs(p))  # not 0 where every centre is 0
     usual = np.sqrt(np.maximum(variance, TINY))
     matters = np.square(p).sum(axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.sqrt(np.square(dy).sum(axis=0) / (matters + _FLOOR * matters.mean())) / usual
     middle = float(np.median(ratio))
     if not 0 < middle < np.inf:
-        ratio, middle = np.ones_like(usual), 1.0
+        ratio, middle = usual, float(np.median(usual))  # in its units, so that D is in those of the variance
     drawn = middle * np.clip(ratio / middle, 1 / _APART, _APART) ** _TRUST
     return np.asarray(usual * np.minimum(drawn, _MOST * usual) / np.maximum(r, _LEAST))
 

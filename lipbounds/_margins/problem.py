@@ -119,7 +119,7 @@ class Problem:
             raise NoEngineError(f"margins begin with local ellipsoids, but {too_large(form, memory)}")
         self.memory = LIMIT if memory is None else memory
         self.around = Around(form, norm, x, box=box, way="ellipsoids", memory=memory)
-        self.view, self.form, self.norm, self.box = self.around.ready.view, form, norm, box
+        self.view, self.form, self.norm, self.box = self.around.view, form, norm, box
         self.kinks = kinks(self.view)
         self.labels, self.eps, self.x = labels, eps, x
         low, high = localbox.rooms(x, box)
