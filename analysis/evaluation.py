@@ -59,8 +59,8 @@ def paper_units(dataset: str) -> tuple[float, str]:
     """(factor, what it is): an eps of the published code is `factor` times the same distance in pixel values."""
     if dataset in ("cifar10", "cifar100"):
         return 2.0, _CIFAR_UNITS
-    if dataset == "digits":
-        return 1.0, "There are no published figures for digits: with --paper-units nothing changes."
+    if dataset not in USUAL_EPS.keys() - {"digits"}:
+        return 1.0, f"There are no published figures for {dataset}: with --paper-units nothing changes."
     return 1.0, _PIXEL_UNITS.format(dataset)
 
 

@@ -240,6 +240,9 @@ def test_numbers_without_a_point_are_bytes_only_where_they_are_whole(tmp_path: p
         ("c.csv", "label,a,b,c,d\n0,1,2,x,3\n", "must hold numbers, as many in every line"),
         ("d.csv", "label,a,b,c,d\n0.5,0,0,0,1\n", "the column 'label' must hold whole numbers"),
         ("e.csv", "", "its first line must name the columns"),
+        ("f.csv", "label,a,b,c,d\n0,0,0,0,1\n0,0,0,0\n", "names in the first, 5: example 1 .from 0. has 4"),
+        ("g.csv", "label,a,b,c\n0,0,0,0,1\n", "and one of labels, not 4"),
+        ("h.csv", "label,a,b,c,d\n0,0,0,0,1\n,,,,\n", "must hold numbers"),
     ],
 )
 def test_tables_that_are_refused(name: str, content: str, words: str, tmp_path: pathlib.Path) -> None:
@@ -248,6 +251,76 @@ def test_tables_that_are_refused(name: str, content: str, words: str, tmp_path: 
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=words):
         Examples(str(tmp_path / name)).read((2, 2, 1), 3)
+
+
+def test_tables_of_other_programs(tmp_path: pathlib.Path) -> None:
+    from lipbounds._cli.data import Examples
+
+    path = tmp_path / "t.csv"
+    text = '\ufeff"a","b","c","d","Label"\r\n"0.5","0","0","1","2"\r\n\r\n  \r\n'
+    path.write_bytes(text.encode())
+    images, labels = Examples(str(path)).read((2, 2, 1), 3)
+    assert images.ravel().tolist() == [0.5, 0.0, 0.0, 1.0] and labels.tolist() == [2]
+    path.write_text("label,a,b,c,d\n")
+    assert Examples(str(path)).read((2, 2, 1), 3)[0].shape == (0, 2, 2, 1)
+
+
+def test_labels_in_a_column_are_labels_under_any_name(tmp_path: pathlib.Path) -> None:
+    from lipbounds._cli.data import Examples
+
+    np.savez(tmp_path / "t.npz", x=np.zeros((3, 2, 2, 1), np.float32), y=np.array([[2], [0], [1]]))
+    assert Examples(str(tmp_path / "t.npz")).read((2, 2, 1), 3)[1].tolist() == [2, 0, 1]
+    form = lb.from_weights([np.eye(2)])
+    with pytest.raises(ValueError, match=r"dtype int64; take y.reshape\(-1\)$"):
+        lb.certified_radius(form, [[1.0, 0.5]], np.array([[0]]))
+
+
+def test_pickled_arrays_are_called_so(tmp_path: pathlib.Path) -> None:
+    from lipbounds._text.files import read_npy
+
+    np.save(tmp_path / "x.npy", np.array([1, "a"], object))
+    with pytest.raises(ValueError, match="x.npy: holds pickled objects, which are not read; save a plain"):
+        read_npy(tmp_path / "x.npy")
+
+
+def test_a_folder_without_some_classes_says_what_it_counts(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lipbounds._cli.data import Examples
+
+    pixels = np.zeros((2, 8, 8, 1), np.uint8)
+    _images(tmp_path, pixels, np.array([3, 5]))
+    assert Examples(str(tmp_path)).read((8, 8, 1), 10)[1].tolist() == [0, 1]
+    said = capsys.readouterr().err
+    assert "has 2 folders, the network has 10 classes: 3 is class 0, 5 is class 1; give an .npz file" in said
+    for outputs in (1, 2):
+        Examples(str(tmp_path)).read((8, 8, 1), outputs)
+        assert not capsys.readouterr().err
+    (tmp_path / "3" / "._0.png").write_bytes(b"of another system")
+    assert len(Examples(str(tmp_path)).read((8, 8, 1), 2)[1]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arrays", "given", "words"),
+    [
+        ({"x": np.zeros((2, 8, 8, 1), np.uint8)}, (0.0, np.inf), "--input-range needs two finite numbers"),
+        ({"x": np.r_[np.nan, np.arange(127) % 17 / 16].reshape(2, 8, 8, 1)}, None, ""),
+    ],
+    ids=["endless range of bytes", "NaN"],
+)
+def test_values_that_are_not_finite(
+    arrays: dict[str, Any], given: Any, words: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lipbounds._cli.data import Examples
+
+    np.savez(tmp_path / "t.npz", y=np.array([0, 1]), **arrays)
+    examples = Examples(str(tmp_path / "t.npz"), given)
+    if words:
+        with pytest.raises(ValueError, match=words):
+            examples.read((8, 8, 1), 3)
+    else:
+        examples.read((8, 8, 1), 3)  # refused by whoever takes them, and no units are told
+    assert not capsys.readouterr().err
 
 
 def test_folders_that_are_refused(tmp_path: pathlib.Path) -> None:
@@ -298,7 +371,12 @@ def test_own_images_that_are_refused(tmp_path: pathlib.Path) -> None:
     pixels, y = np.zeros((20, 8, 8, 3), np.uint8), np.arange(20) % 2
     for name, arrays, words in (
         ("chw", {"x": pixels.transpose(0, 3, 1, 2), "y": y}, r"x\.transpose\(0, 2, 3, 1\)"),
-        ("units", {"x": pixels - 0.3, "y": y}, "bytes divided by 255 .* from -0.3 to -0.3"),
+        ("units", {"x": pixels - 0.3, "y": y}, "bytes divided by 255 .* from -0.3 to -0.3. Floats"),
+        (
+            "levels",
+            {"x": pixels + 0.3, "y": y},
+            "from 0.3 to 0.3, and not all of them are multiples of 1/255",
+        ),
         ("labels", {"x": pixels, "y": y / 2}, "labels must be integers"),
         ("few", {"x": pixels[:4], "y": y[:4]}, "no class has 5 images"),
         ("three", {"a": pixels, "b": y, "c": y}, "must hold x and y, or x_train.* it holds a, b, c"),

@@ -216,9 +216,10 @@ def test_paper_units_halve_eps_on_cifar_only(model, test_set):
     for name in ("cifar10", "cifar100"):
         factor, text = paper_units(name)
         assert factor == 2.0 and "18/255" in text and "[-1, 1]" in text
-    for name in ("mnist", "tiny-imagenet", "digits"):
+    for name in ("mnist", "tiny-imagenet", "digits", "mine.npz"):
         factor, text = paper_units(name)
         assert factor == 1.0 and name in text and "nothing changes" in text
+        assert ("no published figures" in text) == (name in ("digits", "mine.npz"))
     assert set(USUAL_EPS) == set(data.DATASETS)
     options = {"methods": ("naive",), "pgd_steps": 1, "pgd_norms": (2,), "images": 20}
     plain = evaluate(model, *test_set, eps=[0.1], **options)

@@ -66,7 +66,7 @@ def class_folders(folder: pathlib.Path, channels: int) -> tuple[ByteArray, IntAr
     """(images (n, height, width, channels), labels, class names) of a folder with one folder of images per class.
 
     The classes are the names of the folders in sorted order, numbers in the order of their size. Images become grey or
-    RGB, as `channels` (1 or 3) says; all of them must have one size.
+    RGB, as `channels` (1 or 3) says; all of them must have one size. Hidden folders and files are left out.
     FileNotFoundError where there are no folders or no images in one; ValueError for an image that cannot be decoded.
     """
     if channels not in (1, 3):
@@ -77,7 +77,8 @@ def class_folders(folder: pathlib.Path, channels: int) -> tuple[ByteArray, IntAr
         raise FileNotFoundError(f"{folder} must hold one folder of images per class, named like the class")
     files: list[tuple[pathlib.Path, int]] = []
     for number, name in enumerate(names):
-        found = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in ENDINGS)
+        there = (path for path in (folder / name).iterdir() if not path.name.startswith("."))
+        found = sorted(path for path in there if path.suffix.lower() in ENDINGS)
         if not found:
             raise FileNotFoundError(f"{folder / name} holds no images ({', '.join(ENDINGS)})")
         files += [(path, number) for path in found]

@@ -112,9 +112,11 @@ def _bytes(place: pathlib.Path, images: np.ndarray) -> ByteArray:
         scaled = np.asarray(images, np.float64) * 255
         rounded = np.round(scaled)
         if not (np.abs(scaled - rounded) < 1e-2).all() or rounded.min() < 0 or rounded.max() > 255:
+            inside = 0 <= images.min() and images.max() <= 1
             raise ValueError(
                 f"{place}: images must be bytes, or bytes divided by 255 (in [0, 1]); its values reach from "
-                f"{images.min():.4g} to {images.max():.4g}. Floats of other units go to "
+                f"{images.min():.4g} to {images.max():.4g}"
+                f"{', and not all of them are multiples of 1/255' if inside else ''}. Floats of other units go to "
                 "lipbounds.training.fit(config, (x, y)) in Python"
             )
         images = rounded.astype(np.uint8)

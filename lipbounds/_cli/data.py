@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import math
 from pathlib import Path
@@ -80,7 +81,7 @@ class Examples:
         elif not Path(name).exists():
             raise ValueError(f"--data: there is no {name}; give {_KINDS}{near(name, ['digits'])}")
         elif Path(name).is_dir():
-            x, y = _from_folder(Path(name), shape)
+            x, y = _from_folder(Path(name), shape, classes)
             given = given or (0.0, 1.0)
         elif Path(name).suffix.lower() == ".csv":
             x, y = _from_csv(Path(name), shape)
@@ -92,7 +93,7 @@ class Examples:
                 f"{name} holds images of shape {x.shape[1:]}, the model takes {tuple(shape)}{mend}"
             )
         try:
-            labels = as_labels(y, len(x), classes)
+            labels = as_labels(y.reshape(-1) if y.shape == (len(x), 1) else y, len(x), classes)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         return _in_units(name, x, shape, given), labels
@@ -156,6 +157,8 @@ def _in_units(
                 f"{name}: x must hold floats in the model's input units, got uint8: pass --input-range 0 1 to divide "
                 "the bytes by 255, or --input-range 0 255 if the network takes them as they are"
             )
+        if not np.isfinite(given).all():
+            raise ValueError(f"{name} holds bytes: --input-range needs two finite numbers, such as 0 1")
         low, high = map(np.float32, given)
         return np.asarray(low + x / np.float32(255) * (high - low), np.float32)
     if x.dtype.kind != "f":
@@ -193,7 +196,7 @@ def _from_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if len(arrays) == 2:
         y, x = sorted(arrays.values(), key=lambda a: (a.ndim, a.dtype.kind == "f"))
         if y.ndim in (1, 2) and x.ndim > 1:
-            return x, y.reshape(-1) if y.shape == (len(x), 1) else y
+            return x, y
     raise ValueError(
         f"{path} is not an .npz file with arrays x and y, or two arrays of other names: it holds "
         f"{', '.join(sorted(arrays)) or 'none'}; keep the images and the labels, np.savez(file, x=..., y=...)"
@@ -202,23 +205,35 @@ def _from_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _from_csv(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """The examples of a CSV file, one a line, in C order, with a header that names the column of the labels."""
-    lines = read_text(path, "utf-8-sig").splitlines()
-    header = [word.strip().strip('"').lower() for word in (lines[0] if lines else "").split(",")]
+    text = read_text(path, "utf-8-sig")
+    begin = text.partition("\n")[0].strip()[:60]
+    try:
+        read = csv.reader(text.splitlines())
+        header, *lines = [line for line in read if line[1:] or "".join(line).strip()] or [[]]
+    except csv.Error as error:
+        raise ValueError(f"{path} cannot be read as CSV: {error}") from None
+    header = [word.strip().lower() for word in header]
     column = next((header.index(name) for name in LABELS if name in header), None)
     if column is None:
         raise ValueError(
             f"{path}: its first line must name the columns, that of the labels `label`, such as "
-            f"label,pixel0,pixel1; it is {lines[0][:60] if lines else ''!r}"
+            f"label,pixel0,pixel1; it is {begin!r}"
         )
-    try:
-        table = np.array([line.split(",") for line in lines[1:] if line.strip()], np.float64)
-    except ValueError as error:
-        raise ValueError(f"{path} must hold numbers, as many in every line: {error}") from None
-    if table.ndim != 2 or table.shape[1] != math.prod(shape) + 1:
+    if len(header) != math.prod(shape) + 1:
         raise ValueError(
             f"{path} must have {math.prod(shape)} columns of an example of shape {tuple(shape)} and one of labels, "
             f"not {len(header)}"
         )
+    odd = next((k for k, line in enumerate(lines) if len(line) != len(header)), None)
+    if odd is not None:
+        raise ValueError(
+            f"{path} must hold numbers, as many in every line as there are names in the first, {len(header)}: example "
+            f"{odd} (from 0) has {len(lines[odd])}"
+        )
+    try:
+        table = np.array(lines, np.float64).reshape(-1, len(header))
+    except ValueError as error:
+        raise ValueError(f"{path} must hold numbers, as many in every line: {error}") from None
     labels, values = table[:, column], np.delete(table, column, axis=1)
     strange = labels[(labels != np.round(labels)) | (np.abs(labels) >= 2.0**53)]  # NaN among them
     if strange.size:
@@ -226,14 +241,18 @@ def _from_csv(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarra
             f"{path}: the column {header[column]!r} must hold whole numbers below 2^53, not {strange[0]:g}"
         )
     # 5e-1 is no byte, though it has no point
-    whole = "." not in "".join(lines[1:]) and values.size and bool((values == np.floor(values)).all())
+    whole = "." not in text.partition("\n")[2] and values.size and bool((values == np.floor(values)).all())
     whole = whole and values.min() >= 0 and 1 < values.max() <= 255
-    x = values.astype(np.uint8 if whole else np.float32)
+    with np.errstate(over="ignore"):  # what becomes infinite is refused like every infinite value
+        x = values.astype(np.uint8 if whole else np.float32)
     return x.reshape(-1, *shape), labels.astype(np.int64)
 
 
-def _from_folder(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The images of a folder with one folder per class, in the layout of the network."""
+def _from_folder(path: Path, shape: tuple[int, ...], classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """The images of a folder with one folder per class, in the layout of the network.
+
+    A warning where it lacks classes of the network, as folders are counted in their order.
+    """
     from lipbounds.training.image_folders import class_folders
 
     if len(shape) not in (2, 3):
@@ -242,7 +261,14 @@ def _from_folder(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.nda
         )
     first = len(shape) == 3 and shape[0] in (1, 3) and shape[2] not in (1, 3)  # (C, H, W)
     channels = 1 if len(shape) == 2 else shape[0] if first else shape[2]
-    pixels, labels, _ = class_folders(path, channels)
+    pixels, labels, names = class_folders(path, channels)
+    if len(names) < max(classes, 2):
+        taken = ", ".join(f"{name} is class {k}" for k, name in enumerate(names[:3]))
+        typer.echo(
+            f"warning: {path} has {len(names)} folders, the network has {max(classes, 2)} classes: {taken}"
+            f"{', ...' if len(names) > 3 else ''}; give an .npz file if these are other classes of the network",
+            err=True,
+        )
     if len(shape) == 2:
         return pixels[..., 0], labels
     return pixels.transpose(0, 3, 1, 2) if first else pixels, labels

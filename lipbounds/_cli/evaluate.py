@@ -36,7 +36,7 @@ def evaluate(
             "Radii in the l2 norm, in pixel values in [0, 1].",
             "NUMBER...",
             parser=eps_of,
-            show_default="1.58 for MNIST, 36/255 for CIFAR and Tiny-ImageNet, 0.5 for digits",
+            show_default="1.58 for MNIST, 36/255 for CIFAR and Tiny-ImageNet, 0.5 for digits, else that of the run",
         ),
     ] = None,
     methods: Annotated[
@@ -78,14 +78,13 @@ def evaluate(
     """
     check_source(source)
     with refusals():
-        from lipbounds.analysis import evaluation
         from lipbounds.analysis.evaluation_report import FIGURES, PAGE, write_evaluation_report
 
         folder = folder_of(source, files, (RECORD, PAGE, *FIGURES), "evaluate", against)
         subject = open_subject(source.run, source.dataset)
         other = None if against is None else open_subject(against, subject.dataset)
         settings: Json = {
-            "eps": list(eps or [evaluation.USUAL_EPS[subject.dataset]]),
+            "eps": list(eps or [_usual_eps(subject)]),
             "methods": list(methods or VERBS),
             "pgd_steps": pgd_steps,
             "pgd_restarts": pgd_restarts,
@@ -100,6 +99,16 @@ def evaluate(
             lines += write_files(
                 files, folder, RECORD, record, lambda place: write_evaluation_report(record, place)
             )
+
+
+def _usual_eps(subject: Subject) -> float:
+    """The radius where none is given: that of published figures, for own images that of the run."""
+    from lipbounds.analysis.evaluation import USUAL_EPS
+
+    usual = USUAL_EPS.get(subject.dataset, subject.eps)
+    if usual is None:
+        raise ValueError(f"{subject.dataset} has no usual radius: add --eps, in pixel values in [0, 1]")
+    return usual
 
 
 def _measure(subject: Subject, other: Subject | None, data_dir: Path | None, settings: Json) -> Json:

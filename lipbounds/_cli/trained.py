@@ -19,7 +19,7 @@ from lipbounds._text.files import check_folder
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A trained network; `data_dir` is the data folder of its run."""
+    """A trained network; `data_dir` is the data folder of its run, `eps` the radius of its validation."""
 
     path: Path
     title: str
@@ -27,6 +27,7 @@ class Subject:
     data_dir: str | None
     model: Any
     spec: Any
+    eps: float | None = None
 
     def record(self) -> Json:
         return {
@@ -84,7 +85,8 @@ def open_subject(path: Path, dataset: str | None) -> Subject:
                 "lb.certified_radius(lb.trace(model, x[0]), x, y)"
             )
         how = f"CRM with {config.constants}" if config.loss == "crm" else config.loss
-        return Subject(path, f"{config.arch}, {how}", config.dataset, config.data_dir, run.model, run.spec)
+        title = f"{config.arch}, {how}"
+        return Subject(path, title, config.dataset, config.data_dir, run.model, run.spec, config.eps)
     if dataset is None or not (dataset in DATASETS or is_own(dataset)):
         raise ValueError(
             f"unknown data set {dataset!r}{near(str(dataset), DATASETS)}; known: {', '.join(DATASETS)}, or a path: an "

@@ -126,6 +126,8 @@ def doubts(x: np.ndarray, shape: Sequence[int], in_units: bool = True, mend: str
     if layout is None or not x.size:
         return None
     low, high = float(x.min()), float(x.max())
+    if not math.isfinite(high - low):
+        return None  # NaN or infinite values are an error, which says more
     few = np.asarray(x[:_LOOKED_AT])
     if low >= 0.0:
         whole = bool((few == np.round(few)).all())

@@ -42,8 +42,10 @@ def as_labels(y: Any, count: int, classes: int | None = None) -> np.ndarray:
     """
     labels = np.asarray(y)
     if labels.shape != (count,) or (count and labels.dtype.kind not in "iu"):
+        rows = labels.ndim == 2 and len(labels) == count
+        column = rows and labels.shape[1] == 1
         one_hot = (
-            "; of one-hot rows take y.argmax(axis=1)" if labels.ndim == 2 and len(labels) == count else ""
+            "; take y.reshape(-1)" if column else "; of one-hot rows take y.argmax(axis=1)" if rows else ""
         )
         floats = "; cast them: y.astype(int)" if labels.shape == (count,) and labels.dtype.kind == "f" else ""
         raise ValueError(

@@ -164,6 +164,10 @@ def read_npy(path: Path) -> np.ndarray:
         try:
             return _array(stream, path.stat().st_size, DEFLATE * path.stat().st_size, repr(path.name))
         except Exception as error:  # NumPy raises nearly anything for a damaged file
+            if "pickle" in str(error):
+                raise ValueError(
+                    f"{path}: holds pickled objects, which are not read; save a plain array"
+                ) from error
             raise ValueError(f"{path}: not an .npy file of numbers, or cut off: {error}") from error
 
 
