@@ -192,6 +192,30 @@ def test_refined_bounds_are_as_close_as_promised(monkeypatch: pytest.MonkeyPatch
     recursion._HOSTS.clear()
 
 
+def test_searches_drop_their_vectors_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They repeat their steps then, and the norm of every block is the same."""
+    form, shares = form_of("cnn_batch_norm"), refinement.shares
+    monkeypatch.setattr(recursion, "DENSE_LIMIT", 3)
+    monkeypatch.setattr(wide_blocks, "_CHEAP", wide_blocks._Cost(0, 0))
+    monkeypatch.setattr(wide_blocks, "_CHEAPER", wide_blocks._Cost(0, 0))
+    found, kept = [], [0, 0]
+    for place, limit in enumerate((2**32, 0)):
+        monkeypatch.setattr(refinement, "_KEPT", limit)
+        recursion._HOSTS.clear()
+        host = recursion.host_form(form)
+
+        def seen(*arguments: Any, place: int = place, host: Any = host) -> Any:
+            kept[place] += sum(starts.nbytes for starts, _ in host.searches.values())
+            return shares(*arguments)
+
+        monkeypatch.setattr(refinement, "shares", seen)
+        found.append(lb.naive(form))
+    recursion._HOSTS.clear()
+    assert kept[0] > 0 and kept[1] == 0
+    assert found[0].parts == found[1].parts
+    assert any(part.how.startswith("Golub-Kahan") for part in found[0].parts)
+
+
 @pytest.mark.parametrize(("inner", "rank"), [(5, 5), (40, 3), (60, 59)])
 def test_a_product_through_few_entries_is_bounded_closely(inner: int, rank: int) -> None:
     """Also where the thin Gram matrix has not full rank, so that its root has columns of zeros."""

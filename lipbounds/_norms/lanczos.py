@@ -354,6 +354,10 @@ class _Basis:
         self.blocks: list[np.ndarray] = []
         self.size = 0
 
+    @property
+    def nbytes(self) -> int:
+        return sum(block.nbytes for block in self.blocks)
+
     def append(self, v: np.ndarray) -> None:
         if self.size % _BLOCK == 0:
             self.blocks.append(np.zeros((_BLOCK, v.size)))

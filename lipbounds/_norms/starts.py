@@ -46,6 +46,11 @@ class Starts:
         self.lower, self.upper, self.steps = 0.0, math.inf, 0
         self.ended = self.both = False
 
+    @property
+    def nbytes(self) -> int:
+        """Of the vectors that are kept."""
+        return sum(basis.nbytes for run in self.runs for basis in (run.right, run.left))
+
     def release(self) -> None:
         """Drop the vectors; `advance` does the same steps again."""
         self.runs = []
@@ -130,8 +135,13 @@ class SharedStarts:
                 self._known.append(Known(starts.steps, starts.lower, max(upper, starts.upper), starts.ended))
             return self._known[min(place, len(self._known) - 1)]
 
+    @property
+    def nbytes(self) -> int:
+        """Of the vectors that are kept."""
+        return self._starts.nbytes
+
     def release(self) -> None:
-        """Drop the vectors."""
+        """Drop the vectors; steps beyond what is known do all of them again."""
         with self._lock:
             self._starts.release()
 

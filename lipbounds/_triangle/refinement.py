@@ -26,11 +26,13 @@ from lipbounds._gain.products import BlockProduct
 from lipbounds._gain.side_by_side import side_by_side
 from lipbounds._gain.wide_blocks import RTOL, Bound, Search, other_norm, quick_norms, search
 from lipbounds._norms.starts import CHECKED, Starts
+from lipbounds._text.memory import available_memory
 from lipbounds._text.progress import alive, late, proof_seconds, say, show_seconds, stoppable
 from lipbounds._text.threads import one_blas_thread
 
 _ROUGH_STEPS = 5  # that tell whether a bound is worth its proofs
 _FIRST, _MORE = 2 * CHECKED, CHECKED  # steps of all blocks, and of a block that is refined
+_KEPT = 2**32  # bytes of vectors of searches, at most
 _THREADS = 8  # searches that are advanced side by side
 Pair = tuple[Node, Node]
 
@@ -132,6 +134,17 @@ def lower_estimate(
     return sum(end * reach[source] for source, end in ends.items()), reach
 
 
+def _kept(searches: Mapping[Pair, Search]) -> int:
+    """Bytes of the vectors of all searches; blocks that are equal share theirs."""
+    return sum(starts.nbytes for starts in {id(one.starts): one.starts for one in searches.values()}.values())
+
+
+def _most_bytes() -> float:
+    """Of the vectors that searches may keep side by side: half of what the process may still use, at most `_KEPT`."""
+    free = available_memory()
+    return _KEPT if free is None else min(_KEPT, free * 2**30 / 2)
+
+
 def refine(
     searches: Mapping[Pair, Search],
     norms: Mapping[Pair, float],
@@ -141,15 +154,18 @@ def refine(
 ) -> None:
     """Advance the searches until the bound of the network is close enough (module docstring), or all have ended.
 
-    Or until it is `late`, once all of them have a bound.
+    Or until it is `late`, once all of them have a bound. The vectors of a search are dropped where those of all take
+    more memory than they may; it then repeats its steps, with the same results.
     """
-    began = time.monotonic()
+    began, limit = time.monotonic(), _most_bytes()
     workers = max(1, min(os.cpu_count() or 1, _THREADS))
     with one_blas_thread(), ThreadPoolExecutor(workers) as pool, stoppable():
 
         def one(pair: Pair, steps: int) -> None:
             alive()
             searches[pair].advance(steps)
+            if _kept(searches) > limit:
+                searches[pair].starts.release()
 
         def advance(steps: Mapping[Pair, int], told: str) -> None:
             tasks = {p: pool.submit(copy_context().run, one, p, count) for p, count in steps.items()}
@@ -174,4 +190,7 @@ def refine(
             left = (time.monotonic() - began) * (math.sqrt(min(excess, 1.0) / max(goal, 1e-12)) - 1.0)
             least = max(gains.values()) / 2
             chosen = {pair: _MORE for pair, gain in gains.items() if gain >= least}
+            for pair in sorted(searches.keys() - chosen, key=lambda one: gains.get(one, 0.0)):
+                if _kept(searches) > limit / 2:
+                    searches[pair].starts.release()
             advance(chosen, f", about {show_seconds(left)} left" if left >= 1.0 else "")
