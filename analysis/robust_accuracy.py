@@ -127,10 +127,12 @@ def robust_accuracy(
     labels, exact = as_labels(y, len(points)), np.asarray(x, np.float64)
     if len(radii) != len(points):
         raise ValueError(f"there are {len(radii)} radii and {len(points)} examples")
-    if radii.label is not None and (radii.label != labels).any():
-        place = int(np.argmax(radii.label != labels))
+    known = labels if radii.label is None else radii.label
+    other = (known != labels) & ~np.isnan(known)  # NaN where a file does not say
+    if other.any():
+        place = int(np.argmax(other))
         raise ValueError(
-            f"the radii are about other labels: that of example {place} is {radii.label[place]} there and "
+            f"the radii are about other labels: that of example {place} is {int(known[place])} there and "
             f"{labels[place]} in y; certify these examples again, lb.certified_radius(form, x, y)"
         )
     names = {field.name for field in dataclasses.fields(AttackSettings)}

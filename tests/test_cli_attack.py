@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from command import run
 from documented import differences
 
 from lipbounds import analysis
+from lipbounds._cli.options import Reading
 from lipbounds.analysis.attack_report import picture
 from lipbounds.training.data import digits
 from lipbounds.training.store import load_model
@@ -88,6 +90,50 @@ def test_autoattack_from_the_command_line(model_file, tmp_path):
 )
 def test_words_that_do_not_fit_are_refused(model_file, words, message):
     assert message in run("attack", model_file, "--eps", "0.1", *words, code=2).stderr
+
+
+def test_the_command_of_a_record_repeats_the_attack(model_file, tmp_path):
+    data, one, two = digits(), tmp_path / "one.json", tmp_path / "two.json"
+    np.savez(tmp_path / "mine data.npz", x=1.00000011920929 * data.test_x[:12], y=data.test_y[:12])
+    words = [
+        "--data",
+        tmp_path / "mine data.npz",
+        "--method",
+        "pgd",
+        "--steps",
+        2,
+        "--restarts",
+        2,
+        "--eps",
+        "8/255",
+    ]
+    words += [
+        "--input-range",
+        0,
+        1.00000011920929,
+        "--images",
+        9,
+        "--box=-0.1,1.2",
+        "--targeted",
+        "--seed",
+        5,
+    ]
+    words += ["--batch-size", 4, "--mean", "0.1", "--std", "0.9"]
+    run("attack", model_file, *words, "--json", one)
+    first = json.loads(one.read_text())
+    again = shlex.split(first["command"])
+    assert again[:3] == ["lipbounds", "attack", str(model_file)] and first["eps"] == 8 / 255
+    run(*again[1:], "--json", two)
+    second = json.loads(two.read_text())
+    assert first == second
+
+
+def test_options_that_read_a_model_are_spelled_out():
+    reading = Reading("1", "2,3", "softmax", (3, 8, 8), "logits", ["a=1", "b=c.npy"])
+    assert reading.words() == (
+        "--mean 1 --std 2,3 --drop softmax --shape 3,8,8 --output logits --constant a=1 --constant b=c.npy".split()
+    )
+    assert Reading().words() == []
 
 
 def test_images_that_no_attack_takes(model_file, tmp_path):

@@ -14,6 +14,7 @@ from command import run
 from documented import documented
 
 import lipbounds as lb
+from lipbounds._cli.certify import bound_in
 from lipbounds._margins.blocks import joined
 from lipbounds._margins.table import COLUMNS
 
@@ -209,6 +210,22 @@ def test_certify_with_a_certificate_and_a_table(model_file: Any, form: Any, tmp_
         (("--csv", tmp_path / "d"), 1, "holds no radii, and --csv would"),
     ):
         assert message in run(*words, *more, code=code).stderr
+
+
+def test_a_certificate_of_a_weaker_guarantee_is_not_what_was_asked_for(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weaker = lb.UpperBound(2.0, 2, "probabilistic", "lipsdp", 0.0, failure_probability=1e-9)
+    monkeypatch.setattr(lb, "load_certificate", lambda *given, **more: weaker)
+    with pytest.raises(ValueError, match="c is probabilistic: leave out --guarantee verified"):
+        bound_in(tmp_path / "c", FORM, None, "verified")
+    assert bound_in(tmp_path / "c", FORM, None, "probabilistic") == (weaker, "2")
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs devices")
+def test_a_certificate_goes_to_a_device_that_is_full(model_file: Any) -> None:
+    said = run("bounds", model_file, "--certificate", "/dev/full", code=1)
+    assert "No space left on device: '/dev/full'" in said.stderr and "UpperBound" in said.stdout
 
 
 # ------------------------------------------------------------------------------------------ docs/files.md

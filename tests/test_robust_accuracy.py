@@ -1,6 +1,7 @@
 """Robust accuracy from both sides: exact on linear networks, contradictions caught, the command."""
 
 import csv
+import dataclasses
 import functools
 import json
 import math
@@ -103,6 +104,12 @@ def test_radii_of_other_labels_are_refused(case):
     other[7] = 1 - y[7]
     with pytest.raises(ValueError, match="other labels: that of example 7 is . there and . in y"):
         analysis.robust_accuracy(form, radii, x, other, 0.0)
+    blank = np.arange(len(y)) == 7  # in a table whose label is blank there
+    some = dataclasses.replace(radii, label=np.where(blank, np.nan, y))
+    analysis.robust_accuracy(form, some, x, other, 0.0)
+    one = dataclasses.replace(radii, label=np.where(blank, y, np.nan))
+    with pytest.raises(ValueError, match="other labels: that of example 7 is . there and . in y"):
+        analysis.robust_accuracy(form, one, x, other, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------- the command

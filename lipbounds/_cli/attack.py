@@ -21,6 +21,7 @@ from lipbounds._cli.options import (
     SeedOption,
     Tables,
     box_of,
+    digits,
     eps_of,
     grouped,
     option,
@@ -167,8 +168,12 @@ def attack(
         found = said.attack if isinstance(said, analysis.BoundaryDistances) else said
         record = attack_report.attack_record(found, fn, y, batch_size)
         words = ["lipbounds", "attack", str(model), "--method", method, "--norm", norm, *examples.words()]
-        words += ["--eps", f"{eps:g}"] if eps is not None else []
+        words += [] if eps is None else ["--eps", digits(eps)]
+        words += [] if images is None else ["--images", str(images)]
+        words += [] if box is None else ["--box", ",".join(map(digits, box))]
         words += [word for key, value in given.items() for word in (f"--{key}", str(value))]
+        words += [*(["--targeted"] if targeted else []), "--batch-size", str(batch_size), "--seed", str(seed)]
+        words += reading.words()
         about: Json = {
             "command": shlex.join(words),
             "model": str(model),

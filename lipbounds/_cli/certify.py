@@ -187,7 +187,7 @@ def certify(
                 chosen = common.method_of_size(chosen, form)
             bound = common.bound_of(form, chosen, scaling, {"norm": float(norm), **options})
         else:
-            bound, norm = bound_in(files.certificate, form, asked)
+            bound, norm = bound_in(files.certificate, form, asked, guarantee)
         request: Guarantee = "verified" if guarantee == "verified" else "auto"
         settings: Json = {"guarantee": request, "seed": seed, "device": device}
         settings["eps"] = max(eps) if at_eps and eps else None
@@ -263,7 +263,7 @@ def holds_radii(path: Path) -> bool:
         return False
 
 
-def bound_in(path: Path, form: Any, norm: Norm | None) -> tuple[lb.UpperBound, Norm]:
+def bound_in(path: Path, form: Any, norm: Norm | None, guarantee: str = "auto") -> tuple[lb.UpperBound, Norm]:
     """The bound of a certificate, proved again, and its norm; ValueError where it is not the one that was asked for."""
     with tables.working() as tell:
         try:
@@ -273,6 +273,8 @@ def bound_in(path: Path, form: Any, norm: Norm | None) -> tuple[lb.UpperBound, N
     found: Norm = "inf" if bound.norm == np.inf else "2"
     if norm not in (None, found):
         raise ValueError(f"{path} bounds the network in norm {found}: leave out --norm {norm}")
+    if guarantee == "verified" != bound.guarantee:
+        raise ValueError(f"the bound of {path} is {bound.guarantee}: leave out --guarantee verified")
     return bound, found
 
 

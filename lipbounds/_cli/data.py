@@ -11,7 +11,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from lipbounds._cli.options import option
+from lipbounds._cli.options import digits, option
 from lipbounds._form.units import check_range, doubts, shape_mend
 from lipbounds._text.arguments import as_labels, near
 from lipbounds._text.files import read_npy, read_npz, read_text
@@ -47,9 +47,7 @@ class Examples:
 
     def words(self) -> list[str]:
         """The options that give these examples again."""
-        span = (
-            [] if self.input_range is None else ["--input-range", *(f"{end:g}" for end in self.input_range)]
-        )
+        span = [] if self.input_range is None else ["--input-range", *map(digits, self.input_range)]
         return ["--data", self.name, *span]
 
     def check(self) -> None:

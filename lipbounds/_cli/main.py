@@ -42,7 +42,7 @@ from lipbounds._cli.options import (
 )
 from lipbounds._cli.reproduce import reproduce
 from lipbounds._text import near, reporting
-from lipbounds._text.files import check_folder
+from lipbounds._text.files import check_folder, is_special
 from lipbounds._text.version import __version__
 from lipbounds.errors import CertificateError
 from lipbounds.results import Guarantee
@@ -250,7 +250,8 @@ def bounds(
             record[result_kind(result)].append(result_record(chosen, result))
         with tables.afterwards(lambda: typer.echo(repr(result))) as lines:
             if search.certificate is not None:
-                lb.save_certificate(result, search.certificate, overwrite=files.force)
+                free = files.force or is_special(search.certificate)  # a pipe or a device holds nothing
+                lb.save_certificate(result, search.certificate, overwrite=free)
                 lines.append(f"certificate: {search.certificate}")
                 again = shlex.join(["lipbounds", "verify", str(search.certificate), "--model", str(model)])
                 lines.append(f"check it:    {again}")

@@ -60,6 +60,12 @@ def number(text: str) -> float:
     return value
 
 
+def digits(value: float) -> str:
+    """A number as text that is read back as the same number, and is short where few digits do that."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(float(value))
+
+
 def _is_number(text: str) -> bool:
     try:
         number(text)
@@ -246,6 +252,13 @@ class Reading:
         list[str] | None,
         _model("Value of another input of an ONNX file: a number or an .npy file; repeatable.", "NAME=VALUE"),
     ] = None
+
+    def words(self) -> list[str]:
+        """The options that read the model in this way again."""
+        shape = None if self.shape is None else ",".join(map(str, self.shape))
+        given = {"mean": self.mean, "std": self.std, "drop": self.drop, "shape": shape, "output": self.output}
+        found = [word for key, value in given.items() if value is not None for word in (f"--{key}", value)]
+        return [*found, *(word for text in self.constant or [] for word in ("--constant", text))]
 
 
 @dataclasses.dataclass(frozen=True)
