@@ -361,7 +361,8 @@ def _form(call: Function, params: Any, spec: jax.ShapeDtypeStruct) -> tuple[Lure
     if len(output.shape) > 1:
         raise ValueError(
             f"the function must return one vector of shape (K,), it returned shape {output.shape}: pass one example "
-            "such as X[0], or a batch with batched=True; if that is the output of one example, trace lambda x: fn(x).ravel()"
+            "such as X[0], or a batch with batched=True; if that is the output of one example, trace "
+            "lambda x: fn(x).ravel()"
         )
     if not jnp.issubdtype(output.dtype, jnp.floating) and not output.depends:
         raise ValueError(f"the function must return floating point numbers, it returned {output.dtype}")
