@@ -13,6 +13,9 @@ import pytest
 
 import lipbounds as lb
 from lipbounds import analysis
+from lipbounds.training.config import Config
+from lipbounds.training.loop import fit
+from lipbounds.training.step import TrainState
 
 RNG = np.random.default_rng(0)
 FORM = lb.from_weights([RNG.standard_normal(shape).astype(np.float32) for shape in ((8, 4), (6, 8), (3, 6))])
@@ -30,6 +33,13 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 def estimate() -> float:
     """A value that is computed on arrays of JAX."""
     return lb.liplt(FORM, guarantee="estimate").value
+
+
+def trained() -> TrainState:
+    """The state after an epoch of two steps."""
+    images, labels = np.linspace(0, 1, 32, dtype=np.float32).reshape(8, 2, 2, 1), np.arange(8) % 2
+    config = Config(arch="4-2", constants="naive", epochs=1, batch_size=4, warmup=0, validate_every=0)
+    return fit(config, (images, labels), progress=False).state
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -60,6 +70,14 @@ def test_attacks_do_not_depend_on_settings(attack: str, setting: str) -> None:
     assert not np.array_equal(usual, X)
     with SETTINGS[setting]():
         assert np.array_equal(found(), usual)
+
+
+@pytest.mark.slow
+def test_training_does_not_depend_on_settings_for_debugging() -> None:
+    usual = trained()
+    with SETTINGS["ranks must agree"](), SETTINGS["nothing moves"]():
+        again = trained()
+    assert all(map(np.array_equal, jax.tree.leaves(again), jax.tree.leaves(usual)))
 
 
 def test_attacks_inside_a_function_that_is_traced_are_refused() -> None:
