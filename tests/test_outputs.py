@@ -131,9 +131,35 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(
     )
 
 
+def test_a_demo_that_is_interrupted_does_not_say_that_nothing_was_written(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*given: Any, **more: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lipbounds.analysis.demo.run_demo", interrupted)
+    said = run("demo", "--out", tmp_path, code=130).stderr
+    assert said == f"interrupted: the report in {tmp_path} is not finished; give the same command again\n"
+
+
+def test_ctrl_c_while_garbage_is_collected_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Garbage:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    others: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", others.append)
+    main.keep_interrupts()
+    with pytest.raises(KeyboardInterrupt):
+        Garbage()
+        threading.Event().wait(10.0)
+    assert not others
+
+
 def test_after_ctrl_c_no_thread_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """At the end of the interpreter the threads of XLA crashed (exit code 139)."""
     ended: list[int] = []
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     for code in (1, 130):
         monkeypatch.setattr(main, "app", lambda code=code: sys.exit(code))
         monkeypatch.setattr(os, "_exit", ended.append)

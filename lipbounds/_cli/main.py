@@ -6,10 +6,13 @@ imported inside the commands.
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import os
 import re
 import shlex
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -154,7 +157,7 @@ def demo(
 
     - `lipbounds demo --out /tmp/digits --seed 1 --epochs 10`
     """
-    with refusals():
+    with refusals(f"the report in {out} is not finished; give the same command again"):
         from lipbounds.analysis.demo import RESULTS, is_ours, run_demo
 
         check_folder(out)
@@ -335,9 +338,31 @@ app.command(cls=Command)(forge)
 app.command()(reproduce)
 
 
+def keep_interrupts() -> None:
+    """Raise every KeyboardInterrupt again that Python ignores.
+
+    JAX has a callback at every collection of garbage, and Ctrl-C inside of it would be lost.
+    """
+    usual = sys.unraisablehook
+
+    def hook(ignored: Any) -> None:
+        if not issubclass(ignored.exc_type, KeyboardInterrupt):
+            usual(ignored)
+            return
+        again = threading.Timer(
+            0.05, _thread.interrupt_main
+        )  # once this hook, where it would be ignored, is left
+        again.daemon = True
+        with contextlib.suppress(RuntimeError):  # the interpreter ends
+            again.start()
+
+    sys.unraisablehook = hook
+
+
 def main() -> None:
     """Entry point of the `lipbounds` script."""
     tables.print_anywhere()
+    keep_interrupts()
     try:
         app()
     except SystemExit as end:
