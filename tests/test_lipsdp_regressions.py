@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -127,3 +128,21 @@ def test_an_ellipsoid_in_front_of_entries_that_nothing_reads() -> None:
     form = lb.trace(net, jnp.zeros(5))
     proof = Proof((np.full(2, 2.5),), 1)
     assert 3.0 <= proved_constants(form, proof, guarantee="verified").value <= 8.0
+
+
+def test_an_estimate_in_the_max_norm_is_at_most_that_of_liplt() -> None:
+    """One ellipsoid holds all outputs, so that LipSDP alone says sqrt(3) for the identity of three numbers."""
+    form, few = lb.from_weights([np.eye(3)]), lb.Recursion(iterations=0)
+    found = lb.lipsdp(form, norm=np.inf, guarantee="estimate", pairwise=True, solver=few)
+    assert found.value == pytest.approx(1.0) == lb.liplt(form, norm=np.inf).value
+    assert found.per_class is not None and found.per_class.max() < 1.0 + 1e-6
+    assert found.pairwise is not None and found.pairwise.max() < 2.0 + 1e-6
+
+
+def test_the_certificate_of_a_bound_among_denormals_is_saved(tmp_path: Path) -> None:
+    """There the next number above a bound, which its certificate claims, is not within 1e-9 of it."""
+    form = lb.from_weights([np.array([[3.0, 1.0], [2.0, 1.0]]) * 5e-324])
+    bound = lb.liplt(form)
+    made = make_certificate(form, (Proof(()),), value=bound.value)
+    lb.save_certificate(dataclasses.replace(bound, certificate=made), tmp_path / "bound")
+    assert bound.value <= lb.load_certificate(tmp_path / "bound", form).value <= bound.value + 1e-323

@@ -287,3 +287,15 @@ def test_bounds_do_not_depend_on_the_unit_of_the_input_where_all_centres_are_zer
         bound = lb.local(form, np.zeros((1, 7)), 0.3 * unit, norm=np.inf, progress=False)
         found.append(bound.value[0] * unit)
     assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("norm", [2, np.inf])
+def test_pairs_are_finite_where_the_ellipsoids_are_not_and_the_bound_has_none(norm):
+    """Squares of the middle layer leave the range of float64: what is left is the constant of the whole network."""
+    rng = np.random.default_rng(0)
+    w = [rng.standard_normal(size) for size in ((6, 3), (5, 6), (3, 5))]
+    form = lb.from_weights([w[0], w[1] * 2.0**300, w[2] * 2.0**-300])
+    bound = lb.liplt(form, norm=norm)
+    found = lb.local(form, np.ones((1, 3)), 0.3, norm=norm, pairwise=True, bound=bound, progress=False)
+    assert found[0].value == bound.value
+    assert found[0].pairwise.max() == bound.any_pair() and not found[0].pairwise.diagonal().any()

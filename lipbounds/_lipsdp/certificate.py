@@ -347,7 +347,7 @@ def save_certificate(bound: UpperBound, path: str | os.PathLike[str], *, overwri
     certificate = bound.certificate
     if not isinstance(certificate, Certificate):
         raise ValueError(f"a bound by {bound.method!r} carries no certificate: use one by lb.lipsdp(form)")
-    if not bound.value <= certificate.value <= bound.value * (1.0 + 4.0 * RESERVE):
+    if not bound.value <= certificate.value <= math.nextafter(bound.value * (1.0 + 4.0 * RESERVE), math.inf):
         raise ValueError(
             f"the bound says {bound.value!r}, its certificate {certificate.value!r}: they do not belong together"
         )

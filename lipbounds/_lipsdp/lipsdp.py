@@ -218,6 +218,8 @@ def _whose(other: UpperBound | Estimate) -> str:
 def _estimate(task: Task, how: Recursion, pairwise: bool, method: str, started: float) -> Estimate:
     """The recursion in float arithmetic; where that leaves the range of floats, LipLT's estimate with a note."""
     check_estimate(task, how)
+    other: UpperBound | Estimate | None = None
+    notes: tuple[str, ...] = ()
     try:
         value, classes, pairs, said = estimate(task, how, pairwise)
         arrays = [np.array(value)] + ([] if pairs is None or classes is None else [classes, pairs])
@@ -225,11 +227,18 @@ def _estimate(task: Task, how: Recursion, pairwise: bool, method: str, started: 
         why = "" if fine else "the result is outside the range of floats"
     except FAILURES as error:
         why = reason(error)
-    if why:
+    if why or task.norm != 2:
         other = or_naive(task.form, norm=task.norm, pairwise=pairwise, guarantee="estimate", seed=task.seed)
+    if why:
         assert isinstance(other, Estimate)
         notes = (f"recursion failed: {why}; this is {_whose(other)} estimate", *other.notes)
         return replace(other, notes=notes, seconds=time.perf_counter() - started)
+    if other is not None:  # in the l-inf norm one ellipsoid of all outputs may be worth less
+        if other.value < value:
+            value, notes = other.value, (f"{_whose(other)} estimate is the smaller one here",)
+        if pairwise and classes is not None and pairs is not None:
+            assert other.per_class is not None and other.pairwise is not None
+            classes, pairs = np.minimum(classes, other.per_class), np.minimum(pairs, other.pairwise)
     return Estimate(
         value=value,
         norm=task.norm,
@@ -238,5 +247,5 @@ def _estimate(task: Task, how: Recursion, pairwise: bool, method: str, started: 
         seconds=time.perf_counter() - started,
         pairwise=pairs,
         per_class=classes,
-        notes=("the recursion in float arithmetic, nothing proved", said, *task.form.notes),
+        notes=("the recursion in float arithmetic, nothing proved", said, *notes, *task.form.notes),
     )

@@ -183,9 +183,9 @@ def local(
     check_network(form, whole.network, "`bound`")
     classes = form.num_outputs
     value = np.full(len(x), whole.value)
-    pairs = np.full((len(x), classes, classes) if pairwise else (0, 1, 1), np.inf)
-    if pairwise and whole.pairwise is not None:
-        pairs[:] = whole.pairwise
+    pairs = np.zeros((len(x), classes, classes) if pairwise else (0, 1, 1))
+    if pairwise:
+        pairs[:] = whole.any_pair() * (1 - np.eye(classes)) if whole.pairwise is None else whole.pairwise
 
     def one_chunk(near: Around, part: slice) -> None:
         # a second call reuses the slopes of the first, which does not help local LipLT
