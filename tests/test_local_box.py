@@ -110,6 +110,13 @@ def test_refusals(box, why):
         lb.local(mlp(), np.zeros((2, 12), np.float32), 1.0, box=box)
 
 
+@pytest.mark.parametrize("norm", [2, np.inf])
+def test_a_box_is_no_harm_on_balls_whose_radius_has_no_inverse(norm):
+    form, x = mlp(), np.full((1, 12), 0.5)
+    alone, boxed = (lb.local(form, x, 1e-310, norm=norm, box=box).value[0] for box in (None, (0, 1)))
+    assert boxed == alone < lb.liplt(form, norm=norm).value
+
+
 def test_the_command(tmp_path):
     path, record = tmp_path / "mlp.safetensors", tmp_path / "radii.json"
     spec = ModelSpec("mlp", (8, 8, 1), {"widths": "64-16-10"})

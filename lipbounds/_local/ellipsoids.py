@@ -155,7 +155,7 @@ def ellipsoids(
         down = spread * eps[:, None] * (1 + 8 * U)
         down = up = np.where(np.isnan(down), np.inf, down)  # beyond the range of float64
         if place == 0 and first is not None:
-            down, up = np.minimum(down, first[0]), np.minimum(up, first[1])
+            down, up = np.fmin(down, first[0]), np.fmin(up, first[1])  # NaN beyond the range says nothing
         size = frobenius(s) if stage.gap and not isinstance(s, Thin) else None
         c, r = centre_and_radius(view, stage.tap, values, down, up, anchored)
         slopes.append((c, r))

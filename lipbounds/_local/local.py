@@ -53,7 +53,7 @@ class LocalBounds:
         seconds: the time of all of them together.
         notes: about how they were found.
         network: a digest of the network, to tell bounds of one network from those of another.
-        method: "local" and how it was computed.
+        method: "local"; that of one example says its eps.
 
     Example:
         >>> import lipbounds as lb
