@@ -223,3 +223,21 @@ def test_the_documented_file_format_is_the_one_that_is_written(tmp_path):
     documented = set(re.findall(r"`([^`\s]+)`", DOCUMENT.read_text(encoding="utf-8")))
     assert {"proof{i}.D{k}", "pairwise", "value", "digest"} <= written <= documented
     assert {metadata["format"], metadata["version"]} <= documented
+
+
+def test_networks_are_made_in_a_new_folder_and_by_known_names_only(tmp_path, monkeypatch, capsys):
+    from lipbounds.examples import make
+
+    monkeypatch.setattr(make, "make", lambda name, folder: {"name": name, "there": folder.is_dir()})
+    monkeypatch.setattr(sys, "argv", ["make", "mlp", "--out", str(tmp_path / "a" / "new")])
+    make.main()
+    assert json.loads(capsys.readouterr().out) == {"name": "mlp", "there": True}
+    (tmp_path / "file").touch()
+    for words, said in (
+        (["mpl"], "there is no network 'mpl' (did you mean 'mlp'?); there are mlp, cnn"),
+        (["mlp", "--out", str(tmp_path / "file")], "is a file, so that"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["make", *words])
+        with pytest.raises(SystemExit):
+            make.main()
+        assert said in capsys.readouterr().err

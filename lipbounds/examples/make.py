@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import lipbounds as lb
+from lipbounds._text import near
+from lipbounds._text.files import check_folder
 from lipbounds.examples import DIGITS
 from lipbounds.training import Config, fit
 from lipbounds.training.data import digits
@@ -59,6 +61,16 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help=f"networks to make, of {', '.join(DIGITS)}; all by default")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the files")
     given = parser.parse_args()
+    for name in given.names:
+        if name not in SETTINGS:
+            parser.error(
+                f"there is no network {name!r}{near(name, SETTINGS)}; there are {', '.join(SETTINGS)}"
+            )
+    try:
+        check_folder(given.out)
+        given.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(str(error))
     for name in given.names or DIGITS:
         found = make(name, given.out)
         print(json.dumps({key: value for key, value in found.items() if key != "settings"}, indent=1))
