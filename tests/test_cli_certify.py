@@ -161,3 +161,8 @@ def test_at_eps_uses_every_engine(model_file, tmp_path):
         shares[flags] = json.loads(file.read_text())["certified_accuracy"][0]["accuracy"]
     assert shares["--at-eps",] >= shares[()]
     assert "needs --local and --eps" in run("certify", model_file, "--at-eps", "--eps", "0.3", code=2).stderr
+
+
+def test_at_eps_needs_a_radius_above_0(model_file):
+    said = run("certify", model_file, "--local", "--at-eps", "--eps", "0", code=2).stderr
+    assert "needs --local and --eps above 0" in said

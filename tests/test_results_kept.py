@@ -206,6 +206,7 @@ def test_certify_with_a_certificate_and_a_table(model_file: Any, form: Any, tmp_
         (("--norm", "inf"), 1, "bounds the network in norm 2: leave out --norm inf"),
         (("--method", "liplt"), 2, "the bound is that of --certificate"),
         (("--no-pairwise",), 2, "the bound is that of --certificate"),
+        (("--memory", "1GB"), 2, "for --memory: the bound is that of"),
         (("--csv", tmp_path / "c"), 2, "would overwrite the certificate"),
         (("--csv", tmp_path / "d"), 1, "holds no radii, and --csv would"),
     ):

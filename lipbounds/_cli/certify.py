@@ -159,12 +159,13 @@ def certify(
     """
     examples.check()
     asked, norm = norm, norm or "2"
-    _check(norm, local, box, at_eps, bool(eps), seconds_per_image, attack, coordinator)
+    _check(norm, local, box, at_eps, max(eps or [0.0]), seconds_per_image, attack, coordinator)
     chosen = common.choose_method(method, norm, scaling, False)
     read = common.files_read(model, reading, certificate=files.certificate, **examples.files())
     common.check_apart({"--json": files.json, "--csv": files.csv}, read)
     if files.certificate is not None:
-        _check_none({"--method": method, "--scaling": scaling != "none", "--no-pairwise": not pairwise})
+        idle = {"--method": method, "--scaling": scaling != "none", "--no-pairwise": not pairwise}
+        _check_none({**idle, "--memory": memory is not None and not local})
     with refusals() as stack:
         from lipbounds.training import parallel
 
@@ -219,7 +220,7 @@ def _check(
     local: bool,
     box: Any,
     at_eps: bool,
-    eps: bool,
+    eps: float,
     seconds: float,
     attack: str | None,
     coordinator: str | None,
@@ -227,8 +228,8 @@ def _check(
     """typer.BadParameter unless the options fit together."""
     if box is not None and not (local or attack):
         raise typer.BadParameter("belongs to --local and --attack", param_hint="--box")
-    if at_eps and not (local and eps):
-        raise typer.BadParameter("needs --local and --eps", param_hint="--at-eps")
+    if at_eps and not (local and eps > 0):
+        raise typer.BadParameter("needs --local and --eps above 0", param_hint="--at-eps")
     if seconds and not at_eps:
         raise typer.BadParameter("belongs to --at-eps", param_hint="--seconds-per-image")
     if attack is None:
