@@ -342,6 +342,19 @@ def test_batch_norm_in_training_mode_is_refused(batched: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("batched", [False, True])
+def test_modules_that_every_call_changes_are_refused(batched: bool) -> None:
+    model, x = (
+        nnx.SpectralNorm(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)),
+        np.ones((2, 4), np.float32),
+    )
+    with pytest.raises(lb.UnsupportedError, match=r"every call changes the module(.|\n)*model\.eval"):
+        lb.trace(model, x if batched else x[0], batched=batched)
+    model.eval()
+    form = lb.trace(model, x if batched else x[0], batched=batched)
+    np.testing.assert_allclose(form(x[0]), model(x)[0], rtol=1e-5)
+
+
 def test_dropout_in_training_mode_is_refused() -> None:
     model = Wrapped(nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
     model.train()

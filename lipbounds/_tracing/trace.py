@@ -308,8 +308,34 @@ def _split(fn: Callable[..., Any]) -> tuple[Function, Any]:
     nnx = sys.modules.get("flax.nnx")
     if nnx is not None and isinstance(fn, nnx.Module):
         graph, state = nnx.split(fn)
-        return lambda p, v: nnx.merge(graph, p, copy=True)(v), state
+
+        def call(p: Any, v: Any) -> Any:
+            module = nnx.merge(graph, p, copy=True)
+            before = jax.tree.leaves(nnx.state(module))
+            out = module(v)
+            after = jax.tree.leaves(nnx.state(module))
+            if any(a is not b for a, b in zip(before, after, strict=False)):
+                _check_again(out, module, v)
+            return out
+
+        return call, state
     return lambda p, v: fn(v), ()
+
+
+def _check_again(out: Any, module: Any, v: Any) -> None:
+    """UnsupportedError where a module that moved its state while it was called gives another output now."""
+    if not all(map(is_concrete, jax.tree.leaves((out, v)))):
+        return
+    pairs = zip(jax.tree.leaves(out), jax.tree.leaves(module(v)), strict=True)
+    for first, second in (map(partial(np.asarray, dtype=np.float64), pair) for pair in pairs):
+        apart, size = float(np.abs(first - second).max(initial=0.0)), float(np.abs(first).max(initial=0.0))
+        if apart > 0.01 * size:
+            reason = (
+                f"every call changes the module: at one input its outputs, up to {size:.3g}, differ by {apart:.3g} "
+                "from one call to the next, and a bound would be one of the first call alone"
+            )
+            remedy = "call model.eval() on a copy, so that SpectralNorm, BatchNorm and the like keep their statistics"
+            raise _refusal("output", first.shape, reason, remedy)
 
 
 def _row(out: Any) -> Any:
