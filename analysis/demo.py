@@ -9,8 +9,10 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
 import pathlib
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,6 +39,7 @@ FORMAT_VERSION = 1
 RESULTS = "results.json"
 
 Progress = Callable[[str, float], None]  # what is being done, share of the whole in [0, 1]
+Save = Callable[[pathlib.Path], Any]  # writes a model to a folder
 
 
 PLAIN: Json = {"loss": "cross-entropy", "batch_size": 128, "learning_rate": 2e-3, "schedule": "constant"}
@@ -56,7 +59,8 @@ def run_demo(
 ) -> Json:
     """Run the demo: write models, figures, `results.json` and `report.html` to `folder`, return the results.
 
-    The folder is marked as written by lipbounds from the start, so that an interrupted demo can be repeated.
+    A new folder is marked as written by lipbounds from the start, so that an interrupted demo can be repeated. In
+    another one a finished report stays as it was until the new one is made.
     """
     from lipbounds.analysis.report import write_report
 
@@ -64,11 +68,13 @@ def run_demo(
     report = progress or (lambda what, share: None)
     folder.mkdir(parents=True, exist_ok=True)
     results: Json = {"format": FORMAT, "version": FORMAT_VERSION, "status": "running"}
-    write_json(folder / RESULTS, results)
+    if not finished(folder):
+        write_json(folder / RESULTS, results)
     installed = [example(name) for name in FILES]
     data = installed[0].data
     methods = method_names() if methods is None else tuple(methods)
     records: list[Json] = []
+    models: list[Save] = []
 
     def stage(title: str) -> Progress:
         number = len(records)
@@ -77,10 +83,10 @@ def run_demo(
     _, spec = load_model(installed[0].weights)
     title = "MLP 64-64-64-10"
     config = Config(epochs=epochs, seed=seed, validate_every=0, warmup=min(1, epochs - 1), **PLAIN)
-    records.append(_trained(folder, title, spec, config, data, methods, stage(title)))
+    records.append(_trained(title, spec, config, data, methods, stage(title), models))
     for one in installed:
-        records.append(_installed(folder, one, data, methods, seed, stage(one.title)))
-    results |= {
+        records.append(_installed(one, data, methods, seed, stage(one.title), models))
+    done = results | {
         "status": "complete",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command,
@@ -98,21 +104,28 @@ def run_demo(
         "models": records,
     }
     report("writing the report", 1.0)
-    write_report(results, folder)
-    write_json(folder / RESULTS, results)
-    return results
+    with tempfile.TemporaryDirectory(prefix="new-", dir=folder) as name:
+        new = pathlib.Path(name)
+        for save in models:
+            save(new)
+        write_report(done, new)
+        write_json(folder / RESULTS, results)  # from here on files of two reports may stand side by side
+        for file in sorted(new.iterdir()):
+            os.replace(file, folder / file.name)
+    write_json(folder / RESULTS, done)
+    return done
 
 
 def _trained(
-    folder: pathlib.Path,
     title: str,
     spec: ModelSpec,
     config: Config,
     data: Dataset,
     methods: Sequence[str],
     stage: Progress,
+    models: list[Save],
 ) -> Json:
-    """Train the network, save it, and measure it."""
+    """Train the network and measure it; what saves it is appended to `models`."""
     share = 0.3
 
     def trained(record: Json) -> None:
@@ -121,7 +134,8 @@ def _trained(
 
     stage("training", 0.0)
     fitted = fit(config, data, model=build(spec, config.seed), progress=trained)
-    file = save_model(folder / "mlp.safetensors", fitted.model, spec)
+    file = "mlp.safetensors"
+    models.append(lambda folder: save_model(folder / file, fitted.model, spec))
     training = {
         "epochs": config.epochs,
         "with": config.loss,
@@ -134,12 +148,17 @@ def _trained(
 
 
 def _installed(
-    folder: pathlib.Path, one: Example, data: Dataset, methods: Sequence[str], seed: int, stage: Progress
+    one: Example,
+    data: Dataset,
+    methods: Sequence[str],
+    seed: int,
+    stage: Progress,
+    models: list[Save],
 ) -> Json:
-    """Copy an installed network to the folder, and measure it."""
-    file = folder / f"{FILES[one.name]}.safetensors"
-    write_atomically(file, one.weights.read_bytes())
-    _, spec = load_model(file)
+    """Measure an installed network; what copies it to the folder is appended to `models`."""
+    file = f"{FILES[one.name]}.safetensors"
+    models.append(lambda folder: write_atomically(folder / file, one.weights.read_bytes()))
+    _, spec = load_model(one.weights)
     training = {
         "epochs": one.settings["epochs"],
         "with": one.settings["loss"],
@@ -155,7 +174,7 @@ def _installed(
 
 
 def _measured(
-    file: pathlib.Path,
+    file: str,
     title: str,
     model: nnx.Module,
     spec: ModelSpec,
@@ -191,9 +210,9 @@ def _measured(
         "test_accuracy": accuracy(model, data.test_x, data.test_y),
     }
     return {
-        "name": file.stem,
+        "name": pathlib.PurePath(file).stem,
         "title": title,
-        "file": file.name,
+        "file": file,
         "architecture": spec.architecture,
         "arguments": dict(spec.arguments),
         "input_shape": list(spec.input_shape),
@@ -219,6 +238,12 @@ def read_json(path: pathlib.Path) -> Any:
         return parsed(read_text(path))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def finished(folder: pathlib.Path) -> bool:
+    """Whether the folder holds the results of a demo that came to its end."""
+    path = folder / RESULTS
+    return is_ours(path) and read_json(path).get("status") == "complete"
 
 
 def is_ours(path: pathlib.Path) -> bool:

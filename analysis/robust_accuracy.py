@@ -34,6 +34,7 @@ class RobustAccuracy:
     radius    (N,) certified: no point nearer than this is misclassified
     distance  (N,) float64, of the nearest misclassified point that was found, rounded up; 0 where the example itself is
               misclassified, inf where none was found
+    attack    what the attack is called; "no attack" where it had nothing to do at any eps
     attacked  how many examples were attacked at each eps: those that were still open there
     rounding  how many decisions of the float32 program differ from the network in real arithmetic, which is what is
               certified; they count as the latter says
@@ -145,7 +146,7 @@ def robust_accuracy(
     correct = clean | (radii.radius > 0)
     distance = np.where(correct, np.inf, 0.0)
     rounding, counts, notes = int((correct & ~clean).sum()), [], []
-    name = "nothing was left to attack"
+    name = "no attack"
     for e in levels:
         open_ = clean & (radii.radius <= e) & (distance > e)
         counts.append(int(open_.sum()) if e > 0 else 0)

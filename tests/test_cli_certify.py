@@ -166,3 +166,18 @@ def test_at_eps_uses_every_engine(model_file, tmp_path):
 def test_at_eps_needs_a_radius_above_0(model_file):
     said = run("certify", model_file, "--local", "--at-eps", "--eps", "0", code=2).stderr
     assert "needs --local and --eps above 0" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--norm", "1", "--local"], "--local: bounds the network in norm 2 or inf, not 1"),
+        (
+            ["--local", "--at-eps", "--eps", "0.1", "--seconds-per-image", "inf"],
+            "must be a number of seconds",
+        ),
+    ],
+)
+def test_local_bounds_that_cannot_be_are_refused_before_any_work(model_file, monkeypatch, words, said):
+    monkeypatch.setattr(common, "load_both", lambda *given: pytest.fail("the model was read"))
+    assert said in " ".join(run("certify", model_file, *words, code=2).stderr.replace("│", " ").split())

@@ -354,6 +354,17 @@ def test_mnist_labels_in_place_of_images(mnist_folder):
         mnist(mnist_folder)
 
 
+def test_mnist_files_are_gzipped_or_plain_whatever_their_names_say(mnist_folder):
+    plain = mnist(mnist_folder)
+    for part in ("train", "t10k"):  # gzip without .gz, and .gz without gzip
+        file = mnist_folder / f"{part}-images-idx3-ubyte"
+        file.write_bytes(gzip.compress(file.read_bytes()))
+        labels = mnist_folder / f"{part}-labels-idx1-ubyte"
+        labels.rename(labels.with_name(f"{labels.name}.gz"))
+    read = mnist(mnist_folder)
+    assert (read.train_pixels == plain.train_pixels).all() and (read.test_y == plain.test_y).all()
+
+
 def test_mnist_training_files_in_place_of_the_test_files(mnist_folder):
     for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
         content = (mnist_folder / f"train-{kind}").read_bytes()

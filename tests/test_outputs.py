@@ -142,6 +142,31 @@ def test_a_demo_that_is_interrupted_does_not_say_that_nothing_was_written(
     assert said == f"interrupted: the report in {tmp_path} is not finished; give the same command again\n"
 
 
+def test_an_interrupted_demo_leaves_a_finished_report_as_it_was(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*given: Any, **more: Any) -> Any:
+        raise KeyboardInterrupt
+
+    kept = {
+        "results.json": '{"format": "lipbounds-results", "status": "complete"}',
+        "mlp.safetensors": "model",
+    }
+    for name, text in kept.items():
+        (tmp_path / name).write_text(text)
+    for place in (
+        "single_images",
+        "example",
+    ):  # while the first network is measured, and before it is trained
+        monkeypatch.setattr(f"lipbounds.analysis.demo.{place}", interrupted)
+        said = run("demo", "--out", tmp_path, "--epochs", "1", code=130).stderr
+        assert f"interrupted: the finished report in {tmp_path} is kept; give the same command" in said
+        assert {path.name: path.read_text() for path in tmp_path.iterdir()} == kept
+    (tmp_path / "results.json").unlink()
+    assert "is not finished" in run("demo", "--out", tmp_path, "--force", code=130).stderr
+    assert '"running"' in (tmp_path / "results.json").read_text()
+
+
 def test_ctrl_c_while_garbage_is_collected_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     class Garbage:
         def __del__(self) -> None:

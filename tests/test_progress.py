@@ -174,10 +174,15 @@ def test_the_bars_of_the_commands_are_lines_elsewhere(
         clock.at(69)
         tell("still attacking")
         epoch({"epoch": 20}, "loss 0.5")
+        clock.at(110)  # a validated epoch has its own line, and no second one
+        epoch({"epoch": 30, "clean": 0.5}, "loss 0.4, 50.0 % clean")
+        clock.at(112)
+        epoch({"epoch": 31}, "loss 0.3")
     assert capfd.readouterr() == (
         "",
         "lipbounds: attacking\nlipbounds: bounding; 25 % done, about 2 min left\n"
-        "lipbounds: epoch 11 of 40, about 87 s left: loss 1\n",
+        "lipbounds: epoch 11 of 40, about 87 s left: loss 1\n"
+        "epoch 30 of 40, about 34 s left: loss 0.4, 50.0 % clean\n",
     )
 
 

@@ -181,3 +181,11 @@ def test_images_outside_the_box_say_what_to_do(model_file, tmp_path):
     words = ("certify", model_file, "--data", tmp_path / "mine.npz", "--method", "naive", "--attack", "fgsm")
     assert "give the range of the inputs, --box LOW,HIGH" in run(*words, code=1).stderr
     assert "certified <= robust <=" in run(*words, "--box", "-1,1").stdout
+
+
+def test_certify_says_that_no_attack_was_needed(model_file, tmp_path):
+    words = ("--method", "liplt", "--eps", "1e-6", "--attack", "fgsm", "--json", tmp_path / "b.json")
+    text = run("certify", model_file, *words).stdout
+    assert "attack:    not needed: every correctly classified image is certified at these eps\n" in text
+    record = json.loads((tmp_path / "b.json").read_text())["attack"]
+    assert record["name"] == "no attack" and record["attacked"] == [0]

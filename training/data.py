@@ -58,7 +58,7 @@ _MNIST = Source(
 
 
 def mnist(data_dir: str | os.PathLike[str] | None = None) -> Dataset:
-    """MNIST from its four official IDX files (LeCun, Cortes, Burges), plain or .gz; pixels 0..255.
+    """MNIST from its four official IDX files (LeCun, Cortes, Burges), plain or gzipped; pixels 0..255.
 
     data_dir   the folder with the files, or one with them in `mnist/`; None: the environment's LIPBOUNDS_DATA
 
@@ -98,6 +98,9 @@ def _images_and_labels(
 _IDX_KINDS = {bytes((0, 0, 8, 3)): "images", bytes((0, 0, 8, 1)): "labels"}
 
 
+_GZIP = (
+    b"\x1f\x8b"  # its first two bytes; programs that unpack a file may leave .gz in its name, or take it away
+)
 _WIDEST = 256  # pixels of a side; the official images have 28
 
 
@@ -107,8 +110,9 @@ def _idx(path: pathlib.Path, dimensions: int, most: int) -> np.ndarray:
     Format: 0, 0, 8 (unsigned byte), the number of dimensions; sizes as big-endian 32-bit integers; the data.
     From a compressed file only the header, the data that it declares and one further byte are unpacked.
     """
-    packed, start = path.suffix == ".gz", 4 + 4 * dimensions
-    size = path.stat().st_size
+    size, start = path.stat().st_size, 4 + 4 * dimensions
+    with path.open("rb") as stream:
+        packed = stream.read(len(_GZIP)) == _GZIP
     try:
         with gzip.open(path) if packed else path.open("rb") as stream:
             shape = _idx_shape(path, stream.read(start), dimensions)
@@ -124,7 +128,7 @@ def _idx(path: pathlib.Path, dimensions: int, most: int) -> np.ndarray:
                 )
             data = stream.read(promised + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is truncated or not a gzip file: {error}") from error
+        raise ValueError(f"{path} is a gzip file that is truncated or damaged: {error}") from error
     if len(data) < promised:
         raise ValueError(f"{path} is truncated: {text}, {len(data)} follow")
     if len(data) > promised:

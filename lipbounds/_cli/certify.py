@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -232,6 +233,12 @@ def _check(
         raise typer.BadParameter("needs --local and --eps above 0", param_hint="--at-eps")
     if seconds and not at_eps:
         raise typer.BadParameter("belongs to --at-eps", param_hint="--seconds-per-image")
+    if not math.isfinite(seconds):
+        raise typer.BadParameter(
+            f"must be a number of seconds, got {seconds}", param_hint="--seconds-per-image"
+        )
+    if local and norm == "1":
+        raise typer.BadParameter("bounds the network in norm 2 or inf, not 1", param_hint="--local")
     if attack is None:
         return
     if norm == "1" and attack not in ANY_NORM:

@@ -26,7 +26,7 @@ DEFAULT_OF_SIZE = f"lipsdp up to {QUICK_LIPSDP} neurons; liplt above, with --sca
 
 
 @contextlib.contextmanager
-def refusals(left: str = "nothing was written") -> Iterator[contextlib.ExitStack]:
+def refusals(left: str | Callable[[], str] = "nothing was written") -> Iterator[contextlib.ExitStack]:
     """Report errors of the library and of files as one message on stderr, with exit code 1.
 
     Ctrl-C is one with exit code 130; `left` says what it leaves. Contexts entered into the stack, such as the float64
@@ -37,7 +37,7 @@ def refusals(left: str = "nothing was written") -> Iterator[contextlib.ExitStack
             yield stack
         return
     except KeyboardInterrupt:
-        typer.echo(f"interrupted: {left}", err=True)
+        typer.echo(f"interrupted: {left() if callable(left) else left}", err=True)
         raise typer.Exit(130) from None
     except BrokenPipeError:
         raise  # whoever read the output has seen enough: typer ends the command without a message

@@ -157,9 +157,17 @@ def demo(
 
     - `lipbounds demo --out /tmp/digits --seed 1 --epochs 10`
     """
-    with refusals(f"the report in {out} is not finished; give the same command again"):
-        from lipbounds.analysis.demo import RESULTS, is_ours, run_demo
+    from lipbounds.analysis.demo import RESULTS, finished, is_ours, run_demo
 
+    def left() -> str:
+        report = (
+            f"the finished report in {out} is kept"
+            if finished(out)
+            else f"the report in {out} is not finished"
+        )
+        return f"{report}; give the same command again"
+
+    with refusals(left):
         check_folder(out)
         if out.exists() and any(out.iterdir()) and not is_ours(out / RESULTS) and not force:
             raise ValueError(

@@ -152,10 +152,16 @@ def training(epochs: int, quiet: bool = False) -> Iterator[Callable[[Json, str],
             bar.update(task, completed=epoch, description=text)
             if first is None:  # of which most is compilation; a resumed run begins here
                 began, first = clock(), epoch
-            if not (console.is_terminal or quiet):
-                paced(f"epoch {epoch} of {epochs}{remaining(began, epoch - first, epochs - first)}: {text}")
-            if "clean" in record or ("warning" in record and not warned):
-                say(console, f"epoch {record['epoch']}: {text}")
+            own = "clean" in record or ("warning" in record and not warned)
+            if console.is_terminal or quiet:
+                line = f"epoch {epoch}: {text}"
+            else:
+                line = f"epoch {epoch} of {epochs}{remaining(began, epoch - first, epochs - first)}: {text}"
+            if own:
+                say(console, line)
+                paced.last = clock()
+            elif not (console.is_terminal or quiet):
+                paced(line)
             warned = "warning" in record
 
         yield tell
@@ -322,9 +328,11 @@ def print_bracket(both: Any) -> None:
     from lipbounds.results import NORM_NAMES
 
     norm = NORM_NAMES[both.norm]
-    typer.echo(
-        f"attack:    {both.attack} in {norm}, on the images that are not certified; attained, no certificate"
-    )
+    if any(both.attacked):
+        told = f"{both.attack} in {norm}, on the images that are not certified; attained, no certificate"
+    else:
+        told = "not needed: every correctly classified image is certified at these eps"
+    typer.echo(f"attack:    {told}")
     typer.echo(f"clean:     {100 * both.clean:.1f} % correct")
     for row in both.rows():
         ends = percent(row["certified"], "down"), percent(row["attacked"], "up")
