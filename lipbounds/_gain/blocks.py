@@ -71,6 +71,7 @@ class HostForm:
         self.num_outputs = form.num_outputs
         self.consts = [np.asarray(c) for c in form.consts]
         self.built: dict[int, list[StepMatrix]] = {}
+        self.live: list[np.ndarray] | None = None  # per tap, a mask of the outputs that matter
         # Each with the notes about its proof (`_text.device.remembered`), by content: norms that were proved,
         self.proved: dict[Any, tuple[Any, list[str]]] = {}
         self.formed: dict[Any, tuple[Any, list[str]]] = {}  # those of blocks that were formed,

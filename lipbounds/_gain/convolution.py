@@ -83,6 +83,11 @@ class Convolution:
         )
 
     @cached_property
+    def pattern(self) -> Convolution:
+        """The map with ones where the weights are not zero."""
+        return Convolution((self.weights != 0).astype(np.float64), self.moves, self.source, self.target)
+
+    @cached_property
     def absolute(self) -> Convolution:
         """The map with the absolute values of the weights."""
         return Convolution(np.abs(self.weights), self.moves, self.source, self.target)

@@ -302,14 +302,16 @@ def convolution(
 ) -> tuple[float, int] | None:
     """(bound, bytes): a verified bound of a block that is one zero-padded convolution, by its Fourier transform.
 
-    The block must be e A S q with one number q at the source, one number e at the target, A the convolution and S steps
-    that select or move entries, each at most once (||S|| <= 1); else None, also where the bytes exceed the limit.
+    The block must be e A S q with one number q (or 0) at the source, one number e (or 0) at the target, A the
+    convolution and S steps that select or move entries, each at most once (||S|| <= 1); else None, also where the bytes
+    exceed the limit.
     """
     taps, program = host.program.taps, host.program
     if len(target) != 1 or len(source) > 1:
         return None
     factors = [np.ones(1) if not source else scalings[source[0]].q, scalings[target[0]].e]
-    if any(f.size == 0 or f.min() != f.max() for f in factors):
+    sizes = [np.abs(f[f != 0.0]) for f in factors]
+    if any(f.size == 0 or f.min() != f.max() for f in sizes):
         return None
     ends = set(taps[source[0]].outputs) if source else {0}
     reached = host.coming_from({source}, scalings)
@@ -333,7 +335,7 @@ def convolution(
         moved = before
     if bound is None or need > limit or moved.repeats:
         return None
-    return mul_up(*(abs(float(f[0])) for f in factors), bound()), need
+    return mul_up(*(float(f[0]) for f in sizes), bound()), need
 
 
 @dataclass(frozen=True, eq=False)

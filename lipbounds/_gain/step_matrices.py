@@ -131,6 +131,20 @@ class StepMatrix:
             return enclosures.Factor(self.matrix)
         return _AppliedFactor(self)
 
+    def reached(self, entries: np.ndarray, *, back: bool = False) -> np.ndarray:
+        """Which outputs depend on one of these entries (a mask), or which entries one of these outputs depends on.
+
+        From the pattern of the nonzero weights, so that nothing underflows.
+        """
+        if self.convolution is not None:
+            pattern = self.convolution.pattern.transposed if back else self.convolution.pattern
+            return np.asarray(pattern(entries.astype(np.float64)) > 0)
+        matrix = self.matrix.T if back else self.matrix
+        if not sp.issparse(matrix):
+            columns = matrix if entries.all() else matrix[:, entries]
+            return np.asarray((columns != 0).any(axis=1))
+        return np.asarray((matrix != 0).astype(np.float64) @ entries.astype(np.float64) > 0)
+
     def product(self, x: np.ndarray) -> np.ndarray:
         """matrix @ x in float64, for a vector or columns x."""
         if self.rows is not None:

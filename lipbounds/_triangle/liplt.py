@@ -107,7 +107,7 @@ def liplt(
 
 
 def _scaled_bounds(form: LureForm, scaling: str, request: Request, pairwise: bool) -> list[Triangle]:
-    scalings = recursion.loop_transform(form, 2, centred=True)
+    scalings = recursion.loop_transform(form, 2, centred=True, live=True)
     results = []
     for nodes in recursion.partitions(form):
         blocks = _scaling.stored_blocks(form, nodes, scalings)

@@ -22,8 +22,10 @@ import numpy as np
 
 from lipbounds._form.lure import LureForm, multiplicity, proved_slopes
 from lipbounds._form.program import Tap
+from lipbounds._form.steps import StaticArray
 from lipbounds._gain.blocks import HostForm, Node, TapScaling
 from lipbounds._gain.device_blocks import proved_on_device
+from lipbounds._gain.live import live_outputs
 from lipbounds._gain.memory_budget import Budget, proofs
 from lipbounds._gain.side_by_side import side_by_side
 from lipbounds._gain.wide_blocks import LIMIT, cut_norm, wide_norm
@@ -56,16 +58,21 @@ def host_form(form: LureForm) -> HostForm:
     return host
 
 
-def loop_transform(form: LureForm, norm: float, *, centred: bool) -> tuple[TapScaling, ...]:
+def loop_transform(
+    form: LureForm, norm: float, *, centred: bool, live: bool = False
+) -> tuple[TapScaling, ...]:
     """Per tap v = c y + q w with ||w|| <= ||e y|| in differences, c the middle of the slopes (or 0).
 
     The radius is rounded up, so the interval [a, b] lies in [c - q, c + q] in real arithmetic. A group tap has c = 0,
-    q = 1 and e_i = n_i^(1/p), n_i the number of groups entry i belongs to: each group is 1-Lipschitz.
+    q = 1 and e_i = n_i^(1/p), n_i the number of groups entry i belongs to: each group is 1-Lipschitz. With `live`, the
+    outputs of taps that do not matter (`live_outputs`) have c = q = 0, and inputs that only they read e = 0.
     """
     out = []
-    for k, tap in enumerate(form.taps):
+    masks: Sequence[np.ndarray | None] = _live(form) if live else [None] * len(form.taps)
+    for k, (tap, mask) in enumerate(zip(form.taps, masks, strict=True)):
         if tap.groups is not None:
-            out.append(TapScaling(None, np.ones(tap.size_out), _multiplicity_factor(tap, norm)))
+            q = np.ones(tap.size_out) if mask is None else mask.astype(np.float64)
+            out.append(TapScaling(None, q, _multiplicity_factor(tap, norm, mask)))
             continue
         lower, upper = proved_slopes(form, k)
         c = (lower + upper) / 2 if centred else np.zeros(tap.size_in)
@@ -75,17 +82,36 @@ def loop_transform(form: LureForm, norm: float, *, centred: bool) -> tuple[TapSc
             [(np.abs(s) < 2.0**20) & (s * 2.0**20 == np.round(s * 2.0**20)) for s in (lower, upper)], axis=0
         )
         r = np.where(exact | (r == 0) & (lower == upper) | (not centred), r, np.nextafter(r, np.inf))
-        out.append(TapScaling(c if c.any() else None, r, np.ones(tap.size_in)))
+        e = np.ones(tap.size_in)
+        if mask is not None:
+            c, r, e = np.where(mask, c, 0.0), np.where(mask, r, 0.0), mask.astype(np.float64)
+        out.append(TapScaling(c if c.any() else None, r, e))
     return tuple(out)
 
 
-def _multiplicity_factor(tap: Tap, norm: float) -> np.ndarray:
+def _live(form: LureForm) -> list[np.ndarray | None]:
+    """Per tap the mask of its outputs that matter, None where all of them do."""
+    host = host_form(form)
+    if host.live is None:
+        still = [np.zeros(tap.size_out, bool) for tap in form.taps]
+        for k, tap in enumerate(form.taps):
+            if tap.groups is None:
+                lower, upper = proved_slopes(form, k)
+                still[k] = (lower == 0.0) & (upper == 0.0)
+        host.live = live_outputs(host, still)
+    return [None if mask.all() else mask for mask in host.live]
+
+
+def _multiplicity_factor(tap: Tap, norm: float, live: np.ndarray | None = None) -> np.ndarray:
+    """n_i^(1/p); with a mask of outputs that matter of groups with one output, n_i counts the groups of these."""
     n = multiplicity(tap)
+    if live is not None and tap.groups is not None and tap.kind != "sort":
+        n = multiplicity(replace(tap, groups=StaticArray(tap.groups.array[live])))
     if norm == 2:
         root = np.sqrt(n)
         square = np.array([math.isqrt(int(i)) ** 2 == int(i) for i in n.ravel()]).reshape(n.shape)
         return np.where(square, root, np.nextafter(root, np.inf))
-    return n if norm == 1 else np.ones_like(n)
+    return n if norm == 1 else np.minimum(n, 1.0)
 
 
 def partitions(form: LureForm) -> list[tuple[Node, ...]]:
@@ -422,7 +448,7 @@ def surely_above(form: LureForm, request: Request, best: Triangle) -> bool:
     With pairs in `best`, all constants of classes and pairs must be above, too.
     """
     host = host_form(form)
-    scalings = loop_transform(form, request.norm, centred=False)
+    scalings = loop_transform(form, request.norm, centred=False, live=True)
     for nodes in partitions(form):
         pairs = structure(host, nodes, scalings)
         pairs += [(source, ()) for source in [(), *nodes] if _reaches_output(host, source, scalings)]
@@ -447,7 +473,7 @@ def surely_above(form: LureForm, request: Request, best: Triangle) -> bool:
 
 def triangle(form: LureForm, request: Request, *, pairwise: bool, centred: bool) -> Triangle:
     """The recursion with one centre, over all partitions, the smallest result."""
-    scalings = loop_transform(form, request.norm, centred=centred)
+    scalings = loop_transform(form, request.norm, centred=centred, live=True)
     best: Triangle | None = None
     ways = partitions(form)
     request = replace(request, failure=request.failure / len(ways))

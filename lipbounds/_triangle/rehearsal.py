@@ -24,6 +24,6 @@ def compile_ahead(form: LureForm, *, progress: Progress = False) -> None:
     """
     host = recursion.host_form(form)
     for centred in (True, False):
-        scalings = recursion.loop_transform(form, 2, centred=centred)
+        scalings = recursion.loop_transform(form, 2, centred=centred, live=True)
         for nodes in recursion.partitions(form):
             rehearse(host, recursion.structure(host, nodes, scalings), scalings)
