@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,9 +22,24 @@ from lipbounds.analysis.experiment import LABELS
 Json = dict[str, Any]
 
 INK, MUTED, RULE = "#1d2530", "#66707d", "#d9dee5"
-NO_PAIRS = ", no pairs"
-# Paul Tol's "bright" colours, which stay apart for colour-blind readers.
-LINES = ("#bbbbbb", "#4477aa", "#66ccee", "#ccbb44", "#ee6677", "#228833", "#aa3377")
+NO_PAIRS, LOCAL = ", no pairs", "local"
+_DASHES = ((0, (5, 1.5)), "-", (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))  # of networks that are compared
+# From Paul Tol's colours, which stay apart for colour-blind readers. A method has the same one in every figure.
+METHOD_COLOURS = {
+    "naive": "#bbbbbb",
+    "liplt": "#4477aa",
+    "liplt-aol": "#66ccee",
+    "liplt-sll": "#ccbb44",
+    "liplt-optimized": "#ee7733",
+    "lipsdp": "#228833",
+    "lipsdp-layer": "#44aa99",
+    "lipsdp-clarabel": "#332288",
+    "lipsdp-scs": "#882255",
+    LOCAL: "#aa3377",
+}
+ATTACKED_COLOUR = "#ee6677"  # of what attacks found, and of no method
+_OTHERS = ("#999933", "#ddcc77", "#994455", "#997700")  # of methods that a user added
+# Lines that are no methods: networks, attacks, epochs.
 RADII_LINES = ("#4477aa", "#ccbb44", "#ee6677", "#228833", "#aa3377", "#66ccee")
 GUARANTEE_COLOURS = {
     "verified": "#2f7d4f",
@@ -33,6 +49,12 @@ GUARANTEE_COLOURS = {
     "attained": "#c8553d",
 }
 NORM_NAMES = {"1": "ℓ₁", "2": "ℓ₂", "inf": "ℓ∞"}
+
+
+def method_colour(method: str) -> str:
+    """The colour of a method, by its name or by its label in `LABELS`."""
+    name = next((name for name, label in LABELS.items() if label == method), method)
+    return METHOD_COLOURS.get(name) or _OTHERS[zlib.crc32(name.encode()) % len(_OTHERS)]
 
 
 def png(figure: Figure) -> bytes:
@@ -74,7 +96,6 @@ def certified_figure(model: Json, norms: Sequence[str]) -> Figure:
     """
     figure = new_figure(7.6 if len(norms) == 1 else 4.9 * len(norms), 4.4 if len(norms) == 1 else 3.9)
     axes = figure.subplots(1, len(norms), squeeze=False)[0]
-    colours = list(dict.fromkeys(row["label"] for row in model["upper"]))  # the same in every panel
     for ax, norm in zip(axes, norms, strict=True):
         dress(ax, "both")
         curves = certified_curves(model, norm)
@@ -84,7 +105,7 @@ def certified_figure(model: Json, norms: Sequence[str]) -> Figure:
                 record["accuracy"],
                 where="pre",
                 label=label_text(label, 40),
-                color=LINES[colours.index(label.removesuffix(NO_PAIRS)) % len(LINES)],
+                color=method_colour(label.removesuffix(NO_PAIRS)),
                 linestyle=(0, (2, 1.2)) if label.endswith(NO_PAIRS) else "-",
                 linewidth=1.9,
             )
@@ -123,7 +144,6 @@ def radii_figure(panels: Sequence[tuple[str, Json]], marks: Sequence[float]) -> 
     """
     figure = new_figure(7.6, 0.8 + 3.4 * len(panels))
     axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
-    names = list(dict.fromkeys(name for _, record in panels for name in record["radii"]))
     top = max((curve["eps"][-1] for _, record in panels for curve in record["radii"].values()), default=1.0)
     top = max(top, *(1.08 * mark for mark in marks))
     for ax, (title, record) in zip(axes, panels, strict=True):
@@ -135,7 +155,7 @@ def radii_figure(panels: Sequence[tuple[str, Json]], marks: Sequence[float]) -> 
                 [*curve["accuracy"], curve["accuracy"][-1]],
                 where="pre",
                 label=f"{label_text(LABELS.get(name, name), 40)} ({record['guarantee'][name]})",
-                color=RADII_LINES[names.index(name) % len(RADII_LINES)],
+                color=method_colour(name),
                 linewidth=1.9,
             )
         if "curve" in record.get("attacked", {}):
@@ -189,17 +209,22 @@ def robust_band(record: Json, top: float) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def contrast_figure(rivals: Sequence[Json]) -> Figure:
-    """Certified accuracy against eps in l2 of networks that differ in how they were trained; dotted: clean accuracy."""
+    """Certified accuracy against eps in l2 of networks that differ in how they were trained; dotted: clean accuracy.
+
+    The colour is that of the bound, the dashes are those of the network.
+    """
     figure = new_figure(7.6, 3.6)
     ax = figure.subplots()
     dress(ax, "both")
-    for colour, rival in zip(RADII_LINES, rivals, strict=False):
+    for dashes, rival in zip(_DASHES, rivals, strict=False):
         model, bound = rival["model"], rival["bound"]
+        colour = method_colour(bound["label"])
         ax.step(
             bound["certified"]["eps"],
             bound["certified"]["accuracy"],
             where="pre",
             color=colour,
+            linestyle=dashes,
             linewidth=1.9,
             label=f"{label_text(model['title'], 40)}, {label_text(bound['label'], 40)}",
         )

@@ -11,9 +11,18 @@ from matplotlib.ticker import PercentFormatter
 
 from lipbounds._text import entry
 from lipbounds.analysis.experiment import Json
-from lipbounds.analysis.figures import INK, MUTED, NORM_NAMES, dress, new_figure
+from lipbounds.analysis.figures import (
+    ATTACKED_COLOUR,
+    INK,
+    LOCAL,
+    MUTED,
+    NORM_NAMES,
+    dress,
+    method_colour,
+    new_figure,
+)
 
-_CERTIFIED, _LOCAL, _ATTACKED = "#228833", "#4477aa", "#ee6677"
+_CERTIFIED = method_colour("lipsdp")  # of radii, whichever bound they are by
 
 
 def both_sides_figure(
@@ -37,9 +46,14 @@ def both_sides_figure(
     ]  # no local radius is below the other one
     high = upper[np.maximum(np.searchsorted(over, edges, side="right") - 1, 0)]
     ax.fill_between(edges, lows[-1], high, step="post", color=MUTED, alpha=0.18, linewidth=0)
-    ax.step(edges, high, where="post", color=_ATTACKED, linewidth=1.9)
+    ax.step(edges, high, where="post", color=ATTACKED_COLOUR, linewidth=1.9)
     kinds = list(
-        zip(lows, (_CERTIFIED, _LOCAL), (f"certified by {label}", "certified by local bounds"), strict=False)
+        zip(
+            lows,
+            (method_colour(label), method_colour(LOCAL)),
+            (f"certified by {label}", "certified by local bounds"),
+            strict=False,
+        )
     )
     for place, (low, colour, _) in enumerate(
         kinds
@@ -51,7 +65,7 @@ def both_sides_figure(
         (edges[at], high[at]),
         xytext=(8, 6),
         textcoords="offset points",
-        color=_ATTACKED,
+        color=ATTACKED_COLOUR,
         fontsize=9,
     )
     for place, (low, colour, text) in enumerate(kinds):  # left of all curves, with a line to its own
@@ -97,7 +111,7 @@ def radius_histogram(images: Json, norm: str = "2") -> Figure:
     bins = np.linspace(0, top, 41)
     for values, colour, text in zip(
         finite,
-        (_CERTIFIED, _ATTACKED),
+        (_CERTIFIED, ATTACKED_COLOUR),
         ("certified radius", "distance of the nearest example found"),
         strict=True,
     ):
@@ -157,6 +171,6 @@ def examples_figure(shown: list[Json]) -> Figure:
                 vmin=0,
                 vmax=1,
             )
-            ax.set_title(text, fontsize=9, color=(_CERTIFIED, _ATTACKED)[row])
+            ax.set_title(text, fontsize=9, color=(_CERTIFIED, ATTACKED_COLOUR)[row])
             ax.set_axis_off()
     return figure

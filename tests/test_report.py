@@ -9,6 +9,7 @@ from command import run
 from documented import differences, documented
 
 import lipbounds as lb
+from lipbounds.analysis import figures
 from lipbounds.analysis.demo import run_demo
 from lipbounds.analysis.experiment import measure
 from lipbounds.analysis.report import render, write_report
@@ -95,6 +96,26 @@ def test_the_report_is_made_from_the_json_alone(results):
     again = json.loads(json.dumps(results))
     figures = {"tiny": {"bounds": "", "certified-l2": "", "certified-others": ""}}
     assert render(again, figures) == render(results, figures)
+
+
+def test_a_method_has_one_colour_in_all_figures(results):
+    full = results["models"][0]
+    few = {**full, "upper": [row for row in full["upper"] if row["label"] == "LipLT"]}
+    bound = few["upper"][0]
+    record = {"radii": {"liplt": bound["certified"]}, "clean": 0.5, "guarantee": {"liplt": "verified"}}
+    drawn = [
+        figures.certified_figure(full, ["2", "inf"]),
+        figures.certified_figure(few, ["2"]),
+        figures.contrast_figure([{"model": full, "bound": bound}] * 2),
+        figures.radii_figure([("tiny", record)], [0.1]),
+    ]
+    lines = [line for figure in drawn for ax in figure.axes for line in ax.lines]
+    colours = [
+        {line.get_color() for line in lines if method in re.split(r", | \(", line.get_label())}
+        for method in ("naive", "LipLT")
+    ]
+    assert colours == [{figures.METHOD_COLOURS["naive"]}, {figures.METHOD_COLOURS["liplt"]}]
+    assert len({*figures.METHOD_COLOURS.values(), figures.ATTACKED_COLOUR}) == len(figures.METHOD_COLOURS) + 1
 
 
 def test_a_refusal_becomes_a_row(form, monkeypatch):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
+import pathlib
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +25,7 @@ from lipbounds._lipsdp.dense_form import dense_gain, reduce_input
 from lipbounds._lipsdp.matrix_inequality import prepare, smallest_rho
 from lipbounds._lipsdp.search import pair
 from lipbounds._lipsdp.vectors import TOLERANCE, solve_all, solve_dense
+from lipbounds._text import progress
 from lipbounds._triangle.recursion import loop_transform
 
 needs_cvxpy = pytest.mark.skipif(
@@ -332,6 +336,69 @@ def test_pairs_and_scales_through_scs() -> None:
     found, reference = solve_dense(Gy, row, n), cvxpy_solver.solve(Gy, row, n, solver="scs")
     assert reference.raw_value == pytest.approx(math.sqrt(found.rho), rel=1e-4)
     assert smallest_rho(Gy, row, n, reference.T) == pytest.approx(found.rho, rel=1e-3)
+
+
+@pytest.mark.slow
+@needs_cvxpy
+@pytest.mark.parametrize("solver", ["clarabel", "scs"])
+def test_a_solver_says_which_iteration_it_is_at(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cvxpy_solver, "_POLL", 0.001)
+    seen: list[str] = []
+    form = lb.from_weights(weights([20, 24, 24, 5]), activation="relu")
+    lb.lipsdp(form, solver=solver, progress=seen.append)
+    most = {"clarabel": "200", "scs": "50000"}[solver]
+    lines = [line for line in seen if f"{solver}: problem 1 of 1, iteration " in line]
+    assert lines and all(f"of at most {most}, at most about " in line for line in lines), seen
+
+
+@pytest.mark.parametrize(
+    ("solver", "printed", "line"),
+    [  # as the solvers print it
+        ("scs", [" iter | pri res\n----\n     0| 1.91e+01", "   500| 1e-2  1e-3\n"], "500 of at most 9000"),
+        ("clarabel", ["iter    pcost\n----\n  0   0.0000e+00", " 12  -1.1e+00  2e-3\n"], "12 of at most 200"),
+    ],
+)
+def test_the_iteration_of_a_solver_is_told(
+    solver: str, printed: list[str], line: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cvxpy_solver, "_POLL", 0.02)
+    seen: list[str] = []
+    command = [sys.executable, "-u", "-c", f"import time\nfor s in {printed}: print(s); time.sleep(0.5)"]
+    with progress.reporting(seen.append):
+        done = cvxpy_solver._watched(
+            command, tmp_path, {"solver": solver, "options": {"max_iters": 9000}}, None
+        )
+    assert done is not None and done.returncode == 0 and len(seen) == 1
+    assert seen[0].startswith(f"iteration {line}, at most about ") and seen[0].endswith(" left")
+    assert (
+        cvxpy_solver._watched(
+            [command[0], "-c", "import time; time.sleep(60)"],
+            tmp_path,
+            {"solver": solver, "options": {}},
+            0.1,
+        )
+        is None
+    )
+
+
+@needs_cvxpy
+def test_an_interrupted_solver_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[str]] = []
+
+    class Popen(subprocess.Popen[str]):
+        def __init__(self, *given: Any, **more: Any) -> None:
+            super().__init__(*given, **more)
+            started.append(self)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cvxpy_solver.subprocess, "Popen", Popen)
+    monkeypatch.setattr(cvxpy_solver, "alive", interrupted)
+    Gy, Gz, n = problem(lb.from_weights(weights([8, 10, 8, 3], 3), activation="relu"))
+    with pytest.raises(KeyboardInterrupt):
+        cvxpy_solver.solve(Gy, Gz, n)
+    assert len(started) == 1 and started[0].returncode not in (None, 0)
 
 
 @needs_cvxpy

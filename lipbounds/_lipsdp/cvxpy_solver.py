@@ -10,9 +10,11 @@ ends. Its value proves nothing: callers take T, repair it, and prove a bound fro
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,11 +27,14 @@ import numpy as np
 
 from lipbounds._lipsdp.matrix_inequality import prepare
 from lipbounds._text.memory import available_memory
+from lipbounds._text.progress import alive, clock, say, show_seconds
 
 _OPTIONS: dict[str, dict[str, Any]] = {
     "clarabel": {},
     "scs": {"eps_abs": 1e-7, "eps_rel": 1e-7, "max_iters": 50_000},
 }
+_ITERATIONS = {"clarabel": ("max_iter", 200), "scs": ("max_iters", 100_000)}  # the option, and its default
+_POLL = 0.2  # seconds between two looks at a running solver
 _WORKER = Path(__file__).with_name("cvxpy_worker.py")
 _FLOOR = 1e-12  # of a multiplier, relative to the feasible start: solvers return -1e-15
 
@@ -94,7 +99,12 @@ def solve(
             _too_large(solver, neurons, f"needs about {needed:.3g} GB of {allowed:.3g} GB allowed")
         )
     tie = np.arange(neurons) if problem.tie is None else problem.tie
-    request = {"solver": solver, "n": n, "memory_gb": allowed, "options": _OPTIONS[solver] | (options or {})}
+    request = {
+        "solver": solver,
+        "n": n,
+        "memory_gb": allowed,
+        "options": {"verbose": True} | _OPTIONS[solver] | (options or {}),
+    }
     answer, values = _in_subprocess(
         request, {"Gy": problem.Gy, "Gz": problem.Gz, "tie": tie}, time_limit, neurons
     )
@@ -131,15 +141,14 @@ def _in_subprocess(
         folder = Path(name)
         np.savez(folder / "problem.npz", **arrays)  # type: ignore[arg-type]
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        # -P keeps the package's own folder off the import path of the worker.
-        command = [sys.executable, "-P", str(_WORKER), name]
-        try:
-            done = subprocess.run(command, timeout=time_limit, capture_output=True, text=True, check=False)
-        except subprocess.TimeoutExpired:
+        # -P keeps the package's own folder off the import path of the worker; with -u what it prints is seen at once.
+        command = [sys.executable, "-P", "-u", str(_WORKER), name]
+        done = _watched(command, folder, request, time_limit)
+        if done is None:
             raise ValueError(
                 f"{solver} did not finish within time_limit={time_limit:g} s ({neurons} neurons); "
                 "use solver='recursion'"
-            ) from None
+            )
         try:
             answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -159,6 +168,45 @@ def _in_subprocess(
             return answer, None
         with np.load(stored, allow_pickle=False) as file:
             return answer, {key: file[key] for key in file.files}
+
+
+def _watched(
+    command: list[str], folder: Path, request: dict[str, Any], time_limit: float | None
+) -> subprocess.CompletedProcess[str] | None:
+    """Run the worker and report its iterations; None where the time ends, with which it ends, as with any exception."""
+    option, most = _ITERATIONS[request["solver"]]
+    most = request["options"].get(option, most)
+    began, first, known = clock(), None, 0
+    with open(folder / "out", "w+", encoding="utf-8") as out, open(folder / "errors", "w+") as errors:
+        process = subprocess.Popen(command, stdout=out, stderr=errors)
+        try:
+            while process.poll() is None:
+                spent = clock() - began
+                if time_limit is not None and spent >= time_limit:
+                    return None
+                done = _iteration((folder / "out").read_text(encoding="utf-8", errors="replace"))
+                if first is None and done >= 0:  # before it Python starts and the model is built
+                    first, known = spent, done
+                if first is not None and done > known:
+                    known, left = done, (spent - first) * (most / done - 1.0)
+                    left = left if time_limit is None else min(left, time_limit - spent)
+                    say(f"iteration {done} of at most {most}, at most about {show_seconds(left)} left")
+                alive()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_POLL if time_limit is None else min(_POLL, time_limit - spent))
+            errors.seek(0)
+            return subprocess.CompletedProcess(command, process.returncode, "", errors.read())
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def _iteration(text: str) -> int:
+    """The last iteration in what a solver prints, one in a line with the number in front; -1 where none is printed."""
+    head = re.search(r"^ *iter\b", text, re.MULTILINE)
+    lines = re.findall(r"^ *(\d+)[| ] *[-+\d]", text[head.end() :], re.MULTILINE) if head else []
+    return int(lines[-1]) if lines else -1
 
 
 def _killed(done: subprocess.CompletedProcess[str]) -> bool:

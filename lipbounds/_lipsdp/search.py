@@ -30,7 +30,7 @@ from lipbounds._lipsdp.state_matrices import TAIL, Segment, Sequence, first_tap,
 from lipbounds._lipsdp.task import Answer, Found, Task
 from lipbounds._lipsdp.wide import by_chain
 from lipbounds._text.calls import FAILURES, reason
-from lipbounds._text.progress import clock, remaining, say
+from lipbounds._text.progress import about, clock, remaining, say
 from lipbounds._triangle import recursion
 from lipbounds._triangle.recursion import Request
 
@@ -380,15 +380,16 @@ def through_cvxpy(task: Task, how: Cvxpy, pairwise: bool) -> Answer:
     began, count = clock(), len(problems)
     for number, C in enumerate(problems):
         say(f"{how.name}: problem {number + 1} of {count}{remaining(began, number, count)}")
-        result = cvxpy_solver.solve(
-            dense.Gy,
-            C @ dense.Gz,
-            dense.n,
-            dense.ties,
-            solver=how.name,
-            memory=how.limit,
-            time_limit=how.time_limit,
-        )
+        with about(f"{how.name}: problem {number + 1} of {count}"):
+            result = cvxpy_solver.solve(
+                dense.Gy,
+                C @ dense.Gz,
+                dense.n,
+                dense.ties,
+                solver=how.name,
+                memory=how.limit,
+                time_limit=how.time_limit,
+            )
         solved.append(result)
         try:
             found.append(dense.prove(task, C, result.T))
