@@ -20,7 +20,7 @@ _BLOCK = 16
 _EXACT, _ROUGH = 1e-12, 1e-5  # relative accuracy of the root of K(t), which is approached from above
 _HOPELESS = 1e-6  # what reorthogonalisation removes relative to the norm, above which one side is not enough
 _DROPPED = 4096.0  # a coupling of so many times the noise is dropped where left vectors are not kept
-_CLEAN = 1e-12  # and below which keeping the other side would change nothing
+_CLEAN = 1e-14  # and below which keeping the other side would change nothing
 _KEPT = 0.7  # share of a vector that one orthogonalisation must leave (Daniel et al., Math. Comp. 30, 1976)
 
 
