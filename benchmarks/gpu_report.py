@@ -128,4 +128,6 @@ def _ratios(rows: dict[str, list[Json]]) -> list[Json]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
     report(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -27,7 +27,9 @@ html_theme = "furo"
 html_title = "lipbounds"
 html_copy_source = False
 
-myst_enable_extensions = ["colon_fence", "deflist"]
+# dollarmath: the formulas of notebooks
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+smartquotes = False  # pages quote code and messages
 myst_heading_anchors = 3
 nb_execution_mode = "cache"
 nb_execution_timeout = 600

@@ -58,7 +58,7 @@ def _help(command: Any, context: Any) -> str:
 
 def _paragraphs(text: str) -> list[str]:
     """Paragraphs of a help text, filled where they are prose."""
-    found = re.split(r"\n\s*\n", re.sub(r"[`*\b]", "", textwrap.dedent(text)).strip("\n"))
+    found = re.split(r"\n\s*\n|\n(?=\s*- )", re.sub(r"[`*\b]", "", textwrap.dedent(text)).strip("\n"))
     return [
         p if p.startswith((" ", "-", "|")) else textwrap.fill(" ".join(p.split()), 100) for p in found if p
     ]

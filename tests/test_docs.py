@@ -106,3 +106,40 @@ def test_docstrings_become_text_and_formulas(monkeypatch: pytest.MonkeyPatch) ->
     assert found[found.index("::") + 2] == "    a * b <= c_"
     assert "Args:" in found and "    x: a ``y``." in found and "    >>> x.__name__" in found
     sys.modules.pop("generate")
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda p: p.name)
+def test_all_rows_of_a_table_have_as_many_cells(page: pathlib.Path) -> None:
+    """A bar inside code ends a cell, too, unless it is escaped."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        counts = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
+        assert len(counts) == 1, table
+
+
+def test_the_site_shows_formulas_of_notebooks_and_examples_of_commands(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(DOCS))
+    import generate
+
+    text = generate.command_line()
+    sys.modules.pop("generate")
+    assert "Examples:\n\n- lipbounds demo\n\n- lipbounds demo --out" in text and "Examples: -" not in text
+    settings: dict[str, list[str]] = {}
+    exec(
+        re.search(r"^myst_enable_extensions.*", (DOCS / "conf.py").read_text(encoding="utf-8"), re.M)[0],
+        settings,
+    )  # type: ignore[index]
+    formulas = [p for p in (ROOT / "examples").glob("*.ipynb") if "$$" in p.read_text(encoding="utf-8")]
+    assert not formulas or "dollarmath" in settings["myst_enable_extensions"]
+
+
+def test_commands_of_the_benchmarks_page_have_the_options_that_their_scripts_ask_for() -> None:
+    text = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    commands = re.findall(r"`(?:python benchmarks/)?(\w+\.py)([^`]*)`", text)
+    assert len(commands) >= 12
+    for name, words in commands:
+        source = (ROOT / "benchmarks" / name).read_text(encoding="utf-8")
+        for option in re.findall(r'add_argument\(\s*"(--[\w-]+)"[^\n]*required=True', source):
+            assert option in words, f"{name} needs {option}"
