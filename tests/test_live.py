@@ -61,7 +61,7 @@ def test_masks_of_windows_and_channels() -> None:
     read[:7, :, 1] = True
     windows = np.zeros((4, 4, 3), bool)
     windows[:3, :, 1] = True
-    masks = recursion._live(form)
+    masks = recursion.live_masks(form)
     assert masks[0] is not None and masks[1] is not None
     assert (masks[0] == read.ravel()).all() and (masks[1] == windows.ravel()).all()
     recursion.host_form(form).live = [np.ones_like(mask) for mask in masks]
@@ -76,7 +76,7 @@ def test_masks_of_windows_and_channels() -> None:
 
 def test_without_dead_neurons_nothing_is_masked() -> None:
     form, _ = pooled(pruned=False)
-    assert recursion._live(form) == [None, None]
+    assert recursion.live_masks(form) == [None, None]
     plain = recursion.loop_transform(form, 2, centred=True)
     for one, other in zip(plain, recursion.loop_transform(form, 2, centred=True, live=True), strict=True):
         assert (one.q == other.q).all() and (one.e == other.e).all()
@@ -86,7 +86,7 @@ def test_a_sort_reads_all_of_its_inputs_for_one_output() -> None:
     rng = np.random.default_rng(3)
     first, last = rng.standard_normal((6, 4)).astype(np.float32), np.eye(1, 6, 2, dtype=np.float32)
     form = lb.trace(lambda x: last @ jnp.sort(first @ x), jax.ShapeDtypeStruct((4,), jnp.float32))
-    (mask,) = recursion._live(form)
+    (mask,) = recursion.live_masks(form)
     assert mask is not None and mask.tolist() == [k == 2 for k in range(6)]
     norm = float(np.linalg.norm(first, 2))
     assert lb.naive(form).value == pytest.approx(norm, rel=1e-6)

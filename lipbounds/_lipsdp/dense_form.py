@@ -62,12 +62,13 @@ class DenseGain:
 def dense_gain(form: LureForm) -> DenseGain:
     """The gain of the elementwise view of a concrete form: blocks multiplied on the host, with their errors.
 
-    Left out are neurons with radius r = 0 (they have no w) and, repeatedly, those that are proved to be never
-    moved (a row of zeros, no error) or to move nothing (a column of zeros, no error).
+    Left out are neurons with radius r = 0 (they have no w), those that the zeros of the layers leave without
+    effect (`live_masks`) and, repeatedly, those that are proved to be never moved (a row of zeros, no error) or to move
+    nothing (a column of zeros, no error).
     ValueError where the matrices would need more than 1 GB.
     """
     view = elementwise_view(form)
-    scalings = loop_transform(view, 2, centred=True)
+    scalings = loop_transform(view, 2, centred=True, live=True)
     host = host_form(view)
     nodes = tuple((k,) for k in range(len(view.taps)))
     wide = [np.flatnonzero(s.q > 0) for s in scalings]

@@ -158,6 +158,8 @@ def ellipsoids(
             down, up = np.fmin(down, first[0]), np.fmin(up, first[1])  # NaN beyond the range says nothing
         size = frobenius(s) if stage.gap and not isinstance(s, Thin) else None
         c, r = centre_and_radius(view, stage.tap, values, down, up, anchored)
+        if stage.live is not None:
+            c, r = np.where(stage.live, c, 0.0), np.where(stage.live, r, 0.0)
         slopes.append((c, r))
         known = values.relative[stage.tap] if values.relative else np.full_like(r, np.nan)
         if isinstance(s, Thin):

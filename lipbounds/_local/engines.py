@@ -411,7 +411,10 @@ def _ready(form: LureForm, norm: float, way: str, word: str, seed: int) -> _Read
         first = _first_map(begin, stages[0], n) if stages else None
         if norm == np.inf:
             # Among the ellipsoids sum dx_i^2 / p_i <= 1, sum 1 / p_i <= 1 around the cube, least trace after the map.
-            columns = np.sqrt(np.square(first[0] if first is not None else begin.dense(n)).sum(axis=0))
+            rows = first[0] if first is not None else begin.dense(n)
+            if stages and stages[0].live is not None:
+                rows = rows[stages[0].live]
+            columns = np.sqrt(np.square(rows).sum(axis=0))
             columns = np.maximum(columns, 1e-3 * columns.max(initial=0.0) + 1e-300)
             ball = proof.ball(n, np.minimum(columns.sum() / columns, 2.0**60))
         thin = _thin(begin, stages[0], ball) if stages else None

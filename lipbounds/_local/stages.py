@@ -24,6 +24,7 @@ class Stage:
 
     The rows of T are those of W, then those of H that are not zero and not among them already (a residual block reads
     what lives on): H s has the entries `of` of T s at `to`, both empty where H = 0, up to `gap` ||s||.
+    live (n,): False where the slope may be taken as 0 (`live_masks`), None where all neurons matter.
     """
 
     tap: int
@@ -33,6 +34,7 @@ class Stage:
     of: np.ndarray
     to: np.ndarray
     gap: float = 0.0
+    live: np.ndarray | None = None
 
     @property
     def lives_on(self) -> bool:
@@ -65,10 +67,10 @@ def stages_of(view: LureForm) -> tuple[Matrix, tuple[Stage, ...]]:
     plain = [TapScaling(None, np.ones(tap.size_out), np.ones(tap.size_in)) for tap in view.taps]
     (start, _, _), *maps = host.state_maps(plain)
     made = []
-    for k, (h, g, w) in enumerate(maps):
+    for k, ((h, g, w), live) in enumerate(zip(maps, recursion.live_masks(view), strict=True)):
         assert g is not None and w is not None
         rows, of, to, gap = _distinct(w, h)
-        made.append(Stage(k, view.taps[k].size_in, matrix(rows), matrix(g), of, to, gap))
+        made.append(Stage(k, view.taps[k].size_in, matrix(rows), matrix(g), of, to, gap, live))
     return matrix(start), tuple(made)
 
 

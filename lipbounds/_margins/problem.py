@@ -251,7 +251,8 @@ class Problem:
         opened, slopes = [], []
         for k, kinks in enumerate(self.kinks):
             lo, hi = self.balls.lo[k][row], self.balls.hi[k][row]
-            opened.append((lo < 0) & (hi > 0) & (kinks.gain != 0))
+            live = self.around.ready.stages[k].live  # the others are stable with any slope
+            opened.append((lo < 0) & (hi > 0) & (kinks.gain != 0) & (True if live is None else live))
             slopes.append((lo >= 0).astype(float))
         return opened, slopes
 

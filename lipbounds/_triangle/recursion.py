@@ -68,7 +68,7 @@ def loop_transform(
     outputs of taps that do not matter (`live_outputs`) have c = q = 0, and inputs that only they read e = 0.
     """
     out = []
-    masks: Sequence[np.ndarray | None] = _live(form) if live else [None] * len(form.taps)
+    masks: Sequence[np.ndarray | None] = live_masks(form) if live else [None] * len(form.taps)
     for k, (tap, mask) in enumerate(zip(form.taps, masks, strict=True)):
         if tap.groups is not None:
             q = np.ones(tap.size_out) if mask is None else mask.astype(np.float64)
@@ -89,7 +89,7 @@ def loop_transform(
     return tuple(out)
 
 
-def _live(form: LureForm) -> list[np.ndarray | None]:
+def live_masks(form: LureForm) -> list[np.ndarray | None]:
     """Per tap the mask of its outputs that matter, None where all of them do."""
     host = host_form(form)
     if host.live is None:

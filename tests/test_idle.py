@@ -1,0 +1,65 @@
+"""Neurons that no input moves, or that move no output: pruned networks have the bounds of the network without them."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from attained import Search
+
+import lipbounds as lb
+from lipbounds._triangle.recursion import live_masks
+
+WIDTHS = (4, 8, 8, 3)
+
+
+@pytest.fixture(scope="module")
+def nets():
+    """A network, the same with three neurons that are never moved, and with three whose weights onward are zero."""
+    rng = np.random.default_rng(3)
+    W = [1.3 * rng.standard_normal((b, a)) / a**0.5 for a, b in itertools.pairwise(WIDTHS)]
+    b = [0.3 * rng.standard_normal(n) for n in WIDTHS[1:]]
+    x, more = rng.standard_normal((5, 4)), [np.append(b[0], np.zeros(3)), *b[1:]]
+    zeros = [np.vstack([W[0], np.zeros((3, 4))]), np.hstack([W[1], rng.standard_normal((8, 3))]), W[2]]
+    unread = [np.vstack([W[0], rng.standard_normal((3, 4))]), np.hstack([W[1], np.zeros((8, 3))]), W[2]]
+    with jax.enable_x64(True):
+        return x, [lb.from_weights(*net) for net in ((W, b), (zeros, more), (unread, more))]
+
+
+@pytest.mark.parametrize("norm", [2, np.inf])
+def test_local_bounds_do_not_see_idle_neurons(nets, norm):
+    x, forms = nets
+    plain, *padded = (lb.local(form, x, 0.1, norm=norm).value for form in forms)
+    for value in padded:
+        np.testing.assert_allclose(value, plain, rtol=1e-6)
+
+
+def test_margins_do_not_see_idle_neurons(nets):
+    x, forms = nets[0][:2], nets[1]
+    y = np.argmax([forms[0](one) for one in x], axis=1)
+    plain, *padded = (lb.margins(form, x, y, eps=0.5, progress=False).value for form in forms)
+    for value in padded:
+        np.testing.assert_allclose(value, plain, atol=2e-3)
+
+
+def test_one_multiplier_per_layer_does_not_see_idle_neurons(nets):
+    plain, *padded = (lb.lipsdp(form, multipliers="layer").value for form in nets[1])
+    np.testing.assert_allclose(padded, plain, rtol=1e-9)
+
+
+def test_pruned_networks_attain_no_slope_above_their_bounds():
+    rng, eps = np.random.default_rng(0), 0.5
+    for _ in range(3):
+        W = [rng.standard_normal((b, a)) * (rng.random((b, a)) < 0.3) for a, b in ((3, 7), (7, 7), (7, 2))]
+        form = lb.from_weights(W, [0.3 * rng.standard_normal(7), np.zeros(7), np.zeros(2)])
+        assert any(live is not None for live in live_masks(form))
+        x, search = rng.standard_normal((2, 3)), Search(form)
+        bound = lb.local(form, x, eps).value
+        for centre, most in zip(x, bound, strict=True):
+            step = rng.standard_normal((2, 4000, 3))
+            step *= eps * rng.random((2, 4000, 1)) ** (1 / 3) / np.linalg.norm(step, axis=2, keepdims=True)
+            near = step[0] + 1e-4 * rng.standard_normal((4000, 3))
+            for there in (step[1], near * np.minimum(1, eps / np.linalg.norm(near, axis=1))[:, None]):
+                moved = search.values(centre + step[0]) - search.values(centre + there)
+                slopes = np.linalg.norm(moved, axis=1) / np.linalg.norm(step[0] - there, axis=1)
+                assert slopes.max() <= most * (1 + 1e-9)
