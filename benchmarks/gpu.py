@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -32,6 +33,8 @@ import numpy as np
 from common import Json, command_line, environment, write_json
 
 import lipbounds as lb
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # zoo, attained
 
 NETS = """relu linear two_branches cnn_batch_norm preactivation_resnet postactivation_resnet u_net scan_stacked
 max_pool_images maxmin_mlp gelu_exact half_precision einsum dense_net mlp_mixer log_sum_exp""".split()

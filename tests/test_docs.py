@@ -143,3 +143,12 @@ def test_commands_of_the_benchmarks_page_have_the_options_that_their_scripts_ask
         source = (ROOT / "benchmarks" / name).read_text(encoding="utf-8")
         for option in re.findall(r'add_argument\(\s*"(--[\w-]+)"[^\n]*required=True', source):
             assert option in words, f"{name} needs {option}"
+
+
+def test_the_examples_of_the_training_page_run_one_after_the_other() -> None:
+    """A folder that holds a run is refused, so every example that makes a run has its own."""
+    text = (DOCS / "training.md").read_text(encoding="utf-8")
+    shell = "".join(re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S))
+    python = "".join(re.findall(r"^```python\n(.*?)^```", text, re.M | re.S))
+    folders = re.findall(r"lipbounds train .*--out (\S+)", shell) + re.findall(r'out="([^"]+)"', python)
+    assert len(folders) == len(set(folders)) >= 5
