@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipbounds._form import is_concrete
-from lipbounds._text import as_labels, check_seed, clock, remaining, say, whole
+from lipbounds._text import Pace, as_labels, check_seed, say, whole
 from lipbounds.analysis.attack_network import (
     MIXED,
     OTHER,
@@ -214,7 +214,7 @@ def search(
     found = points.copy()
     used: dict[str, list[Any]] = {"steps": [], "queries": []}
     rows = np.flatnonzero(correct if only is None else correct & only)
-    done, began = 0, clock()
+    done, pace = 0, Pace()
     for part, count in batches.parts(rows):
         made = find(batches.problem(part, radii, aims, targeted))
         part = part[:count]
@@ -223,7 +223,7 @@ def search(
         for what, parts in used.items():
             parts.append(getattr(made, what))
         done += count
-        left = remaining(began, done, len(rows))
+        left = pace(done, len(rows))
         say(f"{name} in {norm_name(settings.norm)}: {done} of {len(rows)} examples{left}")
     after[rows] = batches.margins(found, aims, targeted, rows)
     success = np.isin(np.arange(len(points)), rows) & (after <= 0)

@@ -29,12 +29,11 @@ from scipy import stats
 
 from lipbounds._text import (
     Html,
+    Pace,
     Progress,
     as_labels,
     check_seed,
-    clock,
     element,
-    remaining,
     say,
     usual_settings,
     whole,
@@ -207,7 +206,7 @@ def _counts(
     """(N, K) how often each class has the largest logit at `count` noisy copies of every example."""
     total = len(points) * count
     tally = jnp.zeros((len(points), classes + 1), jnp.int32)  # the last column: logits that are not finite
-    inputs, tenth, began = jnp.asarray(points), max(total // 10, 1), clock()
+    inputs, tenth, pace = jnp.asarray(points), max(total // 10, 1), Pace()
     for start in range(0, total, size):
         # all copies of all examples in one row, cut into batches; what lies beyond the end is not counted
         number = np.arange(start, start + size)
@@ -216,7 +215,7 @@ def _counts(
         tally = _tally(model, weights, inputs, sigma, key, *drawn, jnp.asarray(number < total), tally)
         if (start + size) // tenth > start // tenth:
             done = min(start + size, total)
-            say(f"Smoothing, {what}: {done} of {total} samples{remaining(began, done, total)}")
+            say(f"Smoothing, {what}: {done} of {total} samples{pace(done, total)}")
     found = np.asarray(tally, np.int64)
     if found[:, -1].any():
         place = int(np.argmax(found[:, -1] > 0))

@@ -15,6 +15,7 @@ import pytest
 
 import lipbounds as lb
 from lipbounds._cli import tables
+from lipbounds._lipsdp import ellipsoid
 from lipbounds._text import progress
 from lipbounds.analysis.attack_settings import AttackSettings
 from lipbounds.analysis.evaluation import evaluate
@@ -158,6 +159,20 @@ def test_the_time_left_is_told_once_a_rate_is_known(monkeypatch: pytest.MonkeyPa
     assert progress.remaining(began, 0, 100) == "" and progress.remaining(began, 100, 100) == ""
     assert progress.remaining(began, 25, 100) == ", about 12 s left"
     assert progress.remaining(began, 0.01, 1.0) == ", about 7 min left"
+
+
+def test_the_time_left_leaves_out_the_first_step_of_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, seconds, lines = Clock(monkeypatch), iter(range(20, 200, 5)), list[str]()
+
+    def slow_at_first(start: Any, runs: Any, current: Any, state: Any, *rest: Any) -> Any:
+        clock.at(next(seconds))  # 20 s with compilation, then 5 s a step
+        return current, state, np.array([1.0, 0.0])
+
+    monkeypatch.setattr(ellipsoid, "improve", slow_at_first)
+    lb.lipsdp(FORM, solver=lb.Recursion(iterations=60), progress=lines.append)
+    said = [line for line in lines if "of at most 60" in line]
+    assert "15 of at most 60 iterations: " in said[0]
+    assert "30 of at most 60 iterations, about 10 s left: " in said[1]
 
 
 def test_the_bars_of_the_commands_are_lines_elsewhere(

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 import lipbounds as lb
-from lipbounds._text import clock, debugging_off, remaining, reporting, say
+from lipbounds._text import Pace, debugging_off, reporting, say
 from lipbounds.training import parallel, robust_watch, runs, watch
 from lipbounds.training.callbacks import Callback
 from lipbounds.training.checkpoints import CheckpointError, Checkpoints
@@ -214,7 +214,7 @@ class _Run:
         self.progress = progress
         self.ahead: Ahead | None = None
         # when the first epoch of this call was done, and its number
-        self.first: tuple[float, int] | None = None
+        self.pace = Pace()
         self.callbacks = tuple(callbacks) if devices.leads else ()
         self.started = time.perf_counter()
         self.rows, self.held_out = split(len(images.pixels), config.holdout)
@@ -333,8 +333,7 @@ class _Run:
     def _tell(self, record: Record) -> None:
         """Report an epoch."""
         epoch, epochs = record["epoch"], self.config.epochs
-        began, first = self.first = self.first or (clock(), epoch)  # most of the first one is compilation
-        said = f"epoch {epoch} of {epochs}{remaining(began, epoch - first, epochs - first)}"
+        said = f"epoch {epoch} of {epochs}{self.pace(epoch, epochs)}"
         say(f"{said}: loss {record['loss']:.4g}, {100 * record['accuracy']:.1f} % correct in training")
         if callable(self.progress):
             self.progress(record)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lipbounds._text import clock, remaining
+from lipbounds._text import Pace, clock, remaining
 from lipbounds._text.progress import Paced
 
 if TYPE_CHECKING:
@@ -144,19 +144,18 @@ def training(epochs: int, quiet: bool = False) -> Iterator[Callable[[Json, str],
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading the data, compiling", total=epochs)
-        paced, warned, began, first = Paced(), False, clock(), None
+        paced, warned, pace = Paced(), False, Pace()
 
         def tell(record: Json, text: str) -> None:
-            nonlocal warned, began, first
+            nonlocal warned
             epoch = record["epoch"]
             bar.update(task, completed=epoch, description=text)
-            if first is None:  # of which most is compilation; a resumed run begins here
-                began, first = clock(), epoch
+            left = pace(epoch, epochs)  # from the first of these records on, as a run may be resumed
             own = "clean" in record or ("warning" in record and not warned)
             if console.is_terminal or quiet:
                 line = f"epoch {epoch}: {text}"
             else:
-                line = f"epoch {epoch} of {epochs}{remaining(began, epoch - first, epochs - first)}: {text}"
+                line = f"epoch {epoch} of {epochs}{left}: {text}"
             if own:
                 say(console, line)
                 paced.last = clock()

@@ -37,7 +37,7 @@ from lipbounds._lipsdp.recursion_step import (
     through,
     top,
 )
-from lipbounds._text.progress import clock, remaining, say
+from lipbounds._text.progress import Pace, say
 from lipbounds._triangle.core import pair_squares
 
 _WIDE, _SMOOTH = 200, 7
@@ -387,7 +387,7 @@ def optimize(
         if not np.isfinite(scores[best]):
             raise ValueError("the ellipsoid recursion overflows or loses all digits on this network")
         value, current = scores[best], jax.tree.map(jnp.asarray, starts[best])
-        done, began = 0, clock()
+        done, pace = 0, Pace()
         size = max(outputs, 2)
         if not jax.tree.leaves(current):
             return current, _constant(p, value), 0
@@ -411,7 +411,7 @@ def optimize(
                 if score < value:
                     value, best_yet = score, trial
                 most = max(done, how.iterations)
-                left = remaining(began, done, most)
+                left = pace(done, most)
                 say(
                     f"{done} of at most {most} iterations{left}: {_constant(p, value):.6g} in float arithmetic"
                 )

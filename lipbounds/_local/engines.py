@@ -42,7 +42,7 @@ from lipbounds._local.stages import Stage, stages_of
 from lipbounds._norms.rounding import U, add_up, require_gradual_underflow
 from lipbounds._text.calls import FAILURES, reason
 from lipbounds._text.device import placed, remembered, sharing
-from lipbounds._text.progress import clock, remaining, say, stoppable
+from lipbounds._text.progress import Pace, say, stoppable
 from lipbounds._text.settings import usual_jax
 from lipbounds._text.threads import one_blas_thread
 from lipbounds._triangle.recursion import FAILURE, Request
@@ -303,7 +303,7 @@ class Around:
         The devices of this process take chunks in turn. Neither their number nor their order changes a chunk.
         """
         count, done = len(self.x), 0
-        parts, devices, began = self.chunks(count), sharing(), clock()
+        parts, devices, pace = self.chunks(count), sharing(), Pace()
 
         def one(rows: slice, device: Any) -> None:
             with usual_jax(), placed(device):  # settings are per thread
@@ -319,7 +319,7 @@ class Around:
                 for rows, task in zip(parts, running, strict=True):
                     task.result()
                     done += rows.stop - rows.start
-                    say(f"{what}: {done} of {count} examples{remaining(began, done, count)}")
+                    say(f"{what}: {done} of {count} examples{pace(done, count)}")
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

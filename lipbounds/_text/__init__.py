@@ -13,6 +13,7 @@ from lipbounds._text.files import (
 from lipbounds._text.html import Html, element, together
 from lipbounds._text.progress import (
     OutOfTime,
+    Pace,
     Progress,
     clock,
     hurried,
@@ -39,9 +40,9 @@ from lipbounds._text.tables import (
 )  # fmt: skip
 
 __all__ = [
-    "DEFLATE", "Direction", "Html", "OutOfTime", "Progress", "as_labels", "check_seed", "clock", "debugging_off",
-    "element", "entry", "html_table", "hurried", "is_special", "label_text", "markdown_table", "markdown_text",
-    "near", "new_axes", "parsed", "percent", "printable", "read_npz", "read_safetensors", "read_text", "remaining",
-    "reporting", "say", "seconds_text", "show", "stoppable", "text_table", "together", "usual_settings", "whole",
-    "within", "write_atomically",
+    "DEFLATE", "Direction", "Html", "OutOfTime", "Pace", "Progress", "as_labels", "check_seed", "clock",
+    "debugging_off", "element", "entry", "html_table", "hurried", "is_special", "label_text", "markdown_table",
+    "markdown_text", "near", "new_axes", "parsed", "percent", "printable", "read_npz", "read_safetensors", "read_text",
+    "remaining", "reporting", "say", "seconds_text", "show", "stoppable", "text_table", "together", "usual_settings",
+    "whole", "within", "write_atomically",
 ]  # fmt: skip

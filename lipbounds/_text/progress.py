@@ -135,6 +135,17 @@ def remaining(began: float, done: float, total: float) -> str:
     return f", about {show_seconds(left)} left" if spent >= _PATIENCE and left >= 1.0 else ""
 
 
+class Pace:
+    """`remaining`, at the rate since the first call: what came before it, a first step, is mostly compilation."""
+
+    def __init__(self) -> None:
+        self.first: tuple[float, float] | None = None
+
+    def __call__(self, done: float, total: float) -> str:
+        began, first = self.first = self.first or (_now(), done)
+        return remaining(began, done - first, total - first)
+
+
 def clock() -> float:
     """Seconds since some moment: the clock of all progress."""
     return _now()
