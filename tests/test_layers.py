@@ -102,6 +102,24 @@ def test_columns_that_hardly_differ_keep_norm_one() -> None:
             assert found.min() >= 1 - 1e-4
 
 
+def test_reflections_at_columns_that_depend_on_each_other_keep_norm_one() -> None:
+    """V of rank 1, of half rank, zero, and with singular values down to 1e-6 of the largest one."""
+    one, two, other = (
+        jax.random.normal(jax.random.key(k), s) for k, s in enumerate(((9, 1), (9, 2), (2, 4)))
+    )
+    steep = jnp.linalg.qr(jnp.hstack([one, two, two**2]))[0][:, :4] * 10.0 ** -jnp.arange(0.0, 8, 2)
+    for v in (one @ other[:1], two @ other, 0 * (two @ other), steep):
+        found = np.linalg.svd(np.asarray(orthogonal.reflection(v), np.float64), compute_uv=False)
+        assert found.max() <= ONE
+
+
+def test_the_power_iteration_converges_for_tiny_weights() -> None:
+    layer = Dense(5, 1, kind="spectral", rngs=nnx.Rngs(1))
+    layer.kernel.set_value(1e-6 * layer.kernel.get_value())
+    iterate(layer, 20)
+    assert np.linalg.norm(np.asarray(layer.weights(), np.float64)) == pytest.approx(1, rel=1e-6)
+
+
 @pytest.mark.parametrize("terms", [2, 3])
 def test_a_series_of_few_terms_promises_what_it_keeps(terms: int) -> None:
     layer = Dense(6, 6, kind="exponential", terms=terms, rngs=nnx.Rngs(1))

@@ -234,7 +234,7 @@ class _Layer(nnx.Module):
 
         def step(_: Any, v: jax.Array) -> jax.Array:
             image, back = jax.vjp(lambda u: self.apply(kernel, u[None])[0], v)
-            return unit(back(image)[0])
+            return unit(back(unit(image))[0])  # in two steps, as the square of a tiny W underflows
 
         self.vector.set_value(jax.lax.fori_loop(0, steps, step, self.vector.get_value()))
 

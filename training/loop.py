@@ -213,7 +213,6 @@ class _Run:
         self.config, self.images, self.spec, self.devices = config, images, spec, devices
         self.progress = progress
         self.ahead: Ahead | None = None
-        # when the first epoch of this call was done, and its number
         self.pace = Pace()
         self.callbacks = tuple(callbacks) if devices.leads else ()
         self.started = time.perf_counter()

@@ -48,10 +48,12 @@ def reflection(v: jax.Array) -> jax.Array:
     """I - 2 V (V* V)^-1 V*, the reflection in the complement of the columns of V (..., n, r): unitary and Hermitian.
 
     Lai et al., Enhancing certified robustness via block reflector orthogonal layers and logit annealing loss, ICML
-    2025. V'V must be regular, as it is almost surely for random V with r <= n.
+    2025. It is I - 2 Q Q* with Q from `orthonormal` and a step of Newton and Schulz, Q (3 I - Q* Q) / 2: Q has norm at
+    most 1 also where V* V is singular, and so has the result. It is unitary where V* V is regular in floating point.
     """
-    half = inverse(adjoint(v) @ v) @ adjoint(v)
-    return jnp.eye(v.shape[-2], dtype=v.dtype) - 2 * (v @ half)
+    q = orthonormal(v)
+    q = q @ (1.5 * jnp.eye(v.shape[-1], dtype=v.dtype) - 0.5 * (adjoint(q) @ q))
+    return jnp.eye(v.shape[-2], dtype=v.dtype) - 2 * (q @ adjoint(q))
 
 
 def orthonormal(a: jax.Array) -> jax.Array:
