@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pathlib
+import signal
 import sys
 import threading
 from typing import Any
@@ -175,9 +176,13 @@ def test_ctrl_c_while_garbage_is_collected_is_not_lost(monkeypatch: pytest.Monke
     others: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", others.append)
     main.keep_interrupts()
-    with pytest.raises(KeyboardInterrupt):
-        Garbage()
-        threading.Event().wait(10.0)
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Garbage()
+            threading.Event().wait(10.0)
+    finally:
+        signal.signal(signal.SIGINT, usual)
     assert not others
 
 

@@ -76,7 +76,7 @@ def test_a_run(trained: Any) -> None:
         lines[1] == f"report: {folder / 'report.html'}" and lines[2] == f"next:   lipbounds evaluate {folder}"
     )
     assert len(lines) == 3
-    progress = [line for line in result.stderr.splitlines() if line.startswith("epoch 2: ")]
+    progress = [line for line in result.stderr.splitlines() if line.startswith("epoch 2 of 2: ")]
     assert (
         len(progress) == 1 and "1000 training images" in progress[0] and "certified at eps 0.5" in progress[0]
     )
