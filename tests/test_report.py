@@ -1,6 +1,7 @@
 """The report of the demo, on a model small enough to be quick, and the demo itself."""
 
 import json
+import pathlib
 import re
 
 import numpy as np
@@ -9,7 +10,7 @@ from command import run
 from documented import differences, documented
 
 import lipbounds as lb
-from lipbounds.analysis import figures
+from lipbounds.analysis import figures, report
 from lipbounds.analysis.demo import run_demo
 from lipbounds.analysis.experiment import measure
 from lipbounds.analysis.report import render, write_report
@@ -115,6 +116,9 @@ def test_a_method_has_one_colour_in_all_figures(results):
         for method in ("naive", "LipLT")
     ]
     assert colours == [{figures.METHOD_COLOURS["naive"]}, {figures.METHOD_COLOURS["liplt"]}]
+    templates = pathlib.Path(report.__file__).parent / "templates"
+    for page in templates.iterdir():  # captions say where a line is, as its colour depends on the method
+        assert not re.search(r"\b(green|blue|red|purple|yellow) line", page.read_text(encoding="utf-8")), page
     assert len({*figures.METHOD_COLOURS.values(), figures.ATTACKED_COLOUR}) == len(figures.METHOD_COLOURS) + 1
 
 
