@@ -155,9 +155,8 @@ def stage(rng, n, d, of, error):
     with mpmath.workdps(60):
         real = exact(g) + exact(off)
     to = d - 1 - np.arange(len(of))
-    return Stage(
-        0, n, maps.Matrix(None, 0.0, 1.0, 1), maps.matrix(Enclosure(g, error)), np.array(of, int), to
-    ), real
+    known, own = maps.Matrix(None, 0.0, 1.0, 1), maps.matrix(Enclosure(g, error))
+    return Stage(0, n, known, own, np.array(of, int), to, np.ones(n)), real
 
 
 def slopes(rng, n):

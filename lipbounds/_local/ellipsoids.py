@@ -275,7 +275,7 @@ def _through(
             made = q[i][at] * scale[:, None]
             return made, float(2 * U * frobenius(made[None])[0])
 
-        found, kept, rd = _solved(q, r, rows, aimed, aim[0], known, early)
+        found, kept, rd = _solved(stage, q, r, rows, aimed, aim[0], known, early)
         q = _sum(q, found, np.zeros(len(q)))
     x = c[:, :, None] * q[:, :n]
     slip = (g.wrong + 2 * U * g.size) * column_norms(x) + TINY
@@ -291,7 +291,7 @@ def _through(
             length = float(frobenius(made[None])[0])
             return made, float(np.sqrt(np.square(scale * slip[i, at]).sum()) + 2 * U * length)
 
-        found, kept, rd = _solved(q, r, columns, aimed, aim[0], known, early)
+        found, kept, rd = _solved(stage, q, r, columns, aimed, aim[0], known, early)
     error, rest = np.zeros(len(c)), None
     if stage.lives_on:
         rest = np.array(u[:, :, of]).transpose(0, 2, 1)  # what follows is in the place of U
@@ -320,6 +320,7 @@ def _run(at: np.ndarray) -> slice | np.ndarray:
 
 
 def _solved(
+    stage: Stage,
     q: np.ndarray,
     r: np.ndarray,
     columns: Callable[[int, np.ndarray, np.ndarray], tuple[np.ndarray, float]],
@@ -345,7 +346,12 @@ def _solved(
         def made(i: int = i, at: np.ndarray = at, block: np.ndarray = block) -> np.ndarray:
             fixed, ends = (aimed[i].astype(q.dtype) @ q[i])[:, at].astype(np.float64), block.diagonal()
             return multipliers.guess(
-                fixed, lambda a: a.astype(q.dtype) @ block, ends.astype(np.float64), r[i, at], p[i][:, at]
+                fixed,
+                lambda a: a.astype(q.dtype) @ block,
+                ends.astype(np.float64),
+                r[i, at],
+                p[i][:, at],
+                stage.effect[at],
             )
 
         try:
@@ -401,7 +407,7 @@ def _through_thin(
 
                     fixed = np.asarray((linear[i].astype(b.dtype) @ b) @ rows.T, np.float64)
                     ends = np.square(rows, dtype=np.float64).sum(axis=1)
-                    return multipliers.guess(fixed, times, ends, r[i, at], aim[0][i][:, at])
+                    return multipliers.guess(fixed, times, ends, r[i, at], aim[0][i][:, at], stage.effect[at])
 
                 d = multipliers.chosen(known[i, at], variance, made)
                 scale, m, wrong = multipliers.feasible_thin(rows, *d, thin.relerr, thin.error)

@@ -412,8 +412,9 @@ def _ready(form: LureForm, norm: float, way: str, word: str, seed: int) -> _Read
         if norm == np.inf:
             # Among the ellipsoids sum dx_i^2 / p_i <= 1, sum 1 / p_i <= 1 around the cube, least trace after the map.
             rows = first[0] if first is not None else begin.dense(n)
-            if stages and stages[0].live is not None:
-                rows = rows[stages[0].live]
+            if stages:
+                live, effect = stages[0].live, stages[0].effect[:, None]
+                rows = rows * (effect if live is None else np.where(live[:, None], effect, 0.0))
             columns = np.sqrt(np.square(rows).sum(axis=0))
             columns = np.maximum(columns, 1e-3 * columns.max(initial=0.0) + 1e-300)
             ball = proof.ball(n, np.minimum(columns.sum() / columns, 2.0**60))

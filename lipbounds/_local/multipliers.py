@@ -60,26 +60,28 @@ def guess(
     variance: np.ndarray,
     r: np.ndarray,
     p: np.ndarray,
+    effect: np.ndarray,
 ) -> np.ndarray:
     """D (m,) where a' S+ a is stationary, nearly: with u_i = (D - Q)^-1 Q (c p + u) it is |u_i| = r_i |p_i| there.
 
     So D_i = |dy_i| / (r_i |p_i|) with dy = Q (c p + u), the increment of y that is worst for a' z, and the signs of u
     those of dy; root mean squares over several directions a. fixed (J, m): Q (c p) on the neurons; times(a): a Q there;
-    variance (m,): the diagonal of Q; p (J, m): a' dz/dv. As p is a guess, |dy_i| / |p_i| is pulled towards the
-    standard deviation of y_i.
+    variance (m,): the diagonal of Q; p (J, m): a' dz/dv; effect (m,): `Stage.effect`. As p is a guess, |dy_i| / |p_i|
+    is pulled towards the standard deviation of y_i over the effect, so that the unit of a neuron does not count.
     """
     dy = fixed
     for _ in range(3):
         dy = fixed + times(np.where(dy < 0, -1.0, 1.0) * r * np.abs(p))  # not 0 where every centre is 0
     usual = np.sqrt(np.maximum(variance, TINY))
-    matters = np.square(p).sum(axis=0)
+    matters = np.square(p / effect).sum(axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.sqrt(np.square(dy).sum(axis=0) / (matters + _FLOOR * matters.mean())) / usual
+        ratio = np.sqrt(np.square(dy / usual).sum(axis=0) / (matters + _FLOOR * matters.mean()))
     middle = float(np.median(ratio))
     if not 0 < middle < np.inf:
-        ratio, middle = usual, float(np.median(usual))  # in its units, so that D is in those of the variance
+        ratio = usual * effect  # so that D is in units of the variance
+        middle = float(np.median(ratio))
     drawn = middle * np.clip(ratio / middle, 1 / _APART, _APART) ** _TRUST
-    return np.asarray(usual * np.minimum(drawn, _MOST * usual) / np.maximum(r, _LEAST))
+    return np.asarray(usual * np.minimum(drawn / effect, _MOST * usual) / np.maximum(r, _LEAST))
 
 
 def chosen(

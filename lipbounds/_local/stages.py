@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -24,6 +25,7 @@ class Stage:
 
     The rows of T are those of W, then those of H that are not zero and not among them already (a residual block reads
     what lives on): H s has the entries `of` of T s at `to`, both empty where H = 0, up to `gap` ||s||.
+    effect (n,): how much a neuron moves the outputs, about (`_effects`).
     live (n,): False where the slope may be taken as 0 (`live_masks`), None where all neurons matter.
     """
 
@@ -33,6 +35,7 @@ class Stage:
     G: Matrix
     of: np.ndarray
     to: np.ndarray
+    effect: np.ndarray
     gap: float = 0.0
     live: np.ndarray | None = None
 
@@ -66,11 +69,11 @@ def stages_of(view: LureForm) -> tuple[Matrix, tuple[Stage, ...]]:
     host = recursion.host_form(view)
     plain = [TapScaling(None, np.ones(tap.size_out), np.ones(tap.size_in)) for tap in view.taps]
     (start, _, _), *maps = host.state_maps(plain)
-    made = []
+    made, effects = [], _effects(maps)
     for k, ((h, g, w), live) in enumerate(zip(maps, recursion.live_masks(view), strict=True)):
         assert g is not None and w is not None
         rows, of, to, gap = _distinct(w, h)
-        made.append(Stage(k, view.taps[k].size_in, matrix(rows), matrix(g), of, to, gap, live))
+        made.append(Stage(k, view.taps[k].size_in, matrix(rows), matrix(g), of, to, effects[k], gap, live))
     return matrix(start), tuple(made)
 
 
@@ -95,3 +98,20 @@ def _distinct(w: Enclosure, h: Enclosure) -> tuple[Enclosure, np.ndarray, np.nda
     of = np.array([place[keys[n + i]] for i in to], int)
     gap = error * (1 + np.sqrt(np.bincount(of).max(initial=1))) * (1 + 8 * U)
     return both.select(rows=np.array(kept, int)), of, to, float(gap)
+
+
+def _effects(maps: Sequence[tuple[Enclosure, Enclosure | None, Enclosure | None]]) -> list[np.ndarray]:
+    """Per tap (n,) > 0, the root of the sum of the squared gains over all paths from a neuron to an output, slopes 1.
+
+    In floats, for the search of multipliers alone: a neuron in another unit has it in that unit, too.
+    """
+    found, seen = [], np.ones(maps[-1][0].shape[0] if maps else 0)
+    for h, g, w in reversed(maps):
+        assert g is not None and w is not None
+        one, two, three = (m.midpoint_for_search().T for m in (h, g, w))
+        own = abs(two) ** 2 @ seen
+        seen = abs(one) ** 2 @ seen + abs(three) ** 2 @ own
+        most = float(own.max(initial=0.0))
+        found.append(np.sqrt(np.maximum(own, 1e-30 * most + 1e-300)))
+        seen = seen / max(float(seen.max(initial=0.0)), 1e-300)  # far from the ends of the range
+    return found[::-1]
