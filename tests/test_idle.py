@@ -66,3 +66,17 @@ def test_pruned_networks_attain_no_slope_above_their_bounds():
                 moved = search.values(centre + step[0]) - search.values(centre + there)
                 slopes = np.linalg.norm(moved, axis=1) / np.linalg.norm(step[0] - there, axis=1)
                 assert slopes.max() <= most * (1 + 1e-9)
+
+
+def test_the_effect_of_a_neuron_is_found_at_any_scale() -> None:
+    """Its square leaves the range of float64 here; the bounds on balls are at most the global one, and finite."""
+    rng = np.random.default_rng(0)
+    weights = [rng.standard_normal(shape) for shape in ((8, 5), (8, 8), (3, 8))]
+    x = rng.standard_normal((2, 5))
+    with jax.enable_x64(True):
+        for scales in ((1e160, 1e-160, 1.0), (1.0, 1e160, 1e-160), (1e200, 1.0, 1e-200), (1e-200, 1.0, 1.0)):
+            form = lb.from_weights([w * s for w, s in zip(weights, scales, strict=True)], activation="relu")
+            for norm in (2, np.inf):
+                with np.errstate(over="raise", invalid="raise"):
+                    found = lb.local(form, x, eps=0.3, norm=norm).value
+                assert (found > 0).all() and (found <= lb.liplt(form, norm=norm).value * (1 + 1e-9)).all()

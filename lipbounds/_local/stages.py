@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -25,7 +27,7 @@ class Stage:
 
     The rows of T are those of W, then those of H that are not zero and not among them already (a residual block reads
     what lives on): H s has the entries `of` of T s at `to`, both empty where H = 0, up to `gap` ||s||.
-    effect (n,): how much a neuron moves the outputs, about (`_effects`).
+    effect (n,): how much a neuron moves the outputs, about, relative to the others (`_effects`).
     live (n,): False where the slope may be taken as 0 (`live_masks`), None where all neurons matter.
     """
 
@@ -103,15 +105,25 @@ def _distinct(w: Enclosure, h: Enclosure) -> tuple[Enclosure, np.ndarray, np.nda
 def _effects(maps: Sequence[tuple[Enclosure, Enclosure | None, Enclosure | None]]) -> list[np.ndarray]:
     """Per tap (n,) > 0, the root of the sum of the squared gains over all paths from a neuron to an output, slopes 1.
 
-    In floats, for the search of multipliers alone: a neuron in another unit has it in that unit, too.
+    Relative to the largest of the tap. In floats, for the search of multipliers alone: a neuron in another unit has it
+    in that unit, too.
     """
     found, seen = [], np.ones(maps[-1][0].shape[0] if maps else 0)
     for h, g, w in reversed(maps):
         assert g is not None and w is not None
-        one, two, three = (m.midpoint_for_search().T for m in (h, g, w))
-        own = abs(two) ** 2 @ seen
-        seen = abs(one) ** 2 @ seen + abs(three) ** 2 @ own
-        most = float(own.max(initial=0.0))
-        found.append(np.sqrt(np.maximum(own, 1e-30 * most + 1e-300)))
-        seen = seen / max(float(seen.max(initial=0.0)), 1e-300)  # far from the ends of the range
+        (one, a), (two, b), (three, c) = (_squares(m.midpoint_for_search().T) for m in (h, g, w))
+        with np.errstate(under="ignore"):
+            own, on = two @ seen, one @ seen
+            found.append(np.sqrt(np.maximum(own / (float(own.max(initial=0.0)) or 1.0), 1e-30)))
+            most = max(a, b + c)
+            seen = math.exp(2 * (a - most)) * on + math.exp(2 * (b + c - most)) * (three @ own)
+            seen = seen / (float(seen.max(initial=0.0)) or 1.0)  # far from the ends of the range
     return found[::-1]
+
+
+def _squares(m: Any) -> tuple[Any, float]:
+    """(the squares of m relative to its largest entry, the logarithm of that)."""
+    size = float(abs(m).max()) if min(m.shape) else 0.0
+    size = max(size, float(np.finfo(np.float64).tiny))
+    with np.errstate(under="ignore"):
+        return (abs(m) / size) ** 2, math.log(size)
