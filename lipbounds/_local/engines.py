@@ -415,6 +415,7 @@ def _ready(form: LureForm, norm: float, way: str, word: str, seed: int) -> _Read
             if stages:
                 live, effect = stages[0].live, stages[0].effect[:, None]
                 rows = rows * (effect if live is None else np.where(live[:, None], effect, 0.0))
+            rows = rows / (float(np.abs(rows).max(initial=0.0)) or 1.0)
             columns = np.sqrt(np.square(rows).sum(axis=0))
             columns = np.maximum(columns, 1e-3 * columns.max(initial=0.0) + 1e-300)
             ball = proof.ball(n, np.minimum(columns.sum() / columns, 2.0**60))
