@@ -25,6 +25,7 @@ SEARCHES = {
     ("wide_blocks.py", "_root"),  # R, of which R R' is compared with the matrix
     ("wide_blocks.py", "product_norm"),  # the estimate beside the bound
     ("ellipsoid.py", "problem"),  # the optimiser's problem
+    ("stages.py", "_effects"),  # units in which multipliers are searched, sound whatever they are
 }
 
 
