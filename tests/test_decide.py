@@ -43,12 +43,12 @@ def test_ctrl_c_in_the_dual_keeps_what_is_proved(monkeypatch):
     problem = verb.prepare(form, x, y, 0.36, box=(0.0, 1.0))
     found = np.full(12, verb.OPEN, verb.WORDS)
     monkeypatch.undo()
-    interrupting(monkeypatch, 2)
+    interrupting(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         verb.decide(problem, found)
     assert 0 < (found == "dual").sum() <= 2 and (found == verb.OPEN).any() and (found == "ellipsoids").any()
     monkeypatch.undo()
-    interrupting(monkeypatch, 2)
+    interrupting(monkeypatch, 3)
     radii = lb.certified_radius(form, x, y, bound=lb.naive(form), local=lb.Local(box=(0.0, 1.0)), eps=0.36)
     assert not radii.complete and radii.counts["dual"] and radii.counts["interrupted"]
     assert (radii.certified(0.36) == np.isin(radii.outcome, ("global", *verb.PROOFS))).all()
