@@ -357,9 +357,8 @@ def keep_interrupts() -> None:
         if not issubclass(ignored.exc_type, KeyboardInterrupt):
             usual(ignored)
             return
-        again = threading.Timer(
-            0.05, _thread.interrupt_main
-        )  # once this hook, where it would be ignored, is left
+        # once this hook is left, as inside of it the interrupt would be ignored again
+        again = threading.Timer(0.05, _thread.interrupt_main)
         again.daemon = True
         with contextlib.suppress(RuntimeError):  # the interpreter ends
             again.start()
