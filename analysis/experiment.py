@@ -38,6 +38,7 @@ LABELS = {
     "liplt-estimate": "LipLT, estimated",
     "empirical": "slope found",
 }
+FROM_L2 = ", from l2"  # ends the label of a bound that `lb.in_norm` converts
 _L2_ONLY = ("liplt-aol", "liplt-sll", "liplt-optimized", "lipsdp-clarabel", "lipsdp-scs")
 _LIPSDP = ("lipsdp", "lipsdp-layer")
 _L2_QUICK = ("empirical", "liplt-estimate")
@@ -133,6 +134,15 @@ def without_pairs(bound: Any) -> Any:
     return dataclasses.replace(bound, pairwise=None, per_class=None)
 
 
+def triangle_bound(form: Any, norm: float, **options: Any) -> lb.UpperBound:
+    """LipLT with pairs, the least of its constants in `norm` and of those that it proves in l2."""
+    found = [lb.liplt(form, norm=p, pairwise=True, **options) for p in dict.fromkeys((norm, 2))]
+    bounds = [
+        bound for bound in found if isinstance(bound, lb.UpperBound)
+    ]  # all but with guarantee="estimate"
+    return lb.in_norm(form, *bounds, norm=norm)
+
+
 def eps_grid(radii: Sequence[Any]) -> list[float]:
     """eps from 0 to just beyond the largest finite radius of several `Radii`."""
     finite = [r[np.isfinite(r)] for r in (np.asarray(item.radius) for item in radii)]
@@ -160,10 +170,12 @@ def measure(
     1 %; slopes are found for the network alone, not for pairs of classes. `known` holds results by the names of their
     methods, which are not computed again. The row of the l2 bound with the largest median radius also has `local`, the
     radii by local bounds, none of which is below that of the bound.
+    After the norm 2 its tightest bound is a row of every other norm, too, converted (`lb.in_norm`).
     A method that refuses becomes a "refused" row with its reason. GuaranteeError (by `lb.compare`) if a
     lower bound exceeds an upper bound of the same norm, since then one of the two is wrong.
     """
     rows: dict[str, list[Json]] = {kind: [] for kind in KINDS}
+    tightest: tuple[str, lb.UpperBound] | None = None
     for norm in norms:
         key = norm_key(norm)
         labels, results = [], []
@@ -185,6 +197,11 @@ def measure(
             else:
                 labels.append(label)
                 results.append(row.result)
+        if norm == 2:
+            tightest = _tightest(labels, results)
+        elif tightest is not None:
+            labels.append(tightest[0] + FROM_L2)
+            results.append(lb.in_norm(form, tightest[1], norm=norm))
         say(f"certified radii, norm {key}")
         compared = lb.compare(form, x, y, methods=results, norm=norm, pairwise=True, progress=False)
         certified: list[tuple[Json, Any]] = []
@@ -214,6 +231,15 @@ def measure(
             )
             best["local"] = radii_record(radii, eps_grid([radii]), single=True)
     return rows
+
+
+def _tightest(labels: Sequence[str], results: Sequence[Any]) -> tuple[str, lb.UpperBound] | None:
+    """The upper bound with the least constants of pairs, on average, and its label."""
+    upper = [pair for pair in zip(labels, results, strict=True) if result_kind(pair[1]) == "upper"]
+    paired = [pair for pair in upper if pair[1].pairwise is not None and len(pair[1].pairwise) > 1]
+    if paired:
+        return min(paired, key=lambda pair: pair[1].average_pair())
+    return min(upper, key=lambda pair: pair[1].value, default=None)
 
 
 def best_certified(rows: Mapping[str, Any]) -> Json:

@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
 from lipbounds._text import Direction, entry, label_text
-from lipbounds.analysis.experiment import LABELS
+from lipbounds.analysis.experiment import FROM_L2, LABELS
 
 Json = dict[str, Any]
 
@@ -53,6 +53,7 @@ NORM_NAMES = {"1": "ℓ₁", "2": "ℓ₂", "inf": "ℓ∞"}
 
 def method_colour(method: str) -> str:
     """The colour of a method, by its name or by its label in `LABELS`."""
+    method = method.removesuffix(FROM_L2)
     name = next((name for name, label in LABELS.items() if label == method), method)
     return METHOD_COLOURS.get(name) or _OTHERS[zlib.crc32(name.encode()) % len(_OTHERS)]
 

@@ -22,6 +22,7 @@ from lipbounds._text import Progress, as_labels, percent, show
 from lipbounds.analysis.attack_search import Attack, as_points
 from lipbounds.analysis.attack_settings import DEFAULT, AttackSettings, norm_name, reports
 from lipbounds.analysis.attacks import pgd
+from lipbounds.analysis.experiment import triangle_bound
 from lipbounds.analysis.robust_accuracy import really_broken
 from lipbounds.results import NORM_NAMES
 
@@ -114,9 +115,7 @@ def perturbation_stability(
     )
     labels = None if y is None else as_labels(y, len(points), form.num_outputs)
     if bound is None:
-        proved = lb.liplt(form, norm=settings.norm, pairwise=True, progress=progress)
-        assert isinstance(proved, lb.UpperBound)  # its guarantee is not "estimate"
-        bound = proved
+        bound = triangle_bound(form, settings.norm, progress=progress)
     if isinstance(bound, lb.UpperBound) and bound.norm != settings.norm:
         raise ValueError(
             f"the bound is in {NORM_NAMES[bound.norm]} and the settings in {norm_name(settings.norm)}: give both the "

@@ -9,6 +9,7 @@ import typing as _typing
 
 from lipbounds._comparison.bracket import bracket
 from lipbounds._comparison.compare import METHODS, compare
+from lipbounds._comparison.in_norm import in_norm
 from lipbounds._empirical.empirical import empirical
 from lipbounds._form.lure import LureForm
 from lipbounds._lipsdp.certificate import save_certificate, verify_certificate
@@ -52,6 +53,7 @@ __all__ = [
     "empirical",
     "examples",
     "from_weights",
+    "in_norm",
     "interop",
     "liplt",
     "lipsdp",

@@ -220,7 +220,7 @@ TAMPERED: dict[str, tuple[Callable[[Fields, Tensors], None], str]] = {
     "single precision": (tensor("proof0.D1", np.float32), "not float64"),
     "an unknown tensor": (tensor("more", np.sqrt), "a tensor 'more' that its header does not name"),
     "a tensor missing": (lambda fields, tensors: tensors.pop("pairwise"), "lacks the tensor 'pairwise'"),
-    "norm inf": (put(norm="inf"), "weights belong to norm inf"),
+    "norm inf": (put(norm="inf"), "its multipliers prove only"),
     "norm 1": (put(norm="1"), "LipSDP bounds are for norm 2 and inf"),
     "norm 3": (put(norm="3"), "norm must be 1, 2 or inf"),
     "weights for l2": (with_weights, "weights belong to norm inf"),

@@ -205,8 +205,24 @@ def test_a_wide_front_is_bounded_as_a_whole(monkeypatch):
     assert "bounded as a whole" in bound.notes[0] and bound.guarantee == "verified"
     assert (whole <= bound.value).all() and (pairs <= bound.pairwise + 1e-12).all()
     assert (bound.value < lb.liplt(form).value).all()
-    with pytest.raises(ValueError, match="in l-inf are by ellipsoids alone"):
-        lb.local(form, x, 0.2, norm=np.inf)
+
+
+def test_a_wide_front_in_linf_is_bounded_on_larger_l2_balls(monkeypatch):
+    """B_inf(x, eps) lies in B_2(x, eps sqrt(12)), and |dx|_2 <= sqrt(12) |dx|_inf."""
+    module = sys.modules["lipbounds._local.engines"]
+    monkeypatch.setattr(module, "TAIL", 26)
+    monkeypatch.setattr(module, "_WORK", 0)  # without ellipsoids of the whole
+    form, rng = mlp(widths=(12, 30, 24, 20, 6)), np.random.default_rng(7)
+    x = rng.standard_normal((12, 12)).astype(np.float32)
+    for guarantee in ("verified", "auto"):
+        bound = lb.local(form, x, 0.2, norm=np.inf, pairwise=True, guarantee=guarantee)
+        whole, pairs = largest_slopes(form, x, 0.2, np.inf, rng)
+        assert any("balls larger by sqrt(12)" in note for note in bound.notes)
+        assert (whole <= bound.value).all() and (pairs <= bound.pairwise + 1e-12).all()
+        assert (bound.value < lb.liplt(form, norm=np.inf).value).all()
+        # what the same engines prove in l2 on these balls, of pairs times sqrt(12)
+        plain = lb.local(form, x, 0.2 * np.sqrt(12), pairwise=True, guarantee=guarantee)
+        assert (bound.pairwise <= plain.pairwise * np.sqrt(12) * (1 + 1e-9)).all()
 
 
 # --- radii ---------------------------------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def certify(
     examples.check()
     asked, norm = norm, norm or "2"
     _check(norm, local, box, at_eps, max(eps or [0.0]), seconds_per_image, attack, coordinator)
-    chosen = common.choose_method(method, norm, scaling, False)
+    chosen = common.choose_method(method, "2", scaling, False)  # norm 1 has LipSDP's l2 bound
     read = common.files_read(model, reading, certificate=files.certificate, **examples.files())
     common.check_apart({"--json": files.json, "--csv": files.csv}, read)
     if files.certificate is not None:
@@ -187,7 +187,7 @@ def certify(
         if files.certificate is None:
             if method is None:
                 chosen = common.method_of_size(chosen, form)
-            bound = common.bound_of(form, chosen, scaling, {"norm": float(norm), **options})
+            bound = common.best_in_norm(form, chosen, scaling, norm, options)
         else:
             bound, norm = bound_in(files.certificate, form, asked, guarantee)
         request: Guarantee = "verified" if guarantee == "verified" else "auto"

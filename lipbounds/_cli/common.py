@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from lipbounds.errors import GuaranteeError
 
 Json = dict[str, Any]
 QUICK_LIPSDP = 2048  # neurons above which LipSDP takes minutes on a CPU
-DEFAULT_OF_SIZE = f"lipsdp up to {QUICK_LIPSDP} neurons; liplt above, with --scaling or in norm 1"
+DEFAULT_OF_SIZE = f"lipsdp up to {QUICK_LIPSDP} neurons; liplt above, or with --scaling"
 
 
 @contextlib.contextmanager
@@ -78,6 +79,15 @@ def bound_of(form: Any, method: str, scaling: Any, options: Json) -> Any:
         return lb.liplt(form, **options, scaling=None if scaling == "none" else scaling)
     with tables.working() as tell:
         return lb.lipsdp(form, **options, progress=tell)
+
+
+def best_in_norm(form: Any, method: str, scaling: Any, norm: Norm, options: Json) -> Any:
+    """The bound in any norm, where that is not l2 with the constants that the bound in l2 proves in this norm."""
+    p = float(norm)
+    if p == 2 or (p == math.inf and method == "lipsdp"):  # LipSDP in l-inf is the least of both by itself
+        return bound_of(form, method, scaling, {"norm": p, **options})
+    own = bound_of(form, "liplt" if method == "lipsdp" else method, scaling, {"norm": p, **options})
+    return lb.in_norm(form, own, bound_of(form, method, scaling, {"norm": 2, **options}), norm=norm)
 
 
 def load_batched(path: Path, how: Reading, stack: contextlib.ExitStack) -> tuple[Any, tuple[int, ...], int]:

@@ -38,6 +38,7 @@ from lipbounds._lipsdp.claims import check_fields
 from lipbounds._lipsdp.dense_form import DenseGain, dense_gain
 from lipbounds._lipsdp.state_matrices import hybrid_start, sequence
 from lipbounds._lipsdp.wide_proof import propagate_chain
+from lipbounds._norms.between import enlarged, stretch, value_from
 from lipbounds._norms.rounding import add_up
 from lipbounds._text.calls import FAILURES, public, reason, usual_floats
 from lipbounds._text.files import write_atomically
@@ -61,7 +62,7 @@ class Proof:
     Args:
         D: inverse multipliers, per segment (n_k,); in the dense form per tap. Finite, > 0.
         start_at: the tap where the ellipsoid starts: 0 is the input; k > 0 a proved ellipsoid of the state there.
-        weights: (n_in,) the p of an l-inf input; None for l2.
+        weights: (n_in,) the p of an l-inf input; None for l2, whose constants are converted where l-inf is claimed.
         relative: D_i of a sequence is in units of (W S W')_ii (`proof.propagate_sequence`).
         kind: "sequence" (tap after tap), "dense" (one matrix) or "chain" (layers wider than their neighbours first).
     """
@@ -87,6 +88,17 @@ class Constants:
     pairwise: np.ndarray = field(repr=False)
     guarantee: str = "verified"
     failure: float = 0.0
+
+    def in_norm(self, norm: float, inputs: int) -> Constants:
+        """Constants in another norm than l2, from these in l2."""
+        factor = stretch(inputs, 2, norm)
+        value = float(enlarged(value_from(self.value, self.per_class, len(self.per_class), 2, norm), factor))
+        return replace(
+            self,
+            value=value,
+            per_class=enlarged(self.per_class, factor),
+            pairwise=enlarged(self.pairwise, factor),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,8 +213,11 @@ def proved_constants(
     weights = proof.weights
     if proof.kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {proof.kind!r}")
-    if proof.start_at == 0 and (weights is None) != (norm == 2):
-        raise ValueError("weights belong to norm inf, and only to it")
+    if weights is not None and norm == 2:
+        raise ValueError("weights belong to norm inf")
+    if weights is None and norm != 2:
+        own = proved_constants(form, proof, guarantee=guarantee, seed=seed, gain=gain)
+        return own.in_norm(norm, form.in_size)
     how, failure = "verified", 0.0
     if proof.kind == "dense":
         if proof.start_at != 0:
@@ -212,8 +227,8 @@ def proved_constants(
         _proof.check_counts(proof.D, counts)
         ellipsoid = _proof.propagate_dense(gain, np.concatenate([np.zeros(0), *proof.D]), weights)
     elif proof.kind == "chain":
-        if proof.start_at != 0 or norm != 2:
-            raise ValueError("the proof of a chain starts at the input, in norm 2")
+        if proof.start_at != 0 or weights is not None:
+            raise ValueError("the proof of a chain starts at the input and has no weights")
         own = chain(form)
         _proof.check_counts(proof.D, tuple(active.size for active in own.active))
         ellipsoid = propagate_chain(own, proof.D)

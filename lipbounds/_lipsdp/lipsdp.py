@@ -71,7 +71,8 @@ def lipsdp(
             the same problem through CVXPY, for small networks (pip install "lipbounds[sdp]"). With options of its own:
             `lb.Recursion(...)`, `lb.Cvxpy(...)`.
         multipliers: "neuron" (LipSDP-Neuron) or "layer" (LipSDP-Layer, looser).
-        norm: 2, or inf for inputs and outputs in the l-inf norm (recursion only).
+        norm: 2, or inf for inputs and outputs in the l-inf norm (recursion only). Networks that are wide, or solved on
+            the dense form in l2, also have what the l2 constants prove: these times the root of the number of inputs.
         pairwise: also L_ij for all pairs and L_i per class. "recursion" gets all pairs from two passes, one for the
             whole network and one for the pairs; CVXPY solves one problem per pair.
         guarantee: "auto", "verified", "probabilistic" or "estimate", as in `lb.liplt`; probabilistic parts can only
@@ -133,7 +134,9 @@ def _check_options(
         coupled = " (coupled multipliers are invalid: arXiv 2005.02929)" if multipliers == "network" else ""
         raise ValueError(f"multipliers must be 'neuron' or 'layer', got {multipliers!r}{coupled}")
     if norm == 1:
-        raise ValueError("LipSDP is for norm=2 and inf; in norm 1 use lb.liplt(form, norm=1)")
+        raise ValueError(
+            "LipSDP is for norm=2 and inf; in norm 1 use lb.in_norm(form, lb.lipsdp(form, pairwise=True), norm=1)"
+        )
     if isinstance(how, Cvxpy):
         if norm != 2:
             raise ValueError(f"solver={how.name!r} is for norm=2; solver='recursion' takes norm=inf")

@@ -202,8 +202,6 @@ class _Attempts:
         free = how.start_at is None and how.initial is None and not task.layers
         self.wide = bool(place and free and task.norm == 2 and self.dense is None)
         self.possible = task.norm == 2 or not place
-        if not self.possible:
-            self.notes.append("too wide for an ellipsoid in the l-inf norm")
 
         @functools.cache
         def ellipsoids() -> _Ellipsoids:
@@ -294,9 +292,24 @@ def by_recursion(task: Task, how: Recursion, pairwise: bool, limit: int | None =
     """Proofs for the whole network, and for the pairs.
 
     On the dense form where the network is small enough; as a chain where a state is too wide for the recursion (limit:
-    bytes of memory); else by the recursion.
+    bytes of memory); else by the recursion. In l-inf these are searches in l2, whose constants are converted: where the
+    dense form can be solved for every pair, and where a state is too wide for the recursion in l-inf.
     """
     attempts = _Attempts(task, how)
+    if task.norm == 2:
+        return _searched(attempts, how, pairwise, limit)
+    own = _searched(attempts, how, pairwise, limit) if attempts.possible else Answer()
+    square = _Attempts(replace(task, norm=2), how)
+    if attempts.possible and square.dense is None:
+        return own
+    other = _searched(square, how, pairwise, limit)
+    size = task.form.in_size
+    converted = [Found(f.proof, f.constants.in_norm(task.norm, size)) for f in other.found]
+    return Answer((*own.found, *converted), (*own.notes, *(f"in l2: {note}" for note in other.notes)))
+
+
+def _searched(attempts: _Attempts, how: Recursion, pairwise: bool, limit: int | None) -> Answer:
+    task = attempts.task
     if attempts.wide:
         with attempts.noting("LipSDP of the whole network as a chain"):
             answer = by_chain(task, how, pairwise, limit)

@@ -39,6 +39,7 @@ from lipbounds._local.forward import Seen, logits
 from lipbounds._local.maps import Matrix
 from lipbounds._local.passes import Passes
 from lipbounds._local.stages import Stage, stages_of
+from lipbounds._norms.between import enlarged, stretch
 from lipbounds._norms.rounding import U, add_up, require_gradual_underflow
 from lipbounds._text.calls import FAILURES, reason
 from lipbounds._text.device import placed, remembered, sharing
@@ -46,6 +47,7 @@ from lipbounds._text.progress import Pace, say, stoppable
 from lipbounds._text.settings import usual_jax
 from lipbounds._text.threads import one_blas_thread
 from lipbounds._triangle.recursion import FAILURE, Request
+from lipbounds.results import NORM_NAMES
 
 _MOST_OUTPUTS = 4096  # of a local bound, which holds K x K blocks per example
 _WORK = 6e10  # operations of ellipsoids around one example, run without being asked for
@@ -100,13 +102,16 @@ def ways(form: LureForm, norm: float, guarantee: str, memory: int | None = None)
     """The engines that apply to a form, cheapest first.
 
     Ellipsoids of a network that is wider than `TAIL` somewhere are among them where those of one example fit the
-    memory, in bytes; without a budget, where they take at most `LIMIT` bytes and `_WORK` operations.
+    memory, in bytes; without a budget, where they take at most `LIMIT` bytes and `_WORK` operations. In l-inf they are
+    the only ones where they fit; elsewhere the others bound the network on the l2 balls around the l-inf balls.
 
     Raises:
         ValueError: norm 1, an unknown guarantee; NoEngineError where no engine applies.
     """
     if norm == 1:
-        raise ValueError("local bounds are for norm 2 and inf, not 1")
+        raise ValueError(
+            "local bounds are for norm 2 and inf, not 1; a radius in norm 2 is one in norm 1, too"
+        )
     if guarantee not in ("auto", "verified"):
         raise ValueError(f"guarantee must be 'auto' or 'verified' for local bounds, got {guarantee!r}")
     if form.num_outputs > _MOST_OUTPUTS:
@@ -119,9 +124,7 @@ def ways(form: LureForm, norm: float, guarantee: str, memory: int | None = None)
         return ("ellipsoids",)
     refused = too_large(form, memory)
     found = () if refused else ("ellipsoids",)
-    if norm != 2:
-        if refused:
-            raise NoEngineError(f"local bounds in l-inf are by ellipsoids alone, but {refused}")
+    if norm != 2 and found:
         return found
     if guarantee == "verified":
         return ("hybrid", *found)
@@ -219,7 +222,8 @@ class Around:
         way: one of `ways`, None for the first.
         memory: bytes of the ellipsoids of all examples that are bounded at the same time, `LIMIT` if None.
 
-    used (N,) marks the examples whose result this engine gave; parts share it.
+    used (N,) marks the examples whose result this engine gave; parts share it. stretch: what constants of `outputs` and
+    `estimates` have to be multiplied by (`enlarged`), as they are in l2 where the engine is, whatever the norm.
     """
 
     def __init__(
@@ -236,17 +240,24 @@ class Around:
     ) -> None:
         require_gradual_underflow()
         self.way = ways(form, norm, guarantee, memory)[0] if way is None else way
+        own = (
+            norm if self.way == "ellipsoids" else 2.0
+        )  # the others are in l2: B_inf(x, eps) lies in B_2(x, eps sqrt(n))
+        self.stretch = stretch(form.in_size, own, norm)
         self.memory = LIMIT if memory is None else memory
         kept = {} if form.assumed else _READY.setdefault(form, {})
         # only the bound of the front depends on more than the form
-        wanted = norm, self.way, *((guarantee, seed) if self.way == "hybrid" else ())
-        ready = remembered(kept, wanted, lambda: _ready(form, norm, self.way, guarantee, seed))
+        wanted = own, self.way, *((guarantee, seed) if self.way == "hybrid" else ())
+        ready = remembered(kept, wanted, lambda: _ready(form, own, self.way, guarantee, seed))
         self.form, self.ready = form, ready
         self.whole = form if ready.whole is None else ready.whole
         self.view = form if ready.view is None else ready.view
         self.guarantee, self.failure, self.notes = ready.guarantee, ready.failure, ready.notes
+        if own != norm:
+            around = f"in l2, on balls larger by sqrt({form.in_size}), which hold those in {NORM_NAMES[norm]}"
+            self.notes = (*self.notes, around)
         self.seed = seed
-        self.norm, self.x, self.box = norm, x, box
+        self.norm, self.x, self.box = own, x, box
         self.used = np.zeros(len(x), bool)
         if ready.front is not None:
             self.failure = min(1.0, FAILURE * len(x))
@@ -334,13 +345,13 @@ class Around:
         call: int = 0,
         **options: Any,
     ) -> np.ndarray:
-        """(N, J, K, K) for radius eps around these rows: the constant of a' z is at most sum_j sqrt(a' S_j a).
+        """(N, J, K, K) for radius eps around rows: the constant of a' z is at most `stretch` sum_j sqrt(a' S_j a).
 
         labels: (N,) classes whose margins matter, against the example itself; None is all outputs and all pairs of
         points. call: which call about these examples it is, from 0. options: of `Passes.proved`, from ellipsoids.
         """
         anchored = labels is not None
-        ready = self.ready
+        ready, eps = self.ready, enlarged(eps, self.stretch)
         if ready.front is not None:
             values = self.values.rows(rows)
             rng = np.random.default_rng([self.seed, call])
@@ -357,7 +368,7 @@ class Around:
     @np.errstate(all="ignore")
     def estimates(self, rows: Any, eps: np.ndarray, *, labels: np.ndarray | None = None) -> np.ndarray:
         """As `outputs`, about, from float32 recursions: nothing is proved. Not of local LipLT."""
-        return self.passes.estimated(self._places(rows), eps, labels)[:, None]
+        return self.passes.estimated(self._places(rows), enlarged(eps, self.stretch), labels)[:, None]
 
     def _places(self, rows: Any) -> np.ndarray:
         return np.arange(len(self.x))[rows]

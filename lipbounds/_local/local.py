@@ -27,6 +27,7 @@ from lipbounds._local import ellipsoids
 from lipbounds._local.core import LocalCore
 from lipbounds._local.engines import Around, bounded, ways
 from lipbounds._local.forward import check_inputs
+from lipbounds._norms.between import enlarged
 from lipbounds._norms.rounding import add_up, gamma, sqrt_up
 from lipbounds._text.device import Device
 from lipbounds._text.html import Html, element
@@ -199,12 +200,12 @@ def local(
                     found = add_up(*(_largest_root(block) for block in blocks))
                 else:
                     roots = np.sum([proof.class_roots(block, 0) for block in blocks], axis=0)
-                    found = float(roots.max(initial=0.0))
+                    found = float(enlarged(roots.max(initial=0.0) * (1 + gamma(len(blocks))), near.stretch))
                 near.used[row] |= found < value[i]
                 value[i] = min(value[i], found)
                 if pairwise:
                     between = np.sum([proof.pair_roots(block, 0) for block in blocks], axis=0)
-                    between *= 1 + gamma(len(blocks))
+                    between = enlarged(between * (1 + gamma(len(blocks))), near.stretch)
                     near.used[row] |= (between < pairs[i]).any()
                     pairs[i] = np.minimum(pairs[i], between)
 

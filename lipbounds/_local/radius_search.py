@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from lipbounds._local.engines import Around
+from lipbounds._norms.between import enlarged
 from lipbounds._norms.rounding import U, gamma, roots_up, squared_distances
 
 _ROOM = 4.0  # a search continues while the last ball was certified and the radius may grow by a larger factor
@@ -139,6 +140,7 @@ class Search:
 
     def _radii(
         self,
+        near: Around,
         bounds: Callable[..., np.ndarray],
         at: np.ndarray,
         rows: np.ndarray,
@@ -147,10 +149,10 @@ class Search:
     ) -> np.ndarray:
         """m(eps) for some rows of a chunk with the examples `at`, 0 without a bound.
 
-        bounds: `Around.outputs`; with `Around.estimates` m is an estimate.
+        bounds: `near.outputs`; with `near.estimates` m is an estimate.
         """
         labels, gaps = self.labels[at[rows]], self.gaps[at[rows]]
-        scale = row_roots(bounds(rows, eps, labels=labels, **options), labels)
+        scale = enlarged(row_roots(bounds(rows, eps, labels=labels, **options), labels), near.stretch)
         return np.where(np.isfinite(scale).all(axis=1), ratios(gaps, scale), 0.0)
 
     def _reach(self, near: Around, part: slice) -> None:
@@ -161,7 +163,7 @@ class Search:
             if not left.size:
                 return
             eps = np.full(left.size, goal)
-            m = self._radii(near.outputs, at, left, eps, call=call, **options)
+            m = self._radii(near, near.outputs, at, left, eps, call=call, **options)
             self._keep(near, at, left, np.minimum(m, goal))
             # better multipliers of a wide network add a few per cent
             left = left[(m < goal) & ((m > _HOPE * goal) | (not near.improves))]
@@ -183,7 +185,7 @@ class Search:
             left = found.left(self.tries)
             if not (found.high > self.best[at[rows]])[left].any():
                 break
-            found.tried(left, self._radii(near.outputs, at, rows[left], found.eps[left], call=call))
+            found.tried(left, self._radii(near, near.outputs, at, rows[left], found.eps[left], call=call))
             self._keep(near, at, rows, found.low)
         self._leave(at[rows], np.where(found.whole, found.high, 0.0))
 
@@ -191,7 +193,7 @@ class Search:
         """The rows of a chunk whose radius is another one by one or two proofs than by estimates."""
         found, best = Interval(self.start[at]), self.best[at]
         while (left := found.left(self.tries)[(found.high > best)[found.left(self.tries)]]).size:
-            found.tried(left, self._radii(near.estimates, at, left, found.eps[left]))
+            found.tried(left, self._radii(near, near.estimates, at, left, found.eps[left]))
         rows = np.flatnonzero(found.high > best)
         more = np.zeros(len(at), bool)
         last = found.eps * (_SPARE if near.improves else 1.0)
@@ -199,7 +201,7 @@ class Search:
             if not rows.size:
                 break
             eps = balls[rows]
-            m = self._radii(near.outputs, at, rows, eps, search=False)
+            m = self._radii(near, near.outputs, at, rows, eps, search=False)
             self._keep(near, at, rows, np.minimum(m, eps))
             self._leave(at[rows], np.where(m >= eps, np.minimum(m, found.high[rows]), 0.0))
             more[rows] |= (m >= eps) & (_ANEW * m > found.high[rows])  # the estimates were too large

@@ -216,8 +216,8 @@ def certified_radius(
             pairs where the outputs are more than 2048.
         local: also bound the network around each example (`lb.local`, with slopes anchored at the example): every ball
             of radius eps certifies min(eps, min_i (z_y - z_i) / L_yi(eps)). The result is the maximum of these and the
-            global radius. Norms 2 and inf. If no local bound applies (more than 4096 outputs, or l-inf and wider than
-            the memory allows) the global radii are returned, with a note. True or `lb.Local(...)`.
+            global radius. Norms 2 and inf (a radius in l2 is one in l1, too). If no local bound applies (more than 4096
+            outputs) the global radii are returned, with a note. True or `lb.Local(...)`.
         eps: a radius that is enough, with local. Every engine is used that can certify it, cheapest first, and only
             around the examples that are still open: the bound of the whole network, the local bounds, and the dual of
             `lb.margins`. A radius is then at least eps where the example is certified at eps.
