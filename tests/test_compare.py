@@ -469,7 +469,7 @@ def test_norm_1_on_a_traced_network():
     c = compare_function(real(1), norm=1)
     assert c["naive"].kind == c["liplt"].kind == "upper" and c.lower.value <= c.upper.value
     assert all(r.kind != "none" or r.reason for r in c)
-    assert "in norm 1 use lb.in_norm" in c["lipsdp"].reason and "norm 1" in c["lipsdp-scs"].reason
+    assert "in norm 1 use lb.liplt" in c["lipsdp"].reason and "norm 1" in c["lipsdp-scs"].reason
 
 
 @pytest.mark.slow

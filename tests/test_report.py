@@ -58,11 +58,14 @@ def test_rows_are_typed_and_radii_follow_the_bounds(results):
         ("LipLT", "2"),
         ("naive", "inf"),
         ("LipLT", "inf"),
+        ("LipLT, from l2", "inf"),
     ]
     assert [row["norm"] for row in model["lower"]] == ["2", "inf"] and not model["refused"]
     for norm in ("2", "inf"):
         (low,) = (row["value"] for row in model["lower"] if row["norm"] == norm)
-        naive, liplt = (row for row in model["upper"] if row["norm"] == norm)
+        naive, liplt, *others = (row for row in model["upper"] if row["norm"] == norm)
+        assert len(others) == (norm == "inf")
+        assert all(row["pairs"]["average"] < 0.8 * liplt["pairs"]["average"] for row in others)
         assert 0 < low <= liplt["value"] <= naive["value"]
         curves = [row["certified"] for row in (liplt, naive, liplt["without_pairs"])]
         assert curves[0]["eps"] == curves[1]["eps"] == curves[2]["eps"]

@@ -87,7 +87,7 @@ def best_in_norm(form: Any, method: str, scaling: Any, norm: Norm, options: Json
     if p == 2 or (p == math.inf and method == "lipsdp"):  # LipSDP in l-inf is the least of both by itself
         return bound_of(form, method, scaling, {"norm": p, **options})
     own = bound_of(form, "liplt" if method == "lipsdp" else method, scaling, {"norm": p, **options})
-    return lb.in_norm(form, own, bound_of(form, method, scaling, {"norm": 2, **options}), norm=norm)
+    return lb.in_norm(form, own, bound_of(form, method, scaling, {"norm": 2, **options}), norm=p)
 
 
 def load_batched(path: Path, how: Reading, stack: contextlib.ExitStack) -> tuple[Any, tuple[int, ...], int]:

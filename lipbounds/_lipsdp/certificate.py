@@ -216,8 +216,8 @@ def proved_constants(
     if weights is not None and norm == 2:
         raise ValueError("weights belong to norm inf")
     if weights is None and norm != 2:
-        own = proved_constants(form, proof, guarantee=guarantee, seed=seed, gain=gain)
-        return own.in_norm(norm, form.in_size)
+        square = proved_constants(form, proof, guarantee=guarantee, seed=seed, gain=gain)
+        return square.in_norm(norm, form.in_size)
     how, failure = "verified", 0.0
     if proof.kind == "dense":
         if proof.start_at != 0:

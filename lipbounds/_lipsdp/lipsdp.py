@@ -135,7 +135,8 @@ def _check_options(
         raise ValueError(f"multipliers must be 'neuron' or 'layer', got {multipliers!r}{coupled}")
     if norm == 1:
         raise ValueError(
-            "LipSDP is for norm=2 and inf; in norm 1 use lb.in_norm(form, lb.lipsdp(form, pairwise=True), norm=1)"
+            "LipSDP is for norm=2 and inf; in norm 1 use lb.liplt(form, norm=1), or what LipSDP proves by way of l2: "
+            "lb.in_norm(form, lb.lipsdp(form, pairwise=True), norm=1)"
         )
     if isinstance(how, Cvxpy):
         if norm != 2:
