@@ -31,10 +31,13 @@ needs_cvxpy = pytest.mark.skipif(
     importlib.util.find_spec("cvxpy") is None, reason="CVXPY is not installed (pip install lipbounds[sdp])"
 )
 NOT_BELOW, ABOVE, MEDIAN = 1e-7, 1e-3, 1e-4
-# the recursion ends its steps where they gain nothing, which depends on the rounding of XLA: eight layers were 0.62e-3
-# above with jax 0.10 and 1.06e-3 with jax 0.12
-DEEP = 2
 """How far a bound may lie below the optimum of a solver, above it, and above it in the median; relative."""
+DEEP = 2
+"""Factor of `ABOVE` for the recursion alone on larger networks.
+
+It ends its steps where they gain nothing, which depends on the rounding of XLA: eight layers were 0.62e-3 above with
+jax 0.10 and 1.06e-3 above with jax 0.12.
+"""
 
 
 # ------------------------------------------------------------------------------------- the networks
