@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import pytest
 import lipbounds as lb
 from lipbounds import analysis
 from lipbounds.training.config import Config
-from lipbounds.training.loop import fit
+from lipbounds.training.loop import fit, resume
 from lipbounds.training.step import TrainState
 
 RNG = np.random.default_rng(0)
@@ -70,6 +71,20 @@ def test_attacks_do_not_depend_on_settings(attack: str, setting: str) -> None:
     assert not np.array_equal(usual, X)
     with SETTINGS[setting]():
         assert np.array_equal(found(), usual)
+
+
+def test_a_run_goes_on_with_the_same_random_numbers_whatever_the_settings(tmp_path: Path) -> None:
+    def stop(record: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    data = np.random.default_rng(0).random((16, 2, 2, 1)).astype(np.float32), np.arange(16) % 2
+    config = Config(arch="4-2", loss="cross-entropy", epochs=2, batch_size=2, validate_every=0)
+    usual = fit(config, data, progress=False).state
+    with jax.default_prng_impl("rbg"), jax.threefry_partitionable(False), pytest.raises(KeyboardInterrupt):
+        fit(config, data, out=tmp_path / "run", progress=stop)
+    with jax.default_prng_impl("unsafe_rbg"):
+        again = resume(tmp_path / "run", data=data, progress=False).state
+    assert all(map(np.array_equal, jax.tree.leaves(again), jax.tree.leaves(usual)))
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 import lipbounds as lb
-from lipbounds._text import Pace, debugging_off, reporting, say
+from lipbounds._text import Pace, reporting, say, usual_programs
 from lipbounds.training import parallel, robust_watch, runs, watch
 from lipbounds.training.callbacks import Callback
 from lipbounds.training.checkpoints import CheckpointError, Checkpoints
@@ -63,7 +63,7 @@ class Fitted:
     ahead: Ahead | None = dataclasses.field(default=None, repr=False)
 
 
-@debugging_off()
+@usual_programs()
 def fit(
     config: Config,
     data: Dataset | tuple[np.ndarray, np.ndarray] | None = None,
@@ -125,7 +125,7 @@ def fit(
         return run.go(folder, checkpoints, [])
 
 
-@debugging_off()
+@usual_programs()
 def resume(
     folder: str | os.PathLike[str],
     *,

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from lipbounds._text import usual_programs
 from lipbounds.training import batch_norm_nets, lipnext, lipschitz_nets, liresnet
 from lipbounds.training.activations import ClippedRelu
 from lipbounds.training.activations import maxmin as maxmin
@@ -300,8 +301,12 @@ def spec_for(
     return ModelSpec("mlp", (height, width, channels), {"widths": arch, **common})
 
 
+@usual_programs()
 def build(spec: ModelSpec, seed: int = 0) -> nnx.Module:
-    """A model with fresh weights. Raises ValueError for an unknown architecture or unsuitable arguments."""
+    """A model with fresh weights, which JAX's settings do not change.
+
+    Raises ValueError for an unknown architecture or unsuitable arguments.
+    """
     try:
         make, fixed = ARCHITECTURES[spec.architecture]
     except KeyError:

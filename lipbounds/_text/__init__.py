@@ -23,7 +23,7 @@ from lipbounds._text.progress import (
     stoppable,
     within,
 )  # fmt: skip
-from lipbounds._text.settings import debugging_off, usual_settings
+from lipbounds._text.settings import usual_programs, usual_settings
 from lipbounds._text.tables import (
     Direction,
     entry,
@@ -40,9 +40,9 @@ from lipbounds._text.tables import (
 )  # fmt: skip
 
 __all__ = [
-    "DEFLATE", "Direction", "Html", "OutOfTime", "Pace", "Progress", "as_labels", "check_seed", "clock",
-    "debugging_off", "element", "entry", "html_table", "hurried", "is_special", "label_text", "markdown_table",
-    "markdown_text", "near", "new_axes", "parsed", "percent", "printable", "read_npz", "read_safetensors", "read_text",
-    "remaining", "reporting", "say", "seconds_text", "show", "stoppable", "text_table", "together", "usual_settings",
-    "whole", "within", "write_atomically",
+    "DEFLATE", "Direction", "Html", "OutOfTime", "Pace", "Progress", "as_labels", "check_seed", "clock", "element",
+    "entry", "html_table", "hurried", "is_special", "label_text", "markdown_table", "markdown_text", "near",
+    "new_axes", "parsed", "percent", "printable", "read_npz", "read_safetensors", "read_text", "remaining",
+    "reporting", "say", "seconds_text", "show", "stoppable", "text_table", "together", "usual_programs",
+    "usual_settings", "whole", "within", "write_atomically",
 ]  # fmt: skip

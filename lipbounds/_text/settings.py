@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import jax
 
@@ -25,21 +25,24 @@ def debugging_off() -> Iterator[None]:
 
 
 @contextmanager
-def usual_settings() -> Iterator[None]:
-    """Compute with JAX's default settings inside: `debugging_off`, with products, programs and random numbers as usual.
+def usual_programs() -> Iterator[None]:
+    """`debugging_off`; functions are compiled inside, and a seed gives the same random numbers for every user."""
+    with (
+        debugging_off(),
+        jax.disable_jit(False),
+        jax.default_prng_impl("threefry2x32"),
+        jax.threefry_partitionable(True),
+    ):
+        yield
 
-    Products in the precision of their operands: with a preset such as "BF16_BF16_F32" even float64 operands would be
-    rounded to bfloat16. Functions are compiled, and a seed gives the same random numbers for every user.
+
+@contextmanager
+def usual_settings() -> Iterator[None]:
+    """Compute with JAX's default settings inside: `usual_programs`, and products in the precision of their operands.
+
+    With a preset such as "BF16_BF16_F32" even float64 operands would be rounded to bfloat16.
     """
-    with ExitStack() as stack:
-        for setting in (
-            debugging_off(),
-            jax.default_matmul_precision("highest"),
-            jax.disable_jit(False),
-            jax.default_prng_impl("threefry2x32"),
-            jax.threefry_partitionable(True),
-        ):
-            stack.enter_context(setting)
+    with usual_programs(), jax.default_matmul_precision("highest"):
         yield
 
 
