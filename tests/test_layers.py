@@ -120,6 +120,17 @@ def test_the_power_iteration_converges_for_tiny_weights() -> None:
     assert np.linalg.norm(np.asarray(layer.weights(), np.float64)) == pytest.approx(1, rel=1e-6)
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-20, 1e25])
+def test_the_power_iteration_goes_on_after_weights_for_which_it_has_no_direction(size: float) -> None:
+    layer = Dense(3, 2, kind="spectral", rngs=nnx.Rngs(1))
+    usual = layer.kernel.get_value()
+    layer.kernel.set_value(size * usual)
+    iterate(layer, 20)
+    layer.kernel.set_value(2 * usual)
+    iterate(layer, 20)
+    assert np.linalg.norm(np.asarray(layer.weights(), np.float64), 2) == pytest.approx(1, rel=1e-6)
+
+
 @pytest.mark.parametrize("terms", [2, 3])
 def test_a_series_of_few_terms_promises_what_it_keeps(terms: int) -> None:
     layer = Dense(6, 6, kind="exponential", terms=terms, rngs=nnx.Rngs(1))

@@ -229,12 +229,13 @@ class _Layer(nnx.Module):
         raise NotImplementedError
 
     def iterate(self, steps: int = 1) -> None:
-        """Advance the power iteration by so many steps: v to W'W v, normalised."""
+        """Advance the power iteration by so many steps: v to W'W v, normalised; v stays where that vanishes."""
         kernel = self.kernel.get_value()
 
         def step(_: Any, v: jax.Array) -> jax.Array:
             image, back = jax.vjp(lambda u: self.apply(kernel, u[None])[0], v)
-            return unit(back(unit(image))[0])  # in two steps, as the square of a tiny W underflows
+            found = unit(back(unit(image))[0])  # in two steps, as the square of a tiny W underflows
+            return jnp.where(jnp.sum(found * found) > 0.5, found, v)
 
         self.vector.set_value(jax.lax.fori_loop(0, steps, step, self.vector.get_value()))
 
