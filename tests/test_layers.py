@@ -102,6 +102,11 @@ def test_columns_that_hardly_differ_keep_norm_one() -> None:
             assert found.min() >= 1 - 1e-4
 
 
+def test_matrices_whose_squares_underflow_have_norm_at_most_one() -> None:
+    found = orthogonal.orthonormal(jnp.full((72, 3), 1e-20))
+    assert 0 < np.linalg.norm(np.asarray(found, np.float64), 2) <= ONE
+
+
 def test_reflections_at_columns_that_depend_on_each_other_keep_norm_one() -> None:
     """V of rank 1, of half rank, zero, and with singular values down to 1e-6 of the largest one."""
     one, two, other = (

@@ -46,3 +46,40 @@ def test_a_pickled_bound_serves_in_another_process(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stderr
     expected = lb.certified_radius(form, x, y, bound=bound).radius
     assert eval(lines[0]) == pytest.approx(expected.tolist()) and lines[1] == "refused"
+
+
+FORK = """
+import multiprocessing, sys
+import numpy as np
+import lipbounds as lb
+
+def value():
+    return lb.liplt(lb.from_weights([np.eye(30), np.eye(30)])).value
+
+def child(answers):
+    try:
+        answers.put(value())
+    except RuntimeError as error:
+        answers.put(str(error))
+
+def forked():
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    context.Process(target=child, args=(answers,)).start()
+    print(answers.get())
+
+forked()
+value()
+forked()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_forks_of_a_process_that_has_computed_are_refused_in_words() -> None:
+    """They would wait for ever; those of a process that has not computed yet are as good as any."""
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORK], capture_output=True, text=True, timeout=120
+    )
+    before, after = found.stdout.splitlines()
+    assert float(before) == pytest.approx(1) and 'get_context("spawn")' in after

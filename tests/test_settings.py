@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 import lipbounds as lb
 from lipbounds import analysis
+from lipbounds._text import settings
 from lipbounds.training.config import Config
 from lipbounds.training.loop import fit, resume
 from lipbounds.training.step import TrainState
@@ -130,6 +132,14 @@ def test_functions_are_compiled_inside_a_call() -> None:
     with jax.disable_jit():
         lb.local(FORM, X, 0.1, progress=lambda text: seen.append(jax.config.jax_disable_jit))
     assert seen and not any(seen)
+
+
+def test_calls_in_a_fork_of_a_process_that_has_computed_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fork in earnest is in tests/test_other_process.py."""
+    monkeypatch.setattr(settings, "_home", os.getpid() + 1)
+    for call in (estimate, trained, lambda: analysis.pgd(jax.vmap(FORM), X, Y, 0.5, low=-9, high=9)):
+        with pytest.raises(RuntimeError, match="forked from one in which JAX had computed"):
+            call()
 
 
 @pytest.mark.slow

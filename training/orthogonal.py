@@ -69,7 +69,9 @@ def orthonormal(a: jax.Array) -> jax.Array:
     gram, n = adjoint(a) @ a, a.shape[-1]
     kind = jnp.finfo(gram.dtype)
     shift = jnp.trace(gram, axis1=-2, axis2=-1) * (100 * float(kind.eps) / n)
-    shift = jnp.maximum(shift.real, float(kind.tiny)).astype(gram.dtype)  # a zero matrix stays zero
+    # a zero matrix stays zero, and where products underflow the sum of what they lose stays below
+    least = 4 * a.shape[-2] * n * float(kind.tiny)
+    shift = jnp.maximum(shift.real, least).astype(gram.dtype)
     return a @ adjoint(inverse_factor(gram + shift[..., None, None] * jnp.eye(n, dtype=gram.dtype)))
 
 

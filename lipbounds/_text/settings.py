@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
+
+_home: int | None = None  # the process in which this library first computed
+
+
+def _refuse_forks() -> None:
+    """RuntimeError in a process that was forked from one that had computed: JAX's threads are not there.
+
+    Most computations would wait for them for ever.
+    """
+    global _home
+    here = os.getpid()
+    _home = _home or here
+    if here != _home:
+        raise RuntimeError(
+            "this process was forked from one in which JAX had computed, so that JAX lacks its threads here and would "
+            'wait for ever: start processes by multiprocessing.get_context("spawn"), or fork before the first call of '
+            "lipbounds"
+        )
 
 
 @contextmanager
@@ -14,7 +33,9 @@ def debugging_off() -> Iterator[None]:
 
     NaN and infinity, which searches leave out, are no errors; arrays of different ranks broadcast, and arrays move
     between host and device. The precision of products is the user's, so that functions of the user can be traced.
+    RuntimeError in a forked process, where JAX cannot compute.
     """
+    _refuse_forks()
     with (
         jax.debug_nans(False),
         jax.debug_infs(False),
