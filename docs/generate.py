@@ -93,7 +93,8 @@ def public_names() -> str:
     seen: list[object] = []
     for room, text in _ROOMS.items():
         module = importlib.import_module(room)
-        names = [n for n in sorted(getattr(module, "__all__", vars(module))) if not n.startswith("_")]
+        names = [n for n in getattr(module, "__all__", vars(module)) if not n.startswith("_")]
+        names.sort(key=lambda n: (not n[0].islower(), n))  # functions first
         parts += [room, "-" * len(room), "", text, ""]
         for name in names:
             value = getattr(module, name)
