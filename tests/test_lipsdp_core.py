@@ -102,6 +102,14 @@ def test_pairs_come_to_the_recursions(name: str) -> None:
     assert np.array_equal(found.pairwise, found.pairwise.T) and not np.diagonal(found.pairwise).any()
 
 
+def test_float64_weights_outside_of_x64_give_no_warning(rng: np.random.Generator) -> None:
+    """`lb.from_weights` of NumPy matrices; a warning is an error in these tests."""
+    form = lb.from_weights([rng.normal(size=(4, 3)), rng.normal(size=(2, 4))])
+    found, state = run(form, begin(form), 100)
+    assert not state.failed and found.value.dtype == jnp.float32
+    assert float(found.value) == pytest.approx(lb.lipsdp(form).value, rel=0.05)
+
+
 @pytest.mark.slow
 def test_one_output_and_no_tap(rng: np.random.Generator) -> None:
     one = traced(mlp(rng, 5, 7, 1))

@@ -421,6 +421,14 @@ def test_cores_reach_the_public_verb(name: str, verb: Any) -> None:
         assert (np.asarray(guess) <= proof * (1 + 1e-4) + 1e-4).all()
 
 
+def test_estimates_of_pairs_are_symmetric_to_the_last_bit(rng: np.random.Generator) -> None:
+    """The sum over the sources rounds differently at (i, j) and (j, i), which an Estimate does not accept."""
+    sizes = (3, 5, 4, 3, 5)
+    form = lb.from_weights([gauss(rng, m, n) for n, m in itertools.pairwise(sizes)])
+    pairs = lb.liplt(form, pairwise=True, guarantee="estimate").pairwise
+    assert np.array_equal(pairs, pairs.T) and pairs[0, 1] > 0
+
+
 @pytest.mark.slow
 def test_warm_starts_make_up_for_few_steps() -> None:
     form = form_of("dense_net")

@@ -129,7 +129,7 @@ class LipSdpCore:
             multipliers = jax.lax.stop_gradient(multipliers)
         passed = _recursion(sigma, exponent, runs, multipliers)
         constants = _constants(passed)
-        fine = good & _finite((passed.sigma, constants))
+        fine = good & _finite((passed.sigma, constants), dtype)
         constants = jax.tree.map(lambda a, b: jnp.where(fine, a, b), constants, state.last)
         kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), (multipliers, moments), state[:2])
         kept = (_or_default(fine | ~good, kept[0]), kept[1])
@@ -206,7 +206,7 @@ def _prepare(
     """(Sigma_0, exponent, runs, state of the front, whether all is finite); zeros where not all is finite."""
     read = form.program.coefficients
     weights = [form.consts[i] for i in sorted(read) if jnp.issubdtype(form.consts[i].dtype, jnp.inexact)]
-    good = _finite((weights, form.slopes))
+    good = _finite((weights, form.slopes), dtype)
     consts = tuple(
         jnp.where(good, c, jnp.zeros_like(c)) if i in read else c for i, c in enumerate(form.consts)
     )
@@ -223,7 +223,7 @@ def _prepare(
     else:
         reach, shift = recursion_step.rescale(reach)
         sigma, exponent = product(product(start, reach), start.T), exponent + shift / 2
-    good = good & _finite((sigma, [run.stage for run in runs]))
+    good = good & _finite((sigma, [run.stage for run in runs]), dtype)
     sigma = jnp.where(good, sigma, 0)
     runs = [
         Run(jax.tree.map(lambda a: jnp.where(good, a, 0), run.stage), run.count, run.slopes) for run in runs
@@ -240,9 +240,11 @@ def _gram(m: jax.Array) -> jax.Array:
 _gram.defvjp(lambda m: (_gram(m), m), lambda m, g: (product(g + g.T, m),))
 
 
-def _finite(tree: Any) -> jax.Array:
+def _finite(tree: Any, dtype: Any) -> jax.Array:
+    """Whether all numbers are finite in `dtype`, that of the state: outside of x64 JAX warns where float64 is used."""
     # Infinity and NaN times 0 is NaN; sums of numbers are quicker on a CPU than conjunctions of booleans.
-    leaves = [jnp.sum(0 * jax.lax.stop_gradient(jnp.asarray(leaf))) for leaf in jax.tree.leaves(tree)]
+    numbers = (jax.lax.stop_gradient(jnp.asarray(leaf, dtype)) for leaf in jax.tree.leaves(tree))
+    leaves = [jnp.sum(0 * number) for number in numbers]
     return jnp.stack([jnp.isfinite(leaf) for leaf in leaves]).all() if leaves else jnp.ones((), bool)
 
 
@@ -411,7 +413,7 @@ def _constants(passed: _Passed) -> Constants:
     scale = jnp.exp2(passed.exponent / 2)
     vector = factorised.eigenvectors(jax.lax.stop_gradient(sigma))[:, -1]
     value = core.root(product(vector, product(sigma, vector)))
-    classes, pairs = core.root(jnp.diagonal(sigma)), core.distances(sigma)
+    classes, pairs = core.root(jnp.diagonal(sigma)), core.symmetric(core.distances(sigma))
     return Constants(scale * value, scale * classes, scale * pairs)
 
 

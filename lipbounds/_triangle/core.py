@@ -330,7 +330,7 @@ class Core:
         value = product(weight, root(einsum("si,sij,sj->s", u, whole, u)))
         classes = product(weight, root(jnp.diagonal(whole, axis1=1, axis2=2)))
         apart = jax.vmap(distances)(jnp.stack([gram.centred for gram in grams]))
-        return value, classes, einsum("s,sij->ij", weight, apart), tuple(u)
+        return value, classes, symmetric(einsum("s,sij->ij", weight, apart)), tuple(u)
 
 
 def root(x: jax.Array) -> jax.Array:
@@ -342,6 +342,11 @@ def pair_squares(gram: jax.Array) -> jax.Array:
     """(K, K) of (e_i - e_j)' S (e_i - e_j): an estimate, it cancels."""
     diagonal = jnp.diagonal(gram)
     return diagonal[:, None] + diagonal[None, :] - 2 * gram
+
+
+def symmetric(pairs: jax.Array) -> jax.Array:
+    """The mean of a matrix and its transpose: the last digits of a product depend on the place of an entry."""
+    return (pairs + pairs.T) / 2
 
 
 def distances(gram: jax.Array) -> jax.Array:
