@@ -225,6 +225,17 @@ def test_the_only_engine_that_applies(net, monkeypatch):
     assert any("wide front would take" in note for note in near.notes)
 
 
+def test_an_engine_that_gives_nothing_does_not_weaken_the_guarantee(monkeypatch):
+    form, x, _, _ = known("mlp")
+    bound = lb.lipsdp(form, pairwise=True, progress=False)
+    monkeypatch.setattr(engines, "TAIL", 5)
+    monkeypatch.setattr(engines, "_WORK", 0)
+    assert engines.ways(form, 2, "auto") == ("LipLT",)
+    found = lb.local(form, x, 1e3, bound=bound)  # in so large a ball local LipLT is no better than LipLT
+    assert (found.value == bound.value).all()
+    assert found.guarantee == "verified" and found.failure_probability == 0
+
+
 @pytest.mark.parametrize("norm", [2, np.inf])
 def test_global_radii_stand_where_no_engine_applies(norm, monkeypatch):
     form, x, y, _ = known("mlp")
