@@ -18,6 +18,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
 from lipbounds._text import Direction, entry, label_text
 from lipbounds.analysis.experiment import FROM_L2, LABELS
+from lipbounds.results import GUARANTEE_COLOURS
 
 Json = dict[str, Any]
 
@@ -41,13 +42,6 @@ ATTACKED_COLOUR = "#ee6677"  # of what attacks found, and of no method
 _OTHERS = ("#999933", "#ddcc77", "#994455", "#997700")  # of methods that a user added
 # Lines that are no methods: networks, attacks, epochs.
 RADII_LINES = ("#4477aa", "#ccbb44", "#ee6677", "#228833", "#aa3377", "#66ccee")
-GUARANTEE_COLOURS = {
-    "verified": "#2f7d4f",
-    "probabilistic": "#4477aa",
-    "assumed": "#b8860b",
-    "estimate": "#b9c0c9",
-    "attained": "#c8553d",
-}
 NORM_NAMES = {"1": "ℓ₁", "2": "ℓ₂", "inf": "ℓ∞"}
 
 

@@ -55,6 +55,15 @@ assumed        rests on something the user declared (a registered activation)
 estimate       neither an upper nor a lower bound
 """
 
+GUARANTEE_COLOURS = {
+    "verified": "#2f7d4f",
+    "probabilistic": "#4477aa",
+    "assumed": "#b8860b",
+    "estimate": "#b9c0c9",
+    "attained": "#c8553d",
+}
+"""Of bars and legends, in all figures; "attained" is a lower bound."""
+
 NORM_NAMES: dict[float, str] = {1: "l1", 2: "l2", math.inf: "l-inf"}
 _ROWS_IN_REPR = 12
 
@@ -160,7 +169,11 @@ class _Ordered:
             parts = getattr(self, "parts", ())
             names = [f"{p.source} → {p.target}" for p in parts] or [self.method]
             values = [p.value for p in parts] or [self.value]
-            ax.barh(range(len(names)), values, color="#cc6677" if self._direction == "down" else "#4477aa")
+            ax.barh(
+                range(len(names)),
+                values,
+                color=GUARANTEE_COLOURS["attained"] if self._direction == "down" else "#4477aa",
+            )
             ax.set(yticks=range(len(names)))
             ax.set_xlabel(f"{NORM_NAMES[self.norm]} norm of the block" if parts else "L")
             ax.set_yticklabels([label_text(name, 40) for name in names])

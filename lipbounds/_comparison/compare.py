@@ -45,11 +45,19 @@ from lipbounds._text.tables import (
 )
 from lipbounds._triangle.liplt import liplt
 from lipbounds._triangle.naive import naive
-from lipbounds.results import NORM_NAMES, Estimate, Guarantee, LowerBound, Norm, UpperBound, check_norm
+from lipbounds.results import (
+    GUARANTEE_COLOURS,
+    NORM_NAMES,
+    Estimate,
+    Guarantee,
+    LowerBound,
+    Norm,
+    UpperBound,
+    check_norm,
+)
 
 _KINDS: dict[type, str] = {UpperBound: "upper", LowerBound: "lower", Estimate: "estimate"}
 _WAYS: dict[str, Direction] = {"upper": "up", "lower": "down", "estimate": "near", "none": "near"}
-_COLOURS = {"verified": "#228833", "probabilistic": "#4477aa", "assumed": "#ccbb44", "estimate": "#bbbbbb"}
 
 
 #: CVXPY solves larger problems (in neurons, or in pairs of classes) only if it is requested by name.
@@ -246,7 +254,7 @@ class Comparison:
             if row.value is None:
                 ax.text(floor, place, " no result", va="center", color="#888888", fontsize=8)
                 continue
-            colour = "#cc6677" if row.kind == "lower" else _COLOURS[row.guarantee]
+            colour = GUARANTEE_COLOURS[row.guarantee]
             look: dict[str, Any] = {
                 "edgecolor": colour,
                 "facecolor": colour if row.kind == "upper" else "none",
