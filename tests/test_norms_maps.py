@@ -6,8 +6,6 @@ import math
 from fractions import Fraction
 from functools import partial
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from exact import exceeds, fractions
@@ -172,39 +170,3 @@ def test_golub_kahan_edges() -> None:
         lanczos.golub_kahan(lambda x: x, lambda x: x, 100, failure=1e-15)
     with pytest.raises(ValueError, match="failure"):
         lanczos.golub_kahan(lambda x: x, lambda x: x, 3, failure=0.0)
-
-
-@pytest.mark.slow
-def test_power_iteration_value_gradient_and_warm_start() -> None:
-    a = jnp.asarray(np.random.default_rng(0).standard_normal((7, 5)), dtype=jnp.float32)
-    v0 = jnp.asarray(np.random.default_rng(1).standard_normal(5), dtype=jnp.float32)
-
-    def sigma(a: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return lanczos.power_iteration(lambda x: a @ x, v, 100)
-
-    (value, v), gradient = jax.jit(jax.value_and_grad(sigma, has_aux=True))(a, v0)
-    u, s, vt = np.linalg.svd(np.asarray(a, dtype=np.float64))
-    assert math.isclose(float(value), s[0], rel_tol=1e-5)
-    assert np.allclose(gradient, np.outer(u[:, 0], vt[0]), atol=1e-3)
-    again, _ = lanczos.power_iteration(lambda x: a @ x, v, 0)
-    assert math.isclose(float(again), s[0], rel_tol=1e-5)
-    few = [float(lanczos.power_iteration(lambda x: a @ x, v0, k)[0]) for k in (0, 1, 2, 5)]
-    assert few == sorted(few) and few[0] < s[0] * (1 + 1e-6)
-    batch = jax.vmap(jax.grad(lambda a: sigma(a, v0)[0]))(jnp.stack([a, 2 * a]))
-    assert np.allclose(batch[0], batch[1], atol=1e-5) and np.allclose(batch[0], gradient, atol=1e-5)
-
-
-def test_power_iteration_zero_map_and_pytrees() -> None:
-    zero = jnp.zeros((3, 2), dtype=jnp.float32)
-    value, gradient = jax.value_and_grad(
-        lambda a: lanczos.power_iteration(lambda x: a @ x, jnp.ones(2, jnp.float32), 3)[0]
-    )(zero)
-    assert float(value) == 0.0 and not np.any(np.isnan(gradient)) and not np.any(gradient)
-    value, v = lanczos.power_iteration(
-        lambda t: {"x": t[0] * 3, "y": (t[1] * 2, t[1])},
-        (jnp.zeros(2, jnp.float32), jnp.zeros((2, 1), jnp.float32)),
-        60,
-    )
-    assert math.isclose(float(value), 3.0, rel_tol=1e-5) and v[1].shape == (2, 1)
-    big, _ = lanczos.power_iteration(lambda x: x * 1e30, jnp.ones(4, jnp.float32), 3)
-    assert math.isclose(float(big), 1e30, rel_tol=1e-5)

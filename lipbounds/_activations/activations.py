@@ -319,8 +319,9 @@ _SPOTS = np.array(
 )  # fmt: skip
 
 
-def _references(x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
-    """Values at `x` of the activations that have a name; one-parameter families are fitted to `y`."""
+def _references(y: np.ndarray) -> dict[str, np.ndarray]:
+    """Values at `_SPOTS` of the activations that have a name; one-parameter families are fitted to `y`."""
+    x = _SPOTS
     v = {n: I.VALUE[n](I.point(x))[1] for n in ("tanh", "erf", "logistic", "softplus")}
     normal = 0.5 * (1 + I.VALUE["erf"](I.point(x / np.sqrt(2)))[1])
     negative = np.minimum(x, 0.0)
@@ -351,7 +352,7 @@ def known_name(expr: Expr, consts: Sequence[Any]) -> str:
         with I.quiet():
             lo, hi = enclose(expr, scalars, _SPOTS, _SPOTS)
             y = 0.5 * (lo + hi)
-            names = _references(_SPOTS, y)
+            names = _references(y)
     except ValueError:
         return "elementwise"
     for name, values in names.items():

@@ -108,20 +108,18 @@ def _batched(
     return fn, shape, z.shape[-1]
 
 
-def load_form(
-    path: Path, how: Reading, stack: contextlib.ExitStack, box: tuple[float, float] | None = None
-) -> tuple[Any, tuple[int, ...]]:
-    """(form, shape of one input) of a model or ONNX file, with x -> (x - mean) / std in front.
-
-    `box` (lower, upper) of the inputs serves to check values after tracing.
-    """
-    return _form(how, box, *_load(path, how, stack))
+def load_form(path: Path, how: Reading, stack: contextlib.ExitStack) -> tuple[Any, tuple[int, ...]]:
+    """(form, shape of one input) of a model or ONNX file, with x -> (x - mean) / std in front."""
+    return _form(how, None, *_load(path, how, stack))
 
 
 def load_both(
     path: Path, how: Reading, stack: contextlib.ExitStack, box: tuple[float, float] | None = None
 ) -> tuple[Any, tuple[int, ...], Any]:
-    """(form, shape of one input, network of a batch): `load_form` and `load_batched`, reading the file once."""
+    """(form, shape of one input, network of a batch): `load_form` and `load_batched`, reading the file once.
+
+    `box` (lower, upper) of the inputs serves to check values after tracing.
+    """
     read = _load(path, how, stack)
     return *_form(how, box, *read), _batched(path, how, *read)[0]
 

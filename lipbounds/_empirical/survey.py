@@ -200,7 +200,7 @@ def look(form: Any, xs: jax.Array, vs: jax.Array, count: Any, p: float, layers: 
     table = jnp.where(apart & real & real[:, None], squares(z) / jnp.where(apart, distance, 1), -1.0)
     ratios = jnp.zeros((len(xs), 0))
     if layers:
-        ratios = jax.vmap(lambda x: layer_ratios(form, x, p, jnp.float32))(xs)
+        ratios = jax.vmap(lambda x: layer_ratios(form, x, p))(xs)
     return scores, directions, table.max(axis=1), table.argmax(axis=1), ratios
 
 
@@ -221,12 +221,13 @@ def direct_sources(program: Program) -> tuple[tuple[int, ...], ...]:
     return (*found, tuple(sorted(reads.get(program.output, none))))
 
 
-def layer_ratios(form: LureForm, x: jax.Array, p: float, dtype: Any) -> jax.Array:
-    """(T + 1,) ||W_k u_k||_p / ||u_k||_p at x; 0 where u_k = 0.
+def layer_ratios(form: LureForm, x: jax.Array, p: float) -> jax.Array:
+    """(T + 1,) ||W_k u_k||_p / ||u_k||_p at x, in float32; 0 where u_k = 0.
 
     u_k is what tap k (or the output) reads directly, stacked, and W_k the linear map from there to its pre-activation,
     offsets left out.
     """
+    dtype = jnp.float32
     seen: dict[int, jax.Array] = {-1: x.astype(dtype).ravel()}
 
     def real(k: int, y: Any) -> jax.Array:

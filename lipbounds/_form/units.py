@@ -93,15 +93,15 @@ def shape_mend(name: str, got: Sequence[int], shape: Sequence[int]) -> str:
     return ""
 
 
-def dtype_error(name: str, dtype: Any, shape: Sequence[int]) -> str:
+def dtype_error(dtype: Any, shape: Sequence[int]) -> str:
     """The message for examples that are not floating point, with the mend."""
-    text = f"{name} must be floating point in the units of the traced function, got {np.dtype(dtype)}: "
+    text = f"X must be floating point in the units of the traced function, got {np.dtype(dtype)}: "
     if np.dtype(dtype) == np.uint8 and image_layout(shape) is not None:
         return (
-            f"{text}cast it first: {name}.astype('float32') / 255 where the function takes pixels in [0, 1], "
-            f"{name}.astype('float32') where it takes 0..255"
+            f"{text}cast it first: X.astype('float32') / 255 where the function takes pixels in [0, 1], "
+            "X.astype('float32') where it takes 0..255"
         )
-    return f"{text}cast it first: {name}.astype('float32')"
+    return f"{text}cast it first: X.astype('float32')"
 
 
 def as_range(input_range: Any) -> Range | None:

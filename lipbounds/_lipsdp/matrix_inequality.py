@@ -73,7 +73,7 @@ def feasible_start(
                 S[groups[k]] = np.sqrt(square)
                 S[groups[k]] /= max(S[groups[k]].max(), 1e-300)
                 S[groups[k]] = np.maximum(S[groups[k]], 1e-150)
-        value = _triangle_start(Gy, Gz, n, groups, S, _SLACK)
+        value = _triangle_start(Gy, Gz, n, groups, S)
         if value is not None and (best is None or value[1] < best[1]):
             best = value
     if best is None:
@@ -82,7 +82,7 @@ def feasible_start(
 
 
 def _triangle_start(
-    Gy: np.ndarray, Gz: np.ndarray, n: int, groups: list[np.ndarray], S: np.ndarray, grow: float
+    Gy: np.ndarray, Gz: np.ndarray, n: int, groups: list[np.ndarray], S: np.ndarray
 ) -> tuple[np.ndarray, float] | None:
     count = len(groups)
     inverse = np.concatenate([np.ones(n), 1 / S])
@@ -92,7 +92,7 @@ def _triangle_start(
         scaled = (Gz if k == count else S[groups[k], None] * Gy[groups[k]]) * inverse
         for j in range(k + 1):
             part = scaled[:, sources[j]]
-            block[k, j] = grow * _norm(part)
+            block[k, j] = _SLACK * _norm(part)
         if k < count and any(scaled[:, sources[j]].any() for j in range(k + 1, count + 1)):
             raise ValueError(
                 "the w-columns of Gy are not strictly lower triangular in the order of the layers"

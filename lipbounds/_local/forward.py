@@ -42,7 +42,7 @@ def check_inputs(form: LureForm, X: Any, units: Units | None = None) -> np.ndarr
     """The examples (N, *in_shape) in float64, checked; with `units` also their range."""
     x = np.asarray(X)
     if x.dtype.kind not in "f" and x.dtype.name not in ("bfloat16", "float16"):
-        raise ValueError(dtype_error("X", x.dtype, form.in_shape))
+        raise ValueError(dtype_error(x.dtype, form.in_shape))
     if x.dtype.itemsize > 8:
         raise ValueError(
             f"X has more digits ({x.dtype}) than the float64 in which it is evaluated; round it first: "

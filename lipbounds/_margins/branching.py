@@ -111,7 +111,7 @@ def _halves(branch: Branch) -> list[tuple[search.Item, search.Multipliers]]:
     for off in (False, True):
         item, x = branch.item, branch.x
         n, own = item.taps[k], [np.array(a) for a in x.taps[k]]
-        ends = {"top" if off else "bottom": _with(n.top if off else n.bottom, i, 0.0)}
+        ends = {"top" if off else "bottom": _zeroed(n.top if off else n.bottom, i)}
         own[1 if off else 2][i] = max(abs(own[1 if off else 2][i]), _FIRM)
         own[3][i] = own[3][i] ** 2  # nu itself from here on
         taps = (*item.taps[:k], n._replace(**ends), *item.taps[k + 1 :])
@@ -121,7 +121,7 @@ def _halves(branch: Branch) -> list[tuple[search.Item, search.Multipliers]]:
     return halves
 
 
-def _with(a: np.ndarray, i: int, value: float) -> np.ndarray:
+def _zeroed(a: np.ndarray, i: int) -> np.ndarray:
     out = np.array(a)
-    out[i] = value
+    out[i] = 0.0
     return out

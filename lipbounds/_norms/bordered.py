@@ -39,14 +39,8 @@ def _dense(m: Any) -> np.ndarray:
     return np.array(m.toarray() if sp.issparse(m) else m, np.float64, order="C")
 
 
-def host_bytes(widths: Sequence[int]) -> int:
-    """Bytes that `eliminate` holds on the host for blocks of these widths, the border last."""
-    steps = zip(widths, [*widths[1:], 0], strict=True)
-    return max(8 * (2 * n * n + 2 * n * m + 2 * m * m) for n, m in steps)
-
-
 def device_bytes(widths: Sequence[int]) -> int:
-    """The same on an accelerator: the tiles of the matrix and of its factor."""
+    """Bytes of `eliminate` on an accelerator for these widths, the border last: tiles of the matrix and its factor."""
     steps = itertools.pairwise(widths)
     return sum(2 * 8 * device.padded(n) * (device.padded(n) + device.padded(m)) for n, m in steps)
 

@@ -1,4 +1,4 @@
-"""Spectral norms of maps given by their products with vectors: power iteration, Golub-Kahan, Lanczos."""
+"""Spectral norms of maps given by their products with vectors: Golub-Kahan, Lanczos."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy.linalg import eigvalsh_tridiagonal
 
@@ -22,55 +20,6 @@ _HOPELESS = 1e-6  # what reorthogonalisation removes relative to the norm, above
 _DROPPED = 4096.0  # a coupling of so many times the noise is dropped where left vectors are not kept
 _CLEAN = 1e-14  # and below which keeping the other side would change nothing
 _KEPT = 0.7  # share of a vector that one orthogonalisation must leave (Daniel et al., Math. Comp. 30, 1976)
-
-
-# -------------------------------------------------------------------------------------------- power iteration
-
-
-def _tree_norm(tree: Any) -> jax.Array:
-    """The 2-norm of a pytree; zero, with zero gradient, at zero; no overflow in squares."""
-    leaves = [jnp.ravel(leaf) for leaf in jax.tree.leaves(tree) if leaf.size]
-    if not leaves:
-        return jnp.zeros(())
-    dtype = jnp.result_type(*leaves)
-    leaves = [leaf.astype(dtype) for leaf in leaves]
-    top = jax.lax.stop_gradient(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in leaves]).max())
-    unit = jnp.where(top > 0, top, jnp.ones_like(top))
-    squares = jnp.stack([jnp.sum(jnp.square(leaf / unit)) for leaf in leaves]).sum()
-    safe = jnp.where(squares > 0, squares, jnp.ones_like(squares))
-    return jnp.where(squares > 0, unit * jnp.sqrt(safe), jnp.zeros_like(squares))
-
-
-def _normalised(tree: Any, fallback: Any) -> Any:
-    """tree / ||tree||, or `fallback` where the norm is zero."""
-    norm = _tree_norm(tree)
-    divisor = jnp.where(norm > 0, norm, jnp.ones_like(norm))
-    return jax.tree.map(lambda x, y: jnp.where(norm > 0, x / divisor.astype(x.dtype), y), tree, fallback)
-
-
-def power_iteration(matvec: Callable[[Any], Any], v0: Any, steps: int) -> tuple[jax.Array, Any]:
-    """(sigma, v): an ESTIMATE of ||A||_2 from `steps` rounds of v <- A'A v / ||A'A v||; v warm-starts a call.
-
-    sigma = ||A v|| with ||v|| = 1 is a lower bound of ||A||_2 up to rounding in the working precision, never
-    an upper one: do not certify with it. `matvec` is a linear map between pytrees of real arrays, `v0` a
-    pytree like its input (start from random normal entries; an all-zero v0 is replaced by equal ones). Runs
-    under jit, vmap and grad. The gradient of sigma takes v as constant, which is the gradient of ||A||_2
-    itself where v is the top singular vector (Danskin); nothing is differentiated through the iteration. The
-    zero map gives 0 with zero gradient.
-    """
-    frozen, constants = jax.closure_convert(matvec, v0)
-    constants = jax.lax.stop_gradient(constants)
-    size = sum(leaf.size for leaf in jax.tree.leaves(v0))
-    flat = jax.tree.map(lambda x: jnp.full_like(x, 1.0 / math.sqrt(max(size, 1))), v0)
-
-    def step(_: Any, v: Any) -> Any:
-        image, pull = jax.vjp(lambda u: frozen(u, *constants), v)
-        (back,) = pull(_normalised(image, image))
-        return _normalised(back, v)
-
-    v = _normalised(jax.lax.stop_gradient(v0), flat)
-    v = jax.lax.stop_gradient(jax.lax.fori_loop(0, steps, step, v))
-    return _tree_norm(matvec(v)), v
 
 
 # ------------------------------------------------------------------------------------------------ Golub-Kahan

@@ -328,13 +328,12 @@ def wide(a: Any) -> Any:
     return a if a.shape[0] <= a.shape[1] else cholesky.transposed(a)
 
 
-def proof_plan(a: Any, memory: int | None = None) -> banded_cholesky.Plan:
+def proof_plan(a: Any) -> banded_cholesky.Plan:
     """How `verified_norm` proves ||A||_2: dense or banded, the bytes of all its arrays and its operations.
 
-    The cheapest proof within `memory` bytes, by a rule of sizes and patterns (no wall time); where none fits, the
-    smallest. Without a limit the cheapest.
+    The cheapest proof, by a rule of sizes and patterns (no wall time).
     """
-    return banded_cholesky.choose(wide(as_matrix(a)), memory)
+    return banded_cholesky.choose(wide(as_matrix(a)))
 
 
 def _ceiling(b: Any) -> tuple[float, float]:

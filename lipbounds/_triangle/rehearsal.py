@@ -16,7 +16,7 @@ def on_accelerator() -> bool:
 
 
 @public
-def compile_ahead(form: LureForm, *, progress: Progress = False) -> None:
+def compile_ahead(form: LureForm, *, progress: Progress = True) -> None:
     """Compile what `naive` and `liplt` will run on the accelerator for forms with these steps; it computes no bound.
 
     The weights do not matter, so this may be done while they are trained, in another thread. Without an accelerator
