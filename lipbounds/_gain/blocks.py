@@ -26,6 +26,10 @@ from lipbounds._text.progress import alive
 
 #: A source or target: () is the input (as a source) or the output (as a target), otherwise indices of taps.
 Node = tuple[int, ...]
+Pair = tuple[Node, Node]  # (source, target) of a block
+Sweep = tuple[
+    Node, list[Node], bool
+]  # a node, its partners, whether in reverse: from the target back to sources
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,16 +47,12 @@ class TapScaling:
     e: np.ndarray
 
 
-def by_smaller_side(
-    host: HostForm, pairs: Sequence[tuple[Node, Node]]
-) -> list[tuple[Node, list[Node], bool]]:
-    """(node, its partners, reverse): one sweep each, from the source to targets or, reverse, back to sources.
-
-    Each block is swept from its smaller side.
-    """
+def by_smaller_side(host: HostForm, pairs: Sequence[Pair]) -> list[Sweep]:
+    """The sweeps that give these blocks, each from its smaller side."""
     groups: dict[tuple[Node, bool], list[Node]] = {}
     for source, target in pairs:
-        reverse = host.node_size(source, source=True) > host.node_size(target, source=False)
+        rows, columns = host.block_shape((source, target))
+        reverse = columns > rows
         groups.setdefault((target, True) if reverse else (source, False), []).append(
             source if reverse else target
         )
@@ -90,6 +90,9 @@ class HostForm:
         if not node:
             return self.in_size if source else self.num_outputs
         return sum(taps[k].size_out if source else taps[k].size_in for k in node)
+
+    def block_shape(self, pair: Pair) -> tuple[int, int]:
+        return self.node_size(pair[1], source=False), self.node_size(pair[0], source=True)
 
     # -- sweeps ------------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ import scipy.sparse as sp
 
 from lipbounds._form.program import Op
 from lipbounds._form.walk import Algebra, walk
-from lipbounds._gain.blocks import HostForm, Node, TapScaling, by_smaller_side
+from lipbounds._gain.blocks import HostForm, Node, Pair, Sweep, TapScaling, by_smaller_side
 from lipbounds._gain.step_matrices import StepMatrix
 from lipbounds._norms import device as proofs
 from lipbounds._norms.rounding import UNDERFLOW, U, add_up, finite, gamma, mul_up, sqrt_up, unscale_up, up
@@ -405,10 +405,10 @@ def _norm(form: DeviceForm, columns: list[_Columns], error: float, width: int) -
 
 def proved_on_device(
     host: HostForm,
-    pairs: Sequence[tuple[Node, Node]],
+    pairs: Sequence[Pair],
     scalings: Sequence[TapScaling],
     limit: float = math.inf,
-) -> dict[tuple[Node, Node], float]:
+) -> dict[Pair, float]:
     """Verified bounds of ||G[target, source]||_2 from the accelerator of the public call around this.
 
     Left out are small blocks, those that take more than `limit` bytes or the free memory there, and those without a
@@ -419,7 +419,7 @@ def proved_on_device(
         return {}
     form = places.kept().setdefault(("steps", host), DeviceForm(host, device))
     most = min(limit, proofs.free_bytes(device))
-    found: dict[tuple[Node, Node], float] = {}
+    found: dict[Pair, float] = {}
     todo, keys = [], {pair: _direct(host, pair, scalings) for pair in pairs}
     for pair, (key, exponent) in keys.items():
         if key in form.direct:
@@ -437,20 +437,20 @@ def proved_on_device(
     return found
 
 
-def sweeps(
-    host: HostForm, pairs: Sequence[tuple[Node, Node]], most: float
-) -> Iterator[tuple[Node, list[Node], bool]]:
+def sweeps(host: HostForm, pairs: Sequence[Pair], most: float) -> Iterator[Sweep]:
     """`by_smaller_side` of the blocks that a device with so much memory takes, as many at a time as fit."""
     large = [
-        pair for pair in pairs if min(_sides(host, pair)) >= proofs.SMALLEST and _need(host, pair) <= most
+        pair for pair in pairs if min(host.block_shape(pair)) >= proofs.SMALLEST and _need(host, pair) <= most
     ]
     for node, others, reverse in by_smaller_side(host, large):
-        whole = sum(math.prod(_sides(host, (other, node) if reverse else (node, other))) for other in others)
+        whole = sum(
+            math.prod(host.block_shape((other, node) if reverse else (node, other))) for other in others
+        )
         together = [others] if 8 * 2 * whole <= most // 2 else [[other] for other in others]
         yield from ((node, some, reverse) for some in together)
 
 
-def _direct(host: HostForm, pair: tuple[Node, Node], scalings: Sequence[TapScaling]) -> tuple[Any, int]:
+def _direct(host: HostForm, pair: Pair, scalings: Sequence[TapScaling]) -> tuple[Any, int]:
     """(key, k): 2**-k times the block depends on the key alone, where no tap between its ends has a centre; else None.
 
     The naive bound and LipLT share these blocks, up to the factor 1/2 of the slopes' radius.
@@ -471,12 +471,8 @@ def _direct(host: HostForm, pair: tuple[Node, Node], scalings: Sequence[TapScali
     return tuple(key), shift
 
 
-def _sides(host: HostForm, pair: tuple[Node, Node]) -> tuple[int, int]:
-    return host.node_size(pair[0], source=True), host.node_size(pair[1], source=False)
-
-
-def _need(host: HostForm, pair: tuple[Node, Node]) -> int:
+def _need(host: HostForm, pair: Pair) -> int:
     """Bytes on the device for the block, the sweep that forms it, and the proof of its norm."""
-    small, large = sorted(_sides(host, pair))
+    small, large = sorted(host.block_shape(pair))
     swept = 8 * proofs.TILE * (6 * max(host.program.sizes) + large)
     return proofs.proof_bytes(large, small) + swept

@@ -13,14 +13,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from lipbounds._gain.blocks import HostForm, Node, TapScaling
+from lipbounds._gain.blocks import HostForm, Pair, TapScaling
 from lipbounds._gain.device_blocks import Declined, DeviceForm, formed, sweeps
 from lipbounds._norms import device as proofs
 from lipbounds._text import device as places
 from lipbounds._text.progress import alive
 
 
-def rehearse(host: HostForm, pairs: Sequence[tuple[Node, Node]], scalings: Sequence[TapScaling]) -> None:
+def rehearse(host: HostForm, pairs: Sequence[Pair], scalings: Sequence[TapScaling]) -> None:
     """Compile what `proved_on_device` runs for these blocks on the accelerator of the public call around this."""
     device = places.chosen()
     if device is None:

@@ -19,7 +19,7 @@ import scipy.sparse as sp
 from lipbounds._form.lure import LureForm, state_sequence
 from lipbounds._form.program import Op, Program
 from lipbounds._form.walk import walk
-from lipbounds._gain.blocks import Forward, HostForm, Node, TapScaling
+from lipbounds._gain.blocks import Forward, HostForm, Node, Pair, TapScaling
 from lipbounds._norms import banded_cholesky, enclosures
 from lipbounds._norms.enclosures import Enclosure
 from lipbounds._norms.rounding import mul_up
@@ -207,7 +207,7 @@ def formed(
     and during the sweep, are estimated from a few columns. The block is then formed by slices of columns, until it is
     complete or exceeds the budget.
     """
-    m, n = host.node_size(target, source=False), host.node_size(source, source=True)
+    m, n = host.block_shape((source, target))
     largest = max(host.program.sizes)
     if 8 * 3 * min(m, n) * largest <= limit // 2:
         if n <= m:
@@ -248,27 +248,23 @@ class Proved:
 
 def proofs(
     host: HostForm,
-    pairs: Sequence[tuple[Node, Node]],
+    pairs: Sequence[Pair],
     scalings: Sequence[TapScaling],
     budget: Budget,
     *,
     forced: bool,
     prove: Callable[[Enclosure, banded_cholesky.Plan], float],
-    name: Callable[[tuple[Node, Node]], str],
-) -> tuple[dict[tuple[Node, Node], Proved], dict[tuple[Node, Node], tuple[float, int] | None]]:
+    name: Callable[[Pair], str],
+) -> tuple[dict[Pair, Proved], dict[Pair, tuple[float, int] | None]]:
     """(proved, left): the blocks whose proof fits the budget, and the others with their `convolution` bound or None.
 
     The largest blocks come first, so that a budget that is too small fails early. A proof of more than
     `MOST_FLOPS` operations is left too, unless proofs are `forced`; then a block without any is a ValueError.
     """
-    proved: dict[tuple[Node, Node], Proved] = {}
-    left: dict[tuple[Node, Node], tuple[float, int] | None] = {}
-    needs: dict[tuple[Node, Node], str] = {}
-
-    def size(pair: tuple[Node, Node]) -> int:
-        return host.node_size(pair[0], source=True) * host.node_size(pair[1], source=False)
-
-    for pair in sorted(pairs, key=size, reverse=True):
+    proved: dict[Pair, Proved] = {}
+    left: dict[Pair, tuple[float, int] | None] = {}
+    needs: dict[Pair, str] = {}
+    for pair in sorted(pairs, key=lambda pair: math.prod(host.block_shape(pair)), reverse=True):
         block, need = formed(host, *pair, scalings, budget.limit)
         if block is not None:
             plan = enclosures.enclosure_plan(block, budget.limit)

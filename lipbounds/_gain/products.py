@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import scipy.sparse as sp
@@ -12,6 +12,8 @@ from lipbounds._form.program import Op
 from lipbounds._form.walk import Algebra, walk
 from lipbounds._gain.blocks import HostForm, Node, TapScaling
 from lipbounds._norms import cholesky
+
+Product = Callable[[np.ndarray], np.ndarray]
 
 
 class BlockProduct:
@@ -23,7 +25,7 @@ class BlockProduct:
 
     def __init__(self, host: HostForm, source: Node, target: Node, scalings: Sequence[TapScaling]) -> None:
         self.host, self.source, self.target, self.scalings = host, source, target, scalings
-        self.shape = (host.node_size(target, source=False), host.node_size(source, source=True))
+        self.shape = host.block_shape((source, target))
         alive = host.coming_from([source], scalings) & host.leading_to([target], scalings)
         places = [host.program.written[r] for r in alive] + [host.program.last_read.get(r, 0) for r in alive]
         self.alive = alive
@@ -55,11 +57,15 @@ class BlockProduct:
 
     def norm_estimate(self) -> float:
         """An estimate of the norm, no bound."""
-        there, back = self.forward, self.backward
+        there, back, n = self.from_smaller_side
+        return math.sqrt(max(cholesky.top_eigenvalue(lambda v: back(there(v)), n), 0.0))
+
+    @property
+    def from_smaller_side(self) -> tuple[Product, Product, int]:
+        """(product, its transpose, n): from the smaller side of the block, of n entries, to the other and back."""
         if self.shape[0] < self.shape[1]:
-            there, back = back, there
-        found = cholesky.top_eigenvalue(lambda v: back(there(v)), min(self.shape))
-        return math.sqrt(max(found, 0.0))
+            return self.backward, self.forward, self.shape[0]
+        return self.forward, self.backward, self.shape[1]
 
     def forward(self, u: np.ndarray) -> np.ndarray:
         walker = _Columns(self, self.source, u, out=False)

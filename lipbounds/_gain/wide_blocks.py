@@ -25,7 +25,7 @@ from scipy.linalg.lapack import dpstrf
 
 from lipbounds._form.walk import walk
 from lipbounds._gain import memory_budget
-from lipbounds._gain.blocks import Forward, HostForm, Node, TapScaling
+from lipbounds._gain.blocks import Forward, HostForm, Node, Pair, TapScaling
 from lipbounds._gain.products import BlockProduct
 from lipbounds._gain.side_by_side import side_by_side
 from lipbounds._gain.step_paths import product_of_steps, product_rounding
@@ -63,7 +63,7 @@ class Bound(NamedTuple):
 
 def wide_norm(
     host: HostForm,
-    pair: tuple[Node, Node],
+    pair: Pair,
     scalings: Sequence[TapScaling],
     *,
     seed: int,
@@ -88,7 +88,7 @@ def wide_norm(
 
 def other_norm(
     host: HostForm,
-    pair: tuple[Node, Node],
+    pair: Pair,
     scalings: Sequence[TapScaling],
     *,
     seed: int,
@@ -107,14 +107,14 @@ def other_norm(
 
 
 def quick_norms(
-    host: HostForm, pairs: Sequence[tuple[Node, Node]], scalings: Sequence[TapScaling], *, limit: int = LIMIT
-) -> Iterator[tuple[tuple[Node, Node], Bound]]:
+    host: HostForm, pairs: Sequence[Pair], scalings: Sequence[TapScaling], *, limit: int = LIMIT
+) -> Iterator[tuple[Pair, Bound]]:
     """Verified bounds that cost little, of the pairs that have one: through a narrow cut, or by a banded proof.
 
     Where some pair has none, so that the bound of the network is probabilistic anyway, a banded proof must cost less
     than Golub-Kahan does.
     """
-    left: list[tuple[Node, Node]] = []
+    left: list[Pair] = []
     for pair in pairs:
         cut = _remembered(
             host, pair, scalings, ("cut", limit), partial(cut_norm, host, pair, scalings, limit=limit)
@@ -127,7 +127,7 @@ def quick_norms(
     most = _CHEAP if all(cost <= _CHEAP for cost in costs) else _CHEAPER
     cheap = {pair: cost for pair, cost in zip(left, costs, strict=True) if cost <= most}
 
-    def band(pair: tuple[Node, Node]) -> Bound | None:
+    def band(pair: Pair) -> Bound | None:
         way = partial(_by_proof, host, *pair, scalings, limit, _MARGIN * most.operations)
         return _remembered(host, pair, scalings, ("band", limit), partial(_attempt, way))
 
@@ -152,7 +152,7 @@ _CHEAP, _CHEAPER = _Cost(1e7, 6e10), _Cost(1e6, 5e9)
 
 def _remembered(
     host: HostForm,
-    pair: tuple[Node, Node],
+    pair: Pair,
     scalings: Sequence[TapScaling],
     how: tuple[str, int],
     way: Callable[[], Bound | None],
@@ -180,7 +180,7 @@ def _band_cost(host: HostForm, source: Node, target: Node, scalings: Sequence[Ta
 
 
 def cut_norm(
-    host: HostForm, pair: tuple[Node, Node], scalings: Sequence[TapScaling], *, limit: int = LIMIT
+    host: HostForm, pair: Pair, scalings: Sequence[TapScaling], *, limit: int = LIMIT
 ) -> Bound | None:
     """A verified bound through a narrow cut; None where there is no such cut, no memory for it, or no tight proof."""
     return _attempt(partial(_by_cut, host, *pair, scalings, limit))
@@ -207,7 +207,7 @@ def narrow_cut(
     reached = host.coming_from([source], scalings) & host.leading_to([target], scalings)
     first = max((program.tap_places[k] + 1 for k in source), default=0)
     last = min((program.tap_places[k] for k in target), default=len(program.steps))
-    least = min(host.node_size(source, source=True), host.node_size(target, source=False)) // 2
+    least = min(host.block_shape((source, target))) // 2
     best: tuple[int, list[int]] | None = None
     smallest = min(least, WIDEST_CUT) + 1
     for place in range(first, last + 1):
@@ -227,8 +227,8 @@ def _by_cut(
         return None
     place, registers = cut
     width = sum(host.program.sizes[r] for r in registers)
-    columns = host.node_size(source, source=True)
-    need = 4 * 8 * width * (columns + host.node_size(target, source=False))
+    rows, columns = host.block_shape((source, target))
+    need = 4 * 8 * width * (rows + columns)
     if need > limit:
         return None
     alive, held = host.leading_to([target], scalings), memory_budget.Watched(limit)
@@ -318,7 +318,7 @@ class Search:
 
 def search(
     host: HostForm,
-    pair: tuple[Node, Node],
+    pair: Pair,
     scalings: Sequence[TapScaling],
     *,
     seed: int,
@@ -331,15 +331,13 @@ def search(
     block = BlockProduct(host, *pair, scalings)
     if key not in host.searches:
         rounding = product_rounding(host, *pair, scalings, failure * _STEPS_SHARE)
-        there, back = block.forward, block.backward
-        if block.shape[0] < block.shape[1]:  # only vectors of the smaller side are kept
-            there, back = back, there
         share = failure * (1.0 - _STEPS_SHARE)
-        options: dict[str, Any] = dict(seed=seed, failure=share, rounding=rounding, max_steps=max_steps)
-        made = SharedStarts(Starts(there, back, min(block.shape), **options))
-        host.searches.setdefault(key, (made, exponent))
-    starts, before = host.searches[key]
-    return Search(starts, math.ldexp(1.0, exponent - before), float(sum(block.shape)))
+        starts = Starts(
+            *block.from_smaller_side, seed=seed, failure=share, rounding=rounding, max_steps=max_steps
+        )
+        host.searches.setdefault(key, (SharedStarts(starts), exponent))
+    shared, before = host.searches[key]
+    return Search(shared, math.ldexp(1.0, exponent - before), float(sum(block.shape)))
 
 
 def size_exponent(source: Node, scalings: Sequence[TapScaling]) -> int:
@@ -370,7 +368,7 @@ def content(host: HostForm, source: Node, target: Node, scalings: Sequence[TapSc
 
 def _by_search(
     host: HostForm,
-    pair: tuple[Node, Node],
+    pair: Pair,
     scalings: Sequence[TapScaling],
     seed: int,
     failure: float,
@@ -398,13 +396,8 @@ def _by_golub_kahan(
 ) -> Bound | None:
     rounding = product_rounding(host, source, target, scalings, failure * _STEPS_SHARE)
     block = BlockProduct(host, source, target, scalings)
-    there, back = block.forward, block.backward
-    if block.shape[0] < block.shape[1]:
-        there, back = back, there
     upper, _, steps = golub_kahan(
-        there,
-        back,
-        min(block.shape),
+        *block.from_smaller_side,
         seed=seed,
         failure=failure * (1.0 - _STEPS_SHARE),
         max_steps=max_steps,
@@ -440,7 +433,7 @@ def _by_proof(
 
 def norm_estimate(
     host: HostForm,
-    pair: tuple[Node, Node],
+    pair: Pair,
     scalings: Sequence[TapScaling],
     block: Enclosure,
     plan: banded_cholesky.Plan,

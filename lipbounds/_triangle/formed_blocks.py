@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import scipy.sparse as sp
 
-from lipbounds._gain.blocks import HostForm, Node, TapScaling, by_smaller_side
+from lipbounds._gain.blocks import HostForm, Node, Pair, Sweep, TapScaling, by_smaller_side
 from lipbounds._gain.side_by_side import in_groups
 from lipbounds._gain.wide_blocks import content, norm_estimate, size_exponent
 from lipbounds._norms import enclosures
@@ -26,9 +26,6 @@ LOOSE = 1e-6  # rounding error of a block, relative to its norm, above which sho
 _HASHED = 2**22  # entries up to which blocks are compared with those proved before
 
 
-Sweep = tuple[Node, list[Node], bool]  # as `by_smaller_side` gives it
-
-
 @dataclass(frozen=True)
 class BlockNorm:
     value: float
@@ -38,16 +35,14 @@ class BlockNorm:
 
 
 def matrices(
-    host: HostForm, pairs: Sequence[tuple[Node, Node]], scalings: Sequence[TapScaling]
-) -> Iterator[tuple[tuple[Node, Node], Enclosure]]:
+    host: HostForm, pairs: Sequence[Pair], scalings: Sequence[TapScaling]
+) -> Iterator[tuple[Pair, Enclosure]]:
     """The blocks of the gain one after another, or their transposes: swept from the smaller side."""
     for sweep in by_smaller_side(host, pairs):
         yield from _swept(host, sweep, scalings)
 
 
-def _swept(
-    host: HostForm, sweep: Sweep, scalings: Sequence[TapScaling]
-) -> Iterator[tuple[tuple[Node, Node], Enclosure]]:
+def _swept(host: HostForm, sweep: Sweep, scalings: Sequence[TapScaling]) -> Iterator[tuple[Pair, Enclosure]]:
     node, others, reverse = sweep
     if reverse:
         for source, block in host.backward(node, others, scalings).items():
@@ -97,16 +92,16 @@ def block_norm(
 
 def proved(
     host: HostForm,
-    pairs: Sequence[tuple[Node, Node]],
+    pairs: Sequence[Pair],
     scalings: Sequence[TapScaling],
     norm: float,
-    name: Callable[[tuple[Node, Node]], str],
-) -> dict[tuple[Node, Node], tuple[BlockNorm, float]]:
+    name: Callable[[Pair], str],
+) -> dict[Pair, tuple[BlockNorm, float]]:
     """{pair: (its norm, the error of the block)} of blocks that are formed; what both centres share is proved once.
 
     Sources are brought to one size by powers of two, so that a bound does not depend on what was proved before.
     """
-    found: dict[tuple[Node, Node], tuple[BlockNorm, float]] = {}
+    found: dict[Pair, tuple[BlockNorm, float]] = {}
     keys = {pair: content(host, *pair, scalings) for pair in pairs} if norm == 2 else {}
     if norm == 2:
         scalings = _of_one_size({source for source, _ in pairs}, scalings)
@@ -117,7 +112,7 @@ def proved(
                 note(text)
     left = [pair for pair in pairs if pair not in found]
 
-    def prove(item: tuple[tuple[Node, Node], Enclosure]) -> tuple[BlockNorm, list[str]]:
+    def prove(item: tuple[Pair, Enclosure]) -> tuple[BlockNorm, list[str]]:
         pair, block = item
         with hearing() as heard:
             if norm != 2:
@@ -126,9 +121,9 @@ def proved(
             value = block_norm(host, block, 2, plan, norm_estimate(host, pair, scalings, block, plan))
         return BlockNorm(value, "verified", plan.name, block.shape), heard
 
-    costs = {pair: proof_seconds(*block_shape(host, pair)) if norm == 2 else 0.0 for pair in left}
+    costs = {pair: proof_seconds(*host.block_shape(pair)) if norm == 2 else 0.0 for pair in left}
 
-    def through(sweep: Sweep) -> list[tuple[Node, Node]]:
+    def through(sweep: Sweep) -> list[Pair]:
         node, others, reverse = sweep
         return [(other, node) if reverse else (node, other) for other in others]
 
@@ -143,7 +138,7 @@ def proved(
             by_smaller_side(host, left),
             seconds=lambda sweep: sum(costs[pair] for pair in through(sweep)),
             cost=lambda item: costs[item[0]],
-            need=lambda sweep: 8.0 * sum(math.prod(block_shape(host, pair)) for pair in through(sweep)),
+            need=lambda sweep: 8.0 * sum(math.prod(host.block_shape(pair)) for pair in through(sweep)),
         ) as results,
     ):
         for (pair, block), (bound, heard) in results:
@@ -170,16 +165,12 @@ def _of_one_size(sources: Collection[Node], scalings: Sequence[TapScaling]) -> l
     return made
 
 
-def block_shape(host: HostForm, pair: tuple[Node, Node]) -> tuple[int, int]:
-    return host.node_size(pair[1], source=False), host.node_size(pair[0], source=True)
-
-
 def shorten(
     host: HostForm,
-    pairs: Sequence[tuple[Node, Node]],
+    pairs: Sequence[Pair],
     scalings: Sequence[TapScaling],
-    loose: Sequence[tuple[Node, Node]],
-    found: dict[tuple[Node, Node], BlockNorm],
+    loose: Sequence[Pair],
+    found: dict[Pair, BlockNorm],
     norm: float,
 ) -> None:
     """Bound blocks whose rounding error is not small relative to their norm by shorter blocks.

@@ -23,7 +23,7 @@ import numpy as np
 from lipbounds._form.lure import LureForm, multiplicity, proved_slopes
 from lipbounds._form.program import Tap
 from lipbounds._form.steps import StaticArray
-from lipbounds._gain.blocks import HostForm, Node, TapScaling
+from lipbounds._gain.blocks import HostForm, Node, Pair, TapScaling
 from lipbounds._gain.device_blocks import proved_on_device
 from lipbounds._gain.live import live_outputs
 from lipbounds._gain.memory_budget import Budget, proofs
@@ -35,7 +35,7 @@ from lipbounds._norms.enclosures import Enclosure
 from lipbounds._norms.rounding import add_up, gamma, mul_up, products_up
 from lipbounds._text.progress import meter, proof_seconds, say
 from lipbounds._triangle import refinement
-from lipbounds._triangle.formed_blocks import LOOSE, BlockNorm, block_norm, block_shape, proved, shorten
+from lipbounds._triangle.formed_blocks import LOOSE, BlockNorm, block_norm, proved, shorten
 from lipbounds._triangle.refinement import wide_norms
 from lipbounds.results import Part, weakest
 
@@ -130,7 +130,7 @@ def node_name(form: LureForm, node: Node, *, source: bool) -> str:
     return "+".join(f"{form.taps[k].name}[{k}]" for k in node)
 
 
-def _block_name(form: LureForm, pair: tuple[Node, Node]) -> str:
+def _block_name(form: LureForm, pair: Pair) -> str:
     return f"{node_name(form, pair[0], source=True)} to {node_name(form, pair[1], source=False)}"
 
 
@@ -145,9 +145,7 @@ class Request:
     budget: Budget | None = None
 
 
-def structure(
-    host: HostForm, nodes: Sequence[Node], scalings: Sequence[TapScaling]
-) -> list[tuple[Node, Node]]:
+def structure(host: HostForm, nodes: Sequence[Node], scalings: Sequence[TapScaling]) -> list[Pair]:
     """Pairs (source, target) of nodes joined by a path; targets are nodes (the output is treated by rows)."""
     pairs = []
     for j, source in enumerate([(), *nodes]):
@@ -160,46 +158,45 @@ def structure(
 
 def block_norms(
     form: LureForm,
-    pairs: Sequence[tuple[Node, Node]],
+    pairs: Sequence[Pair],
     scalings: Sequence[TapScaling],
     request: Request,
     ends: Mapping[Node, float] | None = None,
-) -> dict[tuple[Node, Node], BlockNorm]:
+) -> dict[Pair, BlockNorm]:
     """The norm of each block: proved, or probabilistic where the size rule or the budget requires it.
 
     ends: norms of the blocks to the output, by source; they tell which of the probabilistic norms matter.
     """
     host = host_form(form)
-    found: dict[tuple[Node, Node], BlockNorm] = {}
+    found: dict[Pair, BlockNorm] = {}
     if request.norm == 2 and request.guarantee in ("auto", "verified"):
         limit = math.inf if request.budget is None else request.budget.limit
         for pair, value in proved_on_device(host, pairs, scalings, limit).items():
-            found[pair] = BlockNorm(value, "verified", "residual on a GPU", block_shape(host, pair))
+            found[pair] = BlockNorm(value, "verified", "residual on a GPU", host.block_shape(pair))
     if request.budget is not None:
         return _within_budget(form, pairs, scalings, request, request.budget, found)
-    small: list[tuple[Node, Node]] = []
-    large: list[tuple[Node, Node]] = []
-    for pair in pairs:
-        if pair in found:
-            continue
-        side = min(block_shape(host, pair))
-        forced = request.norm != 2 or request.guarantee == "verified"
-        dense = request.guarantee == "auto" and side <= DENSE_LIMIT
-        if forced and request.norm == 2 and side > DENSE_LIMIT:
-            cut = cut_norm(host, pair, scalings)
-            if cut is not None:
-                found[pair] = BlockNorm(*cut[:3], block_shape(host, pair))
-                continue
-        (small if forced or dense else large).append(pair)
-    one_by_one = proved(host, small, scalings, request.norm, partial(_block_name, form))
+    forced = request.norm != 2 or request.guarantee == "verified"
+    formed: list[Pair] = []  # proved from their matrices
+    wide: list[Pair] = []
+    for pair in (pair for pair in pairs if pair not in found):
+        small = min(host.block_shape(pair)) <= DENSE_LIMIT
+        cut = cut_norm(host, pair, scalings) if forced and request.norm == 2 and not small else None
+        if cut is not None:
+            found[pair] = BlockNorm(*cut[:3], host.block_shape(pair))
+        elif forced or (small and request.guarantee == "auto"):
+            formed.append(pair)
+        else:
+            wide.append(pair)
+    name = partial(_block_name, form)
+    one_by_one = proved(host, formed, scalings, request.norm, name)
     found |= {pair: bound for pair, (bound, _) in one_by_one.items()}
-    if large:
+    if wide:
         known = {pair: one.value for pair, one in found.items()}
-        name, proofs = partial(_block_name, form), request.guarantee != "probabilistic"
-        wide = wide_norms(
-            host, large, scalings, known, ends or {}, request.seed, request.failure, proofs, name
+        quick = request.guarantee != "probabilistic"
+        bounds = wide_norms(
+            host, wide, scalings, known, ends or {}, request.seed, request.failure, quick, name
         )
-        found |= {pair: BlockNorm(*bound[:3], block_shape(host, pair)) for pair, bound in wide.items()}
+        found |= {pair: BlockNorm(*bound[:3], host.block_shape(pair)) for pair, bound in bounds.items()}
     loose = [pair for pair, (bound, error) in one_by_one.items() if error > LOOSE * bound.value]
     if loose:
         shorten(host, pairs, scalings, loose, found, request.norm)
@@ -208,24 +205,22 @@ def block_norms(
 
 def _within_budget(
     form: LureForm,
-    pairs: Sequence[tuple[Node, Node]],
+    pairs: Sequence[Pair],
     scalings: Sequence[TapScaling],
     request: Request,
     budget: Budget,
-    known: Mapping[tuple[Node, Node], BlockNorm],
-) -> dict[tuple[Node, Node], BlockNorm]:
+    known: Mapping[Pair, BlockNorm],
+) -> dict[Pair, BlockNorm]:
     """`block_norms` within a budget: proofs that fit it, else the Fourier bound of a convolution, else Golub-Kahan.
 
     Blocks whose norms are `known` keep them. The Fourier bound is verified but not tight: it is taken where proofs are
     forced, or where it keeps the whole bound verified, that is where every block without a proof has one.
     """
     host = host_form(form)
-    size = partial(block_shape, host)
+    size = host.block_shape
     forced = request.guarantee == "verified"
     found = dict(known)
-    left: dict[tuple[Node, Node], tuple[float, int] | None] = dict.fromkeys(
-        p for p in pairs if p not in known
-    )
+    left: dict[Pair, tuple[float, int] | None] = dict.fromkeys(p for p in pairs if p not in known)
     if request.guarantee != "probabilistic":
         with meter(len(left), 0.0) as advance:
 
@@ -302,7 +297,7 @@ def recursion(
     request: Request,
     *,
     pairwise: bool,
-    found: dict[tuple[Node, Node], BlockNorm] | None = None,
+    found: dict[Pair, BlockNorm] | None = None,
     rows: dict[Node, Enclosure] | None = None,
 ) -> Triangle:
     """The triangle recursion for one partition and one centre, every operation rounded up."""
@@ -320,6 +315,7 @@ def recursion(
         found = block_norms(form, structure(host, nodes, scalings), scalings, share, weights)
     reach: dict[Node, float] = {(): 1.0}
     parts: list[Part] = []
+    sources = [(), *nodes]
 
     def part(source: Node, target: Node, norm: BlockNorm) -> None:
         a, b = node_name(form, source, source=True), node_name(form, target, source=False)
@@ -327,7 +323,7 @@ def recursion(
 
     for target in nodes:
         terms = []
-        for source in [(), *nodes]:
+        for source in sources:
             if (source, target) in found:
                 block = found[source, target]
                 part(source, target, block)
@@ -338,9 +334,7 @@ def recursion(
     count = form.num_outputs if pairwise else 0
     classes, pairs = np.zeros(count), np.zeros((count, count))
     q = dual(request.norm)
-    for source in [(), *nodes]:
-        if source not in ends:
-            continue
+    for source in (source for source in sources if source in ends):
         part(source, (), ends[source])
         outputs[source] = ends[source].value
         terms.append(mul_up(ends[source].value, reach[source]))
@@ -393,7 +387,7 @@ def _to_many_outputs(
     sources = [source for source in [(), *nodes] if _reaches_output(host, source, scalings)]
 
     def norm(source: Node) -> BlockNorm:
-        shape = block_shape(host, (source, ()))
+        shape = host.block_shape((source, ()))
         if shape[1] <= DENSE_LIMIT:
             block = host.forward(source, [()], scalings)[()]
             plan = enclosures.enclosure_plan(block)
@@ -410,7 +404,7 @@ def _to_many_outputs(
         )
         return BlockNorm(*one[:3], shape)
 
-    seconds = sum(proof_seconds(*block_shape(host, (source, ()))) for source in sources)
+    seconds = sum(proof_seconds(*host.block_shape((source, ()))) for source in sources)
     found: dict[Node, BlockNorm] = {}
     with side_by_side(norm, sources, seconds=seconds if request.budget is None else 0.0) as results:
         for source, one in results:
@@ -452,7 +446,7 @@ def surely_above(form: LureForm, request: Request, best: Triangle) -> bool:
     for nodes in partitions(form):
         pairs = structure(host, nodes, scalings)
         pairs += [(source, ()) for source in [(), *nodes] if _reaches_output(host, source, scalings)]
-        seconds = sum(proof_seconds(*block_shape(host, pair)) for pair in pairs)
+        seconds = sum(proof_seconds(*host.block_shape(pair)) for pair in pairs)
         if request.norm != 2 or seconds < _WORTH_A_LOOK:
             return False
         value, reach = refinement.lower_estimate(host, nodes, pairs, scalings)

@@ -19,9 +19,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from typing import Any
 
-from lipbounds._gain.blocks import HostForm, Node, TapScaling
+from lipbounds._gain.blocks import HostForm, Node, Pair, TapScaling
 from lipbounds._gain.products import BlockProduct
 from lipbounds._gain.side_by_side import side_by_side
 from lipbounds._gain.wide_blocks import RTOL, Bound, Search, other_norm, quick_norms, search
@@ -34,7 +33,6 @@ _ROUGH_STEPS = 5  # that tell whether a bound is worth its proofs
 _FIRST, _MORE = 2 * CHECKED, CHECKED  # steps of all blocks, and of a block that is refined
 _KEPT = 2**32  # bytes of vectors of searches, at most
 _THREADS = 8  # searches that are advanced side by side
-Pair = tuple[Node, Node]
 
 
 def wide_norms(
@@ -45,7 +43,7 @@ def wide_norms(
     ends: Mapping[Node, float],
     seed: int,
     failure: float,
-    proofs: bool,
+    quick: bool,
     name: Callable[[Pair], str],
 ) -> dict[Pair, Bound]:
     """Bounds of blocks above the size rule: quick proofs, and Golub-Kahan as far as the bound of the network needs it.
@@ -58,11 +56,11 @@ def wide_norms(
         ends: norms of the blocks to the output, by source.
         seed: of the random starts.
         failure: the probability with which some of the bounds may fail.
-        proofs: whether quick proofs are tried first.
+        quick: whether quick proofs are tried first.
         name: of a block, for progress.
     """
     found: dict[Pair, Bound] = {}
-    if proofs:
+    if quick:
         for pair, bound in quick_norms(host, pairs, scalings):
             say(f"norm of {name(pair)}")
             found[pair] = bound
@@ -92,9 +90,7 @@ def shares(
     norms: Mapping[Pair, float], ends: Mapping[Node, float], nodes: Sequence[Node]
 ) -> dict[Pair, float]:
     """The parts s_i of the bound, from the norms of all blocks, and of those to the output."""
-    reach: dict[Node, float] = {(): 1.0}
-    for target in nodes:
-        reach[target] = sum(norms.get((j, target), 0.0) * m for j, m in reach.items())
+    reach = _reach(norms, nodes)
     back: dict[Node, float] = {}
     for source in [*reversed(nodes), ()]:
         ahead = sum(norms.get((source, k), 0.0) * u for k, u in back.items())
@@ -103,6 +99,14 @@ def shares(
     if not 0.0 < whole < math.inf:
         return dict.fromkeys(norms, 1.0)
     return {(j, k): back[k] * (value / whole) * reach[j] for (j, k), value in norms.items()}
+
+
+def _reach(norms: Mapping[Pair, float], nodes: Sequence[Node]) -> dict[Node, float]:
+    """m of the recursion per node, 1 for the input."""
+    reach: dict[Node, float] = {(): 1.0}
+    for target in nodes:
+        reach[target] = sum(norms.get((j, target), 0.0) * m for j, m in reach.items())
+    return reach
 
 
 def lower_estimate(
@@ -115,22 +119,16 @@ def lower_estimate(
 
     def lower(pair: Pair) -> float:
         block = BlockProduct(host, *pair, scalings)
-        there, back = block.forward, block.backward
-        if block.shape[0] < block.shape[1]:
-            there, back = back, there
-        options: dict[str, Any] = dict(seed=0, failure=0.5, rounding=0.0, max_steps=_ROUGH_STEPS)
-        starts = Starts(there, back, min(block.shape), **options)
+        starts = Starts(*block.from_smaller_side, seed=0, failure=0.5, rounding=0.0, max_steps=_ROUGH_STEPS)
         with contextlib.suppress(ValueError):
             starts.advance(_ROUGH_STEPS)
         return starts.lower if math.isfinite(starts.lower) else 0.0
 
-    seconds = sum(proof_seconds(*BlockProduct(host, *pair, scalings).shape) for pair in pairs)
+    seconds = sum(proof_seconds(*host.block_shape(pair)) for pair in pairs)
     with side_by_side(lower, pairs, seconds=seconds) as results:
         norms = dict(results)
     ends = {source: norm for (source, target), norm in norms.items() if not target}
-    reach: dict[Node, float] = {(): 1.0}
-    for target in nodes:
-        reach[target] = sum(norms.get((j, target), 0.0) * m for j, m in reach.items())
+    reach = _reach(norms, nodes)
     return sum(end * reach[source] for source, end in ends.items()), reach
 
 

@@ -16,14 +16,14 @@ import numpy as np
 import optax
 
 from lipbounds._form.lure import LureForm
-from lipbounds._gain.blocks import Node, TapScaling
+from lipbounds._gain.blocks import Node, Pair, TapScaling
 from lipbounds._norms import enclosures
 from lipbounds._norms.enclosures import Enclosure
 from lipbounds._triangle import recursion
 from lipbounds._triangle.formed_blocks import BlockNorm, block_norm, matrices
 from lipbounds._triangle.recursion import Request, Triangle
 
-Blocks = dict[tuple[Node, Node], Enclosure]
+Blocks = dict[Pair, Enclosure]
 _GRAM_LIMIT = 3000  # up to this size |B'B| is formed; above it |B|'(|B| 1) stands in
 _ZERO_COLUMN = 2.0**27
 _STEPS = 400
