@@ -95,9 +95,7 @@ def settings(
 
 
 def data_term(s: Settings, logits: jax.Array, labels: jax.Array, pairs: jax.Array) -> jax.Array:
-    plain = losses.lipschitz_margin(
-        logits, labels, pairs, eps=s.margin
-    )  # cross-entropy where the margin is 0
+    plain = losses.lipschitz_margin(logits, labels, pairs, eps=s.margin)  # cross-entropy if the margin is 0
     scaled, others = losses.scaled_margins(logits, labels, pairs)
     free = losses.cross_entropy(jnp.where(others, s.scale * (s.margin - scaled), 0), labels)
     return jnp.where(s.scale > 0, free, plain)

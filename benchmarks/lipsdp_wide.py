@@ -123,9 +123,8 @@ def measure(add: Callable[..., None], part: int, side: int, seconds: float, most
             break
         each = min(np.diff(steps_at))  # the first step compiles
         spent, left = time.perf_counter() - began, seconds - (time.perf_counter() - begin)
-        more = int(
-            min((0.9 * left - spent) / (2 * each), most)
-        )  # a third more for the network, and line searches
+        # a third more for the network, and line searches
+        more = int(min((0.9 * left - spent) / (2 * each), most))
         steps = 0 if bound is None or steps >= most or more < 2 * steps else more
 
 

@@ -27,7 +27,7 @@ from lipbounds._activations import activations
 from lipbounds._form.concrete import is_concrete
 from lipbounds._form.precision import half_note
 from lipbounds._form.program import Op, Program, Tap, described
-from lipbounds._form.steps import KINDS, StaticArray
+from lipbounds._form.steps import KINDS
 from lipbounds._form.walk import Algebra, walk
 from lipbounds._text.html import Html, element, together
 from lipbounds._text.tables import counted, html_table, printable
@@ -165,8 +165,7 @@ def apply_tap(tap: Tap, consts: Sequence[Any], y: jax.Array) -> jax.Array:
     """Evaluate v = phi(y) for one tap, on flat vectors."""
     if tap.expr is not None:
         shape = tap.shapes[0]
-        values = [c.array if isinstance(c, StaticArray) else consts[c] for c in tap.consts]
-        out = activations.evaluate(tap.expr, values, y.reshape(shape))
+        out = activations.evaluate(tap.expr, tap.constants(consts), y.reshape(shape))
         return jnp.broadcast_to(out, shape).ravel()
     assert tap.groups is not None
     rows = y[tap.groups.array]
@@ -269,7 +268,7 @@ def proved_slopes(form: LureForm, k: int) -> tuple[np.ndarray, np.ndarray]:
     """
     tap = form.taps[k]
     assert tap.expr is not None
-    values = [c.array if isinstance(c, StaticArray) else np.asarray(form.consts[c]) for c in tap.consts]
+    values = [np.asarray(c) for c in tap.constants(form.consts)]
     if tap.assumed:
         declared = activations.registered(tap.expr, values)
         if declared is None:

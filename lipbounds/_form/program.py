@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
 from typing import Any
@@ -77,6 +77,15 @@ class Tap:
     @property
     def reads(self) -> tuple[int, ...]:
         return self.inputs
+
+    def constants(self, leaves: Sequence[Any]) -> list[Any]:
+        """The constants of `expr`, from the leaves of a form."""
+        return [c.array if isinstance(c, StaticArray) else leaves[c] for c in self.consts]
+
+    def constants_by_entry(self, leaves: Sequence[Any]) -> list[Any]:
+        """The same, arrays as (size_in,): an entry for each of y."""
+        found = self.constants(leaves)
+        return [np.broadcast_to(c, self.shapes[0]).reshape(-1) if np.ndim(c) else c for c in found]
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,8 @@ from lipbounds._norms.fourier import conv_fft_bound
 from lipbounds._norms.rounding import U, add_up, gamma, mul_up, sqrt_up, unscale_up
 
 _COARSE = 12  # points per axis for the quick norm of a convolution
-_APPLIED = (
-    2**18
-)  # nonzero entries above which a convolution is applied to columns and its matrix built only on demand
+# nonzero entries above which a convolution is applied to columns and its matrix built only on demand
+_APPLIED = 2**18
 _FULL = 0.15  # share of nonzero entries above which an operand of a convolution is taken as dense
 _QUICK = 2e9  # operations of a factorisation for a quick norm
 _VERIFY_STEP = 1100  # steps up to this size get a proved spectral norm, larger ones sqrt(||A||_1 ||A||_inf)
@@ -385,10 +384,9 @@ def _conv_matrix(
 ) -> Any:
     """Matrix of lax.conv_general_dilated in its first operand."""
     numbers = p["dimension_numbers"]
-    index = np.arange(math.prod(shape)).reshape(shape).transpose(numbers.lhs_spec)  # (batch, channel, *space)
-    row = (
-        np.arange(math.prod(out_shape)).reshape(out_shape).transpose(numbers.out_spec)
-    )  # (batch, feature, *space)
+    # (batch, channel, *space) and (batch, feature, *space)
+    index = np.arange(math.prod(shape)).reshape(shape).transpose(numbers.lhs_spec)
+    row = np.arange(math.prod(out_shape)).reshape(out_shape).transpose(numbers.out_spec)
     weights = kernel.transpose(numbers.rhs_spec)  # (feature, channel in group, *window)
     groups = p["feature_group_count"]
     features, channels = weights.shape[:2]

@@ -31,7 +31,7 @@ import optax
 from lipbounds._lipsdp.recursion_step import (
     LOG2,
     Tap,
-    _floor,
+    floor,
     multiplier,
     rescale,
     through,
@@ -71,7 +71,7 @@ def run(
             sy = (sy + sy.T) / 2
             d = multiplier(sy, tap.kappa, q, s, squarings)
             own = jnp.diagonal(sy)
-            relative = d / jnp.maximum(own, jnp.maximum(jnp.max(own) * 1e-30, _floor(sy.dtype)))
+            relative = d / jnp.maximum(own, jnp.maximum(jnp.max(own) * 1e-30, floor(sy.dtype)))
             sigma = through(sigma, tap, d, sy, cross)
         else:
             sigma = tap.A @ sigma @ tap.A.T

@@ -77,11 +77,11 @@ top.defvjp(_top_forward, _top_back)
 def multiplier(sy: jax.Array, kappa: jax.Array, q: jax.Array, s: jax.Array, squarings: Any) -> jax.Array:
     """D of one tap from its parameters: feasible for every (q, s)."""
     half = jnp.exp(-q / 2) * jnp.ones_like(kappa)
-    mu = jnp.maximum(top(half[:, None] * sy * half, squarings), _floor(sy.dtype))
+    mu = jnp.maximum(top(half[:, None] * sy * half, squarings), floor(sy.dtype))
     return mu * jnp.exp(q) * (1 + MARGIN + kappa * jnp.exp(s))
 
 
-def _floor(dtype: Any) -> Any:
+def floor(dtype: Any) -> Any:
     return np.sqrt(np.finfo(dtype).tiny).astype(dtype)
 
 

@@ -27,10 +27,8 @@ def reach(
     grown = 1 + gamma(2 * d + 32)
     slack = error * eps * (1.0 if norm == 2 else float(np.sqrt(d))) * grown
     sides = []
-    for against, along in (
-        (high, low),
-        (low, high),
-    ):  # room where a < 0 and where a > 0, as y falls and rises
+    # room where a < 0 and where a > 0, as y falls and rises
+    for against, along in ((high, low), (low, high)):
         if norm == 2:
             moved = np.stack([_lagrangian(a, e, n, p) for e, n, p in zip(eps, against, along, strict=True)])
         else:

@@ -35,7 +35,6 @@ import numpy as np
 
 from lipbounds._activations.slopes_on_intervals import anchored_slopes, pair_slopes
 from lipbounds._form.lure import LureForm, proved_slopes
-from lipbounds._form.steps import StaticArray
 from lipbounds._local import multipliers
 from lipbounds._local.maps import TINY, column_norms, frobenius, symmetrise
 from lipbounds._local.multipliers import Kept
@@ -231,9 +230,7 @@ def slopes_between(
     tap, known = view.taps[k], proved_slopes(view, k)
     if tap.assumed or tap.expr is None:
         return np.broadcast_to(known[0], lo.shape), np.broadcast_to(known[1], lo.shape)
-    host = recursion.host_form(view)
-    consts = [c.array if isinstance(c, StaticArray) else host.consts[c] for c in tap.consts]
-    columns = [np.broadcast_to(c, tap.shapes[0]).reshape(-1) if np.ndim(c) else c for c in consts]
+    columns = tap.constants_by_entry(recursion.host_form(view).consts)
     if anchor is not None:
         return anchored_slopes(tap.expr, columns, anchor, lo, hi, known)
     return pair_slopes(tap.expr, columns, lo, hi, known)
@@ -343,19 +340,18 @@ def _solved(
         block = ellipsoid[np.ix_(at, at)]
         variance = block.diagonal().astype(np.float64)
 
-        def made(i: int = i, at: np.ndarray = at, block: np.ndarray = block) -> np.ndarray:
-            fixed, ends = (aimed[i].astype(q.dtype) @ q[i])[:, at].astype(np.float64), block.diagonal()
-            return multipliers.guess(
-                fixed,
-                lambda a: a.astype(q.dtype) @ block,
-                ends.astype(np.float64),
-                r[i, at],
-                p[i][:, at],
-                stage.effect[at],
-            )
+        def guessed(
+            i: int = i, at: np.ndarray = at, block: np.ndarray = block, variance: np.ndarray = variance
+        ) -> np.ndarray:
+            fixed = (aimed[i].astype(q.dtype) @ q[i])[:, at].astype(np.float64)
+
+            def times(a: np.ndarray) -> np.ndarray:
+                return a.astype(q.dtype) @ block
+
+            return multipliers.guess(fixed, times, variance, r[i, at], p[i][:, at], stage.effect[at])
 
         try:
-            scale, m = multipliers.feasible(block, *multipliers.chosen(known[i, at], variance, made))
+            scale, m = multipliers.feasible(block, *multipliers.chosen(known[i, at], variance, guessed))
             own, wrong = columns(i, at, scale)
             found.append(_schur(m, own, 8 * U * (at.size + 1), wrong * (1 + gamma(at.size + 8))))
         except ValueError:
@@ -401,15 +397,18 @@ def _through_thin(
         try:
             if at.size:
 
-                def made(i: int = i, at: np.ndarray = at, rows: np.ndarray = rows) -> np.ndarray:
+                def guessed(
+                    i: int = i, at: np.ndarray = at, rows: np.ndarray = rows, variance: np.ndarray = variance
+                ) -> np.ndarray:
+                    fixed = np.asarray((linear[i].astype(b.dtype) @ b) @ rows.T, np.float64)
+
                     def times(a: np.ndarray) -> np.ndarray:
                         return np.asarray((a.astype(b.dtype) @ rows) @ rows.T, np.float64)
 
-                    fixed = np.asarray((linear[i].astype(b.dtype) @ b) @ rows.T, np.float64)
-                    ends = np.square(rows, dtype=np.float64).sum(axis=1)
-                    return multipliers.guess(fixed, times, ends, r[i, at], aim[0][i][:, at], stage.effect[at])
+                    effect = stage.effect[at]
+                    return multipliers.guess(fixed, times, variance, r[i, at], aim[0][i][:, at], effect)
 
-                d = multipliers.chosen(known[i, at], variance, made)
+                d = multipliers.chosen(known[i, at], variance, guessed)
                 scale, m, wrong = multipliers.feasible_thin(rows, *d, thin.relerr, thin.error)
             found.append(_schur(m, columns, wrong, float(slip[i])))
         except ValueError:

@@ -18,7 +18,7 @@ import functools
 import math
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -397,43 +397,55 @@ def _ready(form: LureForm, norm: float, way: str, word: str, seed: int) -> _Read
         front = liplt.Front(form)
         word = "assumed" if form.assumed else "probabilistic"
         return _Ready(None, None, (), np.zeros((1, 0, 0)), None, word, FAILURE, (note,), front)
-    guarantee, failure = "assumed" if form.assumed else "verified", 0.0
-    notes: tuple[str, ...] = ()
-    first = None
-    if way == "hybrid":
-        wide = first_tap(form, TAIL)
-        _fits(form, wide, word)
-        _, s, scale, word, failure = hybrid_start(form, wide, Request(norm, word, seed))
-        guarantee = word if guarantee == "verified" else guarantee
-        # the ellipsoid is that of the tail's input, in the order in which the tail's view reads it
-        whole, ahead, view = (elementwise_view(f, shared=False) for f in (form, *split(form, wide)))
-        begin, stages = stages_of(view)
-        start: np.ndarray | Thin = _raised(*begin.both(np.ldexp(np.array(s), scale)[None]))
-        # slopes of the tail's taps are taken around their values in the whole network
-        taps = [[(t.path, t.name, t.expr, t.size_in) for t in part.taps] for part in (whole, ahead, view)]
-        if taps[0] != taps[1] + taps[2]:
-            raise ValueError("the taps behind the wide front could not be matched: use the global bound")
-        notes = (f"the first {wide} taps are bounded as a whole, by LipLT ({word})",)
-    else:
-        whole = view = elementwise_view(form)
-        n = form.in_size
-        begin, stages = stages_of(view)
-        ball = np.ones(n)
-        first = _first_map(begin, stages[0], n) if stages else None
-        if norm == np.inf:
-            # Among the ellipsoids sum dx_i^2 / p_i <= 1, sum 1 / p_i <= 1 around the cube, least trace after the map.
-            rows = first[0] if first is not None else begin.dense(n)
-            if stages:
-                live, effect = stages[0].live, stages[0].effect[:, None]
-                rows = rows * (effect if live is None else np.where(live[:, None], effect, 0.0))
-            rows = rows / (float(np.abs(rows).max(initial=0.0)) or 1.0)
-            columns = np.sqrt(np.square(rows).sum(axis=0))
-            columns = np.maximum(columns, 1e-3 * columns.max(initial=0.0) + 1e-300)
-            ball = proof.ball(n, np.minimum(columns.sum() / columns, 2.0**60))
-        thin = _thin(begin, stages[0], ball) if stages else None
-        start = _raised(*begin.of_diagonal(ball)) if thin is None else thin
+    return _behind_front(form, norm, word, seed) if way == "hybrid" else _of_whole(form, norm)
+
+
+def _behind_front(form: LureForm, norm: float, word: str, seed: int) -> _Ready:
+    """For the ellipsoids behind a wide front, which LipLT bounds as a whole."""
+    wide = first_tap(form, TAIL)
+    _fits(form, wide, word)
+    _, s, scale, word, failure = hybrid_start(form, wide, Request(norm, word, seed))
+    # the ellipsoid is that of the tail's input, in the order in which the tail's view reads it
+    whole, ahead, view = (elementwise_view(f, shared=False) for f in (form, *split(form, wide)))
+    begin, stages = stages_of(view)
+    start = _raised(*begin.both(np.ldexp(np.array(s), scale)[None]))
+    # slopes of the tail's taps are taken around their values in the whole network
+    taps = [[(t.path, t.name, t.expr, t.size_in) for t in part.taps] for part in (whole, ahead, view)]
+    if taps[0] != taps[1] + taps[2]:
+        raise ValueError("the taps behind the wide front could not be matched: use the global bound")
+    notes = (f"the first {wide} taps are bounded as a whole, by LipLT ({word})",)
+    guarantee = "assumed" if form.assumed else word
     kept = None if whole is form else whole
-    return _Ready(kept, None if view is form else view, stages, start, first, guarantee, failure, notes)
+    return _Ready(kept, None if view is form else view, stages, start, None, guarantee, failure, notes)
+
+
+def _of_whole(form: LureForm, norm: float) -> _Ready:
+    """For the ellipsoids of the whole network."""
+    view, n = elementwise_view(form), form.in_size
+    begin, stages = stages_of(view)
+    first = _first_map(begin, stages[0], n) if stages else None
+    if norm == np.inf:
+        ball = _around_cube(begin.dense(n) if first is None else first[0], stages)
+    else:
+        ball = np.ones(n)
+    thin = _thin(begin, stages[0], ball) if stages else None
+    start = _raised(*begin.of_diagonal(ball)) if thin is None else thin
+    kept = None if view is form else view
+    return _Ready(kept, kept, stages, start, first, "assumed" if form.assumed else "verified", 0.0, ())
+
+
+def _around_cube(rows: np.ndarray, stages: Sequence[Stage]) -> np.ndarray:
+    """(n,) p of the ellipsoid sum dx_i^2 / p_i <= 1, sum 1 / p_i <= 1, around the cube, of least trace after a map.
+
+    rows (m, n): the map, the first of the network; its neurons count by their effect.
+    """
+    if stages:
+        live, effect = stages[0].live, stages[0].effect[:, None]
+        rows = rows * (effect if live is None else np.where(live[:, None], effect, 0.0))
+    rows = rows / (float(np.abs(rows).max(initial=0.0)) or 1.0)
+    columns = np.sqrt(np.square(rows).sum(axis=0))
+    columns = np.maximum(columns, 1e-3 * columns.max(initial=0.0) + 1e-300)
+    return proof.ball(rows.shape[1], np.minimum(columns.sum() / columns, 2.0**60))
 
 
 def _raised(s: np.ndarray, e: np.ndarray) -> np.ndarray:

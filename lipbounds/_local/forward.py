@@ -18,7 +18,7 @@ from lipbounds._activations import intervals as I
 from lipbounds._form.concrete import on_host
 from lipbounds._form.lure import LureForm, multiplicity, proved_slopes
 from lipbounds._form.program import Op, Tap
-from lipbounds._form.steps import KINDS, StaticArray
+from lipbounds._form.steps import KINDS
 from lipbounds._form.units import Units, check_units, dtype_error, shape_error
 from lipbounds._form.walk import Algebra, walk
 from lipbounds._gain.blocks import HostForm
@@ -267,10 +267,9 @@ def enclosable(host: HostForm, tap: Tap) -> bool:
     if not tap.assumed:
         return True
     assert tap.expr is not None
-    consts = [c.array if isinstance(c, StaticArray) else host.consts[c] for c in tap.consts]
     zero = np.zeros(tap.shapes[0])
     try:
-        activations.enclose(tap.expr, consts, zero, zero)
+        activations.enclose(tap.expr, tap.constants(host.consts), zero, zero)
     except activations.SlopeError:
         return False
     return True
@@ -279,7 +278,7 @@ def enclosable(host: HostForm, tap: Tap) -> bool:
 def _apply(host: HostForm, tap: Tap, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(v, error): the tap at the columns of y (size_in, N), and an entrywise bound of its evaluation error."""
     if tap.expr is not None:
-        consts = [c.array if isinstance(c, StaticArray) else host.consts[c] for c in tap.consts]
+        consts = tap.constants(host.consts)
         point = y.T.reshape(y.shape[1], *tap.shapes[0])
         if not enclosable(host, tap):
             with jax.enable_x64(True), on_host():

@@ -53,9 +53,8 @@ class Passes:
         z: np.ndarray,
         first: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray] | None],
     ) -> None:
-        self.view, self.double, self.single, self.values, self.z, self.first = (
-            view, double, single, values, z, first,
-        )  # fmt: skip
+        self.view, self.double, self.single = view, double, single
+        self.values, self.z, self.first = values, z, first
         count = len(z)
         self.wide = bool(values.relative)  # multipliers are improved by their gradient
         self.refused = np.zeros(count, bool)  # examples that need float64
@@ -86,9 +85,7 @@ class Passes:
             return self._run(rows, eps, labels, True, ranges).s
         if search:
             self._improve(rows, eps, labels, _PASSES, _LAST, enough)
-        wanted = (
-            self.least[rows] * np.maximum(eps / self.eps[rows], 1.0) ** 2
-        )  # of a larger ball it may be larger
+        wanted = self.least[rows] * np.maximum(eps / self.eps[rows], 1.0) ** 2  # a larger ball may have more
         say("ellipsoids: proof on a ball")
         passed = self._run(rows, eps, labels, True, ranges)
         self._learn(rows, passed)

@@ -192,7 +192,11 @@ class Search:
     def _estimated(self, near: Around, at: np.ndarray) -> np.ndarray:
         """The rows of a chunk whose radius is another one by one or two proofs than by estimates."""
         found, best = Interval(self.start[at]), self.best[at]
-        while (left := found.left(self.tries)[(found.high > best)[found.left(self.tries)]]).size:
+        while True:
+            left = found.left(self.tries)
+            left = left[found.high[left] > best[left]]
+            if not left.size:
+                break
             found.tried(left, self._radii(near, near.estimates, at, left, found.eps[left]))
         rows = np.flatnonzero(found.high > best)
         more = np.zeros(len(at), bool)

@@ -60,9 +60,8 @@ class Stage:
         if b is None or not self.lives_on:
             return a
         out = np.concatenate([a, np.zeros((*a.shape[:2], self.rows - self.neurons))], axis=2)
-        np.add.at(
-            out.transpose(2, 0, 1), self.of, b[:, :, self.to].transpose(2, 0, 1)
-        )  # an entry may be read twice
+        # an entry may be read twice
+        np.add.at(out.transpose(2, 0, 1), self.of, b[:, :, self.to].transpose(2, 0, 1))
         return out
 
 

@@ -16,7 +16,6 @@ import numpy as np
 from lipbounds._activations.slopes_on_intervals import kink
 from lipbounds._form.inputs import Box
 from lipbounds._form.lure import LureForm
-from lipbounds._form.steps import StaticArray
 from lipbounds._gain.memory_budget import show
 from lipbounds._gain.wide_blocks import LIMIT
 from lipbounds._local import box as localbox
@@ -59,9 +58,7 @@ def kinks(view: LureForm) -> tuple[Kinks, ...]:
     for tap in view.taps:
         one = None
         if tap.expr is not None and not tap.assumed:
-            consts = [c.array if isinstance(c, StaticArray) else host.consts[c] for c in tap.consts]
-            flat = [np.broadcast_to(c, tap.shapes[0]).reshape(-1) if np.ndim(c) else c for c in consts]
-            one = kink(tap.expr, flat, (tap.size_in,))
+            one = kink(tap.expr, tap.constants_by_entry(host.consts), (tap.size_in,))
         if one is None:
             other.append(f"{printable(tap.name)} at {printable(tap.path) or 'the function itself'}")
             continue

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lipbounds._form.inputs import box_ends, check_box
+from lipbounds._form.inputs import Box, box_ends, check_box
 from lipbounds._form.lure import LureForm, check_network
 from lipbounds._form.units import Units
 from lipbounds._gain.memory_budget import parse
@@ -36,9 +36,8 @@ from lipbounds._triangle.liplt import liplt
 from lipbounds.results import NORM_NAMES, Guarantee, UpperBound, weakest
 
 _MOST_PAIRED = 2048  # outputs up to which pairs are bounded where no bound is given
-_ABOVE = (
-    2.0**-40
-)  # a radius is certified at eps if it is larger: balls are larger than eps by this share of it
+# a radius is certified at eps if it is larger: balls are larger than eps by this share of it
+_ABOVE = 2.0**-40
 INTERRUPTED = "interrupted: radii are as far as they were proved"
 
 
@@ -281,7 +280,7 @@ def certified_radius(
         same = proof.norm, proof.guarantee, proof.method
         return Radii(radius, correct, *same, notes, True, outcome, labels, predicted)
     search = Search(labels, gaps, radius, near.tries, goal)
-    said, risks = _searched(form, x, search, outcome, proof.norm, near, guarantee, seed)
+    said, risks = _searched(form, x, search, outcome, proof.norm, near, inside, guarantee, seed)
     method = f"local, {proof.method}" if len(risks) else proof.method
     return Radii(
         search.best,
@@ -307,6 +306,7 @@ def _searched(
     outcome: np.ndarray,
     norm: float,
     near: Local,
+    box: Box | None,
     guarantee: str,
     seed: int,
 ) -> Found:
@@ -327,7 +327,7 @@ def _searched(
                 search.run,
                 guarantee=guarantee,
                 seed=seed,
-                box=check_box(near.box, x),
+                box=box,
                 memory=parse(near.memory),
             )
             notes, risks, broken = found.notes, found.guarantees, bool(found.broken)

@@ -291,9 +291,7 @@ def _lanczos(matvec: Any, start: np.ndarray, tol: float, steps: int) -> tuple[fl
     for j in range(steps):
         alive()
         here, end = slice(j * p, (j + 1) * p), (j + 1) * p
-        w = np.stack(
-            [matvec(v) for v in basis[here]]
-        )  # one after another: products with two columns are slower
+        w = np.stack([matvec(v) for v in basis[here]])  # products with two columns are slower
         t[here, here] = basis[here] @ w.T
         w = _without(w, basis[max(j - 1, 0) * p : end])
         w = _without(w, basis[:end])

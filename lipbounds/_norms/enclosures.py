@@ -199,9 +199,8 @@ class Factor:
         parts = max(1, min(int(sparse / _PATIENCE), rows))
         if not sp.issparse(a) or not sp.issparse(b) or parts == 1:
             return _tidy(a @ b)
-        ends = np.linspace(0, rows, parts + 1).astype(
-            np.int64
-        )  # an interruption is answered between the parts
+        # an interruption is answered between the parts
+        ends = np.linspace(0, rows, parts + 1).astype(np.int64)
         products = []
         for lo, hi in itertools.pairwise(ends):
             alive()

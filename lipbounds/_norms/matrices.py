@@ -333,7 +333,7 @@ def proof_plan(a: Any) -> banded_cholesky.Plan:
 
     The cheapest proof, by a rule of sizes and patterns (no wall time).
     """
-    return banded_cholesky.choose(wide(as_matrix(a)))
+    return banded_cholesky.choose(wide(as_matrix(a)), None)
 
 
 def _ceiling(b: Any) -> tuple[float, float]:

@@ -53,9 +53,8 @@ def factors(form: LureForm, nodes: Sequence[Node], blocks: Blocks, rule: str) ->
     for node in reversed(nodes):
         column = []
         size = sum(form.taps[k].size_out for k in node)
-        dead = np.ones(
-            size, bool
-        )  # the neuron reaches nothing: a zero column without error, in rows that count
+        # dead: the neuron reaches nothing, a zero column without error in the rows that count
+        dead = np.ones(size, bool)
         for (source, target), block in blocks.items():
             if source == node:
                 rows = np.ones(block.shape[0]) if not target else _rows(form, target, found[target])
