@@ -27,9 +27,7 @@ from lipbounds._text.progress import alive
 #: A source or target: () is the input (as a source) or the output (as a target), otherwise indices of taps.
 Node = tuple[int, ...]
 Pair = tuple[Node, Node]  # (source, target) of a block
-Sweep = tuple[
-    Node, list[Node], bool
-]  # a node, its partners, whether in reverse: from the target back to sources
+Sweep = tuple[Node, list[Node], bool]  # a node, its partners, and whether it is their target
 
 
 @dataclass(frozen=True, eq=False)

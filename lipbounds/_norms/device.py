@@ -49,9 +49,7 @@ _GROWTHS = (0.0, 1e-11, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-4, 1e-2, 1.0)
 _passed: dict[Any, bool] = {}
 
 R = TypeVar("R")
-Tiles = Mapping[
-    tuple[int, int], jax.Array
-]  # (row, column) of the tile; absent is zero, or follows by symmetry
+Tiles = Mapping[tuple[int, int], jax.Array]  # by (row, column); absent is zero, or follows by symmetry
 
 
 def free_bytes(device: Any) -> int:
