@@ -42,8 +42,8 @@ def multipliers(form: lb.LureForm, norm: float = 2, start_at: int = 0, kind: str
         return Proof(tuple(d[gain.labels == k] for k in range(len(gain.active))), kind="dense")
     p = np.full(form.in_size, float(form.in_size)) if norm == math.inf else None
     if start_at:
-        states, s, scale, _, _ = hybrid_start(form, start_at, Request(norm))
-        return Proof(edge(states, (s, scale)), start_at)
+        states, s, _, _ = hybrid_start(form, start_at, Request(norm))
+        return Proof(edge(states, (s, 0)), start_at)
     return Proof(edge(sequence(form), p=p), 0, p)
 
 

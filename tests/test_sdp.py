@@ -116,10 +116,7 @@ def test_dense_gain_is_the_gain_of_unit_vectors(name: str) -> None:
     np.testing.assert_allclose(gain.Gy.midpoint_for_search(), expected, atol=1e-13)
     np.testing.assert_allclose(gain.Gz.midpoint_for_search(), row(()), atol=1e-13)
     assert gain.Gy.error < 1e-12 and gain.Gz.error < 1e-12
-    assert gain.labels.size == gain.kappa.size == len(gain.Gy.midpoint_for_search())
-    radii = np.concatenate([scalings[k].q[a] for k, a in enumerate(gain.active)])
-    centres = np.concatenate([scalings[k].c[a] for k, a in enumerate(gain.active)])
-    np.testing.assert_allclose(gain.kappa, np.abs(centres) / radii)
+    assert gain.labels.size == len(gain.Gy.midpoint_for_search())
 
 
 def test_neurons_without_influence_are_left_out() -> None:
@@ -409,7 +406,6 @@ def test_the_value_of_scs_is_not_a_bound() -> None:
     Gy, Gz, n = problem(lb.from_weights(layers, activation="relu"))
     reference = cvxpy_solver.solve(Gy, Gz, n, solver="scs", options={"eps_abs": 1e-4, "eps_rel": 1e-4})
     assert reference.status == "optimal" and reference.raw_value < exact * (1 - 1e-6)
-    assert "not a bound" in reference.message
     assert math.sqrt(smallest_rho(Gy, Gz, n, reference.T)) >= exact * (1 - 1e-12)
 
 

@@ -156,7 +156,8 @@ class StepMatrix:
 
     def apply(self, m: Enclosure) -> Enclosure:
         """matrix @ m, with its error."""
-        if _is_identity(m):
+        exact = m.exact_or_none()
+        if sp.issparse(exact) and norms.is_identity(exact):  # where a sweep starts: a product is not rounded
             wrong = norms.frobenius_norm(self.matrix) if self.relerr else 0.0
             return Enclosure(self.matrix, mul_up(self.relerr, wrong))
         if self.rows is not None:
@@ -207,17 +208,6 @@ class _AppliedFactor(enclosures.Factor):
         if sp.issparse(b) and b.nnz <= _FULL * b.shape[0] * b.shape[1]:
             return super().times(b)
         return self.convolution(cholesky.dense_array(b))
-
-
-def _is_identity(m: Enclosure) -> bool:
-    """Whether it is exactly the identity, where a sweep starts: a product with it is not rounded."""
-    matrix = m.exact_or_none()
-    if not sp.issparse(matrix) or not matrix.shape[0] == matrix.shape[1] == matrix.nnz:
-        return False
-    ones = np.arange(matrix.shape[0])
-    return bool(
-        (matrix.data == 1).all() and (matrix.indices == ones).all() and (matrix.indptr[:-1] == ones).all()
-    )
 
 
 def _selection(register: int, rows: np.ndarray, n: int) -> StepMatrix:

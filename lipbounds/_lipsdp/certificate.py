@@ -239,9 +239,9 @@ def proved_constants(
     else:
         if weights is not None:
             raise ValueError("a proof that starts behind the input has no weights")
-        seq, s, scale, how, failure = hybrid_start(form, proof.start_at, Request(norm, guarantee, seed))
+        seq, s, how, failure = hybrid_start(form, proof.start_at, Request(norm, guarantee, seed))
         _proof.check_counts(proof.D, tuple(segment.active.size for segment in seq.segments))
-        ellipsoid = _proof.propagate_sequence(seq, proof.D, start=(s, scale), relative=proof.relative)
+        ellipsoid = _proof.propagate_sequence(seq, proof.D, start=(s, 0), relative=proof.relative)
     classes = _proof.class_roots(*ellipsoid)
     value = _proof.largest_root(*ellipsoid) if norm == 2 else float(classes.max(initial=0.0))
     how = weakest([how, "assumed"]) if form.assumed else how

@@ -27,6 +27,7 @@ from lipbounds._form.lure import LureForm, proved_slopes
 from lipbounds._gain.blocks import TapScaling
 from lipbounds._norms import enclosures
 from lipbounds._norms.enclosures import Enclosure
+from lipbounds._norms.matrices import is_identity
 from lipbounds._norms.rounding import add_up, mul_up
 from lipbounds._triangle import recursion
 
@@ -89,7 +90,8 @@ def chain(view: LureForm) -> Chain:
 def _times(a: Enclosure, b: Enclosure) -> Enclosure:
     """A B; exact where one of them is an identity."""
     for one, other in ((a, b), (b, a)):
-        if _is_identity(one):
+        known = one.exact_or_none()
+        if known is not None and one.stored == one.shape[0] and is_identity(known):
             return other
     array, error = a.with_error()
     product = enclosures.multiply(array, b)
@@ -97,13 +99,6 @@ def _times(a: Enclosure, b: Enclosure) -> Enclosure:
         return product
     midpoint, own = product.with_error()
     return Enclosure(midpoint, add_up(own, mul_up(error, enclosures.enclosure_cheap_norm(b))))
-
-
-def _is_identity(m: Enclosure) -> bool:
-    array = m.exact_or_none()
-    if array is None or m.shape[0] != m.shape[1] or m.stored != m.shape[0]:
-        return False
-    return bool((array.diagonal() == 1.0).all())
 
 
 def operations(widths: tuple[int, ...], outputs: int, cores: tuple[int, ...]) -> tuple[float, int]:

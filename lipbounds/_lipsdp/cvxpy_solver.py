@@ -48,7 +48,6 @@ class SdpResult:
         raw_value: the Lipschitz constant as the solver reports it, sqrt of its rho; may lie below the truth.
         status: "optimal" or "optimal_inaccurate".
         solver_seconds: inside the solver; total_seconds with building the model and starting the process.
-        message: the above in words.
     """
 
     T: np.ndarray
@@ -56,7 +55,6 @@ class SdpResult:
     status: str
     solver_seconds: float
     total_seconds: float
-    message: str
 
 
 def solve(
@@ -90,7 +88,7 @@ def solve(
     problem = prepare(Gy, Gz, n, layers)
     if not problem.size:
         T, rho = problem.multipliers(np.ones(0))
-        return SdpResult(T, math.sqrt(rho), "optimal", 0.0, 0.0, "no neuron matters: nothing to solve")
+        return SdpResult(T, math.sqrt(rho), "optimal", 0.0, 0.0)
     neurons = len(problem.T0)
     allowed = available_memory() if memory is None else memory / 2**30
     needed = memory_estimate(neurons, n, problem.size, solver)
@@ -117,13 +115,7 @@ def solve(
     T, _ = problem.multipliers(np.maximum(tau, _FLOOR))
     raw = math.sqrt(max(s, 0.0) * problem.rho0)
     seconds = float(answer.get("solver_seconds", answer["solve_seconds"]))
-    total = time.perf_counter() - started
-    unlimited = "" if answer["limited"] else "; memory was not limited on this platform"
-    message = (
-        f"{solver}: {status}, raw value {raw:.9g} (not a bound), {seconds:.3g} s in the solver, "
-        f"{answer['build_seconds']:.2g} s to build, {total:.3g} s in all{unlimited}"
-    )
-    return SdpResult(T, raw, status, seconds, total, message)
+    return SdpResult(T, raw, status, seconds, time.perf_counter() - started)
 
 
 def memory_estimate(neurons: int, n: int, multipliers: int, solver: str) -> float:

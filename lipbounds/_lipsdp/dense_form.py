@@ -41,7 +41,6 @@ class DenseGain:
         Gy: (N, n + N), the first n columns belong to x. Gz: (K, n + N).
         active: per tap of the elementwise view the neurons that have a multiplier, sorted.
         n: entries of x.
-        kappa: (N,), |c_i| / r_i of the active neurons.
         block_errors: (taps + 1, taps + 1), Frobenius errors of the single blocks: row k is tap k, the last
             one the output; column 0 is x, column j + 1 tap j. Together they give the errors of Gy and Gz.
     """
@@ -50,7 +49,6 @@ class DenseGain:
     Gz: Enclosure
     active: tuple[np.ndarray, ...]
     n: int
-    kappa: np.ndarray
     block_errors: np.ndarray
 
     @property
@@ -100,19 +98,13 @@ def dense_gain(form: LureForm) -> DenseGain:
     keep = _moving(whole, rows, n, errors, taps)
     columns = np.concatenate([np.arange(n), n + np.flatnonzero(keep)])
     chosen = [a[keep[starts[k] : starts[k + 1]]] for k, a in enumerate(wide)]
-    kappa = [_kappa(scalings[k].c, scalings[k].q, a) for k, a in enumerate(chosen)]
     return DenseGain(
         Enclosure(whole[:rows][np.ix_(keep, columns)], norms.frobenius_norm(errors[:-1])),
         Enclosure(whole[rows:][:, columns], norms.frobenius_norm(errors[-1:])),
         tuple(chosen),
         n,
-        np.concatenate([np.zeros(0), *kappa]),
         errors,
     )
-
-
-def _kappa(c: np.ndarray | None, r: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    return np.zeros(chosen.size) if c is None else np.abs(c[chosen]) / r[chosen]
 
 
 def _moving(whole: np.ndarray, rows: int, n: int, errors: np.ndarray, taps: np.ndarray) -> np.ndarray:

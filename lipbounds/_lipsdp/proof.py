@@ -16,7 +16,6 @@ from collections.abc import Sequence as Seq
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.sparse as sp
 from scipy.linalg import cholesky, eigvalsh, solve_triangular
 
 from lipbounds._lipsdp import tap_proof
@@ -28,10 +27,10 @@ from lipbounds._lipsdp.tap_proof import (
     Infeasible,
     TapMatrices,
     advance,
-    is_identity,
     prove_psd,
 )
-from lipbounds._norms.cholesky import TINY
+from lipbounds._norms.cholesky import TINY, dense_array
+from lipbounds._norms.matrices import is_identity
 from lipbounds._norms.rounding import (
     U,
     require_gradual_underflow,
@@ -69,10 +68,6 @@ class Ellipsoid(NamedTuple):
 
 
 # --- the whole network ---------------------------------------------------------------------------------------------
-
-
-def _array(m: Any) -> np.ndarray:
-    return m.toarray() if sp.issparse(m) else np.asarray(m, np.float64)
 
 
 def _exponent(x: np.ndarray) -> int:
@@ -130,7 +125,7 @@ def _no_neurons(a: np.ndarray, error: float) -> TapMatrices:
 
 def _image(state: Ellipsoid, a: Any, error: float) -> Ellipsoid:
     """A S A' for all A within the error, rounded up."""
-    matrix = _array(a)
+    matrix = dense_array(a)
     if error == 0.0 and is_identity(matrix):
         return state
     shift = _exponent(matrix)
@@ -168,7 +163,7 @@ def first_state(seq: Sequence, weights: np.ndarray | None = None) -> Ellipsoid:
 def _scaled_tap(segment: Segment, keep: np.ndarray | None) -> tuple[TapMatrices, int, int]:
     """(tap, to_y, to_s): W = 2**to_y tap.w, A = 2**to_s tap.a, B = 2**(to_s - to_y) tap.b; only the neurons `keep`."""
     (a, e_a), (b, e_b), (w, e_w) = (m.with_error() for m in (segment.A, segment.B, segment.W))
-    a, b, w = _array(a), _array(b), _array(w)
+    a, b, w = dense_array(a), dense_array(b), dense_array(w)
     if keep is not None:
         b, w = b[:, keep], w[keep]
     to_y = _exponent(w)
@@ -225,7 +220,7 @@ def _run(
         s, keep, w = state.matrix, None, segment.W.exact_or_none()
         if w is not None:
             moving = s != 0.0 if s.ndim == 1 else s.diagonal() != 0.0
-            alive = (_array(w) != 0.0) @ moving.astype(float) > 0.0  # the others have y = 0, hence w = 0
+            alive = (dense_array(w) != 0.0) @ moving.astype(float) > 0.0  # the others have y = 0, hence w = 0
             keep = None if alive.all() else alive
         tap, to_y, to_s = _scaled_tap(segment, keep)
         units = state.scale + 2 * to_y
@@ -311,7 +306,7 @@ def propagate_dense(gain: DenseGain, D: np.ndarray, weights: np.ndarray | None =
     count = gain.Gy.shape[0]
     d = _check_multipliers(D, count, 0)
     (gy, e_y), (gz, e_z) = gain.Gy.with_error(), gain.Gz.with_error()
-    gy, gz = _array(gy), _array(gz)
+    gy, gz = dense_array(gy), dense_array(gz)
     scale = _exponent(d) if count else 0
     to_y, to_z = _exponent(gy), _exponent(gz)
     diagonal = np.concatenate([ball(gain.n, weights), d])
@@ -373,7 +368,7 @@ def repair_dense(gain: DenseGain, D: np.ndarray, weights: np.ndarray | None = No
 
 def _raised_dense(gain: DenseGain, D: np.ndarray, unit: np.ndarray, growth: float) -> np.ndarray:
     """D with every tap where Q(T) > 0 fails (nearly) scaled to (1 + growth) times the edge; plain float64."""
-    d, gy, n = np.array(D, np.float64), _array(gain.Gy.midpoint_for_search()), gain.n
+    d, gy, n = np.array(D, np.float64), dense_array(gain.Gy.midpoint_for_search()), gain.n
     lower = np.zeros((0, 0))  # Cholesky factor of D - Gy diag(p, D) Gy' on the taps so far
     for k in range(len(gain.active)):
         mine = np.flatnonzero(gain.labels == k)

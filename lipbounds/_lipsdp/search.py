@@ -114,8 +114,8 @@ class _Ellipsoids:
         request = Request(2, task.guarantee, task.seed)
         self.given: tuple[np.ndarray, int] | None = None
         if start_at:
-            self.states, first, scale, _, _ = hybrid_start(task.form, start_at, request)
-            self.given = (first, scale)
+            self.states, first, _, _ = hybrid_start(task.form, start_at, request)
+            self.given = (first, 0)
             begin = self.states.start.midpoint_for_search()
             first = begin @ first @ begin.T
         else:

@@ -80,17 +80,8 @@ def sequence(view: LureForm) -> Sequence:
         a, b, w = (m.dense() for m in found if m is not None)
         radius, c = scalings[k].q, scalings[k].c
         active = np.flatnonzero((radius > 0) & w.support(axis=1) & b.support(axis=0))
-        centre = np.zeros(active.size) if c is None else np.abs(c[active])
-        segments.append(
-            Segment(
-                k,
-                active,
-                a,
-                b.select(cols=active),
-                w.select(rows=active),
-                centre / radius[active],
-            )
-        )
+        kappa = (np.zeros(active.size) if c is None else np.abs(c[active])) / radius[active]
+        segments.append(Segment(k, active, a, b.select(cols=active), w.select(rows=active), kappa))
     return Sequence(start.dense(), tuple(segments), tuple(tap.size_out for tap in view.taps))
 
 
@@ -147,19 +138,19 @@ def first_tap(form: LureForm, widest: int) -> int:
     return len(form.taps)
 
 
-def hybrid_start(form: LureForm, k: int, request: Request) -> tuple[Sequence, np.ndarray, int, str, float]:
-    """(tail, S, scale, guarantee, failure): the sequence behind tap k - 1, and a proved ellipsoid of the state s there.
+def hybrid_start(form: LureForm, k: int, request: Request) -> tuple[Sequence, np.ndarray, str, float]:
+    """(tail, S, guarantee, failure): the sequence behind tap k - 1, and a proved ellipsoid of the state s there.
 
     Sequences begin with A_0 s: no identity where no tap is left behind, as a maximum of one entry is none.
     With s = sum_i B_i w_i and |w_i| <= m_i |dx| over the sources i (the input, and the taps in front, m_i from the
     triangle recursion), every s over unit dx has s s' <= sum_i (m_i^2 / a_i) B_i B_i' for any a_i > 0 with sum 1; here
-    a_i is in proportion to m_i ||B_i||, so lambda_max is at most LipLT's square. l2 norm only. S (d, d) times 2^scale.
+    a_i is in proportion to m_i ||B_i||, so lambda_max is at most LipLT's square. l2 norm only.
     """
     kept = {} if form.assumed else _HYBRID.setdefault(form, {})
     return remembered(kept, (k, request), lambda: _hybrid_start(form, k, request))
 
 
-def _hybrid_start(form: LureForm, k: int, request: Request) -> tuple[Sequence, np.ndarray, int, str, float]:
+def _hybrid_start(form: LureForm, k: int, request: Request) -> tuple[Sequence, np.ndarray, str, float]:
     if not 0 < k <= len(form.taps):
         raise ValueError(f"the ellipsoid can start behind 1 to {len(form.taps)} taps, not {k}")
     if request.norm != 2:
@@ -179,7 +170,7 @@ def _hybrid_start(form: LureForm, k: int, request: Request) -> tuple[Sequence, n
     }
     width = front.num_outputs
     if not shares:
-        return sequence(tail), np.zeros((width, width)), 0, found.guarantee, found.failure
+        return sequence(tail), np.zeros((width, width)), found.guarantee, found.failure
     total = math.fsum(shares.values()) * (1 + 1e-12)
     s, error = np.zeros((width, width)), 0.0
     for i, share in shares.items():
@@ -190,15 +181,10 @@ def _hybrid_start(form: LureForm, k: int, request: Request) -> tuple[Sequence, n
         entries = min(matrix.shape[1], nonzeros_per_row(matrix)) + len(shares) + 8
         lost = width * matrix.shape[1] * 2.0**-1022  # products below the range
         rounding = mul_up(2 * gamma(entries), frobenius_norm(matrix), frobenius_norm(matrix))
-        error = add_up(
-            error,
-            mul_up(
-                weight,
-                add_up(rounding, mul_up(2.0, norm, wrong), mul_up(wrong, wrong), lost),
-            ),
-        )
+        of_square = add_up(rounding, mul_up(2.0, norm, wrong), mul_up(wrong, wrong), lost)
+        error = add_up(error, mul_up(weight, of_square))
     s = (s + s.T) / 2
     error = add_up(error, mul_up(4 * (len(shares) + 4) * U, frobenius_norm(s)), TINY)
     s[np.diag_indices(width)] += 2 * error
     s.setflags(write=False)
-    return sequence(tail), s, 0, found.guarantee, found.failure
+    return sequence(tail), s, found.guarantee, found.failure

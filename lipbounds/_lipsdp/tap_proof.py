@@ -33,6 +33,7 @@ from scipy.linalg.lapack import dpotrf, dtrtrs
 
 from lipbounds._norms import device
 from lipbounds._norms.cholesky import TINY, nonzeros_per_row
+from lipbounds._norms.matrices import is_identity
 from lipbounds._norms.rounding import U, gamma, require_gradual_underflow
 from lipbounds._norms.schur import cholesky_shift
 
@@ -128,11 +129,6 @@ def _times(x: np.ndarray, s: np.ndarray) -> np.ndarray:
 
 def _apply(s: np.ndarray, v: np.ndarray) -> np.ndarray:
     return s * v if s.ndim == 1 else s @ v
-
-
-def is_identity(x: np.ndarray) -> bool:
-    n = x.shape[0]
-    return x.shape == (n, n) and np.count_nonzero(x) == n and bool((x.diagonal() == 1.0).all())
 
 
 def _block_norms(x: np.ndarray, rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

@@ -101,7 +101,6 @@ class Search:
                 self.across.append(self.a.dense(Factor(maps[i + 1]).times(maps[i]).T * 0.5))
         self.ends = np.cumsum(self.widths[1:])[:-1]
         self.eigenvectors: dict[int, Any] = {}
-        self.evaluations = 0
 
     @property
     def size(self) -> int:
@@ -147,7 +146,6 @@ class Search:
 
     def forward(self, x: np.ndarray) -> Passed | None:
         """The factorisation for parameters x; None where there is none in these floats."""
-        self.evaluations += 1
         a, (q, s) = self.a, self.split(x)
         taps: list[Tap | None] = [None] * self.count
         made: list[Core] = []

@@ -404,11 +404,11 @@ def _behind_front(form: LureForm, norm: float, word: str, seed: int) -> _Ready:
     """For the ellipsoids behind a wide front, which LipLT bounds as a whole."""
     wide = first_tap(form, TAIL)
     _fits(form, wide, word)
-    _, s, scale, word, failure = hybrid_start(form, wide, Request(norm, word, seed))
+    _, s, word, failure = hybrid_start(form, wide, Request(norm, word, seed))
     # the ellipsoid is that of the tail's input, in the order in which the tail's view reads it
     whole, ahead, view = (elementwise_view(f, shared=False) for f in (form, *split(form, wide)))
     begin, stages = stages_of(view)
-    start = _raised(*begin.both(np.ldexp(np.array(s), scale)[None]))
+    start = _raised(*begin.both(s[None]))
     # slopes of the tail's taps are taken around their values in the whole network
     taps = [[(t.path, t.name, t.expr, t.size_in) for t in part.taps] for part in (whole, ahead, view)]
     if taps[0] != taps[1] + taps[2]:

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
-from lipbounds._lipsdp.tap_proof import is_identity
 from lipbounds._norms.banded_cholesky import classes
 from lipbounds._norms.cholesky import nonzeros_per_row
 from lipbounds._norms.enclosures import Enclosure, cheap_norm
+from lipbounds._norms.matrices import is_identity
 from lipbounds._norms.rounding import U, gamma
 from lipbounds._text.progress import alive
 
@@ -199,19 +199,8 @@ def matrix(m: Enclosure) -> Matrix:
     array, error = m.with_error()
     if sp.issparse(array) and (rows * columns <= _DENSE or array.nnz > _SPARE * rows * columns):
         array = array.toarray()
-    same = rows == columns and error == 0.0
-    if same and (_is_sparse_identity(array) if sp.issparse(array) else is_identity(array)):
+    if error == 0.0 and is_identity(array):
         return Matrix(None, 0.0, 1.0, 1)
     across = sp.csr_array(array.T) if sp.issparse(array) else array.T
     terms = max(nonzeros_per_row(array), nonzeros_per_row(across))
     return Matrix(array, error, float(cheap_norm(array)) * (1 + 4 * U), terms)
-
-
-def _is_sparse_identity(m: Any) -> bool:
-    ones = np.arange(m.shape[0])
-    return bool(
-        m.nnz == ones.size
-        and (m.data == 1).all()
-        and (m.indices == ones).all()
-        and (np.diff(m.indptr) == 1).all()
-    )

@@ -86,6 +86,12 @@ def _parts(values: np.ndarray, size: int) -> Iterator[np.ndarray]:
     return (values[lo : lo + step] for lo in range(0, values.shape[0], step))
 
 
+def is_identity(a: Any) -> bool:
+    n = a.shape[0]
+    nonzero = a.nnz if sp.issparse(a) else np.count_nonzero(a)
+    return a.shape == (n, n) and nonzero == n and bool((a.diagonal() == 1.0).all())
+
+
 def entries(a: Any) -> np.ndarray:
     return a.data if sp.issparse(a) else a
 
