@@ -230,71 +230,84 @@ def step_matrices(
     op: Op, consts: Sequence[np.ndarray], shapes: Sequence[tuple[int, ...]]
 ) -> list[StepMatrix]:
     """One `StepMatrix` per operand of a linear step that is a register."""
-    params = dict(op.params)
-    out_shape = shapes[op.output]
-    places = [(j, i) for j, i in enumerate(op.inputs) if i >= 0]
-    if KINDS[op.kind].moves:
-        return [_moves(op, params, place, register, consts, shapes) for place, register in places]
-    out_size = math.prod(out_shape)
-    result = []
-    for place, register in places:
-        shape, n = shapes[register], math.prod(shapes[register])
-        index = np.arange(n).reshape(shape)
-        if op.kind in ("add", "sub", "neg"):
-            step = _selection(register, np.broadcast_to(index, out_shape), n)
-            negative = op.kind == "neg" or (op.kind == "sub" and place == 1)
-            result.append(StepMatrix(register, -step.matrix) if negative else step)
-        elif op.kind in ("mul", "div"):
-            factor = consts[-1 - op.inputs[1 - place]].astype(np.float64)
-            relerr = 0.0
-            if op.kind == "div":
-                if (factor == 0).any():
-                    raise ValueError("the network divides by a constant that is zero")
-                # below the normal range 1/c is rounded to a multiple of 2^-1074
-                relerr = mul_up(2 * U, max(1.0, float(np.abs(factor).max(initial=0.0)) * 2.0**-1022))
-                with np.errstate(over="ignore", under="ignore"):
-                    factor = 1.0 / factor
-                if not np.isfinite(factor).all():
-                    raise ValueError("the network divides by a constant too close to zero")
-            values = np.broadcast_to(factor, out_shape)
-            cols = np.broadcast_to(index, out_shape)
-            matrix = sp.csr_array((values.ravel(), (np.arange(out_size), cols.ravel())), shape=(out_size, n))
-            result.append(StepMatrix(register, matrix, None, relerr))
-        elif op.kind == "dot_general":
-            other = consts[-1 - op.inputs[1 - place]].astype(np.float64)
-            result.append(StepMatrix(register, _dot_matrix(params["dimension_numbers"], place, index, other)))
-        elif op.kind == "conv" and place == 0 and params["batch_group_count"] == 1:
-            kernel = consts[-1 - op.inputs[1]].astype(np.float64)
-            applied: Convolution | None = convolution(params, shape, kernel, out_shape)
-            assert applied is not None
-            if applied.entries <= _APPLIED:
-                applied = None
-            matrix = partial(_conv_matrix, params, shape, kernel, out_shape)
-            result.append(
-                StepMatrix(
-                    register,
-                    matrix if applied else matrix(),
-                    bound=_conv_bound(params, shape, kernel),
-                    convolution=applied,
-                )
-            )
-        elif op.kind == "reduce_sum":
-            result.append(_table(register, windows.along(shape, params["axes"]), n))
-        elif op.kind == "reduce_window_sum":
-            result.append(_table(register, windows.windows(shape, params), n))
-        elif op.kind == "cumsum":
-            result.append(_cumsum(register, params, shape))
-        elif op.kind == "scatter_add":
-            if place == 0:
-                result.append(_selection(register, index, n))
-            else:
-                target = params["target"].array.ravel()
-                kept = np.flatnonzero(target >= 0)
-                matrix = sp.csr_array((np.ones(kept.size), (target[kept], kept)), shape=(out_size, n))
-                result.append(StepMatrix(register, matrix))
-        else:
-            result.append(_probed(op, params, place, register, consts, shapes))
-    return result
+    made = _moves if KINDS[op.kind].moves else _step_matrix
+    return [
+        made(op, place, register, consts, shapes) for place, register in enumerate(op.inputs) if register >= 0
+    ]
+
+
+def _step_matrix(
+    op: Op, place: int, register: int, consts: Sequence[np.ndarray], shapes: Sequence[tuple[int, ...]]
+) -> StepMatrix:
+    """Of the operand `place`, which is this register; of a product, the other operand is a constant."""
+    params, shape, out_shape = dict(op.params), shapes[register], shapes[op.output]
+    n = math.prod(shape)
+    index = np.arange(n).reshape(shape)
+
+    def constant(of: int) -> np.ndarray:
+        return consts[-1 - op.inputs[of]].astype(np.float64)
+
+    if op.kind in ("add", "sub", "neg"):
+        step = _selection(register, np.broadcast_to(index, out_shape), n)
+        negative = op.kind == "neg" or (op.kind == "sub" and place == 1)
+        return StepMatrix(register, -step.matrix) if negative else step
+    if op.kind in ("mul", "div"):
+        factor, relerr = constant(1 - place), 0.0
+        if op.kind == "div":
+            factor, relerr = _reciprocals(factor)
+        values, cols = np.broadcast_to(factor, out_shape), np.broadcast_to(index, out_shape)
+        at = np.arange(values.size), cols.ravel()
+        return StepMatrix(register, sp.csr_array((values.ravel(), at), shape=(values.size, n)), None, relerr)
+    if op.kind == "dot_general":
+        return StepMatrix(
+            register, _dot_matrix(params["dimension_numbers"], place, index, constant(1 - place))
+        )
+    if op.kind == "conv" and place == 0 and params["batch_group_count"] == 1:
+        return _convolved(register, params, shape, constant(1), out_shape)
+    if op.kind == "reduce_sum":
+        return _table(register, windows.along(shape, params["axes"]), n)
+    if op.kind == "reduce_window_sum":
+        return _table(register, windows.windows(shape, params), n)
+    if op.kind == "cumsum":
+        return _cumsum(register, params, shape)
+    if op.kind == "scatter_add" and place == 0:
+        return _selection(register, index, n)
+    if op.kind == "scatter_add":
+        target = params["target"].array.ravel()
+        kept = np.flatnonzero(target >= 0)
+        at = target[kept], kept
+        return StepMatrix(register, sp.csr_array((np.ones(kept.size), at), shape=(math.prod(out_shape), n)))
+    return _probed(op, place, register, consts, shapes)
+
+
+def _reciprocals(divisors: np.ndarray) -> tuple[np.ndarray, float]:
+    """(1 / c, its relative error); ValueError where c is zero, or so small that 1 / c is infinite."""
+    if (divisors == 0).any():
+        raise ValueError("the network divides by a constant that is zero")
+    # below the normal range 1/c is rounded to a multiple of 2^-1074
+    relerr = mul_up(2 * U, max(1.0, float(np.abs(divisors).max(initial=0.0)) * 2.0**-1022))
+    with np.errstate(over="ignore", under="ignore"):
+        found = 1.0 / divisors
+    if not np.isfinite(found).all():
+        raise ValueError("the network divides by a constant too close to zero")
+    return found, relerr
+
+
+def _convolved(
+    register: int,
+    params: dict[str, Any],
+    shape: tuple[int, ...],
+    kernel: np.ndarray,
+    out_shape: tuple[int, ...],
+) -> StepMatrix:
+    """A convolution in its first operand; a large one is applied to columns, and its matrix built on demand."""
+    applied: Convolution | None = convolution(params, shape, kernel, out_shape)
+    assert applied is not None
+    matrix = partial(_conv_matrix, params, shape, kernel, out_shape)
+    bound = _conv_bound(params, shape, kernel)
+    if applied.entries <= _APPLIED:
+        return StepMatrix(register, matrix(), bound=bound)
+    return StepMatrix(register, matrix, bound=bound, convolution=applied)
 
 
 # What moves entries, in NumPy: JAX would compile a program for every shape.
@@ -314,11 +327,9 @@ _IN_NUMPY: dict[str, Callable[..., Any]] = {
 }
 
 
-def _moves(
-    op: Op, params: dict[str, Any], place: int, register: int, consts: Sequence[Any], shapes: Any
-) -> StepMatrix:
+def _moves(op: Op, place: int, register: int, consts: Sequence[Any], shapes: Any) -> StepMatrix:
     """A selection, found by moving an iota counted from 1."""
-    n = math.prod(shapes[register])
+    params, n = dict(op.params), math.prod(shapes[register])
     args = []
     for j, i in enumerate(op.inputs):
         shape = shapes[i] if i >= 0 else np.shape(consts[-1 - i])
@@ -437,10 +448,9 @@ def _conv_bound(p: dict[str, Any], shape: tuple[int, ...], kernel: np.ndarray) -
     return cache(bound)
 
 
-def _probed(
-    op: Op, params: dict[str, Any], place: int, register: int, consts: Sequence[Any], shapes: Any
-) -> StepMatrix:
+def _probed(op: Op, place: int, register: int, consts: Sequence[Any], shapes: Any) -> StepMatrix:
     """A step's matrix by unit vectors: each output is one product plus zeros, so nothing is rounded."""
+    params = dict(op.params)
     n, out = math.prod(shapes[register]), math.prod(shapes[op.output])
     if n * out > 2**28:
         raise ValueError(

@@ -127,33 +127,40 @@ class _Ellipsoids:
         self.best: ellipsoid.Parameters | None = None
         self.trained: tuple[np.ndarray, ...] = ()
         if how.initial is not None:
-            rows = relative_multipliers(task.form, how.initial)
-            if [row.size for row in rows] != list(self.states.sizes):
-                raise ValueError("initial has multipliers of another network")
-            self.trained = tuple(rows[s.tap][s.active] for s in self.states.segments)
-            own = dict(zip((s.tap for s in self.states.segments), self.trained, strict=True))
+            self.trained = self._trained(task.form, how.initial)
+            self.starts = [self._from_trained(first)]
+        else:
+            self.starts = [ellipsoid.parameters_of(self.problem, s) for s in (0.0, -2.0, -6.0, -12.0)]
+            if not start_at and not box:
+                with contextlib.suppress(ValueError, ArithmeticError):  # it is one of several
+                    self.starts += self._from_liplt(task.form, request, first)
 
-            def wanted(segment: Any, sy: np.ndarray) -> np.ndarray:
-                return own[segment.tap] * np.diagonal(sy)
+    def _trained(self, form: LureForm, state: Any) -> tuple[np.ndarray, ...]:
+        """D_i / (Sy)_ii per segment, from a state of `lb.lipsdp.core`."""
+        rows = relative_multipliers(form, state)
+        if [row.size for row in rows] != list(self.states.sizes):
+            raise ValueError("initial has multipliers of another network")
+        return tuple(rows[s.tap][s.active] for s in self.states.segments)
 
-            with np.errstate(all="ignore"):
-                self.starts = [parameters_from(self.problem, self.states, first, wanted)]
-            return
-        self.starts = [ellipsoid.parameters_of(self.problem, s) for s in (0.0, -2.0, -6.0, -12.0)]
-        if not start_at and not box:
-            D = None
-            with contextlib.suppress(ValueError, ArithmeticError):
-                D = closed_form(elementwise_view(task.form), request)
-            if D is not None:
+    def _from_trained(self, first: np.ndarray) -> ellipsoid.Parameters:
+        own = dict(zip((s.tap for s in self.states.segments), self.trained, strict=True))
 
-                def one_each(segment: Any, sy: np.ndarray) -> np.ndarray:
-                    return np.full(len(sy), D[segment.tap])
+        def wanted(segment: Segment, sy: np.ndarray) -> np.ndarray:
+            return own[segment.tap] * np.diagonal(sy)
 
-                with (
-                    np.errstate(all="ignore"),
-                    contextlib.suppress(ValueError, ArithmeticError),
-                ):  # one of several
-                    self.starts.append(parameters_from(self.problem, self.states, first, one_each))
+        with np.errstate(all="ignore"):
+            return parameters_from(self.problem, self.states, first, wanted)
+
+    def _from_liplt(self, form: LureForm, request: Request, first: np.ndarray) -> list[ellipsoid.Parameters]:
+        """The start of `closed_form`, where there is one."""
+        D = closed_form(elementwise_view(form), request)
+
+        def one_each(segment: Segment, sy: np.ndarray) -> np.ndarray:
+            assert D is not None
+            return np.full(len(sy), D[segment.tap])
+
+        with np.errstate(all="ignore"):
+            return [] if D is None else [parameters_from(self.problem, self.states, first, one_each)]
 
     def initial(self) -> Proof:
         """What the multipliers to begin with prove as they are."""
