@@ -137,9 +137,8 @@ def without_pairs(bound: Any) -> Any:
 def triangle_bound(form: Any, norm: float, **options: Any) -> lb.UpperBound:
     """LipLT with pairs, the least of its constants in `norm` and of those that it proves in l2."""
     found = [lb.liplt(form, norm=p, pairwise=True, **options) for p in dict.fromkeys((norm, 2))]
-    bounds = [
-        bound for bound in found if isinstance(bound, lb.UpperBound)
-    ]  # all but with guarantee="estimate"
+    # all but with guarantee="estimate"
+    bounds = [bound for bound in found if isinstance(bound, lb.UpperBound)]
     return lb.in_norm(form, *bounds, norm=norm)
 
 

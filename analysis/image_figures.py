@@ -40,10 +40,11 @@ def both_sides_figure(
     records = [certified] if local is None else [certified, local]
     edges = np.unique(np.concatenate([over, *(record["eps"] for record in records)]))
     lows = [_certified_between(record, edges) for record in records]
+    # no local radius is below the other one
     lows = [
         lows[0],
         *(np.maximum(lows[0], low) for low in lows[1:]),
-    ]  # no local radius is below the other one
+    ]
     high = upper[np.maximum(np.searchsorted(over, edges, side="right") - 1, 0)]
     ax.fill_between(edges, lows[-1], high, step="post", color=MUTED, alpha=0.18, linewidth=0)
     ax.step(edges, high, where="post", color=ATTACKED_COLOUR, linewidth=1.9)
@@ -55,9 +56,8 @@ def both_sides_figure(
             strict=False,
         )
     )
-    for place, (low, colour, _) in enumerate(
-        kinds
-    ):  # the wider line below, so that equal curves are both seen
+    # the wider line below, so that equal curves are both seen
+    for place, (low, colour, _) in enumerate(kinds):
         ax.step(edges, low, where="post", color=colour, linewidth=1.9 + place, zorder=2.5 - 0.1 * place)
     at = int(np.argmin(np.abs(high - 0.5 * high[0])))
     ax.annotate(

@@ -162,9 +162,8 @@ def run(args: argparse.Namespace) -> None:
         script = Path(__file__).parent / "attacks_torch.py"
         done = subprocess.run([args.torch, script, *words], check=True, stdout=subprocess.PIPE, text=True)
         record["reference"] = json.loads(done.stdout.splitlines()[-1])
-    if (
-        "pgd" in args.sides
-    ):  # on what AutoAttack leaves: nothing broken there means that PGD is nowhere better
+    # on what AutoAttack leaves: nothing broken there means that PGD is nowhere better
+    if "pgd" in args.sides:
         found = analysis.autoattack(model, x, y, eps, norm=args.norm)
         left = found.correct & ~found.success
         settings: dict[str, Any] = {"restarts": 50, "steps": 50, "norm": args.norm}

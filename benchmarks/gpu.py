@@ -325,9 +325,8 @@ def steps(out: Path, small: bool) -> None:
         if job is None:
             continue
         jobs[name] = job
-        for _ in range(
-            1 if small else 3
-        ):  # at once, so that a section that is stopped has measured something
+        # at once, so that a section that is stopped has measured something
+        for _ in range(1 if small else 3):
             for other, compiled in jobs.items():
                 rows.add(loss=other, what="epoch", beside=name, value=compiled(), images=count * crm.BATCH)
 

@@ -215,9 +215,8 @@ def test_a_start_is_uniform_in_the_ball(norm):
     point = np.asarray(attacks.uniform_start(jax.random.key(1), jnp.arange(4000), where, norm), np.float64)
     far = np.abs(point).max(1) if norm == math.inf else np.linalg.norm(point, axis=1)
     assert far.max() <= 2.0 + 1e-6 and np.abs(point.mean(0)).max() < 0.1
-    np.testing.assert_allclose(
-        np.mean(far < 1.0), 0.25, atol=0.03
-    )  # a ball of half the radius, a quarter of the area
+    # a ball of half the radius, a quarter of the area
+    np.testing.assert_allclose(np.mean(far < 1.0), 0.25, atol=0.03)
 
 
 def test_the_best_point_is_kept_not_the_last(rng, net):

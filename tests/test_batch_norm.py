@@ -138,9 +138,8 @@ def test_networks_without_batch_norm_keep_nothing_more() -> None:
     one = made(config, build(config.spec((8, 8, 1), 10)))
     state = jax.eval_shape(one._init, one.weights)
     assert not jax.tree.leaves((state.kept, state.settled))
-    assert (
-        len(jax.tree.leaves(state)) == 2 + (2 * 2 + 4) + 2 + 1
-    )  # weights, moments and counts, average, step
+    # weights, moments and counts, average, step
+    assert len(jax.tree.leaves(state)) == 2 + (2 * 2 + 4) + 2 + 1
 
 
 # ---------------------------------------------------------------------------------------------- networks by name

@@ -376,12 +376,13 @@ def test_kinds_of_errors():
 def test_shares_in_percent_are_on_the_side_of_their_bound() -> None:
     assert (percent(2 / 3), percent(2 / 3, "down"), percent(2 / 3, "up")) == ("66.67", "66.66", "66.67")
     assert (percent(1 / 3, "down", 1), percent(1 / 3, "up", 1)) == ("33.3", "33.4")
+    # exact shares stay what they are, though their floats are below or above
     for count in (
         7,
         360,
         1000,
         10_000,
-    ):  # exact shares stay what they are, though their floats are below or above
+    ):
         for k in range(count + 1):
             for places in (2, 1):
                 if k * 10 ** (places + 2) % count == 0:

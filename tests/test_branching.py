@@ -80,9 +80,8 @@ def test_a_branch_is_below_the_margins_of_its_part_of_the_ball():
         low = problem.balls.gaps[0, other] + found.proved(0, other, result.multipliers, job.item)
         assert part.any() and low <= margin[part].min()
         least[bool(job.item.taps[k].bottom[i] == 0)] = low
-    assert (
-        max(least.values()) > whole + problem.balls.gaps[0, other]
-    )  # nu of either sign proves nothing of the whole
+    # nu of either sign proves nothing of the whole
+    assert max(least.values()) > whole + problem.balls.gaps[0, other]
 
 
 def test_a_search_that_never_ends_is_no_proof(monkeypatch):

@@ -90,9 +90,8 @@ def events(folder: pathlib.Path) -> list[tuple[int, str, Any]]:
     for path in sorted(folder.iterdir()):
         raw = path.read_bytes()
         while raw:
-            size = int.from_bytes(
-                raw[:8], "little"
-            )  # then a checksum of 4 bytes, the event, another checksum
+            # then a checksum of 4 bytes, the event, another checksum
+            size = int.from_bytes(raw[:8], "little")
             event, raw = Event.FromString(raw[12 : 12 + size]), raw[16 + size :]
             for value in event.summary.value:
                 text = value.HasField("tensor")

@@ -139,9 +139,8 @@ def test_pairs_are_attained_and_no_larger_than_the_whole_allows(norm):
     assert np.all(found.pairwise >= at_witness * (1 - 1e-6) - 1e-9)
     w1, w2, w3 = (np.asarray(w, np.float64) for w in form.weights)
     dual = {1: math.inf, 2: 2, math.inf: 1}[norm]
-    rows = (
-        np.abs(w3[:, None] - w3[None]) @ np.abs(w2) @ np.linalg.norm(w1, dual, axis=1)
-    )  # L_ij bounded by hand
+    # L_ij bounded by hand
+    rows = np.abs(w3[:, None] - w3[None]) @ np.abs(w2) @ np.linalg.norm(w1, dual, axis=1)
     assert np.all(found.pairwise <= rows + 1e-12)
 
 

@@ -61,9 +61,10 @@ def test_discs_of_a_convolution_equal_those_of_its_matrix(name: str, rng: np.ran
     w = op.dense()
     x = rng.normal(size=(2, *shape)).astype(np.float32)
     bias = layer.bias[...]
+    # the matrix is that of the layer
     np.testing.assert_allclose(
         w @ x.reshape(2, -1).T, np.asarray(layer(x) - bias).reshape(2, -1).T, atol=1e-4
-    )  # the matrix is that of the layer
+    )
     masks = rng.random((3, *shape)) < np.array([0.2, 0.7, 1.0]).reshape(3, *[1] * len(shape))
     small = operator(layer, shape)
     assert op.matrix is None and small.matrix is not None
@@ -178,9 +179,8 @@ class Two(nnx.Module):
         return self.second(self.first(x))
 
 
-W = np.array(
-    [[3.0, 0.0, 4.0], [0.0, 2.0, 0.0]]
-)  # A = [[9, 0, 12], [0, 4, 0], [12, 0, 16]], eigenvalues 25, 4, 0
+# A = [[9, 0, 12], [0, 4, 0], [12, 0, 16]], eigenvalues 25, 4, 0
+W = np.array([[3.0, 0.0, 4.0], [0.0, 2.0, 0.0]])
 X = np.array([[1.0, 0.4, 0.0], [0.4, 1.6, 0.0], [0.3, 0.3, 1.5]], np.float32)  # c = 0.8: masks 100, 010, 001
 
 

@@ -36,13 +36,14 @@ pytestmark = pytest.mark.slow
 
 MANY, SOME = 200, 60  # images; of local LipLT and of the dual, which take longer
 FEW = 20  # of the dual in l-inf on the CNN: 18 to 30 CPU seconds an image
+# what is wider belongs to the front
 FRONT = {
     "mlp": 45,
     "cnn": 100,
     "resnet": 30,
     "gelu": 30,
     "groupsort": 40,
-}  # what is wider belongs to the front
+}
 GLOBAL = {"liplt": lb.liplt, "lipsdp": lb.lipsdp}
 LOCAL = {
     2: ("ellipsoids", "wide ellipsoids", "hybrid", "LipLT"),

@@ -206,9 +206,8 @@ def test_rounding_of_the_float32_program_is_told_from_a_contradiction():
     assert found["certified"]["liplt"]["0.0004"] == pytest.approx(2 / 3)
     assert found["pgd"]["2"]["0.0004"] >= 2 / 3
     assert found["certified"]["liplt"]["0.1"] == pytest.approx(1 / 3)
-    assert found["pgd"]["2"]["0.1"] == pytest.approx(
-        2 / 3
-    )  # not broken from x, which float32 finds tied already
+    # not broken from x, which float32 finds tied already
+    assert found["pgd"]["2"]["0.1"] == pytest.approx(2 / 3)
 
 
 # --------------------------------------------------------------------------------------------------------- units

@@ -296,9 +296,8 @@ def test_radii_among_denormals_are_rounded_down() -> None:
     found = lb.certified_radius(form, x, [1], lb.liplt(form, norm=1, pairwise=True)).radius[0]
     w, point = [[Fraction(v) for v in row] for row in weights], [Fraction(float(v)) for v in x[0]]
     apart = [[a - b for a, b in zip(w[1], w[k], strict=True)] for k in (0, 2)]
-    exact = min(
-        sum(a * p for a, p in zip(row, point, strict=True)) / max(map(abs, row)) for row in apart
-    )  # l1: margins fall by at most the largest entry
+    # l1: margins fall by at most the largest entry
+    exact = min(sum(a * p for a, p in zip(row, point, strict=True)) / max(map(abs, row)) for row in apart)
     assert 0.9 * exact < Fraction(float(found)) <= exact
 
 

@@ -192,9 +192,8 @@ def test_the_first_step_follows_the_gradient_of_the_whole_loss(fields: dict[str,
     parts = {"weights": (0, one.learning_rate), "multipliers": (1, one.multiplier_rate)}
     for name, (place, rate) in parts.items():
         wanted = [np.asarray(g) for g in jax.tree.leaves(gradient[place])]
-        found = [
-            np.asarray(m) / 0.1 for m in jax.tree.leaves(moments[name].inner_state[0].mu)
-        ]  # beta_1 = 0.9
+        # beta_1 = 0.9
+        found = [np.asarray(m) / 0.1 for m in jax.tree.leaves(moments[name].inner_state[0].mu)]
         assert len(found) == len(wanted) and (wanted or name == "multipliers")
         size = max((np.abs(g).max() for g in wanted), default=1)
         for a, b in zip(found, wanted, strict=True):

@@ -210,9 +210,8 @@ def test_blocks_are_as_lipschitz_as_their_rho(rho: float, window: int, shape: tu
     found = lb.lipsdp(form, progress=False)
     assert isinstance(found, lb.UpperBound) and found.guarantee == "verified"
     assert found.value <= ONE * float(block.constant)
-    assert found.value >= float(block.constant) * (
-        1 - 1e-3
-    )  # a direction that no hidden unit sees, or nearly
+    # a direction that no hidden unit sees, or nearly
+    assert found.value >= float(block.constant) * (1 - 1e-3)
     assert lb.naive(form, progress=False).value > 1.3 * float(block.constant)
 
 
@@ -235,9 +234,8 @@ def test_blocks_without_weights_scale_by_the_root_of_rho() -> None:
     x = jnp.arange(6.0).reshape(2, 3)
     np.testing.assert_allclose(block(x), 0.5 * x, rtol=1e-6)
     gradient = nnx.grad(lambda b: jnp.sum(b(x) ** 2))(block)
-    assert np.isclose(
-        float(gradient["log_rho"].get_value()), 0.25 * 55, rtol=1e-5
-    )  # d/d log rho of rho sum x^2
+    # d/d log rho of rho sum x^2
+    assert np.isclose(float(gradient["log_rho"].get_value()), 0.25 * 55, rtol=1e-5)
 
 
 # --- activations -----------------------------------------------------------------------------------------------------

@@ -350,9 +350,8 @@ def test_it_comes_near_the_optimum() -> None:
     assert exact.value * (1 - 1e-6) <= min(f.constants.value for f in found.found) <= 1.05 * exact.value
     i, j = np.triu_indices(3, 1)
     ratio = np.min([f.constants.pairwise for f in found.found], axis=0)[i, j] / exact.pairwise[i, j]
-    assert (
-        ratio.min() >= 1 - 1e-6 and ratio.max() <= 1.2
-    )  # one search for all pairs, the exact ones have their own
+    # one search for all pairs, the exact ones have their own
+    assert ratio.min() >= 1 - 1e-6 and ratio.max() <= 1.2
 
 
 def test_a_device_proves_the_same(stand_in: None) -> None:

@@ -138,11 +138,12 @@ def test_a_neuron_that_can_just_switch(norm):
     for share, wanted in ((0.999, 0.0), (1.001, slope)):
         found = lb.local(form, x, share * reach, norm=norm).value[0]
         assert (found == pytest.approx(0, abs=1e-6)) if wanted == 0 else found >= wanted * (1 - 1e-6)
+    # the second neuron switches at the same distance
     deep = lb.from_weights(
         [w, np.ones((1, 1), np.float32), np.ones((1, 1), np.float32)],
         [np.ones(1, np.float32), -2 * np.ones(1, np.float32), np.zeros(1, np.float32)],
         activation="relu",
-    )  # the second neuron switches at the same distance
+    )
     for share, wanted in ((0.999, 0.0), (1.001, slope)):
         found = lb.local(deep, x, share * reach, norm=norm).value[0]
         assert (found == pytest.approx(0, abs=1e-6)) if wanted == 0 else found >= wanted * (1 - 1e-6)

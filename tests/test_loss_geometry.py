@@ -74,9 +74,8 @@ def test_the_loss_rises_along_steps_and_falls_where_gradients_mislead(rng):
             1 + jnp.float32(5) * jnp.cos(jnp.float32(2 * math.pi / 0.1) * b.mean(axis=1, keepdims=True))
         )
 
-    assert (
-        abs(loss_increase(misleading, x, y, 0.0, steps=1)).max() < 1e-6
-    )  # two programs may round differently
+    # two programs may round differently
+    assert abs(loss_increase(misleading, x, y, 0.0, steps=1)).max() < 1e-6
     sharp = loss_increase(misleading, x, y, 0.1, steps=1)
     assert (sharp < 0).any()
 

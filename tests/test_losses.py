@@ -169,9 +169,8 @@ def test_the_penalty_is_a_sum_over_chosen_examples_over_all_of_them(rng: np.rand
     logits, labels, pairs = case(rng, 6, 40)
     hard, soft = slow_radius(logits, labels, pairs), slow_soft(logits, labels, pairs, 5.0)
     positive = np.sort(hard[hard > 0])
-    r0 = float(
-        positive[len(positive) // 2 - 1 :][:2].mean()
-    )  # between two radii, not on one that rounding moves
+    # between two radii, not on one that rounding moves
+    r0 = float(positive[len(positive) // 2 - 1 :][:2].mean())
     chosen = (hard > 0) & (hard < r0)
     assert chosen.sum() > 3 and (hard <= 0).sum() > 3 and (hard >= r0).sum() > 3
     above = np.where(chosen, soft + np.log(pairs.shape[0] - 1) / 5.0, r0)

@@ -74,9 +74,8 @@ def test_nothing_else_is_dropped(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='drop must be "softmax", "argmax" or both, got \'sigmoid\''):
         load_onnx(sigmoid, drop="sigmoid")
     for name in ("Softmax", "ArgMax"):
-        rows = saved(
-            tmp_path, _ending((name, {"axis": 0}))
-        )  # over the batch: argmax of the logits is another thing
+        # over the batch: argmax of the logits is another thing
+        rows = saved(tmp_path, _ending((name, {"axis": 0})))
         with pytest.raises(ValueError, match=r"acts along axes \(0,\) of shape \(1, 3\), not on all outputs"):
             load_onnx(rows, drop=name.lower())
 

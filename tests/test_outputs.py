@@ -155,10 +155,11 @@ def test_an_interrupted_demo_leaves_a_finished_report_as_it_was(
     }
     for name, text in kept.items():
         (tmp_path / name).write_text(text)
+    # while the first network is measured, and before it is trained
     for place in (
         "single_images",
         "example",
-    ):  # while the first network is measured, and before it is trained
+    ):
         monkeypatch.setattr(f"lipbounds.analysis.demo.{place}", interrupted)
         said = run("demo", "--out", tmp_path, "--epochs", "1", code=130).stderr
         assert f"interrupted: the finished report in {tmp_path} is kept; give the same command" in said

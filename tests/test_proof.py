@@ -296,9 +296,8 @@ def test_zero_and_dead_parts_give_exact_zeros() -> None:
     weights[2][1] = 0.0
     seq = sequence(lb.from_weights(weights, activation="relu"))
     classes = proof.class_roots(*proof.propagate_sequence(seq, multipliers(seq)))
-    assert classes[1] < 1e-5 * min(
-        classes[0], classes[2]
-    )  # the error of A is known for the matrix, not its rows
+    # the error of A is known for the matrix, not its rows
+    assert classes[1] < 1e-5 * min(classes[0], classes[2])
 
 
 def test_a_linear_network_gets_its_norm() -> None:

@@ -94,9 +94,8 @@ def test_failure_probabilities_add_up() -> None:
 def test_slopes_are_proved_again_from_the_constants() -> None:
     w, alpha = jnp.ones((2, 2)), jnp.float32(0.5)
     form = lb.trace(lambda x: w @ jnp.where(x > 0, x, alpha * x), VECTOR)
-    halved = jax.tree.map(
-        lambda leaf: leaf * np.asarray(0.5, leaf.dtype), form
-    )  # a weight decay step on the form
+    # a weight decay step on the form
+    halved = jax.tree.map(lambda leaf: leaf * np.asarray(0.5, leaf.dtype), form)
     assert lb.liplt(halved).value >= 1  # the branch of slope one is not a constant
     rounded = jax.jit(lambda a, b: lb.trace(lambda x: jnp.where(x > 0, x * a * b, 0 * x), VECTOR))
     exact = float(np.float32(0.1)) * float(np.float32(0.3))

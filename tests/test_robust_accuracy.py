@@ -126,9 +126,8 @@ def test_certify_with_an_attack(model_file, tmp_path):
     for row in record["robust"]:
         assert row["certified"] == certified[row["eps"]] < row["attacked"] < record["clean"]
     alone = analysis.fgsm(model, data.test_x, data.test_y, 0.1)
-    assert (
-        record["robust"][0]["attacked"] == alone.accuracy
-    )  # at the smallest eps nothing else has been tried
+    # at the smallest eps nothing else has been tried
+    assert record["robust"][0]["attacked"] == alone.accuracy
     lines = re.findall(r"^eps ([\d.]+) +([\d.]+) % certified <= robust <= ([\d.]+) % under", text, re.M)
     assert [float(line[0]) for line in lines] == [0.1, 0.3]
     for line, row in zip(lines, record["robust"], strict=True):

@@ -110,9 +110,8 @@ def test_views_that_agree_cost_nothing_and_neither_do_parallel_gradients(rng: np
     clean, same, straight, plain = run(w)
     np.testing.assert_allclose(same[0], clean, rtol=1e-5)
     assert same[1][1].shape == (9, 2)
-    np.testing.assert_allclose(
-        straight[0], plain[0], rtol=1e-5
-    )  # a linear network of two classes has one direction
+    # a linear network of two classes has one direction
+    np.testing.assert_allclose(straight[0], plain[0], rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------ linear, two classes
@@ -297,9 +296,8 @@ def test_the_cosine_of_gradients_that_vanish(rng: np.random.Generator) -> None:
 def test_the_adjusted_weight_is_stationary_at_its_ratio_alone() -> None:
     next_of = jax.jit(adjusted)
     assert next_of(4.0, 3.0, 0.1) == 4.0
-    np.testing.assert_allclose(
-        next_of(4.0, 2.0, 0.1), 5.0, rtol=1e-6
-    )  # the robust term is too large: weigh it more
+    # the robust term is too large: weigh it more
+    np.testing.assert_allclose(next_of(4.0, 2.0, 0.1), 5.0, rtol=1e-6)
     np.testing.assert_allclose(next_of(4.0, 4.0, 0.1), 3.0, rtol=1e-6)
     assert next_of(0.5, 4.0, 0.1) == 0.0
     for robust in (0.0, 1e-38, -1.0):

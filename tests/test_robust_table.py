@@ -90,9 +90,8 @@ def test_a_wrong_certificate_is_found(rng: np.random.Generator, monkeypatch: pyt
     ],
 )
 def test_bad_input(rng: np.random.Generator, changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(
-        ValueError, match="y must hold 40 integer labels"
-    ):  # also where fewer images are taken
+    # also where fewer images are taken
+    with pytest.raises(ValueError, match="y must hold 40 integer labels"):
         robust_record(lambda batch: batch[:, :2], points(rng), np.zeros(39, int), eps=EPS, images=2)
     options = {"eps": EPS, **changes}
     with pytest.raises(ValueError, match=words):

@@ -194,11 +194,12 @@ def test_neurons_of_very_different_scales() -> None:
     rng = np.random.default_rng(1)
     first, second, third = weights([6, 10, 8, 3])
     a, b = (10 ** rng.uniform(-6, 6, size) for size in (10, 8))
+    # the same function: relu is homogeneous
     scaled = [
         a[:, None] * first,
         b[:, None] * second / a,
         third / b,
-    ]  # the same function: relu is homogeneous
+    ]
     found = [
         solve_dense(*problem(lb.from_weights(w, activation="relu"))) for w in ([first, second, third], scaled)
     ]

@@ -48,9 +48,8 @@ def test_sound_or_silent(name: str) -> None:
     first, second = nasty_points()
     f = jax.jit(jax.vmap(case.fn))
     a, b = (np.asarray(f(jnp.asarray(x)), np.float64) for x in (first, second))
-    finite = np.isfinite(a).all(axis=1) & np.isfinite(b).all(
-        axis=1
-    )  # floats overflow, the real function does not
+    # floats overflow, the real function does not
+    finite = np.isfinite(a).all(axis=1) & np.isfinite(b).all(axis=1)
     assert finite.sum() > 500
     first, second, a, b = first[finite], second[finite], a[finite], b[finite]
     rounding = 4e-6 * (np.abs(a).max(axis=1) + np.abs(b).max(axis=1))

@@ -267,9 +267,8 @@ def test_blocks_above_the_limit_are_probabilistic(name: str, monkeypatch: pytest
     verified = {verb: verb(form, pairwise=True) for verb in (lb.naive, lb.liplt)}
     monkeypatch.setattr(_triangle, "DENSE_LIMIT", 3)
     monkeypatch.setattr(wide_blocks, "_CHEAP", wide_blocks._Cost(0, 0))
-    monkeypatch.setattr(
-        wide_blocks, "_CHEAPER", wide_blocks._Cost(0, 0)
-    )  # no block is small enough for a banded proof
+    # no block is small enough for a banded proof
+    monkeypatch.setattr(wide_blocks, "_CHEAPER", wide_blocks._Cost(0, 0))
     for verb, truth in verified.items():
         bound = verb(form, pairwise=True)
         assert truth.guarantee == "verified" and truth.failure_probability == 0.0

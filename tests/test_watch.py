@@ -79,9 +79,8 @@ def test_the_warning_speaks_of_measured_quantities() -> None:
     )
     assert watch.warning({**lost, "epoch": 5}, one) is None  # the ramp has not ended
     assert watch.warning({**lost, "epoch": 6}, one) == text
-    assert (
-        watch.warning({**lost, "below_r0_estimate": 0.1}, one) is None
-    )  # most radii are where they should be
+    # most radii are where they should be
+    assert watch.warning({**lost, "below_r0_estimate": 0.1}, one) is None
     few_certified = watch.warning(record(certified_estimate=0.01), one)
     assert few_certified is not None and "at most 1 % of the images are certified at eps 0.1" in few_certified
     other = watch.warning(record(certified_estimate=0.01), dataclasses.replace(one, loss="gloro"))

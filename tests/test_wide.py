@@ -37,10 +37,11 @@ def low_rank(n: int, r: int, layers: int = 1, outputs: int = 2) -> tuple[LureFor
         return x[:outputs]
 
     form = lb.trace(f, jax.ShapeDtypeStruct((n,), np.float32))
+    # the other neurons of the last layer are not read
     factors[-1] = (
         factors[-1][0][:outputs],
         factors[-1][1],
-    )  # the other neurons of the last layer are not read
+    )
     roots = [np.linalg.qr(u * scale)[1].astype(float) @ np.linalg.qr((v * scale).T)[1].T for u, v in factors]
     return form, [float(np.linalg.norm(root, 2)) for root in roots]
 

@@ -100,11 +100,12 @@ def test_nets_are_functions_of_the_seed(name: str) -> None:
     net, fn, x = made(name)
     value = np.asarray(fn(x))
     assert value.dtype == np.float32
+    # the others take long
     if "flax" not in net.tags or name in (
         "cnn_batch_norm",
         "linen_apply",
         "nnx_scan",
-    ):  # the others take long
+    ):
         assert np.array_equal(value, net.make(0)[0](x))
         assert not np.array_equal(value, net.make(1)[0](x)), "another seed gives the same network"
 
@@ -481,9 +482,8 @@ def test_registered_activation_is_assumed_only() -> None:
 
     @jax.jit
     def wobble(h: jax.Array) -> jax.Array:
-        return jax.lax.lgamma(
-            jnp.abs(h) + 2.0
-        )  # no proof known here: slope digamma(|h| + 2), unbounded in truth
+        # no proof known here: slope digamma(|h| + 2), unbounded in truth
+        return jax.lax.lgamma(jnp.abs(h) + 2.0)
 
     lb.register_activation(wobble, slopes=(-3.0, 3.0))
     fn, x = mlp(np.random.default_rng(3), wobble, jnp.tanh)

@@ -23,9 +23,8 @@ import optax
 
 Transform = Callable[[jax.Array], jax.Array]
 
-_LEAST = (
-    1e-12  # constants below are not divided by: a constant of 0 (a dead network) has no gradient to follow
-)
+# constants below are not divided by: a constant of 0 (a dead network) has no gradient to follow
+_LEAST = 1e-12
 
 _SMALLEST = 1e-6  # share of r0 below which the logarithm is constant: rounding hides smaller radii
 

@@ -39,9 +39,8 @@ from lipbounds.training.robust_step import Passed
 
 _FLOAT = jnp.float32
 _FIRST_ITERATIONS, _LAST_ITERATIONS = 10, 100  # of spectral layers, before training and behind it
-_LONGEST = (
-    4.0  # largest scale of the kept gradient, as a batch with few examples below r0 is a poor reference
-)
+# largest scale of the kept gradient, as a batch with few examples below r0 is a poor reference
+_LONGEST = 4.0
 
 
 class Held(NamedTuple):
@@ -415,9 +414,8 @@ class Trainer(Network):
         if c.average == "none":
             return ()
         seen = state.step - c.average_from * self.steps
-        if (
-            c.average == "ema"
-        ):  # a shorter memory at the start, so that the initial weights have little influence
+        # a shorter memory at the start, so that the initial weights have little influence
+        if c.average == "ema":
             share = jnp.maximum(1 - c.ema_decay, 1 / (1 + jnp.maximum(seen, 0)).astype(_FLOAT))
         else:
             share = 1 / (1 + jnp.maximum(seen, 0)).astype(_FLOAT)

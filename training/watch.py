@@ -127,9 +127,8 @@ class Watch:
             ]
         failed = getattr(after, "failed", False)
         found = [jnp.where(failed & (place > 0), jnp.nan, value) for place, value in enumerate(found)]
-        if (
-            config.constants == "recursion"
-        ):  # its multipliers are trained, and stand in the state of their own
+        # its multipliers are trained, and stand in the state of their own
+        if config.constants == "recursion":
             after = bound
         return found, after
 

@@ -132,9 +132,8 @@ class _Ranges(Batches):
         count = len(centres[0]) if centres else 0
         super().__init__(form, count, reach.dtype)
         self.centres, self.rows, self.reach, self.eps = centres, rows, reach, eps
-        self.lengths: dict[int, Any] = {
-            -1: jnp.full(count, eps, reach.dtype)
-        }  # l2 bounds of a source's change
+        # l2 bounds of a source's change
+        self.lengths: dict[int, Any] = {-1: jnp.full(count, eps, reach.dtype)}
         self.masks: dict[int, jax.Array] = {}
 
     def step(self, place: int, op: Op, held: Mapping[int, Any]) -> Any:

@@ -240,9 +240,8 @@ class Around:
     ) -> None:
         require_gradual_underflow()
         self.way = ways(form, norm, guarantee, memory)[0] if way is None else way
-        own = (
-            norm if self.way == "ellipsoids" else 2.0
-        )  # the others are in l2: B_inf(x, eps) lies in B_2(x, eps sqrt(n))
+        # the others are in l2: B_inf(x, eps) lies in B_2(x, eps sqrt(n))
+        own = norm if self.way == "ellipsoids" else 2.0
         self.stretch = stretch(form.in_size, own, norm)
         self.memory = LIMIT if memory is None else memory
         kept = {} if form.assumed else _READY.setdefault(form, {})

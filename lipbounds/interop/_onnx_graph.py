@@ -162,9 +162,8 @@ class Builder:
     opset: int
     operators: Mapping[str, Operator]
     evaluated: frozenset[str]  # operators that onnx.reference evaluates on constants
-    explain: Callable[
-        [str, str], tuple[str, str]
-    ]  # (operator, domain) -> why it is not supported, and what to do
+    # (operator, domain) -> why it is not supported, and what to do
+    explain: Callable[[str, str], tuple[str, str]]
     values: dict[str, Const | jax.ShapeDtypeStruct] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     refused: list[Unsupported] = field(default_factory=list)

@@ -185,9 +185,8 @@ class Checker:
                 )
         for p in (2, 1, math.inf):
             chain = [self.found[f"{m} {p}"] for m in ("naive", "liplt", "lipsdp") if f"{m} {p}" in self.found]
-            spare = (
-                1e-12 if self.limits else 0.0
-            )  # on a device the last digits depend on what is asked with it
+            # on a device the last digits depend on what is asked with it
+            spare = 1e-12 if self.limits else 0.0
             for better, worse in zip(chain[1:], chain, strict=False):
                 what = f"order, norm {p}: {better.method} {better.value!r} > {worse.method} {worse.value!r}"
                 self.report.check(better.value <= worse.value * (1 + spare), what)
