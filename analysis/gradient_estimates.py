@@ -17,6 +17,7 @@ Points x +- delta u at which f is asked may lie up to delta |u| outside the box;
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -42,6 +43,38 @@ from lipbounds.analysis.frank_wolfe import check_steps, minimiser, score
 
 DIRECTIONS = ("sphere", "gaussian")
 _LEAST = 8  # images, below which a chunk is not halved
+
+
+@dataclasses.dataclass(frozen=True)
+class _Way:
+    """How gradients are estimated, as of `black_frank_wolfe`, and what is done with them.
+
+    move: "frank-wolfe" or "ascent". step_size: gamma of Frank-Wolfe; of the ascent in the units of x, a negative one in
+    shares of -eps.
+    """
+
+    move: str
+    loss: str
+    queries: int
+    samples: int
+    directions: str
+    delta: float
+    step_size: float
+    momentum: float
+
+    def __post_init__(self) -> None:
+        whole("samples", self.samples)
+        whole("queries", self.queries, 2 * self.samples + 1)  # those of one step
+        if self.directions not in DIRECTIONS:
+            raise ValueError(f"directions must be one of {', '.join(DIRECTIONS)}, got {self.directions!r}")
+        delta = float(np.float32(self.delta))
+        if not (math.isfinite(delta) and delta > 0):
+            raise ValueError(f"delta must be a number > 0, got {delta!r}")
+
+    @property
+    def sizes(self) -> tuple[np.float32, np.float32]:
+        """(step size, momentum)."""
+        return np.float32(self.step_size), np.float32(self.momentum)
 
 
 @usual_settings()
@@ -78,22 +111,8 @@ def black_frank_wolfe(
     """
     settings = AttackSettings.changed(settings, changes)
     check_steps(1, gamma, momentum, loss)
-    how = np.float32(delta), np.float32(gamma), np.float32(momentum)
-    return _estimated(
-        "Frank-Wolfe by queries",
-        fn,
-        x,
-        y,
-        eps,
-        settings,
-        queries,
-        samples,
-        directions,
-        loss,
-        target,
-        how,
-        "frank-wolfe",
-    )
+    way = _Way("frank-wolfe", loss, queries, samples, directions, delta, gamma, momentum)
+    return _estimated("Frank-Wolfe by queries", fn, x, y, eps, settings, way, target)
 
 
 @usual_settings()
@@ -123,10 +142,8 @@ def nes_pgd(
     check_steps(1, 1.0, momentum, loss)
     if step_size is not None and not (math.isfinite(step_size) and step_size > 0):
         raise ValueError(f"step_size must be a number > 0, got {step_size!r}")
-    how = np.float32(delta), np.float32(step_size or -0.1), np.float32(momentum)
-    return _estimated(
-        "NES-PGD", fn, x, y, eps, settings, queries, samples, directions, loss, target, how, "ascent"
-    )
+    way = _Way("ascent", loss, queries, samples, directions, delta, step_size or -0.1, momentum)
+    return _estimated("NES-PGD", fn, x, y, eps, settings, way, target)
 
 
 def _estimated(
@@ -136,58 +153,28 @@ def _estimated(
     y: Any,
     eps: Any,
     settings: AttackSettings,
-    queries: int,
-    samples: int,
-    directions: str,
-    loss: str,
+    way: _Way,
     target: Any,
-    how: tuple[np.float32, np.float32, np.float32],
-    move: str,
 ) -> Attack:
-    whole("samples", samples)
-    whole("queries", queries, 2 * samples + 1)  # those of one step
-    if directions not in DIRECTIONS:
-        raise ValueError(f"directions must be one of {', '.join(DIRECTIONS)}, got {directions!r}")
-    if not (math.isfinite(how[0]) and how[0] > 0):
-        raise ValueError(f"delta must be a number > 0, got {float(how[0])!r}")
-    key = jax.random.key(settings.seed)
+    key, any_norm = jax.random.key(settings.seed), way.move == "frank-wolfe"
 
     def find(problem: Problem) -> Found:
-        return _search(problem, queries, samples, directions, loss, how, move, key)
+        return _search(problem, way, key)
 
     with reporting(settings.progress):
         return search(
-            name,
-            find,
-            fn,
-            x,
-            y,
-            eps,
-            settings,
-            loss,
-            target=target,
-            needs="logits",
-            every_norm=move == "frank-wolfe",
+            name, find, fn, x, y, eps, settings, way.loss, target=target, needs="logits", every_norm=any_norm
         )
 
 
-def _search(
-    problem: Problem,
-    queries: int,
-    samples: int,
-    directions: str,
-    loss: str,
-    how: tuple[np.float32, np.float32, np.float32],
-    move: str,
-    key: jax.Array,
-) -> Found:
+def _search(problem: Problem, way: _Way, key: jax.Array) -> Found:
     """The first points of margin <= 0, or the last iterates. A chunk of which half is done goes on at half the size."""
     point = problem.where[0]
     velocity, margin = jnp.zeros_like(point), problem.margins(point)
-    cost = 2 * samples + 1
+    cost = 2 * way.samples + 1
     rows = np.arange(len(point))
     points, spent = np.array(point), np.zeros(len(point), np.int64)
-    for step in range(queries // cost):
+    for step in range(way.queries // cost):
         open_ = np.asarray(~(margin <= 0))
         if 2 * open_.sum() <= len(rows) and (len(rows) > _LEAST or not open_.any()):
             points[rows] = np.asarray(point)
@@ -198,11 +185,20 @@ def _search(
             point, velocity, margin = point[chosen], velocity[chosen], margin[chosen]
             open_ = open_[chosen]
         given = (problem.model, problem.weights, point, problem.labels)
-        kind: dict[str, Any] = {"directions": directions, "loss": loss, "targeted": problem.targeted}
-        q = estimate(*given, key, problem.index, np.int32(step), how[0], samples=samples, **kind)
-        state = point, velocity, margin
         clock = np.int32(step)
-        point, velocity = _moved(state, q, problem.where, clock, how, norm=problem.norm, move=move)
+        q = estimate(
+            *given,
+            key,
+            problem.index,
+            clock,
+            np.float32(way.delta),
+            samples=way.samples,
+            directions=way.directions,
+            loss=way.loss,
+            targeted=problem.targeted,
+        )
+        state = point, velocity, margin
+        point, velocity = _moved(state, q, problem.where, clock, way.sizes, norm=problem.norm, move=way.move)
         new = problem.margins(point)
         margin = jnp.where(margin <= 0, margin, new)
         spent[rows[open_]] += cost
@@ -275,10 +271,10 @@ def _added(
 
 
 @functools.partial(jax.jit, static_argnames=("norm", "move"))
-def _moved(state: Any, q: jax.Array, where: Any, clock: Any, how: Any, *, norm: float, move: str) -> Any:
+def _moved(state: Any, q: jax.Array, where: Any, clock: Any, sizes: Any, *, norm: float, move: str) -> Any:
     """(point, velocity) after one step; examples with a margin <= 0 stay."""
     point, velocity, margin = state
-    _, size, beta = how
+    size, beta = sizes
     heavy = jnp.where(clock == 0, q, beta * velocity + (1 - beta) * q)
     if move == "frank-wolfe":
         new = jnp.clip(point + size * (minimiser(heavy, where, norm) - point), where[2], where[3])

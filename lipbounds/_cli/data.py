@@ -239,8 +239,10 @@ def _from_csv(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarra
             f"{path}: the column {header[column]!r} must hold whole numbers below 2^53, not {strange[0]:g}"
         )
     # 5e-1 is no byte, though it has no point
-    whole = "." not in text.partition("\n")[2] and values.size and bool((values == np.floor(values)).all())
-    whole = whole and values.min() >= 0 and 1 < values.max() <= 255
+    whole = "." not in text.partition("\n")[2] and values.size > 0
+    whole = whole and bool(
+        (values == np.floor(values)).all() and values.min() >= 0 and 1 < values.max() <= 255
+    )
     with np.errstate(over="ignore"):  # what becomes infinite is refused like every infinite value
         x = values.astype(np.uint8 if whole else np.float32)
     return x.reshape(-1, *shape), labels.astype(np.int64)
