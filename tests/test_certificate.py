@@ -273,7 +273,7 @@ def test_a_guarantee_cannot_be_raised(form: lb.LureForm, monkeypatch: pytest.Mon
     real = certificate.hybrid_start
 
     def uncertain(*args: Any) -> Any:
-        return (*real(*args)[:3], "probabilistic", 1e-9)
+        return (*real(*args)[:2], "probabilistic", 1e-9)
 
     monkeypatch.setattr(certificate, "hybrid_start", uncertain)
     with pytest.raises(

@@ -43,6 +43,7 @@ from lipbounds._triangle.core import pair_squares
 _WIDE, _SMOOTH = 200, 7
 _SHARP = 40  # squarings after which `top` is lambda_max to the last digit
 _MEMORY = 20
+_CHUNK, _TOLERANCE = 15, 1e-3  # of `Effort`
 
 
 class Passed(NamedTuple):
@@ -345,16 +346,14 @@ def _constant(p: Problem, log: float) -> float:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to optimise: L-BFGS with `stages` of rising sharpness (squarings), `chunk` iterations between two looks.
+    """How long to optimise: L-BFGS with `stages` of rising sharpness (squarings), `_CHUNK` iterations between looks.
 
-    A stage ends when a chunk lowers log L by less than `tolerance` times the stage's own smoothing error, all of it
+    A stage ends when a chunk lowers log L by less than `_TOLERANCE` times the stage's own smoothing error, all of it
     after `iterations`.
     """
 
     iterations: int
     stages: tuple[int, ...] = (4, 7, 10, 14)
-    chunk: int = 15
-    tolerance: float = 1e-3
 
 
 def effort(p: Problem, iterations: int | None = None) -> Effort:
@@ -394,13 +393,13 @@ def optimize(
         best_yet = current
         for place, stage in enumerate(how.stages):
             current, state = best_yet, _fresh(best_yet)
-            allowed = max((how.iterations - done) // (len(how.stages) - place), how.chunk)
+            allowed = max((how.iterations - done) // (len(how.stages) - place), _CHUNK)
             blur = np.log(size) / 2.0**stage
             sharp = (min(stage, p.sharpest), stage)
             spent = failures = 0
             while spent < allowed and done < how.iterations and failures < 2:
-                trial, state, losses = improve(start, runs, current, state, given, sharp, which, how.chunk)
-                done, spent = done + how.chunk, spent + how.chunk
+                trial, state, losses = improve(start, runs, current, state, given, sharp, which, _CHUNK)
+                done, spent = done + _CHUNK, spent + _CHUNK
                 score = float(_exact(start, runs, trial, given, p.sharpest, which))
                 curve = np.asarray(losses)
                 if not (np.isfinite(score) and np.isfinite(curve).all()):
@@ -415,7 +414,7 @@ def optimize(
                 say(
                     f"{done} of at most {most} iterations{left}: {_constant(p, value):.6g} in float arithmetic"
                 )
-                if curve[0] - curve[-1] < how.tolerance * blur:
+                if curve[0] - curve[-1] < _TOLERANCE * blur:
                     break
         current = best_yet
     return current, _constant(p, value), done

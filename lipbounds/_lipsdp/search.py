@@ -172,7 +172,7 @@ class _Ellipsoids:
         if kind == "value" and self.problem.box:
             kind = "entries"
         effort = self.effort
-        if self.best is not None and len(effort.stages) > 2:  # begin where the last one ended
+        if self.best is not None:  # begin where the last one ended
             effort = replace(effort, stages=effort.stages[-2:], iterations=max(effort.iterations // 2, 30))
         starts = self.starts if self.best is None or self.trained else [self.best]
         with jax.numpy_dtype_promotion("standard"):  # optax adds integers of different widths

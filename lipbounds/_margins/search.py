@@ -350,6 +350,11 @@ def _read(net: Any, items: Item, like: Multipliers, flat: Any) -> Result:
     return jax.vmap(one)(items, like, flat)
 
 
+def _stacked(trees: Iterable[Any]) -> Any:
+    """Items, or parameters, as a batch."""
+    return jax.tree.map(lambda *a: np.stack(a), *trees)
+
+
 def _where(rows: np.ndarray, a: State, b: State) -> State:
     """The states of a in these rows, else those of b."""
     return jax.tree.map(lambda x, y: jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, y), a, b)
@@ -429,11 +434,8 @@ def run(
             return
         new = [i for i in new if slots[i] is not None]
         if held is None or new:
-            rows = [slots[i] if slots[i] is not None else slots[live[0]] for i in range(width)]
-            items, xs = (
-                jax.tree.map(lambda *a: np.stack(a), *[getattr(job, field) for job in rows])
-                for field in ("item", "x")
-            )
+            rows = [slots[live[0]] if job is None else job for job in slots]
+            items, xs = _stacked(job.item for job in rows if job), _stacked(job.x for job in rows if job)
             started = begin(xs)
             if held is None:
                 held = started
