@@ -443,15 +443,12 @@ def test_traced_constants() -> None:
             jax.jit(lambda a, e=expr2: slope_range(e, (a,))[0])(jnp.float32(1.0))
 
 
-def test_register_is_by_value_and_checks_its_slopes() -> None:
+def test_register_is_by_value() -> None:
     expr, consts = expr_of(lambda x: jnp.where(x > 0.625, x, 0.0))
     assert act.registered(expr, consts) is None
     act.register(expr, consts, -1.0, 2.0)
     assert act.registered(expr, tuple(np.full((4,), c) for c in consts)) == (-1.0, 2.0)
     assert act.registered(expr, tuple(c + 1 for c in consts)) is None
-    for bad in ((1.0, 0.0), (0.0, np.inf), (np.nan, 1.0)):
-        with pytest.raises(ValueError, match="slopes must be finite"):
-            act.register(expr, consts, *bad)
 
 
 def test_known_names() -> None:

@@ -82,7 +82,7 @@ def evaluate(expr: Expr, consts: Sequence[Any], x: Any) -> jax.Array:
         elif node.op == "integer_pow":
             val = lax.integer_pow(args[0], int(node.params[0]))
         elif node.op == "round":
-            val = lax.round(args[0], lax.RoundingMethod(int(node.params[0]) if node.params else 0))
+            val = lax.round(args[0], lax.RoundingMethod(int(node.params[0])))
         elif node.op == "interp":
             xp, fp, extrapolate = node.params
             val = interp(args[0], xp=xp, fp=fp, extrapolate=extrapolate)
@@ -262,9 +262,10 @@ def piecewise_linear_slopes(expr: Expr, consts: Sequence[Any]) -> tuple[jax.Arra
     difference quotients lie. Shapes are the broadcast shape of the constants. So are sums, maxima and minima of x and
     constants, such as `min(max(x, 0), t)`. Raises `SlopeError` for anything else.
     """
-    if not _homogeneous(expr, consts) and (ends := _hull(expr)) is not None:
-        return np.float64(ends[0]), np.float64(ends[1])  # type: ignore[return-value]
     if not _homogeneous(expr, consts):
+        ends = _hull(expr)
+        if ends is not None:
+            return np.float64(ends[0]), np.float64(ends[1])  # type: ignore[return-value]
         raise SlopeError(
             "constants are being traced, and the activation is not linear on both sides of 0",
             "close over concrete constants, or use max(x, a * x), where(x > 0, x, a * x) or min(max(x, 0), a)",
@@ -291,13 +292,7 @@ def _key(expr: Expr, consts: Sequence[Any]) -> tuple[Expr, tuple]:
 
 
 def register(expr: Expr, consts: Sequence[Any], lower: float, upper: float) -> None:
-    """Declare lower <= (f(x) - f(y)) / (x - y) <= upper for this expression; nothing is proved ("assumed").
-
-    Raises `ValueError` unless both are finite and `lower <= upper`.
-    """
-    lower, upper = float(lower), float(upper)
-    if not (np.isfinite(lower) and np.isfinite(upper) and lower <= upper):
-        raise ValueError(f"slopes must be finite with lower <= upper, got ({lower}, {upper})")
+    """Declare lower <= (f(x) - f(y)) / (x - y) <= upper for this expression; nothing is proved ("assumed")."""
     _REGISTERED[_key(expr, consts)] = (lower, upper)
 
 
