@@ -1,13 +1,14 @@
-"""What is given in place of a function of one example, and what to write instead."""
+"""Checks of what `trace` and `from_weights` are given, with what to write instead."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 _TORCH = (
@@ -128,3 +129,26 @@ def _arguments(fn: Any) -> list[str]:
 
 def _named(fn: Any) -> str:
     return getattr(fn, "__name__", None) or type(fn).__name__
+
+
+def check_layers(matrices: Sequence[Any], biases: Sequence[Any] | None, slopes: Sequence[Any] | None) -> None:
+    """ValueError unless the matrices, biases and slopes of `from_weights` fit together."""
+    if not matrices:
+        raise ValueError("from_weights needs at least one matrix")
+    for i, w in enumerate(matrices):
+        if w.ndim != 2:
+            raise ValueError(f"weights[{i}] must be a matrix (out, in), got shape {w.shape}")
+        if i and w.shape[1] != (before := matrices[i - 1].shape[0]):
+            raise ValueError(
+                f"weights[{i}] has {w.shape[1]} inputs, but weights[{i - 1}] has {before} outputs"
+            )
+        if not jnp.issubdtype(w.dtype, jnp.floating):
+            raise ValueError(f"weights[{i}] must hold floating point numbers, got {w.dtype}")
+    if biases is not None:
+        if len(biases) != len(matrices):
+            raise ValueError(f"{len(matrices)} matrices need {len(matrices)} biases, got {len(biases)}")
+        for i, (w, b) in enumerate(zip(matrices, biases, strict=True)):
+            if np.shape(b) != w.shape[:1]:
+                raise ValueError(f"biases[{i}] must have shape ({w.shape[0]},), got {np.shape(b)}")
+    if slopes is not None and len(slopes) != len(matrices) - 1:
+        raise ValueError(f"{len(matrices) - 1} hidden layers need as many slope pairs, got {len(slopes)}")

@@ -22,7 +22,7 @@ from lipbounds._form.steps import KINDS
 from lipbounds._form.walk import walk
 from lipbounds._text.calls import usual_floats
 from lipbounds._text.settings import debugging_off
-from lipbounds._tracing.doors import check_example, check_function, explained
+from lipbounds._tracing.doors import check_example, check_function, check_layers, explained
 from lipbounds._tracing.flat import Flat
 from lipbounds._tracing.jaxpr import flatten
 from lipbounds._tracing.lowering import Lowering, lower
@@ -111,7 +111,7 @@ def from_weights(
         LureForm((2,) -> (1,), 1 tap: tanh[2], 2 neurons)
     """
     matrices = [w if isinstance(w, jax.Array) else np.asarray(w) for w in weights]
-    _check_layers(matrices, biases, slopes)
+    check_layers(matrices, biases, slopes)
     if isinstance(activation, str):
         named = getattr(jax.nn, activation, None) or getattr(jnp, activation, None)
         if not callable(named):
@@ -214,31 +214,6 @@ def register_activation(fn: Callable[[Any], Any], slopes: tuple[float, float]) -
 
 
 # --- helpers -------------------------------------------------------------------------------------------------------
-
-
-def _check_layers(
-    matrices: Sequence[Any], biases: Sequence[Any] | None, slopes: Sequence[Any] | None
-) -> None:
-    """ValueError unless the matrices, biases and slopes of `from_weights` fit together."""
-    if not matrices:
-        raise ValueError("from_weights needs at least one matrix")
-    for i, w in enumerate(matrices):
-        if w.ndim != 2:
-            raise ValueError(f"weights[{i}] must be a matrix (out, in), got shape {w.shape}")
-        if i and w.shape[1] != (before := matrices[i - 1].shape[0]):
-            raise ValueError(
-                f"weights[{i}] has {w.shape[1]} inputs, but weights[{i - 1}] has {before} outputs"
-            )
-        if not jnp.issubdtype(w.dtype, jnp.floating):
-            raise ValueError(f"weights[{i}] must hold floating point numbers, got {w.dtype}")
-    if biases is not None:
-        if len(biases) != len(matrices):
-            raise ValueError(f"{len(matrices)} matrices need {len(matrices)} biases, got {len(biases)}")
-        for i, (w, b) in enumerate(zip(matrices, biases, strict=True)):
-            if np.shape(b) != w.shape[:1]:
-                raise ValueError(f"biases[{i}] must have shape ({w.shape[0]},), got {np.shape(b)}")
-    if slopes is not None and len(slopes) != len(matrices) - 1:
-        raise ValueError(f"{len(matrices) - 1} hidden layers need as many slope pairs, got {len(slopes)}")
 
 
 def _exact_dtype(weights: Sequence[Any], numbers: Mapping[str, Any]) -> np.dtype:
