@@ -136,9 +136,8 @@ class _Ordered:
             raise TypeError(f"{mine}s in different norms ({a}, {b}) cannot be compared")
         return other.value
 
-    __array_ufunc__ = (
-        None  # NumPy scalars and arrays then defer to the comparisons below, which raise TypeError
-    )
+    # NumPy scalars and arrays then defer to the comparisons below, which raise TypeError
+    __array_ufunc__ = None
 
     def __lt__(self, other: Any) -> bool:
         return self.value < self._other(other)

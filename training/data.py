@@ -98,9 +98,8 @@ def _images_and_labels(
 _IDX_KINDS = {bytes((0, 0, 8, 3)): "images", bytes((0, 0, 8, 1)): "labels"}
 
 
-_GZIP = (
-    b"\x1f\x8b"  # its first two bytes; programs that unpack a file may leave .gz in its name, or take it away
-)
+# the first two bytes of a gzip file; programs that unpack a file may leave .gz in its name, or take it away
+_GZIP = b"\x1f\x8b"
 _WIDEST = 256  # pixels of a side; the official images have 28
 
 
