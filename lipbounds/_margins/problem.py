@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 from lipbounds._activations.slopes_on_intervals import kink
@@ -273,31 +274,40 @@ class Problem:
         if need > self.memory:
             self.too_large[row] = need
             return None
-        taps, first, small = [], [], _SMALL * min(1.0, (_USUAL / max(n, 1)) ** 0.5)
-        for k, kinks in enumerate(self.kinks):
-            h, lo, hi, live = balls.h[k][row], balls.lo[k][row], balls.hi[k][row], opened[k]
-            top, bottom = np.where(live, hi, 1.0), np.where(live, -lo, 1.0)
-            noise = np.where(live & (balls.noise[k][row] > 0), balls.noise[k][row], 1.0)
-            scale = np.where(live, ball * np.square(kinks.gain) / noise, 1.0)
-            p, q = np.maximum(h, 0.0), np.maximum(-h, 0.0)
-            taps.append(search.Neurons(p, q, top, bottom, live.astype(float), slopes[k], scale))
-            # the chord slopes from h are [a, 1] for h > 0 and [0, b] for h <= 0: tau_r = a, tau_v = 1 - b
-            a, b = p / (p + bottom), 1 - q / (q + top)
-            tr, tv = np.where(h > 0, a, 0.0), np.where(h > 0, 0.0, 1 - b)
-            roots = [np.sqrt(np.maximum(t, small**2)) for t in (tv, tr, np.zeros_like(tv))]
-            M = np.maximum(1 - tr - tv - 2 * roots[0] * roots[1], _LEAST)
-            first.append(tuple(np.where(live, t, 0.0) for t in (np.log(M), *roots)))
+        small = _SMALL * min(1.0, (_USUAL / max(n, 1)) ** 0.5)
+        neurons = [
+            self._neurons(k, row, live, slope, ball)
+            for k, (live, slope) in enumerate(zip(opened, slopes, strict=True))
+        ]
+        first = [_from_chords(self.balls.h[k][row], tap, small) for k, tap in enumerate(neurons)]
         boxed = np.full(self.low.shape[1], float(self.norm != 2 or self.box is not None))
-        round_ = 1.0 if self.norm == 2 else 0.0
-        unit = max(moved, _TINY)
+        in_ball = 1.0 if self.norm == 2 else 0.0
         item = search.Item(
-            self.aim(row, other), eps, round_, self.low[row], self.high[row], boxed, ball, unit, tuple(taps)
+            aim=self.aim(row, other),
+            eps=eps,
+            round=in_ball,
+            low=self.low[row],
+            high=self.high[row],
+            boxed=boxed,
+            ball=ball,
+            unit=max(moved, _TINY),
+            taps=tuple(neurons),
         )
-        start = np.full(boxed.shape, _SMALL if round_ else 0.0)
+        start = np.full(boxed.shape, _SMALL if in_ball else 0.0)
         x = search.Multipliers(np.zeros(()), start, tuple(first))
         if self.apart(row):
             item, x = merged.merge(item, x)
         return _floats(item), _floats(x)
+
+    def _neurons(self, k: int, row: int, live: np.ndarray, slope: np.ndarray, ball: float) -> search.Neurons:
+        """Tap k; `live` neurons are not stable, ball is the unit of lambda."""
+        h, lo, hi = self.balls.h[k][row], self.balls.lo[k][row], self.balls.hi[k][row]
+        own = self.balls.noise[k][row]
+        noise = np.where(live & (own > 0), own, 1.0)
+        scale = np.where(live, ball * np.square(self.kinks[k].gain) / noise, 1.0)
+        p, q = np.maximum(h, 0.0), np.maximum(-h, 0.0)
+        top, bottom = np.where(live, hi, 1.0), np.where(live, -lo, 1.0)
+        return search.Neurons(p, q, top, bottom, live.astype(float), slope, scale)
 
     def gain(self, row: int) -> proof.Gain:
         opened, slopes = self.open(row)
@@ -331,9 +341,19 @@ class Problem:
         return np.concatenate(rows or [np.zeros(0)])
 
 
-def _floats(tree: Any) -> Any:
-    import jax
+def _from_chords(h: np.ndarray, n: search.Neurons, small: float) -> tuple[np.ndarray, ...]:
+    """Parameters (n,) of a tap: chord slopes from h are [a, 1] for h > 0, [0, b] for h <= 0; tau_r = a, tau_v = 1 - b.
 
+    small: the least root of a multiplier.
+    """
+    a, b = n.p / (n.p + n.bottom), 1 - n.q / (n.q + n.top)
+    tr, tv = np.where(h > 0, a, 0.0), np.where(h > 0, 0.0, 1 - b)
+    roots = [np.sqrt(np.maximum(t, small**2)) for t in (tv, tr, np.zeros_like(tv))]
+    M = np.maximum(1 - tr - tv - 2 * roots[0] * roots[1], _LEAST)
+    return tuple(np.where(n.open > 0, t, 0.0) for t in (np.log(M), *roots))
+
+
+def _floats(tree: Any) -> Any:
     return jax.tree.map(lambda a: np.asarray(a, np.float64), tree)
 
 
