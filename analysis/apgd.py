@@ -140,7 +140,7 @@ def ranked(problem: Problem) -> jax.Array:
 @functools.partial(jax.jit, static_argnames=("model",))
 def _ranked(model: Model, weights: Any, x: jax.Array, labels: jax.Array) -> jax.Array:
     z = model(weights, x).astype(jnp.float32)
-    others = jnp.where(jnp.arange(z.shape[1]) == labels[:, None], -jnp.inf, z)
+    others = jnp.where(np.arange(z.shape[1], dtype=np.int32) == labels[:, None], -jnp.inf, z)
     return jnp.argsort(-others, axis=1)[:, :-1].astype(jnp.int32)
 
 

@@ -88,7 +88,7 @@ def margin_of(z: jax.Array, y: jax.Array, targeted: bool = False) -> jax.Array:
     Of a target the negative, positive as long as the label is not y; 0, a tie, counts as not reached.
     """
     own = jnp.take_along_axis(z, y[:, None], axis=1)[:, 0]
-    others = jnp.where(jnp.arange(z.shape[1]) == y[:, None], -jnp.inf, z).max(axis=1)
+    others = jnp.where(np.arange(z.shape[1], dtype=np.int32) == y[:, None], -jnp.inf, z).max(axis=1)
     if not targeted:
         return own - others
     return jnp.where(own == others, jnp.float32(_TIE), others - own)

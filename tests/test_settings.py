@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,17 @@ FORM = lb.from_weights([RNG.standard_normal(shape).astype(np.float32) for shape 
 X = RNG.standard_normal((4, 4)).astype(np.float32)
 Y = np.argmax([np.asarray(FORM(x)) for x in X], axis=1)
 
+
+@contextmanager
+def strict() -> Iterator[None]:
+    """Float64 where nothing else is asked for, and every key used once; types must agree in all tests."""
+    with jax.enable_x64(True), jax.debug_key_reuse(True):
+        yield
+
+
 SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "ranks must agree": lambda: jax.numpy_rank_promotion("raise"),
+    "64 bits": strict,
     "nothing moves": lambda: jax.transfer_guard("disallow_explicit"),
     "other random numbers": lambda: jax.default_prng_impl("rbg"),
     "older random numbers": lambda: jax.threefry_partitionable(False),
@@ -108,9 +117,16 @@ def test_networks_are_traced_and_cores_run_under_any_settings(setting: str) -> N
     def value() -> float:
         form = lb.trace(lambda x: jax.nn.relu(x @ kernel + 1), np.zeros(4, np.float32))
         cores = (lb.liplt.core, lb.lipsdp.core)
-        return sum(float(core(form, core.init(form, key))[0].value) for core in cores)
+        found = [core(form, core.init(form, jax.random.key(0)), steps=50)[0].value for core in cores]
+        core, x = lb.local.core, np.zeros((1, 4), np.float32)
+        return sum(
+            map(
+                float,
+                (*found, core(form, core.init(form, jax.random.key(0)), x, eps=0.1, steps=50)[0].value[0]),
+            )
+        )
 
-    kernel, key = jnp.asarray(RNG.standard_normal((4, 3)), jnp.float32), jax.random.key(0)
+    kernel = jnp.asarray(RNG.standard_normal((4, 3)), jnp.float32)
     usual = value()
     with SETTINGS[setting]():
         assert value() == pytest.approx(usual, rel=1e-3)

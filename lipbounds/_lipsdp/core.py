@@ -11,6 +11,7 @@ LipLT's core in the loss, 0.639 with this one and steps=1, 0.637 with the multip
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -251,7 +252,7 @@ def _finite(tree: Any, dtype: Any) -> jax.Array:
 def _or_default(good: jax.Array, multipliers: Any) -> Any:
     """D = 2 ||Sy||_F, always feasible, where the multipliers are no good."""
     return jax.tree.map(
-        lambda a: jnp.where(good & jnp.isfinite(a), a, np.log(2)).astype(a.dtype), multipliers
+        lambda a: jnp.where(good & jnp.isfinite(a), a, math.log(2)).astype(a.dtype), multipliers
     )
 
 

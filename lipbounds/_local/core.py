@@ -27,6 +27,7 @@ from lipbounds._form.batched_steps import Batches, apply_batched
 from lipbounds._form.lure import LureForm, apply_op, apply_tap, fixed_operands, flat_slopes, propagate
 from lipbounds._form.program import Op
 from lipbounds._form.walk import Algebra, walk
+from lipbounds._text.settings import debugging_off
 from lipbounds._triangle import core
 from lipbounds._triangle.core import Constants, State
 from lipbounds._triangle.output_rows import Scalings
@@ -50,6 +51,7 @@ class LocalCore:
         """Random unit vectors to start from."""
         return _NAIVE.init(form, key, dtype)
 
+    @debugging_off()
     def __call__(
         self,
         form: LureForm,

@@ -254,7 +254,7 @@ class Core:
         layout = plan(form.program, self.centred)
         sizes = {j: form.in_size if j < 0 else form.taps[j].size_out for j, _, _ in layout.groups}
         shapes = [(last - first, sizes[j]) for j, first, last in layout.groups]
-        keys = jax.random.split(key, len(shapes) + len(layout.sources) + 1)
+        keys = list(jax.random.split(key, len(shapes) + len(layout.sources) + 1))
 
         def start(shape: tuple[int, ...], k: Any) -> jax.Array:
             return _unit(jax.random.normal(k, shape, dtype), jnp.zeros(shape, dtype))
