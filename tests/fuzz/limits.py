@@ -51,6 +51,7 @@ LIMITS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("_norms.device_lanczos", "_SMALL", (16,)),
     ("_local.engines", "_CHUNK", (1, 40)),
     ("_local.engines", "_SINGLE", (0,)),
+    ("_local.engines", "_WORK", (0,)),
     ("_local.maps", "_DENSE", (0,)),
     ("_local.maps", "_SPARE", (0.0, 1.0)),
     ("_local.maps", "_TILE", (1, 2)),

@@ -183,6 +183,12 @@ class Checker:
                 self.found["lipsdp inf"] = self.verb(
                     "lipsdp inf", lambda: lb.lipsdp(form, norm=norm, pairwise=True)
                 )
+        known = list(self.found.values())
+        for p in (2, 1, math.inf):
+            some = rng.sample(known, min(len(known), 2))
+            self.found[f"in_norm {p}"] = self.verb(
+                "in_norm", lambda q=p, b=some: lb.in_norm(form, *b, norm=q)
+            )
         for p in (2, 1, math.inf):
             chain = [self.found[f"{m} {p}"] for m in ("naive", "liplt", "lipsdp") if f"{m} {p}" in self.found]
             # on a device the last digits depend on what is asked with it
