@@ -8,6 +8,7 @@
 # SECTIONS="data train final cold": the final bound of a run in its epochs, programs compiled ahead and not.
 # Nothing is installed: the package is copied to a temporary folder in its installed layout. A section that fails or
 # runs out of time is recorded and does not stop the others. PYTHON: the interpreter (python3); SECONDS_LIMIT: of all.
+case ${1:---help} in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;; esac
 set -u
 OUT=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
 SMALL=""; [ "${2:-}" = "--small" ] && SMALL="--small"

@@ -26,6 +26,7 @@
 # Of 6C2F: 18e6 multiplications forward an image, three times as many in a step, two operations each: 5.4e12 an epoch, 0.1 s
 # at 50 TFLOP/s. An image's activations are 0.2 MB, moved some ten times: 0.1 TB, 0.04 s. The rest of the 0.46 s measured on
 # an H200 are hundreds of small kernels a step, of the power iteration above all.
+case ${1:---help} in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;; esac
 set -u
 OUT=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
 ROOT=$(cd "$(dirname "$0")/.." && pwd)

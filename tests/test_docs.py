@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import subprocess
 import sys
 
 import pytest
@@ -143,6 +144,14 @@ def test_commands_of_the_benchmarks_page_have_the_options_that_their_scripts_ask
         source = (ROOT / "benchmarks" / name).read_text(encoding="utf-8")
         for option in re.findall(r'add_argument\(\s*"(--[\w-]+)"[^\n]*required=True', source):
             assert option in words, f"{name} needs {option}"
+
+
+@pytest.mark.parametrize("script", ["gpu.sh", "gpu_train.sh"])
+@pytest.mark.parametrize("words", [(), ("--help",)])
+def test_benchmarks_of_the_shell_say_what_they_do(script: str, words: tuple[str, ...]) -> None:
+    command = ["bash", str(ROOT / "benchmarks" / script), *words]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 0 and f"benchmarks/{script} OUT_DIR" in found.stdout
 
 
 def test_the_examples_of_the_training_page_run_one_after_the_other() -> None:
