@@ -397,6 +397,12 @@ def test_random_damage_never_passes_and_never_crashes(saved: Path, form: lb.Lure
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
+def test_one_bound_is_always_the_same_file(saved: Path, bound: UpperBound, tmp_path: Path) -> None:
+    for number in range(8):  # safetensors alone would write the metadata in 24 orders
+        lb.save_certificate(bound, tmp_path / f"again{number}")
+        assert (tmp_path / f"again{number}").read_bytes() == saved.read_bytes()
+
+
 def test_the_file_is_documented_safetensors(saved: Path, bound: UpperBound) -> None:
     tensors = load(saved.read_bytes())
     assert set(tensors) == {"proof0.D0", "proof0.D1", "pairwise", "per_class"}

@@ -108,6 +108,16 @@ def test_what_float64_does_not_hold_is_refused(number: Any) -> None:
         lb.from_weights([np.ones((1, 1), np.float32)] * 2, slopes=[(0, number)])
 
 
+def test_a_layer_may_have_no_bias() -> None:
+    first, last, b = np.eye(2, dtype=np.float32), np.ones((1, 2), np.float32), np.ones(1, np.float32)
+    form = lb.from_weights([first, last], [None, b])
+    zeros = lb.from_weights([first, last], [np.zeros(2, np.float32), b])
+    x = np.array([0.5, -2.0], np.float32)
+    assert float(form.evaluate(x)[0]) == float(zeros.evaluate(x)[0]) == 1.5
+    with pytest.raises(ValueError, match=r"biases\[1\] must have shape \(1,\), got \(2,\)"):
+        lb.from_weights([first, last], [None, np.ones(2, np.float32)])
+
+
 def test_traced_biases_count_with_their_dtype() -> None:
     w = np.ones((2, 2), np.float32)
     seen = []

@@ -36,7 +36,15 @@ def pack(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> bytes:
     header = json.dumps(fields, sort_keys=True)
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     metadata = {"format": FORMAT, "version": VERSION, "header": header, "digest": digest(header, arrays)}
-    return save(arrays, metadata)
+    return _sorted(save(arrays, metadata))
+
+
+def _sorted(raw: bytes) -> bytes:
+    """The same safetensors file with its index in order: the library writes the metadata in a random one."""
+    end = 8 + int.from_bytes(raw[:8], "little")
+    index = json.dumps(json.loads(raw[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    index += b" " * (-len(index) % 8)  # data are aligned to 8 bytes
+    return len(index).to_bytes(8, "little") + index + raw[end:]
 
 
 def _metadata(raw: bytes) -> tuple[dict[str, Any], int]:

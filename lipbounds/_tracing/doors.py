@@ -131,7 +131,9 @@ def _named(fn: Any) -> str:
     return getattr(fn, "__name__", None) or type(fn).__name__
 
 
-def check_layers(matrices: Sequence[Any], biases: Sequence[Any] | None, slopes: Sequence[Any] | None) -> None:
+def check_layers(
+    matrices: Sequence[Any], biases: Sequence[Any | None] | None, slopes: Sequence[Any] | None
+) -> None:
     """ValueError unless the matrices, biases and slopes of `from_weights` fit together."""
     if not matrices:
         raise ValueError("from_weights needs at least one matrix")
@@ -148,7 +150,7 @@ def check_layers(matrices: Sequence[Any], biases: Sequence[Any] | None, slopes: 
         if len(biases) != len(matrices):
             raise ValueError(f"{len(matrices)} matrices need {len(matrices)} biases, got {len(biases)}")
         for i, (w, b) in enumerate(zip(matrices, biases, strict=True)):
-            if np.shape(b) != w.shape[:1]:
+            if b is not None and np.shape(b) != w.shape[:1]:
                 raise ValueError(f"biases[{i}] must have shape ({w.shape[0]},), got {np.shape(b)}")
     if slopes is not None and len(slopes) != len(matrices) - 1:
         raise ValueError(f"{len(matrices) - 1} hidden layers need as many slope pairs, got {len(slopes)}")

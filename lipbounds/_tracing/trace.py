@@ -85,7 +85,7 @@ def trace(
 @debugging_off()
 def from_weights(
     weights: Sequence[Any],
-    biases: Sequence[Any] | None = None,
+    biases: Sequence[Any | None] | None = None,
     activation: str | Callable[..., Any] = "relu",
     slopes: Sequence[tuple[Any, Any]] | None = None,
 ) -> LureForm:
@@ -93,7 +93,7 @@ def from_weights(
 
     Args:
         weights: matrices of shape (out, in), in order.
-        biases: vectors, or None.
+        biases: vectors, None for a layer without one, or None.
         activation: a function of one tensor, or its name in `jax.nn`.
         slopes: instead of `activation`, per hidden layer (lower, upper) slopes, scalars or one per neuron: the network
             certified has phi(y) = lower * y for y < 0 and upper * y for y >= 0.
@@ -118,7 +118,7 @@ def from_weights(
             raise ValueError(f"no activation called {activation!r} in jax.nn or jax.numpy; pass a function")
         activation = named
     numbers = {f"weights[{i}]": w for i, w in enumerate(matrices)}
-    numbers |= {f"biases[{i}]": b for i, b in enumerate(biases or ())}
+    numbers |= {f"biases[{i}]": b for i, b in enumerate(biases or ()) if b is not None}
     numbers |= {f"slopes[{i}][{j}]": pair[j] for i, pair in enumerate(slopes or ()) for j in (0, 1)}
     dtype = _exact_dtype(matrices, numbers)
     for i, pair in enumerate(slopes or ()):
