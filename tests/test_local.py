@@ -195,12 +195,18 @@ def test_every_net_of_the_zoo(name):
         assert (near.radius >= wide.radius).all()
 
 
-def test_a_wide_front_is_bounded_as_a_whole(monkeypatch):
+@pytest.fixture
+def wide_front(monkeypatch):
+    """(form, x, rng) of a network whose first layer counts as wide, without ellipsoids of the whole."""
     module = sys.modules["lipbounds._local.engines"]
     monkeypatch.setattr(module, "TAIL", 26)
-    monkeypatch.setattr(module, "_WORK", 0)  # without ellipsoids of the whole
+    monkeypatch.setattr(module, "_WORK", 0)
     form, rng = mlp(widths=(12, 30, 24, 20, 6)), np.random.default_rng(7)
-    x = rng.standard_normal((12, 12)).astype(np.float32)
+    return form, rng.standard_normal((12, 12)).astype(np.float32), rng
+
+
+def test_a_wide_front_is_bounded_as_a_whole(wide_front):
+    form, x, rng = wide_front
     bound = lb.local(form, x, 0.2, pairwise=True, guarantee="verified")
     whole, pairs = largest_slopes(form, x, 0.2, 2, rng)
     assert "bounded as a whole" in bound.notes[0] and bound.guarantee == "verified"
@@ -208,13 +214,9 @@ def test_a_wide_front_is_bounded_as_a_whole(monkeypatch):
     assert (bound.value < lb.liplt(form).value).all()
 
 
-def test_a_wide_front_in_linf_is_bounded_on_larger_l2_balls(monkeypatch):
+def test_a_wide_front_in_linf_is_bounded_on_larger_l2_balls(wide_front):
     """B_inf(x, eps) lies in B_2(x, eps sqrt(12)), and |dx|_2 <= sqrt(12) |dx|_inf."""
-    module = sys.modules["lipbounds._local.engines"]
-    monkeypatch.setattr(module, "TAIL", 26)
-    monkeypatch.setattr(module, "_WORK", 0)  # without ellipsoids of the whole
-    form, rng = mlp(widths=(12, 30, 24, 20, 6)), np.random.default_rng(7)
-    x = rng.standard_normal((12, 12)).astype(np.float32)
+    form, x, rng = wide_front
     for guarantee in ("verified", "auto"):
         bound = lb.local(form, x, 0.2, norm=np.inf, pairwise=True, guarantee=guarantee)
         whole, pairs = largest_slopes(form, x, 0.2, np.inf, rng)
