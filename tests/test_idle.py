@@ -37,6 +37,32 @@ def test_local_bounds_of_the_same_function(nets, norm, eps):
         np.testing.assert_allclose(value, plain, rtol=1e-6)
 
 
+def in_units(most):
+    """A network, and the same with rows times 2^u and columns times 2^-u, |u| <= most."""
+    rng = np.random.default_rng(0)
+    W = [1.3 * rng.standard_normal((b, a)) / a**0.5 for a, b in itertools.pairwise(WIDTHS)]
+    a, c = 2.0 ** np.round(rng.uniform(-most, most, (2, 8)))
+    with jax.enable_x64(True):
+        return [lb.from_weights(V) for V in (W, [W[0] * a[:, None], W[1] * c[:, None] / a, W[2] / c])]
+
+
+def test_lipsdp_of_neurons_in_units_of_their_own(tmp_path):
+    plain, form = in_units(8)
+    bound = lb.lipsdp(form)
+    assert bound.value == pytest.approx(lb.lipsdp(plain).value, rel=1e-4)
+    lb.save_certificate(bound, tmp_path / "proof.npz")
+    assert lb.verify_certificate(tmp_path / "proof.npz", form)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", [2, np.inf])
+def test_the_recursion_of_neurons_in_far_units(norm):
+    plain, form = in_units(30)
+    short = lb.Recursion(iterations=100)
+    found, known = (lb.lipsdp(net, solver=short, norm=norm).value for net in (form, plain))
+    assert found == pytest.approx(known, rel=1e-3)
+
+
 def test_margins_do_not_see_idle_neurons(nets):
     x, forms = nets[0][:2], nets[1][:3]
     y = np.argmax([forms[0](one) for one in x], axis=1)

@@ -16,7 +16,7 @@ import lipbounds as lb
 from lipbounds._lipsdp import proof, tap_proof
 from lipbounds._lipsdp.dense_form import dense_gain
 from lipbounds._lipsdp.proof import Infeasible, prove_psd
-from lipbounds._lipsdp.state_matrices import Segment, Sequence, sequence
+from lipbounds._lipsdp.state_matrices import Sequence, sequence
 from lipbounds._norms import schur
 from lipbounds._norms.enclosures import Enclosure
 
@@ -141,7 +141,7 @@ def blurred(seq: Sequence, error: float) -> Sequence:
     def blur(m: Enclosure) -> Enclosure:
         return Enclosure(m.midpoint_for_search(), error)
 
-    segments = tuple(Segment(s.tap, s.active, blur(s.A), blur(s.B), blur(s.W), s.kappa) for s in seq.segments)
+    segments = tuple(replace(s, A=blur(s.A), B=blur(s.B), W=blur(s.W)) for s in seq.segments)
     return replace(seq, start=blur(seq.start), segments=segments)
 
 

@@ -69,7 +69,7 @@ def chain(view: LureForm) -> Chain:
         assert out is not None and into is not None
         if around.support(axis=0).any():
             raise ValueError("part of the state passes by an activation, as in a residual network")
-        maps.append(_times(into, left))
+        maps.append(times(into, left))
         a, b = proved_slopes(view, k)
         wider = np.minimum(a, 0.0), np.maximum(b, 0.0)
         if ((wider[0] < 0.0) & (wider[1] > 0.0)).any():  # a product of tiny slopes is zero
@@ -87,7 +87,7 @@ def chain(view: LureForm) -> Chain:
     return Chain(tuple(maps), tuple(active), widened)
 
 
-def _times(a: Enclosure, b: Enclosure) -> Enclosure:
+def times(a: Enclosure, b: Enclosure) -> Enclosure:
     """A B; exact where one of them is an identity."""
     for one, other in ((a, b), (b, a)):
         known = one.exact_or_none()

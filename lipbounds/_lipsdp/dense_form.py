@@ -17,13 +17,16 @@ T_i >= |Gz e_i|^2 + sum over later j of T_j Gy_ji^2.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lipbounds._form.elementwise import elementwise_view
 from lipbounds._form.lure import LureForm
+from lipbounds._gain.blocks import TapScaling
 from lipbounds._lipsdp.matrix_inequality import closure
+from lipbounds._lipsdp.units import units
 from lipbounds._norms import matrices as norms
 from lipbounds._norms.enclosures import Enclosure
 from lipbounds._triangle.formed_blocks import matrices
@@ -50,6 +53,17 @@ class DenseGain:
     active: tuple[np.ndarray, ...]
     n: int
     block_errors: np.ndarray
+    units: np.ndarray
+
+    def inner(self, D: np.ndarray) -> np.ndarray:
+        """Inverse multipliers of the network in the units of these matrices."""
+        with np.errstate(over="ignore", under="ignore"):
+            return np.ldexp(D, 2 * self.units) if self.units.any() else D
+
+    def outer(self, D: np.ndarray) -> np.ndarray:
+        """Inverse multipliers of these matrices in the units of the network."""
+        with np.errstate(over="ignore", under="ignore"):
+            return np.ldexp(D, -2 * self.units) if self.units.any() else D
 
     @property
     def labels(self) -> np.ndarray:
@@ -62,11 +76,44 @@ def dense_gain(form: LureForm) -> DenseGain:
 
     Left out are neurons with radius r = 0 (they have no w), those that the zeros of the layers leave without
     effect (`live_masks`) and, repeatedly, those that are proved to be never moved (a row of zeros, no error) or to move
-    nothing (a column of zeros, no error).
+    nothing (a column of zeros, no error). Where neurons have very different units they are formed in others (`units`).
     ValueError where the matrices would need more than 1 GB.
     """
     view = elementwise_view(form)
     scalings = loop_transform(view, 2, centred=True, live=True)
+    gain = _formed(view, scalings, scalings)
+    ends = np.cumsum([a.size for a in gain.active])[:-1]
+    reach, effect = (np.split(each, ends) for each in _sizes(gain))
+    with np.errstate(over="ignore", under="ignore"):  # of v, not of r w: narrow slopes are no unit
+        effect = [e / one.q[a] ** 2 for e, one, a in zip(effect, scalings, gain.active, strict=True)]
+    found = units(reach, effect)
+    if found is None:
+        return gain
+    scaled = []
+    for k, one in enumerate(scalings):
+        u = np.zeros(one.q.size, int)
+        u[gain.active[k]] = found[k]
+        scaled.append(TapScaling(one.c, np.ldexp(one.q, -u), np.ldexp(one.e, u)))
+    return _formed(view, scalings, scaled)
+
+
+def _sizes(gain: DenseGain) -> tuple[np.ndarray, np.ndarray]:
+    """(N,), (N,) the squares of how far x moves every y_i, and w_i the outputs, about: sums over all paths."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        squares, last = np.square(gain.Gy.midpoint_for_search()), np.square(gain.Gz.midpoint_for_search())
+        reach, between = squares[:, : gain.n].sum(axis=1), squares[:, gain.n :]
+        effect, taps = last[:, gain.n :].sum(axis=0), np.unique(gain.labels)
+        for k in taps:
+            mine = gain.labels == k
+            reach += between[:, mine] @ reach[mine]
+        for k in taps[::-1]:
+            mine = gain.labels == k
+            effect += effect[mine] @ between[mine]
+    return reach, effect
+
+
+def _formed(view: LureForm, scalings: Sequence[TapScaling], scaled: Sequence[TapScaling]) -> DenseGain:
+    """The gain with the scalings `scaled`, which are `scalings` in other units."""
     host = host_form(view)
     nodes = tuple((k,) for k in range(len(view.taps)))
     wide = [np.flatnonzero(s.q > 0) for s in scalings]
@@ -90,20 +137,24 @@ def dense_gain(form: LureForm) -> DenseGain:
         whole[into, out_of] = dense if source is None else dense[:, wide[source]]
         errors[-1 if target is None else target, 0 if source is None else source + 1] = error
 
-    for (source, target), block in matrices(host, structure(host, nodes, scalings), scalings):
+    for (source, target), block in matrices(host, structure(host, nodes, scaled), scaled):
         place(target[0], source[0] if source else None, block)
-    for source, block in host.backward((), [(), *nodes], scalings).items():
+    for source, block in host.backward((), [(), *nodes], scaled).items():
         place(None, source[0] if source else None, block.T)
     taps = np.repeat(np.arange(len(nodes)), [a.size for a in wide])
     keep = _moving(whole, rows, n, errors, taps)
     columns = np.concatenate([np.arange(n), n + np.flatnonzero(keep)])
     chosen = [a[keep[starts[k] : starts[k + 1]]] for k, a in enumerate(wide)]
+    units_of = [
+        np.frexp(o.q[a])[1] - np.frexp(s.q[a])[1] for o, s, a in zip(scalings, scaled, chosen, strict=True)
+    ]
     return DenseGain(
         Enclosure(whole[:rows][np.ix_(keep, columns)], norms.frobenius_norm(errors[:-1])),
         Enclosure(whole[rows:][:, columns], norms.frobenius_norm(errors[-1:])),
         tuple(chosen),
         n,
         errors,
+        np.concatenate([np.zeros(0, int), *units_of]),
     )
 
 

@@ -104,7 +104,8 @@ class Dense:
             self._last, self._usual = place, excess(place) / best - 1 if best else 0.0
             return found
         try:
-            D = repair_dense(self.gain, (best**2 if 0 < best < math.inf else 1.0) / T)
+            edge = (best**2 if 0 < best < math.inf else 1.0) / T
+            D = repair_dense(self.gain, self.gain.outer(edge))
             other = task.prove(self._as_proof(D))
         except FAILURES:
             if found is None:
@@ -122,7 +123,7 @@ class Dense:
 
     def _attempt(self, task: Task, D: np.ndarray) -> Found | None:
         try:
-            return task.prove(self._as_proof(D))
+            return task.prove(self._as_proof(self.gain.outer(D)))
         except (ValueError, ArithmeticError):  # no proof with these
             return None
 

@@ -223,7 +223,7 @@ def _run(
             alive = (dense_array(w) != 0.0) @ moving.astype(float) > 0.0  # the others have y = 0, hence w = 0
             keep = None if alive.all() else alive
         tap, to_y, to_s = _scaled_tap(segment, keep)
-        units = state.scale + 2 * to_y
+        units = state.scale + 2 * to_y - 2 * (segment.units if keep is None else segment.units[keep])
         mine = used[k] if keep is None else used[k][keep]
         own = _variances(s, tap.w) if relative else np.ones(mine.size)
         with np.errstate(over="ignore", under="ignore"):
@@ -298,13 +298,13 @@ def repair(
 
 
 def propagate_dense(gain: DenseGain, D: np.ndarray, weights: np.ndarray | None = None) -> Ellipsoid:
-    """(S_out, scale) of the dense form with the inverse multipliers D (N,): one (LMI) of size N + K.
+    """(S_out, scale) of the dense form with the inverse multipliers D (N,) of the network: one (LMI) of size N + K.
 
     S = diag(p, D), A = Gz, W = Gy, so S_out >= Gz Q^-1 Gz'. Arguments and errors as in `propagate_sequence`.
     """
     require_gradual_underflow()
     count = gain.Gy.shape[0]
-    d = _check_multipliers(D, count, 0)
+    d = _check_multipliers(gain.inner(_check_multipliers(D, count, 0)), count, 0)
     (gy, e_y), (gz, e_z) = gain.Gy.with_error(), gain.Gz.with_error()
     gy, gz = dense_array(gy), dense_array(gz)
     scale = _exponent(d) if count else 0
@@ -368,7 +368,7 @@ def repair_dense(gain: DenseGain, D: np.ndarray, weights: np.ndarray | None = No
 
 def _raised_dense(gain: DenseGain, D: np.ndarray, unit: np.ndarray, growth: float) -> np.ndarray:
     """D with every tap where Q(T) > 0 fails (nearly) scaled to (1 + growth) times the edge; plain float64."""
-    d, gy, n = np.array(D, np.float64), dense_array(gain.Gy.midpoint_for_search()), gain.n
+    d, gy, n = np.array(gain.inner(D), np.float64), dense_array(gain.Gy.midpoint_for_search()), gain.n
     lower = np.zeros((0, 0))  # Cholesky factor of D - Gy diag(p, D) Gy' on the taps so far
     for k in range(len(gain.active)):
         mine = np.flatnonzero(gain.labels == k)
@@ -386,7 +386,7 @@ def _raised_dense(gain: DenseGain, D: np.ndarray, unit: np.ndarray, growth: floa
         d[mine] *= max(1.0, top * (1.0 + growth))
         corner = cholesky(np.diag(d[mine]) - sy, lower=True)
         lower = np.block([[lower, np.zeros((before, mine.size))], [cross.T, corner]])
-    return d
+    return gain.outer(d)
 
 
 def check_counts(D: tuple[np.ndarray, ...], counts: tuple[int, ...]) -> None:

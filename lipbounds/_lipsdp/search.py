@@ -131,7 +131,7 @@ class _Ellipsoids:
             self.starts = [self._from_trained(first)]
         else:
             self.starts = [ellipsoid.parameters_of(self.problem, s) for s in (0.0, -2.0, -6.0, -12.0)]
-            if not start_at and not box:
+            if not (start_at or box or any(s.units.any() for s in self.states.segments)):
                 with contextlib.suppress(ValueError, ArithmeticError):  # it is one of several
                     self.starts += self._from_liplt(task.form, request, first)
 

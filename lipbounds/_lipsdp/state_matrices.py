@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,10 @@ from lipbounds._form.elementwise import elementwise_view, kept_with_form
 from lipbounds._form.lure import LureForm, state_sequence
 from lipbounds._form.program import Op, Program, Tap
 from lipbounds._form.steps import StaticArray
+from lipbounds._gain.blocks import TapScaling
+from lipbounds._lipsdp.chain import times
+from lipbounds._lipsdp.units import units
+from lipbounds._norms import enclosures
 from lipbounds._norms.cholesky import TINY, gram, nonzeros_per_row
 from lipbounds._norms.enclosures import Enclosure
 from lipbounds._norms.matrices import frobenius_norm
@@ -42,6 +47,7 @@ class Segment:
         active: (n,) its neurons that have a multiplier.
         A, B, W: dense enclosures of shape (d+, d), (d+, n), (n, d).
         kappa: (n,) |c_i| / r_i, centre over radius of the slopes.
+        units: (n,) integers u: y and w are 2^u times those of the network (`units`).
     """
 
     tap: int
@@ -50,6 +56,7 @@ class Segment:
     B: Enclosure
     W: Enclosure
     kappa: np.ndarray
+    units: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +87,59 @@ def sequence(view: LureForm) -> Sequence:
         a, b, w = (m.dense() for m in found if m is not None)
         radius, c = scalings[k].q, scalings[k].c
         active = np.flatnonzero((radius > 0) & w.support(axis=1) & b.support(axis=0))
-        kappa = (np.zeros(active.size) if c is None else np.abs(c[active])) / radius[active]
-        segments.append(Segment(k, active, a, b.select(cols=active), w.select(rows=active), kappa))
-    return Sequence(start.dense(), tuple(segments), tuple(tap.size_out for tap in view.taps))
+        centre = np.zeros(active.size) if c is None else np.abs(c[active])
+        segments.append(
+            Segment(
+                k,
+                active,
+                a,
+                b.select(cols=active),
+                w.select(rows=active),
+                centre / radius[active],
+                np.zeros(active.size, int),
+            )
+        )
+    seq = Sequence(start.dense(), tuple(segments), tuple(tap.size_out for tap in view.taps))
+    exponents = _units_of(seq, scalings)
+    return seq if exponents is None else _in_units(view, scalings, seq, exponents)
+
+
+def _units_of(seq: Sequence, scalings: Seq[TapScaling]) -> list[np.ndarray] | None:
+    """`units` of the first state, the first tap, the second state, ...; None where they differ little."""
+    if not seq.segments:
+        return None
+    # squares, about: how far a unit of x moves states and neurons, and they the outputs
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        maps = [[np.square(m.midpoint_for_search()) for m in (s.A, s.B, s.W)] for s in seq.segments]
+        moved = [np.square(seq.start.midpoint_for_search()).sum(axis=1)]
+        for a, b, w in maps:
+            moved.append(w @ moved[-1])
+            moved.append(a @ moved[-2] + b @ moved[-1])
+        moves = [np.ones(len(moved.pop()))]
+        for one, (a, b, w) in zip(reversed(seq.segments), reversed(maps), strict=True):
+            own = moves[-1] @ b
+            moves += [own / scalings[one.tap].q[one.active] ** 2, moves[-1] @ a + own @ w]
+    return units(moved, moves[:0:-1])
+
+
+def _in_units(view: LureForm, scalings: Seq[TapScaling], seq: Sequence, found: list[np.ndarray]) -> Sequence:
+    """The sequence with states and neurons in other units: its maps are multiplied there, so that errors are small."""
+    plain = [TapScaling(None, np.ones(tap.size_out), np.ones(tap.size_in)) for tap in view.taps]
+    (start, _, _), *maps = recursion.host_form(view).state_maps(plain)
+    states = [np.ldexp(1.0, u) for u in (*found[::2], np.zeros(seq.widths[-1], int))]
+    made = []
+    for k, (one, (h, g, w)) in enumerate(zip(seq.segments, maps, strict=True)):
+        assert g is not None and w is not None
+        u, here, there, c = np.zeros(w.shape[0], int), 1 / states[k], states[k + 1], scalings[k].c
+        u[one.active] = found[2 * k + 1]
+        h = enclosures.scale(h, rows=there, cols=here)
+        g = enclosures.scale(g, rows=there, cols=np.ldexp(1.0, -u))
+        w = enclosures.scale(w, rows=np.ldexp(1.0, u), cols=here)
+        a = h if c is None else enclosures.add(h, times(enclosures.scale(g, cols=c), w))
+        b = enclosures.scale(g, cols=scalings[k].q)
+        parts = (a.dense(), b.dense().select(cols=one.active), w.dense().select(rows=one.active))
+        made.append(Segment(one.tap, one.active, *parts, one.kappa, u[one.active]))
+    return Sequence(enclosures.scale(start.dense(), rows=states[0]), tuple(made), seq.sizes)
 
 
 # --- a form cut in two ---------------------------------------------------------------------------------------------
