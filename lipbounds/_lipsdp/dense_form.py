@@ -93,7 +93,12 @@ def dense_gain(form: LureForm) -> DenseGain:
     for k, one in enumerate(scalings):
         u = np.zeros(one.q.size, int)
         u[gain.active[k]] = found[k]
-        scaled.append(TapScaling(one.c, np.ldexp(one.q, -u), np.ldexp(one.e, u)))
+        with np.errstate(over="ignore", under="ignore"):
+            q, e = np.ldexp(one.q, -u), np.ldexp(one.e, u)
+            exact = (np.ldexp(q, u) == one.q).all() and (np.ldexp(e, -u) == one.e).all()
+        if not exact:  # at the ends of the range of float64 a power of two rounds, too
+            return gain
+        scaled.append(TapScaling(one.c, q, e))
     return _formed(view, scalings, scaled)
 
 
