@@ -15,6 +15,8 @@ SOURCE = pathlib.Path(lipbounds.__file__).parent
 #: Where M may be read without its error, as nothing is proved from it: (file, function), with what comes of it.
 SEARCHES = {
     ("dense_form.py", "reduce_input"),  # the problem whose multipliers are searched
+    ("dense_form.py", "_sizes"),  # units of neurons, sound whatever they are
+    ("state_matrices.py", "_units_of"),  # the same
     ("dense_search.py", "_moderate"),  # whether the dense form is tried
     ("search.py", "parameters_from"),  # a start of the optimiser, which finds D
     ("search.py", "_Ellipsoids.__init__"),  # the first state of the optimiser
