@@ -114,15 +114,19 @@ def test_attacks_inside_a_function_that_is_traced_are_refused() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_networks_are_traced_and_cores_run_under_any_settings(setting: str) -> None:
+    def key() -> jax.Array:
+        with jax.transfer_guard("allow"):  # the seed moves to the device
+            return jax.random.key(0)
+
     def value() -> float:
         form = lb.trace(lambda x: jax.nn.relu(x @ kernel + 1), np.zeros(4, np.float32))
         cores = (lb.liplt.core, lb.lipsdp.core)
-        found = [core(form, core.init(form, jax.random.key(0)), steps=50)[0].value for core in cores]
+        found = [core(form, core.init(form, key()), steps=50)[0].value for core in cores]
         core, x = lb.local.core, np.zeros((1, 4), np.float32)
         return sum(
             map(
                 float,
-                (*found, core(form, core.init(form, jax.random.key(0)), x, eps=0.1, steps=50)[0].value[0]),
+                (*found, core(form, core.init(form, key()), x, eps=0.1, steps=50)[0].value[0]),
             )
         )
 
