@@ -59,6 +59,17 @@ def test_the_bound_of_a_large_network_is_liplt_unless_another_is_asked_for(model
         assert ("--method lipsdp is tighter" in said.stderr) == (method == "liplt")
 
 
+@pytest.mark.parametrize(("norm", "root"), [("1", 1.0), ("inf", 8.0)])
+def test_other_norms_have_what_l2_proves_in_them(model_file, form, tmp_path, norm, root):
+    """By default LipSDP's l2 bound in l1, and of named methods the least of both norms; 64 inputs."""
+    for words, verb in (([], lb.lipsdp), (["--method", "naive"], lb.naive)):
+        run("certify", model_file, "--norm", norm, *words, "--json", tmp_path / "r.json")
+        found = np.array(json.loads((tmp_path / "r.json").read_text())["radius"])
+        data = digits()
+        plain = lb.certified_radius(form, data.test_x, data.test_y, bound=verb(form, pairwise=True)).radius
+        assert (found >= plain / root * (1 - 1e-6)).all() and (found > 0).mean() > 0.3
+
+
 def test_certify_own_data(model_file, tmp_path):
     data = digits()
     np.savez(tmp_path / "mine.npz", x=data.test_x[:20], y=data.test_y[:20])

@@ -12,6 +12,7 @@ from balls import largest_slopes, mlp, values
 
 import lipbounds as lb
 from lipbounds._norms.between import enlarged, stretch
+from lipbounds.analysis.experiment import triangle_bound
 
 NORMS = (1, 2, math.inf)
 PAIRS = list(itertools.product(NORMS, NORMS))
@@ -127,6 +128,15 @@ def test_radii_in_l2_are_radii_in_l1_and_by_the_root_in_linf(kind):
         found = lb.certified_radius(form, x, y, bound=lb.in_norm(form, plain, norm=norm)).radius
         np.testing.assert_allclose(found * factor, radius, rtol=1e-12)
         assert (found * factor <= radius * (1 + 1e-15)).all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_triangle_bound_of_analysis_is_the_least_of_both_norms(norm):
+    form = mlp(widths=(8, 20, 4))
+    own, plain = lb.liplt(form, norm=norm, pairwise=True), lb.liplt(form, pairwise=True)
+    found = triangle_bound(form, norm)
+    least = np.minimum(own.pairwise, lb.in_norm(form, plain, norm=norm).pairwise)
+    np.testing.assert_array_equal(found.pairwise, least)
 
 
 def test_refusals():

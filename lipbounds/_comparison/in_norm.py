@@ -13,11 +13,11 @@ from dataclasses import replace
 import numpy as np
 
 from lipbounds._form.lure import LureForm, check_network, fingerprint
+from lipbounds._margins.radius import MOST_PAIRED
 from lipbounds._norms.between import enlarged, stretch, value_from
+from lipbounds._norms.rounding import add_up
 from lipbounds._text.calls import public
 from lipbounds.results import NORM_NAMES, Norm, UpperBound, check_norm, weakest
-
-_MOST_PAIRED = 2048  # outputs up to which a bound without pairs gets them
 
 
 @public
@@ -73,9 +73,11 @@ def _converted(form: LureForm, bound: UpperBound, norm: float) -> UpperBound:
         return bound
     k, factor = form.num_outputs, stretch(form.in_size, bound.norm, norm)
     classes, pairs = bound.per_class, bound.pairwise
-    if pairs is None and 1 < k <= _MOST_PAIRED:
+    if pairs is None and 1 < k <= MOST_PAIRED:
         pairs = bound.any_pair() * (1 - np.eye(k))
-        classes = np.full(k, bound.value)  # an output is no longer than all of them
+        classes = (
+            np.full(k, bound.value) if classes is None else classes
+        )  # no output is longer than all of them
     value = float(enlarged(value_from(bound.value, classes, k, bound.norm, norm), factor))
     how = f"from {NORM_NAMES[bound.norm]}: with {form.in_size} inputs L_ij is at most {factor:.6g} times that"
     return replace(
@@ -117,7 +119,7 @@ def _least(a: UpperBound, b: UpperBound) -> UpperBound:
         **arrays,
         parts=(),
         certificate=None,
-        failure_probability=min(a.failure_probability + b.failure_probability, np.nextafter(1.0, 0.0)),
+        failure_probability=add_up(a.failure_probability, b.failure_probability),
         notes=tuple(dict.fromkeys((*a.notes, *b.notes))),
         network=a.network or b.network,
     )

@@ -299,8 +299,8 @@ def by_recursion(task: Task, how: Recursion, pairwise: bool, limit: int | None =
     """Proofs for the whole network, and for the pairs.
 
     On the dense form where the network is small enough; as a chain where a state is too wide for the recursion (limit:
-    bytes of memory); else by the recursion. In l-inf these are searches in l2, whose constants are converted: where the
-    dense form can be solved for every pair, and where a state is too wide for the recursion in l-inf.
+    bytes of memory); else by the recursion. In l-inf the constants of a search in l2 are converted, too, where
+    the dense form can be solved, and alone where a state is too wide for the recursion in l-inf.
     """
     attempts = _Attempts(task, how)
     if task.norm == 2:

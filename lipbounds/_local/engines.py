@@ -198,7 +198,7 @@ def bounded(
         raise NoEngineError(f"local bounds failed: {reason(first)}") from first
     # an engine that improved no example is not part of the result
     kept = [around for around in ran if around.used.any()]
-    notes = [note for around in kept or ran[: len(names) == 1] for note in around.notes]
+    notes = list(dict.fromkeys(n for around in kept or ran[: len(names) == 1] for n in around.notes))
     if len(kept) > 1:
         better = int(kept[-1].used.sum())
         notes.append(f"every example uses the better engine: {_NAMES[kept[-1].way]} for {better} of {len(x)}")

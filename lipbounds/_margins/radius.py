@@ -35,7 +35,7 @@ from lipbounds._triangle import recursion
 from lipbounds._triangle.liplt import liplt
 from lipbounds.results import NORM_NAMES, Guarantee, UpperBound, weakest
 
-_MOST_PAIRED = 2048  # outputs up to which pairs are bounded where no bound is given
+MOST_PAIRED = 2048  # outputs up to which pairs are bounded where no bound is given
 # a radius is certified at eps if it is larger: balls are larger than eps by this share of it
 _ABOVE = 2.0**-40
 INTERRUPTED = "interrupted: radii are as far as they were proved"
@@ -259,7 +259,7 @@ def certified_radius(
             "seconds_per_image is the time of branching at one eps: pass eps=, too, or leave it out"
         )
     goal = None if eps is None else float(check_eps(eps, 1)[0]) * (1 + _ABOVE)
-    few = form.num_outputs <= _MOST_PAIRED
+    few = form.num_outputs <= MOST_PAIRED
     proof = liplt(form, pairwise=few, guarantee=guarantee, seed=seed) if bound is None else bound
     if not isinstance(proof, UpperBound):
         raise TypeError(f"a radius needs an UpperBound, got {type(proof).__name__}, which proves nothing")
