@@ -223,9 +223,25 @@ def test_a_wide_front_in_linf_is_bounded_on_larger_l2_balls(wide_front):
         assert any("balls larger by sqrt(12)" in note for note in bound.notes)
         assert (whole <= bound.value).all() and (pairs <= bound.pairwise + 1e-12).all()
         assert (bound.value < lb.liplt(form, norm=np.inf).value).all()
-        # what the same engines prove in l2 on these balls, of pairs times sqrt(12)
+        # what the same engines prove in l2 on these balls, of pairs times sqrt(12), no more and no less
         plain = lb.local(form, x, 0.2 * np.sqrt(12), pairwise=True, guarantee=guarantee)
-        assert (bound.pairwise <= plain.pairwise * np.sqrt(12) * (1 + 1e-9)).all()
+        np.testing.assert_allclose(bound.pairwise, plain.pairwise * np.sqrt(12), rtol=1e-9)
+        assert (bound.pairwise < lb.liplt(form, norm=np.inf, pairwise=True).pairwise + np.eye(6)).all()
+        assert (plain.pairwise < lb.liplt(form, pairwise=True).pairwise + np.eye(6)).all()
+
+
+@pytest.mark.parametrize("guarantee", ["verified", "auto"])
+def test_radii_in_linf_behind_a_wide_front_are_those_in_l2_by_the_root(wide_front, guarantee):
+    form, x, _ = wide_front
+    y = values(form, x).argmax(axis=1)
+    plain = lb.liplt(form, pairwise=True)
+    radius = {}
+    for bound in (plain, lb.in_norm(form, plain, norm=np.inf)):
+        radius[bound.norm] = lb.certified_radius(
+            form, x, y, bound=bound, local=True, guarantee=guarantee
+        ).radius
+    np.testing.assert_allclose(radius[np.inf] * np.sqrt(12), radius[2], rtol=1e-6)
+    assert (radius[2] > 1.1 * lb.certified_radius(form, x, y, bound=plain).radius).any()
 
 
 # --- radii ---------------------------------------------------------------------------------------------------------
