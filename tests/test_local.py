@@ -226,6 +226,8 @@ def test_a_wide_front_in_linf_is_bounded_on_larger_l2_balls(wide_front):
         # what the same engines prove in l2 on these balls, of pairs times sqrt(12), no more and no less
         plain = lb.local(form, x, 0.2 * np.sqrt(12), pairwise=True, guarantee=guarantee)
         np.testing.assert_allclose(bound.pairwise, plain.pairwise * np.sqrt(12), rtol=1e-9)
+        # six outputs: the largest of their constants is at least that of all of them in l2 divided by sqrt(6)
+        assert (bound.value >= plain.value * np.sqrt(12 / 6) * (1 - 1e-9)).all()
         assert (bound.pairwise < lb.liplt(form, norm=np.inf, pairwise=True).pairwise + np.eye(6)).all()
         assert (plain.pairwise < lb.liplt(form, pairwise=True).pairwise + np.eye(6)).all()
 
