@@ -113,7 +113,7 @@ def test_eps_needs_local_bounds(case: Any) -> None:
     form, x, y, bound = case
     with pytest.raises(ValueError, match="pass local=True"):
         lb.certified_radius(form, x, y, bound=bound, eps=0.1)
-    with pytest.raises(ValueError, match="pass eps=, too"):
+    with pytest.raises(ValueError, match="needs eps= or lb.Local\\(margins=True\\)"):
         lb.certified_radius(form, x, y, bound=bound, local=lb.Local(seconds_per_image=1.0))
     for bad in (0.0, -1.0, np.nan, np.inf):
         with pytest.raises(ValueError, match="eps must be finite numbers > 0"):

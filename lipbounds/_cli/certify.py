@@ -102,10 +102,19 @@ def certify(
             "--at-eps",
         ),
     ] = False,
+    margins: Annotated[
+        bool,
+        option(
+            "With --local: also search the largest balls that the dual of lb.margins certifies, for larger radii of "
+            "networks of relu, in seconds per image instead of hundredths.",
+            None,
+            "--margins",
+        ),
+    ] = False,
     seconds_per_image: Annotated[
         float,
         option(
-            "With --at-eps: also branch on signs of neurons, for so long per image that is still open.",
+            "With --at-eps or --margins: also branch on signs of neurons, for so long per image and ball still open.",
             min=0.0,
         ),
     ] = 0.0,
@@ -152,6 +161,8 @@ def certify(
 
     - `lipbounds certify net.onnx --images x.npy --labels y.npy --input-range 0 1 --norm inf --eps 8/255`
 
+    - `lipbounds certify net.onnx --data mine.npz --local --margins --box 0,1`
+
     - `lipbounds certify net.onnx --data mine.npz --local --box 0,1 --eps 0.5 --at-eps`
 
     - `lipbounds certify report/mlp.safetensors --eps 0.1 0.25 --attack --json both.json --csv both.csv`
@@ -160,7 +171,7 @@ def certify(
     """
     examples.check()
     asked, norm = norm, norm or "2"
-    _check(norm, local, box, at_eps, max(eps or [0.0]), seconds_per_image, attack, coordinator)
+    _check(norm, local, box, at_eps, margins, max(eps or [0.0]), seconds_per_image, attack, coordinator)
     chosen = common.choose_method(method, "2", scaling, False)  # norm 1 has LipSDP's l2 bound
     read = common.files_read(model, reading, certificate=files.certificate, **examples.files())
     common.check_apart({"--json": files.json, "--csv": files.csv}, read)
@@ -193,7 +204,7 @@ def certify(
         request: Guarantee = "verified" if guarantee == "verified" else "auto"
         settings: Json = {"guarantee": request, "seed": seed, "device": device}
         settings["eps"] = max(eps) if at_eps and eps else None
-        around = lb.Local(box=box, memory=memory, seconds_per_image=seconds_per_image)
+        around = lb.Local(box=box, memory=memory, seconds_per_image=seconds_per_image, margins=margins)
         near = around if local else False
         kept = _kept(form, x, y, bound, near, settings, files.json)
         radii = _all_blocks(form, x, y, bound, near, settings, kept)
@@ -221,6 +232,7 @@ def _check(
     local: bool,
     box: Any,
     at_eps: bool,
+    margins: bool,
     eps: float,
     seconds: float,
     attack: str | None,
@@ -231,8 +243,10 @@ def _check(
         raise typer.BadParameter("belongs to --local and --attack", param_hint="--box")
     if at_eps and not (local and eps > 0):
         raise typer.BadParameter("needs --local and --eps above 0", param_hint="--at-eps")
-    if seconds and not at_eps:
-        raise typer.BadParameter("belongs to --at-eps", param_hint="--seconds-per-image")
+    if margins and (at_eps or not local):
+        raise typer.BadParameter("is part of --at-eps" if at_eps else "needs --local", param_hint="--margins")
+    if seconds and not (at_eps or margins):
+        raise typer.BadParameter("belongs to --at-eps and --margins", param_hint="--seconds-per-image")
     if not math.isfinite(seconds):
         raise typer.BadParameter(
             f"must be a number of seconds, got {seconds}", param_hint="--seconds-per-image"

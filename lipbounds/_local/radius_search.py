@@ -187,7 +187,7 @@ class Search:
                 break
             found.tried(left, self._radii(near, near.outputs, at, rows[left], found.eps[left], call=call))
             self._keep(near, at, rows, found.low)
-        self._leave(at[rows], np.where(found.whole, found.high, 0.0))
+        self.leave(at[rows], np.where(found.whole, found.high, 0.0))
 
     def _estimated(self, near: Around, at: np.ndarray) -> np.ndarray:
         """The rows of a chunk whose radius is another one by one or two proofs than by estimates."""
@@ -207,13 +207,13 @@ class Search:
             eps = balls[rows]
             m = self._radii(near, near.outputs, at, rows, eps, search=False)
             self._keep(near, at, rows, np.minimum(m, eps))
-            self._leave(at[rows], np.where(m >= eps, np.minimum(m, found.high[rows]), 0.0))
+            self.leave(at[rows], np.where(m >= eps, np.minimum(m, found.high[rows]), 0.0))
             more[rows] |= (m >= eps) & (_ANEW * m > found.high[rows])  # the estimates were too large
             rows = rows[self.best[at[rows]] < share * found.low[rows]]
         more[rows] = True
         return np.flatnonzero(more)
 
-    def _leave(self, at: np.ndarray, possible: np.ndarray) -> None:
+    def leave(self, at: np.ndarray, possible: np.ndarray) -> None:
         """Note how far the radii of some examples may still grow, 0 where the last ball was not certified."""
         self._open[at] = np.maximum(self._open[at], possible)
 

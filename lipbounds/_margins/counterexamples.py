@@ -1,4 +1,4 @@
-"""Counterexamples: balls that hold a misclassified point, where no proof needs to be tried.
+"""Counterexamples: misclassified points near an example, where no proof of a larger ball needs to be tried.
 
 Projected gradient descent on the margin in float32, as in Madry et al., Towards deep learning models resistant to
 adversarial attacks, ICLR 2018; what it finds is checked in float64 against the errors of the logits, so that a
@@ -14,13 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lipbounds._form.inputs import Box
 from lipbounds._form.lure import LureForm
+from lipbounds._local import box as localbox
 from lipbounds._local.forward import logits, proved_gaps
 
 _STARTS = 4  # of the descent: x, and random points of the ball
 _STEPS, _FALL = 20, 0.85  # steps of the descent; each is that much shorter than the one before, from eps on
 _AT_ONCE = 64  # examples of one call, always as many, so that it is compiled once
 _INSIDE = 1 - 1e-6  # of eps, so that rounding does not leave the ball
+_DOUBLINGS, _HALVINGS = 20, 5  # of the ball in which the nearest counterexample is searched
 
 
 @partial(jax.jit, static_argnames="round_")
@@ -72,7 +75,7 @@ def counterexamples(
     high: np.ndarray,
     norm: float,
 ) -> np.ndarray:
-    """(N,) whether a point of the ball ||u|| <= eps around x, low <= u <= high, was found that has another class.
+    """(N,) the distance of a point that has another class, ||u|| <= eps and low <= u <= high; inf where none was found.
 
     x (N, *in_shape), labels (N,), eps (N,), low and high (N, n). Nothing depends on it but which proofs are tried.
     """
@@ -95,4 +98,29 @@ def counterexamples(
         others[np.arange(count), labels] = -np.inf
         rival, at = others.argmax(axis=1), labels
     ahead = proved_gaps(z, error, rival)[np.arange(count), at]
-    return np.asarray((size <= eps * (1 - 1e-9)) & (ahead > 0))
+    return np.where((size <= eps * (1 - 1e-9)) & (ahead > 0), size, np.inf)
+
+
+def nearest(
+    form: LureForm, x: np.ndarray, labels: np.ndarray, start: np.ndarray, norm: float, box: Box | None
+) -> np.ndarray:
+    """(N,) the distance of a misclassified point of the box, the nearest that was found; inf where there is none.
+
+    start: (N,) > 0, radii that are certified. The balls are doubled until one holds a counterexample, and then the
+    interval is halved on a logarithmic scale.
+    """
+    low, high = localbox.rooms(x, box)
+    whole = np.linalg.norm(np.maximum(low, high), norm, axis=1)  # the box lies in balls of this size
+    inside, found = start.copy(), np.full(len(x), np.inf)
+    for step in range(_DOUBLINGS + _HALVINGS):
+        missing = np.isinf(found)
+        rows = np.flatnonzero(missing & (inside < whole) if step < _DOUBLINGS else ~missing)
+        if not rows.size:
+            continue
+        eps = np.where(missing, 2 * inside, np.sqrt(inside * found))[rows]
+        room = eps[:, None]
+        bounds = -np.minimum(low[rows], room), np.minimum(high[rows], room)
+        size = counterexamples(form, x[rows], labels[rows], eps, *bounds, norm)
+        found[rows] = np.minimum(found[rows], size)
+        inside[rows] = np.where(np.isinf(size), eps, inside[rows])
+    return found

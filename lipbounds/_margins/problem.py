@@ -178,7 +178,7 @@ class Problem:
 
     def counterexamples(self, rows: np.ndarray) -> np.ndarray:
         """Which balls of these rows hold a point that is classified otherwise than labelled."""
-        return counterexamples(
+        found = counterexamples(
             self.form,
             self.x[rows],
             self.labels[rows],
@@ -187,6 +187,7 @@ class Problem:
             self.high[rows],
             self.norm,
         )
+        return np.isfinite(found)
 
     @property
     def classes(self) -> int:

@@ -24,6 +24,7 @@ from lipbounds._local.engines import NoEngineError, bounded
 from lipbounds._local.forward import DECLARED_ACCURACY, check_examples, enclosable, logits, proved_gaps
 from lipbounds._local.local import box_notes, check_eps
 from lipbounds._local.radius_search import Search, ratios
+from lipbounds._margins.largest import enlarge
 from lipbounds._margins.margins import OPEN, PROOFS, WORDS, decide, prepare
 from lipbounds._text.arguments import whole
 from lipbounds._text.calls import FAILURES, moved, public, reason
@@ -159,12 +160,16 @@ class Local:
             larger ones may be.
         box: (lower, upper), as in `lb.local`: a radius is then about the inputs inside it only.
         memory: as in `lb.local`, the budget of the ellipsoids of wide networks.
-        seconds_per_image: with `eps=`, time for branching on the signs of neurons, per example that everything else
-            leaves open; what it certifies depends on the speed of the machine. 0 is no branching.
+        margins: also search the largest balls that the dual of `lb.margins` certifies, `tries` balls per example: in
+            networks of relu, leaky_relu, abs, max, min and sort larger radii, most of all inside a box, in seconds per
+            example instead of hundredths. With `eps=` the dual is used in any case.
+        seconds_per_image: with `eps=` or `margins`, time for branching on the signs of neurons, per example (and ball)
+            that everything else leaves open; what it certifies depends on the speed of the machine. 0 is no branching.
 
     Raises:
-        ValueError: tries is not a whole number >= 1, memory is no budget, seconds_per_image is not a number >= 0, or
-            box is not (lower, upper) with lower <= upper. `certified_radius` checks the box against the examples.
+        ValueError: tries is not a whole number >= 1, memory is no budget, margins is not True or False,
+            seconds_per_image is not a number >= 0, or box is not (lower, upper) with lower <= upper. `certified_radius`
+            checks the box against the examples.
 
     Example:
         >>> import lipbounds as lb
@@ -178,9 +183,12 @@ class Local:
     box: Any = None
     memory: int | str | None = None
     seconds_per_image: float = 0.0
+    margins: bool = False
 
     def __post_init__(self) -> None:
         whole("tries", self.tries)
+        if not isinstance(self.margins, bool):
+            raise ValueError(f"margins must be True or False, got {self.margins!r}")
         parse(self.memory)
         if self.box is not None:
             box_ends(self.box)
@@ -254,9 +262,10 @@ def certified_radius(
         raise ValueError(
             "eps= is where the search for local radii may stop: pass local=True, or ask radii.accuracy(eps)"
         )
-    if eps is None and near is not None and near.seconds_per_image:
+    if eps is None and near is not None and near.seconds_per_image and not near.margins:
         raise ValueError(
-            "seconds_per_image is the time of branching at one eps: pass eps=, too, or leave it out"
+            "seconds_per_image is the time of branching, which needs eps= or lb.Local(margins=True): pass one of them, "
+            "or leave it out"
         )
     goal = None if eps is None else float(check_eps(eps, 1)[0]) * (1 + _ABOVE)
     few = form.num_outputs <= MOST_PAIRED
@@ -339,6 +348,9 @@ def _searched(
             if rows.size:
                 said = _decided(form, x[rows], search.labels[rows], search.goal, verdict, norm, near)
                 notes = (*notes, *said)
+        elif near.margins:
+            notes = (*notes, *_enlarged(form, x, search, norm, near))
+            risks = (*risks, "verified") if np.isin(search.by, PROOFS).any() else risks
         reason_to_be_open = "failed" if broken else OPEN
     except KeyboardInterrupt:
         search.interrupted = True
@@ -352,6 +364,16 @@ def _searched(
         outcome[rows[verdict != OPEN]] = verdict[verdict != OPEN]
         risks = (*risks, "verified") if proved.any() else risks
     return (*notes, *search.notes()), risks
+
+
+def _enlarged(form: LureForm, x: np.ndarray, search: Search, norm: float, near: Local) -> tuple[str, ...]:
+    """Notes; the radii of the search are raised by the dual and branching, where they apply."""
+    try:
+        return enlarge(
+            form, x, search, norm=norm, box=near.box, memory=near.memory, seconds=near.seconds_per_image
+        )
+    except FAILURES as error:
+        return (f"without the dual of lb.margins: {reason(error)}",)
 
 
 def _decided(
