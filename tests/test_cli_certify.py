@@ -174,6 +174,18 @@ def test_at_eps_uses_every_engine(model_file, tmp_path):
     assert "needs --local and --eps" in run("certify", model_file, "--at-eps", "--eps", "0.3", code=2).stderr
 
 
+def test_margins_are_those_of_the_library(model_file, form, tmp_path):
+    data, files = digits(), (tmp_path / "few.npz", tmp_path / "radii.json")
+    x, y = data.test_x[:4], data.test_y[:4]
+    np.savez(files[0], x=x, y=y)
+    words = ["--data", files[0], "--local", "--margins", "--box", "0,1", "--eps", "0.02", "--json", files[1]]
+    text = run("certify", model_file, *words).stdout
+    near = lb.Local(box=(0.0, 1.0), margins=True)
+    radii = lb.certified_radius(form, x, y, bound=lb.lipsdp(form, pairwise=True), local=near)
+    np.testing.assert_allclose(json.loads(files[1].read_text())["radius"], radii.radius, rtol=1e-6)
+    assert "dual" in radii.counts and "the dual of lb.margins raises" in " ".join(text.split())
+
+
 def test_at_eps_needs_a_radius_above_0(model_file):
     said = run("certify", model_file, "--local", "--at-eps", "--eps", "0", code=2).stderr
     assert "needs --local and --eps above 0" in said
@@ -187,6 +199,9 @@ def test_at_eps_needs_a_radius_above_0(model_file):
             ["--local", "--at-eps", "--eps", "0.1", "--seconds-per-image", "inf"],
             "must be a number of seconds",
         ),
+        (["--margins"], "--margins: needs --local"),
+        (["--local", "--at-eps", "--eps", "0.1", "--margins"], "--margins: is part of --at-eps"),
+        (["--local", "--seconds-per-image", "1"], "belongs to --at-eps and --margins"),
     ],
 )
 def test_local_bounds_that_cannot_be_are_refused_before_any_work(model_file, monkeypatch, words, said):

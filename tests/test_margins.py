@@ -420,3 +420,15 @@ def test_parts_of_margins_are_consistent():
     assert (found.certified == (found.value > 0).all(axis=1)).all()
     assert "l2 balls, verified" in repr(found)
     assert [k for k in itertools.product(range(2), range(3)) if np.isinf(found.value[k])] == [(0, 0), (1, 1)]
+
+
+@pytest.mark.parametrize(("norm", "eps"), [(2, 0.1), (2, 0.5), (np.inf, 0.01), (np.inf, 0.05)])
+def test_the_search_begins_near_the_bound_of_the_ellipsoids(norm, eps):
+    """In units of eps L_yi, of 300 inputs: equal multipliers of the faces of an l-inf ball begin 100 units below."""
+    form, rng = mlp((300, 20, 16, 4), seed=1), np.random.default_rng(0)
+    x = rng.random((3, 300))
+    problem = verb.prepare(form, x, values(form, x).argmax(axis=1), eps, norm=norm)
+    with jax.enable_x64(True):
+        items = [problem.item(row, other) for row in range(3) for other in problem.others(row)]
+        lost = [float(search._loss(problem.net, *item, 0.0)[1]) for item in items]
+    assert 0 < min(lost) < 1.1 and max(lost) < 5

@@ -65,7 +65,8 @@ class _Ready:
     whole: the elementwise view; view: that of what is behind a wide front (its taps are the last ones of whole), or
     whole; None in both for the form itself, with which this is kept: nothing here may keep it alive. stages: of view.
     start (1, d, d) of the first state over the unit ball; first (A, error): A x is the first y, where known.
-    front: what local LipLT needs, in place of stages and start.
+    front: what local LipLT needs, in place of stages and start. ball (n,): the unit ball has sum x_i^2 / ball_i <= 1,
+    where the ellipsoids are those of the whole network.
     """
 
     whole: LureForm | None
@@ -77,6 +78,7 @@ class _Ready:
     failure: float
     notes: tuple[str, ...]
     front: liplt.Front | None = None
+    ball: np.ndarray | None = None
 
     @functools.cached_property
     def single(self) -> tuple[tuple[Stage, ...], np.ndarray | Thin]:
@@ -430,7 +432,8 @@ def _of_whole(form: LureForm, norm: float) -> _Ready:
     thin = _thin(begin, stages[0], ball) if stages else None
     start = _raised(*begin.of_diagonal(ball)) if thin is None else thin
     kept = None if view is form else view
-    return _Ready(kept, kept, stages, start, first, "assumed" if form.assumed else "verified", 0.0, ())
+    word = "assumed" if form.assumed else "verified"
+    return _Ready(kept, kept, stages, start, first, word, 0.0, (), ball=ball)
 
 
 def _around_cube(rows: np.ndarray, stages: Sequence[Stage]) -> np.ndarray:

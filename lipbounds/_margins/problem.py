@@ -281,7 +281,10 @@ class Problem:
             for k, (live, slope) in enumerate(zip(opened, slopes, strict=True))
         ]
         first = [_from_chords(self.balls.h[k][row], tap, small) for k, tap in enumerate(neurons)]
-        boxed = np.full(self.low.shape[1], float(self.norm != 2 or self.box is not None))
+        if self.norm == 2:
+            boxed = np.full(self.low.shape[1], float(self.box is not None))
+        else:
+            boxed = self._shares(row, other)
         in_ball = 1.0 if self.norm == 2 else 0.0
         item = search.Item(
             aim=self.aim(row, other),
@@ -299,6 +302,20 @@ class Problem:
         if self.apart(row):
             item, x = merged.merge(item, x)
         return _floats(item), _floats(x)
+
+    def _shares(self, row: int, other: int) -> np.ndarray:
+        """(d,) shares of the faces of an l-inf ball in the first multipliers, > 0, of sum at most 1.
+
+        Half of them are those of the ellipsoid around the cube, the other half those of the best multipliers of an
+        affine network, |gradient|.
+        """
+        assert self.around.ready.ball is not None
+        shares = 1.0 / self.around.ready.ball
+        with np.errstate(over="ignore"):
+            x, aim = (a.astype(np.float32) for a in (self.x[row], self.aim(row, other)))
+        size = np.abs(np.asarray(_gradient(self.form, x, aim), np.float64)).reshape(-1)
+        total = float(size.sum())
+        return (shares + size / total) / 2 if 0 < total < np.inf else shares
 
     def _neurons(self, k: int, row: int, live: np.ndarray, slope: np.ndarray, ball: float) -> search.Neurons:
         """Tap k; `live` neurons are not stable, ball is the unit of lambda."""
@@ -340,6 +357,11 @@ class Problem:
             return np.asarray(parts[0], np.float64)[: len(gain.tap)]
         rows = [np.asarray(part, np.float64)[at] for part, at in zip(parts, gain.at, strict=True)]
         return np.concatenate(rows or [np.zeros(0)])
+
+
+@jax.jit
+def _gradient(form: LureForm, x: Any, aim: Any) -> Any:
+    return jax.grad(lambda v: aim @ form.evaluate(v, x.dtype))(x)
 
 
 def _from_chords(h: np.ndarray, n: search.Neurons, small: float) -> tuple[np.ndarray, ...]:

@@ -63,7 +63,7 @@ class Neurons(NamedTuple):
 class Item(NamedTuple):
     """One margin: aim' dz over ||u|| <= eps (where `round` is 1) and low <= u <= high.
 
-    boxed (d,) is 1 where the box has a multiplier; ball is the unit of lambda; unit that of the margin.
+    ball is the unit of lambda, ball * boxed (d,) that of the box's multipliers, 0 without one; unit that of the margin.
     """
 
     aim: Any
