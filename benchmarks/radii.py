@@ -113,8 +113,6 @@ def main() -> None:
     for net, norm in track(pairs, "networks", console=Console(stderr=True)):
         rows += measure(net, norm, given.data_dir, given.images)
     where = environment("radii.py")
-    if given.data_dir:
-        where["command"] = where["command"].replace(str(given.data_dir), "DATA")
     title = "Median certified radii inside [0, 1], and what an attack finds"
     shown = table(title, COLUMNS, [cells(one) for one in rows], left=COLUMNS[:4])
     Console(width=170).print(shown)
