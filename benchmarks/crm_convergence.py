@@ -267,12 +267,12 @@ class Race:
     ):
         self.experiment, self.candidates, self.starts = experiment, candidates, starts
         self.test, self.out, self.spec = test, out, spec
-        self.log = (out / "log.jsonl").open("a")
+        self.log = out / "log.jsonl"
         self.slowest = 0.0  # seconds of an epoch with constants
 
     def note(self, record: Json) -> None:
-        self.log.write(json.dumps(record) + "\n")
-        self.log.flush()
+        with self.log.open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
     def rung(
         self, number: int, names: Sequence[str], epochs: int, until: float, rate: float, shrink: bool
