@@ -277,16 +277,23 @@ def images_of(dataset: str, data_dir: str | None, count: int) -> Dataset:
 
 
 class Clock:
-    """Progress of a run: the CPU seconds of its epochs, without the first one and those with PGD accuracies."""
+    """Progress of a run: the CPU seconds of its epochs, without the first one and those with PGD accuracies.
+
+    A run that has no other epochs counts these.
+    """
 
     def __init__(self) -> None:
-        self.last, self.epochs = time.process_time(), dict[int, float]()
+        self.last, self.epochs, self.others = time.process_time(), list[float](), list[float]()
 
     def __call__(self, record: Json) -> None:
         now = time.process_time()
-        if record["epoch"] > 1 and "pgd_accuracy" not in record:
-            self.epochs[record["epoch"]] = now - self.last
+        counts = record["epoch"] > 1 and "pgd_accuracy" not in record
+        (self.epochs if counts else self.others).append(now - self.last)
         self.last = now
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.epochs or self.others))
 
 
 def train(args: argparse.Namespace) -> None:
@@ -303,7 +310,7 @@ def train(args: argparse.Namespace) -> None:
         model = network_of(args.dataset, data.train_pixels.shape[1:], seed)
         fitted = fit(config, data, model=model, progress=clock)
         spent = {"wall": time.perf_counter() - begin, "cpu": time.process_time() - used}
-        spent["cpu_per_epoch"] = float(np.median(list(clock.epochs.values())))
+        spent["cpu_per_epoch"] = clock.median
         record = robust_record(fitted.model, *test, eps=[small["eps"]], local=args.local)
         shown = {
             "loss": name,
