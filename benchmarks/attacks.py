@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import time
@@ -26,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import RESULTS, Json, command_line, environment, keep, table
+from common import Json, command_line, environment, keep, table
 from flax import nnx
 from rich.console import Console
 
@@ -219,7 +218,6 @@ def report(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = command_line(__doc__)
-    parser.set_defaults(out=RESULTS)
     parser.add_argument("what", choices=["train", "run", "report"])
     parser.add_argument("--work", type=Path, required=True, help="folder of networks and figures")
     parser.add_argument("--data-dir", type=Path, help="folder of MNIST")
@@ -232,7 +230,10 @@ def main() -> None:
         "--sides", nargs="+", default=["ours", "reference"], choices=["ours", "reference", "pgd"]
     )
     args = parser.parse_args()
-    assert math.isfinite(sum(sum(each.values()) for each in EPS.values()))
+    if args.what == "run" and None in (args.net, args.norm):
+        parser.error("run needs --net and --norm")
+    if args.what == "run" and "reference" in args.sides and args.torch is None:
+        parser.error("the reference needs --torch; --sides ours leaves it out")
     {"train": train, "run": run, "report": report}[args.what](args)
 
 
