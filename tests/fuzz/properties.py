@@ -282,7 +282,7 @@ class Checker:
         names = [n for n in self.found if self.found[n].pairwise is not None]
         name = self.rng.choice(names)
         bound, form = self.found[name], self.form
-        near = self.rng.random() < 0.5 and bound.norm != 1
+        near: bool | lb.Local = bound.norm != 1 and self.rng.choice([False, True, lb.Local(margins=True)])
         x = self.reference.points(4)
         z = self.reference.values(x)
         x, z = x[np.isfinite(z).all(axis=1)], z[np.isfinite(z).all(axis=1)]
@@ -290,7 +290,8 @@ class Checker:
             return
         y = np.argmax(z, axis=1)
         shaped = x.reshape(-1, *form.in_shape)
-        what = f"certified_radius {name}{' local' if near else ''}"
+        word = " by the dual" if isinstance(near, lb.Local) else " local" if near else ""
+        what = f"certified_radius {name}{word}"
         radii = self.verb(what, lambda: lb.certified_radius(form, shaped, y, bound, local=near))
         self.radii_ = radii
         r = np.asarray(radii.radius)
