@@ -327,6 +327,8 @@ def _searched(
     risks: tuple[str, ...] = ()
     verdict, rows = np.zeros(0, WORDS), np.zeros(0, int)
     reason_to_be_open = "interrupted"
+    # the guarantee of what an engine found before it was interrupted
+    unknown = "probabilistic" if guarantee == "auto" else guarantee
     try:
         try:
             found = bounded(
@@ -342,6 +344,7 @@ def _searched(
             notes, risks, broken = found.notes, found.guarantees, bool(found.broken)
         except NoEngineError as error:
             notes, broken = (f"global radii: {error}",), False
+        unknown = "verified"  # all that follows is
         if search.goal is not None:
             rows = search.open()
             verdict = np.full(rows.size, OPEN, WORDS)
@@ -355,7 +358,7 @@ def _searched(
     except KeyboardInterrupt:
         search.interrupted = True
         notes = (*notes, INTERRUPTED)
-        risks = (*risks, "probabilistic" if guarantee == "auto" else guarantee)
+        risks = (*risks, unknown)
     outcome[search.by != ""] = search.by[search.by != ""]
     if search.goal is not None:
         outcome[search.open()] = reason_to_be_open
