@@ -37,6 +37,7 @@ def test_blocks_depend_on_sizes_alone() -> None:
     assert blocks(narrow, 2000, False) == [slice(0, 2000)]
     assert blocks(wide, 20, True) == [slice(0, 8), slice(8, 16), slice(16, 20)]
     assert blocks(narrow, 0, True) == []
+    assert blocks(narrow, 20, True, margins=True) == [slice(0, 16), slice(16, 20)]
 
 
 def test_joined_radii() -> None:

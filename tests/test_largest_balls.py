@@ -68,22 +68,41 @@ def test_what_is_found_of_an_example_is_what_is_found_of_it_alone():
     whole = radii_of(form, x, y, margins=True, tries=2)
     one = [radii_of(form, x[i : i + 1], y[i : i + 1], margins=True, tries=2).radius[0] for i in range(5)]
     np.testing.assert_allclose(whole.radius, one, rtol=1e-9)
-    again = np.linalg.norm(
-        in_ball(x, whole.radius[:, None] * 0.999, 2, 2000, np.random.default_rng(0)) - x, 2, 2
-    )
-    assert (again <= whole.radius).all()  # the points are inside, and none of them is misclassified:
     points = in_ball(x, whole.radius[:, None] * 0.999, 2, 2000, np.random.default_rng(0))
     assert (values(form, points.reshape(-1, 6)).argmax(axis=1).reshape(2000, 5) == y).all()
 
 
-def test_without_a_misclassified_point_balls_grow():
-    """z_0 - z_1 = 3 - relu(x_0) + relu(x_1 - 1/4) / 8 is at least 2 in the box [0, 1]^2, whatever the ball."""
+def flat():
+    """z_0 - z_1 = 3 - relu(x_0 + 1/4) + relu(x_1 / 8 - 1/32) is at least 1.75 in the box [0, 1]^2."""
     weights = [[[1.0, 0.0], [0.0, 0.125]], [[0.0, 0.0], [1.0, -1.0]]]
-    form = lb.from_weights(weights, [np.array([0.25, -0.03125]), np.array([3.25, 0.0])])
-    x, bound = np.array([[0.5, 0.5]]), lb.naive(form)
-    found = radii_of(form, x, [0], bound=bound, box=(0.0, 1.0), margins=True, tries=5)
-    assert found.radius[0] == 2**5 * radii_of(form, x, [0], bound=bound, box=(0.0, 1.0)).radius[0]
+    return lb.from_weights(weights, [np.array([0.25, -0.03125]), np.array([3.0, 0.0])])
+
+
+@pytest.mark.parametrize("norm", [2, np.inf])
+def test_a_ball_that_holds_the_box_is_a_radius_of_inf(norm):
+    form, x = flat(), np.array([[0.5, 0.5], [0.1, 0.3]])
+    bound = lb.in_norm(form, lb.naive(form), norm=norm)
+    for box, count in (((0.0, 1.0), 2), ((np.zeros(2), np.ones(2)), 2), ((x[0], x[0]), 1)):
+        found = radii_of(form, x[:count], [0] * count, norm, bound=bound, box=box, margins=True)
+        assert np.isinf(found.radius).all() and not any("more tries" in note for note in found.notes)
+    wide = radii_of(form, x, [0, 0], norm, bound=bound, box=(-1e200, 1e200), margins=True)
+    assert np.isfinite(wide.radius).all()
+
+
+def test_without_a_misclassified_point_and_without_a_box_balls_grow():
+    """z_0 - z_1 = 3 + relu(x_0) + relu(-x_0): every ball is certified, and a note says so."""
+    form = lb.from_weights([[[1.0], [-1.0]], [[1.0, 1.0], [0.0, 0.0]]], [np.zeros(2), np.array([3.0, 0.0])])
+    x, bound = np.array([[0.5]]), lb.naive(form)
+    found = radii_of(form, x, [0], bound=bound, margins=True, tries=5)
+    assert found.radius[0] == 2**5 * radii_of(form, x, [0], bound=bound, tries=5).radius[0]
     assert any("their radii may be more than" in note for note in found.notes)
+
+
+def test_a_budget_that_is_too_small_for_some_is_said_once():
+    form = mlp((6, 12, 10, 3), seed=3)
+    x, y = images(form, 6)
+    found = radii_of(form, x, y, margins=True, memory=9000)
+    assert sum("without the dual for" in note and "of 6 examples" in note for note in found.notes) == 1
 
 
 def test_networks_without_a_dual_keep_their_local_radii():
@@ -132,7 +151,9 @@ def test_an_error_of_the_dual_keeps_the_balls_that_are_certified(monkeypatch):
     monkeypatch.setattr(largest, "decide", second)
     part = radii_of(form, x, y, margins=True)
     assert (part.radius > before.radius).any() and part.complete
-    assert any("without the dual of lb.margins: no memory left" in note for note in part.notes)
+    assert any(
+        "the dual of lb.margins ended after 1 of 4 balls: no memory left" in note for note in part.notes
+    )
 
 
 def test_balls_are_only_tried_below_what_an_attack_finds(monkeypatch):
@@ -160,7 +181,7 @@ def test_options_that_cannot_be_are_refused():
         radii_of(form, x, y, seconds_per_image=1.0)
 
 
-def test_branching_raises_radii_further(monkeypatch):
+def test_branching_has_its_seconds(monkeypatch):
     form = mlp((6, 12, 10, 3), seed=3)
     x, y = images(form, 4)
     asked = []

@@ -105,8 +105,8 @@ def certify(
     margins: Annotated[
         bool,
         option(
-            "With --local: also search the largest balls that the dual of lb.margins certifies, for larger radii of "
-            "networks of relu, in seconds per image instead of hundredths.",
+            "With --local: also search the largest balls that the dual of lb.margins certifies, seconds per image; for "
+            "networks of relu, max and the like.",
             None,
             "--margins",
         ),
@@ -114,7 +114,7 @@ def certify(
     seconds_per_image: Annotated[
         float,
         option(
-            "With --at-eps or --margins: also branch on signs of neurons, for so long per image and ball still open.",
+            "With --at-eps or --margins: also branch on signs of neurons, so many seconds per open image (and ball).",
             min=0.0,
         ),
     ] = 0.0,
@@ -411,7 +411,8 @@ def _all_blocks(
     """
     from lipbounds.training import parallel
 
-    parts, count = blocks(form, len(x), local is not False), jax.process_count()
+    margins = isinstance(local, lb.Local) and local.margins
+    parts, count = blocks(form, len(x), local is not False, margins), jax.process_count()
     if kept.done:
         typer.echo(f"{_size(parts, kept)} of {len(x)} images were certified before", err=True)
     try:

@@ -217,6 +217,10 @@ class Search:
         """Note how far the radii of some examples may still grow, 0 where the last ball was not certified."""
         self._open[at] = np.maximum(self._open[at], possible)
 
+    def limit(self, at: np.ndarray, largest: np.ndarray) -> None:
+        """Note that the search of some examples would find no radius above these."""
+        self._open[at] = np.minimum(self._open[at], largest)
+
     def notes(self) -> tuple[str, ...]:
         """Notes about searches that ended early."""
         unfinished = int((self._open > _SAID * self.best).sum())

@@ -25,12 +25,14 @@ from lipbounds.results import GUARANTEES, check_norm, weakest
 _FORMAT = "lipbounds-unfinished"
 _WORK = 2**24  # numbers in the ellipsoids of a block
 _FEWEST, _MOST = 8, 1024  # examples of a block
+_SLOW = 16  # where each takes seconds
 
 
-def blocks(form: LureForm, count: int, local: bool) -> list[slice]:
+def blocks(form: LureForm, count: int, local: bool, margins: bool = False) -> list[slice]:
     """The blocks of `count` examples; a single one for radii of the whole network's bound, which take no time."""
     widest = max([form.in_size, *(tap.size_in for tap in form.taps)])
-    size = max(_FEWEST, min(_MOST, _WORK // widest**2)) if local else max(count, 1)
+    most = _SLOW if margins else _MOST
+    size = max(_FEWEST, min(most, _WORK // widest**2)) if local else max(count, 1)
     return [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
 
 

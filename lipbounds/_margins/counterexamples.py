@@ -18,6 +18,7 @@ from lipbounds._form.inputs import Box
 from lipbounds._form.lure import LureForm
 from lipbounds._local import box as localbox
 from lipbounds._local.forward import logits, proved_gaps
+from lipbounds._text.progress import about, say
 
 _STARTS = 4  # of the descent: x, and random points of the ball
 _STEPS, _FALL = 20, 0.85  # steps of the descent; each is that much shorter than the one before, from eps on
@@ -75,7 +76,7 @@ def counterexamples(
     high: np.ndarray,
     norm: float,
 ) -> np.ndarray:
-    """(N,) the distance of a point that has another class, ||u|| <= eps and low <= u <= high; inf where none was found.
+    """(N,) the distance of a misclassified point with ||u|| <= eps and low <= u <= high; inf where none was found.
 
     x (N, *in_shape), labels (N,), eps (N,), low and high (N, n). Nothing depends on it but which proofs are tried.
     """
@@ -101,6 +102,12 @@ def counterexamples(
     return np.where((size <= eps * (1 - 1e-9)) & (ahead > 0), size, np.inf)
 
 
+def extent(x: np.ndarray, norm: float, box: Box | None) -> np.ndarray:
+    """(N,) no point of the box is farther from x; inf without a box."""
+    with np.errstate(over="ignore"):
+        return np.linalg.norm(np.maximum(*localbox.rooms(x, box)), norm, axis=1) * (1 + 1e-9)
+
+
 def nearest(
     form: LureForm, x: np.ndarray, labels: np.ndarray, start: np.ndarray, norm: float, box: Box | None
 ) -> np.ndarray:
@@ -110,17 +117,19 @@ def nearest(
     interval is halved on a logarithmic scale.
     """
     low, high = localbox.rooms(x, box)
-    whole = np.linalg.norm(np.maximum(low, high), norm, axis=1)  # the box lies in balls of this size
+    whole = extent(x, norm, box)
     inside, found = start.copy(), np.full(len(x), np.inf)
     for step in range(_DOUBLINGS + _HALVINGS):
         missing = np.isinf(found)
         rows = np.flatnonzero(missing & (inside < whole) if step < _DOUBLINGS else ~missing)
         if not rows.size:
             continue
-        eps = np.where(missing, 2 * inside, np.sqrt(inside * found))[rows]
+        eps = np.where(missing, 2 * inside, np.sqrt(inside) * np.sqrt(found))[rows]
         room = eps[:, None]
         bounds = -np.minimum(low[rows], room), np.minimum(high[rows], room)
-        size = counterexamples(form, x[rows], labels[rows], eps, *bounds, norm)
+        with about("nearest misclassified points"):
+            say(f"step {step + 1} of at most {_DOUBLINGS + _HALVINGS}")
+            size = counterexamples(form, x[rows], labels[rows], eps, *bounds, norm)
         found[rows] = np.minimum(found[rows], size)
         inside[rows] = np.where(np.isinf(size), eps, inside[rows])
     return found

@@ -7,7 +7,7 @@ up to a constant, and only the relu is nonlinear. Ranges of pre-activations are 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,12 +127,7 @@ class Problem:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        if not self.too_large:
-            return ()
-        return (
-            f"without the dual for {len(self.too_large)} of {len(self.x)} examples: its proofs take up to "
-            f"{show(max(self.too_large.values()))}, more than memory={show(self.memory)}",
-        )
+        return too_large_notes(self.too_large, len(self.x), self.memory)
 
     @functools.cached_property
     def net(self) -> search.Network:
@@ -357,6 +352,16 @@ class Problem:
             return np.asarray(parts[0], np.float64)[: len(gain.tap)]
         rows = [np.asarray(part, np.float64)[at] for part, at in zip(parts, gain.at, strict=True)]
         return np.concatenate(rows or [np.zeros(0)])
+
+
+def too_large_notes(sizes: Mapping[int, int], count: int, memory: int) -> tuple[str, ...]:
+    """A note about the examples whose proofs take so many bytes, of `count` examples."""
+    if not sizes:
+        return ()
+    return (
+        f"without the dual for {len(sizes)} of {count} examples: its proofs take up to "
+        f"{show(max(sizes.values()))}, more than memory={show(memory)}",
+    )
 
 
 @jax.jit

@@ -160,9 +160,10 @@ class Local:
             larger ones may be.
         box: (lower, upper), as in `lb.local`: a radius is then about the inputs inside it only.
         memory: as in `lb.local`, the budget of the ellipsoids of wide networks.
-        margins: also search the largest balls that the dual of `lb.margins` certifies, `tries` balls per example: in
-            networks of relu, leaky_relu, abs, max, min and sort larger radii, most of all inside a box, in seconds per
-            example instead of hundredths. With `eps=` the dual is used in any case.
+        margins: also search the largest balls that the dual of `lb.margins` certifies, `tries` balls per example. This
+            gives larger radii for networks of relu, leaky_relu, abs, max, min and sort, most of all inside a box, in
+            seconds per example instead of hundredths; a radius is inf where a certified ball holds the whole box. With
+            `eps=` the dual is used in any case.
         seconds_per_image: with `eps=` or `margins`, time for branching on the signs of neurons, per example (and ball)
             that everything else leaves open; what it certifies depends on the speed of the machine. 0 is no branching.
 
@@ -187,7 +188,7 @@ class Local:
 
     def __post_init__(self) -> None:
         whole("tries", self.tries)
-        if not isinstance(self.margins, bool):
+        if not isinstance(self.margins, bool | np.bool_):
             raise ValueError(f"margins must be True or False, got {self.margins!r}")
         parse(self.memory)
         if self.box is not None:
