@@ -75,9 +75,8 @@ def _converted(form: LureForm, bound: UpperBound, norm: float) -> UpperBound:
     classes, pairs = bound.per_class, bound.pairwise
     if pairs is None and 1 < k <= MOST_PAIRED:
         pairs = bound.any_pair() * (1 - np.eye(k))
-        classes = (
-            np.full(k, bound.value) if classes is None else classes
-        )  # no output is longer than all of them
+        # no output is longer than all of them
+        classes = np.full(k, bound.value) if classes is None else classes
     value = float(enlarged(value_from(bound.value, classes, k, bound.norm, norm), factor))
     how = f"from {NORM_NAMES[bound.norm]}: with {form.in_size} inputs L_ij is at most {factor:.6g} times that"
     return replace(

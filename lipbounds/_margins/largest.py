@@ -71,6 +71,7 @@ def enlarge(
             search.by[at[rows[proved]]] = verdict[proved]
         high[rows[~proved]] = eps[~proved]
     search.best[at[low >= whole]] = np.inf  # no input of the box has another class
+    raised |= low >= whole
     search.limit(at, np.where(low < whole, high, low))
     search.leave(at, np.where(np.isinf(high) & (low < np.minimum(whole, _FARTHEST)), _GROWN * low, 0.0))
     said = f"the dual of lb.margins raises {int(raised.sum())} of {at.size} radii"

@@ -59,7 +59,7 @@ class Radii:
 
     Args:
         radius: (N,) in the units of the traced function's input; 0 where misclassified or tied; inf where no class can
-            ever win (L_yi = 0 with positive margin).
+            ever win (L_yi = 0 with positive margin, or a certified ball that holds the whole box).
         correct: (N,) whether the certified network classifies the example as labelled (ties count as wrong).
         norm: 2, 1 or inf, of the perturbation.
         guarantee: that of the bound ("verified", "probabilistic", "assumed").
