@@ -100,8 +100,10 @@ def _product_error(a: Any, b: Any, p: Any) -> Any:
 
 
 def _corners(a: Interval, b: Interval) -> tuple[Any, Any]:
-    a0, a1, b0, b1 = np.broadcast_arrays(a[0], a[1], b[0], b[1])
-    return np.stack([a0, a0, a1, a1]), np.stack([b0, b1, b0, b1])
+    """The ends of a and of b that can meet, along a new first axis; of points there is one."""
+    first, second = (c[:1] if c[0] is c[1] else c for c in (a, b))
+    pairs = [np.broadcast_arrays(x, y) for x in first for y in second]
+    return np.stack([x for x, _ in pairs]), np.stack([y for _, y in pairs])
 
 
 def mul(a: Interval, b: Interval) -> Interval:

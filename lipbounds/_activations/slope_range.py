@@ -39,7 +39,7 @@ class Jet:
 _ZERO = I.point(0.0)
 
 
-def _poly(c: Sequence[Fraction], x: Interval) -> Jet:
+def _poly(c: Sequence[Fraction], x: Interval, bend: bool) -> Jet:
     def horner(q: Sequence[Fraction]) -> Interval:
         if not q:
             return _ZERO
@@ -51,11 +51,11 @@ def _poly(c: Sequence[Fraction], x: Interval) -> Jet:
 
     first = [n * q for n, q in enumerate(c)][1:]
     second = [n * q for n, q in enumerate(first)][1:]
-    return Jet(horner(c), horner(first), horner(second), False)
+    return Jet(horner(c), horner(first), horner(second) if bend else I.WHOLE, False)
 
 
 def _chain(u: Jet, v: Interval, g: Interval, h: Interval | None, bad: Any) -> Jet:
-    """The jet of g(u) from g, g', g'' at u (an unknown g'' is the whole line)."""
+    """The jet of g(u) from g, g', g'' at u (where g'' is None, f'' is the whole line)."""
     s = I.WHOLE if h is None else I.add(I.mul(h, I.ipow(u.d, 2)), I.mul(g, u.s))
     return Jet(v, I.mul(g, u.d), s, u.bad | bad)
 
@@ -76,30 +76,35 @@ def _pick(mask_a: Any, mask_b: Any, a: Jet, b: Jet, v: Interval) -> Jet:
     return Jet(v, d, I.where(mask_a, a.s, I.where(mask_b, b.s, I.WHOLE)), a.bad | b.bad)
 
 
-def _jet(op: str, a: list[Jet], param: Any, x: Interval) -> Jet:
+def _jet(op: str, a: list[Jet], param: Any, x: Interval, bend: bool) -> Jet:
+    """The jet of one operation; without `bend` f'' is the whole line."""
     if op == "poly":
-        return _poly(param, x)
+        return _poly(param, x, bend)
     u = a[0]
+    s = I.WHOLE
     if op == "scale":
         c = I.from_fraction(param)
-        return Jet(I.mul(c, u.v), I.mul(c, u.d), I.mul(c, u.s), u.bad)
+        return Jet(I.mul(c, u.v), I.mul(c, u.d), I.mul(c, u.s) if bend else s, u.bad)
     if op == "add":
-        return Jet(I.add(u.v, a[1].v), I.add(u.d, a[1].d), I.add(u.s, a[1].s), u.bad | a[1].bad)
+        s = I.add(u.s, a[1].s) if bend else s
+        return Jet(I.add(u.v, a[1].v), I.add(u.d, a[1].d), s, u.bad | a[1].bad)
     if op == "mul":
         w = a[1]
-        cross = I.mul(I.point(2.0), I.mul(u.d, w.d))
-        s = I.add(I.add(I.mul(u.s, w.v), cross), I.mul(u.v, w.s))
+        if bend:
+            cross = I.mul(I.point(2.0), I.mul(u.d, w.d))
+            s = I.add(I.add(I.mul(u.s, w.v), cross), I.mul(u.v, w.s))
         return Jet(I.mul(u.v, w.v), I.add(I.mul(u.d, w.v), I.mul(u.v, w.d)), s, u.bad | w.bad)
     if op == "div":
         w = a[1]
         q = I.div(u.v, w.v)
         d = I.div(I.sub(u.d, I.mul(q, w.d)), w.v)
-        s = I.div(I.sub(I.sub(u.s, I.mul(I.point(2.0), I.mul(d, w.d))), I.mul(q, w.s)), w.v)
+        if bend:
+            s = I.div(I.sub(I.sub(u.s, I.mul(I.point(2.0), I.mul(d, w.d))), I.mul(q, w.s)), w.v)
         return Jet(q, d, s, u.bad | w.bad | ((w.v[0] <= 0) & (w.v[1] >= 0)))
     if op == "ipow":
         n = int(param)
         g = I.mul(I.point(float(n)), I.ipow(u.v, n - 1))
-        h = I.mul(I.point(float(n) * (n - 1)), I.ipow(u.v, n - 2))
+        h = I.mul(I.point(float(n) * (n - 1)), I.ipow(u.v, n - 2)) if bend else None
         return _chain(u, I.ipow(u.v, n), g, h, False)
     if op == "pow":
         return _pow(u, param)
@@ -112,17 +117,17 @@ def _jet(op: str, a: list[Jet], param: Any, x: Interval) -> Jet:
         fn = np.maximum if op == "max" else np.minimum
         v = fn(u.v[0], w.v[0]), fn(u.v[1], w.v[1])
         return _pick(above, below, u, w, v) if op == "max" else _pick(below, above, u, w, v)
-    second = I.SECOND.get(op)
+    second = I.SECOND.get(op) if bend else None
     return _chain(u, I.VALUE[op](u.v), I.FIRST[op](u.v), second(u.v) if second else None, I.outside(op, u.v))
 
 
-def jets(terms: Terms, term: int, x: Interval) -> dict[int, Jet]:
-    """Jets of `term` and of everything below it on the boxes `x`."""
+def jets(terms: Terms, term: int, x: Interval, *, bend: bool = True) -> dict[int, Jet]:
+    """Jets of `term` and of everything below it on the boxes `x`; without `bend`, f'' is not computed."""
     done: dict[int, Jet] = {}
     for i in terms.reachable(term):
         t = terms.items[i]
-        jet = _jet(t.op, [done[j] for j in t.args], t.param, x)
-        c = terms.coefficients(t.args[0]) if t.op == "sqrt" else None
+        jet = _jet(t.op, [done[j] for j in t.args], t.param, x, bend)
+        c = terms.coefficients(t.args[0]) if bend and t.op == "sqrt" else None
         # For the square root of a quadratic u, f'' = (4 c2 c0 - c1^2) / (4 u sqrt u) does not cancel.
         if c is not None and len(c) == 3:
             d = I.from_fraction(c[2] * c[0] - c[1] * c[1] / 4)
