@@ -10,6 +10,7 @@ from test_margins import attained, certified, ended, gaps, one_problem
 import lipbounds as lb
 from lipbounds._local.forward import logits
 from lipbounds._margins import branching, search
+from lipbounds._margins.forms import ends
 from lipbounds._margins.found import Found
 
 
@@ -61,11 +62,10 @@ def test_a_branch_is_below_the_margins_of_its_part_of_the_ball():
     root = branching.Branch(item, first.x, first.scores)
     halves = branching._halves(root)
     (on, _), (off, _) = halves
-    (k,) = [
-        k for k, (a, b) in enumerate(zip(on.taps, item.taps, strict=True)) if (a.bottom != b.bottom).any()
-    ]
-    (i,) = np.flatnonzero(on.taps[k].bottom != item.taps[k].bottom)
-    assert off.taps[k].top[i] == 0 and on.taps[k].bottom[i] == 0
+    split = [ends(a.forms)[1] != ends(b.forms)[1] for a, b in zip(on.taps, item.taps, strict=True)]
+    (k,) = [k for k, changed in enumerate(split) if changed.any()]
+    (i,) = np.flatnonzero(split[k])
+    assert ends(off.taps[k].forms)[0][i] == 0 and ends(on.taps[k].forms)[1][i] == 0
     rng = np.random.default_rng(0)
     points = np.clip(in_ball(x, 0.3, 2, 4000, rng)[:, 0], 0.0, 1.0)
     points = points[np.linalg.norm(points - x, axis=1) <= 0.3]
@@ -76,10 +76,11 @@ def test_a_branch_is_below_the_margins_of_its_part_of_the_ball():
     whole = found.proved(0, other, both[0][1].multipliers)
     least = {}
     for job, result in both:
-        part = seen[k][0][:, i] >= 0 if job.item.taps[k].bottom[i] == 0 else seen[k][0][:, i] <= 0
+        is_on = bool(ends(job.item.taps[k].forms)[1][i] == 0)
+        part = seen[k][0][:, i] >= 0 if is_on else seen[k][0][:, i] <= 0
         low = problem.balls.gaps[0, other] + found.proved(0, other, result.multipliers, job.item)
         assert part.any() and low <= margin[part].min()
-        least[bool(job.item.taps[k].bottom[i] == 0)] = low
+        least[is_on] = low
     # nu of either sign proves nothing of the whole
     assert max(least.values()) > whole + problem.balls.gaps[0, other]
 

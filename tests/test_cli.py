@@ -364,7 +364,10 @@ def test_wrong_usage_exits_2(model_file, tmp_path):
             "naive, liplt, lipsdp (did you mean 'lipsdp'?)",
         ),
         ("train crmm --out x", "consistency (did you mean 'crm'?)"),
-        ("train crm --activation rleu --out x", "relu, maxmin, clipped-relu (did you mean 'relu'?)"),
+        (
+            "train crm --activation rleu --out x",
+            "relu, maxmin, clipped-relu, tanh, gelu (did you mean 'relu'?)",
+        ),
         ("bounds MODEL --norm 3", "'3' is not one of 1, 2, inf "),
     ],
 )

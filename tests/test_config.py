@@ -72,7 +72,9 @@ def test_every_setting_says_what_it_is_in_one_place() -> None:
         text = field.metadata["help"]
         assert text[:1].isupper() and text.endswith(".") and len(text) > 10, name
         assert f"    {name}: {text}" in (Config.__doc__ or "")
-    assert "activation: Activation function. One of relu, maxmin, clipped-relu." in (Config.__doc__ or "")
+    assert "activation: Activation function. One of relu, maxmin, clipped-relu, tanh, gelu." in (
+        Config.__doc__ or ""
+    )
 
 
 @pytest.mark.parametrize("name", sorted(FIELDS))

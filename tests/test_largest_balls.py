@@ -105,16 +105,6 @@ def test_a_budget_that_is_too_small_for_some_is_said_once():
     assert sum("without the dual for" in note and "of 6 examples" in note for note in found.notes) == 1
 
 
-def test_networks_without_a_dual_keep_their_local_radii():
-    form = mlp((6, 12, 10, 3), seed=3, activation="tanh")
-    x, y = images(form, 5)
-    before, found = radii_of(form, x, y), radii_of(form, x, y, margins=True)
-    assert (
-        found.radius.tolist() == before.radius.tolist() and found.outcome.tolist() == before.outcome.tolist()
-    )
-    assert any(note.startswith("without the dual of lb.margins: margins are for") for note in found.notes)
-
-
 def test_one_output_is_decided_by_its_sign():
     form = mlp((2, 12, 10, 1), seed=5)
     x = np.random.default_rng(0).random((8, 2))

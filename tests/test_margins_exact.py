@@ -94,7 +94,7 @@ def dual(problem, seed, x, aim, m):
             top, bottom = exact(problem.balls.hi[k][0][i]), exact(-problem.balls.lo[k][0][i])
             v = w, max(here, fmpq(0))
             r = [a - b for a, b in zip(w, change[i], strict=True)], max(-here, fmpq(0))
-            M, tv, tr, nu = (exact(a[number]) for a in (m.M, m.v, m.r, m.nu))
+            M, tv, tr, nu = (exact(own[number]) for own in m.forms)
             number += 1
             one = [fmpq(0)] * size, fmpq(1)
             out.add(M, v, r)
@@ -131,11 +131,11 @@ def test_the_proof_is_just_below_the_exact_dual(seed, norm, box):
     facts, aim = problem.facts(0, gain), problem.aim(0, other)
     ((_, found),) = ended(problem, [search.Job((0, other), *problem.item(0, other), np.inf, 8)])
     good, rng = problem.weights(0, gain, found.multipliers), np.random.default_rng(seed)
-    assert len(good.M) >= 5
+    assert good.forms.shape[1] >= 5
     for size in (0.0, 1e-3, 0.3):
         noisy = {
             name: getattr(good, name) * np.exp(size * rng.standard_normal(np.shape(getattr(good, name))))
-            for name in ("box", "M", "v", "r", "nu")
+            for name in ("box", "forms")
         }
         m = proof.Weights(good.ball * (1 + size), **noisy)
         low = proof._attempt(gain, facts, aim, m)

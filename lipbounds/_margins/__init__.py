@@ -20,5 +20,15 @@ centre and any point, which bounds of the increment use: for h > 0 and the chord
 multipliers tau_r = A a, M = A (1 - a) are those of A (w - d)(w - a d) <= 0; likewise tau_v for h <= 0. So the best
 multipliers prove at least z_y - z_i - eps L_yi(eps), and the search begins near there.
 
+Any other function of one number has a curve in the place of v r = 0. Let its slopes on the range be in [b, b + g], so
+that it moves by b d + g w with slopes of w in [0, 1]. With p and q such that v = w + p >= 0 and r = w - d + q >= 0 on
+the range, v rises from 0 to top while r falls from bottom to 0. For a point (V, R) of the curve, and chords of w from
+it with slopes in [a, c],
+
+    ((1-c)(v - V) + c (r - R)) ((1-a)(v - V) + a (r - R)) <= 0 ,
+
+and lines bound the curve from above and below. The form around the centre is the sector of the ellipsoids, where the
+search begins. All of them are products of v^2, v r, r^2, v, r and 1, as are those of a relu (`forms`).
+
 `search` finds the multipliers in float arithmetic, `proof` proves what they are worth, `problem` prepares both.
 """

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lipbounds._margins import search
+from lipbounds._margins import forms, search
 from lipbounds._margins.found import Found
 from lipbounds._text.device import Shared, on_each
 from lipbounds._text.progress import alive, clock, remaining, say
@@ -75,7 +75,7 @@ def _margin(found: Found, row: int, other: int, rounds: int, deadline: float) ->
             low = found.proved(row, other, result.multipliers, job.item)
             if np.nextafter(gap + low, -np.inf) > 0:
                 return
-        scores = tuple(s * (n.top * n.bottom > 0) for s, n in zip(result.scores, job.item.taps, strict=True))
+        scores = tuple(s * _whole(n) for s, n in zip(result.scores, job.item.taps, strict=True))
         least = result.least if np.isfinite(result.least) else -np.inf
         x = result.x if np.isfinite(result.least) else job.x
         heapq.heappush(heap, (least, next(number), Branch(job.item, x, scores)))
@@ -110,18 +110,21 @@ def _halves(branch: Branch) -> list[tuple[search.Item, search.Multipliers]]:
     halves = []
     for off in (False, True):
         item, x = branch.item, branch.x
-        n, own = item.taps[k], [np.array(a) for a in x.taps[k]]
-        ends = {"top" if off else "bottom": _zeroed(n.top if off else n.bottom, i)}
-        own[1 if off else 2][i] = max(abs(own[1 if off else 2][i]), _FIRM)
-        own[3][i] = own[3][i] ** 2  # nu itself from here on
-        taps = (*item.taps[:k], n._replace(**ends), *item.taps[k + 1 :])
-        halves.append(
-            (item._replace(taps=taps), x._replace(taps=(*x.taps[:k], tuple(own), *x.taps[k + 1 :])))
+        n, own = item.taps[k], np.array(branch.x.taps[k])
+        cut = np.array(n.forms)
+        top, bottom = (
+            end[i : i + 1] * kept for end, kept in zip(forms.ends(cut), (not off, off), strict=True)
         )
+        cut[..., i : i + 1] = forms.padded(forms.of_relu(top, bottom), len(cut))
+        fixed = 1 if off else 2
+        own[fixed, i] = max(abs(own[fixed, i]), _FIRM)
+        own[3, i] = own[3, i] ** 2  # nu itself from here on
+        taps = (*item.taps[:k], n._replace(forms=cut), *item.taps[k + 1 :])
+        halves.append((item._replace(taps=taps), x._replace(taps=(*x.taps[:k], own, *x.taps[k + 1 :]))))
     return halves
 
 
-def _zeroed(a: np.ndarray, i: int) -> np.ndarray:
-    out = np.array(a)
-    out[i] = 0.0
-    return out
+def _whole(n: search.Neurons) -> np.ndarray:
+    """(n,) which neurons no branch has fixed yet."""
+    top, bottom = forms.ends(n.forms)
+    return np.asarray(top * bottom > 0)

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lipbounds._margins import merged, proof, search
+from lipbounds._margins import forms, merged, proof, search
 from lipbounds._margins.problem import Problem
 from lipbounds._text.device import Shared, on_each, sharing
-from lipbounds._text.progress import say, show_seconds
+from lipbounds._text.progress import alive, say, show_seconds
 from lipbounds._text.threads import one_blas_thread
 
 _LARGE = 1e10  # operations of an evaluation above which proofs take all BLAS threads
@@ -50,9 +50,14 @@ class Found:
         """Search these margins and prove what is found; examples whose open neurons are searched alone come last."""
         self.began, self.evaluated = time.monotonic(), 0
         self.left = len(pairs) * rounds * search.ROUND  # evaluations at most
-        alone = {row for row in dict.fromkeys(row for row, _ in pairs) if self.problem.apart(row)}
-        common = [pair for pair in pairs if pair[0] not in alone]
+        examples = list(dict.fromkeys(row for row, _ in pairs))
         with self.threads():
+            for place, row in enumerate(examples):
+                alive()
+                say(f"ranges: {place} of {len(examples)} examples")
+                self.problem.narrow(row)
+            alone = {row for row in examples if self.problem.apart(row)}
+            common = [pair for pair in pairs if pair[0] not in alone]
             self.searched(self.jobs(common, goal, rounds), self._prove, len(common))
             rows = Shared(alone)
 
@@ -65,8 +70,8 @@ class Found:
                 on_each(work)
             again, self.again = self.again, []
             for job in again:  # few
-                row = job.key[0] if job.key[0] in alone else None
-                self.searched([job], self._prove, 1, row, double=True)
+                single = job.key[0] if job.key[0] in alone else None
+                self.searched([job], self._prove, 1, single, double=True)
 
     @contextmanager
     def threads(self) -> Iterator[None]:
@@ -119,7 +124,7 @@ class Found:
     @property
     def in_double(self) -> bool:
         """Whether the first search is in float64: of small networks on a CPU, which is no slower there."""
-        widest = max((k.at.size for k in self.problem.kinks), default=0)
+        widest = max((tap.size_in for tap in self.problem.view.taps), default=0)
         return widest <= _SMALL and sharing()[0].platform == "cpu"
 
     def _after(self, evaluations: int) -> None:
@@ -178,11 +183,13 @@ class Found:
             return self.gains[row]
 
     def branch_facts(self, row: int, gain: proof.Gain, facts: proof.Facts, item: search.Item) -> proof.Facts:
-        """The facts with top or bottom 0 where they are in the item: there w or r is 0."""
-        top, bottom = (
-            self.problem.chosen(row, gain, [getattr(n, name) for n in item.taps])
-            for name in ("top", "bottom")
-        )
-        return replace(
-            facts, top=np.where(top > 0, facts.top, 0.0), bottom=np.where(bottom > 0, facts.bottom, 0.0)
-        )
+        """The facts with those of a branch where top or bottom is 0 in the item: there v or r is 0."""
+        own = self.problem.chosen(row, gain, [n.forms for n in item.taps])
+        top, bottom = forms.ends(own)
+        cut = np.flatnonzero((top == 0) | (bottom == 0))
+        first, second = forms.ends(facts.forms[..., cut])
+        changed, free = facts.forms.copy(), facts.free.copy()
+        one = forms.of_relu(np.where(top[cut] > 0, first, 0.0), np.where(bottom[cut] > 0, second, 0.0))
+        changed[..., cut] = forms.padded(one, len(changed))
+        free[3, cut] = True
+        return replace(facts, forms=changed, free=free)

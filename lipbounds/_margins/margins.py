@@ -100,7 +100,8 @@ def margins(
     increment alone, and usually far above it.
 
     Args:
-        form: from `lb.trace`, with activations made of two affine pieces: relu, leaky_relu, abs, and max, min and sort.
+        form: from `lb.trace`. Its activations are functions of one number whose slopes are proved (relu, abs, tanh,
+            gelu, any that is traced), or max, min and sort.
         X: (N, *in_shape), floating point.
         y: (N,) integer labels; of a network with one output 1 or 0, by its sign.
         eps: radius > 0 of the balls, one for all or (N,), in the units of the traced function's input.

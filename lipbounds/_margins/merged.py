@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lipbounds._margins import proof
+from lipbounds._margins import forms, proof
 from lipbounds._margins.search import Item, Multipliers, Neurons, steps_of
 from lipbounds._norms.factorised import positive_inverse, solve_lower
 
@@ -134,12 +134,18 @@ def merge(item: Item, x: Multipliers) -> tuple[Item, Multipliers]:
     at = [np.flatnonzero(n.open) for n in item.taps]
     count = sum(rows.size for rows in at)
     spare = padded(count) - count
+    most = max((len(own) for own in x.taps), default=forms.FEWEST)
+    ones = np.ones(spare)
+    rest = np.zeros(spare)
+    nothing = Neurons(
+        rest, rest, rest, rest, rest, rest, ones, forms.padded(forms.of_relu(ones, ones), most), rest
+    )
 
-    def joined(parts: list[Any], fill: float) -> np.ndarray:
-        some = [np.asarray(part)[rows] for part, rows in zip(parts, at, strict=True)]
-        return np.concatenate([*some, np.full(spare, fill)])
+    def joined(parts: list[Any], last: np.ndarray) -> np.ndarray:
+        some = [np.asarray(part)[..., rows] for part, rows in zip(parts, at, strict=True)]
+        return np.concatenate([*some, last], axis=-1)
 
-    nothing = Neurons(p=0.0, q=0.0, top=1.0, bottom=1.0, open=0.0, slope=0.0, scale=1.0)
-    one = Neurons(*(joined([n[i] for n in item.taps], fill) for i, fill in enumerate(nothing)))
-    own = tuple(joined([tap[i] for tap in x.taps], 0.0) for i in range(4))
+    taps = [n._replace(forms=forms.padded(n.forms, most)) for n in item.taps]
+    one = Neurons(*(joined([n[i] for n in taps], last) for i, last in enumerate(nothing)))
+    own = joined([forms.padded(own, most) for own in x.taps], np.zeros((most, spare)))
     return item._replace(taps=(one,)), x._replace(taps=(own,))

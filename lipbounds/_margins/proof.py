@@ -1,12 +1,13 @@
 """Proof of a lower bound of the Lagrangian for given multipliers, every rounding included (NumPy, float64).
 
-The variables are z = (u, w): the move of the input and w_i = relu(y_i) - p_i of the neurons that are not stable, with
-p = relu(h), q = relu(-h) for any floats h near the pre-activations at the centre. Stable neurons are part of the linear
-map d = y - h = G z + eta, where G is known up to a Frobenius norm and eta, small, comes from h. With v = w + p and
-r = w - d + q the Lagrangian is the quadratic
+The variables are z = (u, w): the move of the input and w_i = v_i - p_i of the neurons that are not stable, where v has
+slopes in [0, 1] and is p at h, for any floats h near the pre-activations at the centre (relu(y) with p = relu(h)).
+Stable neurons are part of the linear map d = y - h = G z + eta, where G is known up to a Frobenius norm and eta, small,
+comes from h. With v = w + p and r = w - d + q the Lagrangian is the quadratic
 
-    L(z) = aim' dz + lambda (||u||^2 - eps^2) + sum beta (u - low)(u - high)
-         + sum M v r + tau_v v (v - top) + tau_r r (r - bottom) + nu (top r + bottom v - top bottom)
+    L(z) = aim' dz + lambda (||u||^2 - eps^2) + sum beta (u - low)(u - high) + sum m f (v^2, v r, r^2, v, r, 1)
+
+over all forms f of all neurons (`forms`), of multipliers m,
 
 with the Hessian 2 Q. If Q - diag(alpha) >= 0 is proved, alpha > 0, then for any z
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.linalg.lapack import dpotrf, dpotrs
@@ -111,16 +113,17 @@ class Facts:
     """What is proved about one image, for its neurons that are not stable, (n,) each, and for its ball.
 
     Args:
-        p, q: relu(h), relu(-h); wrong: a bound of ||y - h||_2 over all of them.
-        top, bottom: 0 <= v <= top and 0 <= r <= bottom on the ball, or on the part of it that a branch stands for.
+        p, q: v and r at h; wrong: a bound of ||y - h||_2 over all of them.
+        forms: (F, 6, n), f (v^2, v r, r^2, v, r, 1) <= 0 on the ball, or on the part of it that a branch stands for.
+        free: (F, n) where that is an equation.
         low, high: (d,) every input of the ball has low <= u <= high; eps: ||u||_2 <= eps, inf for no such bound.
     """
 
     p: np.ndarray
     q: np.ndarray
     wrong: float
-    top: np.ndarray
-    bottom: np.ndarray
+    forms: np.ndarray
+    free: np.ndarray
     low: np.ndarray
     high: np.ndarray
     eps: float
@@ -128,14 +131,11 @@ class Facts:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Multipliers: lambda, beta (d,), and M, tau_v, tau_r, nu (n,); all but M (and nu in a branch) at least 0."""
+    """Multipliers: lambda, beta (d,), and (F, n) of the forms; at least 0 where `Facts.free` does not say otherwise."""
 
     ball: float
     box: np.ndarray
-    M: np.ndarray
-    v: np.ndarray
-    r: np.ndarray
-    nu: np.ndarray
+    forms: np.ndarray
 
     def weakened(self, t: float, tap: np.ndarray) -> Weights:
         """Multipliers with a larger Q: those of the input raised by t, later taps ever weaker against earlier ones."""
@@ -143,7 +143,7 @@ class Weights:
             return self
         factors = (1 - t) ** (1.0 + tap)
         box = self.box + t * float(self.box.max(initial=0.0))
-        return Weights(self.ball * (1 + t), box, *(a * factors for a in (self.M, self.v, self.r, self.nu)))
+        return Weights(self.ball * (1 + t), box, self.forms * factors)
 
 
 def _length(a: np.ndarray) -> float:
@@ -156,9 +156,8 @@ def prove(gain: Gain, facts: Facts, aim: np.ndarray, m: Weights) -> float:
 
     aim (K,) holds entries of -1, 0 and 1.
     """
-    valid = np.isfinite(m.ball) and all(np.isfinite(a).all() for a in (m.box, m.M, m.v, m.r, m.nu))
-    chord = (m.nu >= 0) | (facts.top == 0) | (facts.bottom == 0)  # an equation in a branch
-    signs = m.ball >= 0 and chord.all() and all((a >= 0).all() for a in (m.box, m.v, m.r))
+    valid = np.isfinite(m.ball) and all(np.isfinite(a).all() for a in (m.box, m.forms))
+    signs = m.ball >= 0 and (m.box >= 0).all() and ((m.forms >= 0) | facts.free).all()
     if not (valid and signs):
         return -np.inf
     if not np.isfinite(facts.eps) and m.ball > 0:
@@ -175,8 +174,9 @@ def _attempt(gain: Gain, facts: Facts, aim: np.ndarray, m: Weights) -> float:
     d, n = gain.inputs, len(gain.tap)
     R = -gain.G  # r = R z + q - eta, exact: R z = w - G z
     R[np.arange(n), d + np.arange(n)] += 1.0
-    Q = _hessian(R, m, d)
-    slack = _hessian_slack(R, gain.error, m, d, Q.diagonal())
+    total = _total(facts.forms, m.forms)
+    Q = _hessian(R, total, m, d)
+    slack = _hessian_slack(R, gain.error, total, m, d, Q.diagonal(), len(facts.forms))
     found, z = -np.inf, None
     for share in _ALPHAS:
         alpha = np.maximum(Q.diagonal() * share, _LEAST)
@@ -186,60 +186,81 @@ def _attempt(gain: Gain, facts: Facts, aim: np.ndarray, m: Weights) -> float:
             continue
         if z is None:
             row = aim @ gain.O
-            z = _minimiser(R, Q, row, facts, m, d)
+            z = _minimiser(R, Q, row, facts, total, m, d)
             if z is None:
                 return -np.inf
-            low, slopes = _lagrangian(gain, R, facts, row, aim, m, z)
+            low, slopes = _lagrangian(gain, R, facts, row, aim, total, m, z)
             worst = np.maximum(np.abs(slopes[0]), np.abs(slopes[1]))
         lost = float((np.square(worst) / alpha).sum() / 4 * _UP) + 2.0**-500
-        total = np.nextafter(low - lost, -np.inf)
-        found = max(found, float(total) if np.isfinite(total) else -np.inf)
+        least = np.nextafter(low - lost, -np.inf)
+        found = max(found, float(least) if np.isfinite(least) else -np.inf)
         if share != _ALPHAS[0] or not lost > _NEGLIGIBLE * abs(low):
             break
     return found
 
 
-def _hessian(R: np.ndarray, m: Weights, d: int) -> np.ndarray:
-    """Q: diag(lambda + beta, tau_v) + R' tau_r R + (E' M R + R' M E) / 2, where E z = w."""
-    half = (m.r / 2)[:, None] * R
-    half[np.arange(len(R)), d + np.arange(len(R))] += m.M / 2
+class _Total(NamedTuple):
+    """The sum of all forms with their multipliers: coefficients (6, n) between low and high; size of their terms."""
+
+    low: np.ndarray
+    high: np.ndarray
+    middle: np.ndarray
+    size: np.ndarray
+
+
+def _total(forms: np.ndarray, m: np.ndarray) -> _Total:
+    middle = np.einsum("fcn,fn->cn", forms, m)
+    size = np.einsum("fcn,fn->cn", np.abs(forms), np.abs(m))
+    spread = gamma(len(m) + 4) * _UP * size + 2.0**-1000
+    return _Total(np.nextafter(middle - spread, -np.inf), np.nextafter(middle + spread, np.inf), middle, size)
+
+
+def _hessian(R: np.ndarray, total: _Total, m: Weights, d: int) -> np.ndarray:
+    """Q: diag(lambda + beta, c_vv) + R' c_rr R + (E' c_vr R + R' c_vr E) / 2, where E z = w."""
+    vv, vr, rr = total.middle[:3]
+    half = (rr / 2)[:, None] * R
+    half[np.arange(len(R)), d + np.arange(len(R))] += vr / 2
     Q = half.T @ R
     Q = Q + Q.T
-    Q.flat[:: len(Q) + 1] += np.concatenate([m.ball + m.box, m.v])
+    Q.flat[:: len(Q) + 1] += np.concatenate([m.ball + m.box, vv])
     return Q
 
 
-def _hessian_slack(R: np.ndarray, error: float, m: Weights, d: int, diagonal: np.ndarray) -> np.ndarray:
-    """A diagonal that covers the difference of Q and its computed value.
+def _hessian_slack(
+    R: np.ndarray, error: float, total: _Total, m: Weights, d: int, diagonal: np.ndarray, count: int
+) -> np.ndarray:
+    """A diagonal that covers the difference of Q and its computed value, from `count` forms.
 
     A symmetric matrix with entries at most N is at most diag(N t / t), t > 0; the error of G enters by norms.
     """
     n = len(R)
+    vv, vr, rr = total.size[:3] * _UP
     t = 1 / np.sqrt(np.maximum(diagonal, _LEAST))
     size = np.abs(R)
-    half = (m.r / 2)[:, None] * size
-    half[np.arange(n), d + np.arange(n)] += np.abs(m.M) / 2
-    own = np.concatenate([m.ball + m.box, m.v])
+    half = (rr / 2)[:, None] * size
+    half[np.arange(n), d + np.arange(n)] += vr / 2
+    own = np.concatenate([m.ball + m.box, vv])
     spread = half.T @ (size @ t) + size.T @ (half @ t) + own * t
-    rounding = gamma(n + 12) * _UP * spread / t
+    rounding = gamma(n + 16 + count) * _UP * spread / t
     grown = 2 * _length(R) * error + error**2
-    by_norm = float(np.abs(m.M).max(initial=0.0)) * error + float(m.r.max(initial=0.0)) * grown
+    by_norm = float(vr.max(initial=0.0)) * error + float(rr.max(initial=0.0)) * grown
     return (rounding + by_norm) * _UP + 2.0**-800
 
 
 def _minimiser(
-    R: np.ndarray, Q: np.ndarray, row: np.ndarray, facts: Facts, m: Weights, d: int
+    R: np.ndarray, Q: np.ndarray, row: np.ndarray, facts: Facts, total: _Total, m: Weights, d: int
 ) -> np.ndarray | None:
     """A float approximation of the minimiser, refined once."""
     factor, info = dpotrf(Q, lower=1)
     if info != 0:
         return None
     z = np.zeros(len(Q))
+    vv, vr, rr, own_v, own_r, _ = total.middle
     for _ in range(2):
         u, w = z[:d], z[d:]
         v, r = w + facts.p, R @ z + facts.q
-        dv = m.M * r + m.v * (2 * v - facts.top) + m.nu * facts.bottom
-        dr = m.M * v + m.r * (2 * r - facts.bottom) + m.nu * facts.top
+        dv = vr * r + 2 * vv * v + own_v
+        dr = vr * v + 2 * rr * r + own_r
         slope = row + R.T @ dr
         slope[:d] += 2 * m.ball * u + m.box * (2 * u - facts.low - facts.high)
         slope[d:] += dv
@@ -248,7 +269,14 @@ def _minimiser(
 
 
 def _lagrangian(
-    gain: Gain, R: np.ndarray, facts: Facts, row: np.ndarray, aim: np.ndarray, m: Weights, z: np.ndarray
+    gain: Gain,
+    R: np.ndarray,
+    facts: Facts,
+    row: np.ndarray,
+    aim: np.ndarray,
+    total: _Total,
+    m: Weights,
+    z: np.ndarray,
 ) -> tuple[float, tuple[np.ndarray, np.ndarray]]:
     """(lower bound of L(z), enclosure of its gradient)."""
     d, n = gain.inputs, len(gain.tap)
@@ -260,11 +288,9 @@ def _lagrangian(
     rz = R @ z
     r = I.add((np.nextafter(rz - spread, -np.inf), np.nextafter(rz + spread, np.inf)), I.point(facts.q))
     v = I.add(I.point(w), I.point(facts.p))
-    top, bottom = I.point(facts.top), I.point(facts.bottom)
-    M, tv, tr, nu = (I.point(a) for a in (m.M, m.v, m.r, m.nu))
-    chord = I.sub(I.add(I.mul(top, r), I.mul(bottom, v)), I.mul(top, bottom))
-    each = I.add(I.mul(M, I.mul(v, r)), I.mul(tv, I.mul(v, I.sub(v, top))))
-    each = I.add(each, I.add(I.mul(tr, I.mul(r, I.sub(r, bottom))), I.mul(nu, chord)))
+    vv, vr, rr, own_v, own_r, one = zip(total.low, total.high, strict=True)
+    each = I.mul(I.add(I.add(I.mul(vv, v), I.mul(vr, r)), own_v), v)
+    each = I.add(I.add(each, I.mul(I.add(I.mul(rr, r), own_r), r)), one)
     at, low, high, two = I.point(u), I.point(facts.low), I.point(facts.high), I.point(2.0)
     boxes = I.mul(I.point(m.box), I.mul(I.sub(at, low), I.sub(at, high)))
     ball = I.mul(I.point(m.ball), I.point(u))
@@ -279,10 +305,10 @@ def _lagrangian(
     # a margin moves by at most ||O_w|| ||y - h|| more
     linear -= (row_error * long + (_length(of_row) + row_error) * facts.wrong) * _UP
     terms = np.concatenate([*below, [np.nextafter(linear, -np.inf)]])
-    total = float(terms.sum()) - float(gamma(len(terms) + 2) * np.abs(terms).sum() * _UP) - 2.0**-500
+    least = float(terms.sum()) - float(gamma(len(terms) + 2) * np.abs(terms).sum() * _UP) - 2.0**-500
     # gradient
-    dv = I.add(I.mul(M, r), I.add(I.mul(tv, I.sub(I.mul(two, v), top)), I.mul(nu, bottom)))
-    dr = I.add(I.mul(M, v), I.add(I.mul(tr, I.sub(I.mul(two, r), bottom)), I.mul(nu, top)))
+    dv = I.add(I.add(I.mul(vr, r), I.mul(two, I.mul(vv, v))), own_v)
+    dr = I.add(I.add(I.mul(vr, v), I.mul(two, I.mul(rr, r))), own_r)
     middle, radius = (dr[0] + dr[1]) / 2, (dr[1] - dr[0]) * _UP
     size = np.abs(middle) + radius
     pulled = R.T @ middle
@@ -292,4 +318,4 @@ def _lagrangian(
     slopes = (np.nextafter(base - spread, -np.inf), np.nextafter(base + spread, np.inf))
     own = I.add(I.mul(two, ball), I.mul(I.point(m.box), I.sub(I.mul(two, at), I.add(low, high))))
     more = np.concatenate([own[0], dv[0]]), np.concatenate([own[1], dv[1]])
-    return total, I.add(slopes, more)
+    return least, I.add(slopes, more)

@@ -161,9 +161,8 @@ class Local:
         box: (lower, upper), as in `lb.local`: a radius is then about the inputs inside it only.
         memory: as in `lb.local`, the budget of the ellipsoids of wide networks.
         margins: also search the largest balls that the dual of `lb.margins` certifies, `tries` balls per example. This
-            gives larger radii for networks of relu, leaky_relu, abs, max, min and sort, most of all inside a box, in
-            seconds per example instead of hundredths; a radius is inf where a certified ball holds the whole box. With
-            `eps=` the dual is used in any case.
+            gives larger radii, most of all inside a box, in seconds per example instead of hundredths; a radius is inf
+            where a certified ball holds the whole box. With `eps=` the dual is used in any case.
         seconds_per_image: with `eps=` or `margins`, time for branching on the signs of neurons, per example (and ball)
             that everything else leaves open; what it certifies depends on the speed of the machine. 0 is no branching.
 

@@ -30,6 +30,7 @@ from lipbounds._text.progress import alive
 _MEMORY = 12  # pairs that L-BFGS keeps
 _SHORTER = 0.35  # factor on a step that failed
 _TRUSTED = 1e-3  # largest difference, relative to `Item.unit`, of two ways to compute the minimum
+_TINY = 1e-30
 _BARRIER, _FALL, _LAST = 1e-2, 0.65, 3e-4  # weight of the barrier: first, factor per round, least
 _RAISE, _RAISES = 0.25, 6  # what is added to the logarithms of multipliers without a minimum, and how often
 ROUND = 25  # evaluations between two looks
@@ -41,23 +42,25 @@ class Layer(NamedTuple):
     W: Any
     H: Any
     G: Any
-    base: Any
-    gain: Any
 
 
 class Neurons(NamedTuple):
-    """One tap of an item, (n,) each: p, q, top, bottom of `__init__`; stable neurons are w = slope d.
+    """One tap of an item, (n,) each: p, q of `__init__`; stable neurons are w = slope d.
 
-    scale: the unit of the multipliers. Where top or bottom is 0 (a branch) the chord is an equation, nu of any sign.
+    base, gain: the output moves by base d + gain w. scale: the unit of the multipliers. forms (F, 6, n) of `forms`:
+    f (v^2, v r, r^2, v, r, 1) <= 0. kink: 1 where they are those of a relu; the last one is an equation then where
+    its constant is 0 (a branch), with a multiplier of any sign.
     """
 
+    base: Any
+    gain: Any
     p: Any
     q: Any
-    top: Any
-    bottom: Any
     open: Any
     slope: Any
     scale: Any
+    forms: Any
+    kink: Any
 
 
 class Item(NamedTuple):
@@ -78,25 +81,41 @@ class Item(NamedTuple):
 
 
 class Multipliers(NamedTuple):
-    """lambda (), beta (d,), and per tap M, tau_v, tau_r, nu (n,)."""
+    """lambda (), beta (d,), and per tap those of its forms, (F, n)."""
 
     ball: Any
     box: Any
-    taps: tuple[tuple[Any, ...], ...]
+    taps: tuple[Any, ...]
 
 
 def multipliers(item: Item, x: Multipliers) -> Multipliers:
     """From unconstrained parameters: exponentials where a multiplier must not be 0, squares elsewhere.
 
-    M >= 2 sqrt(tau_v tau_r), so that N >= 0.
+    The first form of every neuron has in addition what makes N >= 0.
     """
-    taps = []
-    for n, (m, v, r, nu) in zip(item.taps, x.taps, strict=True):
-        M = jnp.exp(m) + 2 * jnp.abs(v * r)
-        chord = jnp.where(n.top * n.bottom > 0, jnp.square(nu), nu)
-        taps.append(tuple(n.scale * t for t in (M, jnp.square(v), jnp.square(r), chord)))
+    taps = [n.scale * _weights(n, own) for n, own in zip(item.taps, x.taps, strict=True)]
     box = jnp.where(item.round > 0, jnp.square(x.box), jnp.exp(x.box))
     return Multipliers(item.ball * item.round * jnp.exp(x.ball), item.ball * item.boxed * box, tuple(taps))
+
+
+def _weights(n: Neurons, x: Any) -> Any:
+    """(F, n) multipliers of one tap, in their unit."""
+    rest = jnp.square(x[1:])
+    free = (n.kink > 0) & (n.forms[3, 5] == 0)
+    rest = rest.at[2].set(jnp.where(free, x[3], rest[2]))
+    A, B, C = _curvatures(n.forms[1:], rest)
+    # of a relu sqrt(A C) is |v r|, with derivatives where it is 0
+    bent, lack = B - C, A * C - jnp.square(B)
+    lack = jnp.where((n.kink > 0) | (lack < 0), 0.0, lack)
+    lift = 2 * (jnp.sqrt(jnp.square(bent) + lack + _TINY) - bent)
+    first = jnp.exp(x[0]) + jnp.where(n.kink > 0, 2 * jnp.abs(x[1] * x[2]), jnp.where(lack > 0, lift, 0.0))
+    return jnp.concatenate([first[None], rest])
+
+
+def _curvatures(forms: Any, m: Any) -> tuple[Any, Any, Any]:
+    """(A, B, C) of A w^2 - 2 B w d + C d^2."""
+    vv, vr, rr = jnp.einsum("fcn,fn->cn", forms[:, :3], m)
+    return vv + vr + rr, vr / 2 + rr, rr
 
 
 class Steps(NamedTuple):
@@ -110,20 +129,20 @@ class Steps(NamedTuple):
     constant: Any
 
 
-def steps_of(n: Neurons, m: tuple[Any, ...]) -> Steps:
-    M, tv, tr, nu = m
+def steps_of(n: Neurons, m: Any) -> Steps:
+    A, B, C = _curvatures(n.forms, m)
+    vr, vv = 2 * (B - C), A - 2 * B + C
+    v, r, one = jnp.einsum("fcn,fn->cn", n.forms[:, 3:], m)
+    a = vr * (n.p + n.q) + 2 * (vv * n.p + C * n.q) + v + r
+    b = -vr * n.p - 2 * C * n.q - r
+    constant = (vr * n.q + vv * n.p + v) * n.p + (C * n.q + r) * n.q + one
     live = n.open > 0
-    A, B = M + tv + tr, M / 2 + tr
-    a = M * (n.p + n.q) + tv * (2 * n.p - n.top) + tr * (2 * n.q - n.bottom) + nu * (n.top + n.bottom)
-    b = -M * n.p + tr * (n.bottom - 2 * n.q) - nu * n.top
-    constant = tv * (n.p - n.top) * n.p + tr * (n.q - n.bottom) * n.q
-    constant = constant + nu * (n.top * n.q + n.bottom * n.p - n.top * n.bottom)
 
     def kept(value: Any, other: Any = 0.0) -> Any:
         return jnp.where(live, value, other)
 
     c = B / A
-    N = jnp.maximum(B * c - tr, 0)
+    N = jnp.maximum(B * c - C, 0)
     return Steps(kept(1 / A), kept(a), kept(b + a * c), kept(c, n.slope), kept(N), n.open @ constant)
 
 
@@ -162,22 +181,24 @@ class Network(NamedTuple):
             PX, Pt = P @ X, P @ t
             S, mu = S + X.T @ PX, mu + X.T @ Pt
             total = total - t @ Pt - step.over @ jnp.square(step.a) / 4
-            slopes = layer.base + layer.gain * step.c
+            slopes = n.base + n.gain * step.c
             kept.append((S, mu, step, slopes))
-            G = jnp.diag(layer.gain) if layer.G is None else layer.G * layer.gain
+            G = jnp.diag(n.gain) if layer.G is None else layer.G * n.gain
             T = jnp.diag(slopes) if layer.W is None else slopes[:, None] * layer.W
             T = _times(layer.G, T)
             T = T if layer.H is None else T + layer.H
             S, mu = T @ S @ T.T + (G * step.over) @ G.T, T @ mu - G @ (step.over * step.a) / 2
         total = total + item.aim @ mu - item.aim @ S @ item.aim / 4
         aim, ws = item.aim, []
-        for layer, (S, mu, step, slopes) in zip(reversed(self.layers), reversed(kept), strict=True):
+        for layer, n, (S, mu, step, slopes) in zip(
+            reversed(self.layers), reversed(item.taps), reversed(kept), strict=True
+        ):
             back = _times(None if layer.G is None else layer.G.T, aim)
             behind = slopes * back
             behind = behind if layer.W is None else layer.W.T @ behind
             behind = behind if layer.H is None else behind + layer.H.T @ aim
             d = _times(layer.W, mu - S @ behind / 2)
-            ws.append(step.c * d - step.over * (step.a + layer.gain * back) / 2)
+            ws.append(step.c * d - step.over * (step.a + n.gain * back) / 2)
             bent = step.g - 2 * step.N * d
             aim = behind + (bent if layer.W is None else layer.W.T @ bent)
         u = centre - start.T @ aim / (2 * weight)
@@ -189,11 +210,18 @@ class Network(NamedTuple):
         for layer, n, w in zip(self.layers, item.taps, ws, strict=True):
             d = _times(layer.W, s)
             w = jnp.where(n.open > 0, w, n.slope * d)
-            ahead = _times(layer.G, layer.base * d + layer.gain * w)
+            ahead = _times(layer.G, n.base * d + n.gain * w)
             s = ahead if layer.H is None else layer.H @ s + ahead
             found.append(w)
             ds.append(d)
         return tuple(found), tuple(ds), item.aim @ s
+
+
+def _products(n: Neurons, m: Any, w: Any, d: Any) -> Any:
+    """(n,) the sum of a neuron's forms."""
+    vv, vr, rr, own_v, own_r, one = jnp.einsum("fcn,fn->cn", n.forms, m)
+    v, r = w + n.p, w - d + n.q
+    return (vv * v + vr * r + own_v) * v + (rr * r + own_r) * r + one
 
 
 def lagrangian(net: Any, item: Item, m: Multipliers, z: tuple[Any, tuple[Any, ...]]) -> Any:
@@ -201,10 +229,8 @@ def lagrangian(net: Any, item: Item, m: Multipliers, z: tuple[Any, tuple[Any, ..
     u, ws = z
     total = m.ball * (u @ u - item.eps**2) + m.box @ ((u - item.low) * (u - item.high))
     ws, ds, moved = net.moves(item, u, ws)
-    for n, (M, tv, tr, nu), w, d in zip(item.taps, m.taps, ws, ds, strict=True):
-        v, r = w + n.p, w - d + n.q
-        each = M * v * r + tv * (v - n.top) * v + tr * (r - n.bottom) * r
-        total = total + n.open @ (each + nu * (n.top * r + n.bottom * v - n.top * n.bottom))
+    for n, own, w, d in zip(item.taps, m.taps, ws, ds, strict=True):
+        total = total + n.open @ _products(n, own, w, d)
     return total + moved
 
 
@@ -325,7 +351,8 @@ def improve(
 class Result(NamedTuple):
     """How a job ended: the multipliers, their parameters x, the minimum in float arithmetic, and scores (n,) per tap.
 
-    A score is M |v r| at the minimiser, 0 for stable neurons: where it is large the minimiser is far from any network.
+    A score is M |v r| at the minimiser, 0 for stable neurons and those without a kink: where it is large the minimiser
+    is far from any network.
     """
 
     multipliers: Multipliers
@@ -342,7 +369,7 @@ def _read(net: Any, items: Item, like: Multipliers, flat: Any) -> Result:
         least, (u, ws), _ = net.minimum(item, m)
         ws, ds, _ = net.moves(item, u, ws)
         scores = [
-            n.open * own[0] * jnp.abs((w + n.p) * (w - d + n.q))
+            n.open * n.kink * own[0] * jnp.abs((w + n.p) * (w - d + n.q))
             for n, own, w, d in zip(item.taps, m.taps, ws, ds, strict=True)
         ]
         return Result(m, x, tuple(scores), least)
