@@ -1,7 +1,7 @@
 """Certified radii of plainly trained networks: by global and local constants, by the dual, beside the nearest attack.
 
-    python benchmarks/radii.py                    an MLP and a CNN on digits, minutes
-    python benchmarks/radii.py --data-dir DATA    and an MLP 784-100-100-10 on MNIST
+    python benchmarks/radii.py                    MLPs and a CNN on digits, minutes
+    python benchmarks/radii.py --data-dir DATA    and MLPs 784-100-100-10 on MNIST
     python benchmarks/radii.py --images 20 --norms 2 --nets digits-mlp
 
 Networks are trained in the same run by cross-entropy alone. Images are the first that are classified correctly; radii
@@ -30,8 +30,11 @@ from lipbounds.training.data import load
 
 NETS = {
     "digits-mlp": {"dataset": "digits", "arch": "64-64-64-10", "epochs": 40},
+    "digits-tanh": {"dataset": "digits", "arch": "64-64-64-10", "activation": "tanh", "epochs": 40},
+    "digits-gelu": {"dataset": "digits", "arch": "64-64-64-10", "activation": "gelu", "epochs": 40},
     "digits-cnn": {"dataset": "digits", "arch": "2C2F", "epochs": 40},
     "mnist-mlp": {"dataset": "mnist", "arch": "784-100-100-10", "epochs": 2},
+    "mnist-gelu": {"dataset": "mnist", "arch": "784-100-100-10", "activation": "gelu", "epochs": 2},
 }
 ENGINES: dict[str, bool | lb.Local] = {
     "LipSDP": False,

@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from lipbounds._text import usual_programs
@@ -40,6 +41,8 @@ ACTIVATIONS: Mapping[str, Activation | type[nnx.Module]] = {
     "relu": jax.nn.relu,
     "maxmin": maxmin,
     "clipped-relu": ClippedRelu,
+    "tanh": jnp.tanh,
+    "gelu": jax.nn.gelu,
 }
 
 
