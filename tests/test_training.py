@@ -81,7 +81,7 @@ def test_maxmin_permutes_pairs():
         (ModelSpec("vgg", (8, 8, 1)), "unknown architecture 'vgg'.*mlp"),
         (ModelSpec("mlp", (8, 8, 1), {"widths": "64-x-10"}), "at least two positive numbers"),
         (ModelSpec("mlp", (8, 8, 1), {"widths": "63-10"}), "start with 63, but an input has 64 pixels"),
-        (ModelSpec("mlp", (8, 8, 1), {"widths": "64-10", "activation": "gelu"}), "unknown activation 'gelu'"),
+        (ModelSpec("mlp", (8, 8, 1), {"widths": "64-10", "activation": "selu"}), "unknown activation 'selu'"),
         (ModelSpec("mlp", (8, 8, 1)), "cannot be built with"),
         (
             ModelSpec("2C2F", (8, 8, 1), {"depth": 3}),
