@@ -37,7 +37,8 @@ class Found:
         self.kept: dict[tuple[int, int], tuple[search.Job, search.Result]] = {}
         self.again: list[search.Job] = []  # to be searched in float64, as the proof has failed
         self.lock = threading.Lock()  # of the gains
-        self.began, self.evaluated, self.left = time.monotonic(), 0, 0
+        self.began: float | None = None  # when the first call on a device had ended, which compiles
+        self.evaluated, self.left = 0, 0
 
     def jobs(self, pairs: list[tuple[int, int]], goal: float, rounds: int) -> Iterator[search.Job]:
         for row, other in pairs:
@@ -48,7 +49,7 @@ class Found:
 
     def run(self, pairs: list[tuple[int, int]], goal: float, rounds: int) -> None:
         """Search these margins and prove what is found; examples whose open neurons are searched alone come last."""
-        self.began, self.evaluated = time.monotonic(), 0
+        self.began, self.evaluated = None, 0
         self.left = len(pairs) * rounds * search.ROUND  # evaluations at most
         examples = list(dict.fromkeys(row for row, _ in pairs))
         with self.threads():
@@ -129,9 +130,13 @@ class Found:
 
     def _after(self, evaluations: int) -> None:
         """Say how long the rest takes at most, at the rate so far."""
+        self.left -= evaluations
+        if self.began is None:
+            self.began = time.monotonic()
+            return
         self.evaluated += evaluations
         spent = time.monotonic() - self.began
-        left = spent * (self.left / max(self.evaluated, 1) - 1.0)
+        left = spent * self.left / self.evaluated
         if spent > _PATIENCE and left > _PATIENCE:
             say(f"margins: {self.done} of {self.count}, at most about {show_seconds(left)} left")
 
