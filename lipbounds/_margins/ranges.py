@@ -1,7 +1,8 @@
 """Ranges of pre-activations by lines: every activation between two lines, put into the next ones, down to the input.
 
 The ellipsoids bound all neurons of a layer together; lines bound one at a time, from the inputs that move it. In l-inf
-their ranges are often half as wide, in l2 about the same: the narrower end counts.
+above all that is narrower: of three networks 64-64-64-10 on digits the ranges of the second layer are 0.60 to 0.75 as
+wide, in l2 0.86 to 0.94.
 
 Of the neurons that are not stable on a ball `proof.Gain` has d = G (u, w) + eta with known errors. Between lines
 
