@@ -30,5 +30,6 @@ it with slopes in [a, c],
 and lines bound the curve from above and below. The form around the centre is the sector of the ellipsoids, where the
 search begins. All of them are products of v^2, v r, r^2, v, r and 1, as are those of a relu (`forms`).
 
-`search` finds the multipliers in float arithmetic, `proof` proves what they are worth, `problem` prepares both.
+`ranges` narrows the ranges by lines, `search` finds the multipliers in float arithmetic, `proof` proves what they are
+worth, `problem` prepares all of them.
 """

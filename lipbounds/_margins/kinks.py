@@ -23,7 +23,7 @@ class Kinks:
 
 
 def kinks_of(view: LureForm) -> tuple[Kinks | None, ...]:
-    """The kinks of every tap, None for other functions of one number; NoEngineError names the taps that are neither."""
+    """The kinks of every tap, None for another function of one number; NoEngineError names taps that are neither."""
     host, found, other = recursion.host_form(view), list[Kinks | None](), list[str]()
     for tap in view.taps:
         if tap.expr is None or tap.assumed:

@@ -2,7 +2,7 @@
 
 A tap of the elementwise view with one kink has slope a up to t and b from there, so v = a y + (b - a) relu(y - t) up to
 a constant, and only the relu is nonlinear; others are curves (`forms`). Ranges of pre-activations are those of the
-local ellipsoids, proved.
+local ellipsoids, or of lines where these are narrower (`narrow`), all proved.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ class Problem:
         return opened, slopes
 
     def narrow(self, row: int) -> None:
-        """Ranges of an example by lines, too, if they are narrower; before its items are made."""
+        """Replace the ranges of an example by those of lines where these are narrower; call it before `item`."""
         balls, taps = self.balls, range(len(self.kinks))
         if row in self.narrowed or not self.bounded(row):
             return
