@@ -357,6 +357,11 @@ def test_no_multipliers_prove_more_than_is_true():
     for k in range(len(good.forms)):
         assert proof.prove(gain, facts, aim, times(good, k, -1.0, -1e-3)) == -np.inf
         assert proof.prove(gain, facts, aim, times(good, k, np.nan)) == -np.inf
+    for bad in (np.nan, -np.inf):  # of a form without a multiplier, too
+        broken = facts.forms.copy()
+        broken[0, 5, 0] = bad
+        assert proof.prove(gain, replace(facts, forms=broken), aim, times(good, 0, 0.0)) == -np.inf
+        assert proof.prove(gain, replace(facts, forms=broken), aim, good) == -np.inf
     assert proof.prove(gain, facts, aim, replace(good, ball=-1.0)) == -np.inf
     assert proof.prove(gain, replace(facts, eps=np.inf), aim, good) == -np.inf
 

@@ -156,7 +156,7 @@ def prove(gain: Gain, facts: Facts, aim: np.ndarray, m: Weights) -> float:
 
     aim (K,) holds entries of -1, 0 and 1.
     """
-    valid = np.isfinite(m.ball) and all(np.isfinite(a).all() for a in (m.box, m.forms))
+    valid = np.isfinite(m.ball) and all(np.isfinite(a).all() for a in (m.box, m.forms, facts.forms))
     signs = m.ball >= 0 and (m.box >= 0).all() and ((m.forms >= 0) | facts.free).all()
     if not (valid and signs):
         return -np.inf
